@@ -1,0 +1,156 @@
+"""What the weights mean: frozen configurations of the decoder, the vision tower and the whole model.
+
+One decoder serves InfiniteVL (sliding-window attention and Gated DeltaNet), Qwen2.5-VL (full attention with M-RoPE) and
+Qwen2 text models (full attention with plain RoPE): they differ in data alone. Reading Hugging Face's config.json is
+`infinitevl_jax.config.huggingface`.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from infinitevl_jax.errors import InfiniteVLError
+
+SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The Qwen2.5-VL vision tower. Sizes in pixels where named `*_size`, else in patches or channels."""
+
+    depth: int = 32
+    hidden_size: int = 1280
+    intermediate_size: int = 3420
+    num_heads: int = 16
+    in_channels: int = 3
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    window_size: int = 112
+    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
+    out_hidden_size: int = 2048
+    tokens_per_second: float = 2.0
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+    def __post_init__(self):
+        object.__setattr__(self, "fullatt_block_indexes", tuple(self.fullatt_block_indexes))
+        if self.hidden_size % self.num_heads or self.head_dim % 4:
+            raise InfiniteVLError(
+                f"vision_config: hidden_size {self.hidden_size} over num_heads {self.num_heads} is not a multiple of 4",
+                "2-D rotary embedding needs head_dim divisible by 4; change hidden_size or num_heads",
+            )
+        if self.window_size % (self.patch_size * self.spatial_merge_size):
+            raise InfiniteVLError(
+                f"vision_config: window_size {self.window_size} is not a multiple of "
+                f"patch_size x spatial_merge_size = {self.patch_size * self.spatial_merge_size}",
+                "choose a window that holds whole merged tokens",
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def patch_features(self) -> int:
+        """Numbers in one patch: channels x temporal_patch_size x patch_size^2."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def merge_unit(self) -> int:
+        """Patches that become one token."""
+        return self.spatial_merge_size**2
+
+    @property
+    def window_tokens(self) -> int:
+        """Side of an attention window, in merged tokens."""
+        return self.window_size // (self.patch_size * self.spatial_merge_size)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The decoder. `layer_types` is the pattern: one of SLIDING, FULL, LINEAR for every layer."""
+
+    layer_types: tuple[str, ...]
+    vocab_size: int = 151936
+    hidden_size: int = 2048
+    intermediate_size: int = 11008
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 2
+    head_dim: int = 128
+    sliding_window: int = 8192
+    rope_theta: float = 1e6
+    mrope_section: tuple[int, int, int] | None = (16, 24, 24)
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    # Gated DeltaNet
+    conv_size: int = 4
+    expand_v: float = 2.0
+    num_linear_heads: int = 16
+    linear_head_dim: int = 128
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        object.__setattr__(self, "layer_types", tuple(self.layer_types))
+        if self.mrope_section is not None:
+            object.__setattr__(self, "mrope_section", tuple(self.mrope_section))
+            if sum(self.mrope_section) != self.head_dim // 2:
+                raise InfiniteVLError(
+                    f"mrope_section {list(self.mrope_section)} sums to {sum(self.mrope_section)}, not head_dim / 2 = {self.head_dim // 2}",
+                    "make the sections (temporal, height, width) add up to half of head_dim",
+                )
+        unknown = sorted(set(self.layer_types) - {SLIDING, FULL, LINEAR})
+        if unknown or not self.layer_types:
+            raise InfiniteVLError(
+                f"layer_types holds {unknown or 'nothing'}",
+                f"every layer is one of {SLIDING}, {FULL}, {LINEAR}",
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InfiniteVLError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads {self.num_key_value_heads}",
+                "each key/value head serves a whole number of query heads",
+            )
+        if SLIDING in self.layer_types and self.sliding_window < 1:
+            raise InfiniteVLError(f"sliding_window is {self.sliding_window}", "a window holds at least the token itself: 1 or more")
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.layer_types)
+
+    @property
+    def linear_value_dim(self) -> int:
+        """Width of one Gated DeltaNet head's value."""
+        return int(self.linear_head_dim * self.expand_v)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole model: decoder, vision tower (None for text models) and the token ids that tie them together."""
+
+    text: TextConfig
+    vision: VisionConfig | None = dataclasses.field(default_factory=VisionConfig)
+    family: str = "infinite_vl"  # model_type on disk: infinite_vl, qwen2_5_vl or qwen2
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
+    pad_token_id: int = 151643
+    eos_token_ids: tuple[int, ...] = (151645, 151643)
+    initializer_range: float = 0.02
+
+    def __post_init__(self):
+        object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
+        if self.vision is not None and self.vision.out_hidden_size != self.text.hidden_size:
+            raise InfiniteVLError(
+                f"vision out_hidden_size {self.vision.out_hidden_size} differs from the decoder's hidden_size {self.text.hidden_size}",
+                "the merger writes straight into the decoder: make them equal",
+            )
+
+
+def hybrid_pattern(num_layers: int, period: int = 4) -> tuple[str, ...]:
+    """InfiniteVL's pattern: a sliding-window layer every `period` layers from 0, Gated DeltaNet in between."""
+    return tuple(SLIDING if i % period == 0 else LINEAR for i in range(num_layers))
+
+
+def infinitevl_4b() -> ModelConfig:
+    """The published InfiniteVL: 36 layers, 4,408,381,536 parameters."""
+    return ModelConfig(text=TextConfig(layer_types=hybrid_pattern(36)))
