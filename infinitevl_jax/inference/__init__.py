@@ -1,0 +1,1 @@
+"""Running a model: the public class, generation, sampling."""

@@ -1,0 +1,261 @@
+"""InfiniteVL: the class people use. Inputs are named as in Hugging Face, so a batch from its Qwen2.5-VL processor passes unchanged.
+
+    model = InfiniteVL.from_pretrained(folder, dtype=jnp.bfloat16)
+    out = model(**batch)                                   # out.logits
+    tokens = model.generate(**batch, max_new_tokens=64)    # [batch, new]
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from infinitevl_jax.config.model import FULL, ModelConfig
+from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.inference.sampling import Sampling, choose
+from infinitevl_jax.model.cache import Cache, empty
+from infinitevl_jax.model.inputs import Inputs, Prepared, prepare, text_inputs
+from infinitevl_jax.model.params import Params, abstract, bind, initialize
+from infinitevl_jax.model.patches import bucket
+from infinitevl_jax.sharding import parameter_shardings
+
+PREFILL_CHUNK = 8192  # tokens of a prompt that go through the decoder at once
+
+
+@dataclass
+class Output:
+    """What a call returns: logits [batch, length, vocab] (f32), and, where asked for, the cache and every layer's hidden states."""
+
+    logits: Array
+    cache: Cache | None = None
+    hidden_states: tuple[Array, ...] | None = None
+
+
+class InfiniteVL:
+    """A configuration, its parameters, and the compiled functions that run them. Holds no conversation: that is the cache's."""
+
+    def __init__(self, config: ModelConfig, params: Params, *, dtype=None, mesh: Mesh | None = None):
+        """
+        Args:
+          params: by dotted name, unrolled layout.
+          dtype: what activations are computed in; the parameters' own widest by default.
+          mesh: where the parameters live, or None for one device.
+        """
+        self.config, self.params, self.mesh = config, params, mesh
+        self.dtype = jnp.dtype(dtype or params["norm.weight"].dtype)
+        graphdef, _ = abstract(config, scanned=False, dtype=self.dtype)
+        model = partial(bind, graphdef)
+        self._encode = jax.jit(lambda params, patches: model(params).encode(patches))
+        self._forward = jax.jit(partial(_forward, model), static_argnames=("collect", "last_only"))
+        self._step = jax.jit(partial(_step, model), static_argnames="sampling", donate_argnames="cache")
+        self._cache_spec = lambda batch, max_length: model(jax.eval_shape(lambda p: p, params)).cache_spec(batch, max_length)
+
+    @classmethod
+    def from_pretrained(cls, folder, *, dtype=None, mesh: Mesh | None = None) -> "InfiniteVL":
+        """Load a Hugging Face folder (config.json and safetensors are enough) or one of ours.
+
+        Args:
+          dtype: cast floating-point weights to this and compute in it; None keeps each tensor's own.
+          mesh: place the weights on it; each device reads only its shard.
+        """
+        from infinitevl_jax.conversion import load_params, read_config
+
+        shardings = None
+        if mesh is not None:
+            shardings = parameter_shardings(abstract(read_config(folder), scanned=False)[1], mesh)
+        config, params = load_params(folder, scanned=False, dtype=dtype, shardings=shardings)
+        return cls(config, params, dtype=dtype, mesh=mesh)
+
+    @classmethod
+    def random(cls, config: ModelConfig, seed: int = 0, *, dtype=jnp.float32, mesh: Mesh | None = None) -> "InfiniteVL":
+        """A model with fresh random weights."""
+        shardings = None if mesh is None else parameter_shardings(abstract(config, scanned=False)[1], mesh)
+        return cls(config, initialize(config, jax.random.key(seed), scanned=False, dtype=dtype, shardings=shardings), mesh=mesh)
+
+    @property
+    def parameter_count(self) -> int:
+        """Parameters, a tied head counted once."""
+        return sum(p.size for p in self.params.values())
+
+    @cached_property
+    def keeps_everything(self) -> bool:
+        """Whether some layer attends to the whole past, so that the cache must be sized to the longest sequence."""
+        return FULL in self.config.text.layer_types
+
+    def init_cache(self, batch: int, max_length: int | None = None) -> Cache:
+        """An empty cache for `batch` sequences. `max_length` sizes full-attention layers; the others stay as small as they are."""
+        if self.keeps_everything and max_length is None:
+            raise InfiniteVLError("this model has full-attention layers, whose cache grows with the text", "pass max_length in tokens")
+        with self._on_mesh():
+            return empty(self._cache_spec(batch, max_length or 0))
+
+    def __call__(
+        self,
+        input_ids,
+        attention_mask=None,
+        position_ids=None,
+        pixel_values=None,
+        image_grid_thw=None,
+        pixel_values_videos=None,
+        video_grid_thw=None,
+        second_per_grid_ts=None,
+        mm_token_type_ids=None,
+        *,
+        cache: Cache | None = None,
+        use_cache: bool = False,
+        max_length: int | None = None,
+        output_hidden_states: bool = False,
+    ) -> Output:
+        """Logits of every token (rows of padding hold nothing of meaning).
+
+        Args:
+          input_ids ... second_per_grid_ts: as Hugging Face's Qwen2.5-VL processor returns them, numpy or jax. mm_token_type_ids is
+            accepted and ignored: placeholders say the same.
+          cache: what these tokens follow. It is not changed; the output carries the new one.
+          use_cache: start and return a cache (for `max_length` tokens where the model has full-attention layers).
+        """
+        vision = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
+        vision |= {"pixel_values_videos": pixel_values_videos, "video_grid_thw": video_grid_thw}
+        start = None
+        if cache is not None and any(v is not None for v in vision.values()):
+            start = np.asarray(cache.next_position)
+        width = np.shape(input_ids)[-1] if np.ndim(input_ids) else 0
+        length = width if width == 1 else bucket(width)
+        prepared = prepare(
+            self.config, input_ids, attention_mask, position_ids, **vision, second_per_grid_ts=second_per_grid_ts, start=start, length=length
+        )
+        if cache is None and use_cache:
+            cache = self.init_cache(len(prepared.shift), max_length or (width if self.keeps_everything else None))
+        self._check_room(cache, prepared)
+        with self._on_mesh():
+            embeds = None if prepared.patches is None else self._encode(self.params, prepared.patches)
+            logits, cache, hidden = self._forward(self.params, prepared.inputs, embeds, cache, collect=output_hidden_states)
+            back = partial(_unroll, shift=prepared.shift, width=width)
+            return Output(back(logits), cache, tuple(back(h) for h in hidden) if output_hidden_states else None)
+
+    def generate(
+        self,
+        input_ids,
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling = Sampling(),  # noqa: B008  frozen
+        seed: int = 0,
+        eos_token_ids=None,
+        **batch,
+    ) -> np.ndarray:
+        """The new token ids [batch, new], greedy by default; a sequence that has ended is filled up with the pad token."""
+        tokens = list(self.stream(input_ids, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, eos_token_ids=eos_token_ids, **batch))
+        return np.stack(tokens, 1) if tokens else np.zeros((len(input_ids), 0), np.int32)
+
+    def stream(
+        self,
+        input_ids,
+        attention_mask=None,
+        position_ids=None,
+        mm_token_type_ids=None,
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling = Sampling(),  # noqa: B008  frozen
+        seed: int = 0,
+        eos_token_ids=None,
+        **vision,
+    ) -> Iterator[np.ndarray]:
+        """Yield [batch] token ids as they are made, until every sequence has ended or `max_new_tokens` have come."""
+        if max_new_tokens < 1:
+            return
+        prepared = prepare(self.config, input_ids, attention_mask, position_ids, **vision)
+        batch, width = prepared.inputs.tokens.shape
+        ends = np.asarray(self.config.eos_token_ids if eos_token_ids is None else eos_token_ids).reshape(-1)
+        key = jax.random.key(seed)
+        with self._on_mesh():
+            logits, cache = self.prefill(prepared, self.init_cache(batch, width + max_new_tokens))
+            token = choose(logits, key, sampling)
+            done = np.zeros(batch, bool)
+            for i in range(1, max_new_tokens + 1):
+                following = None
+                if i < max_new_tokens:  # the device works on the next token while this one is looked at
+                    following, cache = self._step(self.params, token, cache, jax.random.fold_in(key, i), sampling=sampling)
+                shown = np.where(done, self.config.pad_token_id, np.asarray(token))
+                yield shown
+                done |= np.isin(shown, ends)
+                if done.all():
+                    return
+                token = following
+
+    def prefill(self, prepared: Prepared, cache: Cache) -> tuple[Array, Cache]:
+        """Take prepared inputs into a cache, in chunks: logits [batch, vocab] of every row's last token, and the new cache."""
+        self._check_room(cache, prepared)
+        with self._on_mesh():
+            embeds = None if prepared.patches is None else self._encode(self.params, prepared.patches)
+            last = None
+            for part in _chunks(prepared.inputs):
+                logits, cache, _ = self._forward(self.params, part, embeds, cache, last_only=True)
+                # a row that ended in an earlier chunk keeps the logits it had
+                last = logits if last is None else jnp.where(part.index[:, :1] >= 0, logits, last)
+        return last, cache
+
+    def _check_room(self, cache: Cache | None, prepared: Prepared) -> None:
+        """A full-attention cache cannot take more than it was made for."""
+        if cache is None or not self.keeps_everything:
+            return
+        capacity = min(s.k.shape[1] for kind, s in zip(self.config.text.layer_types, cache.layers, strict=True) if kind == FULL)
+        needed = np.asarray(cache.length) + (prepared.inputs.index >= 0).sum(1)
+        if needed.max() > capacity:
+            raise InfiniteVLError(
+                f"the cache was made for {capacity} tokens, this call brings it to {needed.max()}", "make it with a larger max_length"
+            )
+
+    def _on_mesh(self):
+        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+
+def _chunks(inputs: Inputs) -> Iterator[Inputs]:
+    """Pieces of at most PREFILL_CHUNK tokens, the last one padded to a bucket: few shapes, few compilations."""
+    for at in range(0, inputs.tokens.shape[1], PREFILL_CHUNK):
+        width = min(PREFILL_CHUNK, inputs.tokens.shape[1] - at)
+        more = min(bucket(width), PREFILL_CHUNK) - width
+
+        def cut(x, fill, at=at, width=width, more=more):
+            if x is None:
+                return None
+            return np.pad(x[..., at : at + width], [(0, 0)] * (x.ndim - 1) + [(0, more)], constant_values=fill)
+
+        index = cut(inputs.index, -1)
+        yield Inputs(
+            cut(inputs.tokens, 0),
+            np.where(index >= 0, index - at, -1),
+            cut(inputs.segment, 0),
+            cut(inputs.positions, 0),
+            cut(inputs.vision_index, -1),
+        )
+
+
+def _unroll(x: Array, shift: np.ndarray, width: int) -> Array:
+    """Put left padding back: [batch, length, ...] -> [batch, width, ...]."""
+    if not shift.any():
+        return x[:, :width]
+    place = np.maximum(np.arange(width) - shift[:, None], 0)
+    return jax.vmap(lambda row, place: row[place])(x, place)
+
+
+def _forward(model, params: Mapping[str, Array], inputs: Inputs, embeds, cache, collect: bool = False, last_only: bool = False):
+    """One decoder call: logits [batch, length, vocab] f32 (or [batch, vocab] of each row's last token), cache, hidden states."""
+    vlm = model(params)
+    hidden, cache, states = vlm.decode(vlm.embed(inputs, embeds), inputs, cache, collect)
+    if last_only:
+        last = jnp.maximum((inputs.index >= 0).sum(1) - 1, 0)
+        hidden = jnp.take_along_axis(hidden, last[:, None, None], 1)
+    logits = vlm.logits(hidden).astype(jnp.float32)
+    return logits[:, 0] if last_only else logits, cache, states
+
+
+def _step(model, params, token: Array, cache: Cache, key: Array, sampling: Sampling) -> tuple[Array, Cache]:
+    """Append one token to every sequence and choose the next."""
+    logits, cache, _ = _forward(model, params, text_inputs(token[:, None]), None, cache, last_only=True)
+    return choose(logits, key, sampling), cache

@@ -1,0 +1,99 @@
+"""Softmax attention with a retention rule: which keys stay in reach, and how many slots their cache needs.
+
+One mixer is every softmax layer of the family: full attention keeps everything, InfiniteVL's sliding window the last `window` keys.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax import Array
+
+from infinitevl_jax.config.model import TextConfig
+from infinitevl_jax.model.layers import Linear
+from infinitevl_jax.model.ops import Ops
+from infinitevl_jax.model.rope import rotate
+from infinitevl_jax.model.span import Span
+from infinitevl_jax.sharding import constrain
+from pallas_kernels.attend import Mask, merge
+
+
+@dataclass(frozen=True)
+class Retention:
+    """A query sees keys fewer than `window` tokens back (None: all); a cache of `capacity` slots holds them as a ring."""
+
+    window: int | None
+
+    def capacity(self, max_length: int) -> int:
+        """Slots needed for sequences of up to `max_length` tokens: the window caps them, so past it memory stays constant."""
+        return self.window or max_length
+
+
+class KeyValueRing(NamedTuple):
+    """The last keys (after rotary embedding) and values; token i lives in slot i mod capacity."""
+
+    k: Array  # [batch, capacity, kv_heads, head_dim]
+    v: Array
+
+
+def slot_index(length: Array, capacity: int) -> Array:
+    """[batch] tokens seen -> [batch, capacity] ordinal of the token in each slot, -1 where the slot is empty."""
+    last = length[:, None] - 1
+    held = last - (last - jnp.arange(capacity)) % capacity
+    return jnp.where((held >= 0) & (last >= 0), held, -1)
+
+
+def write(ring: KeyValueRing, k: Array, v: Array, index: Array) -> KeyValueRing:
+    """Put new tokens in their slots. Pads, and tokens that this same call already pushes out of the ring, are dropped."""
+    capacity = ring.k.shape[1]
+    newest = jnp.max(index, axis=1, keepdims=True)
+    slot = jnp.where((index >= 0) & (index > newest - capacity), index % capacity, capacity)  # capacity = out of range = dropped
+    put = jax.vmap(lambda old, slot, new: old.at[slot].set(new, mode="drop", unique_indices=False))
+    return KeyValueRing(put(ring.k, slot, k.astype(ring.k.dtype)), put(ring.v, slot, v.astype(ring.v.dtype)))
+
+
+class SoftmaxAttention(nnx.Module):
+    """Grouped-query attention with M-RoPE: q, k, v with bias, o without."""
+
+    def __init__(self, config: TextConfig, retention: Retention, ops: Ops, rngs: nnx.Rngs):
+        self.head_dim, self.kv_heads, self.heads = config.head_dim, config.num_key_value_heads, config.num_attention_heads
+        self.retention, self.ops = retention, ops
+        width = config.hidden_size
+        self.q_proj = Linear(width, self.heads * self.head_dim, bias=True, rngs=rngs)
+        self.k_proj = Linear(width, self.kv_heads * self.head_dim, bias=True, rngs=rngs)
+        self.v_proj = Linear(width, self.kv_heads * self.head_dim, bias=True, rngs=rngs)
+        self.o_proj = Linear(self.heads * self.head_dim, width, rngs=rngs)
+
+    def state_spec(self, batch: int, max_length: int, dtype) -> KeyValueRing:
+        """Shapes and dtypes of this layer's cache."""
+        shape = (batch, self.retention.capacity(max_length), self.kv_heads, self.head_dim)
+        return KeyValueRing(*[jax.ShapeDtypeStruct(shape, dtype)] * 2)
+
+    def __call__(self, x: Array, state: KeyValueRing | None, span: Span) -> tuple[Array, KeyValueRing | None]:
+        """x [batch, length, width] -> the same shape, and the new state (None in training)."""
+
+        def heads(y):
+            return constrain(rearrange(y, "b t (h d) -> b t h d", d=self.head_dim), "batch", "length", "heads", None)
+
+        q = rotate(heads(self.q_proj(x)), span.cos, span.sin)
+        k = rotate(heads(self.k_proj(x)), span.cos, span.sin)
+        v = heads(self.v_proj(x))
+        scale = self.head_dim**-0.5
+        window = self.retention.window
+        out, lse = self.ops.attend(
+            q, k, v, span.index, span.index, span.segment, span.segment, mask=Mask(window=window, aligned=True), scale=scale
+        )
+        if state is not None:
+
+            def with_cache():
+                held = slot_index(span.length, state.k.shape[1])
+                cached = self.ops.attend(q, state.k, state.v, span.index, held, None, None, mask=Mask(window=window), scale=scale)
+                return merge(out, lse, *cached)[0]
+
+            # an empty cache (the first chunk of a prompt) is not worth reading; a single token nearly always has a past
+            out = with_cache() if x.shape[1] == 1 else jax.lax.cond(jnp.any(span.length > 0), with_cache, lambda: out)
+            state = write(state, k, v, span.index)
+        return self.o_proj(rearrange(out, "b t h d -> b t (h d)")), state

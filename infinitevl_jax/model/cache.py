@@ -1,0 +1,33 @@
+"""What a conversation leaves behind: one fixed-shape pytree, batch leading every leaf, nothing on the module.
+
+Because it is a plain value, branching is a gather over the batch, a rollback is keeping the old one, and two conversations cannot
+touch each other.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+class Cache(NamedTuple):
+    """The state of `batch` sequences."""
+
+    layers: tuple  # one state a layer: KeyValueRing or DeltaState
+    length: Array  # [batch] int32 tokens seen
+    next_position: Array  # [batch] int32 rotary position of the next text token: the largest so far + 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers' states."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.layers))
+
+    def select(self, rows: Array) -> "Cache":
+        """Sequences `rows` [n] of this cache as a new one: branching (repeat a row), reordering, or leaving some out."""
+        return jax.tree.map(lambda leaf: leaf[rows], self)
+
+
+def empty(specs) -> Cache:
+    """A cache of zeros from `VLM.cache_spec`."""
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), specs)

@@ -1,0 +1,109 @@
+"""The Gated DeltaNet mixer: short causal convolutions, per-head decay and write strength, the gated delta rule, a gated norm.
+
+No biases and no positional encoding. The state of a head, [head_dim, value_dim], stays f32 whatever the activations are.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax import Array
+
+from infinitevl_jax.config.model import TextConfig
+from infinitevl_jax.model.layers import Linear
+from infinitevl_jax.model.ops import Ops
+from infinitevl_jax.model.span import Span
+from infinitevl_jax.sharding import constrain
+
+
+class DeltaState(NamedTuple):
+    """What a layer remembers of a sequence."""
+
+    memory: Array  # [batch, heads, head_dim, value_dim] f32
+    q_tail: Array  # [batch, conv_size - 1, channels] the last inputs of the convolutions
+    k_tail: Array
+    v_tail: Array
+
+
+class CausalConv(nnx.Module):
+    """Depthwise causal convolution followed by SiLU; weight [taps, channels], the last tap is the current token."""
+
+    def __init__(self, channels: int, taps: int, ops: Ops):
+        self.ops = ops
+        self.weight = nnx.Param(jnp.zeros((taps, channels)).at[-1].set(1.0))
+
+    def __call__(self, x: Array, tail: Array | None, span: Span) -> tuple[Array, Array]:
+        return self.ops.causal_conv(x, self.weight[...], tail, span.index, span.segment)
+
+
+class GatedNorm(nnx.Module):
+    """RMSNorm over a head's values in f32, times weight, times silu(gate); weight [value_dim] is shared by the heads."""
+
+    def __init__(self, features: int, eps: float):
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones(features))
+
+    def __call__(self, x: Array, gate: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
+        return (normed * self.weight[...].astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
+
+
+def l2_normalize(x: Array) -> Array:
+    """x / sqrt(sum x^2 + 1e-6) over the last axis, in f32."""
+    wide = x.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.sum(wide * wide, -1, keepdims=True) + 1e-6)
+
+
+class GatedDeltaNet(nnx.Module):
+    """Linear attention with a gated delta rule (infinitevl.md's tensors: q, k, v, a, b, g, o projections, three convolutions)."""
+
+    def __init__(self, config: TextConfig, ops: Ops, rngs: nnx.Rngs):
+        self.heads, self.head_dim, self.value_dim = config.num_linear_heads, config.linear_head_dim, config.linear_value_dim
+        self.taps, self.ops = config.conv_size, ops
+        width, keys, values = config.hidden_size, self.heads * self.head_dim, self.heads * self.value_dim
+        self.q_proj = Linear(width, keys, rngs=rngs)
+        self.k_proj = Linear(width, keys, rngs=rngs)
+        self.v_proj = Linear(width, values, rngs=rngs)
+        self.a_proj = Linear(width, self.heads, rngs=rngs)
+        self.b_proj = Linear(width, self.heads, rngs=rngs)
+        self.g_proj = Linear(width, values, rngs=rngs)
+        self.o_proj = Linear(values, width, rngs=rngs)
+        self.q_conv1d = CausalConv(keys, self.taps, ops)
+        self.k_conv1d = CausalConv(keys, self.taps, ops)
+        self.v_conv1d = CausalConv(values, self.taps, ops)
+        # decay rates 1..16 and step sizes 1e-3..0.1, log-uniform: heads start with memories from ten to thousands of tokens
+        step = jnp.exp(jax.random.uniform(rngs.params(), (self.heads,), minval=jnp.log(1e-3), maxval=jnp.log(0.1)))
+        self.A_log = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (self.heads,), minval=1.0, maxval=16.0)))
+        self.dt_bias = nnx.Param(step + jnp.log(-jnp.expm1(-step)))  # inverse softplus
+        self.o_norm = GatedNorm(self.value_dim, config.norm_eps)
+
+    def state_spec(self, batch: int, max_length: int, dtype) -> DeltaState:
+        """Shapes and dtypes of this layer's cache: the same for any length."""
+        keys, values = self.heads * self.head_dim, self.heads * self.value_dim
+        tail = [jax.ShapeDtypeStruct((batch, self.taps - 1, channels), dtype) for channels in (keys, keys, values)]
+        return DeltaState(jax.ShapeDtypeStruct((batch, self.heads, self.head_dim, self.value_dim), jnp.float32), *tail)
+
+    def __call__(self, x: Array, state: DeltaState | None, span: Span) -> tuple[Array, DeltaState | None]:
+        """x [batch, length, width] -> the same shape, and the new state (None in training)."""
+        past = state or DeltaState(None, None, None, None)
+
+        def heads(y):
+            return constrain(rearrange(y, "b t (h d) -> b t h d", h=self.heads), "batch", "length", "heads", None)
+
+        q, q_tail = self.q_conv1d(self.q_proj(x), past.q_tail, span)
+        k, k_tail = self.k_conv1d(self.k_proj(x), past.k_tail, span)
+        v, v_tail = self.v_conv1d(self.v_proj(x), past.v_tail, span)
+        q = (l2_normalize(heads(q)) * self.head_dim**-0.5).astype(x.dtype)
+        k = l2_normalize(heads(k)).astype(x.dtype)
+
+        beta = jax.nn.sigmoid(self.b_proj(x).astype(jnp.float32))  # [batch, length, heads]
+        rate = jnp.exp(self.A_log[...].astype(jnp.float32))
+        g = -rate * jax.nn.softplus(self.a_proj(x).astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
+        out, memory = self.ops.gated_delta_rule(q, k, heads(v), g, beta, past.memory, span.index, span.segment)
+
+        out = self.o_norm(out, heads(self.g_proj(x)))
+        y = self.o_proj(rearrange(out, "b t h d -> b t (h d)"))
+        return y, None if state is None else DeltaState(memory, q_tail, k_tail, v_tail)

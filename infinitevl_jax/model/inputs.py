@@ -1,0 +1,169 @@
+"""From a batch named as in Hugging Face to the arrays the model computes on (host side, numpy).
+
+Left padding is rolled away here, so that inside every sequence starts at 0 and pads, index -1, stand at the end.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jax import Array
+
+from infinitevl_jax.config.model import ModelConfig
+from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.model.patches import Patches, pack
+from infinitevl_jax.model.positions import VisionItem, sequence_positions
+
+
+class Inputs(NamedTuple):
+    """Tokens of one decoder call. Padding stands at the end of each row (packed rows may hold several sequences)."""
+
+    tokens: np.ndarray | Array  # [batch, length] int32
+    index: np.ndarray | Array  # [batch, length] int32 ordinal in this call, -1 = pad
+    segment: np.ndarray | Array  # [batch, length] int32 packed sequence
+    positions: np.ndarray | Array | None  # [3, batch, length] int32; None: text that goes on from the cache
+    vision_index: np.ndarray | Array | None  # [batch, length] int32 place among the vision tower's tokens, -1 = text
+
+
+class Prepared(NamedTuple):
+    """What `prepare` makes of a batch."""
+
+    inputs: Inputs
+    patches: Patches | None
+    shift: np.ndarray  # [batch] left padding that was rolled away
+
+
+def text_inputs(tokens: np.ndarray | Array) -> Inputs:
+    """Inputs of [batch, length] tokens without padding or images, to follow a cache or to start a text."""
+    ordinal = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    return Inputs(tokens, ordinal, np.zeros(tokens.shape, np.int32), None, None)
+
+
+def vision_items(
+    image_grid_thw, video_grid_thw, second_per_grid_ts, config: ModelConfig, truncate_seconds: bool = False
+) -> tuple[list[VisionItem], list[VisionItem]]:
+    """Images and videos as the decoder sees them. `truncate_seconds` repeats the reference's integer seconds (0.5 s becomes 0)."""
+    merge = config.vision.spatial_merge_size if config.vision else 1
+
+    def merged(grid):
+        return int(grid[0]), int(grid[1]) // merge, int(grid[2]) // merge
+
+    images = [VisionItem("image", merged(g), 0.0) for g in _grids(image_grid_thw)]
+    grids = _grids(video_grid_thw)
+    seconds = np.ones(len(grids)) if second_per_grid_ts is None else np.asarray(second_per_grid_ts, np.float64).reshape(-1)
+    if len(seconds) != len(grids):
+        raise InfiniteVLError(
+            f"second_per_grid_ts has {len(seconds)} entries for {len(grids)} videos", "give one per video: temporal_patch_size / fps"
+        )
+    if truncate_seconds:
+        seconds = np.trunc(seconds)
+    videos = [VisionItem("video", merged(g), float(s)) for g, s in zip(grids, seconds, strict=True)]
+    return images, videos
+
+
+def _grids(grid_thw) -> np.ndarray:
+    grids = np.zeros((0, 3), np.int64) if grid_thw is None else np.asarray(grid_thw).astype(np.int64)
+    if grids.ndim != 2 or grids.shape[1] != 3:
+        raise InfiniteVLError(f"grid_thw has shape {grids.shape}", "it is [items, 3]: frames, rows, columns in patches")
+    return grids
+
+
+def prepare(
+    config: ModelConfig,
+    input_ids,
+    attention_mask=None,
+    position_ids=None,
+    pixel_values=None,
+    image_grid_thw=None,
+    pixel_values_videos=None,
+    video_grid_thw=None,
+    second_per_grid_ts=None,
+    *,
+    start: Sequence[int] | None = None,
+    length: int | None = None,
+    row_per_sequence: bool = False,
+) -> Prepared:
+    """Check a batch and turn it into the model's arrays.
+
+    Args:
+      input_ids: [batch, tokens], with vision placeholders expanded. attention_mask: [batch, tokens], 1 = token; pads on either side.
+      position_ids: [3, batch, tokens] (or [batch, tokens]) to use instead of the rule in `positions`.
+      start: first position of each sequence (where a cache left off); None = 0.
+      length: pad the rows to this many tokens.
+      row_per_sequence: pack each sequence's patches in a row of its own (sharded training) rather than all in one.
+    """
+    tokens = np.asarray(input_ids)
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or 0 in tokens.shape:
+        raise InfiniteVLError(f"input_ids has shape {tokens.shape} and dtype {tokens.dtype}", "pass integers [batch, tokens], at least one")
+    vocab = config.text.vocab_size
+    if tokens.min() < 0 or tokens.max() >= vocab:
+        culprit = int(tokens.min() if tokens.min() < 0 else tokens.max())
+        raise InfiniteVLError(f"input_ids holds {culprit}, the vocabulary has {vocab} tokens", "use this checkpoint's own tokenizer")
+    batch, width = tokens.shape
+    mask = np.ones(tokens.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
+    if mask.shape != tokens.shape:
+        raise InfiniteVLError(f"attention_mask has shape {mask.shape}, input_ids {tokens.shape}", "pass one mask entry a token")
+    counts = mask.sum(1)
+    shift = np.where(counts > 0, mask.argmax(1), 0)
+    run = (np.arange(width) >= shift[:, None]) & (np.arange(width) < (shift + counts)[:, None])
+    if (holes := (mask != run).any(1)).any():
+        raise InfiniteVLError(f"attention_mask of sequence {holes.argmax()} has a hole between its tokens", "pad at one side only")
+
+    images, videos = vision_items(image_grid_thw, video_grid_thw, second_per_grid_ts, config)
+    has_vision = bool(images or videos)
+    sources = [("pixel_values", pixel_values, "image_grid_thw", images)]
+    sources += [("pixel_values_videos", pixel_values_videos, "video_grid_thw", videos)]
+    for name, value, grid_name, items in sources:
+        if (value is not None) != bool(items):
+            present, absent = (name, grid_name) if value is not None else (grid_name, name)
+            raise InfiniteVLError(f"{present} came without {absent}", "pass both, as the processor returned them")
+    if has_vision and config.vision is None:
+        raise InfiniteVLError(f"pixel values came for a text model ({config.family})", "leave images out, or load a vision-language checkpoint")
+
+    # positions, and which item each sequence takes
+    image_queue, video_queue = iter(images), iter(videos)
+    size = length or width
+    positions = np.zeros((3, batch, size), np.int32)
+    owners: dict[str, list[int]] = {"image": [], "video": []}
+    for b in range(batch):
+        row = tokens[b, shift[b] : shift[b] + counts[b]]
+        first = 0 if start is None else int(start[b])
+        place, taken = sequence_positions(row, image_queue, video_queue, config, first, f"sequence {b}")
+        positions[:, b, : counts[b]] = place
+        for item in taken:
+            owners[item.kind].append(b)
+    for kind, items in (("image", images), ("video", videos)):
+        if len(owners[kind]) < len(items):
+            raise InfiniteVLError(
+                f"{len(items)} {kind}s came, but input_ids holds the tokens of {len(owners[kind])}",
+                f"put one {kind} placeholder in the text for every {kind}, in the same order",
+            )
+    if position_ids is not None:
+        given = np.asarray(position_ids)
+        given = np.broadcast_to(given, (3, *given.shape)) if given.ndim == 2 else given
+        if given.shape != (3, batch, width):
+            raise InfiniteVLError(f"position_ids has shape {given.shape}", f"pass [3, {batch}, {width}]: temporal, height, width")
+        for b in range(batch):
+            positions[:, b, : counts[b]] = given[:, b, shift[b] : shift[b] + counts[b]]
+
+    ordinal = np.arange(size)
+    valid = ordinal < counts[:, None]
+    rolled = np.zeros((batch, size), np.int32)
+    for b in range(batch):
+        rolled[b, : counts[b]] = tokens[b, shift[b] : shift[b] + counts[b]]
+    patches = vision_index = None
+    if has_vision:
+        parts = [np.asarray(v) for v in (pixel_values, pixel_values_videos) if v is not None]
+        if bad := [p for p in parts if not np.isfinite(p).all()]:
+            raise InfiniteVLError(f"pixel values {bad[0].shape} hold NaN or infinity", "check the image that made them")
+        grids = np.concatenate([_grids(image_grid_thw), _grids(video_grid_thw)])
+        rows, row_count = (owners["image"] + owners["video"], batch) if row_per_sequence else ([0] * len(grids), 1)
+        patches, place = pack(np.concatenate(parts), grids, config.vision, rows, row_count)
+        vision_index = np.full((batch, size), -1, np.int32)
+        image_tokens = sum(i.tokens for i in images)
+        vision_index[valid & (rolled == config.image_token_id)] = place[:image_tokens]
+        vision_index[valid & (rolled == config.video_token_id)] = place[image_tokens:]
+    elif position_ids is None and start is None:
+        positions = None
+    index = np.where(valid, ordinal, -1).astype(np.int32)
+    return Prepared(Inputs(rolled, index, np.zeros((batch, size), np.int32), positions, vision_index), patches, shift)

@@ -1,0 +1,52 @@
+"""Parameters as one flat dict of dotted names, and the module that computes with them.
+
+Optimiser, checkpoints, sharding and conversion all work on the dict; only `bind` knows that flax has a tree of its own.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from infinitevl_jax.config.model import ModelConfig
+from infinitevl_jax.model.ops import Ops
+from infinitevl_jax.model.vlm import VLM
+
+Params = dict[str, Array]
+
+
+def flatten(state: nnx.State) -> Params:
+    """nnx state -> {"layers.rest.0.mlp.up_proj.kernel": array, ...}."""
+    return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+
+
+def no_remat(layer: Callable) -> Callable:
+    """Keep every activation for the backward pass."""
+    return layer
+
+
+def abstract(
+    config: ModelConfig, *, scanned: bool, dtype=jnp.float32, ops: Ops | None = None, remat: Callable = no_remat
+) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
+    """The model without its numbers: the graph definition that `bind` takes, and every parameter's name and shape (f32)."""
+    model = nnx.eval_shape(lambda: VLM(config, dtype=dtype, ops=ops, scanned=scanned, remat=remat, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(model, nnx.Param)
+    return graphdef, {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+
+
+def bind(graphdef: nnx.GraphDef, params: Mapping[str, Array]) -> VLM:
+    """The module that computes with these parameters."""
+    tree = [(tuple(int(p) if p.isdigit() else p for p in name.split(".")), nnx.Param(value)) for name, value in params.items()]
+    return nnx.merge(graphdef, nnx.from_flat_state(tree))
+
+
+def initialize(config: ModelConfig, key: Array, *, scanned: bool, dtype=jnp.float32, shardings=None) -> Params:
+    """Fresh parameters in `dtype`; with `shardings` (a dict by name) each device makes only its part."""
+
+    def create(key):
+        params = flatten(nnx.state(VLM(config, scanned=scanned, rngs=nnx.Rngs(key)), nnx.Param))
+        return {name: p.astype(dtype) for name, p in params.items()}
+
+    return jax.jit(create, out_shardings=shardings)(key)

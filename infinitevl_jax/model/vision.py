@@ -1,0 +1,88 @@
+"""The Qwen2.5-VL vision tower over packed patches: any number of images and videos, of any size, in one sequence.
+
+Patches arrive in window order (`infinitevl_jax.model.patches`), so that an attention window is a run of neighbours: most blocks attend
+inside windows, a few over the whole temporal slice, and both are segment ids over the same sequence.
+"""
+
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax import Array
+
+from infinitevl_jax.config.model import VisionConfig
+from infinitevl_jax.model.layers import GatedMLP, Linear, RMSNorm
+from infinitevl_jax.model.ops import Ops
+from infinitevl_jax.model.patches import Patches
+from infinitevl_jax.model.rope import rotate, vision_angles
+from infinitevl_jax.model.span import VisionSpan
+from infinitevl_jax.model.stack import Stack
+from infinitevl_jax.sharding import constrain
+from pallas_kernels.attend import Mask
+
+WINDOW, SLICE = "window", "slice"
+
+
+class VisionAttention(nnx.Module):
+    """Non-causal attention inside windows, or inside temporal slices."""
+
+    def __init__(self, config: VisionConfig, kind: str, ops: Ops, rngs: nnx.Rngs):
+        self.kind, self.ops, self.head_dim = kind, ops, config.head_dim
+        self.window_patches = config.window_tokens**2 * config.merge_unit
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=True, rngs=rngs)
+        self.proj = Linear(config.hidden_size, config.hidden_size, bias=True, rngs=rngs)
+
+    def __call__(self, x: Array, span: VisionSpan) -> Array:
+        q, k, v = rearrange(self.qkv(x), "r n (three h d) -> three r n h d", three=3, d=self.head_dim)
+        q, k, v = (constrain(y, "batch", None, "heads", None) for y in (q, k, v))
+        q, k = rotate(q, span.cos, span.sin), rotate(k, span.cos, span.sin)
+        # a segment has at most `reach` patches in a row, so keys further away need not be looked at
+        segment, reach = (span.window, self.window_patches) if self.kind == WINDOW else (span.slice, span.slice_reach)
+        mask = Mask(causal=False, window=reach, aligned=True)
+        out, _ = self.ops.attend(q, k, v, span.index, span.index, segment, segment, mask=mask, scale=self.head_dim**-0.5)
+        return self.proj(rearrange(out, "r n h d -> r n (h d)"))
+
+
+class VisionBlock(nnx.Module):
+    """x += attn(norm1(x)); x += mlp(norm2(x))."""
+
+    def __init__(self, config: VisionConfig, kind: str, ops: Ops, rngs: nnx.Rngs):
+        self.norm1 = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm2 = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attn = VisionAttention(config, kind, ops, rngs)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True, rngs=rngs)
+
+    def __call__(self, x: Array, state: None, span: VisionSpan) -> tuple[Array, None]:
+        x = x + self.attn(self.norm1(x), span)
+        return constrain(x + self.mlp(self.norm2(x)), "batch", None, None), None
+
+
+class PatchMerger(nnx.Module):
+    """Four neighbouring patches become one token of the decoder's width."""
+
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+        self.merge_unit = config.merge_unit
+        merged = config.hidden_size * config.merge_unit
+        self.ln_q = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.fc1 = Linear(merged, merged, bias=True, rngs=rngs)
+        self.fc2 = Linear(merged, config.out_hidden_size, bias=True, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        x = rearrange(self.ln_q(x), "r (n unit) d -> r n (unit d)", unit=self.merge_unit)
+        return self.fc2(nnx.gelu(self.fc1(x), approximate=False))
+
+
+class VisionTower(nnx.Module):
+    """Patches [rows, patches, features] -> tokens [rows, patches / 4, decoder width], in window order."""
+
+    def __init__(self, config: VisionConfig, ops: Ops, *, scanned: bool, remat, rngs: nnx.Rngs):
+        self.head_dim, self.theta = config.head_dim, config.rope_theta
+        self.patch_embed = Linear(config.patch_features, config.hidden_size, rngs=rngs)
+        kinds = [SLICE if i in config.fullatt_block_indexes else WINDOW for i in range(config.depth)]
+        self.blocks = Stack(lambda kind, r: VisionBlock(config, kind, ops, r), kinds, scanned=scanned, remat=remat, rngs=rngs)
+        self.merger = PatchMerger(config, rngs)
+
+    def __call__(self, patches: Patches, dtype) -> Array:
+        angles = vision_angles(patches.row_column, self.head_dim, self.theta)
+        span = VisionSpan(patches.index, patches.window, patches.slice, jnp.cos(angles), jnp.sin(angles), patches.slice_reach)
+        x, _, _ = self.blocks(self.patch_embed(patches.pixels.astype(dtype)), span)
+        return self.merger(x)

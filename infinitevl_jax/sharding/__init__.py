@@ -1,0 +1,5 @@
+"""Where arrays live on a mesh: the axes, one table of rules, and the hint that activations carry."""
+
+from infinitevl_jax.sharding.rules import constrain, parameter_shardings, spec
+
+__all__ = ["constrain", "parameter_shardings", "spec"]
