@@ -1,0 +1,8 @@
+"""Every test runs on the CPU, which stands in for a machine of 8 devices. Set before jax is imported."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu compiles for pods here; there is no pod to ask
+os.environ["HF_HUB_OFFLINE"] = "1"
