@@ -59,9 +59,8 @@ class VLM(nnx.Module):
     ):
         text, ops = config.text, ops or Ops()
         self.config, self.dtype = config, jnp.dtype(dtype)
-        self.visual = None
-        if config.vision is not None:
-            self.visual = VisionTower(config.vision, ops, scanned=scanned, remat=remat, rngs=rngs)
+        tower = None if config.vision is None else VisionTower(config.vision, ops, scanned=scanned, remat=remat, rngs=rngs)
+        self.visual = tower
         self.embed_tokens = Embedding(text.vocab_size, text.hidden_size, std=config.initializer_range, rngs=rngs)
         self.layers = Stack(
             lambda kind, r: DecoderLayer(text, kind, ops, r), text.layer_types, scanned=scanned, remat=remat, rngs=rngs

@@ -84,3 +84,19 @@ def decode(weights, text, embeds, positions):
         gated = silu(h @ layer["mlp.gate_proj.weight"].T) * (h @ layer["mlp.up_proj.weight"].T)
         x = x + gated @ layer["mlp.down_proj.weight"].T
     return rms(x, w["model.norm.weight"], text.rms_norm_eps) @ w["model.embed_tokens.weight"].T
+
+
+def published(params, config):
+    """Our unrolled parameters under Hugging Face's names and shapes (decoder only), without the package's weight table."""
+    out = {}
+    for name, value in params.items():
+        value = np.asarray(value)
+        if name.startswith("visual."):
+            continue
+        name = name.replace("layers.rest.", "layers.").replace("kernel", "weight").replace("embedding", "weight")
+        if "conv1d" in name:
+            value = value.T[:, None, :]
+        elif value.ndim == 2 and "embed_tokens" not in name:
+            value = value.T
+        out["lm_head.weight" if name == "lm_head.weight" else f"model.{name}"] = value
+    return out
