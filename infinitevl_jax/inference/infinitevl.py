@@ -128,7 +128,14 @@ class InfiniteVL:
         width = np.shape(input_ids)[-1] if np.ndim(input_ids) else 0
         length = width if width == 1 else bucket(width)
         prepared = prepare(
-            self.config, input_ids, attention_mask, position_ids, **vision, second_per_grid_ts=second_per_grid_ts, start=start, length=length
+            self.config,
+            input_ids,
+            attention_mask,
+            position_ids,
+            **vision,
+            second_per_grid_ts=second_per_grid_ts,
+            start=start,
+            length=length,
         )
         if cache is None and use_cache:
             cache = self.init_cache(len(prepared.shift), max_length or (width if self.keeps_everything else None))
@@ -150,7 +157,8 @@ class InfiniteVL:
         **batch,
     ) -> np.ndarray:
         """The new token ids [batch, new], greedy by default; a sequence that has ended is filled up with the pad token."""
-        tokens = list(self.stream(input_ids, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, eos_token_ids=eos_token_ids, **batch))
+        settings = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed, "eos_token_ids": eos_token_ids}
+        tokens = list(self.stream(input_ids, **settings, **batch))
         return np.stack(tokens, 1) if tokens else np.zeros((len(input_ids), 0), np.int32)
 
     def stream(

@@ -13,6 +13,7 @@ from flax import nnx
 from jax import Array
 
 from infinitevl_jax.config.model import TextConfig
+from infinitevl_jax.model.keys import Keys
 from infinitevl_jax.model.layers import Linear
 from infinitevl_jax.model.ops import Ops
 from infinitevl_jax.model.rope import rotate
@@ -58,14 +59,14 @@ def write(ring: KeyValueRing, k: Array, v: Array, index: Array) -> KeyValueRing:
 class SoftmaxAttention(nnx.Module):
     """Grouped-query attention with M-RoPE: q, k, v with bias, o without."""
 
-    def __init__(self, config: TextConfig, retention: Retention, ops: Ops, rngs: nnx.Rngs):
+    def __init__(self, config: TextConfig, retention: Retention, ops: Ops, keys: Keys):
         self.head_dim, self.kv_heads, self.heads = config.head_dim, config.num_key_value_heads, config.num_attention_heads
         self.retention, self.ops = retention, ops
         width = config.hidden_size
-        self.q_proj = Linear(width, self.heads * self.head_dim, bias=True, rngs=rngs)
-        self.k_proj = Linear(width, self.kv_heads * self.head_dim, bias=True, rngs=rngs)
-        self.v_proj = Linear(width, self.kv_heads * self.head_dim, bias=True, rngs=rngs)
-        self.o_proj = Linear(self.heads * self.head_dim, width, rngs=rngs)
+        self.q_proj = Linear(width, self.heads * self.head_dim, bias=True, keys=keys)
+        self.k_proj = Linear(width, self.kv_heads * self.head_dim, bias=True, keys=keys)
+        self.v_proj = Linear(width, self.kv_heads * self.head_dim, bias=True, keys=keys)
+        self.o_proj = Linear(self.heads * self.head_dim, width, keys=keys)
 
     def state_spec(self, batch: int, max_length: int, dtype) -> KeyValueRing:
         """Shapes and dtypes of this layer's cache."""

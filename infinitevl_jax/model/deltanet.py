@@ -12,6 +12,7 @@ from flax import nnx
 from jax import Array
 
 from infinitevl_jax.config.model import TextConfig
+from infinitevl_jax.model.keys import Keys
 from infinitevl_jax.model.layers import Linear
 from infinitevl_jax.model.ops import Ops
 from infinitevl_jax.model.span import Span
@@ -60,23 +61,23 @@ def l2_normalize(x: Array) -> Array:
 class GatedDeltaNet(nnx.Module):
     """Linear attention with a gated delta rule (infinitevl.md's tensors: q, k, v, a, b, g, o projections, three convolutions)."""
 
-    def __init__(self, config: TextConfig, ops: Ops, rngs: nnx.Rngs):
+    def __init__(self, config: TextConfig, ops: Ops, keys: Keys):
         self.heads, self.head_dim, self.value_dim = config.num_linear_heads, config.linear_head_dim, config.linear_value_dim
         self.taps, self.ops = config.conv_size, ops
-        width, keys, values = config.hidden_size, self.heads * self.head_dim, self.heads * self.value_dim
-        self.q_proj = Linear(width, keys, rngs=rngs)
-        self.k_proj = Linear(width, keys, rngs=rngs)
-        self.v_proj = Linear(width, values, rngs=rngs)
-        self.a_proj = Linear(width, self.heads, rngs=rngs)
-        self.b_proj = Linear(width, self.heads, rngs=rngs)
-        self.g_proj = Linear(width, values, rngs=rngs)
-        self.o_proj = Linear(values, width, rngs=rngs)
-        self.q_conv1d = CausalConv(keys, self.taps, ops)
-        self.k_conv1d = CausalConv(keys, self.taps, ops)
-        self.v_conv1d = CausalConv(values, self.taps, ops)
+        width, key_width, value_width = config.hidden_size, self.heads * self.head_dim, self.heads * self.value_dim
+        self.q_proj = Linear(width, key_width, keys=keys)
+        self.k_proj = Linear(width, key_width, keys=keys)
+        self.v_proj = Linear(width, value_width, keys=keys)
+        self.a_proj = Linear(width, self.heads, keys=keys)
+        self.b_proj = Linear(width, self.heads, keys=keys)
+        self.g_proj = Linear(width, value_width, keys=keys)
+        self.o_proj = Linear(value_width, width, keys=keys)
+        self.q_conv1d = CausalConv(key_width, self.taps, ops)
+        self.k_conv1d = CausalConv(key_width, self.taps, ops)
+        self.v_conv1d = CausalConv(value_width, self.taps, ops)
         # decay rates 1..16 and step sizes 1e-3..0.1, log-uniform: heads start with memories from ten to thousands of tokens
-        step = jnp.exp(jax.random.uniform(rngs.params(), (self.heads,), minval=jnp.log(1e-3), maxval=jnp.log(0.1)))
-        self.A_log = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (self.heads,), minval=1.0, maxval=16.0)))
+        step = jnp.exp(jax.random.uniform(keys(), (self.heads,), minval=jnp.log(1e-3), maxval=jnp.log(0.1)))
+        self.A_log = nnx.Param(jnp.log(jax.random.uniform(keys(), (self.heads,), minval=1.0, maxval=16.0)))
         self.dt_bias = nnx.Param(step + jnp.log(-jnp.expm1(-step)))  # inverse softplus
         self.o_norm = GatedNorm(self.value_dim, config.norm_eps)
 

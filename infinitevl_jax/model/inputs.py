@@ -118,7 +118,7 @@ def prepare(
             present, absent = (name, grid_name) if value is not None else (grid_name, name)
             raise InfiniteVLError(f"{present} came without {absent}", "pass both, as the processor returned them")
     if has_vision and config.vision is None:
-        raise InfiniteVLError(f"pixel values came for a text model ({config.family})", "leave images out, or load a vision-language checkpoint")
+        raise InfiniteVLError(f"pixel values came for a text model ({config.family})", "leave images out, or load a vision-language model")
 
     # positions, and which item each sequence takes
     image_queue, video_queue = iter(images), iter(videos)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from infinitevl_jax.model.keys import Keys
+
 
 def matmul_precision(dtype) -> jax.lax.Precision | None:
     """HIGHEST for f32 and wider (no silent TF32 or bf16 passes), the device's native one otherwise."""
@@ -18,9 +20,9 @@ def matmul_precision(dtype) -> jax.lax.Precision | None:
 class Linear(nnx.Module):
     """y = x kernel + bias, kernel [in, out]. Fresh kernels are U(+-1/sqrt(in)), biases zero."""
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, rngs: nnx.Rngs):
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, keys: Keys):
         bound = in_features**-0.5
-        self.kernel = nnx.Param(jax.random.uniform(rngs.params(), (in_features, out_features), minval=-bound, maxval=bound))
+        self.kernel = nnx.Param(jax.random.uniform(keys(), (in_features, out_features), minval=-bound, maxval=bound))
         self.bias = nnx.Param(jnp.zeros(out_features)) if bias else None
 
     def __call__(self, x: Array) -> Array:
@@ -44,10 +46,10 @@ class RMSNorm(nnx.Module):
 class GatedMLP(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, features: int, hidden: int, *, bias: bool = False, rngs: nnx.Rngs):
-        self.gate_proj = Linear(features, hidden, bias=bias, rngs=rngs)
-        self.up_proj = Linear(features, hidden, bias=bias, rngs=rngs)
-        self.down_proj = Linear(hidden, features, bias=bias, rngs=rngs)
+    def __init__(self, features: int, hidden: int, *, bias: bool = False, keys: Keys):
+        self.gate_proj = Linear(features, hidden, bias=bias, keys=keys)
+        self.up_proj = Linear(features, hidden, bias=bias, keys=keys)
+        self.down_proj = Linear(hidden, features, bias=bias, keys=keys)
 
     def __call__(self, x: Array) -> Array:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -56,8 +58,8 @@ class GatedMLP(nnx.Module):
 class Embedding(nnx.Module):
     """Token table [vocab, width]; also the output head where the two are tied."""
 
-    def __init__(self, vocab: int, features: int, *, std: float, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (vocab, features)))
+    def __init__(self, vocab: int, features: int, *, std: float, keys: Keys):
+        self.embedding = nnx.Param(std * jax.random.normal(keys(), (vocab, features)))
 
     def __call__(self, tokens: Array, dtype) -> Array:
         return self.embedding[...][tokens].astype(dtype)

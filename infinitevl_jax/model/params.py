@@ -3,7 +3,9 @@
 Optimiser, checkpoints, sharding and conversion all work on the dict; only `bind` knows that flax has a tree of its own.
 """
 
+import functools
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from flax import nnx
 from jax import Array
 
 from infinitevl_jax.config.model import ModelConfig
+from infinitevl_jax.model.keys import Keys
 from infinitevl_jax.model.ops import Ops
 from infinitevl_jax.model.vlm import VLM
 
@@ -27,13 +30,14 @@ def no_remat(layer: Callable) -> Callable:
     return layer
 
 
+@functools.cache
 def abstract(
     config: ModelConfig, *, scanned: bool, dtype=jnp.float32, ops: Ops | None = None, remat: Callable = no_remat
-) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
+) -> tuple[nnx.GraphDef, Mapping[str, jax.ShapeDtypeStruct]]:
     """The model without its numbers: the graph definition that `bind` takes, and every parameter's name and shape (f32)."""
-    model = nnx.eval_shape(lambda: VLM(config, dtype=dtype, ops=ops, scanned=scanned, remat=remat, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: VLM(config, dtype=dtype, ops=ops, scanned=scanned, remat=remat, keys=Keys(jax.random.key(0))))
     graphdef, state = nnx.split(model, nnx.Param)
-    return graphdef, {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+    return graphdef, MappingProxyType({".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)})
 
 
 def bind(graphdef: nnx.GraphDef, params: Mapping[str, Array]) -> VLM:
@@ -46,7 +50,7 @@ def initialize(config: ModelConfig, key: Array, *, scanned: bool, dtype=jnp.floa
     """Fresh parameters in `dtype`; with `shardings` (a dict by name) each device makes only its part."""
 
     def create(key):
-        params = flatten(nnx.state(VLM(config, scanned=scanned, rngs=nnx.Rngs(key)), nnx.Param))
+        params = flatten(nnx.state(VLM(config, scanned=scanned, keys=Keys(key)), nnx.Param))
         return {name: p.astype(dtype) for name, p in params.items()}
 
     return jax.jit(create, out_shardings=shardings)(key)

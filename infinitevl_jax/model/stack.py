@@ -13,6 +13,8 @@ import jax
 from flax import nnx
 from jax import Array
 
+from infinitevl_jax.model.keys import Keys
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -46,18 +48,17 @@ def layout(kinds: Sequence, scanned: bool) -> Layout:
 
 
 class Stack(nnx.Module):
-    """Layers `make(kind, rngs)` for every kind of the pattern; each is called as `layer(x, state, span) -> (x, state)`."""
+    """Layers `make(kind, keys)` for every kind of the pattern; each is called as `layer(x, state, span) -> (x, state)`."""
 
-    def __init__(self, make: Callable, kinds: Sequence, *, scanned: bool, remat: Callable, rngs: nnx.Rngs):
+    def __init__(self, make: Callable, kinds: Sequence, *, scanned: bool, remat: Callable, keys: Keys):
         self.layout = layout(kinds, scanned)
         self.remat = remat
 
         def stacked(kind):
-            create = nnx.split_rngs(splits=self.layout.repeats)(nnx.vmap(lambda r: make(kind, r), in_axes=0, out_axes=0))
-            return create(rngs)
+            return nnx.vmap(lambda key: make(kind, Keys(key)))(jax.random.split(keys(), self.layout.repeats))
 
         self.blocks = nnx.List([stacked(kinds[p]) for p in range(self.layout.period)])
-        self.rest = nnx.List([make(kinds[self.layout.depth - self.layout.rest + i], rngs) for i in range(self.layout.rest)])
+        self.rest = nnx.List([make(kinds[self.layout.depth - self.layout.rest + i], keys) for i in range(self.layout.rest)])
 
     def layers(self) -> list[nnx.Module]:
         """Every layer on its own, in order; a stacked layer is a slice of its block."""

@@ -10,6 +10,7 @@ from flax import nnx
 from jax import Array
 
 from infinitevl_jax.config.model import VisionConfig
+from infinitevl_jax.model.keys import Keys
 from infinitevl_jax.model.layers import GatedMLP, Linear, RMSNorm
 from infinitevl_jax.model.ops import Ops
 from infinitevl_jax.model.patches import Patches
@@ -25,11 +26,11 @@ WINDOW, SLICE = "window", "slice"
 class VisionAttention(nnx.Module):
     """Non-causal attention inside windows, or inside temporal slices."""
 
-    def __init__(self, config: VisionConfig, kind: str, ops: Ops, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, kind: str, ops: Ops, keys: Keys):
         self.kind, self.ops, self.head_dim = kind, ops, config.head_dim
         self.window_patches = config.window_tokens**2 * config.merge_unit
-        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=True, rngs=rngs)
-        self.proj = Linear(config.hidden_size, config.hidden_size, bias=True, rngs=rngs)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=True, keys=keys)
+        self.proj = Linear(config.hidden_size, config.hidden_size, bias=True, keys=keys)
 
     def __call__(self, x: Array, span: VisionSpan) -> Array:
         q, k, v = rearrange(self.qkv(x), "r n (three h d) -> three r n h d", three=3, d=self.head_dim)
@@ -45,11 +46,11 @@ class VisionAttention(nnx.Module):
 class VisionBlock(nnx.Module):
     """x += attn(norm1(x)); x += mlp(norm2(x))."""
 
-    def __init__(self, config: VisionConfig, kind: str, ops: Ops, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, kind: str, ops: Ops, keys: Keys):
         self.norm1 = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.norm2 = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attn = VisionAttention(config, kind, ops, rngs)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True, rngs=rngs)
+        self.attn = VisionAttention(config, kind, ops, keys)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True, keys=keys)
 
     def __call__(self, x: Array, state: None, span: VisionSpan) -> tuple[Array, None]:
         x = x + self.attn(self.norm1(x), span)
@@ -59,12 +60,12 @@ class VisionBlock(nnx.Module):
 class PatchMerger(nnx.Module):
     """Four neighbouring patches become one token of the decoder's width."""
 
-    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, keys: Keys):
         self.merge_unit = config.merge_unit
         merged = config.hidden_size * config.merge_unit
         self.ln_q = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.fc1 = Linear(merged, merged, bias=True, rngs=rngs)
-        self.fc2 = Linear(merged, config.out_hidden_size, bias=True, rngs=rngs)
+        self.fc1 = Linear(merged, merged, bias=True, keys=keys)
+        self.fc2 = Linear(merged, config.out_hidden_size, bias=True, keys=keys)
 
     def __call__(self, x: Array) -> Array:
         x = rearrange(self.ln_q(x), "r (n unit) d -> r n (unit d)", unit=self.merge_unit)
@@ -74,12 +75,12 @@ class PatchMerger(nnx.Module):
 class VisionTower(nnx.Module):
     """Patches [rows, patches, features] -> tokens [rows, patches / 4, decoder width], in window order."""
 
-    def __init__(self, config: VisionConfig, ops: Ops, *, scanned: bool, remat, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, ops: Ops, *, scanned: bool, remat, keys: Keys):
         self.head_dim, self.theta = config.head_dim, config.rope_theta
-        self.patch_embed = Linear(config.patch_features, config.hidden_size, rngs=rngs)
+        self.patch_embed = Linear(config.patch_features, config.hidden_size, keys=keys)
         kinds = [SLICE if i in config.fullatt_block_indexes else WINDOW for i in range(config.depth)]
-        self.blocks = Stack(lambda kind, r: VisionBlock(config, kind, ops, r), kinds, scanned=scanned, remat=remat, rngs=rngs)
-        self.merger = PatchMerger(config, rngs)
+        self.blocks = Stack(lambda kind, keys: VisionBlock(config, kind, ops, keys), kinds, scanned=scanned, remat=remat, keys=keys)
+        self.merger = PatchMerger(config, keys)
 
     def __call__(self, patches: Patches, dtype) -> Array:
         angles = vision_angles(patches.row_column, self.head_dim, self.theta)

@@ -15,6 +15,7 @@ from infinitevl_jax.model.attention import Retention, SoftmaxAttention
 from infinitevl_jax.model.cache import Cache
 from infinitevl_jax.model.deltanet import GatedDeltaNet
 from infinitevl_jax.model.inputs import Inputs
+from infinitevl_jax.model.keys import Keys
 from infinitevl_jax.model.layers import Embedding, GatedMLP, Linear, RMSNorm
 from infinitevl_jax.model.ops import Ops
 from infinitevl_jax.model.patches import Patches
@@ -28,14 +29,14 @@ from infinitevl_jax.sharding import constrain
 class DecoderLayer(nnx.Module):
     """x += mixer(norm(x)); x += mlp(norm(x)). The mixer keeps Hugging Face's name, self_attn, also where it is a Gated DeltaNet."""
 
-    def __init__(self, config: TextConfig, kind: str, ops: Ops, rngs: nnx.Rngs):
+    def __init__(self, config: TextConfig, kind: str, ops: Ops, keys: Keys):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if kind == LINEAR:
-            self.self_attn = GatedDeltaNet(config, ops, rngs)
+            self.self_attn = GatedDeltaNet(config, ops, keys)
         else:
-            self.self_attn = SoftmaxAttention(config, Retention(None if kind == FULL else config.sliding_window), ops, rngs)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, rngs=rngs)
+            self.self_attn = SoftmaxAttention(config, Retention(None if kind == FULL else config.sliding_window), ops, keys)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, keys=keys)
 
     def __call__(self, x: Array, state, span: Span):
         mixed, state = self.self_attn(self.input_layernorm(x), state, span)
@@ -55,18 +56,18 @@ class VLM(nnx.Module):
         ops: Ops | None = None,
         scanned: bool = True,
         remat: Callable = lambda layer: layer,
-        rngs: nnx.Rngs,
+        keys: Keys,
     ):
         text, ops = config.text, ops or Ops()
         self.config, self.dtype = config, jnp.dtype(dtype)
-        tower = None if config.vision is None else VisionTower(config.vision, ops, scanned=scanned, remat=remat, rngs=rngs)
+        tower = None if config.vision is None else VisionTower(config.vision, ops, scanned=scanned, remat=remat, keys=keys)
         self.visual = tower
-        self.embed_tokens = Embedding(text.vocab_size, text.hidden_size, std=config.initializer_range, rngs=rngs)
+        self.embed_tokens = Embedding(text.vocab_size, text.hidden_size, std=config.initializer_range, keys=keys)
         self.layers = Stack(
-            lambda kind, r: DecoderLayer(text, kind, ops, r), text.layer_types, scanned=scanned, remat=remat, rngs=rngs
+            lambda kind, keys: DecoderLayer(text, kind, ops, keys), text.layer_types, scanned=scanned, remat=remat, keys=keys
         )
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
-        self.lm_head = None if text.tie_word_embeddings else Linear(text.hidden_size, text.vocab_size, rngs=rngs)
+        self.lm_head = None if text.tie_word_embeddings else Linear(text.hidden_size, text.vocab_size, keys=keys)
 
     def encode(self, patches: Patches) -> Array:
         """Image and video tokens: [rows, tokens, width], placed as `Inputs.vision_index` expects them."""

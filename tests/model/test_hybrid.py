@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracle import decode, published
-from tiny import IMAGE, VIDEO, conversation, hybrid
+from tiny import conversation, hybrid
 
 from infinitevl_jax.model.inputs import prepare, vision_items
 from infinitevl_jax.model.positions import sequence_positions

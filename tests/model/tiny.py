@@ -46,7 +46,8 @@ def conversation(config: ModelConfig, seed: int = 0, text: int = 30):
     """Text, an image, text, a video, text: one sequence, named as in Hugging Face."""
     rng = np.random.default_rng(seed)
     image, video = (1, 6, 10), (3, 4, 6)
-    ids = [*rng.integers(1, 90, 5), START, *[IMAGE] * 15, END, *rng.integers(1, 90, 4), START, *[VIDEO] * 18, END, *rng.integers(1, 90, text)]
+    before, between, after = (rng.integers(1, 90, n) for n in (5, 4, text))
+    ids = [*before, START, *[IMAGE] * 15, END, *between, START, *[VIDEO] * 18, END, *after]
     features = config.vision.patch_features
     return {
         "input_ids": np.array([ids]), "second_per_grid_ts": [1.5],
