@@ -1,0 +1,30 @@
+"""The truth that every implementation is tested against: dense masked softmax, in the precision of its inputs."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attend.mask import Mask
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_index: jax.Array,
+    k_index: jax.Array,
+    q_segment: jax.Array | None,
+    k_segment: jax.Array | None,
+    mask: Mask,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """The contract of `pallas_kernels.attend.attend`, with lse in the dtype of q. Time and memory grow as Tq x Tk."""
+    group = q.shape[2] // k.shape[2]
+    real = (k_index >= 0)[:, :, None, None]
+    k, v = (jnp.repeat(jnp.where(real, x, 0), group, axis=2) for x in (k, v))
+    seen = mask.visible(q_index, k_index, q_segment, k_segment)[:, None]  # [batch, 1, queries, keys]
+    empty = ~seen.any(axis=-1, keepdims=True)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision="highest") * scale
+    scores = jnp.where(empty, 0, jnp.where(seen, scores, -jnp.inf))  # a row without keys is kept finite, then erased
+    weights = jnp.where(empty, 0, jax.nn.softmax(scores, axis=-1))
+    lse = jnp.where(empty[..., 0], -jnp.inf, jax.nn.logsumexp(scores, axis=-1))
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision="highest"), lse.swapaxes(1, 2)
