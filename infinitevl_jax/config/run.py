@@ -1,0 +1,39 @@
+"""How a run is carried out: mesh, precision, rematerialisation. None of it changes what is computed, only where and how exactly."""
+
+from dataclasses import dataclass
+
+from infinitevl_jax.errors import InfiniteVLError
+
+AXES = ("data", "fsdp", "tensor", "context")
+DTYPES = ("float32", "bfloat16")
+REMATS = ("none", "dots", "full")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Sizes of the mesh axes, and the numerics.
+
+    data: copies of the model. fsdp: parts that batch and parameters are cut into. tensor: parts that heads and hidden units are cut into.
+    context: parts that the length is cut into; reserved, 1 for now. One of them may be -1: all devices that the others leave.
+    dtype: what activations are computed in (parameters that train are float32 always).
+    remat: what each layer keeps for the backward pass: "none" of it is recomputed, all but the matrix products ("dots"), or "full".
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    context: int = 1
+    dtype: str = "float32"
+    remat: str = "none"
+
+    def __post_init__(self):
+        for name, known in (("dtype", DTYPES), ("remat", REMATS)):
+            if getattr(self, name) not in known:
+                raise InfiniteVLError(f"run.{name} is {getattr(self, name)!r}", f"choose one of {', '.join(known)}")
+        sizes = {axis: getattr(self, axis) for axis in AXES}
+        if bad := [axis for axis, size in sizes.items() if size < 1 and size != -1]:
+            raise InfiniteVLError(f"run.{bad[0]} is {sizes[bad[0]]}", "a mesh axis has 1 or more parts, or -1 for all devices left over")
+        if list(sizes.values()).count(-1) > 1:
+            raise InfiniteVLError(f"the mesh {sizes} leaves more than one axis open", "give -1 to one axis only")
+        if self.context != 1:
+            raise InfiniteVLError(f"run.context is {self.context}", "the context axis is reserved: leave it at 1")
