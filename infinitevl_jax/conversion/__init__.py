@@ -1,0 +1,19 @@
+"""Hugging Face folders <-> ours, in both directions through one weight table."""
+
+from infinitevl_jax.conversion.load import load_params, save_params
+from infinitevl_jax.conversion.reading import read_config
+
+__all__ = ["export_folder", "import_folder", "inspect_folder", "load_params", "read_config", "save_params"]
+
+
+def __getattr__(name: str):
+    """Import the converters when they are asked for: loading a Hugging Face folder needs neither orbax nor tqdm."""
+    if name == "import_folder":
+        from infinitevl_jax.conversion.importer import import_folder as found
+    elif name == "export_folder":
+        from infinitevl_jax.conversion.exporter import export_folder as found
+    elif name == "inspect_folder":
+        from infinitevl_jax.conversion.inspect import inspect_folder as found
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return found

@@ -1,0 +1,199 @@
+"""Reading and writing safetensors files: 8 bytes of header length, a JSON header, then the tensors' bytes without holes.
+
+The header is checked completely before any tensor is touched, and tensors are views of the mapped file, so a checkpoint larger than
+memory can be read slice by slice. bfloat16 comes from ml_dtypes: torch is not needed.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from infinitevl_jax.errors import InfiniteVLError
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+SPELLED: dict[np.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+_LONGEST_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: where it lies, counted from the end of the header."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class SafetensorsFile:
+    """A mapped safetensors file.
+
+    Attributes:
+      entries: name -> Entry, in the order of the bytes.
+      metadata: the file's own string -> string dictionary.
+
+    Raises:
+      InfiniteVLError: not a safetensors file, truncated, or a header that contradicts itself.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.entries, self.metadata, self._start = _read_header(self.path)
+        self._bytes = None
+
+    def array(self, name: str) -> np.ndarray:
+        """A read-only view of a tensor in the mapped file; no bytes are read yet."""
+        entry = self.entries[name]
+        if self._bytes is None:
+            self._bytes = np.memmap(self.path, mode="r", dtype=np.uint8)
+        flat = self._bytes[self._start + entry.begin : self._start + entry.end]
+        return np.asarray(flat).view(entry.dtype).reshape(entry.shape)
+
+
+def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str], int]:
+    again = "download or copy the file again"
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(8)
+            length = int.from_bytes(head, "little") if len(head) == 8 else 0
+            if head[:2] == b"PK" or head[:4] == b"\x80\x02\x8a\n":
+                raise InfiniteVLError(
+                    f"{path} is a torch file, not safetensors", "name it pytorch_model.bin and install torch to import it"
+                )
+            if head == b"version ":
+                raise InfiniteVLError(f"{path} is a git-lfs pointer, not the weights", "run `git lfs pull` in its folder")
+            if len(head) < 8:
+                raise InfiniteVLError(f"{path} is {size} bytes long: truncated, or not a safetensors file", again)
+            if length > min(_LONGEST_HEADER, size - 8):
+                raise InfiniteVLError(
+                    f"{path} says its header is {length:,} bytes long, the file has {size:,}: truncated, or not a safetensors file", again
+                )
+            raw = file.read(length)
+    except OSError as error:
+        raise InfiniteVLError(f"{path} cannot be read: {error.strerror}", "check the path and its permissions") from None
+
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        metadata = header.pop("__metadata__", {})
+    except InfiniteVLError as error:
+        raise InfiniteVLError(f"{path}: {error.culprit}", again) from None
+    except (ValueError, AttributeError, RecursionError):
+        raise InfiniteVLError(f"{path}: the header is not a JSON object; not a safetensors file", again) from None
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise InfiniteVLError(f"{path}: __metadata__ does not map strings to strings", again)
+    entries = {name: _entry(path, name, fields) for name, fields in header.items()}
+
+    place, before = 0, "the header"
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != place:
+            what = "overlaps" if entry.begin < place else "leaves a hole behind"
+            raise InfiniteVLError(f"{path}: tensor {name} at byte {entry.begin:,} {what} {before}, which ends at {place:,}", again)
+        place, before = entry.end, name
+    if 8 + length + place != size:
+        kind = "truncated" if size < 8 + length + place else "with bytes that belong to no tensor"
+        raise InfiniteVLError(f"{path} is {size:,} bytes long, its header asks for {8 + length + place:,}: {kind}", again)
+    return dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end))), metadata, 8 + length
+
+
+def _unique(pairs: list) -> dict:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InfiniteVLError(f"{twice} stands twice in the header", "")
+    return out
+
+
+def _entry(path: Path, name: str, fields) -> Entry:
+    try:
+        dtype, shape, (begin, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
+        whole = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
+    except (KeyError, TypeError, ValueError):
+        whole, dtype = False, None
+    if not whole:
+        raise InfiniteVLError(f"{path}: the header's entry for {name} is damaged", "download or copy the file again")
+    if dtype not in DTYPES:
+        raise InfiniteVLError(f"{path}: tensor {name} has the unknown dtype {dtype!r}", "save the weights in bf16, f16 or f32")
+    if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise InfiniteVLError(
+            f"{path}: tensor {name} {dtype} {list(shape)} takes {math.prod(shape) * DTYPES[dtype].itemsize:,} bytes,"
+            f" its offsets span {end - begin:,}",
+            "download or copy the file again",
+        )
+    return Entry(DTYPES[dtype], shape, begin, end)
+
+
+class SafetensorsWriter:
+    """Writes a safetensors file whose tensors arrive in any order.
+
+    Args:
+      path: the file, which must not exist.
+      tensors: (name, dtype, shape) in the order of the bytes.
+      metadata: the file's own dictionary.
+    """
+
+    def __init__(self, path: Path, tensors: Sequence[tuple[str, np.dtype, tuple[int, ...]]], metadata: Mapping[str, str]):
+        header: dict = {"__metadata__": dict(metadata)} if metadata else {}
+        self.entries, place = {}, 0
+        for name, dtype, shape in tensors:
+            end = place + math.prod(shape) * dtype.itemsize
+            self.entries[name] = Entry(dtype, tuple(shape), place, end)
+            header[name] = {"dtype": SPELLED[dtype], "shape": list(shape), "data_offsets": [place, end]}
+            place = end
+        raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        raw += b" " * (-len(raw) % 8)
+        self._start = 8 + len(raw)
+        self._waiting = set(self.entries)
+        self.path = path
+        self._file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        self._write(len(raw).to_bytes(8, "little") + raw, 0)
+
+    def put(self, name: str, value: np.ndarray) -> None:
+        """Write one tensor; `value` has its dtype and shape."""
+        entry = self.entries[name]
+        if (value.dtype, value.shape) != (entry.dtype, entry.shape) or name not in self._waiting:
+            raise ValueError(f"{name}: {value.dtype} {value.shape} is not the {entry} that was announced, or came twice")
+        self._write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data, self._start + entry.begin)
+        self._waiting.discard(name)
+
+    def close(self) -> None:
+        """Flush to disk. Every announced tensor must have come."""
+        os.fsync(self._file)
+        self.abort()
+        if self._waiting:
+            raise ValueError(f"{self.path}: never written: {sorted(self._waiting)[:3]}")
+
+    def abort(self) -> None:
+        """Close the file, complete or not."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def _write(self, data, place: int) -> None:
+        data = memoryview(data)
+        while data:
+            written = os.pwrite(self._file, data[: 1 << 30], place)
+            data, place = data[written:], place + written
