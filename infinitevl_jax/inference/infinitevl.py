@@ -75,7 +75,7 @@ class InfiniteVL:
     @classmethod
     def random(cls, config: ModelConfig, seed: int = 0, *, dtype=jnp.float32, mesh: Mesh | None = None) -> "InfiniteVL":
         """A model with fresh random weights."""
-        shardings = None if mesh is None else parameter_shardings(abstract(config, scanned=False)[1], mesh)
+        shardings = None if mesh is None else parameter_shardings(abstract(config, scanned=True)[1], mesh)
         return cls(config, initialize(config, jax.random.key(seed), scanned=False, dtype=dtype, shardings=shardings), mesh=mesh)
 
     @property

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from infinitevl_jax.config.model import FULL, LINEAR, SLIDING, ModelConfig
+
 
 class Cache(NamedTuple):
     """The state of `batch` sequences."""
@@ -31,3 +33,17 @@ class Cache(NamedTuple):
 def empty(specs) -> Cache:
     """A cache of zeros from `VLM.cache_spec`."""
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), specs)
+
+
+def cache_bytes(config: ModelConfig, batch: int, dtype, max_length: int = 0) -> int:
+    """Bytes that `batch` sequences keep, by formula.
+
+    A window layer holds `sliding_window` keys and values, a full-attention layer `max_length`; a Gated DeltaNet layer its f32 state and
+    the last conv_size - 1 inputs of three convolutions.
+    """
+    text, item = config.text, jnp.dtype(dtype).itemsize
+    slot = 2 * text.num_key_value_heads * text.head_dim * item
+    keys, values = text.num_linear_heads * text.linear_head_dim, text.num_linear_heads * text.linear_value_dim
+    linear = 4 * keys * text.linear_value_dim + (text.conv_size - 1) * (2 * keys + values) * item
+    sizes = {SLIDING: slot * text.sliding_window, FULL: slot * max_length, LINEAR: linear}
+    return batch * sum(sizes[kind] for kind in text.layer_types)

@@ -4,6 +4,7 @@ Optimiser, checkpoints, sharding and conversion all work on the dict; only `bind
 """
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -15,6 +16,8 @@ from jax import Array
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.model.keys import Keys
 from infinitevl_jax.model.ops import Ops
+from infinitevl_jax.model.stack import layout
+from infinitevl_jax.model.vision import block_kinds
 from infinitevl_jax.model.vlm import VLM
 
 Params = dict[str, Array]
@@ -46,11 +49,37 @@ def bind(graphdef: nnx.GraphDef, params: Mapping[str, Array]) -> VLM:
     return nnx.merge(graphdef, nnx.from_flat_state(tree))
 
 
+def unstack(config: ModelConfig, params: Params) -> Params:
+    """Parameters of the scanned layout -> the unrolled one. Empties `params` on its way, so that little is held twice."""
+    kinds = {"layers": config.text.layer_types}
+    if config.vision is not None:
+        kinds["visual.blocks"] = block_kinds(config.vision)
+    out = {}
+    for name in list(params):
+        value = params.pop(name)
+        match = re.fullmatch(r"(layers|visual\.blocks)\.(blocks|rest)\.(\d+)\.(.+)", name)
+        if match is None:
+            out[name] = value
+            continue
+        stack, group, place, leaf = match.groups()
+        where = layout(kinds[stack], scanned=True)
+        if group == "rest":
+            out[f"{stack}.rest.{where.period * where.repeats + int(place)}.{leaf}"] = value
+        else:
+            for repeat in range(where.repeats):
+                out[f"{stack}.rest.{repeat * where.period + int(place)}.{leaf}"] = value[repeat]
+    return out
+
+
 def initialize(config: ModelConfig, key: Array, *, scanned: bool, dtype=jnp.float32, shardings=None) -> Params:
-    """Fresh parameters in `dtype`; with `shardings` (a dict by name) each device makes only its part."""
+    """Fresh parameters in `dtype`, the same numbers in both layouts.
+
+    shardings: by name in the scanned layout; each device then makes only its part.
+    """
 
     def create(key):
-        params = flatten(nnx.state(VLM(config, scanned=scanned, keys=Keys(key)), nnx.Param))
+        params = flatten(nnx.state(VLM(config, scanned=True, keys=Keys(key)), nnx.Param))
         return {name: p.astype(dtype) for name, p in params.items()}
 
-    return jax.jit(create, out_shardings=shardings)(key)
+    params = jax.jit(create, out_shardings=shardings)(key)
+    return params if scanned else unstack(config, params)

@@ -4,6 +4,8 @@ Patches arrive in window order (`infinitevl_jax.model.patches`), so that an atte
 inside windows, a few over the whole temporal slice, and both are segment ids over the same sequence.
 """
 
+from functools import partial
+
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
@@ -23,10 +25,15 @@ from pallas_kernels.attend import Mask
 WINDOW, SLICE = "window", "slice"
 
 
+def block_kinds(config: VisionConfig) -> tuple[str, ...]:
+    """What each block's attention stays inside of."""
+    return tuple(SLICE if i in config.fullatt_block_indexes else WINDOW for i in range(config.depth))
+
+
 class VisionAttention(nnx.Module):
     """Non-causal attention inside windows, or inside temporal slices."""
 
-    def __init__(self, config: VisionConfig, kind: str, ops: Ops, keys: Keys):
+    def __init__(self, config: VisionConfig, ops: Ops, kind: str, keys: Keys):
         self.kind, self.ops, self.head_dim = kind, ops, config.head_dim
         self.window_patches = config.window_tokens**2 * config.merge_unit
         self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=True, keys=keys)
@@ -46,10 +53,10 @@ class VisionAttention(nnx.Module):
 class VisionBlock(nnx.Module):
     """x += attn(norm1(x)); x += mlp(norm2(x))."""
 
-    def __init__(self, config: VisionConfig, kind: str, ops: Ops, keys: Keys):
+    def __init__(self, config: VisionConfig, ops: Ops, kind: str, keys: Keys):
         self.norm1 = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.norm2 = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attn = VisionAttention(config, kind, ops, keys)
+        self.attn = VisionAttention(config, ops, kind, keys)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True, keys=keys)
 
     def __call__(self, x: Array, state: None, span: VisionSpan) -> tuple[Array, None]:
@@ -78,8 +85,8 @@ class VisionTower(nnx.Module):
     def __init__(self, config: VisionConfig, ops: Ops, *, scanned: bool, remat, keys: Keys):
         self.head_dim, self.theta = config.head_dim, config.rope_theta
         self.patch_embed = Linear(config.patch_features, config.hidden_size, keys=keys)
-        kinds = [SLICE if i in config.fullatt_block_indexes else WINDOW for i in range(config.depth)]
-        self.blocks = Stack(lambda kind, keys: VisionBlock(config, kind, ops, keys), kinds, scanned=scanned, remat=remat, keys=keys)
+        make = partial(VisionBlock, config, ops)
+        self.blocks = Stack(make, block_kinds(config), scanned=scanned, remat=remat, keys=keys)
         self.merger = PatchMerger(config, keys)
 
     def __call__(self, patches: Patches, dtype) -> Array:

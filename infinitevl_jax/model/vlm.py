@@ -4,6 +4,7 @@ It knows nothing of files, tokenizers or batching habits; `infinitevl_jax.infere
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ from infinitevl_jax.sharding import constrain
 class DecoderLayer(nnx.Module):
     """x += mixer(norm(x)); x += mlp(norm(x)). The mixer keeps Hugging Face's name, self_attn, also where it is a Gated DeltaNet."""
 
-    def __init__(self, config: TextConfig, kind: str, ops: Ops, keys: Keys):
+    def __init__(self, config: TextConfig, ops: Ops, kind: str, keys: Keys):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if kind == LINEAR:
@@ -63,9 +64,8 @@ class VLM(nnx.Module):
         tower = None if config.vision is None else VisionTower(config.vision, ops, scanned=scanned, remat=remat, keys=keys)
         self.visual = tower
         self.embed_tokens = Embedding(text.vocab_size, text.hidden_size, std=config.initializer_range, keys=keys)
-        self.layers = Stack(
-            lambda kind, keys: DecoderLayer(text, kind, ops, keys), text.layer_types, scanned=scanned, remat=remat, keys=keys
-        )
+        make = partial(DecoderLayer, text, ops)
+        self.layers = Stack(make, text.layer_types, scanned=scanned, remat=remat, keys=keys)
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
         self.lm_head = None if text.tie_word_embeddings else Linear(text.hidden_size, text.vocab_size, keys=keys)
 

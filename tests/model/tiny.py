@@ -21,7 +21,7 @@ def hybrid_config(layers: int = 5, window: int = 24, **text) -> ModelConfig:
     )  # fmt: skip
     return ModelConfig(
         TextConfig(**text), vision, image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END,
-        pad_token_id=0, eos_token_ids=(98,),
+        pad_token_id=0, eos_token_ids=(98,), initializer_range=0.5,
     )  # fmt: skip
 
 
