@@ -1,0 +1,19 @@
+"""Conversations, images and videos to model inputs: numpy, Pillow, PyAV, tokenizers and Jinja; no JAX."""
+
+from infinitevl_jax.processing.chat_template import ChatTemplate
+from infinitevl_jax.processing.images import ImageOptions, load_image, smart_resize
+from infinitevl_jax.processing.processor import Processor
+from infinitevl_jax.processing.tokenizer import TextStream, Tokenizer
+from infinitevl_jax.processing.video import VideoOptions, load_video
+
+__all__ = [
+    "ChatTemplate",
+    "ImageOptions",
+    "Processor",
+    "TextStream",
+    "Tokenizer",
+    "VideoOptions",
+    "load_image",
+    "load_video",
+    "smart_resize",
+]

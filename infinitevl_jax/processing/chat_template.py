@@ -1,0 +1,98 @@
+"""Conversation to prompt text, by the checkpoint's own Jinja template or the built-in one for Qwen2.5-VL."""
+
+import datetime
+import functools
+import importlib.resources
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+
+from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.processing.folder import read_json
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A Jinja template and where it came from."""
+
+    text: str
+    source: str
+
+    @classmethod
+    def builtin(cls) -> "ChatTemplate":
+        """The template shipped with this package (qwen_vl.jinja)."""
+        text = importlib.resources.files("infinitevl_jax.processing").joinpath("qwen_vl.jinja").read_text("utf-8")
+        return cls(text, "built-in qwen_vl.jinja")
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "ChatTemplate":
+        """The folder's chat_template.jinja, else chat_template.json, else tokenizer_config.json's entry, else the built-in one."""
+        folder = Path(folder)
+        plain = folder / "chat_template.jinja"
+        if plain.exists():
+            try:
+                return cls(plain.read_text("utf-8"), str(plain))
+            except (OSError, UnicodeDecodeError) as error:
+                raise InfiniteVLError(f"{plain} cannot be read: {error}", "copy it again from the source checkpoint") from error
+        for name in ("chat_template.json", "tokenizer_config.json"):
+            entry = read_json(folder / name).get("chat_template")
+            if isinstance(entry, list):  # several named templates
+                entry = next((item.get("template") for item in entry if isinstance(item, dict) and item.get("name") == "default"), None)
+            if isinstance(entry, str):
+                return cls(entry, str(folder / name))
+        return cls.builtin()
+
+    @property
+    def is_builtin(self) -> bool:
+        return self.source.startswith("built-in")
+
+    def render(self, messages: list[dict], add_generation_prompt: bool = False, **variables: object) -> str:
+        """The prompt text of plain-data messages. `variables` are further names the template may use (bos_token, tools, ...)."""
+        try:
+            return _compile(self.text).render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
+        except jinja2.TemplateSyntaxError as error:
+            raise InfiniteVLError(
+                f"chat template {self.source}, line {error.lineno}: {error.message}",
+                "mend or remove the file; without one the built-in is used",
+            ) from error
+        # A template is a program: besides raising on purpose it can divide by zero or add a list to a string.
+        except Exception as error:
+            raise InfiniteVLError(
+                f"chat template {self.source} refuses this conversation: {str(error)[:300]}",
+                "check the order of roles and whether the template takes pictures (a text model's does not)",
+            ) from error
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %} marks the assistant's words in some templates; here it only renders its body."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: object, ensure_ascii: bool = False, indent: int | None = None, separators=None, sort_keys: bool = False) -> str:
+    # Jinja's own filter escapes HTML, which a prompt does not want.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@functools.lru_cache(maxsize=16)
+def _compile(text: str) -> jinja2.Template:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(text)

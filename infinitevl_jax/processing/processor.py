@@ -1,0 +1,336 @@
+"""The processor: conversations in, the model's numpy inputs out, named as in Hugging Face."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.processing.chat_template import ChatTemplate
+from infinitevl_jax.processing.folder import image_options, override, read_json, video_options
+from infinitevl_jax.processing.images import ImageOptions, load_image, patchify, process_image
+from infinitevl_jax.processing.messages import Conversation, Media, read_conversation, split_batch
+from infinitevl_jax.processing.tokenizer import TextStream, Tokenizer
+from infinitevl_jax.processing.video import VideoOptions, load_video
+
+# What config.json calls the ids of the tokens that frame and stand for pictures.
+VISION_TOKENS = {
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}
+PLACEHOLDERS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+END_OF_TURN = "<|im_end|>"
+
+
+@dataclass(frozen=True)
+class Vision:
+    """A processed picture or video: patches [n, features] f32, grid (t, h, w) in patches, the tokens it becomes."""
+
+    media: Media
+    patches: np.ndarray
+    grid: tuple[int, int, int]
+    tokens: int
+    second_per_grid: float = 0.0
+
+
+class Processor:
+    """Turns conversations into model inputs and token ids back into text.
+
+    `tokenizer`, `template`, `images` and `videos` say how; `padding_side` ("left" or "right") and `max_length` (tokens of a prompt, None
+    for no limit) are defaults of the calls. Instances can be pickled and used from several threads.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None = None,
+        template: ChatTemplate | None = None,
+        images: ImageOptions | None = None,
+        videos: VideoOptions | None = None,
+        *,
+        padding_side: str = "left",
+        max_length: int | None = None,
+    ):
+        self.tokenizer = tokenizer or Tokenizer.builtin()
+        self.template = template or ChatTemplate.builtin()
+        self.images = images or ImageOptions()
+        self.videos = videos or VideoOptions()
+        self.padding_side = _side(padding_side)
+        self.max_length = max_length
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        video_min_pixels: int | None = None,
+        video_max_pixels: int | None = None,
+        video_total_pixels: int | None = None,
+        fps: float | None = None,
+        min_frames: int | None = None,
+        max_frames: int | None = None,
+        padding_side: str = "left",
+        max_length: int | None = None,
+    ) -> "Processor":
+        """Read a checkpoint folder's tokenizer, chat template and preprocessor files; each that is missing has a built-in stand-in.
+
+        The options replace what the files say: pixel limits of images and of video frames (height x width after resizing), a whole video's
+        pixels, frames sampled a second and their count. Raises InfiniteVLError when files are broken or contradict each other.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise InfiniteVLError(
+                f"{folder} is {'a file' if folder.exists() else 'not there'}: a checkpoint folder is needed",
+                "pass the folder that holds config.json (names on a hub are not downloaded: fetch the checkpoint first)",
+            )
+        image_values = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        video_values = {
+            "min_pixels": video_min_pixels,
+            "max_pixels": video_max_pixels,
+            "total_pixels": video_total_pixels,
+            "fps": fps,
+            "min_frames": min_frames,
+            "max_frames": max_frames,
+        }
+        tokenizer = Tokenizer.from_folder(folder)
+        _check_vision_ids(tokenizer, folder)
+        return cls(
+            tokenizer,
+            ChatTemplate.from_folder(folder),
+            override(image_options(folder), _given(image_values), "image options"),
+            override(video_options(folder), _given(video_values), "video options"),
+            padding_side=padding_side,
+            max_length=max_length,
+        )
+
+    def __call__(
+        self,
+        messages: Sequence,
+        *,
+        add_generation_prompt: bool = True,
+        padding_side: str | None = None,
+        max_length: int | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Model inputs of one conversation (a list of {"role", "content"}) or of a list of conversations.
+
+        Returns input_ids and attention_mask [batch, length] int32, padded on `padding_side`, and where there are such: pixel_values
+        [patches, features] f32 with image_grid_thw [images, 3] int32, pixel_values_videos with video_grid_thw [videos, 3] and
+        second_per_grid_ts [videos] f64 (seconds a temporal patch spans). Pictures of all conversations follow one another.
+        Raises InfiniteVLError for input that cannot be read and for prompts over `max_length` tokens.
+        """
+        conversations, several = split_batch(messages)
+        side = _side(padding_side or self.padding_side)
+        rows, vision = [], []
+        for number, conversation in enumerate(conversations):
+            where = f"messages[{number}]" if several else "messages"
+            parsed = read_conversation(conversation, where, PLACEHOLDERS)
+            seen = [self._see(media) for media in parsed.media]
+            text = self._render(parsed.messages, add_generation_prompt)
+            rows.append(self._tokenise([text], seen, where, max_length)[0])
+            vision += seen
+        length = max(len(row) for row in rows)
+        ids = np.full((len(rows), length), self.tokenizer.pad_id, np.int32)
+        mask = np.zeros((len(rows), length), np.int32)
+        for i, row in enumerate(rows):
+            place = slice(length - len(row), None) if side == "left" else slice(0, len(row))
+            ids[i, place] = row
+            mask[i, place] = 1
+        return {"input_ids": ids, "attention_mask": mask, **_arrays(vision)}
+
+    def encode_example(
+        self, messages: Sequence, *, turns: Literal["last", "all"] = "all", max_length: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """One conversation for training: input_ids [length] int32 and answer_mask [length] bool, unpadded, and `__call__`'s picture arrays.
+
+        The mask is True on what the assistant says, its end-of-turn token included, in the last or in all of its turns. An answer is
+        tokenised apart from the prompt before it, as it will be when the model says it.
+        """
+        if turns not in ("last", "all"):
+            raise InfiniteVLError(f"turns is {turns!r}", 'use "last" or "all"')
+        conversation = read_conversation(messages, "messages", PLACEHOLDERS)
+        answers = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        if not answers or answers[0] == 0:
+            raise InfiniteVLError(
+                f"messages has {'an assistant turn first, answering nothing' if answers else 'no assistant turn to learn from'}",
+                'write {"role": "user", ...} and then {"role": "assistant", "content": <the answer>}',
+            )
+        pieces = self._cut(conversation, answers[-1:] if turns == "last" else answers)
+        vision = [self._see(media) for media in conversation.media]
+        ids, piece_of = self._tokenise(pieces, vision, "messages", max_length)
+        # Answers are every second piece. A picture's tokens are nobody's words.
+        placeholders = [self.tokenizer.token_id(token) for token in PLACEHOLDERS.values()]
+        mask = (piece_of % 2 == 1) & ~np.isin(ids, [i for i in placeholders if i is not None])
+        return {"input_ids": ids, "answer_mask": mask, **_arrays(vision)}
+
+    def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = True) -> str:
+        """Text of token ids [length]."""
+        return self.tokenizer.decode(ids, skip_special_tokens)
+
+    def batch_decode(self, ids: Iterable[Sequence[int]] | np.ndarray, skip_special_tokens: bool = True) -> list[str]:
+        """Texts of token ids [batch, length]."""
+        return [self.decode(row, skip_special_tokens) for row in ids]
+
+    def stream(self, skip_special_tokens: bool = True) -> TextStream:
+        """A decoder for ids that arrive one by one."""
+        return self.tokenizer.stream(skip_special_tokens)
+
+    def _render(self, messages: list[dict], add_generation_prompt: bool) -> str:
+        if self.template.is_builtin and self.tokenizer.token_id(END_OF_TURN) is None:
+            raise InfiniteVLError(
+                f"the tokenizer ({self.tokenizer.source}) has no {END_OF_TURN}, which the built-in chat template writes",
+                "put the checkpoint's own chat_template.jinja into its folder",
+            )
+        return self.template.render(messages, add_generation_prompt, **self.tokenizer.special)
+
+    def _cut(self, conversation: Conversation, answers: list[int]) -> list[str]:
+        """The rendered conversation as [prompt, answer, prompt, answer, ..., rest]."""
+        messages = conversation.messages
+        text = self._render(messages, False)
+        pieces, done = [], 0
+        for i in answers:
+            prompt = self._render(messages[:i], True)
+            upto = self._render(messages[: i + 1], False)
+            if not (upto.startswith(prompt) and text.startswith(upto) and len(prompt) >= done):
+                raise InfiniteVLError(
+                    f"chat template {self.template.source} rewrites earlier turns, so the answer of messages[{i}] cannot be told apart",
+                    "train on the last turn of shorter conversations, or use a template that only appends (the built-in does)",
+                )
+            end = max(upto.rfind(token) + len(token) if token in upto[len(prompt) :] else -1 for token in self._end_tokens())
+            if end < 0:
+                raise InfiniteVLError(
+                    f"chat template {self.template.source} puts no end-of-turn token after the answer of messages[{i}]",
+                    "a model trained so never stops: have the template write the tokenizer's eos_token after each answer",
+                )
+            pieces += [text[done : len(prompt)], text[len(prompt) : end]]
+            done = end
+        return [*pieces, text[done:]]
+
+    def _end_tokens(self) -> list[str]:
+        tokens = [self.tokenizer.backend.id_to_token(i) for i in self.tokenizer.eos_ids]
+        return [token for token in tokens if token] or [END_OF_TURN]
+
+    def _see(self, media: Media) -> Vision:
+        if self.tokenizer.token_id(PLACEHOLDERS[media.kind]) is None:
+            raise InfiniteVLError(
+                f"{media.where} is of type {media.kind}, but the tokenizer ({self.tokenizer.source}) has no {PLACEHOLDERS[media.kind]}",
+                "this is a text model: leave pictures out, or load a vision-language checkpoint",
+            )
+        values = dict(media.options)
+        sides = [values.pop(name, None) for name in ("resized_height", "resized_width")]
+        if (sides[0] is None) != (sides[1] is None):
+            raise InfiniteVLError(f"{media.where} gives only one of resized_height and resized_width", "give both or neither")
+        size = None if sides[0] is None else (_positive(sides[0], media.where), _positive(sides[1], media.where))
+        try:
+            if media.kind == "image":
+                options = override(self.images, values, media.where)
+                patches, grid = process_image(load_image(media.source, media.name), options, size)
+                return Vision(media, patches, grid, len(patches) // options.merge_unit)
+            if "nframes" in values:
+                values["num_frames"] = values.pop("nframes")
+            options = override(self.videos, values, media.where)
+            video = load_video(media.source, options, size, media.name)
+        except InfiniteVLError as error:
+            if media.where in error.culprit:
+                raise
+            raise InfiniteVLError(f"{media.name}: {error.culprit}", error.cure) from error
+        patches, grid = patchify(video.frames, options)
+        return Vision(media, patches, grid, len(patches) // options.merge_unit, options.temporal_patch_size / video.fps)
+
+    def _tokenise(self, pieces: list[str], vision: list[Vision], where: str, max_length: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Ids [length] of the pieces in a row, placeholders grown to their pictures' tokens, and each id's piece number [length]."""
+        waiting = {kind: [v for v in vision if v.media.kind == kind] for kind in PLACEHOLDERS}
+        for kind, token in PLACEHOLDERS.items():
+            found = sum(piece.count(token) for piece in pieces)
+            if found != len(waiting[kind]):
+                raise InfiniteVLError(
+                    f"{where}: chat template {self.template.source} wrote {found} x {token} for {len(waiting[kind])} {kind} item(s)",
+                    "use a template that writes it once for each picture (remove the file for the built-in one)",
+                )
+        queues = {token: iter(waiting[kind]) for kind, token in PLACEHOLDERS.items()}
+        ids: list[np.ndarray] = []
+        owner: list[np.ndarray] = []
+        for number, piece in enumerate(pieces):
+            for part in re.split("(" + "|".join(map(re.escape, queues)) + ")", piece):
+                if part in queues:
+                    run = np.full(next(queues[part]).tokens, self.tokenizer.token_id(part), np.int32)
+                else:
+                    run = np.asarray(self.tokenizer.encode(part), np.int32)
+                ids.append(run)
+                owner.append(np.full(len(run), number, np.int32))
+        flat = np.concatenate(ids)
+        self._check_length(len(flat), vision, where, self.max_length if max_length is None else max_length)
+        if not len(flat):
+            raise InfiniteVLError(f"{where}: chat template {self.template.source} wrote no text at all", "check the template")
+        return flat, np.concatenate(owner)
+
+    def _check_length(self, length: int, vision: list[Vision], where: str, limit: int | None) -> None:
+        if limit is None or length <= limit:
+            return
+        text = length - sum(v.tokens for v in vision)
+        largest = sorted(vision, key=lambda v: -v.tokens)
+        lines = [f"{v.tokens:,} {v.media.name}, {v.grid[0]} x {v.grid[1]} x {v.grid[2]} patches" for v in largest[:4]]
+        if len(largest) > 4:
+            lines.append(f"{sum(v.tokens for v in largest[4:]):,} {len(largest) - 4} further pictures")
+        cure = f"raise max_length to {length}"
+        if largest and largest[0].tokens > text:
+            kind = largest[0].media.kind
+            cure += (
+                f", or lower max_pixels (now {self.images.max_pixels:,} an image)"
+                if kind == "image"
+                else ", or lower fps, max_frames or max_pixels"
+            )
+        else:
+            cure += ", or shorten the text"
+        raise InfiniteVLError(
+            f"{where}: the prompt has {length:,} tokens, {length - limit:,} over the limit of {limit:,}:"
+            + "".join(f"\n    {line}" for line in [f"{text:,} text and markers", *lines]),
+            cure,
+        )
+
+
+def _arrays(vision: list[Vision]) -> dict[str, np.ndarray]:
+    out: dict[str, np.ndarray] = {}
+    for kind, pixels, grids in (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw")):
+        chosen = [v for v in vision if v.media.kind == kind]
+        if chosen:
+            out[pixels] = np.concatenate([v.patches for v in chosen])
+            out[grids] = np.asarray([v.grid for v in chosen], np.int32)
+            if kind == "video":
+                out["second_per_grid_ts"] = np.asarray([v.second_per_grid for v in chosen], np.float64)
+    return out
+
+
+def _check_vision_ids(tokenizer: Tokenizer, folder: Path) -> None:
+    config = read_json(folder / "config.json")
+    for key, token in VISION_TOKENS.items():
+        wanted = config.get(key)
+        if not isinstance(config.get("vision_config"), dict) or wanted is None:
+            continue
+        found = tokenizer.token_id(token)
+        if found != wanted:
+            raise InfiniteVLError(
+                f"{folder / 'config.json'}: {key} is {wanted}, but {token} is {found} in the tokenizer ({tokenizer.source})",
+                "config and tokenizer are of two checkpoints: copy both from one",
+            )
+
+
+def _given(values: dict) -> dict:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _side(side: str) -> str:
+    if side not in ("left", "right"):
+        raise InfiniteVLError(f"padding_side is {side!r}", 'use "left" (for generation) or "right"')
+    return side
+
+
+def _positive(value: object, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise InfiniteVLError(f"{where}: resized_height or resized_width is {value!r}", "give pixels, an integer of 1 or more")
+    return int(value)
