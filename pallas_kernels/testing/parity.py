@@ -1,0 +1,93 @@
+"""Compare an operator with its float64 reference, in value and gradient, on the cases that break such operators.
+
+Errors are relative root-mean-square: `rel_rms(got, want)`. Cases come from a numpy Generator, so that a seed names them.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+LENGTHS = (1, 63, 64, 65, 500, 1000)  # around one chunk of 64, and odd ones beyond
+
+GATES: dict[str, Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]] = {
+    "keep": lambda rng, shape: np.zeros(shape),
+    "mild": lambda rng, shape: -np.exp(rng.normal(-3.0, 1.0, shape)),
+    "spread": lambda rng, shape: -30.0 * rng.random(shape) ** 6,
+    "switch": lambda rng, shape: np.where(rng.random(shape) < 0.5, 0.0, -30.0),
+    "forget": lambda rng, shape: np.full(shape, -30.0),
+}
+"""Log decays a step: from 1 to e^-30, alone and mixed."""
+
+
+def rel_rms(got, want) -> float:
+    """Root mean square of got - want over that of want (over 1 if want is all zero). NaN in either gives NaN."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    if got.shape != want.shape:
+        raise ValueError(f"shapes differ: {got.shape} and {want.shape}")
+    size = np.sqrt(np.mean(want**2)) if want.size else 0.0
+    error = np.sqrt(np.mean((got - want) ** 2)) if want.size else 0.0
+    return float(error / (size or 1.0))
+
+
+def unit(rng: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
+    """Random vectors of length one along the last axis."""
+    x = rng.standard_normal(shape)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def lengths(rng: np.random.Generator, total: int, pieces: int) -> list[int]:
+    """Cut `total` into that many random pieces, none empty."""
+    cuts = np.sort(rng.choice(np.arange(1, total), pieces - 1, replace=False))
+    return np.diff([0, *cuts, total]).tolist()
+
+
+def padding(counts: Sequence[int], length: int) -> np.ndarray:
+    """index [batch, length] of rows with `counts` valid tokens each, then pads."""
+    row = np.arange(length, dtype=np.int32)[None]
+    return np.where(row < np.asarray(counts)[:, None], row, -1).astype(np.int32)
+
+
+def packing(pieces: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """index and segment [1, length] of one row that holds sequences of those lengths one after the other, then pads."""
+    used = sum(pieces)
+    index = np.concatenate([np.arange(n) for n in pieces] + [np.full(length - used, -1)])
+    segment = np.repeat(np.arange(len(pieces) + 1), [*pieces, length - used])
+    return index[None].astype(np.int32), segment[None].astype(np.int32)
+
+
+def poison(x: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """x [batch, length, ...] with NaN wherever index is -1."""
+    x = np.array(x)
+    x[np.asarray(index) < 0] = np.nan
+    return x
+
+
+def with_gradients(op: Callable, **static) -> Callable:
+    """jit of `(inputs, cotangents, others) -> results and gradients in inputs` for `op(*inputs, **others)`, as tuples of arrays."""
+
+    @jax.jit
+    def run(inputs, cotangents, others):
+        results, pull = jax.vjp(lambda *args: op(*args, **others, **static), *inputs)
+        return results, pull(jax.tree.map(lambda ct, out: ct.astype(out.dtype), cotangents, results))
+
+    def call(inputs, cotangents, others=None):
+        results, gradients = run(tuple(inputs), tuple(cotangents), dict(others or {}))
+        return tuple(map(np.asarray, results)), tuple(map(np.asarray, gradients))
+
+    return call
+
+
+def in_float64(run: Callable) -> Callable:
+    """The same call with every floating array as float64 (`run` from `with_gradients`, of a reference)."""
+
+    def widen(x):
+        x = np.asarray(x)
+        return jnp.asarray(x, np.int32 if np.issubdtype(x.dtype, np.integer) else np.float64)
+
+    def call(*args):
+        with jax.enable_x64(True):
+            return run(*jax.tree.map(widen, args))
+
+    return call
