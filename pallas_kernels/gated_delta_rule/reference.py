@@ -1,0 +1,30 @@
+"""The gated delta rule as it is defined, one token after the other, in whatever precision the inputs have."""
+
+import jax
+import jax.numpy as jnp
+
+
+def gated_delta_rule(q, k, v, g, beta, initial_state=None, index=None, segment=None):
+    """Same arguments and results as the public function; float64 inputs are computed in float64."""
+    batch, length, heads, width = k.shape
+    valid = jnp.ones((batch, length), bool) if index is None else index >= 0
+    segment = jnp.zeros((batch, length), jnp.int32) if segment is None else segment
+    q, k, v = (jnp.where(valid[:, :, None, None], x, 0) for x in (q, k, v))
+    state = jnp.zeros((batch, heads, width, v.shape[-1]), g.dtype) if initial_state is None else initial_state
+
+    def token(carry, x):
+        state, started, last = carry
+        q, k, v, g, beta, valid, segment = x
+        here = valid[:, None, None, None]
+        reset = (valid & started & (segment != last))[:, None, None, None]
+        new = jnp.exp(g)[..., None, None] * jnp.where(reset, 0, state)
+        update = beta[..., None] * (v - jnp.einsum("bhkv,bhk->bhv", new, k))
+        new = new + k[..., :, None] * update[..., None, :]
+        out = jnp.where(here[..., 0], jnp.einsum("bhkv,bhk->bhv", new, q), 0)
+        return (jnp.where(here, new, state), started | valid, jnp.where(valid, segment, last)), out
+
+    over_time = [jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, beta, valid, segment)]
+    start = (state, jnp.zeros(batch, bool), jnp.zeros(batch, segment.dtype))
+    with jax.default_matmul_precision("highest"):
+        (state, _, _), out = jax.lax.scan(token, start, over_time)
+    return jnp.moveaxis(out, 0, 1), state

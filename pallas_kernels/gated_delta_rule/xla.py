@@ -1,0 +1,371 @@
+"""The gated delta rule in chunks: everything inside a chunk at once for all chunks, then one short walk over the chunks.
+
+Notation for one head and one chunk of C tokens, with S the state before it:
+
+    D_ij = exp(g_(j+1) + ... + g_i) for i >= j, 0 above the diagonal     decay from token j to token i
+    d_i  = exp(g_1 + ... + g_i)                                          decay from the state before the chunk to token i
+    A    = strictly lower part of (beta_i k_i.k_j D_ij),  T = (I + A)^-1
+    u    = T (beta V),  w = T (beta d K),  new = u - w S                 what each token adds to the state
+    out  = (d Q) S + (Q K^T * D) new
+    S'   = d_C S + (D_C K)^T new                                         D_C: the last row of D
+
+Sequences packed in one row are kept apart by D and d alone: D_ij is 0 between tokens of different sequences, and d_i is
+0 for a token that does not belong to the sequence of S. A reset is therefore exact. A pad has q, k, v, beta and g zero,
+so it changes nothing.
+
+Gates, beta, d, D, T and S are float32. Arrays are [chunks, batch, heads, C, ...] throughout: the walk takes slices of
+the leading axis.
+"""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from pallas_kernels.runs import sequence_runs
+
+CHUNK = 64
+SMALLEST = 16  # chunk for a handful of tokens
+BLOCK = 8  # diagonal blocks of I + A that are inverted row by row
+FLOOR = -200.0  # below it exp and its derivative are 0 in float32; above it sums of 64 coarse gates are exact
+COARSE = 256.0  # gates are split into a multiple of 1/COARSE and a rest
+
+f32 = jnp.float32
+
+
+def gated_delta_rule(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    g: jax.Array,
+    beta: jax.Array,
+    initial_state: jax.Array | None = None,
+    index: jax.Array | None = None,
+    segment: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Run `S = exp(g) S; u = beta (v - k^T S); S = S + k u^T; out = q^T S` over every token of every head.
+
+    Args:
+        q: [batch, length, heads, K], L2-normalised and scaled.
+        k: [batch, length, heads, K], L2-normalised.
+        v: [batch, length, heads, V].
+        g: [batch, length, heads] float32, log of the decay, <= 0 (-inf forgets all).
+        beta: [batch, length, heads] float32.
+        initial_state: [batch, heads, K, V] float32, state of the sequence that the first valid token continues; None is
+            zeros.
+        index: [batch, length] int, -1 marks a pad (anywhere in the row); None if there is none.
+        segment: [batch, length] int, sequence of each token. S starts from zero where it changes between one valid token
+            and the next.
+
+    Returns:
+        out [batch, length, heads, V] in v's dtype, zero at pads, and the last state [batch, heads, K, V] float32. A row
+        without valid tokens returns its state bit for bit. What pads hold (NaN included) reaches neither results nor
+        gradients.
+
+    Differentiable in the first six. The backward pass keeps the inputs and two tensors that a remat policy may name,
+    "gdn_inverse" (T) and "gdn_states" (the state before each chunk); with both kept, nothing sequential is done again.
+
+    With float32 inputs all products are in full float32. With bfloat16 inputs products with the state take bfloat16
+    operands, and "gdn_states" is kept in bfloat16 (the state that is carried on is float32 all the same).
+    """
+    g, beta = g.astype(f32), beta.astype(f32)
+    if initial_state is None:  # zeros that are sharded as the inputs are
+        initial_state = jnp.zeros_like(k[:, 0, :, :, None], f32) + jnp.zeros_like(v[:, 0, :, None, :], f32)
+    initial_state = initial_state.astype(f32)
+    if k.shape[1] == 1:
+        return _step(q, k, v, g, beta, initial_state, index)
+    return _delta_rule(q, k, v, g, beta, initial_state, index, segment)
+
+
+def _step(q, k, v, g, beta, state, index):
+    """One token: the definition, but the state is read once for both k^T S and q^T S. One token meets no change of segment."""
+    valid = None if index is None else index[:, 0] >= 0
+    q, k, v_, g, beta = (_without_pads(x[:, 0], valid) for x in (q, k, v, g, beta))
+    q, k, v_ = (x.astype(f32) for x in (q, k, v_))
+    decay = jnp.exp(g)[..., None]  # [B, H, 1]
+    update = beta[..., None] * (v_ - decay * jnp.sum(k[..., None] * state, axis=-2))  # [B, H, V]
+    out = decay * jnp.sum(q[..., None] * state, axis=-2) + jnp.sum(q * k, axis=-1, keepdims=True) * update
+    new = decay[..., None] * state + k[..., None] * update[..., None, :]  # [B, H, K, V]
+    if valid is not None:
+        out = _without_pads(out, valid)
+        new = jnp.where(valid[:, None, None, None], new, state)
+    return out[:, None].astype(v.dtype), new
+
+
+# --- products ---------------------------------------------------------------------------------------------------------
+
+
+class How(NamedTuple):
+    """Operand dtype and precision of a product, forward and backward; the result is float32."""
+
+    forward: tuple
+    backward: tuple
+
+
+class Products(NamedTuple):
+    gram: How  # of inputs with inputs
+    chunk: How  # of anything else inside a chunk
+    state: How  # with a state or a state's gradient
+
+
+def _products(*inputs) -> Products:
+    full = (f32, lax.Precision.HIGHEST)
+    if any(x.dtype != jnp.bfloat16 for x in inputs):
+        return Products(*[How(full, full)] * 3)
+    # One bfloat16 pass is exact for products of bfloat16 inputs. What is derived from them inside a chunk needs more bits,
+    # or gate gradients go wrong.
+    once, more = (jnp.bfloat16, lax.Precision.DEFAULT), (f32, lax.Precision.HIGH)
+    return Products(gram=How(once, more), chunk=How(more, more), state=How(once, once))
+
+
+def _dot(a, b, operands):
+    dtype, precision = operands
+    return jnp.matmul(a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=f32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(a, b, how: How):
+    """a @ b over equal leading axes, float32 out. The derivative is spelt out to give cotangents their operand dtype."""
+    return _dot(a, b, how.forward)
+
+
+def _matmul_backward(how, operands, ct):
+    a, b = operands
+    return _dot(ct, b.mT, how.backward).astype(a.dtype), _dot(a.mT, ct, how.backward).astype(b.dtype)
+
+
+_matmul.defvjp(lambda a, b, how: (_dot(a, b, how.forward), (a, b)), _matmul_backward)
+
+
+# --- inside a chunk ---------------------------------------------------------------------------------------------------
+
+
+def _without_pads(x, valid):
+    """Zero the pads of x; `valid` covers x's leading axes."""
+    return x if valid is None else jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - valid.ndim)), x, 0)
+
+
+def _chunk_size(length: int) -> int:
+    return min(CHUNK, max(SMALLEST, 1 << (length - 1).bit_length()))
+
+
+def _split(x, size):
+    """[batch, length, heads, ...] -> [chunks, batch, heads, size, ...], zeros after the end."""
+    batch, length, heads = x.shape[:3]
+    chunks = math.ceil(length / size)
+    x = jnp.pad(x, [(0, 0), (0, chunks * size - length)] + [(0, 0)] * (x.ndim - 2))
+    x = x.reshape(batch, chunks, size, heads, *x.shape[3:])
+    return x.transpose(1, 0, 3, 2, *range(4, x.ndim))
+
+
+def _join(x, length):
+    """[chunks, batch, heads, size, V] -> [batch, length, heads, V]."""
+    chunks, batch, heads, size, width = x.shape
+    return x.transpose(1, 0, 3, 2, 4).reshape(batch, chunks * size, heads, width)[:, :length]
+
+
+def _run_masks(index, segment, length, size):
+    """Which pairs of tokens share a sequence [chunks, batch, 1, C, C], which tokens share that of the state before [..., C]."""
+    if segment is None:
+        return None, None
+    run = sequence_runs(index, segment)
+    run = jnp.concatenate([run, jnp.repeat(run[:, -1:], -length % size, axis=1)], axis=1)  # what fills up is like pads
+    run = _split(run[:, :, None], size)  # [N, B, 1, C]
+    before = jnp.pad(run[:-1, ..., -1:], ((1, 0), (0, 0), (0, 0), (0, 0)))  # the first chunk's state belongs to run 0
+    return run[..., :, None] == run[..., None, :], run == before
+
+
+def _lower(size, dtype=f32):
+    return jnp.tri(size, dtype=dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _decays(g, pairs, carried, how: How):
+    """g [..., C] -> D [..., C, C] and d [..., C] of the module's docstring; `pairs` and `carried` are `_run_masks`."""
+    size = g.shape[-1]
+    # Differences of a plain running sum would lose 1e-4 at sums of -2000. Coarse gates sum without rounding, and the fine
+    # rest stays small.
+    coarse = jnp.round(g * COARSE) / COARSE
+    sums = jnp.matmul(jnp.stack([coarse, g - coarse]), _lower(size).T, precision=lax.Precision.HIGHEST)  # [2, ..., C]
+    exponent = sum(sums[..., :, None] - sums[..., None, :])
+    keep = _lower(size, bool) & ~jnp.eye(size, dtype=bool)
+    if pairs is not None:
+        keep &= pairs
+    # Masked before exp: above the diagonal it would overflow.
+    between = jnp.exp(jnp.where(keep, exponent, -jnp.inf)) + jnp.eye(size, dtype=f32)
+    since = jnp.exp(sum(sums))
+    return between, since if carried is None else jnp.where(carried, since, 0)
+
+
+def _decays_forward(g, pairs, carried, how):
+    between, since = _decays(g, pairs, carried, how)
+    return (between, since), (between, since)
+
+
+def _decays_backward(how, decays, ct):
+    # g_t stands in D_ij for i >= t > j and in d_i for i >= t. Adding up just those terms, not the difference of row and
+    # column sums, keeps the gradient exact where it is far smaller than its terms (gates of e^-30).
+    between, since = decays
+    size = since.shape[-1]
+    strict = _lower(size, bool) & ~jnp.eye(size, dtype=bool)
+    pairs = jnp.where(strict, ct[0] * between, 0)  # [..., i, j]
+    dtype, precision = how.backward
+    spanned = jnp.einsum("...ij,it->...jt", pairs.astype(dtype), _lower(size, dtype), precision=precision)
+    through_pairs = jnp.where(strict.T, spanned, 0).sum(-2)
+    through_carried = jnp.matmul(ct[1] * since, _lower(size), precision=lax.Precision.HIGHEST)
+    return through_pairs + through_carried, None, None
+
+
+_decays.defvjp(_decays_forward, _decays_backward)
+
+
+def _unit_lower_inverse(a):
+    """(I + a)^-1 for strictly lower a [..., C, C], C a power of two and at least BLOCK.
+
+    Small diagonal blocks by forward substitution, then pairs of blocks: [[X, 0], [Y, Z]]^-1 = [[X', 0], [-Z' Y X', Z']].
+    No power of a is ever formed: they can overflow where the inverse is tame.
+    """
+    size, width = a.shape[-1], BLOCK
+    multiply = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    blocks = jnp.stack([a[..., s : s + width, s : s + width] for s in range(0, size, width)])  # [blocks, ..., 8, 8]
+    rows = []
+    for i in range(width):
+        row = jnp.zeros_like(blocks[..., i, :]) + jnp.eye(width)[i]  # [blocks, ..., 8]
+        rows.append(row - sum(blocks[..., i, j, None] * rows[j] for j in range(i)))
+    inverse = jnp.stack(rows, axis=-2)
+    while width < size:
+        corner = jnp.stack([a[..., s + width : s + 2 * width, s : s + width] for s in range(0, size, 2 * width)])
+        upper, lower = inverse[0::2], inverse[1::2]
+        corner = -multiply(lower, multiply(corner, upper))
+        halves = jnp.concatenate([upper, jnp.zeros_like(corner)], axis=-1), jnp.concatenate([corner, lower], axis=-1)
+        inverse, width = jnp.concatenate(halves, axis=-2), 2 * width
+    return inverse[0]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _known_inverse(a, inverse, how: How):
+    """`inverse`, which is (I + a)^-1, with the derivative in a."""
+    return inverse
+
+
+_known_inverse.defvjp(
+    lambda a, inverse, how: (inverse, inverse),
+    lambda how, t, ct: (-jnp.tril(_dot(t.mT, _dot(ct, t.mT, how.backward), how.backward), -1), jnp.zeros_like(t)),
+)
+
+
+class Chunks(NamedTuple):
+    """All that depends on no state, [chunks, batch, heads, ...] float32."""
+
+    inverse: jax.Array  # T [C, C]
+    u: jax.Array  # [C, V]
+    w: jax.Array  # [C, K]
+    queries: jax.Array  # d Q [C, K]
+    keys: jax.Array  # (D_C K)^T [K, C]
+    scores: jax.Array  # Q K^T * D [C, C]
+    decay: jax.Array  # d_C [1, 1]
+
+
+def _prepare(q, k, v, g, beta, index, segment, how: Products, inverse=None) -> Chunks:
+    """Everything inside the chunks. `inverse` spares its computation where it is known."""
+    length = k.shape[1]
+    size = _chunk_size(length)
+    valid = None if index is None else index >= 0
+    q, k, v, g, beta = (_split(_without_pads(x, valid), size).astype(f32) for x in (q, k, v, g, beta))
+    between, since = _decays(jnp.maximum(g, FLOOR), *_run_masks(index, segment, length, size), how.chunk)
+    a = jnp.tril(beta[..., None] * _matmul(k, k.mT, how.gram) * between, -1)
+    if inverse is None:
+        inverse = checkpoint_name(_unit_lower_inverse(a), "gdn_inverse")
+    inverse = _known_inverse(a, inverse, how.chunk)
+    return Chunks(
+        inverse=inverse,
+        u=_matmul(inverse, beta[..., None] * v, how.chunk),
+        w=_matmul(inverse, (beta * since)[..., None] * k, how.chunk),
+        queries=since[..., None] * q,
+        keys=(between[..., -1, :, None] * k).mT,
+        scores=_matmul(q, k.mT, how.gram) * between,
+        decay=since[..., -1:, None],
+    )
+
+
+# --- over the chunks --------------------------------------------------------------------------------------------------
+
+
+def _walk(chunks: Chunks, state, how: How):
+    """The state before each chunk [chunks, batch, heads, K, V] in the dtype of its products, and the last one in float32."""
+    dtype = how.forward[0]
+
+    def chunk(state, x):
+        w, u, keys, decay = x
+        new = u - _matmul(w, state, how)
+        return decay * state + _matmul(keys, new, how), state.astype(dtype)
+
+    last, states = lax.scan(chunk, state, (chunks.w.astype(dtype), chunks.u, chunks.keys.astype(dtype), chunks.decay))
+    return states, last
+
+
+def _outputs(chunks: Chunks, states, how: Products):
+    """Given the state before each chunk, the chunks' outputs and the states after them."""
+    new = chunks.u - _matmul(chunks.w, states, how.state)
+    out = _matmul(chunks.queries, states, how.state) + _matmul(chunks.scores, new, how.chunk)
+    return out, chunks.decay * states + _matmul(chunks.keys, new, how.state)
+
+
+def _walk_back(chunks: Chunks, ct_out, ct_last, how: Products):
+    """Gradient in the state after each chunk [chunks, batch, heads, K, V] and in the initial one (float32)."""
+    dtype = how.state.backward[0]
+    readers = jnp.concatenate([chunks.queries, -chunks.w], axis=-2).mT.astype(dtype)  # [K, 2 C]
+    ct_new = _dot(chunks.scores.mT, ct_out, how.chunk.backward)  # [C, V], lacks what comes through the state after
+
+    def chunk(ct, x):
+        readers, keys, ct_out, ct_new, decay = x
+        ct_new = ct_new + _dot(keys.mT, ct, how.state.backward)
+        read = jnp.concatenate([ct_out, ct_new.astype(dtype)], axis=-2)
+        return decay * ct + _dot(readers, read, how.state.backward), ct.astype(dtype)
+
+    xs = (readers, chunks.keys.astype(dtype), ct_out.astype(dtype), ct_new, chunks.decay)
+    first, cts = lax.scan(chunk, ct_last, xs, reverse=True)
+    return cts, first
+
+
+def _run(q, k, v, g, beta, initial_state, index, segment):
+    how = _products(q, k, v)
+    chunks = _prepare(q, k, v, g, beta, index, segment, how)
+    states, last = _walk(chunks, initial_state, how.state)
+    states = checkpoint_name(states, "gdn_states")
+    out, _ = _outputs(chunks, states, how)
+    if index is not None:  # adding zero would turn -0 into 0
+        last = jnp.where((index >= 0).any(1)[:, None, None, None], last, initial_state)
+    return (_join(out.astype(v.dtype), k.shape[1]), last), (chunks.inverse, states)
+
+
+@jax.custom_vjp
+def _delta_rule(q, k, v, g, beta, initial_state, index, segment):
+    return _run(q, k, v, g, beta, initial_state, index, segment)[0]
+
+
+def _delta_rule_forward(q, k, v, g, beta, initial_state, index, segment):
+    results, (inverse, states) = _run(q, k, v, g, beta, initial_state, index, segment)
+    return results, (q, k, v, g, beta, index, segment, inverse, states)
+
+
+def _delta_rule_backward(residuals, cts):
+    q, k, v, g, beta, index, segment, inverse, states = residuals
+    ct_out, ct_last = cts
+    how = _products(q, k, v)
+    ct_out = _split(_without_pads(ct_out, None if index is None else index >= 0), _chunk_size(k.shape[1])).astype(f32)
+
+    def inside(*inputs):
+        chunks = _prepare(*inputs, index, segment, how, inverse)
+        return _outputs(chunks, states, how), chunks
+
+    _, pull, chunks = jax.vjp(inside, q, k, v, g, beta, has_aux=True)
+    ct_states, ct_initial = _walk_back(chunks, ct_out, ct_last.astype(f32), how)
+    return *pull((ct_out, ct_states.astype(f32))), ct_initial, None, None
+
+
+_delta_rule.defvjp(_delta_rule_forward, _delta_rule_backward)

@@ -1,0 +1,188 @@
+"""The chunked gated delta rule against transformers' torch functions and against the float64 recurrence."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.gated_delta_rule import gated_delta_rule, reference
+from pallas_kernels.testing import parity
+from pallas_kernels.testing.parity import GATES, LENGTHS, poison, rel_rms, unit
+
+TOLERANCE = 1e-5
+INPUTS = ("q", "k", "v", "g", "beta", "initial_state")
+chunked = parity.with_gradients(gated_delta_rule)
+truth = parity.in_float64(parity.with_gradients(reference.gated_delta_rule))
+
+
+def case(length, gates="mild", keys="random", batch=1, heads=2, key_dim=16, value_dim=32, seed=0):
+    """Inputs and cotangents, float32."""
+    rng = np.random.default_rng(seed)
+    lead = (batch, length, heads)
+    k = unit(rng, (*lead, key_dim))
+    if keys == "repeated":
+        k = np.broadcast_to(k[:, :1], k.shape)
+    beta = 1 / (1 + np.exp(-2 * rng.standard_normal(lead)))
+    inputs = (
+        unit(rng, (*lead, key_dim)),
+        k,
+        rng.standard_normal((*lead, value_dim)),
+        GATES[gates](rng, lead),
+        beta,
+        rng.standard_normal((batch, heads, key_dim, value_dim)),
+    )
+    cotangents = rng.standard_normal((*lead, value_dim)), rng.standard_normal((batch, heads, key_dim, value_dim))
+    return tuple(np.float32(x) for x in inputs), tuple(np.float32(x) for x in cotangents)
+
+
+def assert_close(got, want, tolerance=TOLERANCE):
+    """Both are (results, gradients)."""
+    names = ("out", "final state", *(f"gradient of {name}" for name in INPUTS))
+    errors = {name: rel_rms(a, b) for name, a, b in zip(names, (*got[0], *got[1]), (*want[0], *want[1]), strict=True)}
+    assert all(error <= tolerance for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_equals_float64_recurrence(length):
+    for gates in GATES:
+        for keys in ("random", "repeated"):
+            inputs, cotangents = case(length, gates, keys)
+            assert_close(chunked(inputs, cotangents), truth(inputs, cotangents))
+
+
+def test_equals_float64_recurrence_at_full_head_size():
+    inputs, cotangents = case(80, "spread", heads=1, key_dim=128, value_dim=256)
+    assert_close(chunked(inputs, cotangents), truth(inputs, cotangents))
+
+
+def test_gates_beyond_float32_range():
+    inputs, cotangents = case(65, "spread")
+    g = inputs[3].copy()
+    g[0, ::7], g[0, 3::11] = -np.inf, -1e6
+    got, want = (run((*inputs[:3], g, *inputs[4:]), cotangents) for run in (chunked, truth))
+    assert_close(got, want)
+
+
+@pytest.mark.parametrize("length", (65, 500))
+def test_equals_torch(length):
+    torch = pytest.importorskip("torch")
+    theirs = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    for name, gates in (("recurrent", "spread"), ("recurrent", "forget"), ("chunk", "mild"), ("chunk", "keep")):
+        (q, k, v, g, beta, state), _ = case(length, gates)
+        function = getattr(theirs, f"torch_{name}_gated_delta_rule")
+        arrays = (torch.from_numpy(np.array(x)) for x in (q, k, v, g, beta))
+        want = function(*arrays, initial_state=torch.from_numpy(state), output_final_state=True)
+        scaled = q * np.float32(q.shape[-1] ** -0.5)  # theirs scales q itself
+        got = jax.jit(gated_delta_rule)(scaled, k, v, g, beta, state)
+        assert max(rel_rms(a, b.numpy()) for a, b in zip(got, want, strict=True)) <= TOLERANCE, (name, gates)
+
+
+def test_packed_equals_unpacked():
+    pieces, length = (37, 1, 64, 2, 70), 190
+    index, segment = parity.packing(pieces, length)
+    inputs, cotangents = case(length, "spread")
+    packed = chunked(inputs, cotangents, {"index": index, "segment": segment})
+    assert_close(packed, truth(inputs, cotangents, {"index": index, "segment": segment}))
+
+    starts = np.cumsum([0, *pieces[:-1]])
+    rows = np.stack([np.minimum(start + np.arange(70), length - 1) for start in starts])
+    apart = [x[0][rows] for x in inputs[:5]]  # one sequence a row
+    state, ct_state = (np.zeros((len(pieces), *x.shape[1:]), np.float32) for x in (inputs[5], cotangents[1]))
+    state[0], ct_state[-1] = inputs[5][0], cotangents[1][0]
+    unpacked_index = parity.padding(pieces, 70)
+    results, gradients = chunked((*apart, state), (cotangents[0][0][rows], ct_state), {"index": unpacked_index})
+
+    def join(x):
+        return np.concatenate([row[:n] for row, n in zip(x, pieces, strict=True)])[None]
+
+    used = sum(pieces)
+    assert not any(np.any(x[:, used:]) for x in (packed[0][0], *packed[1][:5]))
+    trimmed = (packed[0][0][:, :used], packed[0][1]), (*(x[:, :used] for x in packed[1][:5]), packed[1][5])
+    joined = (join(results[0]), results[1][-1:]), (*(join(x) for x in gradients[:5]), gradients[5][:1])
+    assert_close(trimmed, joined)
+
+
+def test_pads_anywhere_and_returning_segments():
+    inputs, cotangents = case(150, "spread", batch=3)
+    rng = np.random.default_rng(1)
+    index = np.where(rng.random((3, 150)) < 0.3, -1, 0).astype(np.int32)
+    index[0, :70], index[1] = -1, -1
+    segment = rng.choice([0, 1], (3, 150), p=[0.9, 0.1]).astype(np.int32)
+    others = {"index": index, "segment": segment}
+    got = chunked(inputs, cotangents, others)
+    assert_close(got, truth(inputs, cotangents, others))
+    assert got[0][1][1].tobytes() == inputs[5][1].tobytes()
+
+    ruined = [poison(x, index) for x in inputs[:5]]
+    again = chunked((*ruined, inputs[5]), (poison(cotangents[0], index), cotangents[1]), others)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(got), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("length", (1, 130))
+def test_only_pads_leave_the_state_bit_identical(length):
+    inputs, cotangents = case(length, "spread", batch=2)
+    state = inputs[5].copy()
+    state[0, 0, 0, :3] = -0.0, 1e-42, 1e30
+    index = np.full((2, length), -1, np.int32)
+    index[1, 0] = 0
+    ruined = [poison(x, index) for x in inputs[:5]]
+    (out, last), gradients = chunked((*ruined, state), cotangents, {"index": index})
+    assert last[0].tobytes() == state[0].tobytes() and not out[0].any()
+    assert not np.array_equal(last[1], state[1])
+    np.testing.assert_array_equal(gradients[5][0], cotangents[1][0])
+    assert not any(x[0].any() for x in gradients[:5])
+
+
+def test_state_carries_over_any_split():
+    length, size = 150, 48
+    inputs, _ = case(length, "spread")
+    q, k, v, g, beta, state = inputs
+    whole, last = jax.jit(gated_delta_rule)(*inputs)
+
+    step = jax.jit(
+        lambda state, tokens: jax.lax.scan(
+            lambda s, x: gated_delta_rule(*(a[:, None] for a in x), s)[::-1], state, [jnp.moveaxis(a, 1, 0) for a in tokens]
+        )
+    )
+    stepped, out = step(state, inputs[:5])
+    assert rel_rms(jnp.moveaxis(out[:, :, 0], 0, 1), whole) <= TOLERANCE and rel_rms(stepped, last) <= TOLERANCE
+
+    run, outs, start = jax.jit(gated_delta_rule), [], 0
+    for n in (48, 1, 17, 40, 44):  # each call of `size` rows, the rest of them pads
+        rows = np.minimum(np.arange(start, start + size), length - 1)
+        out, state = run(*(x[:, rows] for x in inputs[:5]), state, parity.padding([n], size))
+        outs, start = [*outs, out[:, :n]], start + n
+    assert rel_rms(np.concatenate(outs, 1), whole) <= TOLERANCE and rel_rms(state, last) <= TOLERANCE
+
+
+def test_no_initial_state_is_zeros():
+    inputs, _ = case(20)
+    run = jax.jit(gated_delta_rule)
+    for a, b in zip(run(*inputs[:5]), run(*inputs[:5], jnp.zeros_like(inputs[5])), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_bfloat16():
+    for gates in ("mild", "spread", "keep", "forget"):
+        inputs, cotangents = case(500, gates)
+        narrow = [np.asarray(jnp.asarray(x, jnp.bfloat16)) for x in inputs[:3]]
+        got = chunked((*narrow, *inputs[3:]), cotangents)
+        assert [x.dtype for x in got[0]] == [jnp.bfloat16, np.float32]
+        assert [x.dtype for x in got[1]] == [jnp.bfloat16] * 3 + [np.float32] * 3
+        rounded = np.asarray(jnp.asarray(cotangents[0], jnp.bfloat16).astype(jnp.float32))
+        want = truth((*(x.astype(np.float32) for x in narrow), *inputs[3:]), (rounded, cotangents[1]))
+        assert_close(got, want, 1e-2)
+
+
+def test_remat_policy_can_keep_the_sequential_parts():
+    inputs, _ = case(130)
+
+    def walks(policy):
+        layer = jax.checkpoint(lambda *args: jnp.sin(gated_delta_rule(*args)[0]), policy=policy)
+        gradient = jax.value_and_grad(lambda *args: layer(*args).sum(), argnums=range(6))
+        return jax.jit(gradient).lower(*inputs).as_text("hlo").count(" while(")
+
+    kept = jax.checkpoint_policies.save_only_these_names("gdn_inverse", "gdn_states")
+    assert walks(jax.checkpoint_policies.nothing_saveable) == 3
+    assert walks(kept) == 2
