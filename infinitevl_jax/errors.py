@@ -8,3 +8,6 @@ class InfiniteVLError(ValueError):
         super().__init__(f"{culprit}\n  -> {cure}")
         self.culprit = culprit
         self.cure = cure
+
+    def __reduce__(self):
+        return type(self), (self.culprit, self.cure)  # so that a data worker's error crosses to the main process
