@@ -4,6 +4,7 @@ Errors are relative root-mean-square: `rel_rms(got, want)`. Cases come from a nu
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -64,16 +65,21 @@ def poison(x: np.ndarray, index: np.ndarray) -> np.ndarray:
     return x
 
 
-def with_gradients(op: Callable, **static) -> Callable:
+def with_gradients(op: Callable) -> Callable:
     """jit of `(inputs, cotangents, others) -> results and gradients in inputs` for `op(*inputs, **others)`, as tuples of arrays."""
 
-    @jax.jit
     def run(inputs, cotangents, others):
-        results, pull = jax.vjp(lambda *args: op(*args, **others, **static), *inputs)
+        results, pull = jax.vjp(lambda *args: op(*args, **others), *inputs)
         return results, pull(jax.tree.map(lambda ct, out: ct.astype(out.dtype), cotangents, results))
 
+    @cache
+    def compiled():  # not before the first call, so that importing a test starts no backend
+        # On a CPU most of a test's time is code generation: do without its optimiser (XLA's own passes run as ever).
+        cpu = jax.default_backend() == "cpu"
+        return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0} if cpu else None)
+
     def call(inputs, cotangents, others=None):
-        results, gradients = run(tuple(inputs), tuple(cotangents), dict(others or {}))
+        results, gradients = compiled()(tuple(inputs), tuple(cotangents), dict(others or {}))
         return tuple(map(np.asarray, results)), tuple(map(np.asarray, gradients))
 
     return call
