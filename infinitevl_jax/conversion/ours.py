@@ -3,7 +3,11 @@
 Leaves are written and read one at a time, so that neither direction holds the model in memory twice.
 """
 
+import contextlib
+import logging
 import math
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +20,7 @@ from infinitevl_jax.conversion.files import PARAMS
 from infinitevl_jax.conversion.weights import Leaf, complain
 from infinitevl_jax.errors import InfiniteVLError
 
-_CHUNK = 4 << 20  # bytes read at once: a device that needs part of a leaf reads little more than that part
+_CHUNK = 1 << 20  # bytes read at once: a device that needs part of a leaf reads little more than that part
 _BATCH = 64 << 20  # bytes written at once, a whole leaf at least
 
 
@@ -34,18 +38,33 @@ class _DeferredHandler(ocp.type_handlers.NumpyHandler):
 
     async def serialize(self, values, infos, args=None):
         args = args or [ocp.SaveArgs()] * len(values)
-        batch, held = [], 0
-        for place, item in enumerate(zip(values, infos, args, strict=True)):
-            batch.append(item)
-            held += item[0].nbytes
-            if held < _BATCH and place + 1 < len(values):
-                continue
-            arrays = [value.load() for value, _, _ in batch]
-            for future in await super().serialize(arrays, [info for _, info, _ in batch], [arg for _, _, arg in batch]):
-                future.result()
-            batch, held = [], 0
-            del arrays
+        with contextlib.ExitStack() as writes:  # ends only when every write has, whatever failed: nothing runs on
+            held = 0
+            for value, info, arg in zip(values, infos, args, strict=True):
+                for future in await super().serialize([value.load()], [info], [arg]):
+                    writes.callback(future.result)
+                held += value.nbytes
+                if held >= _BATCH:
+                    writes.close()
+                    held = 0
         return []
+
+
+@contextlib.contextmanager
+def _quiet():
+    """One message is enough: orbax logs the traceback of what it then raises, and of the reads it abandons on the way."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda unraisable: None
+    try:
+        yield
+    except BaseException:
+        time.sleep(0.2)  # the abandoned ones end
+        raise
+    finally:
+        logger.setLevel(level)
+        sys.unraisablehook = hook
 
 
 def write_params(folder: Path, params: Mapping[str, Deferred | jax.Array]) -> None:
@@ -55,7 +74,7 @@ def write_params(folder: Path, params: Mapping[str, Deferred | jax.Array]) -> No
     )
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=handlers, use_compression=False)
     args = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK) for name in params}
-    with ocp.Checkpointer(handler) as checkpointer:
+    with _quiet(), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save((folder / PARAMS).absolute(), args=ocp.args.PyTreeSave(dict(params), save_args=args))
 
 
@@ -91,7 +110,8 @@ class Store:
 
     def _guard(self, action: Callable):
         try:
-            return action()
+            with _quiet():
+                return action()
         except (ValueError, OSError, KeyError, AttributeError, TypeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise InfiniteVLError(f"{self.path} cannot be read: {reason}", "the checkpoint is damaged: copy or import it again") from error

@@ -100,7 +100,7 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str], int]:
         metadata = header.pop("__metadata__", {})
     except InfiniteVLError as error:
         raise InfiniteVLError(f"{path}: {error.culprit}", again) from None
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise InfiniteVLError(f"{path}: the header is not a JSON object; not a safetensors file", again) from None
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise InfiniteVLError(f"{path}: __metadata__ does not map strings to strings", again)

@@ -1,0 +1,311 @@
+"""Bad Hugging Face folders: weights, index, config.json, torch files."""
+
+import contextlib
+import json
+import shutil
+import struct
+import sys
+
+import numpy as np
+import pytest
+import torch
+from failing import config, fails, text
+from torch_folders import BF16, hybrid_folder, hybrid_tensors, safetensors_bytes, write_folder
+
+from infinitevl_jax.conversion import import_folder, load_params
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """An intact folder to copy."""
+    root = tmp_path_factory.mktemp("good")
+    hybrid_folder(root / "hf")
+    return root
+
+
+# Each case changes a good Hugging Face folder and returns what the message has to name.
+
+
+def tensors(change):
+    def case(src):
+        values = hybrid_tensors()
+        culprit = change(values)
+        (src / WEIGHTS).write_bytes(safetensors_bytes(values))
+        return culprit
+
+    return case
+
+
+def missing(t):
+    del t["model.layers.3.self_attn.A_log"], t["model.norm.weight"]
+    return "2 missing", "model.layers.3.self_attn.A_log", "model.norm.weight"
+
+
+def many_missing(t):
+    for name in [name for name in t if name.startswith("visual.")]:
+        del t[name]
+    return "42 missing: visual.blocks.0.attn.proj.bias", ", ..."
+
+
+def extra(t):
+    t["model.layers.9.mlp.up_proj.weight"] = t["model.norm.weight"]
+    return "1 extra", "model.layers.9.mlp.up_proj.weight"
+
+
+def misshapen(t):
+    t["model.layers.1.self_attn.q_conv1d.weight"] = t["model.layers.1.self_attn.q_conv1d.weight"][..., :3]
+    return "1 misshapen", "model.layers.1.self_attn.q_conv1d.weight", "[16, 1, 3] instead of [16, 1, 4]"
+
+
+def nan(t):
+    t["model.layers.2.mlp.up_proj.weight"][3, 4] = np.nan
+    return "model.layers.2.mlp.up_proj.weight", "nan at [3, 4]", WEIGHTS
+
+
+def infinite(t):
+    t["visual.merger.mlp.0.bias"] = t["visual.merger.mlp.0.bias"].astype(np.float32)
+    t["visual.merger.mlp.0.bias"][7] = -np.inf
+    return "visual.merger.mlp.0.bias", "-inf at [7]"
+
+
+def quantised(t):
+    t["model.norm.weight"] = t["model.norm.weight"].astype(np.int8)
+    return "model.norm.weight", "I8"
+
+
+def doubles(t):
+    t["model.norm.weight"] = t["model.norm.weight"].astype(np.float64)
+    return "model.norm.weight", "F64"
+
+
+def other_head(t):
+    t["lm_head.weight"] = t["model.embed_tokens.weight"].copy()
+    t["lm_head.weight"][50, 3] += 1
+    return "lm_head.weight", "tie_word_embeddings"
+
+
+def both_spellings(t):
+    t["model.language_model.norm.weight"] = t["model.norm.weight"]
+    return "model.language_model.norm.weight", "twice"
+
+
+def raw(change):
+    def case(src):
+        data = bytearray((src / WEIGHTS).read_bytes())
+        (src / WEIGHTS).write_bytes(change(data))
+        return (WEIGHTS,)
+
+    return case
+
+
+def header(change, *culprits):
+    """Change the JSON header, leaving the data as it is."""
+
+    def case(src):
+        data = (src / WEIGHTS).read_bytes()
+        start = 8 + struct.unpack("<Q", data[:8])[0]
+        text = json.loads(data[8:start])
+        text = change(text) or text
+        text = (text if isinstance(text, str) else json.dumps(text)).encode()
+        (src / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + data[start:])
+        return WEIGHTS, *culprits
+
+    return case
+
+
+def set_entry(name, **fields):
+    return lambda h: h[name].update(fields)
+
+
+def overlap(h):
+    names = list(h)
+    for name in names[2:]:
+        h[name]["data_offsets"] = [n - 2 for n in h[name]["data_offsets"]]
+
+
+def hole(h):
+    for name in list(h)[5:]:
+        h[name]["data_offsets"] = [n + 2 for n in h[name]["data_offsets"]]
+
+
+def sharded(change):
+    def case(src):
+        (src / WEIGHTS).unlink()
+        write_folder(src, hybrid_tensors(), shards=3)
+        return change(src, src / "model.safetensors.index.json")
+
+    return case
+
+
+def absent_shards(src, index):
+    (src / "model-00002-of-00003.safetensors").unlink()
+    return "1 absent of 3 shards", "model-00002-of-00003.safetensors"
+
+
+def index_without_map(src, index):
+    index.write_text('{"metadata": {}}')
+    return index.name, "weight_map"
+
+
+def index_disagrees(src, index):
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = "model-00001-of-00003.safetensors"
+    index.write_text(json.dumps(content))
+    return index.name, "model.norm.weight", "model-00003-of-00003.safetensors"
+
+
+def index_leaves_the_folder(src, index):
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = "../model.safetensors"
+    index.write_text(json.dumps(content))
+    return (index.name,)
+
+
+def index_not_json(src, index):
+    index.write_text(index.read_text()[:100])
+    return index.name, "not JSON"
+
+
+def tensor_in_two_shards(src, index):
+    index.unlink()
+    name = "model-00003-of-00003.safetensors"
+    (src / name).write_bytes(safetensors_bytes({"visual.patch_embed.proj.weight": np.zeros((16, 3, 2, 2, 2), BF16)}))
+    return "visual.patch_embed.proj.weight", name, "twice"
+
+
+def shards_cut_short(src, index):
+    index.unlink()
+    (src / "model-00003-of-00003.safetensors").unlink()
+    return ("model-00003-of-00003.safetensors",)
+
+
+def single_and_index(src, index):
+    shutil.copy(src / "model-00001-of-00003.safetensors", src / WEIGHTS)
+    return WEIGHTS, index.name
+
+
+def no_weights(src):
+    (src / WEIGHTS).unlink()
+    return "no weights", str(src)
+
+
+def no_config(src):
+    (src / "config.json").unlink()
+    return ("config.json",)
+
+
+def torch_file(state, *culprits):
+    def case(src):
+        (src / WEIGHTS).unlink()
+        torch.save(state() if callable(state) else state, src / "pytorch_model.bin")
+        return "pytorch_model.bin", *culprits
+
+    return case
+
+
+def torch_named_safetensors(src):
+    torch.save({}, src / WEIGHTS)
+    return WEIGHTS, "torch file"
+
+
+def torch_cut(src):
+    torch.save({"model.norm.weight": torch.ones(3000)}, src / "pytorch_model.bin")
+    (src / WEIGHTS).unlink()
+    (src / "pytorch_model.bin").write_bytes((src / "pytorch_model.bin").read_bytes()[:5000])
+    return ("pytorch_model.bin",)
+
+
+SOURCES = {
+    "missing": tensors(missing),
+    "many-missing": tensors(many_missing),
+    "extra": tensors(extra),
+    "misshapen": tensors(misshapen),
+    "nan": tensors(nan),
+    "infinity": tensors(infinite),
+    "int8": tensors(quantised),
+    "float64": tensors(doubles),
+    "tied-head-differs": tensors(other_head),
+    "both-spellings": tensors(both_spellings),
+    "truncated": raw(lambda d: d[:-100]),
+    "truncated-header": raw(lambda d: d[:300]),
+    "empty-file": raw(lambda d: b""),
+    "seven-bytes": raw(lambda d: d[:7]),
+    "web-page": raw(lambda d: b"<!DOCTYPE html><html><body>404</body></html>" * 20),
+    "lfs-pointer": raw(lambda d: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 8\n"),
+    "trailing-bytes": raw(lambda d: d + b"\0" * 16),
+    "header-too-long": raw(lambda d: struct.pack("<Q", 1 << 50) + d[8:]),
+    "header-not-json": header(lambda h: json.dumps(h)[:-5] + "     ", "not a JSON object"),
+    "header-a-list": header(lambda h: "[1, 2, 3]", "not a JSON object"),
+    "header-entry-damaged": header(set_entry("model.norm.weight", shape="x"), "model.norm.weight"),
+    "negative-shape": header(set_entry("model.norm.weight", shape=[-32]), "model.norm.weight"),
+    "unknown-dtype": header(set_entry("model.norm.weight", dtype="F12"), "model.norm.weight", "F12"),
+    "shape-against-bytes": header(set_entry("model.norm.weight", shape=[33]), "model.norm.weight", "66"),
+    "overlap": header(overlap, "overlaps"),
+    "hole": header(hole, "hole"),
+    "twice-in-header": header(lambda h: json.dumps(h)[:-1] + ', "model.norm.weight": {}}', "model.norm.weight", "twice"),
+    "metadata-not-strings": header(lambda h: h.update(__metadata__={"a": 1}), "__metadata__"),
+    "absent-shards": sharded(absent_shards),
+    "index-without-map": sharded(index_without_map),
+    "index-disagrees": sharded(index_disagrees),
+    "index-leaves-the-folder": sharded(index_leaves_the_folder),
+    "index-not-json": sharded(index_not_json),
+    "tensor-in-two-shards": sharded(tensor_in_two_shards),
+    "shards-cut-short": sharded(shards_cut_short),
+    "single-and-index": sharded(single_and_index),
+    "no-weights": no_weights,
+    "no-config": no_config,
+    "config-not-json": text("config.json", "{,}", "not JSON"),
+    "config-a-list": text("config.json", "[]"),
+    "generation-config-not-json": text("generation_config.json", "{", "not JSON"),
+    "other-family": config("'llama'", "infinite_vl", model_type="llama"),
+    "no-family": config("None", drop=["model_type"]),
+    "no-hidden-size": config("hidden_size", drop=["hidden_size"]),
+    "size-in-quotes": config("hidden_size", "'32'", hidden_size="32"),
+    "negative-size": config("vocab_size", "-5", vocab_size=-5),
+    "heads-do-not-divide": config("num_attention_heads", num_attention_heads=3),
+    "kv-heads-do-not-divide": config("num_key_value_heads", num_key_value_heads=3, head_dim=16, num_attention_heads=4),
+    "other-depth": config("54 missing", num_hidden_layers=12),
+    "gelu": config("hidden_act", "'gelu'", hidden_act="gelu"),
+    "yarn": config("rope_scaling", "'yarn'", rope_scaling={"rope_type": "yarn", "factor": 4.0, "mrope_section": [2, 3, 3]}),
+    "partial-rotary": config("partial_rotary_factor", rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}),
+    "mrope-sections": config("mrope_section", rope_scaling={"type": "mrope", "mrope_section": [2, 3, 4]}),
+    "no-mrope-sections": config("mrope_section", rope_scaling=None),
+    "quantised": config("quantization_config", quantization_config={"quant_method": "awq", "bits": 4}),
+    "logit-softcap": config("final_logit_softcapping", final_logit_softcapping=30.0),
+    "experts": config("num_experts", num_experts=8),
+    "grouped-linear-heads": config("num_linear_key_value_heads", num_linear_key_value_heads=1),
+    "conv-size": config("conv_size", conv_size=3),
+    "negative-eigenvalues": config("allow_neg_eigval", allow_neg_eigval=True),
+    "layer-types-too-short": config("layer_types", layer_types=["sliding_attention"]),
+    "layer-type-unknown": config("chunked_attention", layer_types=["chunked_attention"] * 9),
+    "window-of-nothing": config("sliding_window", sliding_window=0),
+    "no-vision": config("vision_config", drop=["vision_config"]),
+    "vision-a-list": config("vision_config", vision_config=[1]),
+    "vision-gelu": config("vision_config", "hidden_act", vision={"hidden_act": "gelu"}),
+    "vision-window": config("window_size", vision={"window_size": 7}),
+    "vision-width": config("out_hidden_size", vision={"out_hidden_size": 64}),
+    "torch-file-not-tensors": torch_file({"model.norm.weight": 3}, "dictionary of tensors"),
+    "torch-file-runs-code": torch_file({"a": contextlib.nullcontext()}, "weights_only=True"),
+    "torch-file-cut": torch_cut,
+    "torch-file-int8": torch_file({"model.norm.weight": torch.ones(3, dtype=torch.int8)}, "model.norm.weight"),
+    "torch-named-safetensors": torch_named_safetensors,
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_source(tmp_path, good, name):
+    src = tmp_path / "src"
+    shutil.copytree(good / "hf", src)
+    culprits = SOURCES[name](src)
+    fails(tmp_path, lambda: import_folder(src, tmp_path / "ours"), *culprits)
+    fails(tmp_path, lambda: load_params(src, scanned=False), *culprits)
+
+
+def test_torch_file_without_torch(tmp_path, good, monkeypatch):
+    src = tmp_path / "src"
+    shutil.copytree(good / "hf", src)
+    culprits = torch_file({"model.norm.weight": torch.ones(3)})(src)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    fails(tmp_path, lambda: import_folder(src, tmp_path / "ours"), *culprits, "pip install torch")

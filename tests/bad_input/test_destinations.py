@@ -1,0 +1,206 @@
+"""Destinations that are taken or full, and our own folders when they are damaged."""
+
+import contextlib
+import errno
+import importlib.util
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from failing import config, fails, text, tree
+from torch_folders import BF16, hybrid_folder, hybrid_tensors, write_folder
+
+import infinitevl_jax.conversion.importer as importer
+from infinitevl_jax.conversion import export_folder, import_folder, inspect_folder, load_params, save_params
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """Intact folders to copy: Hugging Face's and ours."""
+    root = tmp_path_factory.mktemp("good")
+    import_folder(hybrid_folder(root / "hf"), root / "ours")
+    return root
+
+
+def test_destination_is_not_empty(tmp_path, good):
+    (tmp_path / "dst").mkdir()
+    (tmp_path / "dst" / "thesis.txt").write_text("mine")
+    for action in (import_folder, export_folder):
+        src = good / ("hf" if action is import_folder else "ours")
+        fails(tmp_path, lambda action=action, src=src: action(src, tmp_path / "dst"), str(tmp_path / "dst"), "--overwrite")
+        # Overwriting replaces checkpoints, nothing else.
+        fails(tmp_path, lambda action=action, src=src: action(src, tmp_path / "dst", overwrite=True), "not a checkpoint folder")
+
+
+def test_destination_is_a_file(tmp_path, good):
+    (tmp_path / "dst").write_text("mine")
+    fails(tmp_path, lambda: import_folder(good / "hf", tmp_path / "dst", overwrite=True), str(tmp_path / "dst"))
+
+
+def test_destination_is_the_source(tmp_path, good):
+    shutil.copytree(good / "hf", tmp_path / "model" / "hf")
+    for dst in (tmp_path / "model" / "hf", tmp_path / "model"):
+        fails(tmp_path, lambda dst=dst: import_folder(tmp_path / "model" / "hf", dst, overwrite=True), str(dst), "source")
+
+
+def test_failed_overwrite_keeps_the_old_one(tmp_path, good):
+    shutil.copytree(good / "ours", tmp_path / "ours")
+    src = write_folder(tmp_path / "src", hybrid_tensors() | {"model.norm.weight": np.full(32, np.nan, BF16)})
+    fails(tmp_path, lambda: import_folder(src, tmp_path / "ours", overwrite=True), "model.norm.weight")
+
+
+def test_overwrite_replaces_the_whole_folder(tmp_path, good):
+    shutil.copytree(good / "ours", tmp_path / "ours")
+    (tmp_path / "ours" / "left_over.json").write_text("{}")
+    import_folder(good / "hf", tmp_path / "ours", overwrite=True)
+    assert tree(tmp_path / "ours").keys() == tree(good / "ours").keys() or not (tmp_path / "ours" / "left_over.json").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["ours"]
+
+
+def test_disk_too_small(tmp_path, good, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    fails(tmp_path, lambda: import_folder(good / "hf", tmp_path / "dst"), str(tmp_path / "dst"), "GB are free")
+    fails(tmp_path, lambda: export_folder(good / "ours", tmp_path / "dst"), str(tmp_path / "dst"), "GB are free")
+
+
+@contextlib.contextmanager
+def file_limit(size):
+    """No file of this process grows beyond `size` bytes: what a full disk looks like from inside."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("way", ["import", "export", "save"])
+def test_disk_fills_up_while_writing(tmp_path, good, way):
+    config, params = load_params(good / "hf", scanned=True)
+    action = {
+        "import": lambda: import_folder(good / "hf", tmp_path / "dst"),
+        "export": lambda: export_folder(good / "ours", tmp_path / "dst"),
+        "save": lambda: save_params(tmp_path / "dst", params, config),
+    }[way]
+    with file_limit(6_000):
+        fails(tmp_path, action, "no space left", str(tmp_path / "dst"))
+
+
+def test_interrupted(tmp_path, good, monkeypatch):
+    """Ctrl-C, or any error on the way: nothing stays behind."""
+    for stop in (KeyboardInterrupt(), OSError(errno.EIO, "Input/output error")):
+
+        def interrupt(*args, stop=stop):
+            raise stop
+
+        monkeypatch.setattr(importer, "read_leaf", interrupt)
+        with pytest.raises(type(stop)):
+            import_folder(good / "hf", tmp_path / "dst")
+        assert not list(tmp_path.iterdir())
+
+
+# Our own folders.
+
+
+def spoil_data(ours):
+    for path in (ours / "params").rglob("d/*"):
+        path.write_bytes(b"\0" * path.stat().st_size)
+    return (str(ours / "params"),)
+
+
+def lose_data(ours):
+    for path in (ours / "params").rglob("d/*"):
+        path.unlink()
+    return (str(ours / "params"),)
+
+
+def lose_params(ours):
+    shutil.rmtree(ours / "params")
+    return str(ours), "params/"
+
+
+def manifest(change, *culprits):
+    def case(ours):
+        content = json.loads((ours / "infinitevl_jax.json").read_text())
+        change(content)
+        (ours / "infinitevl_jax.json").write_text(json.dumps(content))
+        return "infinitevl_jax.json", *culprits
+
+    return case
+
+
+OURS = {
+    "data-spoilt": spoil_data,
+    "data-lost": lose_data,
+    "no-params": lose_params,
+    "manifest-not-json": text("infinitevl_jax.json", "{"),
+    "manifest-of-the-future": manifest(lambda m: m.update(format=2), "2"),
+    "manifest-unknown-key": manifest(lambda m: m.update(colour="red"), "colour"),
+    "manifest-damaged": manifest(lambda m: m.update(files=[{"name": "x"}])),
+    "config-of-another": config("extra", "layers.rest.0", num_hidden_layers=12),
+    "config-of-other-widths": config("misshapen", "mlp.up_proj.kernel", intermediate_size=64),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_ours(tmp_path, good, name):
+    ours = tmp_path / "ours"
+    shutil.copytree(good / "ours", ours)
+    culprits = OURS[name](ours)
+    fails(tmp_path, lambda: export_folder(ours, tmp_path / "hf"), *culprits)
+    fails(tmp_path, lambda: load_params(ours, scanned=False), *culprits)
+
+
+def test_manifest_names_other_tensors(tmp_path, good):
+    shutil.copytree(good / "ours", tmp_path / "ours")
+    manifest(lambda m: m["files"][0]["tensors"].pop())(tmp_path / "ours")
+    fails(tmp_path, lambda: export_folder(tmp_path / "ours", tmp_path / "hf"), "infinitevl_jax.json", "model.norm.weight")
+
+
+def test_nan_after_training(tmp_path, good):
+    config, params = load_params(good / "hf", scanned=True)
+    params["norm.weight"] = params["norm.weight"].at[3].set(jnp.nan)
+    save_params(tmp_path / "step", params, config)
+    fails(tmp_path, lambda: export_folder(tmp_path / "step", tmp_path / "hf"), "norm.weight", "nan at [3]")
+    fails(tmp_path, lambda: load_params(tmp_path / "step", scanned=False), "norm.weight", "nan at [3]")
+
+
+def test_save_what_is_not_the_model(tmp_path, good):
+    config, params = load_params(good / "hf", scanned=True)
+    extra = params | {"head.bias": params["norm.weight"]}
+    fails(tmp_path, lambda: save_params(tmp_path / "dst", extra, config), "1 extra", "head.bias")
+    cut = {name: p[:16] if name == "norm.weight" else p for name, p in params.items()}
+    fails(tmp_path, lambda: save_params(tmp_path / "dst", cut, config), "1 misshapen", "norm.weight")
+    ints = params | {"norm.weight": params["norm.weight"].astype(jnp.int32)}
+    fails(tmp_path, lambda: save_params(tmp_path / "dst", ints, config), "norm.weight", "int32")
+
+
+def test_wrong_direction(tmp_path, good):
+    fails(tmp_path, lambda: import_folder(good / "ours", tmp_path / "dst"), str(good / "ours"), "export")
+    fails(tmp_path, lambda: export_folder(good / "hf", tmp_path / "dst"), str(good / "hf"), "infinitevl_jax.json")
+    fails(tmp_path, lambda: export_folder(tmp_path / "nowhere", tmp_path / "dst"), "nowhere")
+    fails(tmp_path, lambda: import_folder(tmp_path / "nowhere", tmp_path / "dst"), "nowhere")
+    fails(tmp_path, lambda: inspect_folder(tmp_path / "nowhere"), "nowhere")
+
+
+@pytest.mark.parametrize("size", ["5 parsecs", "0", "-1GB", "GB"])
+def test_shard_size(tmp_path, good, size):
+    fails(tmp_path, lambda: export_folder(good / "ours", tmp_path / "dst", max_shard_size=size), "max_shard_size", size)
+
+
+def test_command_line(tmp_path, good, capsys):
+    """The command prints the same error and exits with 1; there is no traceback."""
+    spec = importlib.util.spec_from_file_location("convert_torch", Path(__file__).parents[2] / "convert_torch.py")
+    convert_torch = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(convert_torch)
+    assert convert_torch.main(["import", str(tmp_path / "nowhere"), str(tmp_path / "dst")]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and "nowhere" in printed and "Traceback" not in printed
+    assert convert_torch.main(["export", str(good / "ours"), str(tmp_path / "hf")]) == 0
+    assert convert_torch.main(["inspect", str(tmp_path / "hf")]) == 0
+    assert "infinite_vl" in capsys.readouterr().out
