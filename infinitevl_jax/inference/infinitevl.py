@@ -54,6 +54,7 @@ class InfiniteVL:
         self._encode = jax.jit(lambda params, patches: model(params).encode(patches))
         self._forward = jax.jit(partial(_forward, model), static_argnames=("collect", "last_only"))
         self._step = jax.jit(partial(_step, model), static_argnames="sampling", donate_argnames="cache")
+        self._choose = jax.jit(choose, static_argnames="sampling")
         self._cache_spec = lambda batch, max_length: model(jax.eval_shape(lambda p: p, params)).cache_spec(batch, max_length)
 
     @classmethod
@@ -175,26 +176,51 @@ class InfiniteVL:
         **vision,
     ) -> Iterator[np.ndarray]:
         """Yield [batch] token ids as they are made, until every sequence has ended or `max_new_tokens` have come."""
+        prepared = prepare(self.config, input_ids, attention_mask, position_ids, **vision)
         if max_new_tokens < 1:
             return
-        prepared = prepare(self.config, input_ids, attention_mask, position_ids, **vision)
         batch, width = prepared.inputs.tokens.shape
-        ends = np.asarray(self.config.eos_token_ids if eos_token_ids is None else eos_token_ids).reshape(-1)
+        logits, cache = self.prefill(prepared, self.init_cache(batch, width + max_new_tokens))
+        settings = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed, "eos_token_ids": eos_token_ids}
+        for tokens, _ in self.decode(logits, cache, **settings):
+            yield tokens
+
+    def decode(
+        self,
+        logits: Array,
+        cache: Cache,
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling = Sampling(),  # noqa: B008  frozen
+        seed: int = 0,
+        eos_token_ids=None,
+    ) -> Iterator[tuple[np.ndarray, Cache]]:
+        """Go on from a prompt: yield [batch] token ids as they are made, each with the cache of that moment.
+
+        The cache has taken in every token so far, except those that end a sequence and, at `max_new_tokens`, the last: what a
+        conversation goes on from. Asking for the next token uses it up, as it does the `cache` passed in.
+
+        Args:
+          logits, cache: as `prefill` returns them.
+          eos_token_ids: what ends a sequence; by default as the checkpoint's generation_config.json or config.json says.
+        """
+        ends = np.asarray(self.config.eos_token_ids if eos_token_ids is None else eos_token_ids, np.int32).reshape(-1)
         key = jax.random.key(seed)
         with self._on_mesh():
-            logits, cache = self.prefill(prepared, self.init_cache(batch, width + max_new_tokens))
-            token = choose(logits, key, sampling)
-            done = np.zeros(batch, bool)
-            for i in range(1, max_new_tokens + 1):
-                following = None
-                if i < max_new_tokens:  # the device works on the next token while this one is looked at
-                    following, cache = self._step(self.params, token, cache, jax.random.fold_in(key, i), sampling=sampling)
-                shown = np.where(done, self.config.pad_token_id, np.asarray(token))
-                yield shown
-                done |= np.isin(shown, ends)
-                if done.all():
-                    return
-                token = following
+            token, device_ends = self._choose(logits, key, sampling=sampling), jnp.asarray(ends)
+        done = np.zeros(token.shape, bool)
+        for i in range(1, max_new_tokens + 1):
+            following = None
+            if i < max_new_tokens:  # the device works on the next token while this one is looked at
+                with self._on_mesh():
+                    step = jax.random.fold_in(key, i)
+                    following, cache = self._step(self.params, token, cache, step, sampling=sampling, ends=device_ends)
+            now = np.asarray(token)
+            yield np.where(done, self.config.pad_token_id, now).astype(np.int32), cache
+            done |= np.isin(now, ends)
+            if done.all():
+                return
+            token = following
 
     def prefill(self, prepared: Prepared, cache: Cache) -> tuple[Array, Cache]:
         """Take prepared inputs into a cache, in chunks: logits [batch, vocab] of every row's last token, and the new cache."""
@@ -263,7 +289,11 @@ def _forward(model, params: Mapping[str, Array], inputs: Inputs, embeds, cache, 
     return logits[:, 0] if last_only else logits, cache, states
 
 
-def _step(model, params, token: Array, cache: Cache, key: Array, sampling: Sampling) -> tuple[Array, Cache]:
-    """Append one token to every sequence and choose the next."""
-    logits, cache, _ = _forward(model, params, text_inputs(token[:, None]), None, cache, last_only=True)
-    return choose(logits, key, sampling), cache
+def _step(model, params, token: Array, cache: Cache, key: Array, sampling: Sampling, ends=None) -> tuple[Array, Cache]:
+    """Append one token to every sequence and choose the next. A sequence whose token is one of `ends` stays as it is."""
+    inputs = text_inputs(token[:, None])
+    ended = jnp.zeros(token.shape, bool) if ends is None else jnp.isin(token, ends)
+    if ends is not None:
+        inputs = inputs._replace(index=jnp.where(ended[:, None], -1, inputs.index))
+    logits, cache, _ = _forward(model, params, inputs, None, cache, last_only=True)
+    return jnp.where(ended, token, choose(logits, key, sampling)), cache

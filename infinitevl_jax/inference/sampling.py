@@ -18,7 +18,7 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < float("inf") or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise InfiniteVLError(
                 f"sampling with temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}",
                 "temperature >= 0, top_k >= 0 and 0 < top_p <= 1",
@@ -29,7 +29,8 @@ def choose(logits: Array, key: Array, sampling: Sampling) -> Array:
     """[batch, vocab] logits -> [batch] int32 tokens."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, -1).astype(jnp.int32)
-    logits = logits.astype(jnp.float32) / sampling.temperature
+    logits = logits.astype(jnp.float32)
+    logits = (logits - jnp.max(logits, -1, keepdims=True)) / sampling.temperature  # a cold temperature cannot overflow
     if sampling.top_k:
         kth = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits < kth, -jnp.inf, logits)
