@@ -12,20 +12,9 @@ from infinitevl_jax.errors import InfiniteVLError
 
 MANIFEST = "infinitevl_jax.json"
 PARAMS = "params"
-_WEIGHTS = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".gguf",
-    ".safetensors.index.json",
-    ".bin.index.json",
-)
-_OWN = (MANIFEST, "adapter_config.json")  # an adapter is merged, and must not be found and merged again
+_WEIGHTS = tuple(".safetensors .bin .pt .pth .ckpt .h5 .msgpack .onnx .gguf .safetensors.index.json .bin.index.json".split())
+# An adapter is merged, and must not be found and merged again; the last two are orbax's.
+_OWN = (MANIFEST, "adapter_config.json", "_CHECKPOINT_METADATA", "commit_success.txt")
 _SIDE_FOLDERS = ("additional_chat_templates",)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

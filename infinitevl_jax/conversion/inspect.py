@@ -12,7 +12,7 @@ from infinitevl_jax.conversion.files import is_ours
 from infinitevl_jax.conversion.manifest import Manifest
 from infinitevl_jax.conversion.reading import open_model, read_config
 from infinitevl_jax.conversion.weights import HEAD, count, leaves
-from infinitevl_jax.model.params import abstract, bind
+from infinitevl_jax.model.cache import cache_bytes
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,7 @@ def inspect_folder(folder: str | Path) -> Description:
     dtypes = Counter()
     for dtype, size in sizes:
         dtypes[dtype.name] += size
+    fixed = cache_bytes(config, 1, jnp.bfloat16)
+    growing = cache_bytes(config, 1, jnp.bfloat16, max_length=1) - fixed
     nbytes = sum(dtype.itemsize * size for dtype, size in sizes)
-    return Description(folder, config, kind, count(config), len(sizes), nbytes, dict(dtypes), names, cache_bytes(config))
-
-
-def cache_bytes(config: ModelConfig) -> tuple[int, int]:
-    """Bytes of one sequence's bf16 cache: (whatever its length, for each token more)."""
-    graphdef, shapes = abstract(config, scanned=False, dtype=jnp.bfloat16)
-    spec = bind(graphdef, shapes).cache_spec
-    short, long = spec(1, 1).nbytes, spec(1, 2).nbytes
-    return short - (long - short), long - short
+    return Description(folder, config, kind, count(config), len(sizes), nbytes, dict(dtypes), names, (fixed, growing))

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -29,6 +29,7 @@ def load_params(
     dtype=None,
     shardings: Mapping[str, Sharding] | None = None,
     adapters: Sequence[str | Path] = (),
+    progress: bool = False,
 ) -> tuple[ModelConfig, Params]:
     """Configuration and parameters of a checkpoint folder: Hugging Face's (config.json and weights are enough) or ours.
 
@@ -37,6 +38,7 @@ def load_params(
       dtype: cast floating-point tensors to this; None keeps each tensor's own.
       shardings: by parameter name. Each device reads only its own part of each tensor.
       adapters: PEFT LoRA folders to merge (a Hugging Face folder that holds one has it merged without asking).
+      progress: show a bar (on a terminal).
 
     Raises:
       InfiniteVLError: damaged, missing, extra, misshapen or non-finite tensors; a configuration that is not supported.
@@ -45,13 +47,26 @@ def load_params(
     dtype = None if dtype is None else np.dtype(dtype)
     if not is_ours(folder):
         config, source = open_model(folder, adapters)
-        return config, from_source(source, leaves(config, scanned=scanned), dtype, shardings)
+        return config, from_source(source, _counted(leaves(config, scanned=scanned), progress), dtype, shardings)
     if adapters:
         raise InfiniteVLError(f"{folder} is already converted; adapters are merged on import", "import the base model with --adapter")
-    return _from_ours(folder, scanned, dtype, shardings)
+    return _from_ours(folder, scanned, dtype, shardings, progress)
 
 
-def from_source(source: Source, wanted: Sequence[Leaf], dtype, shardings: Mapping[str, Sharding] | None) -> Params:
+def _counted(wanted: Sequence[Leaf], progress: bool) -> Iterator[Leaf]:
+    """The leaves, with a bar that moves on as they have been read."""
+    if not progress:
+        yield from wanted
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=sum(leaf.size for leaf in wanted), unit=" parameters", unit_scale=True, desc="load", disable=None) as bar:
+        for leaf in wanted:
+            yield leaf
+            bar.update(leaf.size)
+
+
+def from_source(source: Source, wanted: Iterable[Leaf], dtype, shardings: Mapping[str, Sharding] | None) -> Params:
     """These leaves out of torch tensors."""
     out = {}
     for leaf in wanted:
@@ -70,7 +85,7 @@ def from_source(source: Source, wanted: Sequence[Leaf], dtype, shardings: Mappin
     return out
 
 
-def _from_ours(folder: Path, scanned: bool, dtype, shardings: Mapping[str, Sharding] | None) -> tuple[ModelConfig, Params]:
+def _from_ours(folder: Path, scanned: bool, dtype, shardings: Mapping[str, Sharding] | None, progress: bool) -> tuple[ModelConfig, Params]:
     from infinitevl_jax.conversion.ours import Store  # orbax takes its time to import, and Hugging Face folders do without
 
     config, manifest, store = read_config(folder), Manifest.read(folder), Store(folder)
@@ -78,7 +93,7 @@ def _from_ours(folder: Path, scanned: bool, dtype, shardings: Mapping[str, Shard
     store.check(stored, f"{folder / 'config.json'}")
     names = {leaf.torch[0]: leaf.name for leaf in leaves(config, scanned=False)} if not scanned else {}
     out: Params = {}
-    for leaf in stored:
+    for leaf in _counted(stored, progress):
         wanted = [names[torch] for torch in leaf.torch] if names else [leaf.name]
         own = own_dtypes(leaf, store.dtypes[leaf.name], manifest.dtypes) if names else [store.dtypes[leaf.name]]
         split = bool(names) and leaf.stacked

@@ -3,16 +3,22 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import torch
 import transformers
+from jax.sharding import AxisType
 from torch_folders import BF16, HYBRID, hybrid_folder, hybrid_shapes, hybrid_tensors, read_folder, side_bytes, write_folder
 
 from infinitevl_jax.config.model import FULL, ModelConfig, TextConfig, VisionConfig
 from infinitevl_jax.conversion import export_folder, import_folder, inspect_folder, load_params, read_config, save_params
+from infinitevl_jax.conversion.files import copy_side_files
+from infinitevl_jax.conversion.manifest import Manifest
 from infinitevl_jax.model.params import abstract
+from infinitevl_jax.sharding import parameter_shardings
 
 TEXT = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1)
 
@@ -193,6 +199,27 @@ def test_trained_model_exports_like_its_source(tmp_path, scanned):
         back = read_folder(tmp_path / "back")
         assert {name: v.tobytes() for name, v in doubled.items()} == {name: raw for name, (_, _, raw) in back.items()}
         assert sorted(p.name for p in (tmp_path / "back").glob("model*")) == sorted(p.name for p in src.glob("model*"))
+
+
+def test_step_of_a_training_run(tmp_path):
+    """A step folder as orbax's manager writes it, on a mesh, with the side files and the manifest beside."""
+    src = hybrid_folder(tmp_path / "src", mixed=True)
+    import_folder(src, tmp_path / "ours")
+    config = read_config(src)
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    shardings = parameter_shardings(abstract(config, scanned=True)[1], mesh)
+    _, params = load_params(tmp_path / "ours", scanned=True, shardings=shardings)
+    with ocp.CheckpointManager(tmp_path / "run") as manager:
+        manager.save(3, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
+        manager.wait_until_finished()
+    step = tmp_path / "run" / "3"
+    copy_side_files(tmp_path / "ours", step)
+    Manifest.read(tmp_path / "ours").write(step)
+    export_folder(step, tmp_path / "back")
+    same(src, tmp_path / "back")
+    assert side_bytes(src) == side_bytes(tmp_path / "back")
+    _, again = load_params(step, scanned=False)
+    assert all(np.array_equal(value, again[name]) for name, value in load_params(src, scanned=False)[1].items())
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_5_vl"])
