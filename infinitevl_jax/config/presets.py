@@ -1,0 +1,173 @@
+"""A training run as one TOML file, plus `key=value` changes from the command line. A key that nobody reads is an error."""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from infinitevl_jax.config.model import TextConfig, VisionConfig
+from infinitevl_jax.config.run import RunConfig
+from infinitevl_jax.config.train import TrainConfig
+from infinitevl_jax.errors import InfiniteVLError
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where the model comes from: a checkpoint folder, or sizes and fresh weights.
+
+    from_ ("from" in the file): a folder of ours, or a Hugging Face one. Then the other fields stay empty.
+    tokenizer: with sizes, a folder that brings tokenizer and processor files; or "words" for one token a word of the training questions.
+    min_pixels, max_pixels: with sizes and "words", what pictures are resized to.
+    text, vision: the sizes. vocab_size is the tokenizer's where it is left out.
+    """
+
+    from_: str = ""
+    tokenizer: str = "words"
+    min_pixels: int = 3136
+    max_pixels: int = 1003520
+    text: TextConfig | None = None
+    vision: VisionConfig | None = None
+
+    def __post_init__(self):
+        if bool(self.from_) == (self.text is not None):
+            raise InfiniteVLError(
+                f"the preset gives {'both' if self.from_ else 'neither'} model.from {'and' if self.from_ else 'nor'} model.text",
+                "name a checkpoint folder in model.from, or give the sizes in [model.text] and [model.vision]",
+            )
+        if self.from_ and self.vision is not None:
+            raise InfiniteVLError("the preset gives model.from and model.vision", "the folder has the sizes: remove [model.vision]")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One run: what the weights mean, how it is carried out, what is trained."""
+
+    model: ModelSource
+    run: RunConfig = field(default_factory=RunConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def load_preset(path: str | Path, overrides: Sequence[str] = ()) -> Preset:
+    """Read a preset and apply changes such as "train.optimizer.peak_lr=1e-4".
+
+    Raises InfiniteVLError for a file that is no TOML, an unknown key (with the nearest known ones), or a value of the wrong type.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            tree = tomllib.load(file)
+    except FileNotFoundError as error:
+        near = sorted(str(p) for p in Path("configs").glob("*.toml"))
+        raise InfiniteVLError(f"there is no preset {path}", f"presets here: {', '.join(near) or 'none'}") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InfiniteVLError(f"preset {path} cannot be read: {error}", "mend the TOML") from error
+    for change in overrides:
+        _override(tree, change)
+    return parse(Preset, tree, "", str(path))
+
+
+def parse(kind: type, tree: Any, key: str, where: str) -> Any:
+    """Build a configuration dataclass from a TOML table; `key` is the dotted name of the table, `where` the file."""
+    if not isinstance(tree, dict):
+        raise InfiniteVLError(f"{where}: {key} is {tree!r}", f"{key} is a table: write [{key}], then its keys")
+    fields = {f.name.rstrip("_"): f for f in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    for name in tree:
+        if name not in fields:
+            full = _join(key, name)
+            near = difflib.get_close_matches(name, fields, n=3, cutoff=0.5) or [n for n in _everywhere() if n.rsplit(".", 1)[-1] == name]
+            near = [n if "." in n else _join(key, n) for n in near]
+            raise InfiniteVLError(
+                f"{where}: unknown key {full!r}", f"did you mean {' or '.join(near)}?" if near else f"keys here: {', '.join(fields)}"
+            )
+    required = [n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    if missing := [n for n in required if n not in tree]:
+        raise InfiniteVLError(f"{where}: {_join(key, missing[0])} is missing", "add it to the preset")
+    values = {fields[name].name: _value(hints[fields[name].name], value, _join(key, name), where) for name, value in tree.items()}
+    try:
+        return kind(**values)
+    except InfiniteVLError as error:
+        raise InfiniteVLError(f"{where}: {error.culprit}", error.cure) from error
+
+
+def to_tree(config: Any) -> Any:
+    """A configuration as plain dicts, lists and scalars, for JSON; None is left out."""
+    if dataclasses.is_dataclass(config):
+        pairs = ((f.name.rstrip("_"), getattr(config, f.name)) for f in dataclasses.fields(config))
+        return {name: to_tree(value) for name, value in pairs if value is not None}
+    return list(config) if isinstance(config, tuple) else config
+
+
+def differences(old: dict, new: dict, key: str = "") -> list[str]:
+    """Dotted names of what differs between two trees, with both values."""
+    found = []
+    for name in sorted(old.keys() | new.keys()):
+        a, b, full = old.get(name), new.get(name), _join(key, name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, full)
+        elif a != b:
+            found.append(f"{full}: {a!r} there, {b!r} now")
+    return found
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _everywhere(kind: type = Preset, key: str = "") -> list[str]:
+    """Dotted names of every key there is."""
+    names = []
+    for f in dataclasses.fields(kind):
+        inner = _plain(typing.get_type_hints(kind)[f.name])[0]
+        full = _join(key, f.name.rstrip("_"))
+        names += _everywhere(inner, full) if dataclasses.is_dataclass(inner) else [full]
+    return names
+
+
+def _plain(hint: Any) -> tuple[Any, bool]:
+    """A type without its `| None`, and whether it had one."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        kinds = [k for k in typing.get_args(hint) if k is not type(None)]
+        return kinds[0], True
+    return hint, False
+
+
+def _value(hint: Any, value: Any, key: str, where: str) -> Any:
+    kind, _ = _plain(hint)
+    if dataclasses.is_dataclass(kind):
+        return parse(kind, value, key, where)
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)[0]
+        if isinstance(value, list):
+            return tuple(_value(inner, item, f"{key}[{i}]", where) for i, item in enumerate(value))
+    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    name = "list" if typing.get_origin(kind) is tuple else _WORDS[kind]
+    raise InfiniteVLError(f"{where}: {key} is {value!r}, a {type(value).__name__}", f"give a {name}")
+
+
+_WORDS = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+
+
+def _override(tree: dict, change: str) -> None:
+    """Put one `dotted.key=value` into the tree. Values are TOML; what is not (a bare word or path) is text."""
+    key, equals, text = change.partition("=")
+    if not equals or not key or not all(key.split(".")):
+        raise InfiniteVLError(f"{change!r} is no change to the preset", "write dotted.key=value, such as train.optimizer.peak_lr=1e-4")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *path, last = key.split(".")
+    for name in path:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise InfiniteVLError(f"{change!r}: {name} holds a value, no further keys", "check the dotted name")
+    tree[last] = value

@@ -1,0 +1,163 @@
+"""Encoded rows become batches of one shape."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from infinitevl_jax.config.model import ModelConfig
+from infinitevl_jax.config.train import DataConfig
+from infinitevl_jax.data.batch import TrainBatch
+from infinitevl_jax.data.encode import Branch, Encoded
+from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.model.inputs import Inputs, prepare
+from infinitevl_jax.model.patches import Patches, pack
+from infinitevl_jax.model.positions import VisionItem, sequence_positions
+
+
+def group_questions(counts: Sequence[int], images: int, branches: int) -> Iterator[list[tuple[int, list[int]]]]:
+    """Cut a split into groups of at most `images` rows and `branches` questions.
+
+    counts: questions of each row. Yields lists of (row, which of its questions); a row that does not fit goes on in the next group.
+    """
+    group: list[tuple[int, list[int]]] = []
+    used = 0
+    for row, count in enumerate(counts):
+        done = 0
+        while done < count:
+            if len(group) == images or used == branches:
+                yield group
+                group, used = [], 0
+            take = min(count - done, branches - used)
+            group.append((row, list(range(done, done + take))))
+            done, used = done + take, used + take
+    if group:
+        yield group
+
+
+def branch_batch(
+    rows: Sequence[Encoded], questions: Sequence[Sequence[int]], config: ModelConfig, data: DataConfig, images: int, branches: int
+) -> TrainBatch:
+    """Images with some of their questions each, the questions on branches.
+
+    Args:
+      rows: at most `images` of them; missing ones are padding.
+      questions: which questions of each row; at most `branches` in all.
+    """
+    prefix_length = data.prefix_length
+    tokens = np.zeros((images, prefix_length), np.int32)
+    mask = np.zeros((images, prefix_length), np.int32)
+    for i, row in enumerate(rows):
+        if len(row.prefix) > prefix_length:
+            raise InfiniteVLError(
+                f"an image's prefix has {len(row.prefix)} tokens, train.data.prefix_length is {prefix_length}",
+                f"train.data.prefix_length={len(row.prefix)}, or let the processor make images smaller (max_pixels)",
+            )
+        tokens[i, : len(row.prefix)] = row.prefix
+        mask[i, : len(row.prefix)] = 1
+    pixels = {}
+    if seen := [row for row in rows if row.pixels is not None]:
+        pixels = {"pixel_values": np.concatenate([r.pixels for r in seen]), "image_grid_thw": np.concatenate([r.grid for r in seen])}
+    prepared = prepare(config, tokens, mask, **pixels, length=prefix_length, row_per_sequence=True)
+    chosen = [(row.branches[i], parent) for parent, (row, which) in enumerate(zip(rows, questions, strict=True)) for i in which]
+    batch, targets, weights = _lay_out([b for b, _ in chosen], branches, data.length)
+    parents = np.zeros(branches, np.int32)
+    parents[: len(chosen)] = [parent for _, parent in chosen]
+    return TrainBatch(prepared.patches, prepared.inputs, batch, parents, targets, weights)
+
+
+def _lay_out(branches: Sequence[Branch], count: int, length: int) -> tuple[Inputs, np.ndarray, np.ndarray]:
+    """Branches as `count` rows of `length` tokens, and what follows each token. The last token of an answer is never an input."""
+    tokens, targets = np.zeros((2, count, length), np.int32)
+    index = np.full((count, length), -1, np.int32)
+    weights = np.zeros((count, length), np.float32)
+    for row, branch in enumerate(branches):
+        size = len(branch.tokens) - 1
+        if size > length:
+            raise InfiniteVLError(
+                f"a question with its answer takes {size} tokens, train.data.length is {length}", f"train.data.length={size} or more"
+            )
+        if branch.answer[0]:
+            raise InfiniteVLError("the answer follows the image at once, with no text between", "use a chat template that opens the answer")
+        tokens[row, :size], targets[row, :size] = branch.tokens[:-1], branch.tokens[1:]
+        index[row, :size] = np.arange(size)
+        weights[row, :size] = branch.answer[1:]
+    return Inputs(tokens, index, np.zeros((count, length), np.int32), None, None), targets, weights
+
+
+class PackedRows:
+    """Conversations in the order they come, each in the first row that has room; a full batch refuses the next one."""
+
+    def __init__(self, config: ModelConfig, data: DataConfig, rows: int):
+        self.config, self.data = config, data
+        self.used = [0] * rows
+        self.patches = [0] * rows
+        self.items: list[tuple[int, Branch, np.ndarray | None, np.ndarray | None]] = []
+
+    def add(self, branch: Branch, pixels: np.ndarray | None, grid: np.ndarray | None) -> bool:
+        """Take a conversation, or return False if no row has room. Raises InfiniteVLError for one that never fits."""
+        size, patches = len(branch.tokens) - 1, 0 if pixels is None else len(pixels)
+        for limit, needed, what in ((self.data.length, size, "length"), (self.data.patches, patches, "patches")):
+            if needed > limit:
+                raise InfiniteVLError(
+                    f"a conversation takes {needed} {'tokens' if what == 'length' else 'patches'}, train.data.{what} is {limit}",
+                    f"train.data.{what}={needed} or more, or smaller images (max_pixels)",
+                )
+        for row in range(len(self.used)):
+            if self.used[row] + size <= self.data.length and self.patches[row] + patches <= self.data.patches:
+                self.items.append((row, branch, pixels, grid))
+                self.used[row] += size
+                self.patches[row] += patches
+                return True
+        return False
+
+    def batch(self) -> TrainBatch:
+        """The batch of what was taken."""
+        rows, length, vision = len(self.used), self.data.length, self.config.vision
+        tokens, index, segment, vision_index, targets = np.zeros((5, rows, length), np.int32)
+        index -= 1
+        vision_index -= 1
+        positions = np.zeros((3, rows, length), np.int32)
+        weights = np.zeros((rows, length), np.float32)
+        patches = place = None
+        if vision is not None and self.data.patches:
+            seen = [(row, pixels, grid) for row, _, pixels, grid in self.items if pixels is not None]
+            empty = [np.zeros((0, vision.patch_features), np.float32)], [np.zeros((0, 3), np.int64)]
+            pixels, grids = (np.concatenate(a + [s[i] for s in seen]) for i, a in zip((1, 2), empty, strict=True))
+            patches, place = pack(pixels, grids.astype(np.int64), vision, [s[0] for s in seen], rows)
+            patches = _widen(patches, self.data.patches)
+        filled, segments, placed = [0] * rows, [0] * rows, 0
+        for row, branch, _, grid in self.items:
+            ids = branch.tokens[:-1]
+            here = (row, slice(filled[row], filled[row] + len(ids)))
+            tokens[here], targets[here], weights[here] = ids, branch.tokens[1:], branch.answer[1:]
+            index[here], segment[here] = np.arange(len(ids)), segments[row]
+            merge = vision.spatial_merge_size if vision else 1
+            images = [] if grid is None else [VisionItem("image", (int(t), int(h) // merge, int(w) // merge), 0.0) for t, h, w in grid]
+            positions[(slice(None), *here)], _ = sequence_positions(ids, iter(images), iter([]), self.config, 0, "a packed conversation")
+            if images:
+                count = sum(i.tokens for i in images)
+                vision_index[here] = _scatter(ids == self.config.image_token_id, place[placed : placed + count])
+                placed += count
+            filled[row] += len(ids)
+            segments[row] += 1
+        inputs = Inputs(tokens, index, segment, positions, None if patches is None else vision_index)
+        return TrainBatch(patches, None, inputs, None, targets, weights)
+
+
+def _scatter(where: np.ndarray, values: np.ndarray) -> np.ndarray:
+    out = np.full(len(where), -1, np.int32)
+    out[where] = values
+    return out
+
+
+def _widen(patches: Patches, size: int) -> Patches:
+    """Pad the rows of packed patches to `size`, and let a slice reach as far, so that every batch has one shape."""
+    more = size - patches.index.shape[1]
+    cut = {f.name: getattr(patches, f.name) for f in dataclasses.fields(patches) if f.name != "slice_reach"}
+    fill = {"pixels": 0, "row_column": 0, "index": -1, "window": -1, "slice": -1}
+    resized = {
+        name: np.pad(x, [(0, 0), (0, max(more, 0))] + [(0, 0)] * (x.ndim - 2), constant_values=fill[name])[:, :size]
+        for name, x in cut.items()
+    }
+    return Patches(**resized, slice_reach=1 << (size - 1).bit_length())

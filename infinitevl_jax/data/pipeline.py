@@ -1,0 +1,106 @@
+"""The endless stream of training batches, and the held-out batches that only measure. Both depend on nothing but seed and position."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, Protocol
+
+import grain
+import jax
+import numpy as np
+
+from infinitevl_jax.config.model import ModelConfig
+from infinitevl_jax.config.train import DataConfig
+from infinitevl_jax.data.batch import TrainBatch
+from infinitevl_jax.data.collate import PackedRows, branch_batch, group_questions
+from infinitevl_jax.data.encode import Encoded, Encoder
+from infinitevl_jax.errors import InfiniteVLError
+
+
+class Batches(Protocol):
+    """An iterator over this process's part of the global batches, whose place can be saved and found again."""
+
+    def __next__(self) -> TrainBatch: ...
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+def _share(data: DataConfig) -> int:
+    """Rows of the global batch that this process brings."""
+    if data.batch % jax.process_count():
+        raise InfiniteVLError(
+            f"train.data.batch {data.batch} does not divide over {jax.process_count()} processes", "make it a multiple of their number"
+        )
+    return data.batch // jax.process_count()
+
+
+def train_batches(encoder: Encoder, config: ModelConfig, data: DataConfig, seed: int) -> Batches:
+    """Endless batches in an order that seed and epoch decide; each process takes its own rows."""
+    share = _share(data)
+    if len(encoder) < data.batch:
+        raise InfiniteVLError(
+            f"split {data.train!r} of {data.name} has {len(encoder)} rows, a batch takes {data.batch}", "make train.data.batch smaller"
+        )
+    if not data.questions:
+        order = grain.MapDataset.range(len(encoder)).seed(seed).shuffle()[jax.process_index() :: jax.process_count()].repeat()
+        return PackedBatches(encoder, config, data, share, order)
+    rows = grain.MapDataset.source(encoder).seed(seed).shuffle()[jax.process_index() :: jax.process_count()].repeat()
+    chosen = rows.random_map(partial(_choose, count=data.questions))
+    batches = chosen.batch(share, drop_remainder=True, batch_fn=partial(_collate, config=config, data=data))
+    # one thread ahead of the device is enough, and leaves the cores to it
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+
+
+def _choose(row: Encoded, rng: np.random.Generator, count: int) -> tuple[Encoded, list[int]]:
+    """`count` questions of a row: no question twice unless there are too few."""
+    order = rng.permutation(len(row.branches))
+    return row, [int(order[i % len(order)]) for i in range(count)]
+
+
+def _collate(items: list[tuple[Encoded, list[int]]], config: ModelConfig, data: DataConfig) -> TrainBatch:
+    rows, questions = zip(*items, strict=True)
+    return branch_batch(rows, questions, config, data, len(rows), len(rows) * data.questions)
+
+
+class PackedBatches:
+    """Whole conversations packed into rows. Its place is the number of conversations taken."""
+
+    def __init__(self, encoder: Encoder, config: ModelConfig, data: DataConfig, rows: int, order: grain.MapDataset):
+        self.encoder, self.config, self.data, self.rows, self.order = encoder, config, data, rows, order
+        self.taken = 0
+
+    def __iter__(self) -> "PackedBatches":
+        return self
+
+    def __next__(self) -> TrainBatch:
+        packed = PackedRows(self.config, self.data, self.rows)
+        while packed.add(*self.encoder.conversation(int(self.order[self.taken]))):
+            self.taken += 1
+        return packed.batch()
+
+    def get_state(self) -> dict[str, Any]:
+        return {"taken": self.taken}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.taken = int(state["taken"])
+
+
+def held_out_batches(encoder: Encoder, config: ModelConfig, data: DataConfig) -> Iterator[TrainBatch]:
+    """Every question of the split once, in batches of the training shape; the last one is filled up with padding."""
+    if jax.process_count() > 1:
+        raise InfiniteVLError("measuring on the held-out split works in one process so far", 'set train.data.held_out=""')
+    if data.questions:
+        branches = data.batch * data.questions
+        for group in group_questions([len(encoder[i].branches) for i in range(len(encoder))], data.batch, branches):
+            rows, questions = [encoder[i] for i, _ in group], [which for _, which in group]
+            yield branch_batch(rows, questions, config, data, data.batch, branches)
+        return
+    packed = PackedRows(config, data, data.batch)
+    for number in range(len(encoder)):
+        conversation = encoder.conversation(number)
+        if not packed.add(*conversation):
+            yield packed.batch()
+            packed = PackedRows(config, data, data.batch)
+            packed.add(*conversation)
+    yield packed.batch()

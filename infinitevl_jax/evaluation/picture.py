@@ -1,0 +1,36 @@
+"""A picture of sample answers."""
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from infinitevl_jax.data.source import Row
+
+
+def draw_samples(samples: Sequence[tuple[Row, int, str]], picture: Path, columns: int = 5) -> None:
+    """Draw images, each with one question and what the model said; wrong answers in red with the right one.
+
+    samples: (row, which of its questions, the model's answer).
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = -(-len(samples) // columns)
+    figure = Figure(figsize=(2.4 * columns, 2.7 * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = np.atleast_1d(figure.subplots(lines, columns)).reshape(-1)
+    for axes in grid:
+        axes.axis("off")
+    for axes, (row, number, answer) in zip(grid, samples, strict=False):
+        truth = row.answers[number]
+        axes.imshow(Image.open(io.BytesIO(row.image)))
+        right = answer == truth
+        text = f"{row.questions[number]}\n{answer}" + ("" if right else f" (is {truth})")
+        axes.set_title(text, fontsize=8, color="black" if right else "firebrick", wrap=True)
+    aside = picture.with_name(f".partial-{picture.name}")
+    figure.savefig(aside, dpi=110)
+    os.replace(aside, picture)

@@ -1,0 +1,63 @@
+"""Cross entropy over the answers, in chunks of the sequence: logits [batch, length, vocab] never exist at once."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+CHUNK = 512  # tokens of each sequence whose logits exist at a time
+
+
+class Tally(NamedTuple):
+    """Sums over the answer tokens of a batch, to be divided at the end."""
+
+    loss: Array  # [] f32, sum of weight x cross entropy in nats
+    tokens: Array  # [] f32, sum of weights
+    right: Array  # [] f32, weight of the tokens that the model would have chosen itself
+    exact: Array  # [] f32, rows all of whose answer tokens are such (greedy decoding says exactly the target)
+    rows: Array  # [] f32, rows with an answer
+
+
+def answer_loss(head: Callable[[Array], Array], hidden: Array, targets: Array, weights: Array, chunk: int = CHUNK) -> Tally:
+    """Cross entropy of `targets` under `head(hidden)`.
+
+    Args:
+      head: [batch, chunk, width] -> logits [batch, chunk, vocab].
+      hidden: [batch, length, width]. targets: [batch, length] int32, the token after each. weights: [batch, length] f32, 0 = not an answer.
+      chunk: tokens of each sequence whose logits are computed (and, for the gradient, computed again) at a time.
+    """
+
+    @jax.checkpoint
+    def part(hidden, targets, weights):
+        logits = head(hidden).astype(jnp.float32)
+        chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+        loss = jax.nn.logsumexp(logits, -1) - chosen
+        wrong = weights * (jnp.argmax(logits, -1) != targets)
+        return jnp.sum(weights * loss), wrong.sum(1)
+
+    length = hidden.shape[1]
+    if length <= chunk:
+        loss, wrong = part(hidden, targets, weights)
+    else:
+        short = -length % chunk
+
+        def cut(x):  # [batch, length, ...] -> [chunks, batch, chunk, ...]
+            x = jnp.pad(x, [(0, 0), (0, short)] + [(0, 0)] * (x.ndim - 2))
+            return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+        def step(total, xs):
+            return jax.tree.map(jnp.add, total, part(*xs)), None
+
+        nothing = jnp.zeros((), jnp.float32), jnp.zeros(hidden.shape[0], jnp.float32)
+        (loss, wrong), _ = jax.lax.scan(step, nothing, (cut(hidden), cut(targets), cut(weights)))
+    per_row = weights.sum(1)
+    answered = per_row > 0
+    return Tally(
+        loss=loss,
+        tokens=per_row.sum(),
+        right=per_row.sum() - wrong.sum(),
+        exact=jnp.sum(answered & (wrong == 0), dtype=jnp.float32),
+        rows=jnp.sum(answered, dtype=jnp.float32),
+    )

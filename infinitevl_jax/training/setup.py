@@ -1,0 +1,100 @@
+"""From a preset to what a run needs: configuration, processor, and where the first parameters come from."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from jax.sharding import NamedSharding
+
+from infinitevl_jax import conversion
+from infinitevl_jax.config.huggingface import read_config, to_huggingface
+from infinitevl_jax.config.model import ModelConfig
+from infinitevl_jax.config.presets import ModelSource
+from infinitevl_jax.conversion.files import copy_side_files, is_ours, new_folder
+from infinitevl_jax.conversion.manifest import Manifest
+from infinitevl_jax.conversion.source import open_source
+from infinitevl_jax.data.source import Source
+from infinitevl_jax.data.vocabulary import word_tokenizer, write_processor_files
+from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.model.params import Params, initialize
+from infinitevl_jax.processing import Processor
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model before its first step.
+
+    files: folder with config.json and the processor's files. manifest: what export must know beside them.
+    params: makes the parameters (scanned layout) where `shardings` say.
+    """
+
+    config: ModelConfig
+    processor: Processor
+    files: Path
+    manifest: Manifest
+    params: Callable[[Mapping[str, NamedSharding]], Params]
+
+
+def prepare_start(model: ModelSource, source: Source, run: Path, seed: int) -> Start:
+    """Open the checkpoint folder that a preset names, or bring a fresh model's files into being in RUN/model."""
+    if model.from_:
+        folder = Path(model.from_)
+        config = conversion.read_config(folder)
+        tied = config.text.tie_word_embeddings
+        manifest = Manifest.read(folder) if is_ours(folder) else Manifest.of(open_source(folder), tied)
+
+        def load(shardings):
+            return conversion.load_params(folder, scanned=True, shardings=shardings)[1]
+
+        return Start(config, Processor.from_pretrained(folder), folder, manifest, load)
+    folder = run / "model"
+    if not folder.exists():
+        with new_folder(folder) as work:
+            _write_files(model, source, work)
+    config = read_config(folder)
+    return Start(
+        config,
+        Processor.from_pretrained(folder),
+        folder,
+        Manifest(tie_word_embeddings=config.text.tie_word_embeddings),
+        lambda shardings: initialize(config, jax.random.key(seed), scanned=True, shardings=shardings),
+    )
+
+
+def _write_files(model: ModelSource, source: Source, folder: Path) -> None:
+    """config.json and the processor's files of a fresh model."""
+    text, vision = model.text, model.vision
+    if model.tokenizer == "words":
+        if vision is None:
+            raise InfiniteVLError('model.tokenizer is "words" for a text model', "give [model.vision], or a folder in model.tokenizer")
+        rows = [source[i] for i in range(len(source))]
+        tokenizer = word_tokenizer(t for row in rows for t in [*row.questions, *row.answers])
+        write_processor_files(folder, tokenizer, vision, model.min_pixels, model.max_pixels)
+        text = dataclasses.replace(text, vocab_size=tokenizer.get_vocab_size())
+    else:
+        origin = Path(model.tokenizer)
+        if not origin.is_dir():
+            raise InfiniteVLError(f"model.tokenizer is {model.tokenizer!r}, which is no folder", 'name a checkpoint folder, or "words"')
+        copy_side_files(origin, folder, skip=("config.json",))
+        tokenizer = Processor.from_pretrained(folder).tokenizer.backend
+        if text.vocab_size < tokenizer.get_vocab_size():
+            raise InfiniteVLError(
+                f"model.text.vocab_size is {text.vocab_size}, the tokenizer of {origin} has {tokenizer.get_vocab_size()} tokens",
+                f"model.text.vocab_size={tokenizer.get_vocab_size()} or more",
+            )
+    names = {
+        "image_token_id": "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+        "pad_token_id": "<|endoftext|>",
+    }
+    ids = {key: tokenizer.token_to_id(token) for key, token in names.items()}
+    ends = tuple(tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>"))
+    if missing := [names[key] for key, value in ids.items() if value is None]:
+        raise InfiniteVLError(f"the tokenizer of {model.tokenizer} has no {', '.join(missing)}", "use one with Qwen's special tokens")
+    config = ModelConfig(text=text, vision=vision, eos_token_ids=ends, **ids)
+    (folder / "config.json").write_text(json.dumps(to_huggingface(config), indent=2) + "\n", "utf-8")

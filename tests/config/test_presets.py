@@ -1,0 +1,40 @@
+"""Presets: what is read, what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from infinitevl_jax.config.presets import Preset, differences, load_preset, to_tree
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)
+def test_shipped_presets_load_and_say_what_they_are(path):
+    preset = load_preset(path)
+    assert preset.train.output.startswith("runs/")
+    header = path.read_text().split("[")[0]
+    assert f"python train.py configs/{path.name}" in header and "expect" in header and "minutes" in header
+
+
+def minimal(tmp_path, text=""):
+    path = tmp_path / "p.toml"
+    path.write_text('[model]\nfrom = "somewhere"\n' + text)
+    return path
+
+
+def test_values_and_overrides(tmp_path):
+    path = minimal(tmp_path, "[train.optimizer]\npeak_lr = 1\n")
+    changes = ["train.optimizer.weight_decay=0", "run.tensor=2", "train.output=a/b c", 'train.trainable=["layers.*"]', "train.data.batch=64"]
+    preset = load_preset(path, changes)
+    assert isinstance(preset, Preset) and preset.model.from_ == "somewhere"
+    assert preset.train.optimizer.peak_lr == 1.0 and isinstance(preset.train.optimizer.peak_lr, float)
+    assert (preset.run.tensor, preset.train.output, preset.train.trainable) == (2, "a/b c", ("layers.*",))
+    assert preset.train.data.batch == 64
+    assert preset.train.optimizer.beta2 == 0.999  # what the preset leaves out keeps its default
+
+
+def test_differences_name_the_keys(tmp_path):
+    old, new = load_preset(minimal(tmp_path)), load_preset(minimal(tmp_path), ["train.optimizer.peak_lr=1e-3", "train.seed=3"])
+    assert differences(to_tree(old), to_tree(old)) == []
+    assert differences(to_tree(old), to_tree(new)) == ["train.optimizer.peak_lr: 5e-05 there, 0.001 now", "train.seed: 0 there, 3 now"]

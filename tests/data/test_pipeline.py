@@ -1,0 +1,126 @@
+"""Rows to batches: what is asked, in what order, and how it is laid out."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import write_preset
+
+from infinitevl_jax.config.presets import load_preset
+from infinitevl_jax.data.collate import group_questions
+from infinitevl_jax.data.encode import Encoder
+from infinitevl_jax.data.pipeline import held_out_batches, train_batches
+from infinitevl_jax.data.source import Source
+from infinitevl_jax.training.setup import prepare_start
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tiny_data):
+    folder = tmp_path_factory.mktemp("run")
+    preset = load_preset(write_preset(folder, tiny_data))
+    source = Source("tiny_vqa", tiny_data, "train[:75%]")
+    start = prepare_start(preset.model, source, folder, 0)
+    return preset.train.data, start, Encoder(source, start.processor, start.config)
+
+
+def same(a, b):
+    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(x, y) for x, y in leaves)
+
+
+def ask(start, source, row, question):
+    """What the processor makes of an image and a question."""
+    content = [{"type": "image", "image": source[row].image}, {"type": "text", "text": source[row].questions[question]}]
+    return start.processor([{"role": "user", "content": content}])["input_ids"][0]
+
+
+def test_prefix_and_branch_are_the_processor_s_prompt(made):
+    _, start, encoder = made
+    for number in range(len(encoder)):
+        row = encoder[number]
+        for i, branch in enumerate(row.branches):
+            whole = np.concatenate([row.prefix, branch.tokens])
+            prompt = ask(start, encoder.source, number, i)
+            np.testing.assert_array_equal(whole[: len(prompt)], prompt)
+            answer = whole[len(prompt) :]
+            assert start.processor.decode(answer) == encoder.source[number].answers[i]
+            assert answer[-1] == start.config.eos_token_ids[0]
+            np.testing.assert_array_equal(branch.answer, np.arange(len(branch.tokens)) >= len(prompt) - len(row.prefix))
+
+
+def test_a_batch_asks_each_image_its_own_questions(made):
+    data, start, encoder = made
+    batch = next(train_batches(encoder, start.config, data, seed=3))
+    assert batch.prefix.tokens.shape == (8, 6) and batch.branches.tokens.shape == (16, 10)
+    np.testing.assert_array_equal(batch.parents, np.repeat(np.arange(8), 2))
+    rows = {encoder[i].pixels.tobytes(): encoder[i] for i in range(len(encoder))}
+    for i in range(16):
+        used = batch.patches.index[batch.parents[i]] >= 0
+        patches = np.sort(batch.patches.pixels[batch.parents[i]][used], axis=0)
+        row = next(r for r in rows.values() if np.array_equal(np.sort(r.pixels, axis=0), patches))
+        size = int((batch.branches.index[i] >= 0).sum())
+        tokens = np.append(batch.branches.tokens[i][:size], batch.targets[i][size - 1])
+        assert any(np.array_equal(tokens, b.tokens) for b in row.branches)
+        answered = batch.targets[i][batch.weights[i] > 0]
+        assert answered[-1] == start.config.eos_token_ids[0] and len(answered) == 2
+
+
+def test_order_is_decided_by_seed_and_epoch(made):
+    data, start, encoder = made
+    data = dataclasses.replace(data, batch=6)
+
+    def take(seed, count):
+        batches = train_batches(encoder, start.config, data, seed)
+        return [next(batches) for _ in range(count)]
+
+    first, again, other = take(1, 6), take(1, 6), take(2, 1)
+    assert all(same(a, b) for a, b in zip(first, again, strict=True))
+    assert not same(first[0], other[0])
+    epochs = [np.concatenate([b.patches.pixels for b in first[i : i + 3]]) for i in (0, 3)]
+    assert not np.array_equal(*epochs)  # another order ...
+    bags = [sorted(image.tobytes() for image in epoch) for epoch in epochs]
+    assert bags[0] == bags[1] and len(set(bags[0])) == 18  # ... of the same images, each once
+
+
+@pytest.mark.parametrize("questions", [2, 0])
+def test_place_can_be_saved_and_found_again(made, questions):
+    data, start, encoder = made
+    data = dataclasses.replace(data, questions=questions, length=40, patches=64, batch=3)
+    batches = train_batches(encoder, start.config, data, 0)
+    for _ in range(7):
+        next(batches)
+    place = json.loads(json.dumps(batches.get_state()))
+    expected = [next(batches) for _ in range(3)]
+    fresh = train_batches(encoder, start.config, data, 0)
+    fresh.set_state(place)
+    assert all(same(next(fresh), batch) for batch in expected)
+
+
+def test_held_out_asks_everything_once(made):
+    data, start, encoder = made
+    asked = sum(int((b.weights.sum(1) > 0).sum()) for b in held_out_batches(encoder, start.config, data))
+    assert asked == sum(len(encoder[i].branches) for i in range(len(encoder)))
+
+
+def test_groups_hold_every_question_once():
+    groups = list(group_questions([3, 0, 5, 1, 9], images=2, branches=4))
+    assert all(len(g) <= 2 and sum(len(w) for _, w in g) <= 4 for g in groups)
+    assert [(r, q) for g in groups for r, w in g for q in w] == [(r, q) for r, n in enumerate([3, 0, 5, 1, 9]) for q in range(n)]
+
+
+def test_processes_share_the_rows(made, monkeypatch):
+    data, start, encoder = made
+    data = dataclasses.replace(data, batch=6)
+    seen = []
+    for process in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda p=process: p)
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        batches = train_batches(encoder, start.config, data, 0)
+        mine = [next(batches) for _ in range(6)]
+        assert mine[0].prefix.tokens.shape[0] == 3
+        for epoch in (mine[:3], mine[3:]):
+            seen.append({image.tobytes() for b in epoch for image in b.patches.pixels})
+    assert all(len(s) == 9 for s in seen)
+    assert not seen[0] & seen[2] and not seen[1] & seen[3]
