@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -104,15 +104,22 @@ def _from_ours(folder: Path, scanned: bool, dtype, shardings: Mapping[str, Shard
                 part = value[i] if split else value
                 out[name] = jnp.asarray(part.astype(dtype or kind))
             continue
-        target = shardings[wanted[0]]
-        value = store.read(leaf.name, _stacked(target) if split else target, dtype)
-        for shard in value.addressable_shards:
-            if shard.replica_id == 0:
-                check_finite(np.asarray(shard.data), f"{store.path}: {leaf.name}")
+        held: dict[Sharding, dict[str, np.ndarray]] = {}  # index within a layer -> the local shard of the whole stack
         for i, (name, kind) in enumerate(zip(wanted, own, strict=True)):
-            part = _take(shardings[name])(value, i) if split else value
-            out[name] = part.astype(dtype or kind)
-        jax.block_until_ready([out[name] for name in wanted])
+            target = shardings[name]
+            if split and target in held:
+                parts = held[target]
+            else:
+                value = store.read(leaf.name, _stacked(target) if split else target, dtype)
+                parts = {str(shard.index[split:]): np.asarray(shard.data) for shard in value.addressable_shards}
+                for part in parts.values():
+                    check_finite(part, f"{store.path}: {leaf.name}")
+                held[target] = parts
+
+            def layer(index, i=i, parts=parts, kind=kind):
+                return parts[str(index)][i].astype(dtype or kind)
+
+            out[name] = jax.make_array_from_callback(leaf.shape[1:], target, layer) if split else value
     return config, out
 
 
@@ -121,11 +128,6 @@ def _stacked(sharding: Sharding) -> Sharding:
     if isinstance(sharding, NamedSharding):
         return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
     return sharding
-
-
-@functools.cache
-def _take(sharding: Sharding) -> Callable:
-    return jax.jit(lambda stack, i: jax.lax.dynamic_index_in_dim(stack, i, keepdims=False), out_shardings=sharding)
 
 
 def own_dtypes(leaf: Leaf, stored: np.dtype, source: Mapping[str, np.dtype]) -> list[np.dtype]:
