@@ -114,4 +114,4 @@ class Stack(nnx.Module):
 
     def _apply(self, graphdef, params, x, span):
         """One layer without state, under the rematerialisation the run asks for."""
-        return self.remat(lambda params, x, span: nnx.merge(graphdef, params)(x, None, span)[0])(params, x, span)
+        return self.remat(lambda params, x: nnx.merge(graphdef, params)(x, None, span)[0])(params, x)

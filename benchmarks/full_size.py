@@ -1,0 +1,118 @@
+"""The published size on one GPU: 4,408,381,536 random bf16 parameters, prefill, decode, an image question, peak memory.
+
+    python -m benchmarks.full_size                 # about 4 minutes on an H100; appends a JSON line to benchmarks/results/full_size.jsonl
+    python -m benchmarks.full_size --prompt 2048   # a shorter prompt
+
+Peers on the same card are in the project's notes; random weights make no sense of the answer, only of its speed.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from infinitevl_jax import InfiniteVL, Processor
+from infinitevl_jax.config.model import infinitevl_4b
+from infinitevl_jax.inference.sampling import Sampling
+from infinitevl_jax.model.cache import cache_bytes
+from infinitevl_jax.model.inputs import prepare
+
+GREEDY = Sampling()
+RESULTS = Path(__file__).parent / "results" / "full_size.jsonl"
+
+
+def timed(call, repeats: int) -> dict[str, float]:
+    """Milliseconds of `call`, which returns arrays to wait for: median, min and max after one warm-up."""
+    jax.block_until_ready(call())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append((time.perf_counter() - start) * 1e3)
+    return {"median": round(statistics.median(times), 3), "min": round(min(times), 3), "max": round(max(times), 3)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompt", type=int, default=8192, help="tokens of the timed prefill")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--profile", help="write a profiler trace of one prefill and ten tokens to this folder")
+    args = parser.parse_args()
+
+    config = infinitevl_4b()
+    started = time.perf_counter()
+    model = InfiniteVL.random(config, dtype=jnp.bfloat16)
+    jax.block_until_ready(model.params)
+    result = {
+        "benchmark": "full_size",
+        "parameters": model.parameter_count,
+        "initialise_s": round(time.perf_counter() - started, 1),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "prompt": args.prompt,
+    }
+    print(result, flush=True)
+
+    rng = np.random.default_rng(0)
+    prompts = [prepare(config, rng.integers(0, 150_000, (1, args.prompt))) for _ in range(4)]
+    fresh = model.init_cache(1)
+    started = time.perf_counter()
+    _, cache = jax.block_until_ready(model.prefill(prompts[0], fresh))
+    result["prefill_compile_s"] = round(time.perf_counter() - started, 1)
+    turn = iter(range(10**6))
+    result["prefill_ms"] = timed(lambda: model.prefill(prompts[next(turn) % 4], fresh), args.repeats)
+    print(result, flush=True)
+
+    # decode with the window full: a run of 32 tokens, one after the other, as generate does it
+    token, key = jnp.zeros(1, jnp.int32), jax.random.key(0)
+    started = time.perf_counter()
+    token, cache = jax.block_until_ready(model._step(model.params, token, cache, key, sampling=GREEDY))
+    result["decode_compile_s"] = round(time.perf_counter() - started, 1)
+    state = {"token": token, "cache": cache}
+
+    def run():
+        for _ in range(32):
+            state["token"], state["cache"] = model._step(model.params, state["token"], state["cache"], key, sampling=GREEDY)
+        return state["token"]
+
+    run_ms = timed(run, args.repeats)
+    result["decode_ms"] = {name: round(value / 32, 3) for name, value in run_ms.items()}
+    print(result, flush=True)
+
+    # an image question from pixels to tokens, through the processor with its built-in tokenizer
+    picture = rng.integers(0, 255, (448, 448, 3), np.uint8)
+    question = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is in the picture?"}]}]
+    batch = Processor()(question)
+    started = time.perf_counter()
+    answer = model.generate(**batch, max_new_tokens=16, eos_token_ids=[])
+    result["image_question_first_s"] = round(time.perf_counter() - started, 2)
+    started = time.perf_counter()
+    again = model.generate(**batch, max_new_tokens=16, eos_token_ids=[])
+    result["image_question_s"] = round(time.perf_counter() - started, 3)
+    result["image_question_tokens"] = [int(batch["input_ids"].shape[1]), int(answer.shape[1])]
+    assert (answer == again).all(), "greedy answers differ between two runs"
+    stats = jax.devices()[0].memory_stats() or {}
+    result["peak_GB"] = round(stats.get("peak_bytes_in_use", 0) / 1e9, 2)
+    result["cache_bytes"] = cache_bytes(config, 1, jnp.bfloat16)
+    assert cache.nbytes == result["cache_bytes"]
+
+    if args.profile:
+        with jax.profiler.trace(args.profile):
+            jax.block_until_ready(model.prefill(prompts[0], fresh))
+            run()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    result["commit"] = commit
+    print(json.dumps(result))
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()

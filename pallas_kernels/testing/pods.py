@@ -1,0 +1,49 @@
+"""Compile a program for a TPU pod on a machine without one: libtpu's compiler runs on any CPU (`pip install libtpu`)."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+# bytes of high-bandwidth memory behind one JAX device
+HBM = {"v5e": 16e9, "v5p": 95e9, "v6e": 32e9, "tpu7x": 96e9}
+
+
+class PodReport(NamedTuple):
+    """What the compiler says of one chip."""
+
+    arguments: int  # bytes of inputs (parameters, moments, batch)
+    outputs: int  # bytes of results that do not reuse an input's memory
+    temporaries: int  # bytes at the worst moment besides
+    hlo: str  # the compiled program as text
+
+    @property
+    def peak(self) -> int:
+        return self.arguments + self.outputs + self.temporaries
+
+
+def pod_mesh(topology: str, sizes: dict[str, int]) -> Mesh:
+    """A mesh over the abstract devices of a topology such as "v5p:4x4x4" or "v6e:8x8"; `sizes` by axis name, -1 for the rest."""
+    described = topologies.get_topology_desc(topology, platform="tpu")
+    count = len(described.devices)
+    fixed = 1
+    for size in sizes.values():
+        fixed *= 1 if size == -1 else size
+    shape = tuple(count // fixed if size == -1 else size for size in sizes.values())
+    devices = topologies.make_mesh(described, shape, tuple(sizes)).devices
+    return Mesh(devices, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def compile_for_pod(function: Callable, mesh: Mesh, *arguments, text: bool = False, **jit_options) -> PodReport:
+    """Compile `function` for the mesh's devices; arguments are ShapeDtypeStructs with shardings. `text` keeps the program as HLO."""
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(function, **jit_options).lower(*arguments).compile()
+    memory = compiled.memory_analysis()
+    return PodReport(
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        hlo=compiled.as_text() if text else "",
+    )
