@@ -58,19 +58,20 @@ class InfiniteVL:
         self._cache_spec = lambda batch, max_length: model(jax.eval_shape(lambda p: p, params)).cache_spec(batch, max_length)
 
     @classmethod
-    def from_pretrained(cls, folder, *, dtype=None, mesh: Mesh | None = None) -> "InfiniteVL":
+    def from_pretrained(cls, folder, *, dtype=None, mesh: Mesh | None = None, progress: bool = False) -> "InfiniteVL":
         """Load a Hugging Face folder (config.json and safetensors are enough) or one of ours.
 
         Args:
           dtype: cast floating-point weights to this and compute in it; None keeps each tensor's own.
           mesh: place the weights on it; each device reads only its shard.
+          progress: show a bar while the weights are read.
         """
         from infinitevl_jax.conversion import load_params, read_config
 
         shardings = None
         if mesh is not None:
             shardings = parameter_shardings(abstract(read_config(folder), scanned=False)[1], mesh)
-        config, params = load_params(folder, scanned=False, dtype=dtype, shardings=shardings)
+        config, params = load_params(folder, scanned=False, dtype=dtype, shardings=shardings, progress=progress)
         return cls(config, params, dtype=dtype, mesh=mesh)
 
     @classmethod
