@@ -168,6 +168,38 @@ class Processor:
         mask = (piece_of % 2 == 1) & ~np.isin(ids, [i for i in placeholders if i is not None])
         return {"input_ids": ids, "answer_mask": mask, **_arrays(vision)}
 
+    def continuation(self, messages: Sequence, prompt: str = "") -> tuple[dict[str, np.ndarray], str]:
+        """What a model that holds a conversation up to its last answer still has to read of it.
+
+        Args:
+          messages: the conversation, ending with what was said after the last answer.
+          prompt: the text that was answered, as the call before returned it; "" where nothing has been answered yet.
+
+        Returns:
+          `__call__`'s arrays (one row) of the rest alone, new pictures included; it begins after the answer's words, with the token that
+          ends them. And the prompt of the whole conversation. Answer and rest are tokenised apart, so what the model holds stays true.
+
+        Raises InfiniteVLError for a template that does not leave prompt and answer as they were.
+        """
+        conversation = read_conversation(messages, "messages", PLACEHOLDERS)
+        whole = rest = self._render(conversation.messages, True)
+        answers = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        new = conversation.messages[answers[-1] + 1 :] if prompt else conversation.messages
+        if prompt:
+            answer = conversation.messages[answers[-1]]["content"]
+            rest = whole.removeprefix(prompt)
+            at = rest.find(answer.strip())  # templates may trim
+            if not whole.startswith(prompt) or at < 0 or rest[:at].strip():
+                raise InfiniteVLError(
+                    f"chat template {self.template.source} rewrites earlier turns, so the model cannot go on from what it holds",
+                    "ask single questions, or use a template that only appends (without a file the built-in one is used)",
+                )
+            rest = rest[at + len(answer.strip()) :].removeprefix(answer[len(answer.rstrip()) :])
+        count = sum(part["type"] != "text" for message in new if isinstance(message["content"], list) for part in message["content"])
+        vision = [self._see(media) for media in conversation.media[len(conversation.media) - count :]]
+        ids, _ = self._tokenise([rest], vision, "messages", None)
+        return {"input_ids": ids[None], "attention_mask": np.ones_like(ids[None]), **_arrays(vision)}, whole
+
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = True) -> str:
         """Text of token ids [length]."""
         return self.tokenizer.decode(ids, skip_special_tokens)

@@ -1,0 +1,127 @@
+"""A conversation on one cache against reading it anew each time, and what stopping, undoing and failing leave behind."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_folder import full_attention_config, tiny_config, tiny_model, write_tokenizer
+
+from infinitevl_jax import InfiniteVLError, Processor
+from infinitevl_jax.inference.conversation import Conversation
+from pallas_kernels.testing.parity import rel_rms
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (12, 20, 3), np.uint8))
+SEEN = [{"type": "image", "image": PICTURE}, {"type": "text", "text": "What?"}]
+FILM = [{"type": "video", "video": [PICTURE] * 4}, {"type": "text", "text": "And this?"}]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(tiny_config())
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("conversation")
+    write_tokenizer(folder)
+    return Processor.from_pretrained(folder)
+
+
+@pytest.fixture
+def conversation(model, processor):
+    conversation = Conversation(model, processor)
+    conversation.eos_token_ids = (-1, -1)  # nothing ends but by the limit
+    return conversation
+
+
+def stop_after(pieces, count):
+    """Listen to so many pieces."""
+    said = "".join(piece for _, piece in zip(range(count), pieces, strict=False))
+    pieces.close()
+    return said
+
+
+def test_only_the_new_turn_is_read_and_nothing_is_lost(conversation, model, processor, monkeypatch):
+    """Answers that end at the limit, at an end token and where the listener stops: the model then holds what reading all of it gives."""
+    held, last, prefill = [], [], model.prefill
+
+    def spy(prepared, cache):
+        logits, cache = prefill(prepared, cache)
+        held.extend(prepared.inputs.tokens[0])
+        last[:] = [prepared.inputs.tokens.shape[1], logits[0]]
+        return logits, cache
+
+    monkeypatch.setattr(model, "prefill", spy)
+
+    def check(logits=False):
+        whole = processor(list(conversation.messages[:-1]))
+        assert held == whole["input_ids"][0].tolist() and conversation.turn.read == last[0]
+        if logits:  # compiles, so not every time
+            assert rel_rms(last[1], model(**whole).logits[0, -1]) <= 1e-5
+        said = processor.tokenizer.encode(conversation.messages[-1]["content"])
+        held.extend(said[: conversation.tokens - len(held)])
+        assert len(held) == conversation.tokens >= whole["input_ids"].size + len(said) - 1  # one may wait for the next turn
+
+    first = "".join(conversation.ask(SEEN, max_new_tokens=6))
+    assert len(first) == 6 and conversation.messages == ({"role": "user", "content": SEEN}, {"role": "assistant", "content": first})
+    check()
+    before = list(held)
+    free = "".join(conversation.ask(FILM, max_new_tokens=6))
+    assert conversation.undo()
+    held[:] = before
+    conversation.eos_token_ids = (-1, ord(free[3]))
+    ended = "".join(conversation.ask(FILM, max_new_tokens=6))
+    assert ended == free[: free.index(free[3])]
+    check(logits=True)
+    conversation.eos_token_ids = (-1, -1)
+    stopped = stop_after(conversation.ask("Thanks", max_new_tokens=6), 2)
+    assert len(stopped) == 2 and conversation.messages[-1]["content"] == stopped
+    check()
+    "".join(conversation.ask("Bye", max_new_tokens=6))
+    check(logits=True)
+    assert last[0] < 80 < conversation.tokens
+
+
+def test_the_cache_stays_as_small_as_it_is(conversation):
+    sizes = []
+    for _ in range(4):
+        "".join(conversation.ask("Once more, and in some more words than the window holds", max_new_tokens=3))
+        sizes.append(conversation._state.cache.nbytes)
+    assert len(set(sizes)) == 1 and conversation.tokens > 16
+
+
+def test_undo_takes_back_one_question_exactly(conversation):
+    assert not conversation.undo()
+    "".join(conversation.ask("One", max_new_tokens=4))
+    before, messages = jax.tree.map(np.asarray, conversation._state.cache), conversation.messages
+    two = "".join(conversation.ask("Two", max_new_tokens=4))
+    assert conversation.undo() and conversation.messages == messages
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, conversation._state.cache))
+    assert not conversation.undo()
+    assert "".join(conversation.ask("Two", max_new_tokens=4)) == two
+    conversation.reset()
+    assert conversation.messages == () and conversation.tokens == 0 and not conversation.undo()
+
+
+def test_an_error_leaves_the_conversation_where_it_stood(conversation, model, monkeypatch):
+    "".join(conversation.ask("One", max_new_tokens=4))
+    messages, tokens = conversation.messages, conversation.tokens
+    with pytest.raises(InfiniteVLError, match="does not exist"):
+        "".join(conversation.ask([{"type": "image", "image": "/no/such.png"}]))
+    with monkeypatch.context() as patch:
+        steps, step = iter(range(9)), model._step
+        patch.setattr(model, "_step", lambda *args, **kwargs: step(*args, **kwargs) if next(steps) < 2 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            "".join(conversation.ask("Two", max_new_tokens=8))
+    assert conversation.messages == messages and conversation.tokens == tokens
+    assert len("".join(conversation.ask("Two", max_new_tokens=4))) == 4
+
+
+def test_a_model_that_keeps_everything_says_when_it_is_full(processor):
+    conversation = Conversation(tiny_model(full_attention_config()), processor, max_length=100)
+    conversation.eos_token_ids = (-1, -1)
+    assert len("".join(conversation.ask("Hi", max_new_tokens=1000))) == 100 - conversation.turn.read
+    with pytest.raises(InfiniteVLError, match=r"room for 100\n  -> start anew"):
+        "".join(conversation.ask("More"))
+    conversation.undo()
+    assert len("".join(conversation.ask("Hi", max_new_tokens=3))) == 3
