@@ -30,7 +30,6 @@ from pallas_kernels.runs import sequence_runs
 
 CHUNK = 64
 SMALLEST = 16  # chunk for a handful of tokens
-BLOCK = 8  # diagonal blocks of I + A that are inverted row by row
 FLOOR = -200.0  # below it exp and its derivative are 0 in float32; above it sums of 64 coarse gates are exact
 COARSE = 256.0  # gates are split into a multiple of 1/COARSE and a rest
 
@@ -224,26 +223,24 @@ _decays.defvjp(_decays_forward, _decays_backward)
 
 
 def _unit_lower_inverse(a):
-    """(I + a)^-1 for strictly lower a [..., C, C], C a power of two and at least BLOCK.
+    """(I + a)^-1 for strictly lower a [..., C, C], C a power of two.
 
-    Small diagonal blocks by forward substitution, then pairs of blocks: [[X, 0], [Y, Z]]^-1 = [[X', 0], [-Z' Y X', Z']].
-    No power of a is ever formed: they can overflow where the inverse is tame.
+    Diagonal blocks are inverted exactly, and doubled in size until one is left: [[X, 0], [Y, Z]]^-1 = [[X', 0], [-Z' Y X', Z']], which
+    for all blocks at once is X - X S X with S the part of a that joins their halves. No power of a is ever formed: they can overflow
+    where the inverse is tame. Whole matrices throughout: small slices are slow to run and, on TPU, very slow to compile.
     """
-    size, width = a.shape[-1], BLOCK
+    size = a.shape[-1]
     multiply = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-    blocks = jnp.stack([a[..., s : s + width, s : s + width] for s in range(0, size, width)])  # [blocks, ..., 8, 8]
-    rows = []
-    for i in range(width):
-        row = jnp.zeros_like(blocks[..., i, :]) + jnp.eye(width)[i]  # [blocks, ..., 8]
-        rows.append(row - sum(blocks[..., i, j, None] * rows[j] for j in range(i)))
-    inverse = jnp.stack(rows, axis=-2)
-    while width < size:
-        corner = jnp.stack([a[..., s + width : s + 2 * width, s : s + width] for s in range(0, size, 2 * width)])
-        upper, lower = inverse[0::2], inverse[1::2]
-        corner = -multiply(lower, multiply(corner, upper))
-        halves = jnp.concatenate([upper, jnp.zeros_like(corner)], axis=-1), jnp.concatenate([corner, lower], axis=-1)
-        inverse, width = jnp.concatenate(halves, axis=-2), 2 * width
-    return inverse[0]
+    place = jnp.arange(size)
+
+    def joins(level):  # between the two halves of each block of 2^(level + 1)
+        return (place[:, None] >> (level + 1) == place >> (level + 1)) & (place[:, None] >> level > place >> level)
+
+    def double(level, inverse):
+        return inverse - multiply(inverse, multiply(jnp.where(joins(level), a, 0), inverse))
+
+    pairs = jnp.eye(size, dtype=a.dtype) - jnp.where(joins(0), a, 0)
+    return lax.fori_loop(1, size.bit_length() - 1, double, pairs)  # a loop: the doublings would compile one by one
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

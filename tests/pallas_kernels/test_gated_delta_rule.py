@@ -178,11 +178,11 @@ def test_bfloat16():
 def test_remat_policy_can_keep_the_sequential_parts():
     inputs, _ = case(130)
 
-    def walks(policy):
+    def loops(policy):  # a walk forward or back, or the doublings of an inverse
         layer = jax.checkpoint(lambda *args: jnp.sin(gated_delta_rule(*args)[0]), policy=policy)
         gradient = jax.value_and_grad(lambda *args: layer(*args).sum(), argnums=range(6))
         return jax.jit(gradient).lower(*inputs).as_text("hlo").count(" while(")
 
     kept = jax.checkpoint_policies.save_only_these_names("gdn_inverse", "gdn_states")
-    assert walks(jax.checkpoint_policies.nothing_saveable) == 3
-    assert walks(kept) == 2
+    assert loops(jax.checkpoint_policies.nothing_saveable) == 5
+    assert loops(kept) == 3
