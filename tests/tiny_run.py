@@ -12,9 +12,10 @@ PRESET = """\
 [model]
 min_pixels = 64
 max_pixels = 256
+initializer_range = 0.5
 
 [model.text]
-layer_types = ["sliding_attention", "linear_attention", "linear_attention", "sliding_attention", "linear_attention", "linear_attention"]
+layer_types = ["sliding_attention", "linear_attention", "sliding_attention", "linear_attention"]
 hidden_size = 32
 intermediate_size = 48
 num_attention_heads = 4
@@ -26,7 +27,7 @@ num_linear_heads = 2
 linear_head_dim = 16
 
 [model.vision]
-depth = 3
+depth = 2
 hidden_size = 32
 intermediate_size = 48
 num_heads = 2
@@ -89,5 +90,6 @@ def prepare_tiny_vqa(folder: Path) -> Path:
 def write_preset(folder: Path, data: Path, text: str = PRESET) -> Path:
     """The preset as a file that trains into folder/run."""
     path = folder / "tiny.toml"
-    path.write_text(text.replace("[train]\n", f'[train]\noutput = "{folder / "run"}"\n').replace("[train.data]\n", f'[train.data]\nfolder = "{data}"\n'))
+    text = text.replace("[train]\n", f'[train]\noutput = "{folder / "run"}"\n')
+    path.write_text(text.replace("[train.data]\n", f'[train.data]\nfolder = "{data}"\n'))
     return path

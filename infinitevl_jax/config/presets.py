@@ -23,13 +23,15 @@ class ModelSource:
     from_ ("from" in the file): a folder of ours, or a Hugging Face one. Then the other fields stay empty.
     tokenizer: with sizes, a folder that brings tokenizer and processor files; or "words" for one token a word of the training questions.
     min_pixels, max_pixels: with sizes and "words", what pictures are resized to.
-    text, vision: the sizes. vocab_size is the tokenizer's where it is left out.
+    initializer_range: with sizes, standard deviation of fresh embeddings.
+    text, vision: the sizes. With "words", vocab_size is the tokenizer's.
     """
 
     from_: str = ""
     tokenizer: str = "words"
     min_pixels: int = 3136
     max_pixels: int = 1003520
+    initializer_range: float = 0.02
     text: TextConfig | None = None
     vision: VisionConfig | None = None
 

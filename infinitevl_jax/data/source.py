@@ -11,7 +11,6 @@ import tensorflow_datasets as tfds
 from infinitevl_jax.data.easy_vqa import EasyVqa
 from infinitevl_jax.errors import InfiniteVLError
 
-
 BUILDERS = (EasyVqa,)
 
 

@@ -27,7 +27,7 @@ AXES: dict[str | None, tuple[str, ...]] = {
 PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embed_tokens\.embedding", ("vocab", "width")),
     (r"lm_head\.kernel", ("width", "vocab")),
-    (r"patch_embed\.kernel", (None, "width")),
+    (r"patch_embed\.kernel", ("hidden", "width")),
     (r"(q|k|v|a|b|g)_proj\.kernel|qkv\.kernel", ("width", "heads")),
     (r"(q|k|v)_proj\.bias|qkv\.bias", ("heads",)),
     (r"(o_proj|attn\.proj)\.kernel", ("heads", "width")),

@@ -96,5 +96,5 @@ def _write_files(model: ModelSource, source: Source, folder: Path) -> None:
     ends = tuple(tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>"))
     if missing := [names[key] for key, value in ids.items() if value is None]:
         raise InfiniteVLError(f"the tokenizer of {model.tokenizer} has no {', '.join(missing)}", "use one with Qwen's special tokens")
-    config = ModelConfig(text=text, vision=vision, eos_token_ids=ends, **ids)
+    config = ModelConfig(text=text, vision=vision, eos_token_ids=ends, initializer_range=model.initializer_range, **ids)
     (folder / "config.json").write_text(json.dumps(to_huggingface(config), indent=2) + "\n", "utf-8")

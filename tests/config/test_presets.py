@@ -25,7 +25,8 @@ def minimal(tmp_path, text=""):
 
 def test_values_and_overrides(tmp_path):
     path = minimal(tmp_path, "[train.optimizer]\npeak_lr = 1\n")
-    changes = ["train.optimizer.weight_decay=0", "run.tensor=2", "train.output=a/b c", 'train.trainable=["layers.*"]', "train.data.batch=64"]
+    changes = ["train.optimizer.weight_decay=0", "run.tensor=2", "train.output=a/b c", 'train.trainable=["layers.*"]']
+    changes += ["train.data.batch=64"]
     preset = load_preset(path, changes)
     assert isinstance(preset, Preset) and preset.model.from_ == "somewhere"
     assert preset.train.optimizer.peak_lr == 1.0 and isinstance(preset.train.optimizer.peak_lr, float)

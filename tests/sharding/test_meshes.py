@@ -1,0 +1,114 @@
+"""One step on meshes of 8 devices against one device: loss, gradients, and where everything lives."""
+
+import dataclasses
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_run import PRESET, prepare_tiny_vqa, write_preset
+
+from infinitevl_jax.config.presets import load_preset
+from infinitevl_jax.config.run import RunConfig
+from infinitevl_jax.config.train import OptimizerConfig
+from infinitevl_jax.data.encode import Encoder
+from infinitevl_jax.data.pipeline import train_batches
+from infinitevl_jax.data.source import Source
+from infinitevl_jax.model.params import initialize
+from infinitevl_jax.sharding import make_mesh, parameter_shardings
+from infinitevl_jax.training.optimizer import make_optimizer
+from infinitevl_jax.training.setup import prepare_start
+from infinitevl_jax.training.step import init_state, model_of, put_batch, state_shardings, train_step
+from pallas_kernels.testing.parity import rel_rms
+
+# every matrix side a multiple of 8, so that 8 devices can share it
+SIZES = (
+    ("hidden_size = 32", "hidden_size = 64"), ("out_hidden_size = 32", "out_hidden_size = 64"), ("head_dim = 8", "head_dim = 16"),
+    ("[2, 1, 1]", "[4, 2, 2]"), ("num_linear_heads = 2", "num_linear_heads = 8"), ("num_key_value_heads = 2", "num_key_value_heads = 4"),
+    ("linear_head_dim = 16", "linear_head_dim = 8"), ("num_heads = 2", "num_heads = 8"),
+    ("intermediate_size = 48", "intermediate_size = 64"),
+)  # fmt: skip
+
+
+class Setting:
+    """A model, a batch of each form, and what one device makes of them."""
+
+    def __init__(self, folder):
+        text = PRESET
+        for old, new in SIZES:
+            text = text.replace(old, new)
+        text = text.replace("\n\n[model.vision]", "\ntie_word_embeddings = false\n\n[model.vision]")
+        preset = load_preset(write_preset(folder, prepare_tiny_vqa(folder / "data"), text))
+        source = Source("tiny_vqa", folder / "data", "train")
+        start = prepare_start(preset.model, source, folder, 0)
+        # a vocabulary that 8 devices can share
+        self.config = dataclasses.replace(start.config, text=dataclasses.replace(start.config.text, vocab_size=64))
+        encoder = Encoder(source, start.processor, self.config)
+        packed = dataclasses.replace(preset.train.data, questions=0, length=64, patches=64)
+        self.batches = {
+            "branches": next(train_batches(encoder, self.config, preset.train.data, 0)),
+            "rows": next(train_batches(encoder, self.config, packed, 0)),
+        }
+        self.params = initialize(self.config, jax.random.key(0), scanned=True)
+        self.alone = cache(lambda form: self.step(RunConfig(fsdp=1), form))
+
+    def step(self, run, form):
+        mesh = make_mesh(run)
+        with jax.set_mesh(mesh):
+            optimizer = optax.trace(0.0)  # keeps the gradient as its state
+            params = jax.device_put(self.params, parameter_shardings(self.params, mesh))
+            state = init_state(params, list(params), optimizer)
+            state = jax.device_put(state, state_shardings(state, mesh))
+            # code optimisation is most of the compile time, and changes nothing that is tested here
+            options = {"xla_backend_optimization_level": 0}
+            step = jax.jit(partial(train_step, model_of(self.config, run), optimizer), compiler_options=options)
+            new, metrics = step(state, put_batch(self.batches[form], mesh))
+        return new, metrics, {name: np.asarray(g) for name, g in new.optimizer.trace.items()}
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    return Setting(tmp_path_factory.mktemp("mesh"))
+
+
+@pytest.mark.parametrize("fsdp,tensor,form", [(4, 2, "branches"), (2, 4, "branches"), (8, 1, "branches"), (4, 2, "rows")])
+def test_loss_and_gradients_agree(setting, fsdp, tensor, form):
+    new, metrics, gradient = setting.step(RunConfig(fsdp=fsdp, tensor=tensor), form)
+    _, alone, expected = setting.alone(form)
+    assert abs(float(metrics.loss) - float(alone.loss)) <= 1e-5 * float(alone.loss)
+    assert abs(float(metrics.grad_norm) - float(alone.grad_norm)) <= 1e-5 * float(alone.grad_norm)
+    for name, wanted in expected.items():
+        assert rel_rms(gradient[name], wanted) <= 1e-5, name
+    for name, value in new.trainable.items():
+        if value.size >= 4096:
+            shard = value.addressable_shards[0].data
+            assert shard.size * 8 == value.size, f"{name} {value.shape} has shards of {shard.shape}"
+
+
+def test_moments_live_with_their_parameters(setting):
+    mesh = make_mesh(RunConfig(fsdp=4, tensor=2))
+    optimizer = make_optimizer(OptimizerConfig(), 10)
+    shapes = jax.eval_shape(lambda p: init_state(p, list(p), optimizer), setting.params)
+    places = state_shardings(shapes, mesh)
+    moments = [s for s in jax.tree.leaves(places.optimizer) if s.spec]
+    assert len(moments) >= 2 * sum(bool(s.spec) for s in places.trainable.values())
+    adam = places.optimizer[1]
+    for name, place in places.trainable.items():
+        assert adam.mu[name] == place and adam.nu[name] == place
+
+
+def test_open_axis_takes_the_devices_that_are_left():
+    assert dict(make_mesh(RunConfig(tensor=2)).shape) == {"data": 1, "fsdp": 4, "tensor": 2, "context": 1}
+    assert dict(make_mesh(RunConfig(fsdp=2, data=-1)).shape) == {"data": 4, "fsdp": 2, "tensor": 1, "context": 1}
+    assert make_mesh(RunConfig(fsdp=1)).size == 1  # fewer than there are is fine
+
+
+def test_f32_masters_only_for_what_trains(setting):
+    half = {name: p.astype(jnp.bfloat16) for name, p in setting.params.items()}
+    names = [n for n in half if "self_attn" in n]
+    state = init_state(half, names, optax.adam(1e-3))
+    assert {p.dtype for p in state.trainable.values()} == {jnp.dtype("float32")}
+    assert {p.dtype for p in state.frozen.values()} == {jnp.dtype("bfloat16")}
+    assert set(state.optimizer[0].mu) == set(names)
