@@ -1,0 +1,138 @@
+"""Commands and their options."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from infinitevl_jax.errors import InfiniteVLError
+
+
+class Dtype(StrEnum):
+    """What weights are kept and computed in."""
+
+    own = "own"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class _Commands(TyperGroup):
+    """Users' mistakes become a message on stderr and exit code 2; anything else is a bug and keeps its traceback."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except InfiniteVLError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    name="infinitevl",
+    cls=_Commands,
+    help="Ask vision-language models about images and videos, talk with them, look inside their checkpoints.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", show_default=False, help="Checkpoint folder, Hugging Face's or ours.")]
+NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="End an answer after this many tokens.")]
+Temperature = Annotated[float, typer.Option("--temperature", min=0, help="0 always takes the likeliest token; above, sample.")]
+TopK = Annotated[int, typer.Option("--top-k", min=0, help="Sample from the k likeliest tokens; 0: from all.")]
+TopP = Annotated[float, typer.Option("--top-p", max=1, help="Sample from the likeliest tokens that together reach p.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="The same seed samples the same answer.")]
+Kind = Annotated[Dtype, typer.Option("--dtype", help="Cast the weights and compute in this; own: as the checkpoint has them.")]
+Mesh = Annotated[str, typer.Option("--mesh", metavar="AXIS=N,...", help="Spread over devices: data, fsdp, tensor; -1: all others.")]
+
+
+@app.command(no_args_is_help=True)
+def ask(
+    model: Model,
+    question: Annotated[str, typer.Argument(metavar="QUESTION", show_default=False, help="What to ask.")],
+    image: Annotated[list[Path], typer.Option("--image", metavar="PATH", show_default=False, help="An image; repeat for several.")] = [],  # noqa: B006
+    video: Annotated[list[Path], typer.Option("--video", metavar="PATH", show_default=False, help="A video; repeat for several.")] = [],  # noqa: B006
+    max_new_tokens: NewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    dtype: Kind = Dtype.own,
+    mesh: Mesh = "",
+):
+    """Answer one question, word by word on stdout. What it ran on and how fast goes to stderr.
+
+    \b
+    infinitevl ask InfiniteVL/ "What is on the table?" --image kitchen.jpg
+    infinitevl ask InfiniteVL/ "Which of these is older?" --image one.png --image two.png
+    infinitevl ask InfiniteVL/ "What happens here?" --video clip.mp4 --dtype bfloat16
+    infinitevl ask InfiniteVL/ "Write a poem." --temperature 0.7 --top-p 0.9 --seed 3
+    infinitevl ask InfiniteVL/ "Hello!" --mesh fsdp=2,tensor=4
+    """
+    from infinitevl_jax.cli import session
+
+    settings = session.Settings(max_new_tokens, session.sampling(temperature, top_k, top_p), seed)
+    session.ask(model, question, image, video, settings, session.Place(dtype.value, mesh))
+
+
+@app.command(no_args_is_help=True)
+def chat(
+    model: Model,
+    context: Annotated[
+        int, typer.Option("--context", min=64, help="Tokens to make room for, in models that keep the whole past (others need none).")
+    ] = 32768,
+    max_new_tokens: NewTokens = 1024,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    dtype: Kind = Dtype.own,
+    mesh: Mesh = "",
+):
+    """Talk with a model: each turn reads only what is new, and memory stays constant however long it gets.
+
+    \b
+    infinitevl chat InfiniteVL/
+    infinitevl chat InfiniteVL/ --temperature 0.7 --dtype bfloat16
+    \b
+    In the conversation:
+      /image PATH, /video PATH   show it along with what you say next
+      /undo                      take back the last question and its answer
+      /reset                     start anew
+      /help, /quit               or Ctrl-D to leave; Ctrl-C stops an answer
+    """
+    from infinitevl_jax.cli import chat, session
+
+    settings = session.Settings(max_new_tokens, session.sampling(temperature, top_k, top_p), seed)
+    chat.chat(model, context, settings, session.Place(dtype.value, mesh))
+
+
+@app.command(no_args_is_help=True)
+def info(
+    model: Model,
+    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+):
+    """Say what a checkpoint is: layers, parameters, bytes, tokenizer, cache. Reads headers, not weights.
+
+    \b
+    infinitevl info InfiniteVL/
+    infinitevl info runs/sft/step_1000/ --json | jq .cache
+    """
+    import jax
+
+    if not jax.config.jax_platforms:
+        jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave the accelerator's memory alone
+
+    from infinitevl_jax.cli import info
+
+    facts = info.describe(model)
+    typer.echo(info.as_json(facts) if json else info.as_table(facts))
+
+
+def main() -> None:
+    """Run the command that the arguments name."""
+    app()

@@ -1,0 +1,159 @@
+"""What a checkpoint is, without reading its weights."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from infinitevl_jax.config.model import FULL, LINEAR, SLIDING, ModelConfig
+from infinitevl_jax.conversion import read_config
+from infinitevl_jax.conversion.files import is_ours
+from infinitevl_jax.conversion.load import own_dtypes
+from infinitevl_jax.conversion.manifest import Manifest
+from infinitevl_jax.conversion.source import open_source
+from infinitevl_jax.conversion.weights import leaves, match
+from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.model.cache import cache_bytes
+from infinitevl_jax.processing import ChatTemplate, Tokenizer
+
+LENGTHS = (1_000, 100_000)
+PARTS = ("vision tower", "vision merger", "embeddings", "softmax mixers", "Gated DeltaNet mixers", "MLPs", "norms", "head")
+NAMES = {SLIDING: "window attention", FULL: "full attention", LINEAR: "Gated DeltaNet"}
+
+
+def describe(folder: Path) -> dict:
+    """Facts of a checkpoint folder, as JSON has them. Raises InfiniteVLError for a damaged folder or another family."""
+    config = read_config(folder)
+    text, vision = config.text, config.vision
+    dtypes = _dtypes(folder, config)
+    parts = _parts(config, dtypes)
+    dtype = dtypes["model.norm.weight"]
+    return {
+        "folder": str(folder),
+        "kind": "ours" if is_ours(folder) else "Hugging Face",
+        "family": config.family,
+        "layers": {NAMES[kind]: text.layer_types.count(kind) for kind in NAMES if kind in text.layer_types},
+        "window": text.sliding_window if SLIDING in text.layer_types else None,
+        "sizes": {"hidden": text.hidden_size, "mlp": text.intermediate_size, "vocabulary": text.vocab_size},
+        "vision": None if vision is None else {"blocks": vision.depth, "hidden": vision.hidden_size, "patch": vision.patch_size},
+        "head": "tied to the embeddings" if text.tie_word_embeddings else "its own",
+        "parts": parts,
+        "parameters": sum(part["parameters"] for part in parts.values()),
+        "bytes": sum(part["bytes"] for part in parts.values()),
+        **_words(folder, config),
+        "cache": {
+            "dtype": dtype.name,
+            "formula": cache_formula(config, dtype),
+            "bytes": {str(length): cache_bytes(config, 1, dtype, length) for length in LENGTHS},
+        },
+    }
+
+
+def _dtypes(folder: Path, config: ModelConfig) -> dict[str, np.dtype]:
+    """Published torch name -> dtype of every tensor, checked against what the configuration asks for."""
+    if not is_ours(folder):
+        source = open_source(folder)
+        match(config, source.shapes, str(folder))
+        return {name: source.dtype(name) for name in source.names}
+    from infinitevl_jax.conversion.ours import Store
+
+    stored, store, manifest = leaves(config, scanned=True), Store(folder), Manifest.read(folder)
+    store.check(stored, str(folder / "config.json"))
+    pairs = [zip(leaf.torch, own_dtypes(leaf, store.dtypes[leaf.name], manifest.dtypes), strict=True) for leaf in stored]
+    return {name: dtype for pair in pairs for name, dtype in pair}
+
+
+def _parts(config: ModelConfig, dtypes: dict[str, np.dtype]) -> dict[str, dict]:
+    """Part -> parameters, bytes in the tensors' own dtypes, and parameters of each dtype."""
+    parts = {name: Counter() for name in PARTS}
+    for leaf in leaves(config, scanned=False):
+        parts[_part(leaf.name, config)][dtypes[leaf.torch[0]]] += leaf.size
+    return {
+        name: {
+            "parameters": sum(sizes.values()),
+            "bytes": sum(dtype.itemsize * size for dtype, size in sizes.items()),
+            "dtypes": {dtype.name: size for dtype, size in sizes.items()},
+        }
+        for name, sizes in parts.items()
+        if sizes
+    }
+
+
+def _part(name: str, config: ModelConfig) -> str:
+    fields = name.split(".")
+    if fields[0] == "visual":
+        return "vision merger" if fields[1] == "merger" else "vision tower"
+    if fields[0] == "layers" and fields[3] == "self_attn":
+        return "Gated DeltaNet mixers" if config.text.layer_types[int(fields[2])] == LINEAR else "softmax mixers"
+    if fields[0] == "layers" and fields[3] == "mlp":
+        return "MLPs"
+    return {"embed_tokens": "embeddings", "lm_head": "head"}.get(fields[0], "norms")
+
+
+def _words(folder: Path, config: ModelConfig) -> dict:
+    """Tokenizer, template and special ids. A folder without a tokenizer that fits is still a checkpoint."""
+    ids = {"pad": config.pad_token_id, "end": list(config.eos_token_ids)}
+    if config.vision is not None:
+        ids |= {name: getattr(config, f"{name}_token_id") for name in ("image", "video", "vision_start", "vision_end")}
+    try:
+        tokenizer = Tokenizer.from_folder(folder)
+        source, ids["end"] = f"{tokenizer.source}, {len(tokenizer):,} tokens", list(dict.fromkeys((*ids["end"], *tokenizer.eos_ids)))
+    except InfiniteVLError as error:
+        source = f"none that fits: {error.culprit}"
+    try:
+        template = ChatTemplate.from_folder(folder).source
+    except InfiniteVLError as error:
+        template = f"none that can be read: {error.culprit}"
+    return {"tokenizer": source, "template": template, "ids": ids}
+
+
+def cache_formula(config: ModelConfig, dtype: np.dtype) -> str:
+    """Bytes of one sequence's cache as a sum that can be checked by hand."""
+    text, item, count = config.text, jnp.dtype(dtype).itemsize, Counter(config.text.layer_types)
+    slot = f"2 x {text.num_key_value_heads} heads x {text.head_dim} x {item} bytes"
+    heads, key, value = text.num_linear_heads, text.linear_head_dim, text.linear_value_dim
+    state = f"{heads} heads x {key} x {value} x 4 bytes"
+    tail = f"{text.conv_size - 1} inputs x {heads * (2 * key + value)} x {item} bytes"
+    terms = {SLIDING: f"{text.sliding_window} slots x {slot}", FULL: f"length x {slot}", LINEAR: f"({state} + {tail})"}
+    return " + ".join(f"{count[kind]} layers x {terms[kind]}" for kind in NAMES if count[kind])
+
+
+def as_json(facts: dict) -> str:
+    return json.dumps(facts, indent=2)
+
+
+def as_table(facts: dict) -> str:
+    """For people."""
+    sizes, vision, cache = facts["sizes"], facts["vision"], facts["cache"]
+    window = f" (window {facts['window']:,})" if facts["window"] else ""
+    rows = {
+        "folder": f"{facts['folder']} ({facts['kind']})",
+        "family": facts["family"],
+        "layers": f"{sum(facts['layers'].values())}: " + ", ".join(f"{n} {kind}" for kind, n in facts["layers"].items()) + window,
+        "widths": f"hidden {sizes['hidden']:,}, MLP {sizes['mlp']:,}, vocabulary {sizes['vocabulary']:,}; head {facts['head']}",
+        "vision": f"{vision['blocks']} blocks, width {vision['hidden']:,}, patches of {vision['patch']} pixels" if vision else "none",
+        "tokenizer": facts["tokenizer"],
+        "template": facts["template"],
+        "ids": ", ".join(f"{name} {' '.join(map(str, i)) if isinstance(i, list) else i}" for name, i in facts["ids"].items()),
+        "cache": f"for one sequence in {cache['dtype']}" + (", states in float32:" if NAMES[LINEAR] in facts["layers"] else ":"),
+    }
+    lines = [f"{name:<11}{value}" for name, value in rows.items()]
+    lines.append(f"{'':<11}{cache['formula']}")
+    lines += [f"{'':<11}at {int(length):>7,} tokens: {size:,} bytes ({_human(size)})" for length, size in cache["bytes"].items()]
+    lines += ["", f"{'part':<24}{'parameters':>16}{'bytes':>18}   dtypes"]
+    total = {"total": {"parameters": facts["parameters"], "bytes": facts["bytes"], "dtypes": {}}}
+    for name, part in (facts["parts"] | total).items():
+        dtypes = part["dtypes"]
+        kinds = ", ".join(dtypes if len(dtypes) == 1 else [f"{dtype} {size:,}" for dtype, size in dtypes.items()]) or _human(part["bytes"])
+        lines.append(f"{name:<24}{part['parameters']:>16,}{part['bytes']:>18,}   {kinds}")
+    return "\n".join(lines)
+
+
+def _human(size: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} GiB"

@@ -1,0 +1,124 @@
+"""From a folder and options to a conversation, and an answer on its way to the terminal."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+
+from infinitevl_jax.config.run import RunConfig
+from infinitevl_jax.conversion import read_config
+from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.inference.conversation import Conversation
+from infinitevl_jax.inference.infinitevl import InfiniteVL
+from infinitevl_jax.inference.sampling import Sampling
+from infinitevl_jax.processing import Processor, load_image
+from infinitevl_jax.sharding import make_mesh
+
+AXES = ("data", "fsdp", "tensor")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How answers are made."""
+
+    max_new_tokens: int
+    sampling: Sampling
+    seed: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model computes: --dtype ("own" or a dtype's name) and --mesh ("" or axis=parts, ...)."""
+
+    dtype: str = "own"
+    mesh: str = ""
+
+
+def sampling(temperature: float, top_k: int, top_p: float) -> Sampling:
+    """Sampling as asked for on the command line. Raises InfiniteVLError for a choice that would have no effect."""
+    if temperature == 0 and (top_k or top_p < 1):
+        raise InfiniteVLError("--top-k and --top-p do nothing at temperature 0, which is greedy", "add --temperature 0.7, or drop them")
+    return Sampling(temperature, top_k, top_p)
+
+
+def run_config(text: str) -> RunConfig:
+    """RunConfig of "fsdp=2,tensor=4"; an axis that is not named has one part."""
+    sizes = dict.fromkeys(AXES, 1)
+    for entry in text.split(","):
+        axis, _, size = (part.strip() for part in entry.partition("="))
+        if axis not in AXES or not size.removeprefix("-").isdecimal():
+            raise InfiniteVLError(
+                f"--mesh {text!r}: {entry.strip()!r} is no axis and number", f"write such as fsdp=2,tensor=4 ({', '.join(AXES)})"
+            )
+        sizes[axis] = int(size)
+    return RunConfig(**sizes)
+
+
+def media(kind: str, path: Path) -> dict:
+    """The content item of an image or video file; an image is decoded once here, so that a mistake shows before anything slow."""
+    if not path.is_file():
+        raise InfiniteVLError(f"{kind} {str(path)!r} is {'a folder' if path.is_dir() else 'not there'}", "check the path")
+    if kind == "image":
+        load_image(path)
+    return {"type": kind, kind: str(path)}
+
+
+def open_model(folder: Path, place: Place, *, max_length: int | None = None, check: Callable[[Processor, bool], None]) -> Conversation:
+    """Read a checkpoint, showing progress on stderr.
+
+    Args:
+      check: called with the processor, and whether the model sees, before the weights are read; raises for what cannot work.
+    """
+    run = run_config(place.mesh) if place.mesh else None
+    processor, config = Processor.from_pretrained(folder), read_config(folder)
+    check(processor, config.vision is not None)
+    mesh = None if run is None else make_mesh(run)
+    start = time.perf_counter()
+    model = InfiniteVL.from_pretrained(folder, dtype=None if place.dtype == "own" else place.dtype, mesh=mesh, progress=True)
+    devices = sorted({device.device_kind for value in model.params.values() for device in value.devices()})
+    where = ", ".join(devices) + ("" if mesh is None else f" x {mesh.size} ({place.mesh})")
+    say(f"{config.family}, {model.parameter_count:,} parameters, computing in {model.dtype} on {where}; read in {seconds(start)}")
+    return Conversation(model, processor, max_length=max_length)
+
+
+def ask(folder: Path, question: str, images: Sequence[Path], videos: Sequence[Path], settings: Settings, place: Place) -> None:
+    """Answer one question."""
+    if not question.strip():
+        raise InfiniteVLError("the question is empty", 'write it after the folder: infinitevl ask MODEL "What is this?"')
+    content = [media(kind, path) for kind, paths in (("image", images), ("video", videos)) for path in paths]
+
+    def check(processor: Processor, sees: bool) -> None:
+        if content and not sees:
+            raise InfiniteVLError(
+                f"{folder} is a text model, and cannot look at {content[0][content[0]['type']]!r}", "leave the pictures out"
+            )
+
+    conversation = open_model(folder, place, check=check)
+    answer(conversation, [*content, {"type": "text", "text": question}], settings)
+
+
+def answer(conversation: Conversation, content: list[dict], settings: Settings, stopped: Callable[[], bool] = lambda: False) -> None:
+    """Print an answer as it is made, until its end or until `stopped` says so; then what it took, on stderr."""
+    pieces = conversation.ask(content, max_new_tokens=settings.max_new_tokens, sampling=settings.sampling, seed=settings.seed)
+    try:
+        for piece in pieces:
+            typer.echo(piece, nl=False)
+            if stopped():
+                break
+    finally:
+        pieces.close()
+    typer.echo("")
+    turn = conversation.turn
+    rate = f", then {turn.rate:.1f} a second" if turn.rate else ""
+    say(f"read {turn.read:,} tokens, made {turn.made:,}: the first after {turn.first:.2f} s{rate}")
+
+
+def say(text: str) -> None:
+    """A remark beside the answer."""
+    typer.echo(f"[{text}]", err=True)
+
+
+def seconds(start: float) -> str:
+    return f"{time.perf_counter() - start:.1f} s"
