@@ -7,3 +7,13 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu compiles for pods here; there is no pod to ask
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # test workers compile side by side
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """A folder in which the data set `tiny_vqa` lies prepared."""
+    from tiny_run import prepare_tiny_vqa
+
+    return prepare_tiny_vqa(tmp_path_factory.mktemp("data"))
