@@ -45,9 +45,7 @@ class Source:
             self._rows = builder.as_data_source(split=split, decoders=decoders)
         except (ValueError, KeyError, AssertionError, IndexError) as error:
             known = ", ".join(f"{k} ({v.num_examples:,} rows)" for k, v in builder.info.splits.items())
-            raise InfiniteVLError(f"data set {name} has no split {split!r}", f"splits: {known}; slices read train[:90%]") from error
-        if not len(self._rows):
-            raise InfiniteVLError(f"split {split!r} of data set {name} is empty", "take a larger slice")
+            raise InfiniteVLError(f"data set {name} has no rows in {split!r}", f"splits: {known}; slices read train[:90%]") from error
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -59,16 +60,17 @@ def train(preset: Preset, say=print) -> Outcome:
     optimizer = make_optimizer(config.optimizer, steps)
     rate = schedule(config.optimizer, steps)
 
-    with jax.set_mesh(mesh):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
         model = model_of(start.config, preset.run)
         shapes = dict(abstract(start.config, scanned=True)[1])
         names, frozen = split_trainable(list(shapes), config.trainable)
-        checkpoints = Checkpoints(run, start.files, start.manifest, config.keep)
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run, start.files, start.manifest, config.keep)))
         state, place = _state(checkpoints, start, shapes, names, optimizer, mesh)
         if place is not None:
             batches.set_state(place["batches"])
         first = int(state.step)
-        log = Log(run / "log.jsonl", first)
+        log = stack.enter_context(contextlib.closing(Log(run / "log.jsonl", first)))
 
         say(f"{steps} steps of {config.data.batch} rows on {len(source):,} rows of {config.data.name}, output in {run}")
         say(f"device: {_devices(mesh)}; mesh: " + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
@@ -114,8 +116,6 @@ def train(preset: Preset, say=print) -> Outcome:
                 if config.checkpoint_every and step % config.checkpoint_every == 0 and step < steps:
                     save()
         path = save()
-        checkpoints.close()
-        log.close()
     plot_log(run / "log.jsonl", run / "loss.png")
     if step < steps:
         say(f"stopped at step {step} of {steps}; saved in {path}\nthe same command goes on from here")
@@ -125,13 +125,16 @@ def train(preset: Preset, say=print) -> Outcome:
 
 
 def claim_folder(preset: Preset) -> Path:
-    """The run's folder, with the preset written into it.
+    """The run's folder, with the preset written into it. What a run left that ended before its first checkpoint makes way.
 
     Raises InfiniteVLError if the folder belongs to another configuration, or is no run's.
     """
     run, tree = Path(preset.train.output), to_tree(preset)
     path = run / "preset.json"
-    if path.exists():
+    if path.exists() and not any(p.name.isdigit() for p in run.glob("checkpoints/*")):
+        shutil.rmtree(run / "model", ignore_errors=True)
+        (run / "log.jsonl").unlink(missing_ok=True)
+    elif path.exists():
         changed = [d for d in differences(json.loads(path.read_text("utf-8")), tree) if d.split(":")[0] not in FREE]
         if changed:
             more = f"\n  and {len(changed) - 6} more" if len(changed) > 6 else ""
