@@ -1,0 +1,128 @@
+"""Attention of tokens with themselves on Hopper GPUs (H100, H200): the contract of `attend`, by Mosaic GPU kernels.
+
+An aligned mask leaves each row one contiguous run of rows to see, whatever the mix of causal order, window, packed
+segments and pads. The kernels know nothing but these runs. Figures and peers: benchmarks/attend.py.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attend import mosaic_gpu_backward, mosaic_gpu_forward, xla
+from pallas_kernels.attend.mask import Mask
+
+BLOCK = 128  # lengths are padded to a multiple of this
+
+
+def supports(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float) -> str | None:
+    """Why these arrays (or shapes with dtypes) are not for this implementation, or None if they are."""
+    group, odd = divmod(q.shape[2], k.shape[2])
+    if not mask.aligned or q.shape[1] != k.shape[1]:
+        return "keys other than the queries' own tokens (an aligned mask says that they are the same)"
+    if mask.sinks and mask.window is not None:
+        return "sinks outside the window"
+    if any(x.dtype != jnp.bfloat16 for x in (q, k, v)):
+        return f"dtypes {q.dtype}, {k.dtype} and {v.dtype}: bfloat16 only"
+    if q.shape[3] not in (64, 128) or v.shape[3] != q.shape[3]:
+        return f"head widths {q.shape[3]} and {v.shape[3]}: 64 or 128, equal"
+    if odd or group % 2:
+        return f"{q.shape[2]} query heads on {k.shape[2]} key heads: an even number on each"
+    if not scale > 0:
+        return f"scale {scale}: positive only"
+    if not (q.shape[0] and q.shape[1]):
+        return "no tokens"
+    return None
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_index: jax.Array,
+    k_index: jax.Array,
+    q_segment: jax.Array | None,
+    k_segment: jax.Array | None,
+    mask: Mask,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """The contract of `pallas_kernels.attend.attend`. Of the ordinals, only which are pads matters.
+
+    Gradients are ours for heads 128 wide and those of `xla.attend` for 64. Raises ValueError where `supports` objects.
+    """
+    if reason := supports(q, k, v, mask, scale):
+        raise ValueError(f"attend on Hopper does not take {reason}\n  -> use the implementation xla")
+    return _attend(q, k, v, q_index, k_index, q_segment, k_segment, mask, float(scale))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _attend(q, k, v, q_index, k_index, q_segment, k_segment, mask, scale):
+    return _forward(q, k, v, q_index, k_index, q_segment, k_segment, mask, scale)[0]
+
+
+def _forward(q, k, v, q_index, k_index, q_segment, k_segment, mask, scale):
+    length = q.shape[1]
+    first, last, _, _ = runs(q_index, q_segment, mask)
+    rows = _pad((q, k, _erase(v, k_index)), 0) + (_pad(first, 0), _pad(last, -1))
+    tuning = mosaic_gpu_forward.Tuning()
+    out, lse = mosaic_gpu_forward.forward(*rows, scale, tuning)
+    out, lse = out[:, :length], lse.swapaxes(1, 2)[:, :length]
+    return (out, lse), (q, k, v, q_index, k_index, q_segment, k_segment, out, lse)
+
+
+def _backward(mask, scale, kept, cotangents):
+    q, k, v, q_index, k_index, q_segment, _, out, lse = kept
+    if q.shape[3] != mosaic_gpu_backward.WIDTH:
+        return xla._backward(mask, scale, kept, cotangents)
+    length = q.shape[1]
+    d_out, d_lse = cotangents
+    live = lse != -jnp.inf
+    d_out = jnp.where(live[..., None], d_out, 0)
+    shift = jnp.where(live, jnp.sum(d_out.astype(jnp.float32) * out, axis=-1) - d_lse, 0)
+    lse = jnp.where(live, lse, 0)
+    _, _, first, last = runs(q_index, q_segment, mask)
+    rows = _pad((_erase(q, q_index), _erase(k, k_index), _erase(v, k_index), d_out), 0)
+    rows += tuple(_pad(x, 0).swapaxes(1, 2) for x in (lse, shift)) + (_pad(first, 0), _pad(last, -1))
+    gradients = mosaic_gpu_backward.backward(*rows, scale, mosaic_gpu_backward.Tuning())
+    return *(x[:, :length].astype(q.dtype) for x in gradients), None, None, None, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def runs(index: jax.Array, segment: jax.Array | None, mask: Mask) -> tuple[jax.Array, ...]:
+    """Four [B, T] int32: the first and the last key row that each query row sees, and the first and the last query row
+    that sees each key row; 0 and -1 for pads."""
+    real = index >= 0
+    length = index.shape[1]
+    row = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), index.shape)
+    if segment is None:
+        start, stop = jnp.zeros_like(row), jnp.sum(real, axis=1, dtype=jnp.int32, keepdims=True) - 1
+    else:
+        differs = (segment[:, 1:] != segment[:, :-1]) | (real[:, 1:] != real[:, :-1])
+        starts = jnp.pad(differs, ((0, 0), (1, 0)), constant_values=True)
+        stops = jnp.pad(differs, ((0, 0), (0, 1)), constant_values=True)
+        start = jax.lax.cummax(jnp.where(starts, row, 0), axis=1)
+        stop = jax.lax.cummin(jnp.where(stops, row, length), axis=1, reverse=True)
+    before, after = start, stop
+    if mask.window is not None:
+        before = jnp.maximum(start, row - (mask.window - 1))
+        after = jnp.minimum(stop, row + (mask.window - 1))
+    if mask.causal:
+        ends = before, row, row, after
+    else:
+        ends = before, after, before, after
+    return tuple(jnp.where(real, x, nothing) for x, nothing in zip(ends, (0, -1, 0, -1), strict=True))
+
+
+def _erase(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Zeros in the rows of pads, for a weight of 0 does not silence a NaN."""
+    return jnp.where(index[:, :, None, None] >= 0, x, 0)
+
+
+def _pad(tree, value):
+    def pad(x):
+        widths = [(0, 0), (0, -x.shape[1] % BLOCK)] + [(0, 0)] * (x.ndim - 2)
+        return jnp.pad(x, widths, constant_values=value)
+
+    return jax.tree.map(pad, tree)

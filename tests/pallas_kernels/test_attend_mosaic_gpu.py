@@ -1,0 +1,163 @@
+"""Attention for Hopper: the plan against the mask, the frame around the kernels on a CPU, the kernels on a GPU.
+
+JAX cannot interpret these kernels on a CPU (0.10.2 has no transposed wgmma operand, 0.11.2 none in registers): there
+they are lowered, and dense products over the same runs of rows take their place.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_attend import Case
+
+from pallas_kernels.attend import Mask, mosaic_gpu, mosaic_gpu_backward, mosaic_gpu_forward, reference
+from pallas_kernels.testing.parity import in_float64, poison, rel_rms, with_gradients
+
+CASES = {
+    "causal": Case(300, Mask(aligned=True), (4, 2), 128),
+    "window": Case(457, Mask(window=100, aligned=True), (4, 2), 128, batch=2),
+    "window longer than the row": Case(130, Mask(window=8192, aligned=True), (4, 1), 128, pads=5),
+    "packed": Case(400, Mask(window=70, aligned=True), (2, 1), 128, segments=(3, 200, 1, 140)),
+    "packed, not causal": Case(300, Mask(causal=False, aligned=True), (2, 1), 128, segments=(64, 129, 50)),
+    "window, not causal": Case(300, Mask(causal=False, window=33, aligned=True), (4, 2), 128, pads=40),
+    "narrow": Case(200, Mask(window=64, aligned=True), (4, 2), 64),
+}
+on_hopper = pytest.mark.skipif(
+    jax.default_backend() != "gpu" or jax.devices()[0].compute_capability != "9.0", reason="needs a Hopper GPU"
+)
+
+
+def dense_forward(q, k, v, first, last, scale, tuning):
+    scores, weights, lse = _dense(q, k, first, last, scale)
+    v = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2).astype(jnp.float32)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v).astype(q.dtype), lse
+
+
+def dense_backward(q, k, v, d_out, lse, shift, first, last, scale, tuning):
+    group = q.shape[2] // k.shape[2]
+    q, k, v, d_out = (x.astype(jnp.float32) for x in (q, k, v, d_out))
+    k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
+    row = jnp.arange(q.shape[1])
+    seen = (row >= first[:, :, None]) & (row <= last[:, :, None])  # [batch, keys, queries]
+    scores = jnp.einsum("bqhd,bkhd->bhkq", q, k) * scale
+    weights = jnp.where(seen[:, None], jnp.exp(scores - lse[:, :, None]), 0)
+    d_scores = weights * (jnp.einsum("bqhd,bkhd->bhkq", d_out, v) - shift[:, :, None]) * scale
+    d_q = jnp.einsum("bhkq,bkhd->bqhd", d_scores, k)
+    d_k, d_v = jnp.einsum("bhkq,bqhd->bkhd", d_scores, q), jnp.einsum("bhkq,bqhd->bkhd", weights, d_out)
+    return d_q, *(x.reshape(*x.shape[:2], -1, group, x.shape[3]).sum(axis=3) for x in (d_k, d_v))
+
+
+def _dense(q, k, first, last, scale):
+    k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
+    row = jnp.arange(k.shape[1])
+    seen = (row >= first[:, :, None]) & (row <= last[:, :, None])
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q.astype(jnp.float32), k.astype(jnp.float32)) * scale
+    scores = jnp.where(seen[:, None], scores, -jnp.inf)
+    lse = jax.nn.logsumexp(scores, axis=-1)
+    return scores, jnp.where(seen[:, None], jnp.exp(scores - lse[..., None]), 0), lse
+
+
+def compare(case, out_tolerance=5e-3, gradient_tolerance=8e-3):
+    """Value and gradient in bfloat16, pads poisoned, against the reference in float64 on the same numbers."""
+    tokens = case.tokens()
+    rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in case.tensors()]
+    *qkv, d_out, d_lse = rounded
+    calls = {"mask": case.mask, "scale": case.scale}
+    wanted, gradients = in_float64(with_gradients(lambda *a, **t: reference.attend(*a, **t, **calls)))(
+        qkv, (d_out, d_lse), tokens
+    )
+    poisoned = [jnp.asarray(poison(x, tokens["q_index"]), jnp.bfloat16) for x in qkv]
+    ours, d_ours = with_gradients(lambda *a, **t: mosaic_gpu.attend(*a, **t, **calls))(
+        poisoned, (jnp.asarray(d_out), jnp.asarray(d_lse)), tokens
+    )
+    names = ["out", "lse", "d_q", "d_k", "d_v"]
+    for name, a, b in zip(names, (*ours, *d_ours), (*wanted, *gradients), strict=True):
+        a = a.astype(np.float64)
+        assert not np.isnan(a).any(), name
+        np.testing.assert_array_equal(np.isinf(a), np.isinf(b), err_msg=name)
+        real = np.isfinite(b)
+        error = rel_rms(a[real], b[real])
+        assert error <= (gradient_tolerance if name.startswith("d_") else out_tolerance), (name, error)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_runs_are_the_mask(name):
+    case = CASES[name]
+    tokens = case.tokens()
+    index, segment = tokens["q_index"], tokens["q_segment"]
+    seen = np.asarray(case.mask.visible(index, index, segment, segment))
+    first, last, seen_first, seen_last = (np.asarray(x) for x in mosaic_gpu.runs(index, segment, case.mask))
+    row = np.arange(case.length)
+    np.testing.assert_array_equal((row >= first[:, :, None]) & (row <= last[:, :, None]), seen)
+    np.testing.assert_array_equal((row >= seen_first[:, :, None]) & (row <= seen_last[:, :, None]), seen.swapaxes(1, 2))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_blocks_cover_what_is_seen(name, strict):
+    case, rows, keys = CASES[name], 64, 32
+    tokens = case.tokens()
+    first, last, *_ = mosaic_gpu.runs(tokens["q_index"], tokens["q_segment"], case.mask)
+    first, last = mosaic_gpu._pad(first, 0), mosaic_gpu._pad(last, -1)
+    length = first.shape[1]
+    column = np.arange(length)
+    seen = (column >= first[:, :, None]) & (column <= last[:, :, None])
+    seen = seen.reshape(-1, length // rows, rows, length // keys, keys).swapaxes(2, 3)  # [b, tile, block, row, key]
+    real = np.asarray(first <= last).reshape(-1, length // rows, 1, rows, 1)
+    bounds = np.asarray(mosaic_gpu_forward.tile_blocks(first, last, rows, keys, strict))
+    begin, whole, broken, end = np.moveaxis(bounds, 2, 0)[..., None]
+    assert (begin <= whole).all() and (whole <= broken).all() and (broken <= end).all()
+    block = np.arange(length // keys)
+    assert not (seen.any(axis=(3, 4)) & ~((block >= begin) & (block < end))).any()
+    called_whole = (block >= whole) & (block < broken)
+    assert (seen | (~real & (not strict))).all(axis=(3, 4))[called_whole].all()
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n != "narrow"])
+def test_frame(name, monkeypatch):
+    monkeypatch.setattr(mosaic_gpu_forward, "forward", dense_forward)
+    monkeypatch.setattr(mosaic_gpu_backward, "backward", dense_backward)
+    compare(CASES[name])
+
+
+@pytest.mark.parametrize(("name", "kernels"), [("window", 2), ("packed", 2), ("narrow", 1)])
+def test_lowers_for_cuda(name, kernels):
+    case = CASES[name]
+    q, k, v = (jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in case.tensors()[:3])
+    tokens = {name: x if x is None else jnp.asarray(x) for name, x in case.tokens().items()}
+
+    def run(q, k, v):
+        outputs, pull = jax.vjp(lambda *a: mosaic_gpu.attend(*a, **tokens, mask=case.mask, scale=0.1), q, k, v)
+        return outputs, pull(outputs)
+
+    text = jax.jit(run).trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu_v2") == kernels
+
+
+def test_refuses_by_name():
+    shapes = {"q": (1, 64, 4, 128), "k": (1, 64, 2, 128), "v": (1, 64, 2, 128)}
+    mask = Mask(window=8, aligned=True)
+
+    def reason(mask=mask, scale=1.0, dtype=jnp.bfloat16, **changed):
+        arrays = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in (shapes | changed).items()}
+        return mosaic_gpu.supports(**arrays, mask=mask, scale=scale)
+
+    assert reason() is None
+    assert "own tokens" in reason(Mask(window=8))
+    assert "own tokens" in reason(k=(1, 65, 2, 128), v=(1, 65, 2, 128))
+    assert "sinks" in reason(Mask(window=8, sinks=1, aligned=True))
+    assert "float32" in reason(dtype=jnp.float32)
+    assert "80" in reason(q=(1, 64, 4, 80), k=(1, 64, 2, 80), v=(1, 64, 2, 80))
+    assert "256" in reason(v=(1, 64, 2, 256))
+    assert "even number" in reason(q=(1, 64, 2, 128))
+    assert "positive" in reason(scale=0.0)
+    q, k = jnp.zeros((1, 64, 4, 128)), jnp.zeros((1, 64, 2, 128))
+    index = jnp.arange(64)[None]
+    with pytest.raises(ValueError, match="use the implementation xla"):
+        mosaic_gpu.attend(q, k, k, index, index, None, None, mask, 1.0)
+
+
+@on_hopper
+@pytest.mark.parametrize("name", CASES)
+def test_kernels(name):
+    compare(CASES[name])
