@@ -7,9 +7,8 @@ Batch 1, 16 query heads on 2 key heads, 128 wide, bfloat16, causal, window 8192.
 float32 softmax, on 1,500 tokens and a window of 400), then times: several calls on the same random inputs in one
 program, median of 20 programs.
 
-Seen on an H100 80GB HBM3, JAX 0.11.2, 2026-11-22, ours and cuDNN in ms: forward 0.49 to 0.51 and 0.58 at 8K, 3.3 to 3.7
-and 3.5 to 3.8 at 32K; with backward 1.86 and 2.01 at 8K, 13.2 and 13.2 at 32K. (By an earlier script, which fed each
-call's results to the next: kinder to the power limit than random numbers throughout, for both.)
+Seen on an H100 80GB HBM3, JAX 0.11.2, 2026-11-22, ours and cuDNN in ms: forward 0.494 and 0.577 at 8K, 3.36 and 3.57 at 32K; with
+backward 1.93 and 2.08 at 8K, 13.10 and 13.13 at 32K.
 """
 
 import argparse

@@ -14,6 +14,7 @@ class DataConfig:
     train, held_out: splits in tfds' notation; the held-out one only measures, "" for none.
     batch: images of a global batch. questions: questions asked of each (a fresh choice every epoch); an image is encoded once and each
     question goes on from it on a branch of its own. With questions = 0, whole conversations are packed into `batch` rows instead.
+    balance: 0 draws questions evenly, 1 so that every answer comes up as often; in between, (count of the answer) ^ -balance.
     prefix_length, length: tokens of an image's prefix and of a question's branch (with questions = 0, length is that of a packed row).
     patches: with questions = 0, patches that the images of one row have room for.
     """
@@ -24,12 +25,13 @@ class DataConfig:
     held_out: str = "train[90%:]"
     batch: int = 16
     questions: int = 8
+    balance: float = 0.0
     prefix_length: int = 32
     length: int = 32
     patches: int = 0
 
     def __post_init__(self):
-        _at_least("data", self, batch=1, questions=0, prefix_length=0, length=2, patches=0)
+        _at_least("data", self, batch=1, questions=0, balance=0, prefix_length=0, length=2, patches=0)
 
 
 @dataclass(frozen=True)

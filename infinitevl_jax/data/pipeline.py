@@ -1,6 +1,7 @@
 """The endless stream of training batches, and the held-out batches that only measure. Both depend on nothing but seed and position."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -46,15 +47,25 @@ def train_batches(encoder: Encoder, config: ModelConfig, data: DataConfig, seed:
         order = grain.MapDataset.range(len(encoder)).seed(seed).shuffle()[jax.process_index() :: jax.process_count()].repeat()
         return PackedBatches(encoder, config, data, share, order)
     rows = grain.MapDataset.source(encoder).seed(seed).shuffle()[jax.process_index() :: jax.process_count()].repeat()
-    chosen = rows.random_map(partial(_choose, count=data.questions))
+    weights = _answer_weights(encoder, data.balance) if data.balance else None
+    chosen = rows.random_map(partial(_choose, count=data.questions, weights=weights))
     batches = chosen.batch(share, drop_remainder=True, batch_fn=partial(_collate, config=config, data=data))
     # one thread ahead of the device is enough, and leaves the cores to it
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 
-def _choose(row: Encoded, rng: np.random.Generator, count: int) -> tuple[Encoded, list[int]]:
-    """`count` questions of a row: no question twice unless there are too few."""
-    order = rng.permutation(len(row.branches))
+def _answer_weights(encoder: Encoder, balance: float) -> dict[str, float]:
+    """Weight of a question by its answer: (how often the split gives that answer) ^ -balance."""
+    counts = Counter(answer for i in range(len(encoder)) for answer in encoder.source[i].answers)
+    return {answer: count**-balance for answer, count in counts.items()}
+
+
+def _choose(
+    row: Encoded, rng: np.random.Generator, count: int, weights: Mapping[str, float] | None
+) -> tuple[Encoded, list[int]]:
+    """`count` questions of a row, drawn by weight (all alike without): no question twice unless there are too few."""
+    chance = np.array([1.0 if weights is None else weights[branch.text] for branch in row.branches])
+    order = rng.choice(len(row.branches), len(row.branches), replace=False, p=chance / chance.sum())
     return row, [int(order[i % len(order)]) for i in range(count)]
 
 

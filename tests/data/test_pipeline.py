@@ -124,3 +124,16 @@ def test_processes_share_the_rows(made, monkeypatch):
             seen.append({image.tobytes() for b in epoch for image in b.patches.pixels})
     assert all(len(s) == 9 for s in seen)
     assert not seen[0] & seen[2] and not seen[1] & seen[3]
+
+
+def test_balance_draws_rare_answers_more_often(made):
+    data, start, encoder = made
+    yes = start.processor.tokenizer.token_id("yes")
+
+    def share(balance):
+        batches = train_batches(encoder, start.config, dataclasses.replace(data, batch=9, questions=1, balance=balance), 0)
+        said = [next(batches) for _ in range(40)]
+        return np.mean([(b.targets[b.weights > 0] == yes).mean() for b in said])
+
+    counts = {"yes": sum(a == "yes" for i in range(len(encoder)) for a in encoder.source[i].answers)}
+    assert counts["yes"] and share(1.0) > share(0.0)
