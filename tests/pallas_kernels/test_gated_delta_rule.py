@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from transformers.models.qwen3_next import modeling_qwen3_next as theirs
 
 from pallas_kernels.gated_delta_rule import gated_delta_rule, reference
 from pallas_kernels.testing import parity
@@ -65,8 +67,6 @@ def test_gates_beyond_float32_range():
 
 @pytest.mark.parametrize("length", (65, 500))
 def test_equals_torch(length):
-    torch = pytest.importorskip("torch")
-    theirs = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
     for name, gates in (("recurrent", "spread"), ("recurrent", "forget"), ("chunk", "mild"), ("chunk", "keep")):
         (q, k, v, g, beta, state), _ = case(length, gates)
         function = getattr(theirs, f"torch_{name}_gated_delta_rule")
