@@ -3,7 +3,7 @@
 from infinitevl_jax.errors import InfiniteVLError
 
 __version__ = "0.1.0"
-__all__ = ["InfiniteVL", "InfiniteVLError", "Processor"]
+__all__ = ["InfiniteVL", "InfiniteVLError", "Processor", "Sampling"]
 
 
 def __getattr__(name: str):
@@ -12,6 +12,10 @@ def __getattr__(name: str):
         from infinitevl_jax.inference.infinitevl import InfiniteVL
 
         return InfiniteVL
+    if name == "Sampling":
+        from infinitevl_jax.inference.sampling import Sampling
+
+        return Sampling
     if name == "Processor":
         from infinitevl_jax.processing import Processor
 

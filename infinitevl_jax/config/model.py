@@ -104,6 +104,13 @@ class TextConfig:
                 f"layer_types holds {unknown or 'nothing'}",
                 f"every layer is one of {SLIDING}, {FULL}, {LINEAR}",
             )
+        if self.conv_size != 4:
+            raise InfiniteVLError(f"conv_size is {self.conv_size}", "the convolutions have 4 taps: leave conv_size at 4")
+        if self.head_dim % 2 or self.linear_head_dim * self.expand_v != self.linear_value_dim:
+            raise InfiniteVLError(
+                f"head_dim {self.head_dim}, linear_head_dim {self.linear_head_dim} x expand_v {self.expand_v}",
+                "head_dim is even (rotary halves), and expand_v x linear_head_dim a whole number",
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise InfiniteVLError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads {self.num_key_value_heads}",

@@ -23,8 +23,9 @@ from infinitevl_jax.model.cache import Cache, empty
 from infinitevl_jax.model.inputs import Inputs, Prepared, prepare, text_inputs
 from infinitevl_jax.model.params import Params, abstract, bind, initialize
 from infinitevl_jax.model.patches import bucket
-from infinitevl_jax.sharding import parameter_shardings
+from infinitevl_jax.sharding import check_mesh, parameter_shardings
 
+VISION_INPUTS = {"pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts"}
 PREFILL_CHUNK = 8192  # tokens of a prompt that go through the decoder at once
 
 
@@ -44,9 +45,11 @@ class InfiniteVL:
         """
         Args:
           params: by dotted name, unrolled layout.
-          dtype: what activations are computed in; the parameters' own widest by default.
-          mesh: where the parameters live, or None for one device.
+          dtype: what activations are computed in; by default what the last norm is stored in, as the bulk of a checkpoint is.
+          mesh: where the parameters live (axes as `infinitevl_jax.sharding.make_mesh` names them), or None for one device.
         """
+        if mesh is not None:
+            check_mesh(mesh)
         self.config, self.params, self.mesh = config, params, mesh
         self.dtype = jnp.dtype(dtype or params["norm.weight"].dtype)
         graphdef, _ = abstract(config, scanned=False, dtype=self.dtype)
@@ -62,14 +65,16 @@ class InfiniteVL:
         """Load a Hugging Face folder (config.json and safetensors are enough) or one of ours.
 
         Args:
-          dtype: cast floating-point weights to this and compute in it; None keeps each tensor's own.
+          dtype: cast floating-point weights to this (f32 or bf16) and compute in it; None or "auto" keeps each tensor's own.
           mesh: place the weights on it; each device reads only its shard.
           progress: show a bar while the weights are read.
         """
         from infinitevl_jax.conversion import load_params, read_config
 
+        dtype = floating(dtype)
         shardings = None
         if mesh is not None:
+            check_mesh(mesh)
             shardings = parameter_shardings(abstract(read_config(folder), scanned=False)[1], mesh)
         config, params = load_params(folder, scanned=False, dtype=dtype, shardings=shardings, progress=progress)
         return cls(config, params, dtype=dtype, mesh=mesh)
@@ -120,7 +125,8 @@ class InfiniteVL:
           input_ids ... second_per_grid_ts: as Hugging Face's Qwen2.5-VL processor returns them, numpy or jax. mm_token_type_ids is
             accepted and ignored: placeholders say the same.
           cache: what these tokens follow. It is not changed; the output carries the new one.
-          use_cache: start and return a cache (for `max_length` tokens where the model has full-attention layers).
+          use_cache: start and return a cache. Where the model has full-attention layers it holds `max_length` tokens, by default
+            about twice the ones given.
         """
         vision = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
         vision |= {"pixel_values_videos": pixel_values_videos, "video_grid_thw": video_grid_thw}
@@ -140,7 +146,7 @@ class InfiniteVL:
             length=length,
         )
         if cache is None and use_cache:
-            cache = self.init_cache(len(prepared.shift), max_length or (width if self.keeps_everything else None))
+            cache = self.init_cache(len(prepared.shift), max_length or 2 * bucket(width))
         self._check_room(cache, prepared)
         with self._on_mesh():
             embeds = None if prepared.patches is None else self._encode(self.params, prepared.patches)
@@ -176,12 +182,20 @@ class InfiniteVL:
         eos_token_ids=None,
         **vision,
     ) -> Iterator[np.ndarray]:
-        """Yield [batch] token ids as they are made, until every sequence has ended or `max_new_tokens` have come."""
+        """Yield [batch] token ids as they are made, until every sequence has ended or `max_new_tokens` have come.
+
+        vision: pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw, second_per_grid_ts.
+        """
+        if unknown := sorted(set(vision) - VISION_INPUTS):
+            raise InfiniteVLError(
+                f"generate has no argument {unknown[0]!r}",
+                "say sampling=Sampling(temperature=..., top_k=..., top_p=...), max_new_tokens, seed or eos_token_ids",
+            )
         prepared = prepare(self.config, input_ids, attention_mask, position_ids, **vision)
         if max_new_tokens < 1:
             return
         batch, width = prepared.inputs.tokens.shape
-        logits, cache = self.prefill(prepared, self.init_cache(batch, width + max_new_tokens))
+        logits, cache = self.prefill(prepared, self.init_cache(batch, bucket(width + max_new_tokens)))
         settings = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed, "eos_token_ids": eos_token_ids}
         for tokens, _ in self.decode(logits, cache, **settings):
             yield tokens
@@ -236,8 +250,15 @@ class InfiniteVL:
         return last, cache
 
     def _check_room(self, cache: Cache | None, prepared: Prepared) -> None:
-        """A full-attention cache cannot take more than it was made for."""
-        if cache is None or not self.keeps_everything:
+        """A cache takes the sequences it was made for, and a full-attention one no more tokens than that."""
+        if cache is None:
+            return
+        if len(cache.length) != len(prepared.shift):
+            raise InfiniteVLError(
+                f"the cache holds {len(cache.length)} sequences, input_ids {len(prepared.shift)}",
+                "pass one row a sequence, or cache.select(rows) to branch or leave some out",
+            )
+        if not self.keeps_everything:
             return
         capacity = min(s.k.shape[1] for kind, s in zip(self.config.text.layer_types, cache.layers, strict=True) if kind == FULL)
         needed = np.asarray(cache.length) + (prepared.inputs.index >= 0).sum(1)
@@ -248,6 +269,16 @@ class InfiniteVL:
 
     def _on_mesh(self):
         return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+
+def floating(dtype) -> np.dtype | None:
+    """f32 or bf16 as a numpy dtype, from a name or a dtype of numpy, jax or torch; None for None and "auto"."""
+    name = str(dtype).removeprefix("torch.") if not isinstance(dtype, type) else np.dtype(dtype).name
+    if name in ("None", "auto"):
+        return None
+    if name not in ("float32", "bfloat16"):
+        raise InfiniteVLError(f"dtype is {dtype!r}", "compute in float32 or bfloat16, or leave it out to keep the checkpoint's own")
+    return jnp.dtype(name)
 
 
 def _chunks(inputs: Inputs) -> Iterator[Inputs]:

@@ -82,6 +82,7 @@ def prepare(
     start: Sequence[int] | None = None,
     length: int | None = None,
     row_per_sequence: bool = False,
+    truncate_seconds: bool = False,
 ) -> Prepared:
     """Check a batch and turn it into the model's arrays.
 
@@ -90,6 +91,7 @@ def prepare(
       position_ids: [3, batch, tokens] (or [batch, tokens]) to use instead of the rule in `positions`.
       start: first position of each sequence (where a cache left off); None = 0.
       length: pad the rows to this many tokens.
+      truncate_seconds: count a video's time in whole seconds a step, as the reference code does, instead of by the published formula.
       row_per_sequence: pack each sequence's patches in a row of its own (sharded training) rather than all in one.
     """
     tokens = np.asarray(input_ids)
@@ -109,7 +111,7 @@ def prepare(
     if (holes := (mask != run).any(1)).any():
         raise InfiniteVLError(f"attention_mask of sequence {holes.argmax()} has a hole between its tokens", "pad at one side only")
 
-    images, videos = vision_items(image_grid_thw, video_grid_thw, second_per_grid_ts, config)
+    images, videos = vision_items(image_grid_thw, video_grid_thw, second_per_grid_ts, config, truncate_seconds)
     has_vision = bool(images or videos)
     sources = [("pixel_values", pixel_values, "image_grid_thw", images)]
     sources += [("pixel_values_videos", pixel_values_videos, "video_grid_thw", videos)]
@@ -140,6 +142,7 @@ def prepare(
             )
     if position_ids is not None:
         given = np.asarray(position_ids)
+        given = given[1:] if given.ndim == 3 and len(given) == 4 else given  # Hugging Face packs text positions before the three
         given = np.broadcast_to(given, (3, *given.shape)) if given.ndim == 2 else given
         if given.shape != (3, batch, width):
             raise InfiniteVLError(f"position_ids has shape {given.shape}", f"pass [3, {batch}, {width}]: temporal, height, width")

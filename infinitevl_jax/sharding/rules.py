@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from infinitevl_jax.errors import InfiniteVLError
 
@@ -38,6 +38,18 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"A_log|dt_bias", ("heads",)),
     (r"(down_proj|fc2|proj)\.bias|weight", (None,)),
 )
+
+
+def check_mesh(mesh: Mesh) -> None:
+    """Refuse a mesh that the rules cannot use: unknown axis names would leave everything whole on every device."""
+    known = sorted({name for names in AXES.values() for name in names})
+    if unknown := [name for name in mesh.axis_names if name not in known]:
+        raise InfiniteVLError(f"mesh axis {unknown[0]!r} is unknown", f"name the axes among {', '.join(known)}, or use sharding.make_mesh")
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise InfiniteVLError(
+            "the mesh has explicit axes, the model leaves sharding to the compiler",
+            "make it with axis_types=(jax.sharding.AxisType.Auto,) * axes, or use sharding.make_mesh",
+        )
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> PartitionSpec:

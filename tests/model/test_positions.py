@@ -65,6 +65,11 @@ def test_half_second_steps_are_not_truncated(config):
     assert prepare(config, **batch).inputs.positions[0, 0].tolist() == [0, 1, 3]  # floor(i * 1.5)
 
 
+def test_seconds_are_truncated_when_asked_for(config):
+    batch = batch_of(config, [[VIDEO] * 3], videos=[(3, 2, 2)], seconds=[0.75])
+    assert prepare(config, **batch, truncate_seconds=True).inputs.positions[0, 0].tolist() == [0, 0, 0]
+
+
 def test_items_go_to_sequences_in_order(config):
     rows = [[IMAGE, 1, VIDEO], [2, 3], [IMAGE, IMAGE, VIDEO, VIDEO]]
     batch = batch_of(config, rows, images=[(1, 2, 2), (1, 2, 4)], videos=[(1, 2, 2), (2, 2, 2)], seconds=[1.0, 1.0])
@@ -134,7 +139,7 @@ BAD = {
     "no tokens": (dict(input_ids=np.zeros((1, 0), int)), "at least one"),
     "mask of another shape": (dict(input_ids=[[1, 2]], attention_mask=[[1]]), "attention_mask has shape"),
     "mask with a hole": (dict(input_ids=[[1, 2, 3]], attention_mask=[[1, 0, 1]]), "sequence 0 has a hole"),
-    "positions of another shape": (dict(input_ids=[[1, 2]], position_ids=np.zeros((4, 1, 2))), "position_ids has shape"),
+    "positions of another shape": (dict(input_ids=[[1, 2]], position_ids=np.zeros((5, 1, 2))), "position_ids has shape"),
     "image tokens without image": (dict(input_ids=[[IMAGE]]), "no image left"),
     "video tokens without video": (dict(input_ids=[[VIDEO, 1]]), "no video left"),
     "image without tokens": (dict(input_ids=[[1]], pixel_values=np.zeros((4, 24)), image_grid_thw=[[1, 2, 2]]), "tokens of 0"),
