@@ -15,6 +15,7 @@ class DataConfig:
     batch: images of a global batch. questions: questions asked of each (a fresh choice every epoch); an image is encoded once and each
     question goes on from it on a branch of its own. With questions = 0, whole conversations are packed into `batch` rows instead.
     balance: 0 draws questions evenly, 1 so that every answer comes up as often; in between, (count of the answer) ^ -balance.
+    opening: for the first `opening_steps` steps, a row that has questions which this regular expression finds is asked those alone.
     prefix_length, length: tokens of an image's prefix and of a question's branch (with questions = 0, length is that of a packed row).
     patches: with questions = 0, patches that the images of one row have room for.
     """
@@ -26,12 +27,14 @@ class DataConfig:
     batch: int = 16
     questions: int = 8
     balance: float = 0.0
+    opening: str = ""
+    opening_steps: int = 0
     prefix_length: int = 32
     length: int = 32
     patches: int = 0
 
     def __post_init__(self):
-        _at_least("data", self, batch=1, questions=0, balance=0, prefix_length=0, length=2, patches=0)
+        _at_least("data", self, batch=1, questions=0, balance=0, opening_steps=0, prefix_length=0, length=2, patches=0)
 
 
 @dataclass(frozen=True)
@@ -95,11 +98,12 @@ class TrainConfig:
         _at_least("", self, steps=0, log_every=0, checkpoint_every=0, evaluate_every=0, keep=1)
         if self.steps == 0 and not self.epochs > 0:
             raise InfiniteVLError("train.steps is 0 and train.epochs not positive", "say how long to train with one of them")
-        for pattern in self.trainable:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise InfiniteVLError(f"train.trainable: {pattern!r} is no regular expression: {error}", "escape it, or mend it") from error
+        for key, patterns in (("trainable", self.trainable), ("data.opening", [self.data.opening])):
+            for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise InfiniteVLError(f"train.{key}: {pattern!r} is no regular expression: {error}", "escape it, or mend it") from error
 
 
 def _at_least(section: str, config, **least: int) -> None:

@@ -18,7 +18,7 @@ class Branch(NamedTuple):
 
     tokens: np.ndarray  # [length] int32
     answer: np.ndarray  # [length] bool, the answer's tokens with its end of turn
-    text: str  # the answer in words (of a whole conversation: nothing)
+    turn: tuple[str, str]  # question and answer in words (of a whole conversation: nothing)
 
 
 class Encoded(NamedTuple):
@@ -69,7 +69,7 @@ class Encoder:
                         f"{where}: the chat template writes something before the image that depends on the question",
                         "use a template that puts the image first, or train with train.data.questions=0 (packed conversations)",
                     )
-                self._texts[turn] = _branch(example["input_ids"][cut:], example["answer_mask"][cut:], turn[1])
+                self._texts[turn] = _branch(example["input_ids"][cut:], example["answer_mask"][cut:], turn)
             branches.append(self._texts[turn])
         return Encoded(prefix, first.get("pixel_values"), first.get("image_grid_thw"), branches)
 
@@ -101,7 +101,7 @@ def _turn(image: bytes, question: str, answer: str) -> list[dict]:
     return [user, {"role": "assistant", "content": answer}]
 
 
-def _branch(tokens: np.ndarray, answer: np.ndarray, text: str = "") -> Branch:
+def _branch(tokens: np.ndarray, answer: np.ndarray, turn: tuple[str, str] = ("", "")) -> Branch:
     """Without what the template writes after the last answer: nothing is learnt there."""
     end = int(np.flatnonzero(answer)[-1]) + 1
-    return Branch(tokens[:end].astype(np.int32), answer[:end], text)
+    return Branch(tokens[:end].astype(np.int32), answer[:end], turn)

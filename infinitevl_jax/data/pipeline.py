@@ -1,7 +1,8 @@
 """The endless stream of training batches, and the held-out batches that only measure. Both depend on nothing but seed and position."""
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, Protocol
 
@@ -47,26 +48,32 @@ def train_batches(encoder: Encoder, config: ModelConfig, data: DataConfig, seed:
         order = grain.MapDataset.range(len(encoder)).seed(seed).shuffle()[jax.process_index() :: jax.process_count()].repeat()
         return PackedBatches(encoder, config, data, share, order)
     rows = grain.MapDataset.source(encoder).seed(seed).shuffle()[jax.process_index() :: jax.process_count()].repeat()
-    weights = _answer_weights(encoder, data.balance) if data.balance else None
-    chosen = rows.random_map(partial(_choose, count=data.questions, weights=weights))
+    chosen = rows.map_with_index(_Chooser(encoder, data, seed, share))
     batches = chosen.batch(share, drop_remainder=True, batch_fn=partial(_collate, config=config, data=data))
     # one thread ahead of the device is enough, and leaves the cores to it
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 
-def _answer_weights(encoder: Encoder, balance: float) -> dict[str, float]:
-    """Weight of a question by its answer: (how often the split gives that answer) ^ -balance."""
-    counts = Counter(answer for i in range(len(encoder)) for answer in encoder.source[i].answers)
-    return {answer: count**-balance for answer, count in counts.items()}
+class _Chooser:
+    """Which questions of a row are asked: no question twice unless there are too few."""
 
+    def __init__(self, encoder: Encoder, data: DataConfig, seed: int, share: int):
+        self.data, self.seed, self.share = data, seed, share
+        self.opening = re.compile(data.opening) if data.opening else None
+        self.weights: dict[str, float] = {}
+        if data.balance:
+            counts = Counter(answer for i in range(len(encoder)) for answer in encoder.source[i].answers)
+            self.weights = {answer: count**-data.balance for answer, count in counts.items()}
 
-def _choose(
-    row: Encoded, rng: np.random.Generator, count: int, weights: Mapping[str, float] | None
-) -> tuple[Encoded, list[int]]:
-    """`count` questions of a row, drawn by weight (all alike without): no question twice unless there are too few."""
-    chance = np.array([1.0 if weights is None else weights[branch.text] for branch in row.branches])
-    order = rng.choice(len(row.branches), len(row.branches), replace=False, p=chance / chance.sum())
-    return row, [int(order[i % len(order)]) for i in range(count)]
+    def __call__(self, number: int, row: Encoded) -> tuple[Encoded, list[int]]:
+        """`number` counts the rows of this process from the start of the run."""
+        rng = np.random.default_rng([self.seed, jax.process_index(), number])
+        candidates = list(range(len(row.branches)))
+        if self.opening and number < self.data.opening_steps * self.share:
+            candidates = [i for i in candidates if self.opening.search(row.branches[i].turn[0])] or candidates
+        chance = np.array([self.weights.get(row.branches[i].turn[1], 1.0) for i in candidates])
+        order = rng.choice(candidates, len(candidates), replace=False, p=chance / chance.sum())
+        return row, [int(order[i % len(order)]) for i in range(self.data.questions)]
 
 
 def _collate(items: list[tuple[Encoded, list[int]]], config: ModelConfig, data: DataConfig) -> TrainBatch:

@@ -42,6 +42,7 @@ PRESETS = {
     "beta over one": (("peak_lr = 1e-3", "beta2 = 1.5"), "beta2", "1.5"),
     "no length of training": (("steps = 6", "epochs = 0"), "train.steps", "epochs"),
     "broken expression": (("steps = 6", 'trainable = ["layers.(*"]'), "layers.(*", "regular expression"),
+    "broken opening": (("batch = 8", 'batch = 8\nopening = "(shape"'), "train.data.opening", "(shape"),
     "unknown precision": (("fsdp = 1", 'fsdp = 1\ndtype = "float8"'), "float8", "bfloat16"),
     "unknown remat": (("fsdp = 1", 'fsdp = 1\nremat = "some"'), "'some'", "dots"),
     "context axis": (("fsdp = 1", "fsdp = 1\ncontext = 2"), "run.context", "reserved"),

@@ -137,3 +137,12 @@ def test_balance_draws_rare_answers_more_often(made):
 
     counts = {"yes": sum(a == "yes" for i in range(len(encoder)) for a in encoder.source[i].answers)}
     assert counts["yes"] and share(1.0) > share(0.0)
+
+
+def test_opening_asks_one_kind_of_question_first(made):
+    data, start, encoder = made
+    data = dataclasses.replace(data, batch=6, opening="^is it", opening_steps=2)
+    batches = train_batches(encoder, start.config, data, 0)
+    first = start.processor.tokenizer.token_id("is")
+    asks = [(next(batches).branches.tokens[:, 0] == first).mean() for _ in range(5)]
+    assert asks[:2] == [1, 1] and max(asks[2:]) < 1

@@ -39,7 +39,7 @@ def made(tmp_path_factory, tiny_data):
                 answer = np.concatenate([np.zeros(len(row.prefix), bool), branch.answer])
                 if name == "rows":
                     packed.used = [length if row and used else used for row, used in enumerate(packed.used, 1)]
-                assert packed.add(Branch(whole, answer, ""), row.pixels, row.grid)
+                assert packed.add(Branch(whole, answer, branch.turn), row.pixels, row.grid)
         batches[name] = packed.batch()
     return start.config, initialize(start.config, jax.random.key(1), scanned=True), batches
 
