@@ -1,6 +1,7 @@
 """Every implementation of `attend` against dense softmax in float64: value and gradient, of out and of lse."""
 
 import dataclasses
+import functools
 from functools import partial
 
 import jax
@@ -62,7 +63,7 @@ class Case:
 def values_and_gradients(function, case, tensors=None, run=lambda call: call):
     """out, lse and the gradients of q, k and v."""
     *qkv, d_out, d_lse = tensors or case.tensors()
-    call = run(with_gradients(function, mask=case.mask, scale=case.scale))
+    call = run(with_gradients(functools.partial(function, mask=case.mask, scale=case.scale)))
     outputs, gradients = call(qkv, (d_out, d_lse), case.tokens())
     return *outputs, *gradients
 
