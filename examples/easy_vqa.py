@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, installed or not
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the checkout, installed or not, in place of this folder
 
 PRESET = Path(__file__).resolve().parent.parent / "configs" / "easy_vqa.toml"
 

@@ -3,7 +3,7 @@
 The package `easy-vqa` brings the pictures and questions along; one row is a picture with all of its questions.
 """
 
-import importlib.util
+import importlib.metadata
 import json
 from pathlib import Path
 
@@ -28,10 +28,11 @@ class EasyVqa(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, download_manager):
-        spec = importlib.util.find_spec("easy_vqa")
-        if spec is None:
-            raise InfiniteVLError("the data set easy_vqa needs the package easy-vqa", "pip install easy-vqa==1.0")
-        folder = Path(spec.origin).parent / "data"
+        # by the installed package, not by module name: a script called easy_vqa.py would be found first
+        try:
+            folder = Path(str(importlib.metadata.distribution("easy-vqa").locate_file("easy_vqa/data")))
+        except importlib.metadata.PackageNotFoundError as error:
+            raise InfiniteVLError("the data set easy_vqa needs the package easy-vqa", "pip install easy-vqa==1.0") from error
         return {split: self._generate_examples(folder / split) for split in ("train", "test")}
 
     def _generate_examples(self, folder: Path):

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,6 +17,8 @@ from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.pipeline import held_out_batches, train_batches
 from infinitevl_jax.data.source import Source
 from infinitevl_jax.training.setup import prepare_start
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +151,14 @@ def test_opening_asks_one_kind_of_question_first(made):
     first = start.processor.tokenizer.token_id("is")
     asks = [(next(batches).branches.tokens[:, 0] == first).mean() for _ in range(5)]
     assert asks[:2] == [1, 1] and max(asks[2:]) < 1
+
+
+def test_a_script_named_like_the_package_is_no_hindrance(tmp_path):
+    """As when examples/easy_vqa.py runs on a machine where nothing is prepared yet."""
+    script = tmp_path / "easy_vqa.py"
+    script.write_text(
+        f"import sys; sys.path.append({str(ROOT)!r})\nfrom infinitevl_jax.data.source import Source\n"
+        f"print(len(Source('easy_vqa', {str(tmp_path / 'data')!r}, 'test')))\n"
+    )
+    out = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert out.stdout.strip() == "1000", out.stderr
