@@ -1,7 +1,7 @@
 """From pixels to answers, in one go: train a small hybrid on easy-VQA, convert it to a PyTorch folder and back, and let what came back
 answer all official test questions, each alone after its image.
 
-    python examples/easy_vqa.py [--seed 0] [--output runs/easy_vqa] [key=value ...]
+    python examples/pixels_to_answers.py [--seed 0] [--output runs/easy_vqa] [key=value ...]
 """
 
 import argparse
