@@ -154,7 +154,7 @@ def test_opening_asks_one_kind_of_question_first(made):
 
 
 def test_a_script_named_like_the_package_is_no_hindrance(tmp_path):
-    """As when examples/easy_vqa.py runs on a machine where nothing is prepared yet."""
+    """A script of the same name stands first on the path, and must not be taken for the package."""
     script = tmp_path / "easy_vqa.py"
     script.write_text(
         f"import sys; sys.path.append({str(ROOT)!r})\nfrom infinitevl_jax.data.source import Source\n"
