@@ -111,7 +111,12 @@ def prepare(
     if (holes := (mask != run).any(1)).any():
         raise InfiniteVLError(f"attention_mask of sequence {holes.argmax()} has a hole between its tokens", "pad at one side only")
 
-    images, videos = vision_items(image_grid_thw, video_grid_thw, second_per_grid_ts, config, truncate_seconds)
+    def given(x):  # a collator may send empty arrays for a batch of text
+        return None if x is None or np.size(x) == 0 else x
+
+    pixel_values, image_grid_thw = given(pixel_values), given(image_grid_thw)
+    pixel_values_videos, video_grid_thw = given(pixel_values_videos), given(video_grid_thw)
+    images, videos = vision_items(image_grid_thw, video_grid_thw, given(second_per_grid_ts), config, truncate_seconds)
     has_vision = bool(images or videos)
     sources = [("pixel_values", pixel_values, "image_grid_thw", images)]
     sources += [("pixel_values_videos", pixel_values_videos, "video_grid_thw", videos)]
@@ -141,13 +146,13 @@ def prepare(
                 f"put one {kind} placeholder in the text for every {kind}, in the same order",
             )
     if position_ids is not None:
-        given = np.asarray(position_ids)
-        given = given[1:] if given.ndim == 3 and len(given) == 4 else given  # Hugging Face packs text positions before the three
-        given = np.broadcast_to(given, (3, *given.shape)) if given.ndim == 2 else given
-        if given.shape != (3, batch, width):
-            raise InfiniteVLError(f"position_ids has shape {given.shape}", f"pass [3, {batch}, {width}]: temporal, height, width")
+        own = np.asarray(position_ids)
+        own = own[1:] if own.ndim == 3 and len(own) == 4 else own  # Hugging Face packs text positions before the three
+        own = np.broadcast_to(own, (3, *own.shape)) if own.ndim == 2 else own
+        if own.shape != (3, batch, width):
+            raise InfiniteVLError(f"position_ids has shape {own.shape}", f"pass [3, {batch}, {width}]: temporal, height, width")
         for b in range(batch):
-            positions[:, b, : counts[b]] = given[:, b, shift[b] : shift[b] + counts[b]]
+            positions[:, b, : counts[b]] = own[:, b, shift[b] : shift[b] + counts[b]]
 
     ordinal = np.arange(size)
     valid = ordinal < counts[:, None]

@@ -86,7 +86,18 @@ def train(preset: Preset, say=print) -> Outcome:
         if config.data.held_out:
             held_out = Encoder(Source(config.data.name, config.data.folder, config.data.held_out), start.processor, start.config)
 
+        def check(metrics) -> None:
+            for name in ("loss", "grad_norm"):
+                value = float(getattr(metrics, name))
+                if not np.isfinite(value):
+                    raise InfiniteVLError(
+                        f"the {name} of step {step} is {value} (the last checkpoint is of step {checkpoints.last})",
+                        "lower train.optimizer.peak_lr, or look for bad rows in the data",
+                    )
+
         def save() -> Path:
+            if metrics is not None:  # a step that went wrong is never kept in place of a good one
+                check(metrics)
             return checkpoints.save(state, {"batches": batches.get_state()})
 
         step, tokens, metrics = first, 0, None
@@ -100,12 +111,8 @@ def train(preset: Preset, say=print) -> Outcome:
                 step += 1
                 bar.update()
                 if step == steps or (config.log_every and step % config.log_every == 0):
+                    check(metrics)
                     line = {name: float(value) for name, value in metrics._asdict().items()}
-                    if not np.isfinite(line["loss"]):
-                        raise InfiniteVLError(
-                            f"the loss of step {step} is {line['loss']} (the last checkpoint is of step {checkpoints.last})",
-                            "lower train.optimizer.peak_lr, or look for bad rows in the data",
-                        )
                     now = time.monotonic()
                     speed, since, tokens = tokens / (now - since), now, 0
                     log.write(step=step, **line, lr=float(rate(step - 1)), tokens_per_second=round(speed, 1), seconds=round(now - began, 2))

@@ -90,6 +90,11 @@ def test_padding_is_rolled_to_the_end(config, side):
     assert prepared.shift.tolist() == [0, 2 if side == "left" else 0]
 
 
+def test_empty_arrays_are_no_images(config):
+    nothing = dict(pixel_values=np.zeros((0, 24)), image_grid_thw=np.zeros((0, 3), int), second_per_grid_ts=[])
+    assert prepare(config, [[1, 2]], **nothing).patches is None
+
+
 def test_large_positions_keep_their_angles():
     positions = np.array([0, 1, 2047, 2048, 4095, 100_000, 999_999, 1_048_577])
     angles = np.asarray(decoder_angles(np.broadcast_to(positions, (3, 1, len(positions))), 128, 1e6, (16, 24, 24)), np.float64)[0]
