@@ -1,79 +1,83 @@
-"""An independent float64 decoder: plain numpy loops over tokens, straight from the formulas, sharing no code with the package.
+"""An independent hybrid in torch, straight from the formulas, token by token, sharing no code with the package.
 
-Works on Hugging Face's tensor names and (out, in) weights.
+In float64 it is the truth; in bfloat16 it is torch's own bfloat16, with float32 where Hugging Face's models have it: norms, softmax, gates
+and the delta rule's state. It works on Hugging Face's tensor names and (out, in) weights; the vision tower is transformers' own.
 """
 
 import numpy as np
+import torch
+from torch.nn.functional import silu, softplus
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+
+def wide(x):
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def rms(x, weight, eps):
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight
-
-
-def silu(x):
-    return x / (1 + np.exp(-x))
+    h = wide(x)
+    return (h * torch.rsqrt((h**2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
 def rotary(x, positions, theta, sections):
     """x [length, heads, dim], positions [3, length]."""
     half = x.shape[-1] // 2
-    out = np.empty_like(x)
     axis_of = np.repeat([0, 1, 2], sections)
-    for i in range(half):
-        angle = positions[axis_of[i]].astype(np.float64) * theta ** (-2.0 * i / x.shape[-1])
-        c, s = np.cos(angle)[:, None], np.sin(angle)[:, None]
-        a, b = x[:, :, i], x[:, :, half + i]
-        out[:, :, i], out[:, :, half + i] = a * c - b * s, b * c + a * s
-    return out
+    frequency = theta ** (-2.0 * np.arange(half) / x.shape[-1])
+    angle = torch.tensor(positions[axis_of].T * frequency)[:, None]  # [length, 1, half]
+    c, s = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * c - b * s, b * c + a * s], -1)
 
 
 def softmax_mixer(x, w, text, positions):
     length, dim = len(x), text.head_dim
-    q = (x @ w["q_proj.weight"].T + w["q_proj.bias"]).reshape(length, -1, dim)
-    k = (x @ w["k_proj.weight"].T + w["k_proj.bias"]).reshape(length, -1, dim)
-    v = (x @ w["v_proj.weight"].T + w["v_proj.bias"]).reshape(length, -1, dim)
+    q, k, v = ((x @ w[f"{n}_proj.weight"].T + w[f"{n}_proj.bias"]).view(length, -1, dim) for n in "qkv")
     q, k = (rotary(y, positions, text.rope_theta, text.mrope_section) for y in (q, k))
     share = q.shape[1] // k.shape[1]
-    out = np.zeros_like(q)
+    out = torch.zeros_like(q)
     for t in range(length):
         first = max(0, t - text.sliding_window + 1)
         for h in range(q.shape[1]):
-            score = k[first : t + 1, h // share] @ q[t, h] / np.sqrt(dim)
-            p = np.exp(score - score.max())
-            out[t, h] = (p / p.sum()) @ v[first : t + 1, h // share]
+            score = k[first : t + 1, h // share] @ q[t, h] * dim**-0.5
+            out[t, h] = wide(score).softmax(0).to(x.dtype) @ v[first : t + 1, h // share]
     return out.reshape(length, -1) @ w["o_proj.weight"].T
 
 
 def convolve(x, weight):
-    """Causal depthwise, weight [channels, 1, 4], last tap = current token."""
+    """Causal depthwise, weight [channels, 1, 4], last tap = current token; summed in float32."""
     taps = weight.shape[-1]
-    padded = np.concatenate([np.zeros((taps - 1, x.shape[1])), x])
-    return silu(sum(padded[i : i + len(x)] * weight[:, 0, i] for i in range(taps)))
+    padded = torch.cat([x.new_zeros(taps - 1, x.shape[1]), x])
+    return silu(sum(wide(padded[i : i + len(x)]) * wide(weight[:, 0, i]) for i in range(taps))).to(x.dtype)
+
+
+def unit(x):
+    return (wide(x) / ((wide(x) ** 2).sum(-1, keepdim=True) + 1e-6).sqrt()).to(x.dtype)
 
 
 def delta_mixer(x, w, text):
     length, heads, dk, dv = len(x), text.num_linear_heads, text.linear_head_dim, text.linear_value_dim
-    q = convolve(x @ w["q_proj.weight"].T, w["q_conv1d.weight"]).reshape(length, heads, dk)
-    k = convolve(x @ w["k_proj.weight"].T, w["k_conv1d.weight"]).reshape(length, heads, dk)
-    v = convolve(x @ w["v_proj.weight"].T, w["v_conv1d.weight"]).reshape(length, heads, dv)
-    q = q / np.sqrt((q**2).sum(-1, keepdims=True) + 1e-6) / np.sqrt(dk)
-    k = k / np.sqrt((k**2).sum(-1, keepdims=True) + 1e-6)
-    beta = 1 / (1 + np.exp(-(x @ w["b_proj.weight"].T)))
-    decay = np.exp(-np.exp(w["A_log"]) * np.log1p(np.exp(x @ w["a_proj.weight"].T + w["dt_bias"])))
-    state, out = np.zeros((heads, dk, dv)), np.empty((length, heads, dv))
+    q, k, v = (convolve(x @ w[f"{n}_proj.weight"].T, w[f"{n}_conv1d.weight"]).view(length, heads, -1) for n in "qkv")
+    q, k, v = wide((unit(q) * dk**-0.5).to(x.dtype)), wide(unit(k)), wide(v)
+    beta = wide(x @ w["b_proj.weight"].T).sigmoid()
+    decay = (-wide(w["A_log"]).exp() * softplus(wide(x @ w["a_proj.weight"].T) + wide(w["dt_bias"]))).exp()
+    state, out = q.new_zeros(heads, dk, dv), v.new_zeros(length, heads, dv)
     for t in range(length):
-        for h in range(heads):
-            state[h] *= decay[t, h]
-            state[h] += np.outer(k[t, h], beta[t, h] * (v[t, h] - k[t, h] @ state[h]))
-            out[t, h] = q[t, h] @ state[h]
-    gate = silu(x @ w["g_proj.weight"].T).reshape(length, heads, dv)
-    return (rms(out, w["o_norm.weight"], text.norm_eps) * gate).reshape(length, -1) @ w["o_proj.weight"].T
+        state = state * decay[t, :, None, None]
+        update = beta[t, :, None] * (v[t] - torch.einsum("hk,hkv->hv", k[t], state))
+        state = state + k[t, :, :, None] * update[:, None, :]
+        out[t] = torch.einsum("hk,hkv->hv", q[t], state)
+    gate = silu(wide(x @ w["g_proj.weight"].T)).view(length, heads, dv)
+    out = out.to(x.dtype)
+    normed = wide(out) * torch.rsqrt((wide(out) ** 2).mean(-1, keepdim=True) + text.norm_eps) * wide(w["o_norm.weight"])
+    return (normed * gate).to(x.dtype).reshape(length, -1) @ w["o_proj.weight"].T
 
 
 def decode(weights, text, embeds, positions):
-    """Logits [length, vocab] of embedded tokens [length, width]; `weights` by published name, any dtype."""
-    w = {name: np.asarray(value, np.float64) for name, value in weights.items()}
-    x = np.asarray(embeds, np.float64)
+    """Logits [length, vocab] of embedded tokens [length, width], in their dtype; `weights` by published name."""
+    x = embeds
+    w = {name: value.to(x.dtype) for name, value in weights.items()}
     for i, kind in enumerate(text.layer_types):
         prefix = f"model.layers.{i}."
         layer = {name.removeprefix(prefix): value for name, value in w.items() if name.startswith(prefix)}
@@ -86,17 +90,67 @@ def decode(weights, text, embeds, positions):
     return rms(x, w["model.norm.weight"], text.rms_norm_eps) @ w["model.embed_tokens.weight"].T
 
 
-def published(params, config):
-    """Our unrolled parameters under Hugging Face's names and shapes (decoder only), without the package's weight table."""
+def vision_tokens(weights, vision, pixels, grids, dtype):
+    """What transformers' tower makes of patches [patches, features] with grids [items, 3]."""
+    names = ("depth", "hidden_size", "intermediate_size", "num_heads", "patch_size", "window_size", "out_hidden_size")
+    config = Qwen2_5_VLVisionConfig(
+        **{name: getattr(vision, name) for name in names}, fullatt_block_indexes=list(vision.fullatt_block_indexes)
+    )
+    config._attn_implementation = "eager"
+    tower = Qwen2_5_VisionTransformerPretrainedModel(config).to(dtype)
+    tower.load_state_dict({n.removeprefix("visual."): x for n, x in weights.items() if n.startswith("visual.")}, strict=True)
+    with torch.no_grad():
+        return tower(torch.tensor(pixels, dtype=dtype), grid_thw=torch.tensor(grids)).pooler_output
+
+
+def positions_of(ids, image_grids, video_grids, seconds, config):
+    """[3, length] by the written rule: text counts up on all axes; a segment starts one past the largest so far."""
+    items = {config.image_token_id: [(g, 0) for g in image_grids]}
+    items[config.video_token_id] = list(zip(video_grids, seconds, strict=True))
+    out, next_one, i = [], 0, 0
+    while i < len(ids):
+        if ids[i] not in items:
+            out.append((next_one,) * 3)
+            next_one, i = next_one + 1, i + 1
+            continue
+        (t, h, w), step = items[ids[i]].pop(0)
+        segment = [
+            (next_one + int(a * step * 2), next_one + b, next_one + c) for a in range(t) for b in range(h // 2) for c in range(w // 2)
+        ]
+        out += segment
+        next_one, i = max(map(max, segment)) + 1, i + len(segment)
+    return np.array(out).T
+
+
+def logits(params, config, batch, dtype):
+    """Logits [length, vocab] of one sequence with an image and a video, float64 numpy, everything computed in `dtype`."""
+    weights = published(params)
+    ids = batch["input_ids"][0]
+    x = weights["model.embed_tokens.weight"].to(dtype)[torch.tensor(ids)]
+    for token, pixels, grid in (
+        (config.image_token_id, "pixel_values", "image_grid_thw"),
+        (config.video_token_id, "pixel_values_videos", "video_grid_thw"),
+    ):
+        x[torch.tensor(ids == token)] = vision_tokens(weights, config.vision, batch[pixels], batch[grid], dtype)
+    grids = batch["image_grid_thw"].tolist(), batch["video_grid_thw"].tolist()
+    positions = positions_of(ids.tolist(), *grids, batch["second_per_grid_ts"], config)
+    return decode(weights, config.text, x, positions).double().numpy()
+
+
+def published(params):
+    """Our unrolled parameters as torch tensors under Hugging Face's names and shapes, without the package's weight table."""
     out = {}
     for name, value in params.items():
-        value = np.asarray(value)
-        if name.startswith("visual."):
-            continue
-        name = name.replace("layers.rest.", "layers.").replace("kernel", "weight").replace("embedding", "weight")
+        value = np.asarray(value, np.float32)
+        name = name.replace("layers.rest.", "layers.").replace("blocks.rest.", "blocks.").replace("patch_embed.", "patch_embed.proj.")
+        name = name.replace("merger.fc1", "merger.mlp.0").replace("merger.fc2", "merger.mlp.2")
+        name = name.replace("kernel", "weight").replace("embedding", "weight")
         if "conv1d" in name:
             value = value.T[:, None, :]
+        elif "patch_embed" in name:
+            side = round((value.shape[0] / 6) ** 0.5)
+            value = value.T.reshape(-1, 3, 2, side, side)
         elif value.ndim == 2 and "embed_tokens" not in name:
             value = value.T
-        out["lm_head.weight" if name == "lm_head.weight" else f"model.{name}"] = value
+        out[name if name.startswith("visual.") else f"model.{name}"] = torch.tensor(np.ascontiguousarray(value))
     return out

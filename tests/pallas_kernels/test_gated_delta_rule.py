@@ -65,15 +65,15 @@ def test_gates_beyond_float32_range():
     assert_close(got, want)
 
 
-@pytest.mark.parametrize("length", (65, 500))
+@pytest.mark.parametrize("length", LENGTHS)
 def test_equals_torch(length):
     for name, gates in (("recurrent", "spread"), ("recurrent", "forget"), ("chunk", "mild"), ("chunk", "keep")):
-        (q, k, v, g, beta, state), _ = case(length, gates)
+        (q, k, v, g, beta, state), cotangents = case(length, gates)
         function = getattr(theirs, f"torch_{name}_gated_delta_rule")
         arrays = (torch.from_numpy(np.array(x)) for x in (q, k, v, g, beta))
         want = function(*arrays, initial_state=torch.from_numpy(state), output_final_state=True)
         scaled = q * np.float32(q.shape[-1] ** -0.5)  # theirs scales q itself
-        got = jax.jit(gated_delta_rule)(scaled, k, v, g, beta, state)
+        got, _ = chunked((scaled, k, v, g, beta, state), cotangents)
         assert max(rel_rms(a, b.numpy()) for a, b in zip(got, want, strict=True)) <= TOLERANCE, (name, gates)
 
 
