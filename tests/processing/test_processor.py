@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from infinitevl_jax import InfiniteVL
+from infinitevl_jax.config.model import ModelConfig, TextConfig, VisionConfig
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.processing import Processor
 
@@ -53,6 +55,28 @@ def test_batch_equals_transformers(builtin, reference):
     for name in ("input_ids", "attention_mask", "image_grid_thw"):
         np.testing.assert_array_equal(ours[name], theirs[name])
     np.testing.assert_allclose(ours["pixel_values"], theirs["pixel_values"], rtol=1e-6, atol=1e-6)
+
+
+def test_a_batch_from_transformers_passes_unchanged(builtin, reference):
+    """Their BatchFeature, as numpy and as torch gives it, through the model and through generation."""
+    text = TextConfig(
+        layer_types=("sliding_attention", "linear_attention"), hidden_size=32, intermediate_size=48, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, mrope_section=(2, 3, 3), num_linear_heads=2, linear_head_dim=16,
+    )  # fmt: skip
+    vision = VisionConfig(
+        depth=1, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=32, fullatt_block_indexes=(0,)
+    )
+    model = InfiniteVL.random(ModelConfig(text, vision))
+    ours = builtin(CONVERSATIONS[:2])
+    for tensors in ("np", "pt"):
+        theirs = reference.apply_chat_template(
+            CONVERSATIONS[:2], tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors=tensors, padding=True
+        )
+        assert "mm_token_type_ids" in theirs
+        np.testing.assert_allclose(model(**theirs).logits, model(**ours).logits, atol=1e-5)
+        new = model.generate(**theirs, max_new_tokens=3)
+        np.testing.assert_array_equal(new, model.generate(**ours, max_new_tokens=3))
+        assert new.shape == (2, 3)
 
 
 def test_padding_sides(builtin):
