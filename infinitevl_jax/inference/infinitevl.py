@@ -100,7 +100,7 @@ class InfiniteVL:
         if self.keeps_everything and max_length is None:
             raise InfiniteVLError("this model has full-attention layers, whose cache grows with the text", "pass max_length in tokens")
         with self._on_mesh():
-            return empty(self._cache_spec(batch, max_length or 0))
+            return empty(self._cache_spec(batch, max_length if self.keeps_everything else None))
 
     def __call__(
         self,

@@ -28,9 +28,11 @@ class Retention:
 
     window: int | None
 
-    def capacity(self, max_length: int) -> int:
-        """Slots needed for sequences of up to `max_length` tokens: the window caps them, so past it memory stays constant."""
-        return self.window or max_length
+    def capacity(self, max_length: int | None) -> int:
+        """Slots needed for sequences of up to `max_length` tokens (None: any number, for windows only). The window caps them."""
+        if self.window is None or max_length is None:
+            return self.window or max_length
+        return min(self.window, max_length)
 
 
 class KeyValueRing(NamedTuple):
@@ -68,7 +70,7 @@ class SoftmaxAttention(nnx.Module):
         self.v_proj = Linear(width, self.kv_heads * self.head_dim, bias=True, keys=keys)
         self.o_proj = Linear(self.heads * self.head_dim, width, keys=keys)
 
-    def state_spec(self, batch: int, max_length: int, dtype) -> KeyValueRing:
+    def state_spec(self, batch: int, max_length: int | None, dtype) -> KeyValueRing:
         """Shapes and dtypes of this layer's cache."""
         shape = (batch, self.retention.capacity(max_length), self.kv_heads, self.head_dim)
         return KeyValueRing(*[jax.ShapeDtypeStruct(shape, dtype)] * 2)

@@ -81,7 +81,7 @@ class GatedDeltaNet(nnx.Module):
         self.dt_bias = nnx.Param(step + jnp.log(-jnp.expm1(-step)))  # inverse softplus
         self.o_norm = GatedNorm(self.value_dim, config.norm_eps)
 
-    def state_spec(self, batch: int, max_length: int, dtype) -> DeltaState:
+    def state_spec(self, batch: int, max_length: int | None, dtype) -> DeltaState:
         """Shapes and dtypes of this layer's cache: the same for any length."""
         keys, values = self.heads * self.head_dim, self.heads * self.value_dim
         tail = [jax.ShapeDtypeStruct((batch, self.taps - 1, channels), dtype) for channels in (keys, keys, values)]

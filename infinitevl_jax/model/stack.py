@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
@@ -79,39 +80,37 @@ class Stack(nnx.Module):
         Args:
           x: [batch, length, width].
           span: what every layer is told about the tokens.
-          states: one state a layer (decoding, chunked prefill), or None (training: no state in or out).
+          states: one state a layer, in order, or None (neither states in nor out).
           collect: return the output of every layer as well.
 
         Returns:
           y [batch, length, width]; the new states (None where there were none); the layers' outputs, a list (empty unless asked for).
         """
-        if states is not None:
-            new, outputs = [], []
-            for layer, state in zip(self.layers(), states, strict=True):
-                x, state = layer(x, state, span)
-                new.append(state)
-                outputs.append(x)
-            return x, tuple(new), outputs if collect else []
-
-        outputs = []
-        if self.layout.repeats:
+        period, repeats, stacked = self.layout.period, self.layout.repeats, self.layout.period * self.layout.repeats
+        given = states or [None] * self.layout.depth
+        new, outputs = [], []
+        if repeats:
             graphdefs, params = zip(*(nnx.split(block) for block in self.blocks), strict=True)
+            # The repeats' states stand side by side while the scan runs; outside it each layer has its own, batch first.
+            side_by_side = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *given[p:stacked:period]) for p in range(period)]
 
-            def period(x, params):
-                ys = []
-                for graphdef, param in zip(graphdefs, params, strict=True):
-                    x = self._apply(graphdef, param, x, span)
+            def one_period(x, xs):
+                ys, after = [], []
+                for graphdef, param, state in zip(graphdefs, *xs, strict=True):
+                    x, state = self._apply(graphdef, param, x, state, span)
                     ys.append(x)
-                return x, tuple(ys) if collect else None
+                    after.append(state)
+                return x, (ys if collect else None, after)
 
-            x, ys = jax.lax.scan(period, x, params)
-            if collect:
-                outputs = [y[r] for r in range(self.layout.repeats) for y in ys]
-        for layer in self.rest:
-            x = self._apply(*nnx.split(layer), x, span)
+            x, (ys, after) = jax.lax.scan(one_period, x, (params, side_by_side))
+            new = [jax.tree.map(lambda leaf, r=r: leaf[r], after[p]) for r in range(repeats) for p in range(period)]
+            outputs = [y[r] for r in range(repeats) for y in ys] if collect else []
+        for layer, state in zip(self.rest, given[stacked:], strict=True):
+            x, state = self._apply(*nnx.split(layer), x, state, span)
+            new.append(state)
             outputs.append(x)
-        return x, None, outputs if collect else []
+        return x, tuple(new) if states is not None else None, outputs if collect else []
 
-    def _apply(self, graphdef, params, x, span):
-        """One layer without state, under the rematerialisation the run asks for."""
-        return self.remat(lambda params, x: nnx.merge(graphdef, params)(x, None, span)[0])(params, x)
+    def _apply(self, graphdef, params, x, state, span):
+        """One layer under the rematerialisation the run asks for."""
+        return self.remat(lambda params, x, state: nnx.merge(graphdef, params)(x, state, span))(params, x, state)

@@ -115,8 +115,8 @@ class VLM(nnx.Module):
         out = self.embed_tokens.attend(hidden) if self.lm_head is None else self.lm_head(hidden)
         return constrain(out, "batch", "length", "vocab")
 
-    def cache_spec(self, batch: int, max_length: int) -> Cache:
-        """Shapes of a cache for `batch` sequences; `max_length` only sizes full-attention layers."""
+    def cache_spec(self, batch: int, max_length: int | None) -> Cache:
+        """Shapes of a cache for `batch` sequences of at most `max_length` tokens (None: any number, which full attention cannot hold)."""
         layers = tuple(layer.self_attn.state_spec(batch, max_length, self.dtype) for layer in self.layers.layers())
         counter = jax.ShapeDtypeStruct((batch,), jnp.int32)
         return Cache(layers, counter, counter)

@@ -71,9 +71,9 @@ def test_forms_of_the_same_questions_agree(made, expected, form):
         assert rel_rms(found[name], wanted) <= 2e-5, name
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_rematerialisation_changes_nothing(made, expected, remat):
-    value, _, found = gradient(made, "rows", RunConfig(fsdp=1, remat=remat))
-    assert abs(value - expected[0]) <= 1e-6 * expected[0]
+@pytest.mark.parametrize("form, remat", [("rows", "dots"), ("rows", "full"), ("branches", "full")])
+def test_rematerialisation_changes_nothing(made, expected, form, remat):
+    value, _, found = gradient(made, form, RunConfig(fsdp=1, remat=remat))
+    assert abs(value - expected[0]) <= 1e-5 * expected[0]
     for name, wanted in expected[2].items():
-        assert rel_rms(found[name], wanted) <= 1e-5, name
+        assert rel_rms(found[name], wanted) <= 2e-5, name
