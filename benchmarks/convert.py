@@ -8,11 +8,8 @@ as a user does, compares every tensor (name, dtype, shape, bytes), and appends o
 
 import argparse
 import dataclasses
-import datetime
 import importlib.metadata
 import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -24,6 +21,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from benchmarks.record import add_commit, record
 from infinitevl_jax.config.huggingface import to_huggingface
 from infinitevl_jax.config.model import hybrid_pattern, infinitevl_4b
 from infinitevl_jax.conversion.safetensors_file import SafetensorsFile, SafetensorsWriter
@@ -99,6 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", default=".", help="where about 30 GB may be written for the time of the run")
     parser.add_argument("--layers", type=int, default=36, help="fewer for a quick look (nothing is recorded then)")
+    add_commit(parser)
     args = parser.parse_args()
     config = infinitevl_4b()
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, layer_types=hybrid_pattern(args.layers)))
@@ -110,25 +109,18 @@ def main() -> None:
         tensors = compare(work / "src", work / "back")
     finally:
         shutil.rmtree(work)
-    with open("/proc/cpuinfo") as file:
-        cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "device": f"{cpu}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("jax", "orbax-checkpoint", "numpy")},
+    figures = {
+        **{name: importlib.metadata.version(name) for name in ("orbax-checkpoint", "numpy")},
         "parameters": count(config),
         "bytes": nbytes,
         "tensors_equal": tensors,
         "import": imported,
         "export": exported,
     }
-    print(json.dumps(record))
     if args.layers == 36:
-        results = ROOT / "benchmarks" / "results" / "convert.jsonl"
-        results.parent.mkdir(exist_ok=True)
-        with results.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        record("convert", args.commit, figures)
+    else:
+        print(figures)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,14 @@ Peers on the same card are in the project's notes; random weights make no sense 
 """
 
 import argparse
-import json
 import statistics
-import subprocess
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.record import add_commit, record
 from infinitevl_jax import InfiniteVL, Processor
 from infinitevl_jax.config.model import infinitevl_4b
 from infinitevl_jax.inference.sampling import Sampling
@@ -24,7 +22,6 @@ from infinitevl_jax.model.cache import cache_bytes
 from infinitevl_jax.model.inputs import prepare
 
 GREEDY = Sampling()
-RESULTS = Path(__file__).parent / "results" / "full_size.jsonl"
 
 
 def timed(call, repeats: int) -> dict[str, float]:
@@ -43,6 +40,7 @@ def main():
     parser.add_argument("--prompt", type=int, default=8192, help="tokens of the timed prefill")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--profile", help="write a profiler trace of one prefill and ten tokens to this folder")
+    add_commit(parser)
     args = parser.parse_args()
 
     config = infinitevl_4b()
@@ -50,11 +48,8 @@ def main():
     model = InfiniteVL.random(config, dtype=jnp.bfloat16)
     jax.block_until_ready(model.params)
     result = {
-        "benchmark": "full_size",
         "parameters": model.parameter_count,
         "initialise_s": round(time.perf_counter() - started, 1),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
         "prompt": args.prompt,
     }
     print(result, flush=True)
@@ -106,12 +101,7 @@ def main():
         with jax.profiler.trace(args.profile):
             jax.block_until_ready(model.prefill(prompts[0], fresh))
             run()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    result["commit"] = commit
-    print(json.dumps(result))
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(result) + "\n")
+    record("full_size", args.commit, result)
 
 
 if __name__ == "__main__":

@@ -4,22 +4,20 @@
     python -m benchmarks.pods --topology v6e:8x8 --tensor 2
 
 Everything but the vision tower and the embeddings trains, in f32 with Adam's moments; activations are bf16, every layer is recomputed in
-the backward pass. About a minute and a half a topology on two cores. No chip is involved: memory is the compiler's own account.
+the backward pass. Several minutes a topology on two cores. No chip is involved: memory is the compiler's own account.
 """
 
 import argparse
-import json
 import os
 import time
 from functools import partial
-from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
-import jax  # noqa: E402  the platform is chosen first
-import jax.numpy as jnp  # noqa: E402
+import jax.numpy as jnp  # noqa: E402  the platform is chosen first
 
+from benchmarks.record import add_commit, record  # noqa: E402
 from infinitevl_jax.config.model import infinitevl_4b  # noqa: E402
 from infinitevl_jax.config.run import RunConfig  # noqa: E402
 from infinitevl_jax.config.train import OptimizerConfig  # noqa: E402
@@ -28,7 +26,6 @@ from infinitevl_jax.training.plan import abstract_batch, abstract_state  # noqa:
 from infinitevl_jax.training.step import model_of, train_step  # noqa: E402
 from pallas_kernels.testing.pods import HBM, PodReport, compile_for_pod, pod_mesh  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results" / "pods.jsonl"
 TRAINABLE = [r"layers\..*", r"norm\.weight"]
 
 
@@ -49,19 +46,17 @@ def main():
     parser.add_argument("--length", type=int, default=8192, help="tokens a row")
     parser.add_argument("--patches", type=int, default=4096, help="image patches a row")
     parser.add_argument("--tensor", type=int, default=1)
+    add_commit(parser)
     args = parser.parse_args()
-    RESULTS.parent.mkdir(exist_ok=True)
     for topology in args.topology or ["v5p:4x4x4", "v6e:8x8"]:
         started = time.perf_counter()
         report = compile_step(topology, rows=args.rows, length=args.length, patches=args.patches, tensor=args.tensor)
         hbm = HBM[topology.split(":")[0]]
-        line = {"benchmark": "pods", "topology": topology, "rows": args.rows, "length": args.length, "patches": args.patches}
-        line |= {"tensor": args.tensor, "compile_s": round(time.perf_counter() - started, 1), "jax": jax.__version__}
+        line = {"topology": topology, "rows": args.rows, "length": args.length, "patches": args.patches}
+        line |= {"tensor": args.tensor, "compile_s": round(time.perf_counter() - started, 1)}
         line |= {f"{k}_GB": round(getattr(report, k) / 1e9, 3) for k in ("arguments", "outputs", "temporaries", "peak")}
         line |= {"hbm_GB": hbm / 1e9, "fits": report.peak < hbm}
-        print(json.dumps(line), flush=True)
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        record("pods", args.commit, line)
 
 
 if __name__ == "__main__":
