@@ -1,0 +1,54 @@
+"""One line of JSON a result: what was measured, when, on what, with which versions, at which commit."""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def add_commit(parser: argparse.ArgumentParser) -> None:
+    """Add --commit; it may be left out only where git knows the answer, so that no long run ends without one."""
+    here = _git("describe", "--always", "--dirty", "--abbrev=12")
+    text = f"the commit measured (default {here})" if here else "the commit measured: these sources have no git history to name it"
+    parser.add_argument("--commit", default=here, required=not here, help=text)
+
+
+def record(name: str, commit: str, figures: dict) -> None:
+    """Print the line and append it to benchmarks/results/NAME.jsonl."""
+    line = json.dumps({**circumstances(), "commit": commit, **figures})
+    print(line, flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def circumstances() -> dict[str, str]:
+    """Date, device and versions."""
+    import jax
+
+    kind = jax.devices()[0].device_kind
+    device = f"{_processor()}, {os.cpu_count()} cores" if kind == "cpu" else kind
+    versions = {"python": platform.python_version(), "jax": importlib.metadata.version("jax")}
+    return {"date": datetime.date.today().isoformat(), "device": device, **versions}
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
