@@ -30,7 +30,7 @@ from pallas_kernels.runs import sequence_runs
 
 CHUNK = 64
 SMALLEST = 16  # chunk for a handful of tokens
-FLOOR = -200.0  # below it exp and its derivative are 0 in float32; above it sums of 64 coarse gates are exact
+FLOOR = -200.0  # below it exp and its derivative are 0 in float32; above it sums of 128 coarse gates are exact
 COARSE = 256.0  # gates are split into a multiple of 1/COARSE and a rest
 
 f32 = jnp.float32
@@ -71,13 +71,17 @@ def gated_delta_rule(
     With float32 inputs all products are in full float32. With bfloat16 inputs products with the state take bfloat16
     operands, and "gdn_states" is kept in bfloat16 (the state that is carried on is float32 all the same).
     """
-    g, beta = g.astype(f32), beta.astype(f32)
-    if initial_state is None:  # zeros that are sharded as the inputs are
-        initial_state = jnp.zeros_like(k[:, 0, :, :, None], f32) + jnp.zeros_like(v[:, 0, :, None, :], f32)
-    initial_state = initial_state.astype(f32)
+    g, beta, initial_state = _start(k, v, g, beta, initial_state)
     if k.shape[1] == 1:
         return _step(q, k, v, g, beta, initial_state, index)
     return _delta_rule(q, k, v, g, beta, initial_state, index, segment)
+
+
+def _start(k, v, g, beta, initial_state):
+    """g, beta and the initial state as float32 arrays."""
+    if initial_state is None:  # zeros that are sharded as the inputs are
+        initial_state = jnp.zeros_like(k[:, 0, :, :, None], f32) + jnp.zeros_like(v[:, 0, :, None, :], f32)
+    return g.astype(f32), beta.astype(f32), initial_state.astype(f32)
 
 
 def _step(q, k, v, g, beta, state, index):
@@ -182,14 +186,21 @@ def _lower(size, dtype=f32):
     return jnp.tri(size, dtype=dtype)
 
 
+def _running_sums(g):
+    """g [..., C] -> [2, ..., C], whose sum over the leading axis is g's running sum.
+
+    Differences of a plain running sum would lose 1e-4 at sums of -2000. Coarse gates sum without rounding, and the fine rest stays
+    small.
+    """
+    coarse = jnp.round(g * COARSE) / COARSE
+    return jnp.matmul(jnp.stack([coarse, g - coarse]), _lower(g.shape[-1]).T, precision=lax.Precision.HIGHEST)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _decays(g, pairs, carried, how: How):
     """g [..., C] -> D [..., C, C] and d [..., C] of the module's docstring; `pairs` and `carried` are `_run_masks`."""
     size = g.shape[-1]
-    # Differences of a plain running sum would lose 1e-4 at sums of -2000. Coarse gates sum without rounding, and the fine
-    # rest stays small.
-    coarse = jnp.round(g * COARSE) / COARSE
-    sums = jnp.matmul(jnp.stack([coarse, g - coarse]), _lower(size).T, precision=lax.Precision.HIGHEST)  # [2, ..., C]
+    sums = _running_sums(g)
     exponent = sum(sums[..., :, None] - sums[..., None, :])
     keep = _lower(size, bool) & ~jnp.eye(size, dtype=bool)
     if pairs is not None:
@@ -267,17 +278,14 @@ class Chunks(NamedTuple):
     decay: jax.Array  # d_C [1, 1]
 
 
-def _prepare(q, k, v, g, beta, index, segment, how: Products, inverse=None) -> Chunks:
-    """Everything inside the chunks. `inverse` spares its computation where it is known."""
+def _prepare(q, k, v, g, beta, index, segment, how: Products, size, invert=_unit_lower_inverse) -> Chunks:
+    """Everything inside chunks of `size` tokens; `invert` makes T of A, or gives it where it is known."""
     length = k.shape[1]
-    size = _chunk_size(length)
     valid = None if index is None else index >= 0
     q, k, v, g, beta = (_split(_without_pads(x, valid), size).astype(f32) for x in (q, k, v, g, beta))
     between, since = _decays(jnp.maximum(g, FLOOR), *_run_masks(index, segment, length, size), how.chunk)
     a = jnp.tril(beta[..., None] * _matmul(k, k.mT, how.gram) * between, -1)
-    if inverse is None:
-        inverse = checkpoint_name(_unit_lower_inverse(a), "gdn_inverse")
-    inverse = _known_inverse(a, inverse, how.chunk)
+    inverse = _known_inverse(a, checkpoint_name(invert(a), "gdn_inverse"), how.chunk)
     return Chunks(
         inverse=inverse,
         u=_matmul(inverse, beta[..., None] * v, how.chunk),
@@ -331,13 +339,16 @@ def _walk_back(chunks: Chunks, ct_out, ct_last, how: Products):
 
 def _run(q, k, v, g, beta, initial_state, index, segment):
     how = _products(q, k, v)
-    chunks = _prepare(q, k, v, g, beta, index, segment, how)
+    chunks = _prepare(q, k, v, g, beta, index, segment, how, _chunk_size(k.shape[1]))
     states, last = _walk(chunks, initial_state, how.state)
     states = checkpoint_name(states, "gdn_states")
     out, _ = _outputs(chunks, states, how)
-    if index is not None:  # adding zero would turn -0 into 0
-        last = jnp.where((index >= 0).any(1)[:, None, None, None], last, initial_state)
-    return (_join(out.astype(v.dtype), k.shape[1]), last), (chunks.inverse, states)
+    return (_join(out.astype(v.dtype), k.shape[1]), _kept(initial_state, last, index)), (chunks.inverse, states)
+
+
+def _kept(initial_state, last, index):
+    """The last state, but of rows without valid tokens the initial one: adding zero would have turned -0 into 0."""
+    return last if index is None else jnp.where((index >= 0).any(1)[:, None, None, None], last, initial_state)
 
 
 @jax.custom_vjp
@@ -351,17 +362,22 @@ def _delta_rule_forward(q, k, v, g, beta, initial_state, index, segment):
 
 
 def _delta_rule_backward(residuals, cts):
+    return _backward(residuals, cts, _chunk_size(residuals[0].shape[1]), _walk_back)
+
+
+def _backward(residuals, cts, size, walk_back):
+    """Gradients in `_delta_rule`'s arguments, in chunks of `size` tokens; `walk_back` as `_walk_back`."""
     q, k, v, g, beta, index, segment, inverse, states = residuals
     ct_out, ct_last = cts
     how = _products(q, k, v)
-    ct_out = _split(_without_pads(ct_out, None if index is None else index >= 0), _chunk_size(k.shape[1])).astype(f32)
+    ct_out = _split(_without_pads(ct_out, None if index is None else index >= 0), size).astype(f32)
 
     def inside(*inputs):
-        chunks = _prepare(*inputs, index, segment, how, inverse)
+        chunks = _prepare(*inputs, index, segment, how, size, lambda a: inverse)
         return _outputs(chunks, states, how), chunks
 
     _, pull, chunks = jax.vjp(inside, q, k, v, g, beta, has_aux=True)
-    ct_states, ct_initial = _walk_back(chunks, ct_out, ct_last.astype(f32), how)
+    ct_states, ct_initial = walk_back(chunks, ct_out, ct_last.astype(f32), how)
     return *pull((ct_out, ct_states.astype(f32))), ct_initial, None, None
 
 

@@ -1,0 +1,24 @@
+"""Matrix products of the TPU kernels: operand dtype decides the precision, results are float32."""
+
+import jax.numpy as jnp
+from jax import lax
+
+f32, bf16 = jnp.float32, jnp.bfloat16
+
+
+def dot(a, b, contract: tuple[int, int] = (1, 0)):
+    """Product of two matrices over the given axes: one pass of bfloat16 operands, or full float32."""
+    precision = lax.Precision.HIGHEST if a.dtype == f32 else lax.Precision.DEFAULT
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=f32)
+
+
+def halves(x) -> tuple:
+    """float32 x as two bfloat16 arrays whose sum has 16 bits of it."""
+    high = x.astype(bf16)
+    return high, (x - high.astype(f32)).astype(bf16)
+
+
+def dot_halves(a: tuple, b: tuple):
+    """Product of two matrices given by their halves: three passes; the fourth would add 2^-16."""
+    return dot(a[0], b[0]) + (dot(a[0], b[1]) + dot(a[1], b[0]))
