@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.gated_delta_rule.mosaic_tpu_gates import Gates
-from pallas_kernels.gated_delta_rule.mosaic_tpu_products import bf16, dot, dot_halves, f32, halves
+from pallas_kernels.gated_delta_rule.mosaic_tpu_products import bf16, dot, dot_halves, halves
 
 
 def inverse(k: jax.Array, rows: jax.Array, heads: int, full: bool, interpret) -> tuple[jax.Array, ...]:

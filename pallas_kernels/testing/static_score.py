@@ -1,0 +1,257 @@
+"""Score a program for TPU without one: libtpu compiles it on any CPU and tells what the chip would execute.
+
+    score = sum over programs of max(cycles / clock, bytes / HBM rate)
+
+A program is one Pallas kernel or one of XLA's fusions and copies. A kernel's cycles are its instruction bundles (one a cycle) times
+its grid steps, prologue and epilogue counted in every step; its bytes are the blocks that its grid fetches and writes, a block that
+stays in place counted once. An XLA program's cycles are the compiler's own estimate; its bytes are its operands and results in HBM,
+of an operand that it only slices the slice. Both times how often a loop runs it. No stall on memory or DMA is seen: an estimate.
+
+A loop inside a kernel counts once: unroll it, or pass it as a grid dimension. Compile in a process of its own, because the compiler
+takes its dump flags once: `score` does so for a function that can be imported.
+"""
+
+import dataclasses
+import glob
+import importlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    clock: float  # Hz; assumed, but that the MXUs' peak follows from it on v5e and v6e
+    bandwidth: float  # bytes of HBM a second behind one JAX device
+
+
+CHIPS = {
+    "v5e": Chip(1.5e9, 819e9),
+    "v5p": Chip(1.75e9, 2765e9),
+    "v6e": Chip(1.75e9, 1640e9),
+    "tpu7x": Chip(1.75e9, 3690e9),
+}
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """`cycles` and `bytes` of all its trips; `bundles` and `spills` (stores of registers to memory) of one, None for XLA's."""
+
+    name: str
+    cycles: int
+    bytes: int
+    trips: int
+    bundles: int | None = None
+    spills: int | None = None
+
+    def milliseconds(self, chip: str) -> float:
+        return 1e3 * max(self.cycles / CHIPS[chip].clock, self.bytes / CHIPS[chip].bandwidth)
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    chip: str
+    programs: tuple[Program, ...]
+
+    @property
+    def milliseconds(self) -> float:
+        return sum(program.milliseconds(self.chip) for program in self.programs)
+
+    def kernel(self, name: str) -> Program:
+        """The one Pallas kernel whose name contains `name`."""
+        (program,) = (p for p in self.programs if p.bundles is not None and name in p.name)
+        return program
+
+
+def score(build: Callable, chip: str, **arguments) -> Score:
+    """Score `function` for one device of `chip` ("v5e", "v5p", "v6e", "tpu7x") where `function, shapes = build(**arguments)`.
+
+    `build` is a function of a module (not of __main__); arguments are JSON values; shapes are jax.ShapeDtypeStruct, one for each
+    argument of the function. RuntimeError with the compiler's last words where it fails.
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with tempfile.TemporaryDirectory() as folder:
+        environment |= {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true", "JAX_PLATFORMS": "cpu"}
+        environment |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+        work = {"module": build.__module__, "build": build.__qualname__, "chip": chip, "arguments": arguments, "folder": folder}
+        command = [sys.executable, "-m", "pallas_kernels.testing.static_score", json.dumps(work)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        result = Path(folder) / "score.json"
+        if not result.exists():
+            raise RuntimeError(f"{build.__qualname__} does not compile for {chip}: {arguments}\n{done.stderr[-3000:]}")
+        programs = json.loads(result.read_text())
+    return Score(chip, tuple(Program(**program) for program in programs))
+
+
+# --- in the process that compiles -------------------------------------------------------------------------------------
+
+
+def _compile_and_read(module: str, build: str, chip: str, arguments: dict, folder: str) -> list[Program]:
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    function, shapes = getattr(importlib.import_module(module), build)(**arguments)
+    devices = topologies.get_topology_desc(TOPOLOGIES[chip], platform="tpu").devices
+    place = NamedSharding(Mesh(np.array(devices[:1]), ("one",)), PartitionSpec())
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+    traced = jax.jit(function).trace(*shapes)
+    hlo = traced.lower().compile().as_text()
+    kernels = {}
+    for kernel in _kernels(traced.jaxpr.jaxpr):
+        if kernels.setdefault(kernel["name"], kernel) != kernel:
+            raise ValueError(f"two kernels are called {kernel['name']} and differ in grid or blocks: rename one")
+    return read_hlo(hlo, kernels, folder)
+
+
+def _kernels(jaxpr):
+    """Name, grid steps and bytes of each Pallas call in a jaxpr."""
+    import jax
+
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            mapping = equation.params["grid_mapping"]
+            traffic = sum(_block_traffic(block, mapping.grid) for block in mapping.block_mappings)
+            yield {"name": equation.params["name"], "trips": math.prod(mapping.grid), "bytes": traffic}
+            continue
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                yield from _kernels(getattr(inner, "jaxpr", inner))
+
+
+def _block_traffic(block, grid) -> int:
+    """Bytes of a block times how often it changes along the grid; of an array without blocks, or with blocks that depend on data,
+    the whole array's."""
+    import jax
+    import numpy as np
+
+    array = block.array_aval
+    index_map = block.index_map_jaxpr
+    if block.has_trivial_window() or len(index_map.in_avals) != len(grid):
+        return array.size * array.dtype.itemsize
+    steps = np.indices(grid, dtype=np.int32).reshape(len(grid), -1)
+    places = jax.vmap(lambda *at: jax.numpy.stack(jax.core.eval_jaxpr(index_map.jaxpr, index_map.consts, *at)))(*steps)
+    moves = 1 + int(np.any(np.diff(np.asarray(places), axis=0), axis=1).sum())
+    return moves * math.prod(block.block_aval.shape) * array.dtype.itemsize
+
+
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(?P<name>\S+) = (?P<type>\(.*?\)|\S+) (?P<op>[\w-]+)\((?P<operands>.*?)\)(?P<rest>.*)$")
+ARRAY = re.compile(r"(?P<dtype>[a-z]+\d*)\[(?P<shape>[\d,]*)\](?:\{(?P<layout>[^}]*)\})?")
+BITS = {"pred": 8, "s4": 4, "u4": 4}
+FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "while", "call", "conditional", "copy-done", "slice-done"}
+
+
+def read_hlo(hlo: str, kernels: dict, folder: str) -> list[Program]:
+    """The programs of a compiled module, its kernels with the bundles found in `folder`."""
+    computations = _computations(hlo)
+    found = []
+
+    def visit(name, trips):
+        table = computations[name]
+        for instruction in table.values():
+            rest = instruction["rest"]
+            if instruction["op"] == "while":
+                count = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
+                visit(re.search(r"body=%([\w.-]+)", rest)[1], trips * (int(count[1]) if count else 1))
+            elif instruction["op"] == "call":
+                visit(re.search(r"to_apply=%([\w.-]+)", rest)[1], trips)
+            elif "tpu_custom_call" in rest:
+                found.append(_kernel_program(instruction, kernels, trips, folder))
+            elif instruction["op"] not in FREE:
+                cycles = re.search(r'"estimated_cycles":"(\d+)"', rest)
+                moved = _hbm_bytes(instruction, table, computations)
+                if cycles or moved:
+                    total = int(cycles[1]) * trips if cycles else 0
+                    found.append(Program(instruction["name"], total, moved * trips, trips))
+
+    visit("ENTRY", 1)
+    return found
+
+
+def _kernel_program(instruction, kernels, trips, folder) -> Program:
+    path = re.search(r'op_name="([^"]*)"', instruction["rest"])[1]
+    (kernel,) = (k for name, k in kernels.items() if re.search(rf"\b{name}\b", path))
+    pattern = f"{glob.escape(folder)}/*-{glob.escape(instruction['name'])}-[0-9][0-9]-final_hlo-static-per-bundle-utilization.txt"
+    (file,) = glob.glob(pattern)
+    head, table = Path(file).read_text().split("== UTILIZATION:")
+    columns = [column.strip() for column in head.split(":", 1)[1].strip().splitlines()[0].split(",")]
+    rows = [line.split() for line in table.splitlines() if re.fullmatch(r"[\d ]+", line)]
+    spills = sum(int(row[columns.index("VSTORE:SPILL")]) for row in rows)
+    steps = kernel["trips"] * trips
+    return Program(kernel["name"], len(rows) * steps, kernel["bytes"] * trips, steps, len(rows), spills)
+
+
+def _computations(hlo: str) -> dict[str, dict[str, dict]]:
+    """Instructions by computation and name; the entry is called ENTRY."""
+    computations, table = {}, {}
+    for line in hlo.splitlines():
+        if opening := re.match(r"^(ENTRY )?%?([\w.<>-]+) \(.*\{$", line):
+            table = computations.setdefault("ENTRY" if opening[1] else opening[2], {})
+        elif found := INSTRUCTION.match(line):
+            table[found["name"]] = found.groupdict() | {"root": "ROOT" in line[:8]}
+    return computations
+
+
+def _sizes(type_text: str) -> list[int]:
+    """Bytes in HBM of each array of a type; 0 for what lies in a chip's own memories."""
+    sizes = []
+    for found in ARRAY.finditer(type_text):
+        bits = BITS.get(found["dtype"]) or int(re.search(r"\d+", found["dtype"])[0])
+        count = math.prod(int(n) for n in found["shape"].split(",") if n)
+        sizes.append(0 if re.search(r"S\(\d\)", found["layout"] or "") else count * bits // 8)
+    return sizes
+
+
+def _names(instruction) -> list[str]:
+    return re.findall(r"%([\w.<>-]+)", instruction["operands"])
+
+
+def _hbm_bytes(instruction, table, computations) -> int:
+    result = sum(_sizes(instruction["type"]))
+    operands = [sum(_sizes(table[name]["type"])) for name in _names(instruction)]
+    op = instruction["op"]
+    if op.endswith("-start"):  # (to, from, flag) or ((from), to, flag): one side in HBM, or what is moved between two places there
+        return max(_sizes(re.sub(r"S\(1\)", "", instruction["type"]))[1:2], default=0)
+    if op in ("dynamic-slice", "slice", "gather"):
+        return 2 * result
+    if op == "dynamic-update-slice":
+        return 2 * operands[1]
+    if op == "fusion":
+        inside = computations[re.search(r"calls=%([\w.<>-]+)", instruction["rest"])[1]]
+        for name, inner in inside.items():
+            if inner["op"] == "parameter":
+                place = int(inner["operands"])
+                operands[place] = min(operands[place], _touched(name, inside))
+            if inner["root"] and inner["op"] == "dynamic-update-slice":
+                result = min(result, sum(_sizes(inside[_names(inner)[1]]["type"])))
+    return result + sum(operands)
+
+
+def _touched(parameter: str, inside: dict) -> float:
+    """Bytes of a fusion's parameter that its instructions read: what slices take, or all of it."""
+    total, names = 0, {parameter}
+    for name, inner in inside.items():
+        used = [place for place, operand in enumerate(_names(inner)) if operand in names]
+        if not used:
+            continue
+        if inner["op"] == "bitcast":
+            names.add(name)
+        elif inner["op"] in ("dynamic-slice", "slice", "gather") and used == [0]:
+            total += sum(_sizes(inner["type"]))
+        elif not (inner["op"] == "dynamic-update-slice" and used == [0]):
+            return math.inf
+    return total
+
+
+if __name__ == "__main__":
+    work = json.loads(sys.argv[1])
+    programs = _compile_and_read(**work)
+    Path(work["folder"], "score.json").write_text(json.dumps([dataclasses.asdict(program) for program in programs]))
