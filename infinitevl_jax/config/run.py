@@ -17,6 +17,7 @@ class RunConfig:
     context: parts that the length is cut into; reserved, 1 for now. One of them may be -1: all devices that the others leave.
     dtype: what activations are computed in (parameters that train are float32 always).
     remat: what each layer keeps for the backward pass: "none" of it is recomputed, all but the matrix products ("dots"), or "full".
+    attend, gated_delta_rule: the implementation that must run ("mosaic_gpu", "mosaic_tpu", "xla"); left out, the first that can.
     """
 
     data: int = 1
@@ -25,6 +26,8 @@ class RunConfig:
     context: int = 1
     dtype: str = "float32"
     remat: str = "none"
+    attend: str | None = None
+    gated_delta_rule: str | None = None
 
     def __post_init__(self):
         for name, known in (("dtype", DTYPES), ("remat", REMATS)):

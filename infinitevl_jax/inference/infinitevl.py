@@ -21,6 +21,7 @@ from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.inference.sampling import Sampling, choose
 from infinitevl_jax.model.cache import Cache, empty
 from infinitevl_jax.model.inputs import Inputs, Prepared, prepare, text_inputs
+from infinitevl_jax.model.ops import Ops, resolve_ops
 from infinitevl_jax.model.params import Params, abstract, bind, initialize
 from infinitevl_jax.model.patches import bucket
 from infinitevl_jax.sharding import check_mesh, parameter_shardings
@@ -41,18 +42,20 @@ class Output:
 class InfiniteVL:
     """A configuration, its parameters, and the compiled functions that run them. Holds no conversation: that is the cache's."""
 
-    def __init__(self, config: ModelConfig, params: Params, *, dtype=None, mesh: Mesh | None = None):
+    def __init__(self, config: ModelConfig, params: Params, *, dtype=None, mesh: Mesh | None = None, ops: Ops | None = None):
         """
         Args:
           params: by dotted name, unrolled layout.
           dtype: what activations are computed in; by default what the last norm is stored in, as the bulk of a checkpoint is.
           mesh: where the parameters live (axes as `infinitevl_jax.sharding.make_mesh` names them), or None for one device.
+          ops: the operators, by default the first implementation of each that takes a case (`ops.report()` tells which did).
         """
         if mesh is not None:
             check_mesh(mesh)
         self.config, self.params, self.mesh = config, params, mesh
         self.dtype = jnp.dtype(dtype or params["norm.weight"].dtype)
-        graphdef, _ = abstract(config, scanned=False, dtype=self.dtype)
+        self.ops = ops or resolve_ops(mesh)
+        graphdef, _ = abstract(config, scanned=False, dtype=self.dtype, ops=self.ops)
         model = partial(bind, graphdef)
         self._encode = jax.jit(lambda params, patches: model(params).encode(patches))
         self._forward = jax.jit(partial(_forward, model), static_argnames=("collect", "last_only"))

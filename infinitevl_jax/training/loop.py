@@ -23,6 +23,7 @@ from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.pipeline import held_out_batches, train_batches
 from infinitevl_jax.data.source import Source
 from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.model.ops import resolve_ops
 from infinitevl_jax.model.params import abstract
 from infinitevl_jax.sharding import make_mesh
 from infinitevl_jax.training.log import Log, plot_log
@@ -50,6 +51,11 @@ def train(preset: Preset, say=print) -> Outcome:
     Raises InfiniteVLError for anything in preset, data, mesh or output folder that cannot work.
     """
     config, began = preset.train, time.monotonic()
+    if jax.process_count() > 1:
+        raise InfiniteVLError(
+            f"{jax.process_count()} processes take part in this run, and each would write the same files",
+            "train with one process; the devices of one host form the mesh",
+        )
     mesh = make_mesh(preset.run)
     run = claim_folder(preset)
     source = Source(config.data.name, config.data.folder, config.data.train)
@@ -62,7 +68,8 @@ def train(preset: Preset, say=print) -> Outcome:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        model = model_of(start.config, preset.run)
+        ops = resolve_ops(mesh, preset.run.attend, preset.run.gated_delta_rule)
+        model = model_of(start.config, preset.run, ops)
         shapes = dict(abstract(start.config, scanned=True)[1])
         names, frozen = split_trainable(list(shapes), config.trainable)
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run, start.files, start.manifest, config.keep)))
@@ -74,7 +81,7 @@ def train(preset: Preset, say=print) -> Outcome:
 
         say(f"{steps} steps of {config.data.batch} rows on {len(source):,} rows of {config.data.name}, output in {run}")
         say(f"device: {_devices(mesh)}; mesh: " + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
-        say("kernels: XLA for attention, gated delta rule and convolution; activations " + preset.run.dtype)
+        say("activations: " + preset.run.dtype)
         trained = sum(int(np.prod(shapes[n].shape)) for n in names)
         say(f"parameters: {trained:,} trained, {sum(int(np.prod(shapes[n].shape)) for n in frozen):,} frozen")
         if place is not None:
@@ -110,6 +117,9 @@ def train(preset: Preset, say=print) -> Outcome:
                 state, metrics = step_fn(state, put_batch(batch, mesh))
                 step += 1
                 bar.update()
+                if step == first + 1:  # traced by now
+                    with tqdm.external_write_mode():
+                        say("\n  ".join(["what ran:", *ops.report()]))
                 if step == steps or (config.log_every and step % config.log_every == 0):
                     check(metrics)
                     line = {name: float(value) for name, value in metrics._asdict().items()}

@@ -16,6 +16,7 @@ from infinitevl_jax.config.train import OptimizerConfig
 from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.pipeline import train_batches
 from infinitevl_jax.data.source import Source
+from infinitevl_jax.model.ops import resolve_ops
 from infinitevl_jax.model.params import initialize
 from infinitevl_jax.sharding import make_mesh, parameter_shardings
 from infinitevl_jax.training.optimizer import make_optimizer
@@ -63,7 +64,7 @@ class Setting:
             state = jax.device_put(state, state_shardings(state, mesh))
             # code optimisation is most of the compile time, and changes nothing that is tested here
             options = {"xla_backend_optimization_level": 0}
-            step = jax.jit(partial(train_step, model_of(self.config, run), optimizer), compiler_options=options)
+            step = jax.jit(partial(train_step, model_of(self.config, run, resolve_ops(mesh)), optimizer), compiler_options=options)
             new, metrics = step(state, put_batch(self.batches[form], mesh))
         return new, metrics, {name: np.asarray(g) for name, g in new.optimizer.trace.items()}
 

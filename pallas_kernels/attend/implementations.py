@@ -1,0 +1,15 @@
+"""The implementations of `attend`, in order of preference: kernels where a recorded benchmark puts them ahead, XLA everywhere."""
+
+from pallas_kernels.attend import mosaic_gpu, xla
+from pallas_kernels.dispatch import Implementation, hopper
+
+
+def _of_tensors(supports):
+    """Whether a kernel takes a case depends on tensors, mask and scale alone."""
+    return lambda q, k, v, q_index, k_index, q_segment, k_segment, mask, scale: supports(q, k, v, mask, scale)
+
+
+IMPLEMENTATIONS = (
+    Implementation("mosaic_gpu", mosaic_gpu.attend, hopper, _of_tensors(mosaic_gpu.supports)),  # benchmarks/results/attend.jsonl
+    Implementation("xla", xla.attend),
+)

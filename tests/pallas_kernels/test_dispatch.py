@@ -1,0 +1,66 @@
+"""The choice of an implementation: by name or the first that can, with a report and reasons."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.model.ops import resolve_ops
+from pallas_kernels.attend import Mask
+from pallas_kernels.attend.implementations import IMPLEMENTATIONS
+from pallas_kernels.dispatch import Dispatch, Implementation, hopper, tpu
+
+CPU = jax.devices("cpu")[0]
+X = jnp.ones((2, 3), jnp.bfloat16)
+
+
+def options():
+    return (
+        Implementation("elsewhere", lambda x: x + 1, hopper),
+        Implementation("narrow", lambda x: x + 2, supports=lambda x: "3 columns" if x.shape[1] == 3 else None),
+        Implementation("any", lambda x: x + 3),
+    )
+
+
+def test_the_first_that_can_runs_and_is_reported():
+    op = Dispatch("op", options(), CPU)
+    assert (op(X) == 4).all() and (op(X[:, :2]) == 3).all()
+    first, second = op.report()
+    assert first == "op of bfloat16[2, 3] on cpu: any (elsewhere: for Hopper GPUs, this is cpu; narrow: 3 columns)"
+    assert second.startswith("op of bfloat16[2, 2] on cpu: narrow (elsewhere")
+
+
+def test_a_name_runs_or_fails():
+    assert (Dispatch("op", options(), CPU, "any")(X) == 4).all()
+    with pytest.raises(ValueError, match=r"op cannot run on bfloat16\[2, 3\] on cpu\n  narrow: 3 columns\n  -> name another"):
+        Dispatch("op", options(), CPU, "narrow")(X)
+    with pytest.raises(ValueError, match="elsewhere: for Hopper GPUs, this is cpu"):
+        Dispatch("op", options(), CPU, "elsewhere")(X)
+    with pytest.raises(ValueError, match="op has no implementation 'fast'\n  -> choose among elsewhere, narrow, any"):
+        Dispatch("op", options(), CPU, "fast")
+
+
+def test_all_refusals_are_told():
+    with pytest.raises(ValueError, match="elsewhere: for Hopper.*\n  narrow: 3 columns\n  -> change the case"):
+        Dispatch("op", options()[:2], CPU)(X)
+
+
+def test_devices():
+    gpu = SimpleNamespace(platform="gpu", device_kind="H100", compute_capability="9.0")
+    assert hopper(gpu) is None and "A100" in hopper(SimpleNamespace(platform="gpu", device_kind="A100", compute_capability="8.0"))
+    assert tpu(SimpleNamespace(platform="tpu", device_kind="TPU v5p")) is None and "H100" in tpu(gpu)
+
+
+def test_a_hopper_gpu_gets_its_kernel_for_what_the_kernel_takes():
+    op = Dispatch("attend", IMPLEMENTATIONS, SimpleNamespace(platform="gpu", device_kind="H100", compute_capability="9.0"))
+    q, k, rows = (jax.ShapeDtypeStruct(s, d) for s, d in (((1, 8, 4, 128), X.dtype), ((1, 8, 2, 128), X.dtype), ((1, 8), jnp.int32)))
+    for mask, name in ((Mask(window=4, aligned=True), "mosaic_gpu"), (Mask(window=4), "xla")):
+        assert op.choose(q, k, k, rows, rows, None, None, mask=mask, scale=0.1)[0].name == name
+
+
+def test_operators_are_resolved_once_and_unknown_names_refused():
+    assert resolve_ops() is resolve_ops()
+    with pytest.raises(InfiniteVLError, match="gated_delta_rule has no implementation 'triton'\n  -> choose among"):
+        resolve_ops(None, None, "triton")

@@ -1,0 +1,80 @@
+"""Operators cut over 8 devices against one device: values and gradients."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from infinitevl_jax.config.run import RunConfig
+from infinitevl_jax.sharding import make_mesh
+from infinitevl_jax.sharding.kernels import shard_attend, shard_gated_delta_rule
+from pallas_kernels.attend import Mask, attend
+from pallas_kernels.gated_delta_rule import gated_delta_rule
+from pallas_kernels.testing.parity import packing, padding, rel_rms, unit, with_gradients
+
+MESHES = {
+    "data 2, fsdp 2, tensor 2": RunConfig(data=2, fsdp=2, tensor=2),
+    "fsdp 2, tensor 4, more than key heads": RunConfig(fsdp=2, tensor=4),
+    "fsdp 8, more than rows": RunConfig(fsdp=8),
+}
+
+
+def compare(sharded, whole, inputs, cotangents, others):
+    for a, b in zip(
+        jax.tree.leaves(with_gradients(sharded)(inputs, cotangents, others)),
+        jax.tree.leaves(with_gradients(whole)(inputs, cotangents, others)),
+        strict=True,
+    ):
+        finite = np.isfinite(b)
+        np.testing.assert_array_equal(np.isfinite(a), finite)
+        assert rel_rms(a[finite], b[finite]) <= 1e-6
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("run", MESHES.values(), ids=MESHES)
+def test_attend(run, packed):
+    rng = np.random.default_rng(0)
+    batch, length = 4, 40
+    q, d_out = (np.float32(rng.normal(size=(batch, length, 8, 16))) for _ in range(2))
+    k, v = (np.float32(rng.normal(size=(batch, length, 2, 16))) for _ in range(2))
+    index, segment = padding([40, 3, 0, 17], length), None
+    if packed:
+        index, segment = (np.tile(x, (batch, 1)) for x in packing([17, 3, 15], length))
+    tokens = {"q_index": index, "k_index": index, "q_segment": segment, "k_segment": segment}
+    rule = {"mask": Mask(window=9, aligned=True), "scale": 0.25}
+    sharded = shard_attend(attend, make_mesh(run))
+    cotangents = d_out, np.float32(rng.normal(size=(batch, length, 8)))
+    compare(partial(sharded, **rule), partial(attend, **rule), (q, k, v), cotangents, tokens)
+
+
+@pytest.mark.parametrize("run", MESHES.values(), ids=MESHES)
+def test_gated_delta_rule(run):
+    rng = np.random.default_rng(0)
+    lead = 4, 70, 4
+    inputs = (unit(rng, (*lead, 8)), unit(rng, (*lead, 8)), rng.normal(size=(*lead, 16)), -rng.random(lead), rng.random(lead))
+    inputs = tuple(np.float32(x) for x in (*inputs, rng.normal(size=(4, 4, 8, 16))))
+    cotangents = np.float32(rng.normal(size=(*lead, 16))), np.float32(rng.normal(size=(4, 4, 8, 16)))
+    index, segment = (np.tile(x, (4, 1)) for x in packing([37, 2, 25], 70))
+    sharded = shard_gated_delta_rule(gated_delta_rule, make_mesh(run))
+    compare(sharded, gated_delta_rule, inputs, cotangents, {"index": index, "segment": segment})
+    compare(sharded, gated_delta_rule, inputs[:5], cotangents, {})
+
+
+def test_nothing_is_gathered():
+    """Heads and rows stay where they are: no collective but for the key heads that shards share in the gradient."""
+    mesh = make_mesh(RunConfig(data=2, fsdp=2, tensor=2))
+    sharded = shard_attend(attend, mesh)
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp"), None, "tensor", None))
+    q, k = (jax.ShapeDtypeStruct((4, 64, n, 16), jnp.float32, sharding=place) for n in (8, 2))
+    index = jnp.tile(jnp.arange(64), (4, 1))
+
+    def gradients(q, k, v):
+        out = lambda *a: sharded(*a, index, index, None, None, Mask(window=9, aligned=True), 0.25)[0].sum()  # noqa: E731
+        return jax.grad(out, (0, 1, 2))(q, k, v)
+
+    text = jax.jit(gradients, out_shardings=place).lower(q, k, k).compile().as_text()
+    moved = [line for line in text.splitlines() if re.search("= .*(all-gather|all-to-all|collective-permute|all-reduce)", line)]
+    assert not moved
