@@ -1,0 +1,31 @@
+"""The rows that each row sees, among tokens that attend to themselves: always one run."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attend.mask import Mask
+
+
+def runs(index: jax.Array, segment: jax.Array | None, mask: Mask) -> tuple[jax.Array, ...]:
+    """Four [B, T] int32: the first and the last key row that each query row sees, and the first and the last query row
+    that sees each key row; 0 and -1 for pads."""
+    real = index >= 0
+    length = index.shape[1]
+    row = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), index.shape)
+    if segment is None:
+        start, stop = jnp.zeros_like(row), jnp.sum(real, axis=1, dtype=jnp.int32, keepdims=True) - 1
+    else:
+        differs = (segment[:, 1:] != segment[:, :-1]) | (real[:, 1:] != real[:, :-1])
+        starts = jnp.pad(differs, ((0, 0), (1, 0)), constant_values=True)
+        stops = jnp.pad(differs, ((0, 0), (0, 1)), constant_values=True)
+        start = jax.lax.cummax(jnp.where(starts, row, 0), axis=1)
+        stop = jax.lax.cummin(jnp.where(stops, row, length), axis=1, reverse=True)
+    before, after = start, stop
+    if mask.window is not None:
+        before = jnp.maximum(start, row - (mask.window - 1))
+        after = jnp.minimum(stop, row + (mask.window - 1))
+    if mask.causal:
+        ends = before, row, row, after
+    else:
+        ends = before, after, before, after
+    return tuple(jnp.where(real, x, nothing) for x, nothing in zip(ends, (0, -1, 0, -1), strict=True))
