@@ -1,0 +1,346 @@
+"""The gradients of every chunk at once: the second of two backward kernels for Hopper GPUs, in Pallas Mosaic GPU.
+
+In the notation of xla.py, with S the state before the chunk, dS' the gradient of the state after it and x that of beta (V - d K S), the
+last two from mosaic_gpu_walk_back.py, all that is left is sums over tokens of the chunk and over the state:
+
+    new = T beta (V - d K S)             dP = d_out new^T              dA = -x new^T below the diagonal
+    dv  = beta x                         dbeta = x.(V - d K S) + sum_j dA_ij k_i.k_j D_ij
+    dq  = d (d_out S^T) + (dP * D) K     dk = -beta d (x S^T) + D_C (new dS'^T) + (X + X^T) K + (dP * D)^T Q,  X = beta dA * D
+    dg_t = d_C S.dS' + the sum of all E_ij with i >= t > j (below), and of F_i = d q.(d_out S^T) - beta d k.(x S^T) with i >= t
+
+where E = dP * D * (Q K^T) + X * (K K^T), to whose last row D_C k.(new dS'^T) is added. No column and row sums are subtracted: dg is
+often far smaller than E. F stands in the last column of E, which is empty, and one product with a triangle of ones sums everything.
+
+Tiling: a thread block takes chunk after chunk, the state 64 columns at a time. One warpgroup makes `new` and what belongs to queries (dP,
+d_out S^T, then dq), another what belongs to keys (dA, x S^T, new dS'^T, S.dS', then dk); a third starts the copies (TMA), the next chunk's
+included.
+
+Rounding: operands are bfloat16, sums float32; E is two bfloat16.
+
+Traffic: a chunk of a head is 264 KiB read and 66 KiB written with V 256: 0.22 ms at 16 heads, 8,192 tokens and 3 TB/s. Products of 64 x 64
+x 64: 68, 0.08 ms of tensor core.
+"""
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.attend.mosaic_gpu_forward import full, load, spread, transposed
+from pallas_kernels.gated_delta_rule.mosaic_gpu_walk_back import (
+    BETA,
+    CHUNK,
+    KEY,
+    ROWS,
+    SINCE,
+    UNTIL,
+    WIDTH,
+    across,
+    decays,
+    halves,
+)
+
+STAGES = 2  # of everything in shared memory
+BLOCKS = 132  # thread blocks: the multiprocessors of an H100 or H200
+REGISTERS = 240, 24  # a thread's, of the computing and of the copying warpgroups
+D_BETA, D_GATE, D_BETA_TOO, PRODUCT, SUMS = range(5)  # rows of what is summed for each token
+
+f32, bf16 = jnp.float32, jnp.bfloat16
+
+
+def gradients(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    d_out: jax.Array,
+    inverse: jax.Array,
+    states: jax.Array,
+    x: jax.Array,
+    d_states: jax.Array,
+    vectors: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """dq, dk [B, T, H, 128] and dv [B, T, H, V], bfloat16, and sums [B, H, N, SUMS, 64] float32: the two parts of dbeta, dg but for
+    d_C S.dS', and 64 parts of S.dS'.
+
+    q, k, v, d_out, inverse and vectors as in `walk_back`, x and d_states from there; states: [B, H, N, 128, V] bfloat16, that before
+    each chunk.
+    """
+    batch, length, heads, width = v.shape
+    slices, odd = divmod(width, WIDTH)
+    assert k.shape[3] == KEY and length % CHUNK == 0 and not odd
+    count = length // CHUNK
+    items = batch * heads * count
+    blocks = min(items, BLOCKS)
+    wgmma = plgpu.Layout.WGMMA
+    by_row, by_column = wgmma.reduce(1), wgmma.reduce(0)
+    square, wide = (CHUNK, CHUNK), (CHUNK, KEY)
+    last = CHUNK - 1
+
+    def kernel(refs, smem, barriers):
+        q_ref, k_ref, v_ref, do_ref, t_ref, s_ref, x_ref, ds_ref, vectors_ref, dq_ref, dk_ref, dv_ref, sums_ref = refs
+        q_smem, k_smem, t_smem, vectors_smem, v_smem, do_smem, x_smem, s_smem, ds_smem = smem[:9]
+        work_smem, new_smem, mine_smem, theirs_smem, row_smem = smem[9:]
+        chunk_ready, chunk_free, slice_ready, slice_free, new_ready, new_free, scores_ready, scores_read, k_read = barriers
+        me = lax.axis_index("group")
+        first = lax.axis_index("work")
+        mine = lax.div(items - 1 - first, blocks) + 1
+
+        def place(j):
+            item = first + j * blocks
+            return lax.div(item, count * heads), lax.rem(item, heads), lax.rem(lax.div(item, heads), count)  # rows of all heads together
+
+        def columns(s):
+            return pl.ds(s * WIDTH, WIDTH)
+
+        def multiply(start, *factors):
+            """start (a shape for zeros) + the sum of the products of pairs."""
+            seeded = not isinstance(start, tuple)
+
+            def run(acc):
+                if seeded:
+                    acc[...] = start
+                for left, right in factors:
+                    plgpu.wgmma(acc, left, right)
+                return plgpu.wgmma_accumulator_load(acc)
+
+            return lax.optimization_barrier(pl.run_scoped(run, plgpu.ACC(start.shape if seeded else start, f32)))
+
+        @pl.when(me == 0)
+        def _queries():
+            plgpu.set_max_registers(REGISTERS[0], action="increase")
+            row, column = (plgpu.broadcasted_iota(jnp.int32, square, i, layout=wgmma) for i in (0, 1))
+
+            @pl.loop(0, mine)
+            def _(j):
+                b, head, n = place(j)
+                tokens = pl.ds(n * CHUNK, CHUNK)
+                at = lax.rem(j, STAGES)
+                q_, k_, vector = q_smem.at[at], k_smem.at[at], vectors_smem.at[at]
+                plgpu.barrier_wait(chunk_ready.at[at])
+
+                def of_row(which):
+                    return load(vector.at[which], by_row)
+
+                def share(p, tile):
+                    pl.when(p >= STAGES)(lambda: plgpu.barrier_wait(new_free.at[lax.rem(p, STAGES)]))
+                    new_smem.at[lax.rem(p, STAGES)][...] = tile.astype(bf16)
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(new_ready.at[lax.rem(p, STAGES)])
+
+                def step(s, carry):
+                    reads, d_scores, d_beta = carry
+                    c, p = j * slices + s, j * (slices + 2) + s
+                    here, there = lax.rem(c, STAGES), lax.rem(p, STAGES)
+                    plgpu.barrier_wait(slice_ready.at[here])
+
+                    def read(known_acc, reads_acc):
+                        reads_acc[...] = reads
+                        plgpu.wgmma(known_acc, k_, s_smem.at[here])
+                        plgpu.wgmma(reads_acc, do_smem.at[here], transposed(s_smem.at[here]))
+                        known = lax.optimization_barrier(plgpu.wgmma_accumulator_load(known_acc, wait_n=1))
+                        rest = v_smem.at[here][...].astype(f32) - spread(of_row(SINCE), WIDTH) * known
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        work_smem[...] = (spread(of_row(BETA), WIDTH) * rest).astype(bf16)
+                        plgpu.commit_smem()
+                        more = jnp.sum(x_smem.at[here][...].astype(f32) * rest, axis=1)
+                        return lax.optimization_barrier((plgpu.wgmma_accumulator_load(reads_acc, wait_n=0), more))
+
+                    reads, more = pl.run_scoped(read, plgpu.ACC(square, f32), plgpu.ACC(wide, f32))
+                    share(p, multiply(square, (t_smem.at[at], work_smem)))
+                    work_smem[...] = (spread(of_row(BETA), WIDTH) * x_smem.at[here][...].astype(f32)).astype(bf16)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(work_smem, dv_ref.at[b, tokens, head, columns(s)])
+                    d_scores = multiply(d_scores, (do_smem.at[here], transposed(new_smem.at[there])))
+                    plgpu.barrier_arrive(slice_free.at[here])
+                    return reads, d_scores, d_beta + more
+
+                start = full(wide, 0, wgmma), full(square, 0, wgmma), full((CHUNK,), 0, by_row)
+                reads, d_scores, d_beta = lax.fori_loop(0, slices, step, start)
+
+                d_gram = d_scores * decays(vector, row, column)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                work_smem[...] = d_gram.astype(bf16)
+                mine_smem[...] = d_beta
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(scores_ready)
+                gates = jnp.where(column < row, d_gram * multiply(square, (q_, transposed(k_))), 0.0)
+                since = of_row(SINCE)
+                from_state = since * jnp.sum(q_[...].astype(f32) * reads, axis=1)
+                high, low = halves(jnp.where(column == last, spread(from_state, CHUNK), gates))
+                share(j * (slices + 2) + slices, high)
+                share(j * (slices + 2) + slices + 1, low)
+                dq = multiply(spread(since, KEY) * reads, (work_smem, k_))
+                plgpu.barrier_arrive(k_read)
+                plgpu.barrier_wait(scores_read)
+                q_[...] = dq.astype(bf16)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(q_, dq_ref.at[b, tokens, head])
+                plgpu.copy_smem_to_gmem(mine_smem, sums_ref.at[b, head, n, D_BETA])
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(chunk_free.at[at])
+
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(me == 1)
+        def _keys():
+            plgpu.set_max_registers(REGISTERS[0], action="increase")
+            row, column = (plgpu.broadcasted_iota(jnp.int32, square, i, layout=wgmma) for i in (0, 1))
+
+            @pl.loop(0, mine)
+            def _(j):
+                b, head, n = place(j)
+                at = lax.rem(j, STAGES)
+                q_, k_, vector = q_smem.at[at], k_smem.at[at], vectors_smem.at[at]
+                plgpu.barrier_wait(chunk_ready.at[at])
+
+                def of_row(which):
+                    return load(vector.at[which], by_row)
+
+                def step(s, carry):
+                    c, p = j * slices + s, j * (slices + 2) + s
+                    here, there = lax.rem(c, STAGES), lax.rem(p, STAGES)
+                    x_, s_, ds_, new_ = x_smem.at[here], s_smem.at[here], ds_smem.at[here], new_smem.at[there]
+
+                    def run(*sums):
+                        for acc, start in zip(sums, carry, strict=True):
+                            acc[...] = start
+                        writes, keeps, d_a, product = sums
+                        plgpu.barrier_wait(slice_ready.at[here])
+                        plgpu.wgmma(writes, x_, transposed(s_))
+                        plgpu.wgmma(product, ds_, s_)
+                        plgpu.barrier_wait(new_ready.at[there])
+                        plgpu.wgmma(keeps, new_, ds_)
+                        plgpu.wgmma(d_a, x_, transposed(new_))
+                        waits = 0, None, None, None
+                        return lax.optimization_barrier(
+                            tuple(plgpu.wgmma_accumulator_load(a, wait_n=n) for a, n in zip(sums, waits, strict=True))
+                        )
+
+                    carry = pl.run_scoped(run, *(plgpu.ACC(shape, f32) for shape in (wide, wide, square, square)))
+                    plgpu.barrier_arrive(slice_free.at[here])
+                    plgpu.barrier_arrive(new_free.at[there])
+                    return carry
+
+                start = tuple(full(shape, 0, wgmma) for shape in (wide, wide, square, square))
+                writes, keeps, d_a, product = lax.fori_loop(0, slices, step, start)
+
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                theirs_smem[PRODUCT - 1] = jnp.sum(jnp.where(column == row, product, 0.0), axis=1)
+                beta, until = of_row(BETA), of_row(UNTIL)
+                back = -beta * of_row(SINCE)
+                keys = k_[...].astype(f32)
+                from_state = back * jnp.sum(keys * writes, axis=1)
+                row_smem[...] = until * jnp.sum(keys * keeps, axis=1)
+                dk = spread(back, KEY) * writes + spread(until, KEY) * keeps
+
+                gram = multiply(square, (k_, transposed(k_)))
+                d_a = jnp.where(column < row, -d_a * decays(vector, row, column), 0.0)
+                theirs_smem[D_BETA_TOO - 1] = jnp.sum(d_a * gram, axis=1)
+                d_gram = spread(beta, CHUNK) * d_a
+                gates = d_gram * gram
+                gates += jnp.where((row == last) & (column < last), across(load(row_smem, by_column)), 0.0)
+                gates = jnp.where(column == last, spread(from_state, CHUNK), gates)
+                spare = [lax.rem(j * (slices + 2) + slices + i, STAGES) for i in range(2)]
+                for i in spare:
+                    plgpu.barrier_wait(new_ready.at[i])
+                    gates += new_smem.at[i][...].astype(f32)
+                for i, half in zip(spare, halves(gates), strict=True):
+                    new_smem.at[i][...] = half.astype(bf16)
+                plgpu.commit_smem()
+                later = jnp.where(column >= row, 1.0, 0.0).astype(bf16)
+                spans = multiply(square, *((later, new_smem.at[i]) for i in spare))
+                spans = jnp.where((column < row) | (column == last), spans, 0.0)
+                theirs_smem[D_GATE - 1] = jnp.sum(spans, axis=1)
+                tile = new_smem.at[spare[0]]
+                tile[...] = d_gram.astype(bf16)
+                plgpu.commit_smem()
+                plgpu.barrier_wait(scores_ready)
+                dk = multiply(dk, (tile, k_), (transposed(tile), k_), (transposed(work_smem), q_))
+                for i in spare:
+                    plgpu.barrier_arrive(new_free.at[i])
+                plgpu.barrier_arrive(scores_read)
+                plgpu.barrier_wait(k_read)
+                k_[...] = dk.astype(bf16)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(k_, dk_ref.at[b, pl.ds(n * CHUNK, CHUNK), head])
+                plgpu.copy_smem_to_gmem(theirs_smem, sums_ref.at[b, head, n, pl.ds(1, SUMS - 1)])
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(chunk_free.at[at])
+
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(me == 2)
+        def _copy():
+            plgpu.set_max_registers(REGISTERS[1], action="decrease")
+
+            @pl.loop(0, mine)
+            def _(j):
+                b, head, n = place(j)
+                tokens = pl.ds(n * CHUNK, CHUNK)
+                at = lax.rem(j, STAGES)
+                pl.when(j >= STAGES)(lambda: plgpu.barrier_wait(chunk_free.at[at]))
+                whole = (q_ref.at[b, tokens, head], q_smem), (k_ref.at[b, tokens, head], k_smem)
+                whole += (t_ref.at[b, head, n, 0], t_smem), (vectors_ref.at[b, head, n], vectors_smem)
+                for source, target in whole:
+                    plgpu.copy_gmem_to_smem(source, target.at[at], chunk_ready.at[at])
+
+                @pl.loop(0, slices)
+                def _(s):
+                    c = j * slices + s
+                    here = lax.rem(c, STAGES)
+                    pl.when(c >= STAGES)(lambda: plgpu.barrier_wait(slice_free.at[here]))
+                    parts = [(ref.at[b, tokens, head, columns(s)], x) for ref, x in ((v_ref, v_smem), (do_ref, do_smem))]
+                    parts += [(ref.at[b, head, n, :, columns(s)], x) for ref, x in ((x_ref, x_smem), (s_ref, s_smem))]
+                    parts += [(ds_ref.at[b, head, n, columns(s)], ds_smem)]
+                    for source, target in parts:
+                        plgpu.copy_gmem_to_smem(source, target.at[here], slice_ready.at[here])
+
+    def entry(*refs):
+        def shared(*shape):
+            return plgpu.SMEM(shape, bf16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+        smem = (
+            shared(STAGES, *wide),
+            shared(STAGES, *wide),
+            shared(STAGES, *square),
+            plgpu.SMEM((STAGES, ROWS, CHUNK), f32),
+            shared(STAGES, CHUNK, WIDTH),
+            shared(STAGES, CHUNK, WIDTH),
+            shared(STAGES, CHUNK, WIDTH),
+            shared(STAGES, KEY, WIDTH),
+            shared(STAGES, WIDTH, KEY),
+            shared(*square),
+            shared(STAGES, *square),
+            plgpu.SMEM((CHUNK,), f32),
+            plgpu.SMEM((SUMS - 1, CHUNK), f32),
+            plgpu.SMEM((CHUNK,), f32),
+        )
+        barriers = (
+            plgpu.Barrier(num_arrivals=4, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=5, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            plgpu.Barrier(num_barriers=STAGES),
+            plgpu.Barrier(num_barriers=STAGES),
+            plgpu.Barrier(),
+            plgpu.Barrier(),
+            plgpu.Barrier(),
+        )
+        pl.run_scoped(lambda *scratch: kernel(refs, scratch[:-1], scratch[-1]), *smem, barriers, collective_axes="group")
+
+    return plgpu.kernel(
+        entry,
+        out_type=[
+            jax.ShapeDtypeStruct(q.shape, bf16),
+            jax.ShapeDtypeStruct(k.shape, bf16),
+            jax.ShapeDtypeStruct(v.shape, bf16),
+            jax.ShapeDtypeStruct((batch, heads, count, SUMS, CHUNK), f32),
+        ],
+        grid=(blocks,),
+        grid_names=("work",),
+        num_threads=3,
+        thread_name="group",
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        kernel_name="gdn_gradients",
+    )(q, k, v, d_out, inverse, states, x, d_states, vectors)

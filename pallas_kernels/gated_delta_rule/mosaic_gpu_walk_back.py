@@ -1,0 +1,240 @@
+"""The walk back over the chunks: the first of two backward kernels for Hopper GPUs, in Pallas Mosaic GPU.
+
+Computes, from the last chunk to the first and in the notation of xla.py, with dS' the gradient of the state after the chunk,
+
+    d_new = (Q K^T * D)^T d_out + (D_C K) dS'
+    x     = T^T d_new                             gradient of beta (V - d K S)
+    dS    = d_C dS' + (d Q)^T d_out - (beta d K)^T x
+
+and writes x and dS', which are all that mosaic_gpu_gradients.py needs of what is sequential.
+
+Tiling: a thread block takes 64 columns of one head's state. One warpgroup carries dS through the whole sequence: everything stands
+transposed, [V, tokens] and [V, K], so that dS is an accumulator that never leaves the registers and is, rounded, the register operand of
+its own products; likewise d_new and x. A second warpgroup is one chunk ahead with what depends on no state: the scores and d Q. A third
+starts the copies (TMA).
+
+Rounding: operands are bfloat16, sums and the carried gradient float32. d_new meets T as two bfloat16: where keys repeat, its rounding
+errors would grow (2 % of dv, 1.3 % with two).
+
+Traffic: a chunk of a head is 32 KiB of d_out, and q, k and T once per 64 columns (160 KiB, from the L2 cache) read, 96 KiB written: 0.1 ms
+at 16 heads and 8,192 tokens. Latency rules: 128 chunks, one after the other, of three dependent products; 1,280 clocks of tensor core each,
+so 0.1 ms at the least.
+"""
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.attend.mosaic_gpu_forward import load, spread, transposed
+
+CHUNK, KEY = 64, 128  # tokens of a chunk, width of keys
+WIDTH = 64  # columns of a state that a thread block carries
+SUM, SINCE, BETA, UNTIL, RUN, ROWS = range(6)  # rows of a chunk's vectors
+AHEAD, STAGES = 2, 3  # chunks in shared memory: of what one warpgroup reads early, and of what is held longer
+REGISTERS = 240, 24  # a thread's, of the computing and of the copying warpgroups
+
+f32, bf16 = jnp.float32, jnp.bfloat16
+
+
+def walk_back(
+    q: jax.Array, k: jax.Array, d_out: jax.Array, inverse: jax.Array, vectors: jax.Array, d_last: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x [B, H, N, 64, V] bfloat16, the gradients of the states after each of the N chunks, transposed [B, H, N, V, 128] bfloat16, and
+    that of the initial state [B, H, 128, V] float32.
+
+    q, k: [B, T, H, 128], d_out: [B, T, H, V], bfloat16, no NaN, T and V multiples of 64. inverse: [B, H, N, 1 or 2, 64, 64] bfloat16, T or
+    the two that add up to it.
+    vectors: [B, H, N, ROWS, 64] float32: running sum of g in the chunk, decay d from the state before it (0 for other sequences'
+    tokens), beta, decay to the chunk's last token (likewise), number of the token's sequence. d_last: [B, H, 128, V] float32.
+    """
+    batch, length, heads, width = d_out.shape
+    slices, odd = divmod(width, WIDTH)
+    assert k.shape[3] == KEY and length % CHUNK == 0 and not odd
+    count, parts = length // CHUNK, inverse.shape[3]
+    wgmma, sideways = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA_TRANSPOSED
+    by_row, by_column = wgmma.reduce(1), wgmma.reduce(0)
+
+    def kernel(refs, smem, barriers):
+        q_ref, k_ref, do_ref, inverse_ref, vectors_ref, last_ref, x_ref, ds_ref, first_ref = refs
+        q_smem, k_smem, do_smem, t_smem, vectors_smem, scores_smem, reads_smem, x_smem, ds_smem = smem
+        q_ready, k_ready, t_ready, made, q_free, k_free, t_free, used = barriers
+        me = lax.axis_index("group")
+        work = lax.axis_index("work")
+        slice_, head = lax.rem(work, slices), lax.rem(lax.div(work, slices), heads)
+        b = lax.div(work, slices * heads)
+        mine = pl.ds(slice_ * WIDTH, WIDTH)
+
+        @pl.when(me == 0)
+        def _carry():
+            plgpu.set_max_registers(REGISTERS[0], action="increase")
+
+            def step(i, ds):
+                early, late = lax.rem(i, AHEAD), lax.rem(i, STAGES)
+                n = count - 1 - i
+                k_, do_ = k_smem.at[late], do_smem.at[late]
+
+                def vector(which):
+                    return across(load(vectors_smem.at[late, which], by_column, optimized=True))
+
+                rounded = ds.astype(bf16)
+                plgpu.barrier_wait(k_ready.at[late])
+                ds = ds * vectors_smem[late, SINCE, CHUNK - 1]
+                plgpu.barrier_wait(made.at[early])
+
+                def gather(far_acc, near_acc, ds_acc):
+                    ds_acc[...] = ds
+                    plgpu.wgmma(far_acc, rounded, transposed(k_))
+                    plgpu.wgmma(near_acc, transposed(do_), scores_smem.at[early])
+                    plgpu.wgmma(ds_acc, transposed(do_), reads_smem.at[early])
+                    # Stores run beside the products.
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    ds_smem[...] = rounded
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(ds_smem, ds_ref.at[b, head, n, mine])
+                    ds_ = plgpu.wgmma_accumulator_load(ds_acc, wait_n=0)
+                    far = plgpu.wgmma_accumulator_load(far_acc, wait_n=None)
+                    return lax.optimization_barrier((far, plgpu.wgmma_accumulator_load(near_acc, wait_n=None), ds_))
+
+                refs = plgpu.ACC((WIDTH, CHUNK), f32), plgpu.ACC((WIDTH, CHUNK), f32), plgpu.ACC((WIDTH, KEY), f32)
+                far, near, ds = pl.run_scoped(gather, *refs)
+                plgpu.barrier_arrive(used.at[early])
+                high, low = (x.astype(bf16) for x in halves(far * vector(UNTIL) + near))
+                plgpu.barrier_wait(t_ready.at[early])
+
+                def solve(acc):
+                    plgpu.wgmma(acc, high, t_smem.at[early, 0])
+                    plgpu.wgmma(acc, low, t_smem.at[early, 0])
+                    if parts == 2:
+                        plgpu.wgmma(acc, high, t_smem.at[early, 1])
+                    return plgpu.wgmma_accumulator_load(acc)
+
+                x = lax.optimization_barrier(pl.run_scoped(solve, plgpu.ACC((WIDTH, CHUNK), f32)))
+                plgpu.barrier_arrive(t_free.at[early])
+                written = (-x * (vector(BETA) * vector(SINCE))).astype(bf16)
+
+                def write(acc):
+                    acc[...] = ds
+                    plgpu.wgmma(acc, written, k_)
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    transposed(x_smem)[...] = plgpu.layout_cast(x.astype(bf16), sideways)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(x_smem, x_ref.at[b, head, n, :, mine])
+                    return plgpu.wgmma_accumulator_load(acc)
+
+                ds = lax.optimization_barrier(pl.run_scoped(write, plgpu.ACC((WIDTH, KEY), f32)))
+                plgpu.barrier_arrive(k_free.at[late])
+                return ds
+
+            ds = load(transposed(last_ref.at[b, head, :, mine]), sideways)
+            ds = lax.fori_loop(0, count, step, plgpu.layout_cast(ds, wgmma))
+            transposed(first_ref.at[b, head, :, mine])[...] = plgpu.layout_cast(ds, sideways)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(me == 1)
+        def _prepare():
+            plgpu.set_max_registers(REGISTERS[0], action="increase")
+            row, column = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), i, layout=wgmma) for i in (0, 1))
+
+            @pl.loop(0, count)
+            def _(i):
+                early, late = lax.rem(i, AHEAD), lax.rem(i, STAGES)
+                vector = vectors_smem.at[late]
+                plgpu.barrier_wait(k_ready.at[late])
+                plgpu.barrier_wait(q_ready.at[early])
+
+                def gram(acc):
+                    plgpu.wgmma(acc, q_smem.at[early], transposed(k_smem.at[late]))
+                    return plgpu.wgmma_accumulator_load(acc)
+
+                scores = lax.optimization_barrier(pl.run_scoped(gram, plgpu.ACC((CHUNK, CHUNK), f32)))
+                scores = (scores * decays(vector, row, column)).astype(bf16)
+                reads = q_smem.at[early][...].astype(f32) * spread(load(vector.at[SINCE], by_row), KEY)
+                pl.when(i >= AHEAD)(lambda: plgpu.barrier_wait(used.at[early]))
+                scores_smem.at[early][...] = scores
+                reads_smem.at[early][...] = reads.astype(bf16)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(made.at[early])
+                plgpu.barrier_arrive(q_free.at[early])
+                plgpu.barrier_arrive(k_free.at[late])
+
+        @pl.when(me == 2)
+        def _copy():
+            plgpu.set_max_registers(REGISTERS[1], action="decrease")
+
+            @pl.loop(0, count)
+            def _(i):
+                early, late = lax.rem(i, AHEAD), lax.rem(i, STAGES)
+                n = count - 1 - i
+                tokens = pl.ds(n * CHUNK, CHUNK)
+                pl.when(i >= STAGES)(lambda: plgpu.barrier_wait(k_free.at[late]))
+                plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, head], k_smem.at[late], k_ready.at[late])
+                plgpu.copy_gmem_to_smem(do_ref.at[b, tokens, head, mine], do_smem.at[late], k_ready.at[late])
+                plgpu.copy_gmem_to_smem(vectors_ref.at[b, head, n], vectors_smem.at[late], k_ready.at[late])
+                pl.when(i >= AHEAD)(lambda: plgpu.barrier_wait(q_free.at[early]))
+                plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, head], q_smem.at[early], q_ready.at[early])
+                pl.when(i >= AHEAD)(lambda: plgpu.barrier_wait(t_free.at[early]))
+                for p in range(parts):
+                    plgpu.copy_gmem_to_smem(inverse_ref.at[b, head, n, p], t_smem.at[early, p], t_ready.at[early])
+
+    def entry(*refs):
+        def shared(*shape):
+            return plgpu.SMEM(shape, bf16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+        smem = (
+            shared(AHEAD, CHUNK, KEY),
+            shared(STAGES, CHUNK, KEY),
+            shared(STAGES, CHUNK, WIDTH),
+            shared(AHEAD, parts, CHUNK, CHUNK),
+            plgpu.SMEM((STAGES, ROWS, CHUNK), f32),
+            shared(AHEAD, CHUNK, CHUNK),
+            shared(AHEAD, CHUNK, KEY),
+            shared(CHUNK, WIDTH),
+            shared(WIDTH, KEY),
+        )
+        barriers = (
+            plgpu.Barrier(num_barriers=AHEAD),
+            plgpu.Barrier(num_arrivals=3, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=parts, num_barriers=AHEAD),
+            plgpu.Barrier(num_barriers=AHEAD),
+            plgpu.Barrier(num_barriers=AHEAD),
+            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            plgpu.Barrier(num_barriers=AHEAD),
+            plgpu.Barrier(num_barriers=AHEAD),
+        )
+        pl.run_scoped(lambda *scratch: kernel(refs, *scratch), smem, barriers, collective_axes="group")
+
+    return plgpu.kernel(
+        entry,
+        out_type=[
+            jax.ShapeDtypeStruct((batch, heads, count, CHUNK, width), bf16),
+            jax.ShapeDtypeStruct((batch, heads, count, width, KEY), bf16),
+            jax.ShapeDtypeStruct((batch, heads, KEY, width), f32),
+        ],
+        grid=(batch * heads * slices,),
+        grid_names=("work",),
+        num_threads=3,
+        thread_name="group",
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        kernel_name="gdn_walk_back",
+    )(q, k, d_out, inverse, vectors, d_last)
+
+
+def decays(vector, row, column):
+    """D of a chunk, in registers, from its vectors in shared memory."""
+    by_row, by_column = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+    exponent = spread(load(vector.at[SUM], by_row), CHUNK) - across(load(vector.at[SUM], by_column))
+    same = spread(load(vector.at[RUN], by_row), CHUNK) == across(load(vector.at[RUN], by_column))
+    return jnp.exp(jnp.where((column <= row) & same, exponent, -jnp.inf))
+
+
+def across(x):
+    """A number for each column, for all rows of a chunk."""
+    return lax.broadcast_in_dim(x, (CHUNK, x.shape[0]), [1])
+
+
+def halves(x):
+    """float32 x as the sum of two that bfloat16 holds, the first exactly: its lower bits are cut off, which is cheaper than rounding."""
+    high = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536), f32)
+    return high, x - high
