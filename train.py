@@ -3,9 +3,16 @@
 import argparse
 import sys
 
+EXAMPLES = """examples:
+  python train.py configs/easy_vqa.toml                                       train the small model, ten minutes on two cores
+  python train.py configs/easy_vqa.toml train.output=runs/two train.seed=2    another run beside it
+  python train.py configs/easy_vqa.toml run.fsdp=4 run.tensor=2               on eight devices
+  python train.py configs/easy_vqa.toml run.gated_delta_rule=xla              with one implementation only (left out: the first that can)
+Ctrl-C saves after the step at hand; the same command goes on from there."""
+
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a preset, such as configs/easy_vqa.toml")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="changes to it, such as train.optimizer.peak_lr=1e-4")
     arguments = parser.parse_args()

@@ -41,8 +41,12 @@ class ModelSource:
                 f"the preset gives {'both' if self.from_ else 'neither'} model.from {'and' if self.from_ else 'nor'} model.text",
                 "name a checkpoint folder in model.from, or give the sizes in [model.text] and [model.vision]",
             )
-        if self.from_ and self.vision is not None:
-            raise InfiniteVLError("the preset gives model.from and model.vision", "the folder has the sizes: remove [model.vision]")
+        fresh = {name: getattr(self, name) for name in ("vision", "tokenizer", "min_pixels", "max_pixels", "initializer_range")}
+        given = [name for name, value in fresh.items() if value != getattr(type(self), name)]
+        if self.from_ and given:
+            raise InfiniteVLError(
+                f"the preset gives model.from and model.{given[0]}", f"the folder decides that: remove model.{given[0]}, or model.from"
+            )
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,8 @@ class InfiniteVL:
         if self.keeps_everything and max_length is None:
             raise InfiniteVLError("this model has full-attention layers, whose cache grows with the text", "pass max_length in tokens")
         with self._on_mesh():
-            return empty(self._cache_spec(batch, max_length if self.keeps_everything else None))
+            spec = self._cache_spec(batch, max_length if self.keeps_everything else None)
+            return empty(spec) if self.mesh is None else jax.jit(lambda: empty(spec))()
 
     def __call__(
         self,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from infinitevl_jax.config.model import FULL, LINEAR, SLIDING, ModelConfig
+from infinitevl_jax.sharding import constrain
 
 
 class Cache(NamedTuple):
@@ -31,8 +32,8 @@ class Cache(NamedTuple):
 
 
 def empty(specs) -> Cache:
-    """A cache of zeros from `VLM.cache_spec`."""
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), specs)
+    """A cache of zeros from `VLM.cache_spec`; on a mesh each device holds its own sequences."""
+    return jax.tree.map(lambda s: constrain(jnp.zeros(s.shape, s.dtype), "batch", *[None] * (len(s.shape) - 1)), specs)
 
 
 def cache_bytes(config: ModelConfig, batch: int, dtype, max_length: int = 0) -> int:

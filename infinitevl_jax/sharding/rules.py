@@ -87,6 +87,17 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
 
 
+def kept_whole(shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> list[str]:
+    """A line for each matrix of which every device holds all, although the mesh has parts for it: no size divides by them."""
+    lines = []
+    for name, shape in shapes.items():
+        axes = parameter_axes(name, len(shape.shape))
+        parts = {n: mesh.shape[n] for axis in axes for n in AXES[axis] if mesh.shape.get(n, 1) > 1}
+        if len(parts) and sum(axis is not None for axis in axes) > 1 and not any(spec(axes, shape.shape, mesh)):
+            lines.append(f"{name} {list(shape.shape)}: no side divides by {' or '.join(f'{n} {size}' for n, size in parts.items())}")
+    return lines
+
+
 def parameter_shardings(shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, NamedSharding]:
     """Where every parameter lives, by dotted name."""
     return {name: NamedSharding(mesh, spec(parameter_axes(name, len(s.shape)), s.shape, mesh)) for name, s in shapes.items()}

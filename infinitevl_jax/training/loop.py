@@ -25,7 +25,7 @@ from infinitevl_jax.data.source import Source
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.model.ops import resolve_ops
 from infinitevl_jax.model.params import abstract
-from infinitevl_jax.sharding import make_mesh
+from infinitevl_jax.sharding import kept_whole, make_mesh
 from infinitevl_jax.training.log import Log, plot_log
 from infinitevl_jax.training.optimizer import make_optimizer, schedule, split_trainable
 from infinitevl_jax.training.setup import prepare_start
@@ -84,6 +84,8 @@ def train(preset: Preset, say=print) -> Outcome:
         say("activations: " + preset.run.dtype)
         trained = sum(int(np.prod(shapes[n].shape)) for n in names)
         say(f"parameters: {trained:,} trained, {sum(int(np.prod(shapes[n].shape)) for n in frozen):,} frozen")
+        if whole := kept_whole(shapes, mesh):
+            say("\n  ".join(["on every device, whole:", *whole]))
         if place is not None:
             say(f"going on from step {first}")
 

@@ -7,7 +7,7 @@ import pytest
 from tiny_run import PRESET, write_preset
 
 from infinitevl_jax import InfiniteVLError
-from infinitevl_jax.config.presets import load_preset
+from infinitevl_jax.config.presets import ModelSource, load_preset
 from infinitevl_jax.config.run import RunConfig
 from infinitevl_jax.sharding import make_mesh
 from infinitevl_jax.training.loop import train
@@ -207,3 +207,6 @@ def test_damaged_checkpoint(going_on, tmp_path):
     refuses(going_on, str(tmp_path / "run" / "checkpoints" / "1"))
 
 
+@pytest.mark.parametrize("key, value", [("max_pixels", 9), ("tokenizer", "there"), ("initializer_range", 0.5)])
+def test_what_a_checkpoint_folder_decides_cannot_be_given_beside_it(key, value):
+    refuses(lambda: ModelSource(from_="checkpoint", **{key: value}), "model.from", f"model.{key}")

@@ -172,5 +172,6 @@ def test_a_mesh_of_eight_devices_generates_the_same(model, prompt, greedy, tmp_p
     embedding = spread.params["embed_tokens.embedding"]
     assert len(embedding.sharding.device_set) == 8 and embedding.addressable_shards[0].data.size == embedding.size // 8
     np.testing.assert_array_equal(spread.generate(**prompt, max_new_tokens=NEW, eos_token_ids=NEVER), greedy)
+    assert all(leaf.addressable_shards[0].data.shape[0] == 1 for leaf in jax.tree.leaves(spread.init_cache(4).layers))
     one = InfiniteVL.from_pretrained(tmp_path / "model")
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), one.params, dict(model.params)))

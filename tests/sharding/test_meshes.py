@@ -18,7 +18,7 @@ from infinitevl_jax.data.pipeline import train_batches
 from infinitevl_jax.data.source import Source
 from infinitevl_jax.model.ops import resolve_ops
 from infinitevl_jax.model.params import initialize
-from infinitevl_jax.sharding import make_mesh, parameter_shardings
+from infinitevl_jax.sharding import kept_whole, make_mesh, parameter_shardings
 from infinitevl_jax.training.optimizer import make_optimizer
 from infinitevl_jax.training.setup import prepare_start
 from infinitevl_jax.training.step import init_state, model_of, put_batch, state_shardings, train_step
@@ -104,6 +104,15 @@ def test_open_axis_takes_the_devices_that_are_left():
     assert dict(make_mesh(RunConfig(tensor=2)).shape) == {"data": 1, "fsdp": 4, "tensor": 2, "context": 1}
     assert dict(make_mesh(RunConfig(fsdp=2, data=-1)).shape) == {"data": 4, "fsdp": 2, "tensor": 1, "context": 1}
     assert make_mesh(RunConfig(fsdp=1)).size == 1  # fewer than there are is fine
+
+
+def test_matrices_that_no_axis_divides_are_told():
+    shape = jax.ShapeDtypeStruct
+    shapes = {"layers.rest.0.mlp.up_proj.kernel": shape((30, 66), jnp.float32), "norm.weight": shape((30,), jnp.float32)}
+    assert kept_whole(shapes, make_mesh(RunConfig(fsdp=2, tensor=4))) == []  # 30 divides by 2
+    (line,) = kept_whole(shapes, make_mesh(RunConfig(fsdp=8)))
+    assert line == "layers.rest.0.mlp.up_proj.kernel [30, 66]: no side divides by fsdp 8"
+    assert kept_whole(shapes, make_mesh(RunConfig(fsdp=1))) == []
 
 
 def test_f32_masters_only_for_what_trains(setting):
