@@ -1,7 +1,7 @@
 """The implementations of `attend`, in order of preference: kernels where a recorded benchmark puts them ahead, XLA everywhere."""
 
-from pallas_kernels.attend import mosaic_gpu, xla
-from pallas_kernels.dispatch import Implementation, hopper
+from pallas_kernels.attend import mosaic_gpu, mosaic_tpu, xla
+from pallas_kernels.dispatch import Implementation, hopper, tpu
 
 
 def _of_tensors(supports):
@@ -11,5 +11,6 @@ def _of_tensors(supports):
 
 IMPLEMENTATIONS = (
     Implementation("mosaic_gpu", mosaic_gpu.attend, hopper, _of_tensors(mosaic_gpu.supports)),  # benchmarks/results/attend.jsonl
+    Implementation("mosaic_tpu", mosaic_tpu.attend, tpu, _of_tensors(mosaic_tpu.supports)),
     Implementation("xla", xla.attend),
 )
