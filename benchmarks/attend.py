@@ -12,21 +12,18 @@ backward 1.93 and 2.08 at 8K, 13.10 and 13.13 at 32K.
 """
 
 import argparse
-import json
 import statistics
-import subprocess
 import time
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.record import add_commit, record
 from pallas_kernels.attend import Mask, mosaic_gpu, reference, xla
 from pallas_kernels.testing.parity import rel_rms
 
-RESULTS = Path(__file__).parent / "results" / "attend.jsonl"
 WINDOW, HEADS, KEY_HEADS, WIDTH = 8192, 16, 2, 128
 
 
@@ -61,7 +58,7 @@ def with_backward(function, q, k, v):
     return pull(out)
 
 
-def errors(function, length: int = 1500, window: int = 400) -> list[float]:
+def errors(function, length: int = 1500, window: int = 400) -> dict[str, float]:
     """Relative RMS errors of out, dq, dk and dv."""
     inputs = draw(length)
     exact = partial(ours, reference.attend, window)
@@ -71,7 +68,8 @@ def errors(function, length: int = 1500, window: int = 400) -> list[float]:
         return jax.jit(lambda *a: (function(*a), *with_backward(function, *a)))(*arrays)
 
     pairs = zip(run(partial(function, window), jnp.bfloat16), run(exact, jnp.float32), strict=True)
-    return [round(rel_rms(np.asarray(a, np.float32), b), 5) for a, b in pairs]
+    names = ("out", "d_q", "d_k", "d_v")
+    return {n: round(rel_rms(np.asarray(a, np.float32), b), 5) for n, (a, b) in zip(names, pairs, strict=True)}
 
 
 def milliseconds(function, inputs, calls: int, repeats: int = 20) -> dict[str, float]:
@@ -97,11 +95,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
+    add_commit(parser)
     options = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     shared = {"op": "attend", "heads": [HEADS, KEY_HEADS], "width": WIDTH, "window": WINDOW, "dtype": "bfloat16"}
-    shared |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "commit": commit}
-    lines = []
     for name in options.implementations:
         function = IMPLEMENTATIONS[name]
         found = errors(function)
@@ -111,11 +107,7 @@ def main() -> None:
             for work, call in {"forward": one, "forward+backward": partial(with_backward, one)}.items():
                 took = milliseconds(call, inputs, calls)
                 result = {"implementation": name, "work": work, "length": length, "ms": took, "errors": found}
-                lines.append(json.dumps(shared | result))
-                print(f"{name:10} {work:16} {length:7} {took['median']:9.4f} ms, errors {found}", flush=True)
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write("\n".join(lines) + "\n")
+                record("attend", options.commit, shared | result)
 
 
 if __name__ == "__main__":
