@@ -102,7 +102,15 @@ def _backward(interpret, residuals, cts):
             queries, keys, chunks.w.astype(dtype), ct_out.astype(dtype), rows, ct_last, _heads(k, v), interpret
         )
 
-    return xla._backward((*inputs, sum(x.astype(f32) for x in parts), states), cts, size, back)
+    return xla._backward((*inputs, sum(x.astype(f32) for x in parts), states), cts, size, back, _all_states)
+
+
+def _all_states(chunks, states, how):
+    """The states before all chunks; `states` are those before every second."""
+    pairs = chunks.decay.shape[0] // 2
+    _, second = xla._outputs(jax.tree.map(lambda x: x[: 2 * pairs : 2], chunks), states[:pairs], how)
+    both = jnp.stack([states[:pairs], second.astype(states.dtype)], axis=1)
+    return jnp.concatenate([both.reshape(2 * pairs, *states.shape[1:]), states[pairs:]])
 
 
 _delta_rule.defvjp(_forward, _backward)

@@ -9,21 +9,22 @@ from jax import lax
 from pallas_kernels.gated_delta_rule.mosaic_tpu_gates import Gates
 from pallas_kernels.gated_delta_rule.mosaic_tpu_products import bf16, dot, dot_halves, halves
 
+BASE = 16  # rows of a diagonal block that is inverted by substitution
+
 
 def inverse(k: jax.Array, rows: jax.Array, heads: int, full: bool, interpret) -> tuple[jax.Array, ...]:
     """T [chunks, batch, heads, C, C] of k [chunks, batch, heads, C, K] and `gate_rows`. With float32 k: (T,). With bfloat16 k: T
     rounded to bfloat16 and, if `full`, what the rounding left, in bfloat16."""
     chunks, batch, all_heads, size, _ = k.shape
-    narrow = k.dtype == bf16
+    narrow, block = k.dtype == bf16, range(heads)
     count = 2 if narrow and full else 1
 
     def kernel(k_ref, rows_ref, *out_refs):
-        for h in range(heads):
-            key = k_ref[h]
-            gates = Gates(rows_ref[h])
-            a = gates.beta * dot(key, key, (1, 1)) * gates.between()
-            t = unit_lower_inverse(a, narrow)
-            for ref, part in zip(out_refs, halves(t)[:count] if narrow else (t,), strict=True):
+        gates = [Gates(rows_ref[h]) for h in block]
+        grams = [dot(k_ref[h], k_ref[h], (1, 1)) for h in block]
+        inverses = unit_lower_inverses([gates[h].beta * grams[h] * gates[h].between() for h in block], narrow)
+        for h in block:
+            for ref, part in zip(out_refs, inverses[h][:count], strict=True):
                 ref[h] = part
 
     def spec(x):
@@ -42,20 +43,52 @@ def inverse(k: jax.Array, rows: jax.Array, heads: int, full: bool, interpret) ->
     )(k, rows)
 
 
-def unit_lower_inverse(a, narrow: bool):
-    """(I + strictly lower part of a)^-1 for a [C, C] float32, C a power of two; three bfloat16 passes a product if `narrow`."""
-    size = a.shape[0]
-    row, column = (lax.broadcasted_iota(jnp.int32, a.shape, axis) for axis in (0, 1))
+def unit_lower_inverses(matrices, narrow: bool) -> list[tuple]:
+    """(I + strictly lower part of a)^-1 for each a [C, C] float32, C a multiple of BASE: as halves if `narrow`, else (inverse,).
 
-    def joins(level):
-        return (row >> (level + 1) == column >> (level + 1)) & (row >> level > column >> level)
+    Step by step for all of them at once, for each step waits for the one before.
+    """
+    size = matrices[0].shape[0]
+    split, multiply = (halves, dot_halves) if narrow else (lambda x: (x,), lambda a, b: dot(a[0], b[0]))
+    count = size // BASE
+    row, lane = (lax.broadcasted_iota(jnp.int32, (BASE, size), axis) for axis in (0, 1))
+    slabs = [[x[BASE * s : BASE * (s + 1)] for s in range(count)] for x in matrices]  # [matrix][slab] of BASE rows
 
-    x = jnp.where(row == column, 1.0, 0.0) - jnp.where(joins(0), a, 0.0)
-    for level in range(1, size.bit_length() - 1):
-        s = jnp.where(joins(level), a, 0.0)
-        if narrow:
-            parts = halves(x)
-            x = x - dot_halves(parts, halves(dot_halves(halves(s), parts)))
-        else:
-            x = x - dot(x, dot(s, x))
-    return x
+    # The diagonal blocks side by side, [BASE, C], inverted by substitution.
+    blocks = [sum(jnp.where(lane // BASE == s, slab, 0.0) for s, slab in enumerate(x)) for x in slabs]
+    blocks = [jnp.where(row > lane % BASE, x, 0.0) for x in blocks]
+    inverses = [jnp.where(row == lane % BASE, 1.0, 0.0)] * len(matrices)
+    for m in range(BASE - 1):
+        spread = [jnp.take_along_axis(x, lane // BASE * BASE + m, axis=1) for x in blocks]
+        inverses = [x - y * x[m : m + 1] for x, y in zip(inverses, spread, strict=True)]
+    inverses = [[jnp.where(lane // BASE == s, x, 0.0) for s in range(count)] for x in inverses]
+    parts = [[split(slab) for slab in x] for x in inverses]
+
+    half = BASE
+    while half < size:
+        lower = [s for s in range(count) if s * BASE // half % 2]
+        joint = {s: lane // half == s * BASE // half - 1 for s in lower}
+        joints = [[split(jnp.where(joint[s], x[s], 0.0)) for s in lower] for x in slabs]
+        right = [multiply(_stack(x), _stack(y)) for x, y in zip(joints, parts, strict=True)]
+        right = [_spread(split(x), lower, count) for x in right]
+        joints = [multiply(_stack([x[s] for s in lower]), y) for x, y in zip(parts, right, strict=True)]
+        for x, known, z in zip(inverses, parts, joints, strict=True):
+            for place, s in enumerate(lower):
+                x[s] = jnp.where(joint[s], -z[BASE * place : BASE * (place + 1)], x[s])
+                known[s] = split(x[s])
+        half *= 2
+    return [_stack(x) for x in parts]
+
+
+def _stack(slabs) -> tuple:
+    return tuple(jnp.concatenate(x) for x in zip(*slabs, strict=True))
+
+
+def _spread(parts, lower, count) -> tuple:
+    """Slabs of `parts` at the places `lower` of `count`, zeros elsewhere."""
+
+    def spread(x):
+        zeros = jnp.zeros((BASE, x.shape[1]), x.dtype)
+        return jnp.concatenate([x[BASE * lower.index(s) :][:BASE] if s in lower else zeros for s in range(count)])
+
+    return tuple(map(spread, parts))

@@ -101,10 +101,12 @@ def _compile_and_read(module: str, build: str, chip: str, arguments: dict, folde
 
     function, shapes = getattr(importlib.import_module(module), build)(**arguments)
     devices = topologies.get_topology_desc(TOPOLOGIES[chip], platform="tpu").devices
-    place = NamedSharding(Mesh(np.array(devices[:1]), ("one",)), PartitionSpec())
+    mesh = Mesh(np.array(devices[:1]), ("one",))
+    place = NamedSharding(mesh, PartitionSpec())
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
-    traced = jax.jit(function).trace(*shapes)
-    hlo = traced.lower().compile().as_text()
+    with jax.set_mesh(mesh):  # tells the kernels' lowering the chip
+        traced = jax.jit(function).trace(*shapes)
+        hlo = traced.lower().compile().as_text()
     kernels = {}
     for kernel in _kernels(traced.jaxpr.jaxpr):
         if kernels.setdefault(kernel["name"], kernel) != kernel:

@@ -1,0 +1,82 @@
+"""Programs whose static score for TPU is recorded: functions with the shapes to compile them for, by arguments that JSON can carry.
+
+A kernel that is to be scored gets a builder here, or in a module of its own, and a line in `benchmarks.tpu_scores`.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.gated_delta_rule import mosaic_tpu, xla
+from pallas_kernels.gated_delta_rule.mosaic_tpu_gates import ROWS
+from pallas_kernels.gated_delta_rule.mosaic_tpu_inverse import inverse
+from pallas_kernels.gated_delta_rule.mosaic_tpu_walk import walk
+from pallas_kernels.gated_delta_rule.mosaic_tpu_walk_back import walk_back
+
+f32, i32 = jnp.float32, jnp.int32
+
+
+def gdn_kernel(
+    kernel: str, length: int = 8192, heads: int = 16, widths: tuple[int, int] = (128, 256), dtype: str = "bfloat16", save: bool = True
+) -> tuple[Callable, tuple]:
+    """One kernel of the gated delta rule ("inverse", "walk" or "walk_back") as it runs for one sequence, with all that training needs
+    (`save`) or without."""
+    size = mosaic_tpu._chunk_size(length)
+    chunks, (key, value) = -(-length // size), widths
+
+    def chunked(*shape, kind=dtype):
+        return jax.ShapeDtypeStruct((chunks, 1, heads, *shape), kind)
+
+    keys, values, t, rows = chunked(size, key), chunked(size, value), chunked(size, size), chunked(ROWS, size, kind=f32)
+    state = jax.ShapeDtypeStruct((1, heads, key, value), f32)
+    block = mosaic_tpu._heads(jnp.empty((1, 1, heads, key), dtype), jnp.empty((1, 1, heads, value), dtype))
+    match kernel:
+        case "inverse":
+            return lambda *x: inverse(*x, block, save, False), (keys, rows)
+        case "walk":
+            return lambda *x: walk(*x, block, save, False), (keys, keys, values, t, rows, state)
+        case "walk_back":
+            return lambda *x: walk_back(*x, block, False), (keys, keys, keys, values, rows, state)
+    raise ValueError(f"no kernel {kernel!r}: inverse, walk or walk_back")
+
+
+def gdn_op(implementation: str, gradient: bool, length: int = 8192, heads: int = 16, dtype: str = "bfloat16") -> tuple[Callable, tuple]:
+    """The whole op for one packed sequence, K 128 and V 256, with an initial state; with gradients in its first six arguments if asked.
+
+    implementation: "mosaic_tpu", "xla", or "scan_and_solve": xla's with the inverse by `solve_triangular`.
+    """
+    run = {"mosaic_tpu": mosaic_tpu.gated_delta_rule, "xla": xla.gated_delta_rule, "scan_and_solve": _scan_and_solve}[implementation]
+
+    def both(*arguments):
+        results, pull = jax.vjp(lambda *x: run(*x, *arguments[6:8]), *arguments[:6])
+        return results, pull(arguments[8:])
+
+    def tokens(*rest, kind=dtype):
+        return jax.ShapeDtypeStruct((1, length, *rest), kind)
+
+    state = jax.ShapeDtypeStruct((1, heads, 128, 256), f32)
+    inputs = (tokens(heads, 128), tokens(heads, 128), tokens(heads, 256), tokens(heads, kind=f32), tokens(heads, kind=f32), state)
+    others = (tokens(kind=i32), tokens(kind=i32))
+    return (both, (*inputs, *others, tokens(heads, 256), state)) if gradient else (run, (*inputs, *others))
+
+
+@jax.custom_vjp
+def _scan_and_solve(q, k, v, g, beta, initial_state, index, segment):
+    return _scan_and_solve_forward(q, k, v, g, beta, initial_state, index, segment)[0]
+
+
+def _scan_and_solve_forward(q, k, v, g, beta, initial_state, index, segment):
+    def invert(a):
+        eye = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
+        return jax.scipy.linalg.solve_triangular(eye + a, eye, lower=True, unit_diagonal=True)
+
+    how = xla._products(q, k, v)
+    chunks = xla._prepare(q, k, v, g, beta, index, segment, how, xla.CHUNK, invert)
+    states, last = xla._walk(chunks, initial_state, how.state)
+    out, _ = xla._outputs(chunks, states, how)
+    results = xla._join(out.astype(v.dtype), k.shape[1]), xla._kept(initial_state, last, index)
+    return results, (q, k, v, g, beta, index, segment, chunks.inverse, states)
+
+
+_scan_and_solve.defvjp(_scan_and_solve_forward, lambda kept, cts: xla._backward(kept, cts, xla.CHUNK, xla._walk_back))
