@@ -1,0 +1,262 @@
+"""One token of each sequence through the mixers alone, without their projections, on one GPU: ours for Hopper, its
+definition in XLA, and the separate operations that the layers are made of.
+
+    python -m benchmarks.decode                    # about a minute on an H100; appends to benchmarks/results/decode.jsonl
+    python -m benchmarks.decode --batches 1 --ops attend
+
+Sizes of the 4.4 B model, bfloat16: 27 Gated DeltaNet layers, each with its own state, or 9 window layers with full rings,
+in one program of several tokens, a layer's output being the next one's gate or query; states are updated in place and
+come from memory, for together they are larger than the L2 cache. Errors first (relative RMS of out, and of the memory,
+against float64 on the same bfloat16 numbers), then the time of a layer: the median of 10 programs, and, from the
+profiler, the time that its kernels run and how many they are.
+
+Seen on an H100 80GB HBM3, JAX 0.11.2, 2026-11-22: window attention 7.9 us of kernels at batch 1 and 28.0 at batch 8
+(2.4 TB/s), errors 0.2 and 0.1 %.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.record import add_commit, record
+from infinitevl_jax.model.attention import KeyValueRing, slot_index, write
+from infinitevl_jax.model.deltanet import l2_normalize
+from pallas_kernels.attend import Mask, attend, decode_mosaic_gpu, merge
+from pallas_kernels.attend import decode as attend_decode
+from pallas_kernels.causal_conv import causal_conv
+from pallas_kernels.gated_delta_rule import decode as delta_decode
+from pallas_kernels.gated_delta_rule import decode_mosaic_gpu as delta_mosaic_gpu
+from pallas_kernels.gated_delta_rule import gated_delta_rule
+from pallas_kernels.testing.parity import rel_rms
+
+HEADS, KEYS, VALUES, EPS = 16, 128, 256, 1e-5
+Q_HEADS, KEY_HEADS, WIDTH, WINDOW = 16, 2, 128, 8192
+LAYERS = {"gated_delta_rule": 27, "attend": 9}
+
+bf16 = jnp.bfloat16
+
+
+def delta_layers(inputs, weights, state, index, eps):
+    """The operations of `infinitevl_jax.model.deltanet`, one after the other."""
+    index, batch = index[:, None], len(index)
+    segment = jnp.zeros_like(index)
+
+    def convolve(x, weight, tail):
+        y, tail = causal_conv(x[:, None], weight, tail, index, segment)
+        return y.reshape(batch, 1, HEADS, -1), tail
+
+    q, q_tail = convolve(inputs.q, weights.q_conv, state.q_tail)
+    k, k_tail = convolve(inputs.k, weights.k_conv, state.k_tail)
+    v, v_tail = convolve(inputs.v, weights.v_conv, state.v_tail)
+    q, k = (l2_normalize(q) * KEYS**-0.5).astype(q.dtype), l2_normalize(k).astype(k.dtype)
+    a, b, rate, bias = (x.astype(jnp.float32) for x in (inputs.a, inputs.b, weights.A_log, weights.dt_bias))
+    g = (-jnp.exp(rate) * jax.nn.softplus(a + bias))[:, None]
+    out, memory = gated_delta_rule(q, k, v, g, jax.nn.sigmoid(b)[:, None], state.memory, index, segment)
+    wide = out.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps) * weights.norm.astype(jnp.float32)
+    out = (wide.reshape(batch, -1) * jax.nn.silu(inputs.gate.astype(jnp.float32))).astype(out.dtype)
+    return out, delta_decode.State(memory, q_tail, k_tail, v_tail)
+
+
+def attend_layers(q, k, v, ring, index, window, scale):
+    """The operations of `infinitevl_jax.model.attention`, one after the other."""
+    index, length = index[:, None], jnp.maximum(index, 0)
+    q, k, v = q[:, None], k[:, None], v[:, None]
+    segment = jnp.zeros_like(index)
+    own = attend(q, k, v, index, index, segment, segment, mask=Mask(window=window, aligned=True), scale=scale)
+    held = slot_index(length, ring.k.shape[1])
+    cached = attend(q, ring.k, ring.v, index, held, None, None, mask=Mask(window=window), scale=scale)
+    ring = write(KeyValueRing(*ring), k, v, index)
+    return merge(*own, *cached)[0][:, 0], attend_decode.Ring(*ring)
+
+
+IMPLEMENTATIONS = {
+    "gated_delta_rule": {"mosaic_gpu": delta_mosaic_gpu.step, "xla": delta_decode.step, "layers": delta_layers},
+    "attend": {"mosaic_gpu": decode_mosaic_gpu.step, "xla": attend_decode.step, "layers": attend_layers},
+}
+
+
+def draw_delta(batch: int, seed: int):
+    """Inputs, weights and state of a layer."""
+    keys = iter(jax.random.split(jax.random.key(seed), 16))
+
+    def normal(*shape, dtype=bf16, scale=1.0):
+        return (scale * jax.random.normal(next(keys), shape)).astype(dtype)
+
+    widths = HEADS * KEYS, HEADS * KEYS, HEADS * VALUES
+    inputs = delta_decode.Inputs(*(normal(batch, n) for n in (*widths, HEADS * VALUES, HEADS, HEADS)))
+    convolutions = (normal(4, n, scale=0.5) for n in widths)
+    weights = delta_decode.Weights(*convolutions, normal(HEADS), normal(HEADS) - 4, 1 + normal(VALUES, scale=0.2))
+    memory = normal(batch, HEADS, KEYS, VALUES, dtype=jnp.float32, scale=0.3)
+    return inputs, weights, delta_decode.State(memory, *(normal(batch, 3, n) for n in widths))
+
+
+def draw_attend(batch: int, seed: int):
+    """q, k, v and a ring."""
+    keys = iter(jax.random.split(jax.random.key(seed), 5))
+    q, k, v = (jax.random.normal(next(keys), (batch, n, WIDTH), bf16) for n in (Q_HEADS, KEY_HEADS, KEY_HEADS))
+    ring = (jax.random.normal(next(keys), (batch, WINDOW, KEY_HEADS, WIDTH), bf16) for _ in range(2))
+    return q, k, v, attend_decode.Ring(*ring)
+
+
+def in_float64(step):
+    """`step` on the same numbers in float64; takes and returns arrays on the device."""
+
+    def widen(x):
+        return x if x.dtype == jnp.int32 else x.astype(jnp.float64)
+
+    wide = jax.jit(lambda *args: step(*jax.tree.map(widen, args)))
+
+    def run(*args):
+        with jax.enable_x64(True):
+            return wide(*args)
+
+    return run
+
+
+def check_same(got, want, rows=slice(None)) -> None:
+    """Raise unless these rows of all arrays are equal."""
+    with jax.enable_x64(True):
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert (a[rows].astype(b.dtype) == b[rows]).all()
+
+
+def error(got, want, rows) -> float:
+    return round(rel_rms(np.asarray(got, np.float64)[rows], np.asarray(want)[rows]), 6)
+
+
+def delta_errors(step, batch: int) -> dict[str, float]:
+    """Two tokens, every third sequence standing still with poisoned inputs; tails and still sequences must be exact."""
+    inputs, weights, state = draw_delta(batch, seed=1)
+    index = jnp.where(jnp.arange(batch) % 3 == 1, -1, 5)
+    still = np.asarray(index) < 0
+    poisoned, clean = (jax.tree.map(lambda x, bad=bad: jnp.where(index[:, None] < 0, bad, x), inputs) for bad in (jnp.nan, 0))
+    poisoned = poisoned._replace(gate=inputs.gate)  # the layers multiply by it last of all
+
+    def twice(step, inputs, weights, state, index):
+        out, state = step(inputs, weights, state, index, EPS)
+        return step(inputs._replace(gate=inputs.gate + out), weights, state, index, EPS)
+
+    want, want_state = in_float64(partial(twice, delta_decode.step))(clean, weights, state, index)
+    out, new = jax.jit(partial(twice, step))(poisoned, weights, state, index)
+    check_same(new, state, still)
+    check_same(new[1:], want_state[1:])
+    assert not out[still].any()
+    return {"out": error(out, want, ~still), "memory": error(new.memory, want_state.memory, ~still)}
+
+
+def attend_errors(step, batch: int) -> dict[str, float]:
+    """Rings empty, partly filled, about to be full and wrapped, some sequences still; the new ring must be exact. A batch of
+    one is tried with all lengths in turn; the worst counts."""
+    lengths = [8192, 0, -1, 5, 4000, 8191, 8193, 20000, 127, 128, 129, 100000]
+    q, k, v, ring = draw_attend(batch, seed=1)
+    run, truth = (wrap(lambda *a, f=f: f(*a, WINDOW, WIDTH**-0.5)) for wrap, f in ((jax.jit, step), (in_float64, attend_decode.step)))
+    found = []
+    for shift in range(len(lengths) if batch == 1 else 1):
+        index = jnp.asarray([lengths[(i + shift) % len(lengths)] for i in range(batch)], jnp.int32)
+        still = np.asarray(index) < 0
+        clean, dirty = ([jnp.where(index[:, None, None] < 0, bad, x) for x in (q, k, v)] for bad in (0, jnp.nan))
+        want, want_ring = truth(*clean, ring, index)
+        out, new = run(*dirty, ring, index)
+        check_same(new, want_ring)
+        assert not out[still].any()
+        found += [] if still.all() else [error(out, want, ~still)]
+    return {"out": max(found)}
+
+
+def delta_program(step, batch: int, tokens: int):
+    """A jitted program of `tokens` tokens through all layers, and its arguments; the first is given away and returned."""
+    drawn = [draw_delta(batch, seed) for seed in range(LAYERS["gated_delta_rule"])]
+    inputs, weights, states = (list(x) for x in zip(*drawn, strict=True))
+    index = jnp.full(batch, 9000, jnp.int32)
+
+    def program(states, gate, inputs, weights, index):
+        def token(i, carry):
+            states, gate = carry
+            new = []
+            for layer, state in enumerate(states):
+                gate, state = step(inputs[layer]._replace(gate=gate), weights[layer], state, index + i, EPS)
+                new.append(state)
+            return new, gate
+
+        return jax.lax.fori_loop(0, tokens, token, (states, gate))
+
+    return jax.jit(program, donate_argnums=0), (states, inputs[0].gate, inputs, weights, index)
+
+
+def attend_program(step, batch: int, tokens: int):
+    drawn = [draw_attend(batch, seed) for seed in range(LAYERS["attend"])]
+    q, k, v, rings = (list(x) for x in zip(*drawn, strict=True))
+    index = jnp.full(batch, 9000, jnp.int32)
+
+    def program(rings, q, k, v, index):
+        def token(i, carry):
+            rings, q = carry
+            new = []
+            for layer, ring in enumerate(rings):
+                q, ring = step(q, k[layer], v[layer], ring, index + i, WINDOW, WIDTH**-0.5)
+                new.append(ring)
+            return new, q
+
+        return jax.lax.fori_loop(0, tokens, token, (rings, q))
+
+    return jax.jit(program, donate_argnums=0), (rings, q[0], k, v, index)
+
+
+def times(make, step, batch: int, layers: int, repeats: int = 10) -> dict:
+    """Of one layer and token: wall time in microseconds, time of its kernels, and their number."""
+    tokens = max(2, 32 // batch)
+    run, (state, carry, *rest) = make(step, batch, tokens)
+
+    def again():
+        nonlocal state, carry
+        state, carry = run(state, carry, *rest)
+        jax.block_until_ready(carry)
+
+    again()
+    again()
+    walls = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        again()
+        walls.append((time.perf_counter() - start) / tokens / layers * 1e6)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            again()
+        file = next(Path(folder).rglob("*.xplane.pb"))
+        data = jax.profiler.ProfileData.from_file(str(file))
+    kernels = [e for plane in data.planes if "GPU" in plane.name for line in plane.lines if "Stream" in line.name for e in line.events]
+    per = tokens * layers
+    found = {name: round(of(walls), 2) for name, of in (("median", statistics.median), ("min", min), ("max", max))}
+    return {"us": found, "kernel_us": round(sum(e.duration_ns for e in kernels) / 1e3 / per, 2), "kernels": round(len(kernels) / per, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ops", nargs="+", choices=LAYERS, default=list(LAYERS))
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS["attend"], default=list(IMPLEMENTATIONS["attend"]))
+    add_commit(parser)
+    options = parser.parse_args()
+    sizes = {"gated_delta_rule": [HEADS, KEYS, VALUES], "attend": [Q_HEADS, KEY_HEADS, WIDTH, WINDOW]}
+    errors = {"gated_delta_rule": delta_errors, "attend": attend_errors}
+    programs = {"gated_delta_rule": delta_program, "attend": attend_program}
+    for op in options.ops:
+        for name in options.implementations:
+            step = IMPLEMENTATIONS[op][name]
+            for batch in options.batches:
+                found = errors[op](step, batch)
+                took = times(programs[op], step, batch, LAYERS[op])
+                case = {"op": f"{op}, token step", "dtype": "bfloat16", "sizes": sizes[op], "implementation": name, "batch": batch}
+                record("decode", options.commit, case | took | {"errors": found})
+
+
+if __name__ == "__main__":
+    main()
