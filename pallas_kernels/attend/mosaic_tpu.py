@@ -43,21 +43,25 @@ class Tuning:
     keys: Block
 
 
-WIDE = Tuning(Block(512, 1024, 4), Block(512, 1024, 2), Block(512, 1024, 2))
-NARROW = Tuning(Block(128, 128, 16), Block(128, 128, 16), Block(128, 128, 16))
+WIDE = Tuning(Block(1024, 1024, 8), Block(1024, 1024, 8), Block(1024, 1024, 8))
+NARROW = Tuning(Block(128, 128, 16), Block(128, 128, 16), Block(128, 128, 16))  # windows up to one register wide
+LEAST = 256  # rows and keys that a narrower window cuts a block down to
 
 
 def tuned(q_length: int, k_length: int, mask: Mask, dtype) -> Tuning:
-    """The steps for a case, by static score: python -m benchmarks.tpu_scores."""
-    if mask.aligned and mask.window is not None and mask.window <= LANES and not mask.sinks:
-        tuning = NARROW
-    else:
-        tuning = WIDE
-    bytes_ratio = jnp.dtype(dtype).itemsize // 2
+    """The steps for a case; the table is by static score: python -m benchmarks.attend_tpu."""
+    window = mask.window if mask.aligned and not mask.sinks else None
+    tuning = NARROW if window is not None and window <= LANES else WIDE
+
+    def share(length, most):
+        """Even shares of at most `most` rows, that fill registers."""
+        if window is not None and window > LANES:
+            most = min(most, max(LEAST, up(window // 2, LANES)))  # larger blocks would mostly hold keys out of reach
+        return up(-(-length // -(-length // most)), LANES)
 
     def fit(block):
-        rows, keys = (min(most, up(length, LANES)) for most, length in ((block.rows, q_length), (block.keys, k_length)))
-        return Block(rows, max(LANES, keys // bytes_ratio // LANES * LANES), block.heads)
+        rows, keys = (max(LANES, most * 2 // jnp.dtype(dtype).itemsize) for most in (block.rows, block.keys))  # as many bytes
+        return Block(share(q_length, rows), share(k_length, keys), block.heads)
 
     return Tuning(fit(tuning.forward), fit(tuning.queries), fit(tuning.keys))
 

@@ -80,7 +80,7 @@ def backward_keys(
 
         @pl.when(flags & MASKED != 0)
         def _masked():
-            add(see(ranges_ref, numbers_ref, sinks, segments))
+            add(see(ranges_ref, numbers_ref, sinks, segments, by_key=True))
 
         @pl.when((flags & LAST != 0) & (part == parts - 1))
         def _end():

@@ -16,6 +16,7 @@ Traffic: q and out once; k and v once per block of `rows` queries and of `heads`
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.attend.mosaic_tpu_plan import BLIND, FIRST, FLAG_BITS, LAST, MASKED, WHOLE, Visits
 
 LANES = 128
+PART = 256  # rows whose scores are softened while those of the next are multiplied
 LOWEST = -1e30  # running maximum before the first key: finite, so that -inf - LOWEST is no NaN
 VMEM = 48 << 20  # bytes a kernel may use
 
@@ -71,17 +73,24 @@ def forward(
             @pl.loop(0, q_heads)
             def _(h):
                 mine, theirs = lanes(h), lanes(lax.div(h * k_heads, q_heads) if k_heads > 1 else 0)
-                scores = dot(q_ref[:, mine], k_ref[:, theirs], (1, 1)) * log2_scale
-                if seen is not None:
-                    scores = jnp.where(seen, scores, -jnp.inf)
-                old = top_ref[h]
-                new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
-                weights = jnp.exp2(scores - jnp.tile(new, (1, keys // LANES)))
-                factor = jnp.exp2(old - new)
-                top_ref[h] = new
-                sum_ref[h] = sum_ref[h] * factor + sum(weights[:, i : i + LANES] for i in range(0, keys, LANES))
-                more = dot(weights.astype(v_ref.dtype), v_ref[:, theirs], (1, 0))
-                acc_ref[h] = acc_ref[h] * factor + more
+
+                def weigh(part):
+                    return dot(q_ref[part, mine], k_ref[:, theirs], (1, 1)) * log2_scale
+
+                def soften(part, scores):
+                    if seen is not None:
+                        scores = jnp.where(seen[part], scores, -jnp.inf)
+                    old = top_ref[h, part]
+                    new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
+                    weights = jnp.exp2(scores - jnp.tile(new, (1, keys // LANES)))
+                    factor = jnp.exp2(old - new)
+                    top_ref[h, part] = new
+                    total = sum(weights[:, i : i + LANES] for i in range(0, keys, LANES))
+                    sum_ref[h, part] = sum_ref[h, part] * factor + total
+                    more = dot(weights.astype(v_ref.dtype), v_ref[:, theirs], (1, 0))
+                    acc_ref[h, part] = acc_ref[h, part] * factor + more
+
+                in_turn(weigh, soften, rows)
 
         @pl.when(flags & WHOLE != 0)
         def _whole():
@@ -97,12 +106,12 @@ def forward(
 
             @pl.loop(0, q_heads)
             def _(h):
-                total = jnp.sum(sum_ref[h], axis=1, keepdims=True)
-                some = live & (total > 0)
-                inverse = jnp.where(some, 1 / jnp.where(some, total, 1), 0)
+                total = jnp.where(live, jnp.sum(sum_ref[h], axis=1, keepdims=True), 0)
+                some = total > 0
+                inverse = 1 / jnp.where(some, total, 1)
                 out_ref[:, lanes(h)] = jnp.where(some, acc_ref[h] * inverse, 0).astype(out_ref.dtype)
-                lse = jnp.where(some, top_ref[h] * math.log(2) + jnp.log(jnp.where(some, total, 1)), -jnp.inf)
-                lse_ref[0, pl.ds(h, 1)] = lse.T[:1]
+                total, top = jnp.broadcast_to(total, (rows, LANES)).T[:1], top_ref[h].T[:1]
+                lse_ref[0, pl.ds(h, 1)] = jnp.where(total > 0, top * math.log(2) + jnp.log(total), -jnp.inf)
 
     steps = (query_heads // q_heads, visits.count)
 
@@ -142,23 +151,33 @@ def forward(
     return out, lse.reshape(query_heads, -1)
 
 
-def see(ranges_ref, numbers_ref, sinks: int, segments: bool) -> jax.Array:
-    """[rows, keys] booleans. Of either reference, one is a column of each item, the other a row: their order is free."""
-    ranges = [column(ranges_ref, i) for i in range(3)]
-    numbers = [column(numbers_ref, i) for i in range(2)]
-    low, high, number = ranges[0], ranges[1], numbers[0]
+def in_turn(before: Callable, after: Callable, rows: int) -> None:
+    """after(part, before(part)) for each part of the rows, in an order that lets the compiler run `before` of a part, which
+    is a product, beside `after` of the part before it, most of which is not: it keeps close to the order of the program."""
+    parts = [slice(i, min(i + PART, rows)) for i in range(0, rows, PART)]
+    ready = before(parts[0])
+    for part, following in zip(parts, [*parts[1:], None], strict=True):
+        coming = before(following) if following else None
+        after(part, ready)
+        ready = coming
+
+
+def see(ranges_ref, numbers_ref, sinks: int, segments: bool, by_key: bool = False) -> jax.Array:
+    """Who sees whom: [rows, keys] booleans, or by_key [keys, rows]. What leads is a reference [n, 8], with a column for
+    each item, the other one [8, n]."""
+
+    def items(ref, count, leads):
+        return [ref[:, i : i + 1] if leads else ref[i : i + 1, :] for i in range(count)]
+
+    low, high, q_segment = items(ranges_ref, 3, not by_key)
+    number, k_segment = items(numbers_ref, 2, by_key)
     near = number >= low
     if sinks:
         near |= number < sinks
     seen = near & (number <= high)
     if segments:
-        seen &= ranges[2] == numbers[1]
+        seen &= q_segment == k_segment
     return seen
-
-
-def column(ref, i: int) -> jax.Array:
-    """Item i of a reference [n, 8] as [n, 1], or of one [8, n] as [1, n]."""
-    return ref[i : i + 1, :] if ref.shape[0] == 8 else ref[:, i : i + 1]
 
 
 def lanes(head: jax.Array | int) -> pl.Slice:
