@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.gated_delta_rule import mosaic_gpu_forward, xla
+from pallas_kernels.gated_delta_rule import mosaic_gpu_backward, mosaic_gpu_forward, xla
 from pallas_kernels.gated_delta_rule.mosaic_gpu_chunks import CHUNK, KEY
 from pallas_kernels.gated_delta_rule.mosaic_gpu_walk import WIDTH
 from pallas_kernels.runs import sequence_runs
@@ -109,11 +109,16 @@ def _delta_rule_forward(q, k, v, g, beta, initial_state, index, segment):
 def _delta_rule_backward(residuals, cts):
     q, k, v, g, beta, initial_state, index, segment, inverse, states = residuals
     length = k.shape[1]
-    tokens = _whole_chunks(q, k, v, g, beta, index, segment)
-    inverse, states = (jnp.moveaxis(x, 2, 0) for x in (inverse, states))
-    ct_out = jnp.pad(cts[0], [(0, 0), (0, -length % CHUNK), (0, 0), (0, 0)])
-    *cts, ct_initial, _, _ = xla._delta_rule_backward((*tokens, inverse.astype(f32), states), (ct_out, cts[1]))
-    return *(x[:, :length] for x in cts), None if initial_state is None else ct_initial, None, None
+    d_out = jnp.pad(cts[0], [(0, 0), (0, -length % CHUNK), (0, 0), (0, 0)])
+    q, k, v, g, beta, index, segment = _whole_chunks(q, k, v, g, beta, index, segment)
+    valid = None if index is None else index >= 0
+    q, k, v, g, beta, d_out = (xla._without_pads(x, valid) for x in (q, k, v, g, beta, d_out))
+    g, beta = jnp.maximum(g, FLOOR).swapaxes(1, 2), beta.swapaxes(1, 2)
+    runs = None if segment is None else sequence_runs(index, segment)
+    found = mosaic_gpu_backward.backward(q, k, v, g, beta, runs, inverse, states, d_out, cts[1].astype(f32))
+    *wide, d_g, d_beta, d_initial = found
+    d_g, d_beta = (xla._without_pads(x.swapaxes(1, 2), valid) for x in (d_g, d_beta))
+    return *(x[:, :length] for x in (*wide, d_g, d_beta)), None if initial_state is None else d_initial, None, None
 
 
 _delta_rule.defvjp(_delta_rule_forward, _delta_rule_backward)

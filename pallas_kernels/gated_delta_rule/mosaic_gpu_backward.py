@@ -29,11 +29,13 @@ def backward(
     """dq, dk, dv in bfloat16, dg and dbeta [B, H, T] float32, and the initial state's gradient [B, H, 128, V] float32.
 
     q, k: [B, T, H, 128], v, d_out: [B, T, H, V], bfloat16, zero at pads, T and V multiples of 64. g, beta: [B, H, T] float32, finite, zero
-    at pads. runs: [B, T] int32 from `sequence_runs`, None if no row is packed. inverse [B, H, N, 1 or 2, 64, 64] bfloat16, T or the two
-    that add up to it, and states [B, H, N, 128, V] bfloat16: as kept by `forward`. d_last: [B, H, 128, V] float32.
+    at pads. runs: [B, T] int32 from `sequence_runs`, None if no row is packed. inverse [B, H, N, 64, 64] bfloat16, T, or
+    [B, H, N, 2, 64, 64], two that add up to it, and states [B, H, N, 128, V] bfloat16: as kept by `forward`. d_last: [B, H, 128, V]
+    float32.
 
     At pads dg is not zero.
     """
+    inverse = inverse.reshape(*inverse.shape[:3], -1, CHUNK, CHUNK)
     vectors = gate_vectors(g, beta, runs)
     x, d_states, d_first = walk_back(q, k, d_out, inverse, vectors, d_last)
     dq, dk, dv, sums = gradients(q, k, v, d_out, inverse, states, x, d_states, vectors)

@@ -44,7 +44,7 @@ from pallas_kernels.gated_delta_rule.mosaic_gpu_walk_back import (
 STAGES = 2  # of everything in shared memory
 BLOCKS = 132  # thread blocks: the multiprocessors of an H100 or H200
 REGISTERS = 240, 24  # a thread's, of the computing and of the copying warpgroups
-D_BETA, D_GATE, D_BETA_TOO, PRODUCT, SUMS = range(5)  # rows of what is summed for each token
+D_BETA, PRODUCT, D_GATE, D_BETA_TOO, SUMS = range(5)  # rows of what is summed for each token
 
 f32, bf16 = jnp.float32, jnp.bfloat16
 
@@ -60,8 +60,8 @@ def gradients(
     d_states: jax.Array,
     vectors: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """dq, dk [B, T, H, 128] and dv [B, T, H, V], bfloat16, and sums [B, H, N, SUMS, 64] float32: the two parts of dbeta, dg but for
-    d_C S.dS', and 64 parts of S.dS'.
+    """dq, dk [B, T, H, 128] and dv [B, T, H, V], bfloat16, and sums [B, H, N, SUMS, 64] float32: two parts of dbeta, dg but for d_C S.dS',
+    and 64 parts of S.dS'.
 
     q, k, v, d_out, inverse and vectors as in `walk_back`, x and d_states from there; states: [B, H, N, 128, V] bfloat16, that before
     each chunk.
@@ -80,7 +80,7 @@ def gradients(
     def kernel(refs, smem, barriers):
         q_ref, k_ref, v_ref, do_ref, t_ref, s_ref, x_ref, ds_ref, vectors_ref, dq_ref, dk_ref, dv_ref, sums_ref = refs
         q_smem, k_smem, t_smem, vectors_smem, v_smem, do_smem, x_smem, s_smem, ds_smem = smem[:9]
-        work_smem, new_smem, mine_smem, theirs_smem, row_smem = smem[9:]
+        work_smem, new_smem, sums_smem, row_smem = smem[9:]
         chunk_ready, chunk_free, slice_ready, slice_free, new_ready, new_free, scores_ready, scores_read, k_read = barriers
         me = lax.axis_index("group")
         first = lax.axis_index("work")
@@ -129,56 +129,59 @@ def gradients(
                     plgpu.barrier_arrive(new_ready.at[lax.rem(p, STAGES)])
 
                 def step(s, carry):
-                    reads, d_scores, d_beta = carry
+                    reads, d_scores, product, d_beta = carry
                     c, p = j * slices + s, j * (slices + 2) + s
                     here, there = lax.rem(c, STAGES), lax.rem(p, STAGES)
                     plgpu.barrier_wait(slice_ready.at[here])
 
-                    def read(known_acc, reads_acc):
-                        reads_acc[...] = reads
+                    def read(known_acc, reads_acc, product_acc):
+                        reads_acc[...], product_acc[...] = reads, product
                         plgpu.wgmma(known_acc, k_, s_smem.at[here])
                         plgpu.wgmma(reads_acc, do_smem.at[here], transposed(s_smem.at[here]))
-                        known = lax.optimization_barrier(plgpu.wgmma_accumulator_load(known_acc, wait_n=1))
+                        plgpu.wgmma(product_acc, ds_smem.at[here], s_smem.at[here])
+                        known = lax.optimization_barrier(plgpu.wgmma_accumulator_load(known_acc, wait_n=2))
                         rest = v_smem.at[here][...].astype(f32) - spread(of_row(SINCE), WIDTH) * known
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        pl.when((s == 0) & (j > 0))(lambda: plgpu.barrier_arrive(chunk_free.at[1 - at]))
                         work_smem[...] = (spread(of_row(BETA), WIDTH) * rest).astype(bf16)
                         plgpu.commit_smem()
                         more = jnp.sum(x_smem.at[here][...].astype(f32) * rest, axis=1)
-                        return lax.optimization_barrier((plgpu.wgmma_accumulator_load(reads_acc, wait_n=0), more))
+                        reads_ = plgpu.wgmma_accumulator_load(reads_acc, wait_n=0)
+                        return lax.optimization_barrier((reads_, plgpu.wgmma_accumulator_load(product_acc, wait_n=None), more))
 
-                    reads, more = pl.run_scoped(read, plgpu.ACC(square, f32), plgpu.ACC(wide, f32))
+                    refs = (plgpu.ACC(shape, f32) for shape in (square, wide, square))
+                    reads, product, more = pl.run_scoped(read, *refs)
                     share(p, multiply(square, (t_smem.at[at], work_smem)))
                     work_smem[...] = (spread(of_row(BETA), WIDTH) * x_smem.at[here][...].astype(f32)).astype(bf16)
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(work_smem, dv_ref.at[b, tokens, head, columns(s)])
                     d_scores = multiply(d_scores, (do_smem.at[here], transposed(new_smem.at[there])))
                     plgpu.barrier_arrive(slice_free.at[here])
-                    return reads, d_scores, d_beta + more
+                    return reads, d_scores, product, d_beta + more
 
-                start = full(wide, 0, wgmma), full(square, 0, wgmma), full((CHUNK,), 0, by_row)
-                reads, d_scores, d_beta = lax.fori_loop(0, slices, step, start)
+                start = *(full(shape, 0, wgmma) for shape in (wide, square, square)), full((CHUNK,), 0, by_row)
+                reads, d_scores, product, d_beta = lax.fori_loop(0, slices, step, start)
 
                 d_gram = d_scores * decays(vector, row, column)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                work_smem[...] = d_gram.astype(bf16)
-                mine_smem[...] = d_beta
+                t_smem.at[at][...] = d_gram.astype(bf16)  # T has done its work
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(scores_ready)
+                sums_smem[D_BETA] = d_beta
+                sums_smem[PRODUCT] = jnp.sum(jnp.where(column == row, product, 0.0), axis=1)
                 gates = jnp.where(column < row, d_gram * multiply(square, (q_, transposed(k_))), 0.0)
                 since = of_row(SINCE)
                 from_state = since * jnp.sum(q_[...].astype(f32) * reads, axis=1)
                 high, low = halves(jnp.where(column == last, spread(from_state, CHUNK), gates))
                 share(j * (slices + 2) + slices, high)
                 share(j * (slices + 2) + slices + 1, low)
-                dq = multiply(spread(since, KEY) * reads, (work_smem, k_))
+                dq = multiply(spread(since, KEY) * reads, (t_smem.at[at], k_))
                 plgpu.barrier_arrive(k_read)
                 plgpu.barrier_wait(scores_read)
+                # In place of q. The slot is free once it is copied, for which nobody waits before the next chunk.
                 q_[...] = dq.astype(bf16)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(q_, dq_ref.at[b, tokens, head])
-                plgpu.copy_smem_to_gmem(mine_smem, sums_ref.at[b, head, n, D_BETA])
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.barrier_arrive(chunk_free.at[at])
+                plgpu.copy_smem_to_gmem(sums_smem.at[pl.ds(D_BETA, 2)], sums_ref.at[b, head, n, pl.ds(D_BETA, 2)])
 
             plgpu.wait_smem_to_gmem(0)
 
@@ -205,28 +208,31 @@ def gradients(
                     def run(*sums):
                         for acc, start in zip(sums, carry, strict=True):
                             acc[...] = start
-                        writes, keeps, d_a, product = sums
+                        writes, keeps, d_a = sums
                         plgpu.barrier_wait(slice_ready.at[here])
                         plgpu.wgmma(writes, x_, transposed(s_))
-                        plgpu.wgmma(product, ds_, s_)
                         plgpu.barrier_wait(new_ready.at[there])
                         plgpu.wgmma(keeps, new_, ds_)
                         plgpu.wgmma(d_a, x_, transposed(new_))
-                        waits = 0, None, None, None
+                        waits = 0, None, None
                         return lax.optimization_barrier(
                             tuple(plgpu.wgmma_accumulator_load(a, wait_n=n) for a, n in zip(sums, waits, strict=True))
                         )
 
-                    carry = pl.run_scoped(run, *(plgpu.ACC(shape, f32) for shape in (wide, wide, square, square)))
+                    carry = pl.run_scoped(run, *(plgpu.ACC(shape, f32) for shape in (wide, wide, square)))
                     plgpu.barrier_arrive(slice_free.at[here])
                     plgpu.barrier_arrive(new_free.at[there])
+
+                    @pl.when((s == 0) & (j > 0))
+                    def _():
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        plgpu.barrier_arrive(chunk_free.at[1 - at])
+
                     return carry
 
-                start = tuple(full(shape, 0, wgmma) for shape in (wide, wide, square, square))
-                writes, keeps, d_a, product = lax.fori_loop(0, slices, step, start)
+                start = tuple(full(shape, 0, wgmma) for shape in (wide, wide, square))
+                writes, keeps, d_a = lax.fori_loop(0, slices, step, start)
 
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                theirs_smem[PRODUCT - 1] = jnp.sum(jnp.where(column == row, product, 0.0), axis=1)
                 beta, until = of_row(BETA), of_row(UNTIL)
                 back = -beta * of_row(SINCE)
                 keys = k_[...].astype(f32)
@@ -234,9 +240,18 @@ def gradients(
                 row_smem[...] = until * jnp.sum(keys * keeps, axis=1)
                 dk = spread(back, KEY) * writes + spread(until, KEY) * keeps
 
-                gram = multiply(square, (k_, transposed(k_)))
+                def early(dk_acc, gram_acc):
+                    dk_acc[...] = dk
+                    plgpu.wgmma(gram_acc, k_, transposed(k_))
+                    plgpu.barrier_wait(scores_ready)
+                    plgpu.wgmma(dk_acc, transposed(t_smem.at[at]), q_)
+                    dk_ = plgpu.wgmma_accumulator_load(dk_acc, wait_n=0)
+                    return lax.optimization_barrier((dk_, plgpu.wgmma_accumulator_load(gram_acc, wait_n=None)))
+
+                dk, gram = pl.run_scoped(early, plgpu.ACC(wide, f32), plgpu.ACC(square, f32))
+                plgpu.barrier_arrive(scores_read)
                 d_a = jnp.where(column < row, -d_a * decays(vector, row, column), 0.0)
-                theirs_smem[D_BETA_TOO - 1] = jnp.sum(d_a * gram, axis=1)
+                sums_smem[D_BETA_TOO] = jnp.sum(d_a * gram, axis=1)
                 d_gram = spread(beta, CHUNK) * d_a
                 gates = d_gram * gram
                 gates += jnp.where((row == last) & (column < last), across(load(row_smem, by_column)), 0.0)
@@ -251,22 +266,18 @@ def gradients(
                 later = jnp.where(column >= row, 1.0, 0.0).astype(bf16)
                 spans = multiply(square, *((later, new_smem.at[i]) for i in spare))
                 spans = jnp.where((column < row) | (column == last), spans, 0.0)
-                theirs_smem[D_GATE - 1] = jnp.sum(spans, axis=1)
+                sums_smem[D_GATE] = jnp.sum(spans, axis=1)
                 tile = new_smem.at[spare[0]]
                 tile[...] = d_gram.astype(bf16)
                 plgpu.commit_smem()
-                plgpu.barrier_wait(scores_ready)
-                dk = multiply(dk, (tile, k_), (transposed(tile), k_), (transposed(work_smem), q_))
+                dk = multiply(dk, (tile, k_), (transposed(tile), k_))
                 for i in spare:
                     plgpu.barrier_arrive(new_free.at[i])
-                plgpu.barrier_arrive(scores_read)
                 plgpu.barrier_wait(k_read)
                 k_[...] = dk.astype(bf16)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(k_, dk_ref.at[b, pl.ds(n * CHUNK, CHUNK), head])
-                plgpu.copy_smem_to_gmem(theirs_smem, sums_ref.at[b, head, n, pl.ds(1, SUMS - 1)])
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.barrier_arrive(chunk_free.at[at])
+                plgpu.copy_smem_to_gmem(sums_smem.at[pl.ds(D_GATE, 2)], sums_ref.at[b, head, n, pl.ds(D_GATE, 2)])
 
             plgpu.wait_smem_to_gmem(0)
 
@@ -312,8 +323,7 @@ def gradients(
             shared(STAGES, WIDTH, KEY),
             shared(*square),
             shared(STAGES, *square),
-            plgpu.SMEM((CHUNK,), f32),
-            plgpu.SMEM((SUMS - 1, CHUNK), f32),
+            plgpu.SMEM((SUMS, CHUNK), f32),
             plgpu.SMEM((CHUNK,), f32),
         )
         barriers = (

@@ -80,39 +80,42 @@ def walk_back(
 
                 rounded = ds.astype(bf16)
                 plgpu.barrier_wait(k_ready.at[late])
-                ds = ds * vectors_smem[late, SINCE, CHUNK - 1]
                 plgpu.barrier_wait(made.at[early])
 
-                def gather(far_acc, near_acc, ds_acc):
-                    ds_acc[...] = ds
+                # What is not a product runs beside one. Only narrowing to bfloat16 does not: ptxas makes every wgmma wait for the last
+                # if the operand registers of one are written while another is in flight (its message C7513).
+                def gather(far_acc, near_acc):
                     plgpu.wgmma(far_acc, rounded, transposed(k_))
                     plgpu.wgmma(near_acc, transposed(do_), scores_smem.at[early])
-                    plgpu.wgmma(ds_acc, transposed(do_), reads_smem.at[early])
-                    # Stores run beside the products.
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     ds_smem[...] = rounded
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(ds_smem, ds_ref.at[b, head, n, mine])
-                    ds_ = plgpu.wgmma_accumulator_load(ds_acc, wait_n=0)
-                    far = plgpu.wgmma_accumulator_load(far_acc, wait_n=None)
-                    return lax.optimization_barrier((far, plgpu.wgmma_accumulator_load(near_acc, wait_n=None), ds_))
+                    decayed = ds * vectors_smem[late, SINCE, CHUNK - 1]
+                    decayed, until, factor = lax.optimization_barrier((decayed, vector(UNTIL), -vector(BETA) * vector(SINCE)))
+                    far = plgpu.wgmma_accumulator_load(far_acc, wait_n=0)
+                    near = plgpu.wgmma_accumulator_load(near_acc, wait_n=None)
+                    return lax.optimization_barrier((far, near, decayed, until, factor))
 
-                refs = plgpu.ACC((WIDTH, CHUNK), f32), plgpu.ACC((WIDTH, CHUNK), f32), plgpu.ACC((WIDTH, KEY), f32)
-                far, near, ds = pl.run_scoped(gather, *refs)
-                plgpu.barrier_arrive(used.at[early])
-                high, low = (x.astype(bf16) for x in halves(far * vector(UNTIL) + near))
+                refs = plgpu.ACC((WIDTH, CHUNK), f32), plgpu.ACC((WIDTH, CHUNK), f32)
+                far, near, ds, until, factor = pl.run_scoped(gather, *refs)
+                high, low = (x.astype(bf16) for x in halves(far * until + near))
                 plgpu.barrier_wait(t_ready.at[early])
 
-                def solve(acc):
-                    plgpu.wgmma(acc, high, t_smem.at[early, 0])
-                    plgpu.wgmma(acc, low, t_smem.at[early, 0])
+                def solve(x_acc, ds_acc):
+                    ds_acc[...] = ds
+                    plgpu.wgmma(x_acc, high, t_smem.at[early, 0])
+                    plgpu.wgmma(x_acc, low, t_smem.at[early, 0])
                     if parts == 2:
-                        plgpu.wgmma(acc, high, t_smem.at[early, 1])
-                    return plgpu.wgmma_accumulator_load(acc)
+                        plgpu.wgmma(x_acc, high, t_smem.at[early, 1])
+                    plgpu.wgmma(ds_acc, transposed(do_), reads_smem.at[early])
+                    x = lax.optimization_barrier(plgpu.wgmma_accumulator_load(x_acc, wait_n=1))
+                    return lax.optimization_barrier((x, x * factor, plgpu.wgmma_accumulator_load(ds_acc, wait_n=0)))
 
-                x = lax.optimization_barrier(pl.run_scoped(solve, plgpu.ACC((WIDTH, CHUNK), f32)))
+                x, written, ds = pl.run_scoped(solve, plgpu.ACC((WIDTH, CHUNK), f32), plgpu.ACC((WIDTH, KEY), f32))
+                plgpu.barrier_arrive(used.at[early])
                 plgpu.barrier_arrive(t_free.at[early])
-                written = (-x * (vector(BETA) * vector(SINCE))).astype(bf16)
+                written = written.astype(bf16)
 
                 def write(acc):
                     acc[...] = ds

@@ -10,6 +10,7 @@ import pytest
 from test_gated_delta_rule import case
 
 from pallas_kernels.gated_delta_rule import mosaic_gpu_backward, xla
+from pallas_kernels.gated_delta_rule.mosaic_gpu_gradients import D_BETA, D_BETA_TOO, D_GATE, PRODUCT, SUMS
 from pallas_kernels.gated_delta_rule.mosaic_gpu_walk_back import BETA, CHUNK, ROWS, RUN, SINCE, SUM, UNTIL
 from pallas_kernels.runs import sequence_runs
 from pallas_kernels.testing import parity
@@ -67,8 +68,8 @@ def dense_gradients(q, k, v, d_out, inverse, states, x, d_states, vectors):
     dq = since * reads + d_scores @ k
     dk = -beta * since * writes + until * keeps + (beta * d_a) @ k + (beta * d_a).mT @ k + d_scores.mT @ q
     product = (states * d_states.mT).sum(-2).reshape(*dg.shape[:-1], -1, CHUNK).sum(-2)
-    parts = (x * rest).sum(-1), dg, (d_a * (k @ k.mT)).sum(-1), product
-    return joined(dq), joined(dk), joined(beta * x), jnp.stack(parts, 3)
+    sums = {D_BETA: (x * rest).sum(-1), D_GATE: dg, D_BETA_TOO: (d_a * (k @ k.mT)).sum(-1), PRODUCT: product}
+    return joined(dq), joined(dk), joined(beta * x), jnp.stack([sums[i] for i in range(SUMS)], 3)
 
 
 @jax.jit
