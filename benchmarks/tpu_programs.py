@@ -17,11 +17,11 @@ from pallas_kernels.gated_delta_rule.mosaic_tpu_walk_back import walk_back
 f32, i32 = jnp.float32, jnp.int32
 
 
-def gdn_kernel(
-    kernel: str, length: int = 8192, heads: int = 16, widths: tuple[int, int] = (128, 256), dtype: str = "bfloat16", save: bool = True
+def gdn_kernels(
+    *kernels: str, length: int = 8192, heads: int = 16, widths: tuple[int, int] = (128, 256), dtype: str = "bfloat16", save: bool = True
 ) -> tuple[Callable, tuple]:
-    """One kernel of the gated delta rule ("inverse", "walk" or "walk_back") as it runs for one sequence, with all that training needs
-    (`save`) or without."""
+    """Kernels of the gated delta rule ("inverse", "walk", "walk_back") as they run for one sequence, with all that training needs
+    (`save`) or without; each for itself, in one program."""
     size = mosaic_tpu._chunk_size(length)
     chunks, (key, value) = -(-length // size), widths
 
@@ -30,15 +30,14 @@ def gdn_kernel(
 
     keys, values, t, rows = chunked(size, key), chunked(size, value), chunked(size, size), chunked(ROWS, size, kind=f32)
     state = jax.ShapeDtypeStruct((1, heads, key, value), f32)
-    block = mosaic_tpu._heads(jnp.empty((1, 1, heads, key), dtype), jnp.empty((1, 1, heads, value), dtype))
-    match kernel:
-        case "inverse":
-            return lambda *x: inverse(*x, block, save, False), (keys, rows)
-        case "walk":
-            return lambda *x: walk(*x, block, save, False), (keys, keys, values, t, rows, state)
-        case "walk_back":
-            return lambda *x: walk_back(*x, block, False), (keys, keys, keys, values, rows, state)
-    raise ValueError(f"no kernel {kernel!r}: inverse, walk or walk_back")
+    block = mosaic_tpu._heads(keys.update(shape=(1, length, heads, key)), values.update(shape=(1, length, heads, value)))
+    known = {
+        "inverse": (lambda *x: inverse(*x, block, save, False), (keys, rows)),
+        "walk": (lambda *x: walk(*x, block, save, False), (keys, keys, values, t, rows, state)),
+        "walk_back": (lambda *x: walk_back(*x, block, False), (keys, keys, keys, values, rows, state)),
+    }
+    functions, shapes = zip(*(known[kernel] for kernel in kernels), strict=True)
+    return lambda *inputs: [function(*x) for function, x in zip(functions, inputs, strict=True)], shapes
 
 
 def gdn_op(implementation: str, gradient: bool, length: int = 8192, heads: int = 16, dtype: str = "bfloat16") -> tuple[Callable, tuple]:

@@ -5,7 +5,8 @@
 A program is one Pallas kernel or one of XLA's fusions and copies. A kernel's cycles are its instruction bundles (one a cycle) times
 its grid steps, prologue and epilogue counted in every step; its bytes are the blocks that its grid fetches and writes, a block that
 stays in place counted once. An XLA program's cycles are the compiler's own estimate; its bytes are its operands and results in HBM,
-of an operand that it only slices the slice. Both times how often a loop runs it. No stall on memory or DMA is seen: an estimate.
+of an operand that it only slices the slice. Both times how often a loop runs it, where the loop counts to a constant. No stall on
+memory or DMA is seen, and custom calls of XLA's own count by their bytes alone: an estimate.
 
 A loop inside a kernel counts once: unroll it, or pass it as a grid dimension. Compile in a process of its own, because the compiler
 takes its dump flags once: `score` does so for a function that can be imported.
@@ -65,27 +66,27 @@ class Score:
         return sum(program.milliseconds(self.chip) for program in self.programs)
 
     def kernel(self, name: str) -> Program:
-        """The one Pallas kernel whose name contains `name`."""
-        (program,) = (p for p in self.programs if p.bundles is not None and name in p.name)
+        """The one Pallas kernel of that name."""
+        (program,) = (p for p in self.programs if p.bundles is not None and p.name == name)
         return program
 
 
-def score(build: Callable, chip: str, **arguments) -> Score:
-    """Score `function` for one device of `chip` ("v5e", "v5p", "v6e", "tpu7x") where `function, shapes = build(**arguments)`.
+def score(build: Callable, chip: str, *places, **names) -> Score:
+    """Score `function` for one device of `chip` ("v5e", "v5p", "v6e", "tpu7x") where `function, shapes = build(*places, **names)`.
 
-    `build` is a function of a module (not of __main__); arguments are JSON values; shapes are jax.ShapeDtypeStruct, one for each
-    argument of the function. RuntimeError with the compiler's last words where it fails.
+    `build` is a function of a module (not of __main__); arguments are JSON values; shapes are jax.ShapeDtypeStruct (or trees of them),
+    one for each argument of the function. RuntimeError with the compiler's last words where it fails.
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with tempfile.TemporaryDirectory() as folder:
         environment |= {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true", "JAX_PLATFORMS": "cpu"}
         environment |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_ENABLE_COMPILATION_CACHE": "false"}
-        work = {"module": build.__module__, "build": build.__qualname__, "chip": chip, "arguments": arguments, "folder": folder}
+        work = {"module": build.__module__, "build": build.__qualname__, "chip": chip, "places": places, "names": names, "folder": folder}
         command = [sys.executable, "-m", "pallas_kernels.testing.static_score", json.dumps(work)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         result = Path(folder) / "score.json"
         if not result.exists():
-            raise RuntimeError(f"{build.__qualname__} does not compile for {chip}: {arguments}\n{done.stderr[-3000:]}")
+            raise RuntimeError(f"{build.__qualname__} does not compile for {chip}: {places} {names}\n{done.stderr[-3000:]}")
         programs = json.loads(result.read_text())
     return Score(chip, tuple(Program(**program) for program in programs))
 
@@ -93,13 +94,13 @@ def score(build: Callable, chip: str, **arguments) -> Score:
 # --- in the process that compiles -------------------------------------------------------------------------------------
 
 
-def _compile_and_read(module: str, build: str, chip: str, arguments: dict, folder: str) -> list[Program]:
+def _compile_and_read(module: str, build: str, chip: str, places: list, names: dict, folder: str) -> list[Program]:
     import jax
     import numpy as np
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    function, shapes = getattr(importlib.import_module(module), build)(**arguments)
+    function, shapes = getattr(importlib.import_module(module), build)(*places, **names)
     devices = topologies.get_topology_desc(TOPOLOGIES[chip], platform="tpu").devices
     mesh = Mesh(np.array(devices[:1]), ("one",))
     place = NamedSharding(mesh, PartitionSpec())
@@ -161,8 +162,9 @@ def read_hlo(hlo: str, kernels: dict, folder: str) -> list[Program]:
         for instruction in table.values():
             rest = instruction["rest"]
             if instruction["op"] == "while":
-                count = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
-                visit(re.search(r"body=%([\w.-]+)", rest)[1], trips * (int(count[1]) if count else 1))
+                bounds = computations[re.search(r"condition=%([\w.<>-]+)", rest)[1]].values()
+                bounds = [int(x["operands"]) for x in bounds if x["op"] == "constant" and x["type"].startswith("s32")]
+                visit(re.search(r"body=%([\w.<>-]+)", rest)[1], trips * max(bounds, default=1))
             elif instruction["op"] == "call":
                 visit(re.search(r"to_apply=%([\w.-]+)", rest)[1], trips)
             elif "tpu_custom_call" in rest:
@@ -231,14 +233,14 @@ def _hbm_bytes(instruction, table, computations) -> int:
         for name, inner in inside.items():
             if inner["op"] == "parameter":
                 place = int(inner["operands"])
-                operands[place] = min(operands[place], _touched(name, inside))
+                operands[place] = min(operands[place], _touched(name, inside, computations))
             if inner["root"] and inner["op"] == "dynamic-update-slice":
                 result = min(result, sum(_sizes(inside[_names(inner)[1]]["type"])))
     return result + sum(operands)
 
 
-def _touched(parameter: str, inside: dict) -> float:
-    """Bytes of a fusion's parameter that its instructions read: what slices take, or all of it."""
+def _touched(parameter: str, inside: dict, computations: dict) -> float:
+    """Bytes of a fusion's parameter that its instructions read: what slices take, or all of it (infinite)."""
     total, names = 0, {parameter}
     for name, inner in inside.items():
         used = [place for place, operand in enumerate(_names(inner)) if operand in names]
@@ -248,6 +250,10 @@ def _touched(parameter: str, inside: dict) -> float:
             names.add(name)
         elif inner["op"] in ("dynamic-slice", "slice", "gather") and used == [0]:
             total += sum(_sizes(inner["type"]))
+        elif inner["op"] == "fusion":
+            nested = computations[re.search(r"calls=%([\w.<>-]+)", inner["rest"])[1]]
+            parameters = {int(x["operands"]): x["name"] for x in nested.values() if x["op"] == "parameter"}
+            total += sum(_touched(parameters[place], nested, computations) for place in used)
         elif not (inner["op"] == "dynamic-update-slice" and used == [0]):
             return math.inf
     return total

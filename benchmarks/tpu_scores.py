@@ -1,0 +1,59 @@
+"""Static scores for TPU, on any CPU: what the compiler would execute and move, no chip involved (pallas_kernels.testing.static_score).
+
+    python -m benchmarks.tpu_scores                          # the kernels; appends to benchmarks/results/tpu_scores.jsonl
+    python -m benchmarks.tpu_scores --op gated_delta_rule    # one operator's
+    python -m benchmarks.tpu_scores --whole                  # whole operators as well, XLA's programs with the kernels: minutes each
+
+One line for each kernel (or whole operator) and each generation; kernels take about 5 s each.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import NamedTuple
+
+from benchmarks.record import add_commit, record
+from benchmarks.tpu_programs import gdn_kernels, gdn_op
+from pallas_kernels.testing.static_score import CHIPS, TOPOLOGIES, score
+
+
+class Entry(NamedTuple):
+    op: str
+    name: str
+    build: Callable  # as `score` takes it
+    places: tuple  # its arguments
+    names: dict
+
+
+GDN = {"length": 8192, "heads": 16}
+KERNELS = [
+    *(Entry("gated_delta_rule", name, gdn_kernels, (name,), GDN) for name in ("inverse", "walk", "walk_back")),
+    Entry("gated_delta_rule", "walk, nothing saved", gdn_kernels, ("walk",), GDN | {"save": False}),
+]
+WHOLE = [
+    Entry("gated_delta_rule", f"{what}, {implementation}", gdn_op, (implementation, gradient), GDN)
+    for what, gradient in (("forward", False), ("forward + backward", True))
+    for implementation in ("mosaic_tpu", "scan_and_solve")
+]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", help="only this operator's")
+    parser.add_argument("--chip", action="append", choices=list(CHIPS), help="v5e, v5p, v6e, tpu7x (several allowed; all by default)")
+    parser.add_argument("--whole", action="store_true", help="whole operators as well")
+    add_commit(parser)
+    args = parser.parse_args()
+    for entry in KERNELS + WHOLE * args.whole:
+        for chip in args.chip or CHIPS:
+            if args.op in (None, entry.op):
+                found = score(entry.build, chip, *entry.places, **entry.names)
+                line = {"op": entry.op, "program": entry.name, "topology": TOPOLOGIES[chip], **entry.names}
+                line |= {"estimate_ms": round(found.milliseconds, 4), "bytes": sum(p.bytes for p in found.programs)}
+                line |= {"cycles": sum(p.cycles for p in found.programs), "programs": len(found.programs)}
+                kernels = [p for p in found.programs if p.bundles]
+                line |= {key: {p.name: getattr(p, key) for p in kernels} for key in ("bundles", "spills", "trips")}
+                record("tpu_scores", args.commit, line)
+
+
+if __name__ == "__main__":
+    main()
