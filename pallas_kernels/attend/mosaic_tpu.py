@@ -20,7 +20,7 @@ from pallas_kernels.attend.mask import Mask
 from pallas_kernels.attend.mosaic_tpu_dkv import backward_keys
 from pallas_kernels.attend.mosaic_tpu_dq import backward_queries
 from pallas_kernels.attend.mosaic_tpu_forward import LANES, forward
-from pallas_kernels.attend.mosaic_tpu_plan import BLIND, NOBODY, Reach, reach, visits
+from pallas_kernels.attend.mosaic_tpu_plan import BLIND, NOBODY, Reach, has_diagonal, reach, visits
 
 MOST_VISITS = 1 << 16  # pairs of blocks: the list lies in scalar memory, 8 bytes for each
 
@@ -49,7 +49,7 @@ LEAST = 256  # rows and keys that a narrower window cuts a block down to
 
 
 def tuned(q_length: int, k_length: int, mask: Mask, dtype) -> Tuning:
-    """The steps for a case; the table is by static score: python -m benchmarks.attend_tpu."""
+    """The steps for a case; the table is by static score: python -m benchmarks.tpu_scores --op attend."""
     window = mask.window if mask.aligned and not mask.sinks else None
     tuning = NARROW if window is not None and window <= LANES else WIDE
 
@@ -196,6 +196,7 @@ def _call(q, k, who: Reach, block: Block, static: _Static):
         "scale": static.scale,
         "sinks": static.mask.sinks if static.mask.window is not None else 0,
         "segments": who.q_segment is not None,
+        "diagonal": has_diagonal(static.mask, block.rows, block.keys),
         "interpret": static.interpret,
     }
 

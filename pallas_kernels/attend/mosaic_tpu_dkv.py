@@ -19,8 +19,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attend.mosaic_tpu_forward import LANES, VMEM, dot, lanes, like, see
-from pallas_kernels.attend.mosaic_tpu_plan import FIRST, FLAG_BITS, LAST, MASKED, WHOLE, Visits
+from pallas_kernels.attend.mosaic_tpu_forward import LANES, PART, VMEM, dot, in_turn, lanes, like, see
+from pallas_kernels.attend.mosaic_tpu_plan import DIAGONAL, FIRST, FLAG_BITS, LAST, MASKED, WHOLE, Visits
 
 
 def backward_keys(
@@ -40,6 +40,7 @@ def backward_keys(
     scale: float,
     sinks: int,
     segments: bool,
+    diagonal: bool,
     interpret: pltpu.InterpretParams | None,
 ) -> tuple[jax.Array, jax.Array]:
     """dk and dv [keys, Hkv * 128] in the dtypes of k and v. Arguments as of `backward_queries`, but
@@ -60,19 +61,26 @@ def backward_keys(
             dk_acc[...] = jnp.zeros_like(dk_acc)
             dv_acc[...] = jnp.zeros_like(dv_acc)
 
-        def add(seen):
+        def add(seen, part_rows=keys, reached=lambda part: slice(0, rows)):
             @pl.loop(0, q_heads)
             def _(h):
                 at = lax.div(h * k_heads, q_heads) if k_heads > 1 else 0
                 mine, theirs = lanes(h), lanes(at)
-                scores = dot(k_ref[:, theirs], q_ref[:, mine], (1, 1)) * log2_scale
-                if seen is not None:
-                    scores = jnp.where(seen, scores, -jnp.inf)
-                weights = jnp.exp2(scores - lse_ref[0, pl.ds(h, 1)])
-                dv_acc[at] += dot(weights.astype(do_ref.dtype), do_ref[:, mine], (1, 0))
-                d_weights = dot(v_ref[:, theirs], do_ref[:, mine], (1, 1))
-                d_scores = weights * (d_weights - shift_ref[0, pl.ds(h, 1)])
-                dk_acc[at] += dot(d_scores.astype(q_ref.dtype), q_ref[:, mine], (1, 0))
+
+                def weigh(part):
+                    scores = dot(k_ref[part, theirs], q_ref[reached(part), mine], (1, 1)) * log2_scale
+                    return scores, dot(v_ref[part, theirs], do_ref[reached(part), mine], (1, 1))
+
+                def add_up(part, products):
+                    scores, d_weights = products
+                    if seen is not None:
+                        scores = jnp.where(seen[part, reached(part)], scores, -jnp.inf)
+                    weights = jnp.exp2(scores - lse_ref[0, pl.ds(h, 1), reached(part)])
+                    dv_acc[at, part] += dot(weights.astype(do_ref.dtype), do_ref[reached(part), mine], (1, 0))
+                    d_scores = weights * (d_weights - shift_ref[0, pl.ds(h, 1), reached(part)])
+                    dk_acc[at, part] += dot(d_scores.astype(q_ref.dtype), q_ref[reached(part), mine], (1, 0))
+
+                in_turn(weigh, add_up, keys, part_rows)
 
         @pl.when(flags & WHOLE != 0)
         def _whole():
@@ -81,6 +89,12 @@ def backward_keys(
         @pl.when(flags & MASKED != 0)
         def _masked():
             add(see(ranges_ref, numbers_ref, sinks, segments, by_key=True))
+
+        if diagonal:
+
+            @pl.when(flags & DIAGONAL != 0)
+            def _diagonal():
+                add(see(ranges_ref, numbers_ref, sinks, segments, by_key=True), PART, lambda part: slice(part.start, rows))
 
         @pl.when((flags & LAST != 0) & (part == parts - 1))
         def _end():

@@ -19,8 +19,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attend.mosaic_tpu_forward import LANES, VMEM, dot, lanes, like, see
-from pallas_kernels.attend.mosaic_tpu_plan import FIRST, FLAG_BITS, LAST, MASKED, WHOLE, Visits
+from pallas_kernels.attend.mosaic_tpu_forward import LANES, PART, VMEM, dot, in_turn, lanes, like, see
+from pallas_kernels.attend.mosaic_tpu_plan import DIAGONAL, FIRST, FLAG_BITS, LAST, MASKED, WHOLE, Visits
 
 
 def backward_queries(
@@ -40,6 +40,7 @@ def backward_queries(
     scale: float,
     sinks: int,
     segments: bool,
+    diagonal: bool,
     interpret: pltpu.InterpretParams | None,
 ) -> jax.Array:
     """dq [queries, Hq * 128] in the dtype of q. Arguments as of `forward`, and
@@ -64,17 +65,25 @@ def backward_queries(
                 lse_columns[h] = jnp.broadcast_to(lse_ref[0, pl.ds(h, 1)], (LANES, rows)).T
                 shift_columns[h] = jnp.broadcast_to(shift_ref[0, pl.ds(h, 1)], (LANES, rows)).T
 
-        def add(seen):
+        def add(seen, reached=lambda part: slice(0, keys)):
             @pl.loop(0, q_heads)
             def _(h):
                 mine, theirs = lanes(h), lanes(lax.div(h * k_heads, q_heads) if k_heads > 1 else 0)
-                scores = dot(q_ref[:, mine], k_ref[:, theirs], (1, 1)) * log2_scale
-                if seen is not None:
-                    scores = jnp.where(seen, scores, -jnp.inf)
-                weights = jnp.exp2(scores - jnp.tile(lse_columns[h], (1, keys // LANES)))
-                d_weights = dot(do_ref[:, mine], v_ref[:, theirs], (1, 1))
-                d_scores = weights * (d_weights - jnp.tile(shift_columns[h], (1, keys // LANES)))
-                acc_ref[h] += dot(d_scores.astype(k_ref.dtype), k_ref[:, theirs], (1, 0))
+
+                def weigh(part):
+                    scores = dot(q_ref[part, mine], k_ref[reached(part), theirs], (1, 1)) * log2_scale
+                    return scores, dot(do_ref[part, mine], v_ref[reached(part), theirs], (1, 1))
+
+                def add_up(part, products):
+                    scores, d_weights = products
+                    if seen is not None:
+                        scores = jnp.where(seen[part, reached(part)], scores, -jnp.inf)
+                    wide = (1, scores.shape[1] // LANES)
+                    weights = jnp.exp2(scores - jnp.tile(lse_columns[h, part], wide))
+                    d_scores = weights * (d_weights - jnp.tile(shift_columns[h, part], wide))
+                    acc_ref[h, part] += dot(d_scores.astype(k_ref.dtype), k_ref[reached(part), theirs], (1, 0))
+
+                in_turn(weigh, add_up, rows, PART)
 
         @pl.when(flags & WHOLE != 0)
         def _whole():
@@ -83,6 +92,12 @@ def backward_queries(
         @pl.when(flags & MASKED != 0)
         def _masked():
             add(see(ranges_ref, numbers_ref, sinks, segments))
+
+        if diagonal:
+
+            @pl.when(flags & DIAGONAL != 0)
+            def _diagonal():
+                add(see(ranges_ref, numbers_ref, sinks, segments), lambda part: slice(0, part.stop))
 
         @pl.when(flags & LAST != 0)
         def _end():

@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attend.mosaic_tpu_plan import BLIND, FIRST, FLAG_BITS, LAST, MASKED, WHOLE, Visits
+from pallas_kernels.attend.mosaic_tpu_plan import BLIND, DIAGONAL, FIRST, FLAG_BITS, LAST, MASKED, WHOLE, Visits
 
 LANES = 128
 PART = 256  # rows whose scores are softened while those of the next are multiplied
@@ -46,6 +46,7 @@ def forward(
     scale: float,
     sinks: int,
     segments: bool,
+    diagonal: bool,
     interpret: pltpu.InterpretParams | None,
 ) -> tuple[jax.Array, jax.Array]:
     """out [queries, Hq * 128] in the dtype of q and lse [Hq, queries] float32; 0 and -inf for queries that see nothing.
@@ -54,7 +55,7 @@ def forward(
     of k and v that are pads hold no NaN.
     ranges: [queries, 8], numbers: [8, keys] int32: `side_by_side` of what the plan's reach says.
     heads: query heads and key heads of a step. blocks: rows and keys of a block. groups: query heads of a key head.
-    sinks, segments: whether and how the mask uses them.
+    sinks, segments: whether and how the mask uses them. diagonal: whether there are visits of that kind.
     """
     (q_heads, k_heads), (rows, keys) = heads, blocks
     query_heads = q.shape[1] // LANES
@@ -69,28 +70,29 @@ def forward(
             top_ref[...] = jnp.full_like(top_ref, LOWEST)
             sum_ref[...] = jnp.zeros_like(sum_ref)
 
-        def add(seen):
+        def add(seen, reached=lambda part: slice(0, keys)):
             @pl.loop(0, q_heads)
             def _(h):
                 mine, theirs = lanes(h), lanes(lax.div(h * k_heads, q_heads) if k_heads > 1 else 0)
 
                 def weigh(part):
-                    return dot(q_ref[part, mine], k_ref[:, theirs], (1, 1)) * log2_scale
+                    return dot(q_ref[part, mine], k_ref[reached(part), theirs], (1, 1)) * log2_scale
 
                 def soften(part, scores):
                     if seen is not None:
-                        scores = jnp.where(seen[part], scores, -jnp.inf)
+                        scores = jnp.where(seen[part, reached(part)], scores, -jnp.inf)
+                    registers = scores.shape[1] // LANES
                     old = top_ref[h, part]
                     new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
-                    weights = jnp.exp2(scores - jnp.tile(new, (1, keys // LANES)))
+                    weights = jnp.exp2(scores - jnp.tile(new, (1, registers)))
                     factor = jnp.exp2(old - new)
                     top_ref[h, part] = new
-                    total = sum(weights[:, i : i + LANES] for i in range(0, keys, LANES))
+                    total = sum(jnp.split(weights, registers, axis=1))
                     sum_ref[h, part] = sum_ref[h, part] * factor + total
-                    more = dot(weights.astype(v_ref.dtype), v_ref[:, theirs], (1, 0))
+                    more = dot(weights.astype(v_ref.dtype), v_ref[reached(part), theirs], (1, 0))
                     acc_ref[h, part] = acc_ref[h, part] * factor + more
 
-                in_turn(weigh, soften, rows)
+                in_turn(weigh, soften, rows, PART)
 
         @pl.when(flags & WHOLE != 0)
         def _whole():
@@ -99,6 +101,12 @@ def forward(
         @pl.when(flags & MASKED != 0)
         def _masked():
             add(see(ranges_ref, numbers_ref, sinks, segments))
+
+        if diagonal:
+
+            @pl.when(flags & DIAGONAL != 0)
+            def _diagonal():
+                add(see(ranges_ref, numbers_ref, sinks, segments), lambda part: slice(0, part.stop))
 
         @pl.when(flags & LAST != 0)
         def _end():
@@ -110,7 +118,8 @@ def forward(
                 some = total > 0
                 inverse = 1 / jnp.where(some, total, 1)
                 out_ref[:, lanes(h)] = jnp.where(some, acc_ref[h] * inverse, 0).astype(out_ref.dtype)
-                total, top = jnp.broadcast_to(total, (rows, LANES)).T[:1], top_ref[h].T[:1]
+                both = jnp.where(lax.broadcasted_iota(jnp.int32, (rows, LANES), 1) == 0, total, top_ref[h]).T
+                total, top = both[:1], both[1:2]
                 lse_ref[0, pl.ds(h, 1)] = jnp.where(total > 0, top * math.log(2) + jnp.log(total), -jnp.inf)
 
     steps = (query_heads // q_heads, visits.count)
@@ -151,10 +160,10 @@ def forward(
     return out, lse.reshape(query_heads, -1)
 
 
-def in_turn(before: Callable, after: Callable, rows: int) -> None:
+def in_turn(before: Callable, after: Callable, rows: int, part_rows: int) -> None:
     """after(part, before(part)) for each part of the rows, in an order that lets the compiler run `before` of a part, which
     is a product, beside `after` of the part before it, most of which is not: it keeps close to the order of the program."""
-    parts = [slice(i, min(i + PART, rows)) for i in range(0, rows, PART)]
+    parts = [slice(i, min(i + part_rows, rows)) for i in range(0, rows, part_rows)]
     ready = before(parts[0])
     for part, following in zip(parts, [*parts[1:], None], strict=True):
         coming = before(following) if following else None

@@ -26,8 +26,9 @@ NOBODY = np.iinfo(np.int32).max  # the number of a key that is a pad: beyond eve
 FAR = NOBODY - 1
 BLIND = -1  # `high` of a query that is a pad: before every key
 
-FIRST, LAST, MASKED, WHOLE = 1, 2, 4, 8  # of a visit: begins or ends its row of blocks; some or all pairs are seen
-FLAG_BITS = 4
+FIRST, LAST = 1, 2  # of a visit: begins or ends its row of blocks ...
+MASKED, DIAGONAL, WHOLE = 4, 8, 16  # ... some pairs are seen; some, none of them with a key below its query; all
+FLAG_BITS = 5
 
 
 class Reach(NamedTuple):
@@ -41,7 +42,7 @@ class Reach(NamedTuple):
 
 
 class Visits(NamedTuple):
-    """outer, inner: [most] int32, the blocks of each visit, counted through all sequences; outer << 4 | flags. count: []
+    """outer, inner: [most] int32, the blocks of each visit, counted through all sequences; outer << FLAG_BITS | flags. count: []
     int32, the visits to make."""
 
     outer: jax.Array
@@ -83,6 +84,8 @@ def visits(reach: Reach, mask: Mask, rows: int, keys: int, by_key: bool = False)
     """
     kinds = _kinds(reach, mask.sinks if mask.window is not None else 0, rows, keys)
     possible = _possible(mask, kinds.shape[1], kinds.shape[2], rows, keys)
+    if has_diagonal(mask, rows, keys):
+        kinds = jnp.where(jnp.eye(kinds.shape[1], dtype=bool) & (kinds == MASKED), DIAGONAL, kinds)
     if by_key:
         kinds, possible = kinds.swapaxes(1, 2), possible.T
     batch, outers, inners = kinds.shape
@@ -98,6 +101,11 @@ def visits(reach: Reach, mask: Mask, rows: int, keys: int, by_key: bool = False)
     inner = place % inners + outer // outers * inners
     flags = flags.reshape(-1)[place].astype(jnp.int32)
     return Visits(outer << FLAG_BITS | flags, inner, jnp.sum(seen, dtype=jnp.int32))
+
+
+def has_diagonal(mask: Mask, rows: int, keys: int) -> bool:
+    """Whether some blocks have the same tokens as queries and as keys, of which none sees a later one."""
+    return mask.aligned and mask.causal and rows == keys
 
 
 def _kinds(reach: Reach, sinks: int, rows: int, keys: int) -> jax.Array:

@@ -3,9 +3,10 @@
     score = max(cycles / clock, bytes / HBM rate)
 
 The steps of these kernels differ: some begin or end a row of blocks, some need no mask, and each loops over heads. So the bundles
-(one a cycle) are counted by region of the compiled program: what multiplies, the loop without the mask, then the loop with it; other
-large regions, which run once a row of blocks; and the rest, which runs in every step. Regions are weighed with how often they run,
-taken from the list of visits. Bytes are the blocks that change between steps. No stall on memory or DMA is seen: an estimate.
+(one a cycle) are counted by region of the compiled program: the loops that multiply, first the one without a mask, then the one with
+it, then the one for the diagonal; other large regions, which run once a row of blocks; and the rest, which runs in every step. Regions
+are weighed with how often they run, taken from the list of visits. Bytes are the blocks that change between steps. No stall on memory
+or DMA is seen: an estimate. One core is counted: a v5p has two, and the blocks of heads spread over them.
 
 Compiling happens in a process of its own, because the compiler takes its dump flags once.
 """
@@ -31,12 +32,14 @@ JUMP = re.compile(r"sbr\.rel \(!?%p\w+\) target")
 
 @dataclasses.dataclass(frozen=True)
 class Bundles:
-    """Of one head in a step without a mask and in one with a mask; of a step's mask; of one head, and of what is not for each head,
-    where a row of blocks begins and ends; of every step."""
+    """Of one head in a step without a mask, with one, and on the diagonal (0: there is none); of the masks; of one head, and of what is
+    not for each head, where a row of blocks begins and ends; of every step."""
 
     whole: int
     masked: int
+    diagonal: int
     mask: int
+    diagonal_mask: int
     row_head: int
     row: int
     step: int
@@ -87,7 +90,7 @@ def _compile(chip, folder, length, heads, key_heads, width, window, causal=True,
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     from pallas_kernels.attend import Mask, mosaic_tpu
-    from pallas_kernels.attend.mosaic_tpu_plan import FLAG_BITS, WHOLE, reach, visits
+    from pallas_kernels.attend.mosaic_tpu_plan import DIAGONAL, FLAG_BITS, WHOLE, reach, visits
 
     devices = topologies.get_topology_desc(TOPOLOGIES[chip], platform="tpu").devices
     mesh = Mesh(np.array(devices[:1]), ("one",))
@@ -116,14 +119,15 @@ def _compile(chip, folder, length, heads, key_heads, width, window, causal=True,
         walk = jax.jit(visits, static_argnums=(1, 2, 3, 4))(who, mask, block.rows, block.keys, by_key)
         count = int(walk.count)
         outer, inner = np.asarray(walk.outer)[:count], np.asarray(walk.inner)[:count]
-        whole = int(np.sum(outer & WHOLE != 0))
         bundles, spills = read(folder, name)
         step_heads = options["heads"][0]
         groups = heads // step_heads
         rows = len(set(outer >> FLAG_BITS))
-        masked = count - whole
-        cycles = heads * (whole * bundles.whole + masked * bundles.masked) + groups * masked * bundles.mask
-        cycles += groups * (rows * (bundles.row + options["heads"][by_key] * bundles.row_head) + count * bundles.step)
+        whole, diagonal = (int(np.sum(outer & kind != 0)) for kind in (WHOLE, DIAGONAL))
+        masked = count - whole - diagonal
+        cycles = heads * (whole * bundles.whole + masked * bundles.masked + diagonal * bundles.diagonal)
+        cycles += groups * (masked * bundles.mask + diagonal * bundles.diagonal_mask + count * bundles.step)
+        cycles += groups * rows * (bundles.row + options["heads"][by_key] * bundles.row_head)
         moved = (rows, 1 + int(np.sum(np.diff(inner) != 0)))  # blocks of the side that stays, and of the other
         query, key = 2 * 128 * heads * block.rows, 2 * 128 * block.keys * options["heads"][1] * groups
         if by_key:  # k, v, dk, dv; q and d_out
@@ -154,16 +158,16 @@ def read(folder: str, name: str) -> tuple[Bundles, int]:
         return [x for x in others if region[0] <= x[0] and x[1] <= region[1] and x != region]
 
     multiply = [x for x in loops if products(x)]
-    if len(multiply) != 2:
-        raise ValueError(f"{name}: {len(multiply)} loops that multiply, not one without mask and one with it")
-    whole, masked = multiply
-    around = min((x for x in regions if inside(x, [masked])), key=lambda x: x[1] - x[0])
+    if len(multiply) not in (2, 3):
+        raise ValueError(f"{name}: {len(multiply)} loops that multiply, not without a mask, with one, and perhaps on the diagonal")
+    around = [min((x for x in regions if inside(x, [y])), key=lambda x: x[1] - x[0]) for y in multiply]
+    loop_sizes = [size([x]) for x in multiply] + [0] * (3 - len(multiply))
+    masks = [size([x]) - size([y]) for x, y in zip(around, multiply, strict=True)][1:] + [0] * (3 - len(multiply))
     rows = [x for x in regions if not products(x) and (x[1] - x[0] > SMALL or inside(x, loops))]
     rows = [x for x in rows if not any(inside(y, [x]) for y in rows)]
     row_heads = [x for y in rows for x in inside(y, loops)]
-    step = len(use) - size([whole, around, *rows])
-    mask, row = size([around]) - size([masked]), size(rows) - size(row_heads)
-    bundles = Bundles(size([whole]), size([masked]), mask, size(row_heads), row, step)
+    step = len(use) - size([*around, *rows]) + size(around[:1]) - size(multiply[:1])
+    bundles = Bundles(*loop_sizes, *masks, size(row_heads), size(rows) - size(row_heads), step)
     return bundles, sum(x["VSTORE:SPILL"] for x in use)
 
 

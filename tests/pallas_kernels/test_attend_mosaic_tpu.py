@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from test_attend import Case, truth, values_and_gradients
 
 from pallas_kernels.attend import Mask, mosaic_tpu
-from pallas_kernels.attend.mosaic_tpu_plan import FIRST, FLAG_BITS, LAST, MASKED, WHOLE, reach, visits
+from pallas_kernels.attend.mosaic_tpu_plan import DIAGONAL, FIRST, FLAG_BITS, LAST, MASKED, WHOLE, reach, visits
 from pallas_kernels.testing.parity import poison, rel_rms
 
 INTERPRET = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise", dma_execution_mode="on_wait")
@@ -91,7 +91,7 @@ def test_visits_are_the_mask(name, by_key):
     i, j = (inner, outer >> FLAG_BITS) if by_key else (outer >> FLAG_BITS, inner)
     b, i, j = i // some.shape[1], i % some.shape[1], j % some.shape[2]
     assert len(set(zip(b, i, j, strict=True))) == len(b)
-    kinds[b, i, j] = flags & (MASKED | WHOLE)
+    kinds[b, i, j] = flags & (MASKED | DIAGONAL | WHOLE)
     assert (kinds[some] > 0).all() and every[kinds == WHOLE].all()
     blocks = np.split(outer >> FLAG_BITS, np.flatnonzero(np.diff(outer >> FLAG_BITS)) + 1)
     assert [x[0] for x in blocks] == list(range(case.batch * some.shape[2 if by_key else 1]))  # each, in one stretch
