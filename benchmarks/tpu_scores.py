@@ -4,16 +4,18 @@
     python -m benchmarks.tpu_scores --op gated_delta_rule    # one operator's
     python -m benchmarks.tpu_scores --whole                  # whole operators as well, XLA's programs with the kernels: minutes each
 
-One line for each kernel (or whole operator) and each generation; kernels take about 5 s each.
+One line for each kernel (or whole operator) and each generation; kernels take about 5 s each, those of attention 30 s.
 """
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
 from benchmarks.record import add_commit, record
 from benchmarks.tpu_programs import gdn_kernels, gdn_op
 from pallas_kernels.testing.static_score import CHIPS, TOPOLOGIES, score
+from pallas_kernels.testing.visit_score import scores
 
 
 class Entry(NamedTuple):
@@ -34,6 +36,12 @@ WHOLE = [
     for what, gradient in (("forward", False), ("forward + backward", True))
     for implementation in ("mosaic_tpu", "scan_and_solve")
 ]
+# Attention's steps differ in what they do, and their number follows from the mask: pallas_kernels.testing.visit_score.
+ATTEND = {
+    "decoder layer": {"length": 8192, "heads": 16, "key_heads": 2, "width": 128, "window": 8192},
+    "tower, windows": {"length": 4096, "heads": 16, "key_heads": 16, "width": 80, "window": 64, "causal": False, "segment": 64},
+    "tower, slices": {"length": 4096, "heads": 16, "key_heads": 16, "width": 80, "window": 1024, "causal": False, "segment": 1024},
+}
 
 
 def main():
@@ -52,6 +60,13 @@ def main():
                 line |= {"cycles": sum(p.cycles for p in found.programs), "programs": len(found.programs)}
                 kernels = [p for p in found.programs if p.bundles]
                 line |= {key: {p.name: getattr(p, key) for p in kernels} for key in ("bundles", "spills", "trips")}
+                record("tpu_scores", args.commit, line)
+    for name, case in ATTEND.items() if args.op in (None, "attend") else ():
+        for chip in args.chip or CHIPS:
+            for found in scores(chip, **case):
+                line = {"op": "attend", "program": f"{name}: {found.kernel}", "topology": TOPOLOGIES[chip], **case}
+                line |= {"estimate_ms": round(found.milliseconds, 4), "bytes": found.bytes, "cycles": found.cycles}
+                line |= {"bundles": dataclasses.asdict(found.bundles), "spills": found.spills, "visits": found.visits}
                 record("tpu_scores", args.commit, line)
 
 

@@ -61,7 +61,7 @@ def forward(
     query_heads = q.shape[1] // LANES
     log2_scale = scale * math.log2(math.e)
 
-    def kernel(outer_ref, _, q_ref, k_ref, v_ref, ranges_ref, numbers_ref, out_ref, lse_ref, acc_ref, top_ref, sum_ref):
+    def kernel(outer_ref, _, q_ref, k_ref, v_ref, ranges_ref, numbers_ref, out_ref, lse_ref, acc_ref, top_ref, sum_ref, ends_ref):
         flags = outer_ref[pl.program_id(1)]
 
         @pl.when(flags & FIRST != 0)
@@ -110,17 +110,22 @@ def forward(
 
         @pl.when(flags & LAST != 0)
         def _end():
-            live = ranges_ref[:, 1:2] != BLIND
+            live = jnp.broadcast_to(ranges_ref[:, 1:2], (rows, LANES)) != BLIND
+            lane = lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
 
             @pl.loop(0, q_heads)
             def _(h):
-                total = jnp.where(live, jnp.sum(sum_ref[h], axis=1, keepdims=True), 0)
+                total = jnp.broadcast_to(jnp.sum(sum_ref[h], axis=1, keepdims=True), (rows, LANES))
+                total = jnp.where(live, total, 0)
                 some = total > 0
                 inverse = 1 / jnp.where(some, total, 1)
                 out_ref[:, lanes(h)] = jnp.where(some, acc_ref[h] * inverse, 0).astype(out_ref.dtype)
-                both = jnp.where(lax.broadcasted_iota(jnp.int32, (rows, LANES), 1) == 0, total, top_ref[h]).T
-                total, top = both[:1], both[1:2]
-                lse_ref[0, pl.ds(h, 1)] = jnp.where(total > 0, top * math.log(2) + jnp.log(total), -jnp.inf)
+                # one lane for each head's sum, and one for its maximum, so that all heads turn into rows at once
+                ends_ref[...] = jnp.where(lane == h, total, jnp.where(lane == LANES // 2 + h, top_ref[h], ends_ref[...]))
+
+            ends = ends_ref[...].T
+            total, top = ends[:q_heads], ends[LANES // 2 : LANES // 2 + q_heads]
+            lse_ref[0] = jnp.where(total > 0, top * math.log(2) + jnp.log(total), -jnp.inf)
 
     steps = (query_heads // q_heads, visits.count)
 
@@ -145,7 +150,7 @@ def forward(
                 query,
                 pl.BlockSpec((1, q_heads, rows), lambda h, s, outer, inner: (h, 0, outer[s] >> FLAG_BITS)),
             ],
-            scratch_shapes=[pltpu.VMEM((q_heads, rows, LANES), jnp.float32)] * 3,
+            scratch_shapes=[pltpu.VMEM((q_heads, rows, LANES), jnp.float32)] * 3 + [pltpu.VMEM((rows, LANES), jnp.float32)],
         ),
         out_shape=[
             like(q.shape, q.dtype, q, k, v),
