@@ -183,8 +183,9 @@ def _regions(text: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         if "PF" in label and open_regions:
             regions.append((open_regions.pop(), at))
         if JUMP.search(line):
-            if depth > 1:
+            if start is not None:  # what follows a loop may already run in the last bundles of its body
                 loops.append((start, at + DELAY))
+                start = None
             else:
                 open_regions.append(at)
     return sorted(regions), sorted(loops)
