@@ -9,6 +9,7 @@ the backward pass. Several minutes a topology on two cores. No chip is involved:
 
 import argparse
 import os
+import re
 import time
 from functools import partial
 
@@ -21,6 +22,7 @@ from benchmarks.record import add_commit, record  # noqa: E402
 from infinitevl_jax.config.model import infinitevl_4b  # noqa: E402
 from infinitevl_jax.config.run import RunConfig  # noqa: E402
 from infinitevl_jax.config.train import OptimizerConfig  # noqa: E402
+from infinitevl_jax.model.ops import resolve_ops  # noqa: E402
 from infinitevl_jax.training.optimizer import make_optimizer  # noqa: E402
 from infinitevl_jax.training.plan import abstract_batch, abstract_state  # noqa: E402
 from infinitevl_jax.training.step import model_of, train_step  # noqa: E402
@@ -29,14 +31,25 @@ from pallas_kernels.testing.pods import HBM, PodReport, compile_for_pod, pod_mes
 TRAINABLE = [r"layers\..*", r"norm\.weight"]
 
 
-def compile_step(topology: str, *, rows: int = 64, length: int = 8192, patches: int = 4096, tensor: int = 1) -> PodReport:
-    """The training step of the published size, compiled for a pod with axes data, fsdp (all that is left), tensor, context."""
+def compile_step(
+    topology: str, *, rows: int = 64, length: int = 8192, patches: int = 4096, tensor: int = 1
+) -> tuple[PodReport, list[str]]:
+    """The training step of the published size, compiled for a pod with axes data, fsdp (all that is left), tensor, context; and what
+    runs in it."""
     config, run = infinitevl_4b(), RunConfig(dtype="bfloat16", remat="full")
     mesh = pod_mesh(topology, {"data": 1, "fsdp": -1, "tensor": tensor, "context": 1})
     optimizer = make_optimizer(OptimizerConfig(), 1000)
     state = abstract_state(config, TRAINABLE, optimizer, jnp.bfloat16, mesh)
     batch = abstract_batch(config, rows, length, patches, mesh)
-    return compile_for_pod(partial(train_step, model_of(config, run), optimizer), mesh, state, batch, donate_argnums=0)
+    ops = resolve_ops(mesh)
+    step = partial(train_step, model_of(config, run, ops), optimizer)
+    return compile_for_pod(step, mesh, state, batch, donate_argnums=0, text=True), ops.report()
+
+
+def gathered(hlo: str, length: int) -> tuple[int, int]:
+    """All-gathers in a program, and those of them that have the length of a row as a dimension: activations, where parameters are meant."""
+    shapes = re.findall(r"= (\S+) all-gather(?:-start)?\(", hlo)
+    return len(shapes), sum(bool(re.search(rf"[\[,]{length}[,\]]", shape)) for shape in shapes)
 
 
 def main():
@@ -50,12 +63,13 @@ def main():
     args = parser.parse_args()
     for topology in args.topology or ["v5p:4x4x4", "v6e:8x8"]:
         started = time.perf_counter()
-        report = compile_step(topology, rows=args.rows, length=args.length, patches=args.patches, tensor=args.tensor)
+        report, ran = compile_step(topology, rows=args.rows, length=args.length, patches=args.patches, tensor=args.tensor)
         hbm = HBM[topology.split(":")[0]]
         line = {"topology": topology, "rows": args.rows, "length": args.length, "patches": args.patches}
         line |= {"tensor": args.tensor, "compile_s": round(time.perf_counter() - started, 1)}
         line |= {f"{k}_GB": round(getattr(report, k) / 1e9, 3) for k in ("arguments", "outputs", "temporaries", "peak")}
-        line |= {"hbm_GB": hbm / 1e9, "fits": report.peak < hbm}
+        line |= {"hbm_GB": hbm / 1e9, "fits": report.peak < hbm, "ran": ran}
+        line |= dict(zip(("all_gathers", "of_activations"), gathered(report.hlo, args.length), strict=True))
         record("pods", args.commit, line)
 
 

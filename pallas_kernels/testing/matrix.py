@@ -70,7 +70,7 @@ def cells(operator: str, longest: int, names: list[str] | None = None) -> Iterat
             problem_here = problem._replace(inputs=rounded, cotangents=tuple(cotangents))
             want = in_float64(_call(REFERENCES[operator], problem_here))(tuple(rounded.values()), tuple(cotangents), problem.tokens)
             peer = None
-            for implementation in reversed(IMPLEMENTATIONS[operator]):  # the portable one first: it is the others' peer
+            for implementation in sorted(IMPLEMENTATIONS[operator], key=lambda i: i.name != "xla"):  # first, for it is the others' peer
                 if names and implementation.name not in (*names, "xla"):
                     continue
                 cell, errors = _cell(operator, implementation, case, problem_here, dtype, want, peer, device)

@@ -1,6 +1,8 @@
 """Compile a program for a TPU pod on a machine without one: libtpu's compiler runs on any CPU (`pip install libtpu`)."""
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -38,12 +40,15 @@ def pod_mesh(topology: str, sizes: dict[str, int]) -> Mesh:
 
 def compile_for_pod(function: Callable, mesh: Mesh, *arguments, text: bool = False, **jit_options) -> PodReport:
     """Compile `function` for the mesh's devices; arguments are ShapeDtypeStructs with shardings. `text` keeps the program as HLO."""
-    with jax.set_mesh(mesh):
-        compiled = jax.jit(function, **jit_options).lower(*arguments).compile()
+    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
+        # the compiler's own dump: asked for its text, a program with some asynchronous copies fails a check of XLA's
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if text else None
+        compiled = jax.jit(function, **jit_options).lower(*arguments).compile(compiler_options=options)
+        hlo = "".join(path.read_text("utf-8") for path in Path(folder).glob("*.after_optimizations.txt"))
     memory = compiled.memory_analysis()
     return PodReport(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
-        hlo=compiled.as_text() if text else "",
+        hlo=hlo,
     )
