@@ -1,4 +1,12 @@
-"""The gated delta rule on TPU: the contract of `xla.gated_delta_rule`, its sequential parts by Pallas kernels."""
+"""The gated delta rule on TPU: the contract of `xla.gated_delta_rule`, with Pallas kernels for what XLA is slow at.
+
+Forward: `mosaic_tpu_inverse` makes T of every chunk, `mosaic_tpu_walk` walks over the chunks and writes the output. Backward: the
+algebra inside chunks is `xla`'s own, in chunks of 128; between its halves `mosaic_tpu_walk_back` walks back. Chunks of 128 because an
+MXU is 128 or 256 wide and half as many states pass through memory; rows of up to 64 tokens are one chunk of 64.
+
+Static scores (benchmarks.tpu_scores; an estimate by the compiler's own account) and the assumptions behind them:
+benchmarks/results/tpu_scores.jsonl.
+"""
 
 from functools import partial
 
@@ -26,7 +34,7 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
     if v.shape[3] not in (128, 256, 384, 512):
         return f"values {v.shape[3]} wide: a multiple of 128, up to 512"
     if k.shape[1] < 2:
-        return f"{k.shape[1]} tokens a row: a chunk would hold pads only, but for that"
+        return f"rows of {k.shape[1]} tokens: at least 2 (one token is a step, not a chunk)"
     if not (k.shape[0] and k.shape[2]):
         return "no rows or no heads"
     return None
@@ -44,7 +52,8 @@ def gated_delta_rule(
     *,
     interpret=False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Arguments, results and residuals as `xla.gated_delta_rule`. `interpret` (pltpu.InterpretParams) runs the kernels without a TPU.
+    """Arguments, results and names of residuals as `xla.gated_delta_rule`; of "gdn_states", every second is kept, and "gdn_inverse"
+    is two bfloat16 arrays where the inputs are bfloat16. `interpret` (pltpu.InterpretParams) runs the kernels without a TPU.
 
     Raises ValueError where `supports` objects.
     """

@@ -1,4 +1,18 @@
-"""T = (I + A)^-1 for every chunk, A the strictly lower part of (beta_i k_i.k_j D_ij), in Pallas for TPU."""
+"""The kernel that makes T = (I + A)^-1 of every chunk, A the strictly lower part of (beta_i k_i.k_j D_ij), in Pallas for TPU.
+
+The diagonal blocks of A, 16 x 16, are inverted by substitution, all blocks of a chunk side by side in one [16, C] array. Then blocks
+are doubled until one is left: X <- X - X S X with S the part of A that joins two halves. Only the lower halves change, so products
+have C / 2 rows. No power of A is formed: powers can overflow where the inverse is tame.
+
+With float32 keys all products are in full float32. With bfloat16 keys k k^T is exact in one pass and the doublings take three, of
+operands in two halves; the halves of T are the output: the walk reads the first, the backward pass adds them up.
+
+Tiling: a grid step takes one chunk of all heads of a block, 8 where K = 128 and V = 256, step by step for all of them at once, for
+each step waits for the one before. Chunks are independent.
+
+Traffic for a token of a head, in bfloat16: 2 (K + 2 C) bytes, gates of 32. At 8192 tokens, 16 heads and K 128: 105 MB, 0.13 ms on v5e
+and 0.06 on v6e. It is bound by products that fill little of an MXU and by the lanes' crossbar, at three to four times that.
+"""
 
 import jax
 import jax.experimental.pallas as pl
@@ -20,7 +34,7 @@ def inverse(k: jax.Array, rows: jax.Array, heads: int, full: bool, interpret) ->
     count = 2 if narrow and full else 1
 
     def kernel(k_ref, rows_ref, *out_refs):
-        gates = [Gates(rows_ref[h]) for h in block]
+        gates = [Gates(rows_ref[h], not narrow) for h in block]
         grams = [dot(k_ref[h], k_ref[h], (1, 1)) for h in block]
         inverses = unit_lower_inverses([gates[h].beta * grams[h] * gates[h].between() for h in block], narrow)
         for h in block:
@@ -44,10 +58,7 @@ def inverse(k: jax.Array, rows: jax.Array, heads: int, full: bool, interpret) ->
 
 
 def unit_lower_inverses(matrices, narrow: bool) -> list[tuple]:
-    """(I + strictly lower part of a)^-1 for each a [C, C] float32, C a multiple of BASE: as halves if `narrow`, else (inverse,).
-
-    Step by step for all of them at once, for each step waits for the one before.
-    """
+    """(I + strictly lower part of a)^-1 for each a [C, C] float32, C a multiple of BASE: as halves if `narrow`, else (inverse,)."""
     size = matrices[0].shape[0]
     split, multiply = (halves, dot_halves) if narrow else (lambda x: (x,), lambda a, b: dot(a[0], b[0]))
     count = size // BASE

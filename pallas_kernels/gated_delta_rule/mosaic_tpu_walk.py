@@ -39,7 +39,7 @@ def walk(q, k, v, inverse, rows, initial, heads: int, save: bool, interpret) -> 
     [batch, heads, K, V] float32; `heads` of a block.
     """
     chunks, batch, all_heads, size, _ = k.shape
-    pairs, dtype, block = pl.cdiv(chunks, PAIR), k.dtype, range(heads)
+    pairs, dtype, exact, block = pl.cdiv(chunks, PAIR), k.dtype, k.dtype == f32, range(heads)
 
     def kernel(q_ref, k_ref, v_ref, inverse_ref, rows_ref, initial_ref, out_ref, state_ref, *saved_ref):
         @pl.when(pl.program_id(2) == 0)
@@ -51,7 +51,7 @@ def walk(q, k, v, inverse, rows, initial, heads: int, save: bool, interpret) -> 
             ref[0] = state_ref[0].astype(dtype)
 
         def chunk(n):
-            gates = [Gates(rows_ref[n, h]) for h in block]
+            gates = [Gates(rows_ref[n, h], exact) for h in block]
             states = [state_ref[0, h].astype(dtype) for h in block]
             read = [dot(jnp.concatenate([k_ref[n, h], q_ref[n, h]]), states[h]) for h in block]  # [2 C, V]
             grams = [dot(q_ref[n, h], k_ref[n, h], (1, 1)) for h in block]

@@ -34,7 +34,7 @@ def walk_back(q, k, w, ct_out, rows, ct_last, heads: int, interpret) -> tuple[ja
     [batch, heads, K, V] float32; `heads` of a block.
     """
     chunks, batch, all_heads, _, _ = k.shape
-    dtype, block = k.dtype, range(heads)
+    dtype, exact, block = k.dtype, k.dtype == f32, range(heads)
 
     def kernel(q_ref, k_ref, w_ref, ct_out_ref, rows_ref, ct_last_ref, cts_ref, ct_ref):
         @pl.when(pl.program_id(2) == 0)
@@ -42,7 +42,7 @@ def walk_back(q, k, w, ct_out, rows, ct_last, heads: int, interpret) -> tuple[ja
             mine = pl.ds(pl.program_id(0), 1), pl.ds(pl.program_id(1) * heads, heads)
             pltpu.sync_copy(ct_last_ref.at[mine], ct_ref)
 
-        gates = [Gates(rows_ref[h]) for h in block]
+        gates = [Gates(rows_ref[h], exact) for h in block]
         after = [ct_ref[0, h].astype(dtype) for h in block]
         for h in block:
             cts_ref[h] = after[h]

@@ -24,6 +24,12 @@ portable = parity.with_gradients(xla.gated_delta_rule)
 truth = parity.in_float64(parity.with_gradients(reference.gated_delta_rule))
 
 
+@pytest.fixture(autouse=True)
+def no_races(capsys):
+    yield
+    assert "RACE DETECTED" not in capsys.readouterr().out
+
+
 def case(length, gates="mild", keys="random", batch=1, heads=2, key_dim=128, value_dim=128, seed=0):
     """Inputs and cotangents, float32."""
     rng = np.random.default_rng(seed)
@@ -137,7 +143,7 @@ def test_refusals():
     assert mosaic_tpu.supports(*arrays()) is None and mosaic_tpu.supports(*arrays(dtype=jnp.float32)) is None
     assert "values 192 wide" in mosaic_tpu.supports(*arrays(value_dim=192))
     assert "keys 64 wide" in mosaic_tpu.supports(*arrays(key_dim=64))
-    assert "1 tokens" in mosaic_tpu.supports(*arrays(length=1))
+    assert "rows of 1 tokens" in mosaic_tpu.supports(*arrays(length=1))
     assert "float32" in mosaic_tpu.supports(*arrays(other=jnp.float32))
     with pytest.raises(ValueError, match="use the implementation xla"):
         jax.eval_shape(mosaic_tpu.gated_delta_rule, *arrays(key_dim=64), *[jax.ShapeDtypeStruct((1, 8, 2), jnp.float32)] * 2)
