@@ -54,13 +54,8 @@ def main():
     for entry in KERNELS + WHOLE * args.whole:
         for chip in args.chip or CHIPS:
             if args.op in (None, entry.op):
-                found = score(entry.build, chip, *entry.places, **entry.names)
                 line = {"op": entry.op, "program": entry.name, "topology": TOPOLOGIES[chip], **entry.names}
-                line |= {"estimate_ms": round(found.milliseconds, 4), "bytes": sum(p.bytes for p in found.programs)}
-                line |= {"cycles": sum(p.cycles for p in found.programs), "programs": len(found.programs)}
-                kernels = [p for p in found.programs if p.bundles]
-                line |= {key: {p.name: getattr(p, key) for p in kernels} for key in ("bundles", "spills", "trips")}
-                record("tpu_scores", args.commit, line)
+                record("tpu_scores", args.commit, line | figures(entry, chip))
     for name, case in ATTEND.items() if args.op in (None, "attend") else ():
         for chip in args.chip or CHIPS:
             for found in scores(chip, **case):
@@ -68,6 +63,18 @@ def main():
                 line |= {"estimate_ms": round(found.milliseconds, 4), "bytes": found.bytes, "cycles": found.cycles}
                 line |= {"bundles": dataclasses.asdict(found.bundles), "spills": found.spills, "visits": found.visits}
                 record("tpu_scores", args.commit, line)
+
+
+def figures(entry: Entry, chip: str) -> dict:
+    """The estimate and what it is made of, or that the compiler failed."""
+    try:
+        found = score(entry.build, chip, *entry.places, **entry.names)
+    except RuntimeError as error:
+        return {"failed": str(error).splitlines()[0]}
+    line = {"estimate_ms": round(found.milliseconds, 4), "cycles": sum(p.cycles for p in found.programs)}
+    line |= {"bytes": sum(p.bytes for p in found.programs), "programs": len(found.programs)}
+    kernels = [p for p in found.programs if p.bundles]
+    return line | {key: {p.name: getattr(p, key) for p in kernels} for key in ("bundles", "spills", "trips")}
 
 
 if __name__ == "__main__":
