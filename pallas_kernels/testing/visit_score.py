@@ -69,7 +69,8 @@ def scores(chip: str, **case) -> list[Score]:
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with tempfile.TemporaryDirectory() as folder:
-        environment |= {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true", "JAX_PLATFORMS": "cpu"}
+        dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final"
+        environment |= {"LIBTPU_INIT_ARGS": dump, "JAX_PLATFORMS": "cpu"}
         environment |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_ENABLE_COMPILATION_CACHE": "false"}
         command = [sys.executable, "-m", "pallas_kernels.testing.visit_score", json.dumps({"chip": chip, "folder": folder, **case})]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
