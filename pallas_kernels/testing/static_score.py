@@ -41,6 +41,10 @@ CHIPS = {
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 
+# JAX (0.10) cannot print a program with gathers that v6e leaves to its sparse cores.
+NO_OFFLOAD = "--xla_tpu_offload_gather_to_sparsecore=false"
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """`cycles` and `bytes` of all its trips; `bundles` and `spills` (stores of registers to memory) of one, None for XLA's."""
@@ -79,7 +83,7 @@ def score(build: Callable, chip: str, *places, **names) -> Score:
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with tempfile.TemporaryDirectory() as folder:
-        environment |= {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true", "JAX_PLATFORMS": "cpu"}
+        environment |= {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true {NO_OFFLOAD}", "JAX_PLATFORMS": "cpu"}
         environment |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_ENABLE_COMPILATION_CACHE": "false"}
         work = {"module": build.__module__, "build": build.__qualname__, "chip": chip, "places": places, "names": names, "folder": folder}
         command = [sys.executable, "-m", "pallas_kernels.testing.static_score", json.dumps(work)]
