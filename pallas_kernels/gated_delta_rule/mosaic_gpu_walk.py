@@ -3,17 +3,17 @@
 Computes, chunk after chunk and in the notation of xla.py, new = T beta (V - d K S), out = d Q S + (Q K^T * D) new and
 S' = d_C S + (D_C K)^T new, from the inputs and what mosaic_gpu_chunks.py makes of them.
 
-Tiling: a warpgroup carries 64 columns of one head's state through the whole sequence. Everything stands transposed, [V, tokens] and
-[V, K]: so the state is an accumulator that never leaves the registers, and is, rounded, the register operand of its own products; likewise
-`new`. What other warpgroups or chunks share (k, q, T, scores) comes from shared memory, to which one more warpgroup copies it by TMA some
-stages ahead. A thread block takes one or several such slices of a head, several if blocks are many, to spare reads of k and q.
+Tiling: a thread block carries 64 columns of one head's state through the whole sequence, with three warpgroups. The first does nothing but
+what the next chunk waits for: k S, new and S'. There everything stands transposed, [V, tokens] and [V, K], so that the state is an
+accumulator that never leaves the registers and, rounded, the register operand of its own products; likewise `new`. It hands both, through
+shared memory, to the second warpgroup, which makes the outputs beside it. The third copies what is to come (TMA), some chunks ahead.
 
-Rounding: operands are bfloat16, sums and the carried state float32. `new` goes into the state as two bfloat16: its rounding errors
-would add up where keys repeat (0.6 % of the state, 0.3 % with two).
+Rounding: sums and the carried state are float32, operands bfloat16. T, the scores and `new`, between which much cancels where keys repeat,
+are two bfloat16 each, of which two products are formed with T and K and three with the scores.
 
-Traffic: a chunk of a head is 80 KiB read (k, q, T and scores once per slices of a block) and 32 KiB written, and as much again as a
-state, 64 KiB, where those before each chunk are kept. At 16 heads and 8,192 tokens that is 0.08 ms at 3 TB/s. With so few heads latency
-rules instead: 128 chunks, one after the other, of three dependent products, 10 x 64 x 64 x 128 multiplications a slice.
+Traffic: for a chunk of a head 96 KiB read (k, q, T and scores by every slice, from the L2 cache but once) and 32 KiB written, and 64 KiB
+more where the states before each chunk are kept. At 16 heads and 8,192 tokens that is 0.09 ms at 3 TB/s. With so few heads latency rules:
+128 chunks, one after the other, of three dependent products; 1,664 clocks of tensor work a chunk and slice, 0.12 ms.
 """
 
 import dataclasses
@@ -24,22 +24,22 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.attend.mosaic_gpu_forward import full, load, transposed
-from pallas_kernels.gated_delta_rule.mosaic_gpu_chunks import BETA, CHUNK, KEY, PARTS, SINCE, UNTIL, across, halves
+from pallas_kernels.attend.mosaic_gpu_forward import full, load, spread, transposed
+from pallas_kernels.gated_delta_rule.mosaic_gpu_chunks import BETA, CHUNK, KEY, PARTS, SINCE, UNTIL, across, rounded_halves, share
 
-WIDTH = 64  # columns of a state that a warpgroup carries
+WIDTH = 64  # columns of a state that a thread block carries
+HALVES = pl.ds(0, CHUNK), pl.ds(CHUNK, CHUNK)  # rows of the two parts that T and the scores come in
 
 f32, bf16 = jnp.float32, jnp.bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """slices: of a head's state, WIDTH columns each, in a thread block. stages: chunks in shared memory. registers: a thread's, of
-    the computing and of the copying warpgroups."""
+    """stages: chunks in shared memory, of what the carrying warpgroup reads and of what the one that puts out reads.
+    registers: a thread's, of these two and of the copying warpgroup."""
 
-    slices: int = 1
-    stages: int = 3
-    registers: tuple[int, int] = (240, 24)
+    stages: tuple[int, int] = (2, 2)
+    registers: tuple[int, int, int] = (240, 152, 24)
 
 
 def walk(
@@ -55,156 +55,203 @@ def walk(
 ) -> tuple[jax.Array, ...]:
     """out [B, T, H, V] bfloat16, the last state [B, H, 128, V] float32 and, if keep, those before each chunk [B, H, N, 128, V] bfloat16.
 
-    q, k: [B, T, H, 128] and v: [B, T, H, V], bfloat16, no NaN, T a multiple of 64, V of 64 * tuning.slices.
+    q, k: [B, T, H, 128] and v: [B, T, H, V], bfloat16, no NaN, T and V multiples of 64.
     inverse, scores, vectors: from `chunks`. initial_state: [B, H, 128, V] float32; None is zeros.
     """
     batch, length, heads, width = v.shape
-    slices, stages = tuning.slices, tuning.stages
-    parts, odd = divmod(width, WIDTH * slices)
+    parts, odd = divmod(width, WIDTH)
     assert k.shape[3] == KEY and length % CHUNK == 0 and not odd
     count = length // CHUNK
+    stages, out_stages = tuning.stages
     started = initial_state is not None
-    sideways = plgpu.Layout.WGMMA_TRANSPOSED
-    by_column = plgpu.Layout.WGMMA.reduce(0)
+    wgmma, sideways = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA_TRANSPOSED
+    by_row, by_column = wgmma.reduce(1), wgmma.reduce(0)
 
     def kernel(refs, smem, barriers):
         q_ref, k_ref, v_ref, inverse_ref, scores_ref, vectors_ref, *refs = refs
         initial_ref = refs.pop(0) if started else None
         out_ref, last_ref, *states_ref = refs
-        q_smem, k_smem, v_smem, inverse_smem, scores_smem, vectors_smem, out_smem, *states_smem = smem
-        ready, free = barriers
-        me = lax.axis_index("group")
+        q_smem, k_smem, v_smem, inverse_smem, scores_smem, state_smem, new_smem, out_smem, vectors_smem = smem
+        k_ready, v_ready, inverse_ready, q_ready, free, q_free, state_ready, state_free, new_ready, new_free = barriers
         work = lax.axis_index("work")
+        me = lax.axis_index("group")
         part, head = lax.rem(work, parts), lax.rem(lax.div(work, parts), heads)
         b = lax.div(work, parts * heads)
-
-        def columns(i):
-            return pl.ds((part * slices + i) * WIDTH, WIDTH)
+        columns = pl.ds(part * WIDTH, WIDTH)
 
         def tokens(n):
             return pl.ds(n * CHUNK, CHUNK)
 
-        @pl.when(me < slices)
-        def _compute():
-            plgpu.set_max_registers(tuning.registers[0], action="increase")
-            mine = columns(me)
+        def accumulator(rows, columns):
+            return plgpu.ACC((rows, columns), f32)
 
-            def accumulate(*shape):
-                return plgpu.ACC(shape, f32)
+        @pl.when(me == 0)
+        def _carry():
+            plgpu.set_max_registers(tuning.registers[0], action="increase")
 
             def step(n, state):
                 at = lax.rem(n, stages)
 
-                def vector(i, rows=WIDTH):
-                    return across(load(vectors_smem.at[at, i], by_column, optimized=True), rows)
+                def vector(i):
+                    return across(load(vectors_smem.at[at, i], by_column, optimized=True), WIDTH)
 
                 rounded = state.astype(bf16)
-                if keep:
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    transposed(states_smem[0].at[me])[...] = plgpu.layout_cast(rounded, sideways)
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(states_smem[0].at[me], states_ref[0].at[b, head, n, :, mine])
-                plgpu.barrier_wait(ready.at[at])
+                plgpu.barrier_wait(k_ready.at[at])
 
                 def read(acc):
                     plgpu.wgmma(acc, rounded, transposed(k_smem.at[at]))
-                    values = load(transposed(v_smem.at[at, me]), sideways, optimized=True)
-                    values = plgpu.layout_cast(values, plgpu.Layout.WGMMA).astype(f32)
-                    return values, plgpu.wgmma_accumulator_load(acc)
+                    pl.when(n > 0)(lambda: plgpu.barrier_wait(state_free))
+                    if keep:
+                        transposed(state_smem)[...] = plgpu.layout_cast(rounded, sideways)
+                    else:
+                        state_smem[...] = rounded
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(state_ready)
+                    plgpu.barrier_wait(v_ready.at[at])
+                    values = load(transposed(v_smem.at[at]), sideways, optimized=True)
+                    values = plgpu.layout_cast(values, wgmma).astype(f32) * vector(BETA)
+                    factor = load(vectors_smem.at[at, BETA], by_column, optimized=True)
+                    factor *= load(vectors_smem.at[at, SINCE], by_column, optimized=True)
+                    values, factor = lax.optimization_barrier((values, factor))
+                    # The compiler moves no work past the loop of this wait, but it would move this past the one for the product.
+                    plgpu.barrier_wait(inverse_ready.at[at])
+                    return values, factor, plgpu.wgmma_accumulator_load(acc)
 
-                values, known = lax.optimization_barrier(pl.run_scoped(read, accumulate(WIDTH, CHUNK)))
-                rest = (vector(BETA) * (values - vector(SINCE) * known)).astype(bf16)
+                values, factor, known = lax.optimization_barrier(pl.run_scoped(read, accumulator(WIDTH, CHUNK)))
+                rest = (values - across(factor, WIDTH) * known).astype(bf16)
 
-                def correct(new_acc, out_acc):
-                    plgpu.wgmma(new_acc, rest, transposed(inverse_smem.at[at]))
-                    plgpu.wgmma(out_acc, rounded, transposed(q_smem.at[at]))
-                    new = lax.optimization_barrier(plgpu.wgmma_accumulator_load(new_acc, wait_n=1))
-                    high, low = lax.optimization_barrier(halves(new * vector(UNTIL)))
-                    out = plgpu.wgmma_accumulator_load(out_acc, wait_n=0)
-                    return lax.optimization_barrier((new, high, low, out))
+                def correct(acc):
+                    for half in HALVES:
+                        plgpu.wgmma(acc, rest, transposed(inverse_smem.at[at, half]))
+                    until = lax.optimization_barrier(load(vectors_smem.at[at, UNTIL], by_column, optimized=True))
+                    decayed = lax.optimization_barrier(state * vectors_smem[at, SINCE, CHUNK - 1])
+                    pl.when(n > 0)(lambda: plgpu.barrier_wait(new_free))
+                    return decayed, until, plgpu.wgmma_accumulator_load(acc)
 
-                refs = accumulate(WIDTH, CHUNK), accumulate(WIDTH, CHUNK)
-                new, high, low, out = pl.run_scoped(correct, *refs)
-                out = out * vector(SINCE)
-                new, high, low = (x.astype(bf16) for x in (new, high, low))
-                state = state * vectors_smem[at, SINCE, CHUNK - 1]
+                decayed, until, new = lax.optimization_barrier(pl.run_scoped(correct, accumulator(WIDTH, CHUNK)))
+                high, low = rounded_halves(new * across(until, WIDTH))
 
-                def finish(state_acc, out_acc):
-                    state_acc[...], out_acc[...] = state, out
-                    plgpu.wgmma(state_acc, high, k_smem.at[at])
-                    plgpu.wgmma(state_acc, low, k_smem.at[at])
-                    plgpu.wgmma(out_acc, new, transposed(scores_smem.at[at]))
-                    state_ = plgpu.wgmma_accumulator_load(state_acc, wait_n=0)
-                    return lax.optimization_barrier((state_, plgpu.wgmma_accumulator_load(out_acc, wait_n=None)))
+                def add(acc):
+                    acc[...] = decayed
+                    plgpu.wgmma(acc, high, k_smem.at[at])
+                    plgpu.wgmma(acc, low, k_smem.at[at])
+                    share(new_smem, 0, new)
+                    plgpu.barrier_arrive(new_ready)
+                    return plgpu.wgmma_accumulator_load(acc)
 
-                state, out = pl.run_scoped(finish, accumulate(WIDTH, KEY), accumulate(WIDTH, CHUNK))
+                state = lax.optimization_barrier(pl.run_scoped(add, accumulator(WIDTH, KEY)))
                 plgpu.barrier_arrive(free.at[at])
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                transposed(out_smem.at[me])[...] = plgpu.layout_cast(out.astype(bf16), sideways)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out_smem.at[me], out_ref.at[b, tokens(n), head, mine])
                 return state
 
             if started:
-                state = load(transposed(initial_ref.at[b, head, :, mine]), sideways)
-                state = plgpu.layout_cast(state, plgpu.Layout.WGMMA)
+                state = load(transposed(initial_ref.at[b, head, :, columns]), sideways)
+                state = plgpu.layout_cast(state, wgmma)
             else:
-                state = full((WIDTH, KEY), 0, plgpu.Layout.WGMMA)
+                state = full((WIDTH, KEY), 0, wgmma)
             state = lax.fori_loop(0, count, step, state)
-            transposed(last_ref.at[b, head, :, mine])[...] = plgpu.layout_cast(state, sideways)
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.barrier_wait(state_free)
+            plgpu.barrier_wait(new_free)
+            transposed(last_ref.at[b, head, :, columns])[...] = plgpu.layout_cast(state, sideways)
 
-        @pl.when(me == slices)
-        def _copy():
+        @pl.when(me == 1)
+        def _put_out():
             plgpu.set_max_registers(tuning.registers[1], action="decrease")
 
             @pl.loop(0, count)
             def _(n):
-                at = lax.rem(n, stages)
-                pl.when(n >= stages)(lambda: plgpu.barrier_wait(free.at[at]))
+                at, q_at = lax.rem(n, stages), lax.rem(n, out_stages)
 
-                def copy(source, target):
-                    plgpu.copy_gmem_to_smem(source, target, ready.at[at])
+                def read(acc):
+                    plgpu.barrier_wait(q_ready.at[q_at])
+                    plgpu.barrier_wait(state_ready)
+                    plgpu.wgmma(acc, q_smem.at[q_at], state_smem if keep else transposed(state_smem))
+                    plgpu.barrier_wait(v_ready.at[at])
+                    since = lax.optimization_barrier(load(vectors_smem.at[at, SINCE], by_row, optimized=True))
+                    if keep:
+                        plgpu.copy_smem_to_gmem(state_smem, states_ref[0].at[b, head, n, :, columns])
+                    return since, plgpu.wgmma_accumulator_load(acc)
 
-                copy(k_ref.at[b, tokens(n), head], k_smem.at[at])
-                for i in range(slices):
-                    copy(v_ref.at[b, tokens(n), head, columns(i)], v_smem.at[at, i])
-                copy(inverse_ref.at[b, head, n], inverse_smem.at[at])
-                copy(vectors_ref.at[b, head, n], vectors_smem.at[at])
-                copy(q_ref.at[b, tokens(n), head], q_smem.at[at])
-                copy(scores_ref.at[b, head, n], scores_smem.at[at])
+                since, out = lax.optimization_barrier(pl.run_scoped(read, accumulator(CHUNK, WIDTH)))
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(state_free)
+                plgpu.commit_smem()  # the vectors are read before a copy may replace them
+                plgpu.barrier_arrive(free.at[at])
+                out = out * spread(since, WIDTH)
+
+                def add(acc):
+                    acc[...] = out
+                    plgpu.barrier_wait(new_ready)
+                    for left, right in (0, 0), (1, 0), (0, 1):
+                        plgpu.wgmma(acc, scores_smem.at[q_at, HALVES[left]], transposed(new_smem.at[right]))
+                    return plgpu.wgmma_accumulator_load(acc)
+
+                out = lax.optimization_barrier(pl.run_scoped(add, accumulator(CHUNK, WIDTH)))
+                plgpu.barrier_arrive(new_free)
+                plgpu.barrier_arrive(q_free.at[q_at])
+                out_smem[...] = out.astype(bf16)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(out_smem, out_ref.at[b, tokens(n), head, columns])
+
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(me == 2)
+        def _copy():
+            plgpu.set_max_registers(tuning.registers[2], action="decrease")
+
+            @pl.loop(0, count)
+            def _(n):
+                def fetch(stages, free, *copies):
+                    at = lax.rem(n, stages)
+                    pl.when(n >= stages)(lambda: plgpu.barrier_wait(free.at[at]))
+                    for source, target, ready in copies:
+                        plgpu.copy_gmem_to_smem(source, target.at[at], ready.at[at])
+
+                fetch(
+                    stages,
+                    free,
+                    (k_ref.at[b, tokens(n), head], k_smem, k_ready),
+                    (v_ref.at[b, tokens(n), head, columns], v_smem, v_ready),
+                    (vectors_ref.at[b, head, n], vectors_smem, v_ready),
+                    (inverse_ref.at[b, head, n], inverse_smem, inverse_ready),
+                )
+                fetch(
+                    out_stages,
+                    q_free,
+                    (q_ref.at[b, tokens(n), head], q_smem, q_ready),
+                    (scores_ref.at[b, head, n], scores_smem, q_ready),
+                )
 
     def entry(*refs):
         def shared(*shape):
             return plgpu.SMEM(shape, bf16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
         smem = (
+            shared(out_stages, CHUNK, KEY),
             shared(stages, CHUNK, KEY),
-            shared(stages, CHUNK, KEY),
-            shared(stages, slices, CHUNK, WIDTH),
-            shared(stages, CHUNK, CHUNK),
-            shared(stages, CHUNK, CHUNK),
+            shared(stages, CHUNK, WIDTH),
+            shared(stages, 2 * CHUNK, CHUNK),
+            shared(out_stages, 2 * CHUNK, CHUNK),
+            shared(KEY, WIDTH) if keep else shared(WIDTH, KEY),
+            shared(2, WIDTH, CHUNK),
+            shared(CHUNK, WIDTH),
             plgpu.SMEM((stages, PARTS, CHUNK), f32),
-            shared(slices, CHUNK, WIDTH),
-            *([shared(slices, KEY, WIDTH)] if keep else []),
         )
         barriers = (
-            plgpu.Barrier(num_arrivals=5 + slices, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=slices, num_barriers=stages),
+            *(plgpu.Barrier(num_arrivals=copies, num_barriers=stages) for copies in (1, 2, 1)),
+            plgpu.Barrier(num_arrivals=2, num_barriers=out_stages),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_barriers=out_stages),
+            *(plgpu.Barrier() for _ in range(4)),
         )
         pl.run_scoped(lambda *scratch: kernel(refs, *scratch), smem, barriers, collective_axes="group")
 
     kept = [jax.ShapeDtypeStruct((batch, heads, count, KEY, width), bf16)] if keep else []
     return plgpu.kernel(
         entry,
-        out_type=[
-            jax.ShapeDtypeStruct(v.shape, bf16),
-            jax.ShapeDtypeStruct((batch, heads, KEY, width), f32),
-            *kept,
-        ],
+        out_type=[jax.ShapeDtypeStruct(v.shape, bf16), jax.ShapeDtypeStruct((batch, heads, KEY, width), f32), *kept],
         grid=(batch * heads * parts,),
         grid_names=("work",),
-        num_threads=slices + 1,
+        num_threads=3,
         thread_name="group",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="gdn_walk",

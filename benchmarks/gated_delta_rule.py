@@ -1,0 +1,197 @@
+"""The gated delta rule on one GPU: ours for Hopper, ours in XLA, and fla's (Triton) where it imports.
+
+    python -m benchmarks.gated_delta_rule          # about 3 minutes on an H100; appends to benchmarks/results/gated_delta_rule.jsonl
+    python -m benchmarks.gated_delta_rule --shapes 1x32768 1x131072 --work forward --implementations mosaic_gpu fla
+
+16 heads, keys 128 and values 256 wide, bfloat16, no initial state, the last state asked for. Errors first: relative RMS of out and the
+last state against the recurrence in float64 on the same bfloat16 numbers, 1,000 tokens, the worst of some gates and keys. Then times:
+several calls on the same random inputs in one program (of fla: in one CUDA graph), median of 20 programs.
+
+fla 0.6 asks for einops besides torch and Triton; `pip install --no-deps fla-core flash-linear-attention einops`.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.gated_delta_rule import mosaic_gpu, reference, xla
+from pallas_kernels.testing.parity import GATES, rel_rms, unit
+
+RESULTS = Path(__file__).parent / "results" / "gated_delta_rule.jsonl"
+HEADS, KEY, VALUE = 16, 128, 256
+REPEATS = 20
+
+
+def draw(batch: int, length: int, heads: int = HEADS, gates: str = "mild", repeated: bool = False, seed: int = 0) -> list[np.ndarray]:
+    """q, k, v, g and beta in float32; q, k and v hold bfloat16 numbers."""
+    rng = np.random.default_rng(seed)
+    lead = batch, length, heads
+    k = unit(rng, (*lead, KEY))
+    if repeated:
+        k = np.broadcast_to(k[:, :1], k.shape)
+    wide = unit(rng, (*lead, KEY)) * KEY**-0.5, k, rng.standard_normal((*lead, VALUE))
+    rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32) for x in wide]
+    return [*rounded, np.float32(GATES[gates](rng, lead)), np.float32(1 / (1 + np.exp(-2 * rng.standard_normal(lead))))]
+
+
+def timed(batch: int, length: int) -> list[jax.Array]:
+    """The same distributions, drawn on the device."""
+
+    def numbers(key):
+        keys, lead = jax.random.split(key, 5), (batch, length, HEADS)
+        q, k = (jax.random.normal(key, (*lead, KEY)) for key in keys[:2])
+        q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+        v = jax.random.normal(keys[2], (*lead, VALUE))
+        g, beta = -jnp.exp(jax.random.normal(keys[3], lead) - 3), jax.nn.sigmoid(2 * jax.random.normal(keys[4], lead))
+        return [(q * KEY**-0.5).astype(jnp.bfloat16), k.astype(jnp.bfloat16), v.astype(jnp.bfloat16), g, beta]
+
+    return jax.jit(numbers)(jax.random.key(0))
+
+
+def in_jax(arrays: list[np.ndarray]) -> list[jax.Array]:
+    return [jnp.asarray(x, jnp.bfloat16) for x in arrays[:3]] + [jnp.asarray(x) for x in arrays[3:]]
+
+
+def with_backward(function, *inputs):
+    """Gradients of sum(out * out) / 2, in all inputs."""
+    (out, last), pull = jax.vjp(function, *inputs)
+    return pull((out, jnp.zeros_like(last)))
+
+
+def milliseconds(function, work: str, inputs: list[jax.Array], calls: int) -> list[float]:
+    """A call, over `REPEATS` programs of `calls` calls."""
+    call = function if work == "forward" else partial(with_backward, function)
+
+    def again(_, inputs):  # one number of each result goes into the next inputs, so that no call can be left out
+        results = call(*inputs)
+        touched = [x.at[(0,) * x.ndim].set(y[(0,) * y.ndim].astype(x.dtype)) for x, y in zip(inputs, results, strict=False)]
+        return *touched, *inputs[len(results) :]
+
+    run = jax.jit(lambda *a: jax.lax.fori_loop(0, calls, again, a))
+    for _ in range(2):
+        jax.block_until_ready(run(*inputs))
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        jax.block_until_ready(run(*inputs))
+        times.append((time.perf_counter() - start) / calls * 1e3)
+    return times
+
+
+class Fla:
+    """fla's chunked kernels, as if they were called from JAX."""
+
+    def __init__(self):
+        import torch
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+        self.torch, self.rule = torch, partial(chunk_gated_delta_rule, scale=1.0, output_final_state=True)
+
+    def tensors(self, arrays) -> list:
+        wide = [self.torch.from_dlpack(x) if isinstance(x, jax.Array) else self.torch.tensor(x, device="cuda") for x in arrays]
+        return [x.clone().to(self.torch.bfloat16 if i < 3 else self.torch.float32) for i, x in enumerate(wide)]
+
+    def __call__(self, *arrays):
+        with self.torch.no_grad():
+            return [x.float().cpu().numpy() for x in self.rule(*self.tensors(arrays))]
+
+    def milliseconds(self, work: str, inputs: list[jax.Array], calls: int) -> list[float]:
+        cuda, inputs = self.torch.cuda, [x.requires_grad_(work != "forward") for x in self.tensors(inputs)]
+
+        def call():
+            with self.torch.set_grad_enabled(work != "forward"):
+                out, _ = self.rule(*inputs)
+                if work != "forward":
+                    self.torch.autograd.grad(out, inputs, out.detach())
+
+        stream, graph = cuda.Stream(), cuda.CUDAGraph()
+        with cuda.stream(stream):
+            for _ in range(3):
+                call()
+        cuda.synchronize()
+        with cuda.graph(graph, stream=stream):
+            for _ in range(calls):
+                call()
+        times = []
+        for i in range(REPEATS + 2):
+            start, end = (cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            cuda.synchronize()
+            if i >= 2:
+                times.append(start.elapsed_time(end) / calls)
+        return times
+
+
+JAX = {"mosaic_gpu": mosaic_gpu.gated_delta_rule, "xla": xla.gated_delta_rule}
+ERRORS = [(gates, repeated) for gates in ("mild", "spread", "keep") for repeated in (False, True)]
+
+
+def truths(length: int = 1000) -> list[tuple]:
+    """Inputs of two heads, and what is right."""
+    exact = jax.jit(reference.gated_delta_rule)
+
+    def truth(arrays):
+        with jax.enable_x64(True):
+            return [np.asarray(x) for x in exact(*(jnp.asarray(x, jnp.float64) for x in arrays))]
+
+    cases = [draw(1, length, 2, gates, repeated) for gates, repeated in ERRORS]
+    return [(arrays, truth(arrays)) for arrays in cases]
+
+
+def errors(function, cases: list[tuple]) -> dict[str, float]:
+    found = [[rel_rms(np.asarray(a, np.float64), b) for a, b in zip(function(*arrays), right, strict=True)] for arrays, right in cases]
+    return dict(zip(("out", "state"), (round(float(x), 5) for x in np.max(found, axis=0)), strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["1x1024", "1x8192", "1x32768", "8x8192"], help="batch x length")
+    parser.add_argument("--work", nargs="+", choices=["forward", "forward+backward"], default=["forward", "forward+backward"])
+    parser.add_argument("--implementations", nargs="+", choices=[*JAX, "fla"], default=[*JAX, "fla"])
+    options = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    shared = {"op": "gated_delta_rule", "heads": HEADS, "widths": [KEY, VALUE], "dtype": "bfloat16", "jax": jax.__version__}
+    shared |= {"device": jax.devices()[0].device_kind, "commit": commit, "date": time.strftime("%Y-%m-%d")}
+    cases = truths()
+    RESULTS.parent.mkdir(exist_ok=True)
+    for name in options.implementations:
+        if name == "fla":
+            try:
+                fla = Fla()
+            except ImportError as reason:
+                print(f"fla is left out: {reason}")
+                continue
+            take, found = fla.milliseconds, errors(fla, cases)
+        else:
+            compiled = jax.jit(JAX[name])
+            take = partial(milliseconds, JAX[name])
+            found = errors(lambda *arrays, run=compiled: [np.asarray(x, np.float32) for x in run(*in_jax(arrays))], cases)
+        print(f"{name:10} errors {found}", flush=True)
+        for shape in options.shapes:
+            batch, length = map(int, shape.split("x"))
+            inputs, calls = timed(batch, length), max(2, 2**19 // (batch * length))
+            for work in options.work:
+                try:
+                    times = take(work, inputs, calls)
+                except Exception as reason:  # one that refuses a shape must not take the others' figures along
+                    print(f"{name:10} {work:16} {shape:>9} fails: {str(reason)[:200]}", flush=True)
+                    continue
+                ms = {key: round(of(times), 4) for key, of in (("median", statistics.median), ("min", min), ("max", max))}
+                result = shared | {"implementation": name, "work": work, "shape": [batch, length], "ms": ms, "errors": found}
+                print(f"{name:10} {work:16} {shape:>9} {ms['median']:9.4f} ms", flush=True)
+                with RESULTS.open("a") as file:
+                    file.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()
