@@ -7,6 +7,9 @@
 last state against the recurrence in float64 on the same bfloat16 numbers, 1,000 tokens, the worst of some gates and keys. Then times:
 several calls on the same random inputs in one program (of fla: in one CUDA graph), median of 20 programs.
 
+Seen on an H100 80GB HBM3, JAX 0.11.2, 2026-11-22, ours forward: 0.051 ms at 1K, 0.294 at 8K, 1.56 at batch 8 x 8K, with T and the scores in
+one bfloat16 each and errors of 1.2 and 0.6 % for it (fla 1.3 and 1.2 %); as they are now, in two, it has not been timed.
+
 fla 0.6 asks for einops besides torch and Triton; `pip install --no-deps fla-core flash-linear-attention einops`.
 """
 
