@@ -17,13 +17,14 @@ from benchmarks.record import RESULTS, add_commit
 
 GPU = ("attend", "gated_delta_rule", "decode")
 CPU = ("tpu_scores",)
+TIMES = ("ms", "us", "estimate_ms", "failed")
 
 
 def newest(name: str, *keys: str) -> dict[tuple, dict]:
-    """The last line of a results file for each combination of the keys."""
+    """The last line of a results file for each combination of the keys: those with a time, of a commit."""
     file = RESULTS / f"{name}.jsonl"
     lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
-    return {tuple(str(line.get(key)) for key in keys): line for line in lines}
+    return {tuple(str(line.get(key)) for key in keys): line for line in lines if line.get("commit") and not line.keys().isdisjoint(TIMES)}
 
 
 def table() -> str:
