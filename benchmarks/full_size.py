@@ -20,6 +20,7 @@ from infinitevl_jax.config.model import infinitevl_4b
 from infinitevl_jax.inference.sampling import Sampling
 from infinitevl_jax.model.cache import cache_bytes
 from infinitevl_jax.model.inputs import prepare
+from infinitevl_jax.model.ops import resolve_ops
 
 GREEDY = Sampling()
 
@@ -40,12 +41,14 @@ def main():
     parser.add_argument("--prompt", type=int, default=8192, help="tokens of the timed prefill")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--profile", help="write a profiler trace of one prefill and ten tokens to this folder")
+    parser.add_argument("--attend", help='the implementations allowed, in order, such as "mosaic_gpu,xla"')
+    parser.add_argument("--gated-delta-rule", help="likewise")
     add_commit(parser)
     args = parser.parse_args()
 
     config = infinitevl_4b()
     started = time.perf_counter()
-    model = InfiniteVL.random(config, dtype=jnp.bfloat16)
+    model = InfiniteVL.random(config, dtype=jnp.bfloat16, ops=resolve_ops(None, args.attend, args.gated_delta_rule))
     jax.block_until_ready(model.params)
     result = {
         "parameters": model.parameter_count,
@@ -101,6 +104,7 @@ def main():
         with jax.profiler.trace(args.profile):
             jax.block_until_ready(model.prefill(prompts[0], fresh))
             run()
+    result["ran"] = model.ops.report()
     record("full_size", args.commit, result)
 
 

@@ -14,21 +14,18 @@ fla 0.6 asks for einops besides torch and Triton; `pip install --no-deps fla-cor
 """
 
 import argparse
-import json
 import statistics
-import subprocess
 import time
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.record import add_commit, record
 from pallas_kernels.gated_delta_rule import mosaic_gpu, reference, xla
 from pallas_kernels.testing.parity import GATES, rel_rms, unit
 
-RESULTS = Path(__file__).parent / "results" / "gated_delta_rule.jsonl"
 HEADS, KEY, VALUE = 16, 128, 256
 REPEATS = 20
 
@@ -161,12 +158,10 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["1x1024", "1x8192", "1x32768", "8x8192"], help="batch x length")
     parser.add_argument("--work", nargs="+", choices=["forward", "forward+backward"], default=["forward", "forward+backward"])
     parser.add_argument("--implementations", nargs="+", choices=[*JAX, "fla"], default=[*JAX, "fla"])
+    add_commit(parser)
     options = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    shared = {"op": "gated_delta_rule", "heads": HEADS, "widths": [KEY, VALUE], "dtype": "bfloat16", "jax": jax.__version__}
-    shared |= {"device": jax.devices()[0].device_kind, "commit": commit, "date": time.strftime("%Y-%m-%d")}
+    shared = {"op": "gated_delta_rule", "heads": HEADS, "widths": [KEY, VALUE], "dtype": "bfloat16"}
     cases = truths()
-    RESULTS.parent.mkdir(exist_ok=True)
     for name in options.implementations:
         if name == "fla":
             try:
@@ -191,9 +186,7 @@ def main() -> None:
                     continue
                 ms = {key: round(of(times), 4) for key, of in (("median", statistics.median), ("min", min), ("max", max))}
                 result = shared | {"implementation": name, "work": work, "shape": [batch, length], "ms": ms, "errors": found}
-                print(f"{name:10} {work:16} {shape:>9} {ms['median']:9.4f} ms", flush=True)
-                with RESULTS.open("a") as file:
-                    file.write(json.dumps(result) + "\n")
+                record("gated_delta_rule", options.commit, result)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def compile_step(
 
 def gathered(hlo: str, length: int) -> tuple[int, int]:
     """All-gathers in a program, and those of them that have the length of a row as a dimension: activations, where parameters are meant."""
-    shapes = re.findall(r"= (\S+) all-gather(?:-start)?\(", hlo)
+    shapes = re.findall(r"= (.+?) all-gather(?:-start)?\(", hlo)
     return len(shapes), sum(bool(re.search(rf"[\[,]{length}[,\]]", shape)) for shape in shapes)
 
 

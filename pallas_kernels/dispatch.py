@@ -7,6 +7,14 @@ import jax
 import numpy as np
 
 
+class Refusal(ValueError):
+    """No implementation that is allowed takes a case, or there is none of that name."""
+
+    def __init__(self, culprit: str, cure: str):
+        super().__init__(f"{culprit}\n  -> {cure}")
+        self.culprit, self.cure = culprit, cure
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One way to compute an operator.
@@ -25,49 +33,55 @@ class Implementation:
 class Dispatch:
     """An operator on one kind of device, called by its contract.
 
-    implementations: in order of preference. name: the only one allowed, or None. ran: what was chosen, by case, and why not those
-    that are preferred to it; filled while programs are traced.
+    implementations: in order of preference. names: the only ones allowed, in order, such as "mosaic_gpu" or "mosaic_gpu,xla"; None
+    allows all. ran: what was chosen, by case, and why not those before it; filled while programs are traced.
     """
 
     operator: str
     implementations: Sequence[Implementation]
     device: jax.Device
-    name: str | None = None
+    names: str | None = None
     ran: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
-        names = [i.name for i in self.implementations]
-        if self.name is not None and self.name not in names:
-            raise ValueError(f"{self.operator} has no implementation {self.name!r}\n  -> choose among {', '.join(names)}")
+        if self.names is None:
+            return
+        known = {i.name: i for i in self.implementations}
+        for name in self.names.split(","):
+            if name not in known:
+                raise Refusal(f"{self.operator} has no implementation {name!r}", f"choose among {', '.join(known)}")
+        self.implementations = [known[name] for name in self.names.split(",")]
+        reasons = [f"{i.name}: {i.device(self.device)}" for i in self.implementations]
+        if all(i.device(self.device) for i in self.implementations):
+            raise Refusal(f"{self.operator} cannot run as asked\n  " + "\n  ".join(reasons), "name another implementation, or none")
 
     def choose(self, *args, **kwargs) -> tuple[Implementation, list[str]]:
         """The implementation for these arguments, and the reasons of those passed over.
 
-        Raises ValueError where the one named, or every one, refuses; the message holds the reasons.
+        Raises Refusal where every one allowed refuses; the message holds the reasons.
         """
         reasons = []
         for option in self.implementations:
-            if self.name not in (None, option.name):
-                continue
             reason = option.device(self.device) or option.supports(*args, **kwargs)
             if reason is None:
                 return option, reasons
             reasons.append(f"{option.name}: {reason}")
-        cure = "name another implementation, or none to take the first that can" if self.name else "change the case"
-        raise ValueError(f"{self.operator} cannot run on {self._case(args)}\n  " + "\n  ".join(reasons) + f"\n  -> {cure}")
+        cure = 'name another as well ("NAME,xla"), or none to take the first that can' if self.names else "change the case"
+        raise Refusal(f"{self.operator} cannot run on {self._case(args, kwargs)}\n  " + "\n  ".join(reasons), cure)
 
     def __call__(self, *args, **kwargs):
         option, reasons = self.choose(*args, **kwargs)
-        self.ran[self._case(args)] = option.name + (f" ({'; '.join(reasons)})" if reasons else "")
+        self.ran[self._case(args, kwargs)] = option.name + (f" ({'; '.join(reasons)})" if reasons else "")
         return option.run(*args, **kwargs)
 
     def report(self) -> list[str]:
         """A line for each case met so far: what ran, and why nothing preferred to it."""
         return [f"{self.operator} of {case}: {what}" for case, what in self.ran.items()]
 
-    def _case(self, args) -> str:
+    def _case(self, args, kwargs) -> str:
         shapes = [f"{np.dtype(x.dtype).name}{list(x.shape)}" for x in args[:3]]
-        return f"{', '.join(shapes)} on {self.device.device_kind}"
+        rule = [f", {x}" for name, x in kwargs.items() if name == "mask"]
+        return f"{', '.join(shapes)}{''.join(rule)} on {self.device.device_kind}"
 
 
 def hopper(device: jax.Device) -> str | None:

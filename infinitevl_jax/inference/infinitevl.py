@@ -64,12 +64,15 @@ class InfiniteVL:
         self._cache_spec = lambda batch, max_length: model(jax.eval_shape(lambda p: p, params)).cache_spec(batch, max_length)
 
     @classmethod
-    def from_pretrained(cls, folder, *, dtype=None, mesh: Mesh | None = None, progress: bool = False) -> "InfiniteVL":
+    def from_pretrained(
+        cls, folder, *, dtype=None, mesh: Mesh | None = None, ops: Ops | None = None, progress: bool = False
+    ) -> "InfiniteVL":
         """Load a Hugging Face folder (config.json and safetensors are enough) or one of ours.
 
         Args:
           dtype: cast floating-point weights to this (f32 or bf16) and compute in it; None or "auto" keeps each tensor's own.
           mesh: place the weights on it; each device reads only its shard.
+          ops: as for the class itself, from `infinitevl_jax.model.ops.resolve_ops`.
           progress: show a bar while the weights are read.
         """
         from infinitevl_jax.conversion import load_params, read_config
@@ -80,13 +83,15 @@ class InfiniteVL:
             check_mesh(mesh)
             shardings = parameter_shardings(abstract(read_config(folder), scanned=False)[1], mesh)
         config, params = load_params(folder, scanned=False, dtype=dtype, shardings=shardings, progress=progress)
-        return cls(config, params, dtype=dtype, mesh=mesh)
+        return cls(config, params, dtype=dtype, mesh=mesh, ops=ops)
 
     @classmethod
-    def random(cls, config: ModelConfig, seed: int = 0, *, dtype=jnp.float32, mesh: Mesh | None = None) -> "InfiniteVL":
+    def random(
+        cls, config: ModelConfig, seed: int = 0, *, dtype=jnp.float32, mesh: Mesh | None = None, ops: Ops | None = None
+    ) -> "InfiniteVL":
         """A model with fresh random weights."""
         shardings = None if mesh is None else parameter_shardings(abstract(config, scanned=True)[1], mesh)
-        return cls(config, initialize(config, jax.random.key(seed), scanned=False, dtype=dtype, shardings=shardings), mesh=mesh)
+        return cls(config, initialize(config, jax.random.key(seed), scanned=False, dtype=dtype, shardings=shardings), mesh=mesh, ops=ops)
 
     @property
     def parameter_count(self) -> int:

@@ -14,7 +14,7 @@ from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.sharding.kernels import shard_attend, shard_gated_delta_rule
 from pallas_kernels.attend import attend
 from pallas_kernels.causal_conv import causal_conv
-from pallas_kernels.dispatch import Dispatch
+from pallas_kernels.dispatch import Dispatch, Refusal
 from pallas_kernels.gated_delta_rule import gated_delta_rule
 
 
@@ -28,7 +28,7 @@ class Ops:
     dispatches: tuple[Dispatch, ...] = ()
 
     def report(self) -> list[str]:
-        """What ran so far, a line for each operator and case, with why nothing preferred to it did."""
+        """What ran so far in this process, a line for each operator and case, with why nothing preferred to it did."""
         return [line for dispatch in self.dispatches for line in dispatch.report()]
 
 
@@ -36,8 +36,8 @@ class Ops:
 def resolve_ops(mesh: Mesh | None = None, attend_by: str | None = None, gated_delta_rule_by: str | None = None) -> Ops:
     """The operators for the devices of a mesh (None: this process's first device).
 
-    attend_by, gated_delta_rule_by: names of implementations, which then run or fail; None takes the first that can.
-    Raises InfiniteVLError for an unknown name.
+    attend_by, gated_delta_rule_by: an implementation, or several in order ("mosaic_gpu,xla"), which then run or fail; None allows all.
+    Raises InfiniteVLError for an unknown name, or one that is not for these devices; the operators do for a case that none takes.
     """
     # here, for only whoever runs a model needs the kernels' compilers
     from pallas_kernels.attend.implementations import IMPLEMENTATIONS as ATTEND
@@ -49,8 +49,22 @@ def resolve_ops(mesh: Mesh | None = None, attend_by: str | None = None, gated_de
             Dispatch("attend", ATTEND, device, attend_by),
             Dispatch("gated_delta_rule", GATED_DELTA_RULE, device, gated_delta_rule_by),
         )
-    except ValueError as error:
-        raise InfiniteVLError(*str(error).split("\n  -> ")) from None
-    if mesh is None:
-        return Ops(*chosen, dispatches=chosen)
-    return Ops(shard_attend(chosen[0], mesh), shard_gated_delta_rule(chosen[1], mesh), dispatches=chosen)
+    except Refusal as refusal:
+        raise InfiniteVLError(refusal.culprit, refusal.cure) from None
+    attend, gated_delta_rule = map(_readable, chosen)
+    if mesh is not None:
+        attend, gated_delta_rule = shard_attend(attend, mesh), shard_gated_delta_rule(gated_delta_rule, mesh)
+    return Ops(attend, gated_delta_rule, dispatches=chosen)
+
+
+def _readable(dispatch: Dispatch) -> Callable:
+    """The same operator, its refusals as the error that users are meant to read."""
+
+    def run(*args, **kwargs):
+        try:
+            dispatch.choose(*args, **kwargs)
+        except Refusal as refusal:
+            raise InfiniteVLError(refusal.culprit, refusal.cure) from None
+        return dispatch(*args, **kwargs)
+
+    return run

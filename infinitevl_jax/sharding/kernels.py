@@ -5,7 +5,6 @@ tensor shards each shard takes the key head that its queries use.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 from jax import Array, lax
@@ -22,7 +21,7 @@ def shard_attend(attend: Callable, mesh: Mesh) -> Callable:
     def run(q: Array, k: Array, v: Array, q_index, k_index, q_segment, k_segment, mask, scale):
         queries = _heads(q, mesh)
         keys = _heads(k, mesh)
-        split, key_heads = mesh.shape["tensor"], k.shape[2]
+        split, key_heads = mesh.shape.get("tensor", 1), k.shape[2]
         group = q.shape[2] // key_heads
         own = q.shape[2] // split  # query heads of a shard
         shared = queries[2] is not None and keys[2] is None  # several shards use the same key head
@@ -60,8 +59,8 @@ def shard_gated_delta_rule(gated_delta_rule: Callable, mesh: Mesh) -> Callable:
             return gated_delta_rule(q, k, v, g, beta, **dict(zip(given, others, strict=True)))
 
         specs = (heads, heads, heads, gates, gates, *(s for _, s in given.values()))
-        run = partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=(heads, state), check_vma=False)
-        return run(local)(q, k, v, g, beta, *(x for x, _ in given.values()))
+        spread = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(heads, state), check_vma=False)
+        return spread(q, k, v, g, beta, *(x for x, _ in given.values()))
 
     return run
 

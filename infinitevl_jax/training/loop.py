@@ -32,8 +32,8 @@ from infinitevl_jax.training.setup import prepare_start
 from infinitevl_jax.training.step import TrainState, evaluate_batch, init_state, model_of, put_batch, state_shardings, train_step
 
 # what may change between a run and its continuation
-FREE = ("run.data", "run.fsdp", "run.tensor", "run.remat", "train.output", "train.log_every", "train.checkpoint_every")
-FREE += ("train.evaluate_every", "train.keep", "train.data.folder")
+FREE = ("run.data", "run.fsdp", "run.tensor", "run.remat", "run.attend", "run.gated_delta_rule", "train.output", "train.log_every")
+FREE += ("train.checkpoint_every", "train.evaluate_every", "train.keep", "train.data.folder")
 
 
 class Outcome(NamedTuple):
@@ -57,6 +57,7 @@ def train(preset: Preset, say=print) -> Outcome:
             "train with one process; the devices of one host form the mesh",
         )
     mesh = make_mesh(preset.run)
+    ops = resolve_ops(mesh, preset.run.attend, preset.run.gated_delta_rule)
     run = claim_folder(preset)
     source = Source(config.data.name, config.data.folder, config.data.train)
     start = prepare_start(preset.model, source, run, config.seed)
@@ -68,7 +69,6 @@ def train(preset: Preset, say=print) -> Outcome:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        ops = resolve_ops(mesh, preset.run.attend, preset.run.gated_delta_rule)
         model = model_of(start.config, preset.run, ops)
         shapes = dict(abstract(start.config, scanned=True)[1])
         names, frozen = split_trainable(list(shapes), config.trainable)

@@ -120,7 +120,8 @@ def _call(function: Callable, problem: Problem) -> Callable:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--operator", choices=CASES, action="append", help="default: all")
-    parser.add_argument("--implementation", action="append", help="only this one (several allowed), beside xla, its peer")
+    names = sorted({i.name for table in IMPLEMENTATIONS.values() for i in table})
+    parser.add_argument("--implementation", action="append", choices=names, help="only this one (several allowed), beside xla, its peer")
     parser.add_argument("--longest", type=int, default=1000, help="leave out longer cases")
     args = parser.parse_args()
     bad = []

@@ -63,6 +63,14 @@ def test_gated_delta_rule(run):
     compare(sharded, gated_delta_rule, inputs[:5], cotangents, {})
 
 
+def test_a_mesh_of_one_axis():
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    q, k = np.ones((8, 5, 4, 8), np.float32), np.ones((8, 5, 2, 8), np.float32)
+    index = np.tile(np.arange(5, dtype=np.int32), (8, 1))
+    arguments = q, k, k, index, index, None, None, Mask(aligned=True), 1.0
+    np.testing.assert_allclose(shard_attend(attend, mesh)(*arguments)[0], attend(*arguments)[0])
+
+
 def test_nothing_is_gathered():
     """Heads and rows stay where they are: no collective but for the key heads that shards share in the gradient."""
     mesh = make_mesh(RunConfig(data=2, fsdp=2, tensor=2))
