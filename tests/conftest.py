@@ -18,3 +18,8 @@ def tiny_data(tmp_path_factory):
     from tiny_run import prepare_tiny_vqa
 
     return prepare_tiny_vqa(tmp_path_factory.mktemp("data"))
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first: begun last, it would keep one worker busy while the others have nothing left."""
+    items.sort(key=lambda item: "test_pods" not in item.nodeid)
