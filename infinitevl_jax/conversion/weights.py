@@ -14,7 +14,7 @@ import numpy as np
 
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.errors import InfiniteVLError
-from infinitevl_jax.model.params import abstract
+from infinitevl_jax.model.params import STACKED, abstract, stack_layouts
 
 SAME, TURNED = False, True  # TURNED: [out, ...] -> [prod(...), out]
 
@@ -101,30 +101,20 @@ class Leaf:
 def leaves(config: ModelConfig, *, scanned: bool) -> list[Leaf]:
     """Every parameter of a model in one layout, with the torch tensors behind it."""
     shapes = {name: tuple(leaf.shape) for name, leaf in abstract(config, scanned=scanned)[1].items()}
-    periods, repeats = {}, {}  # of each stack that has stacked blocks
-    for name, shape in shapes.items():
-        if found := _STACKED.match(name):
-            stack, group, place, _ = found.groups()
-            if group == "blocks":
-                periods[stack], repeats[stack] = max(periods.get(stack, 0), int(place) + 1), shape[0]
-
+    layouts = stack_layouts(config, scanned=scanned)
     out = []
     for name, shape in shapes.items():
         layers, pattern, stacked = [None], name, False
-        if found := _STACKED.match(name):
+        if found := STACKED.fullmatch(name):
             stack, group, place, tail = found.groups()
-            period, count = periods.get(stack, 0), repeats.get(stack, 0)
-            stacked = group == "blocks"
-            layers = [r * period + int(place) for r in range(count)] if stacked else [period * count + int(place)]
+            where, stacked = layouts[stack], group == "blocks"
+            layers = where.members(int(place)) if stacked else [where.stacked + int(place)]
             pattern = f"{stack}.*.{tail}"
         torch, turned = _OURS[pattern]
         one = shape[1:] if stacked else shape
         names = tuple(torch if layer is None else torch.replace("*", str(layer)) for layer in layers)
         out.append(Leaf(name, shape, names, _torch_shape(torch, one, turned, config), stacked, turned))
     return out
-
-
-_STACKED = re.compile(r"(layers|visual\.blocks)\.(blocks|rest)\.(\d+)\.(.*)")
 
 
 def _torch_shape(torch: str, ours: tuple[int, ...], turned: bool, config: ModelConfig) -> tuple[int, ...]:

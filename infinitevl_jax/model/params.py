@@ -16,7 +16,7 @@ from jax import Array
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.model.keys import Keys
 from infinitevl_jax.model.ops import Ops
-from infinitevl_jax.model.stack import layout
+from infinitevl_jax.model.stack import Layout, layout
 from infinitevl_jax.model.vision import block_kinds
 from infinitevl_jax.model.vlm import VLM
 
@@ -49,25 +49,33 @@ def bind(graphdef: nnx.GraphDef, params: Mapping[str, Array]) -> VLM:
     return nnx.merge(graphdef, nnx.from_flat_state(tree))
 
 
+# stack, group, place in the group, the rest of a parameter's name
+STACKED = re.compile(r"(layers|visual\.blocks)\.(blocks|rest)\.(\d+)\.(.+)")
+
+
+def stack_layouts(config: ModelConfig, *, scanned: bool) -> dict[str, Layout]:
+    """Where the layers of each stack live, by the stack's name."""
+    kinds = {"layers": config.text.layer_types} | ({"visual.blocks": block_kinds(config.vision)} if config.vision is not None else {})
+    return {name: layout(kind, scanned) for name, kind in kinds.items()}
+
+
 def unstack(config: ModelConfig, params: Params) -> Params:
     """Parameters of the scanned layout -> the unrolled one. Empties `params` on its way, so that little is held twice."""
-    kinds = {"layers": config.text.layer_types}
-    if config.vision is not None:
-        kinds["visual.blocks"] = block_kinds(config.vision)
+    layouts = stack_layouts(config, scanned=True)
     out = {}
     for name in list(params):
         value = params.pop(name)
-        match = re.fullmatch(r"(layers|visual\.blocks)\.(blocks|rest)\.(\d+)\.(.+)", name)
+        match = STACKED.fullmatch(name)
         if match is None:
             out[name] = value
             continue
         stack, group, place, leaf = match.groups()
-        where = layout(kinds[stack], scanned=True)
+        where = layouts[stack]
         if group == "rest":
-            out[f"{stack}.rest.{where.period * where.repeats + int(place)}.{leaf}"] = value
+            out[f"{stack}.rest.{where.stacked + int(place)}.{leaf}"] = value
         else:
-            for repeat in range(where.repeats):
-                out[f"{stack}.rest.{repeat * where.period + int(place)}.{leaf}"] = value[repeat]
+            for i, layer in enumerate(where.members(int(place))):
+                out[f"{stack}.rest.{layer}.{leaf}"] = value[i]
     return out
 
 

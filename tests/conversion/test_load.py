@@ -51,13 +51,13 @@ def test_layouts(folders, kind):
     assert single.keys() == abstract(config, scanned=False)[1].keys()
     _, scanned = load_params(folders[kind], scanned=True)
     assert {n: p.shape for n, p in scanned.items()} == {n: s.shape for n, s in abstract(config, scanned=True)[1].items()}
-    for layer, weight in ((0, "o_proj"), (1, "v_proj"), (5, "g_proj"), (8, "q_proj")):
+    # two repeats of [S, L L L] and one layer more: blocks of 2 and 6 layers, and a rest
+    places = ((0, "o_proj", "blocks.0", 0), (1, "v_proj", "blocks.1", 0), (5, "g_proj", "blocks.1", 3), (8, "q_proj", "rest.0", ...))
+    for layer, weight, place, index in places:
         torch = tensors[f"model.layers.{layer}.self_attn.{weight}.weight"]
         found = single[f"layers.rest.{layer}.self_attn.{weight}.kernel"]
         assert found.dtype == torch.dtype and np.array_equal(np.asarray(found), torch.T)
-        place = f"layers.blocks.{layer % 4}" if layer < 8 else f"layers.rest.{layer - 8}"
-        stacked = scanned[f"{place}.self_attn.{weight}.kernel"]
-        stacked = stacked[layer // 4] if layer < 8 else stacked
+        stacked = scanned[f"layers.{place}.self_attn.{weight}.kernel"][index]
         assert np.array_equal(np.asarray(stacked, np.float32), torch.T.astype(np.float32))
     conv = tensors["model.layers.1.self_attn.q_conv1d.weight"]
     assert np.array_equal(np.asarray(single["layers.rest.1.self_attn.q_conv1d.weight"]), conv[:, 0].T)
