@@ -20,6 +20,7 @@ Traffic: each live slot once, 4 D bytes a key head; the parts pass through the L
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.experimental.pallas as pl
@@ -62,6 +63,7 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, ring: Ring, window: int |
     return None
 
 
+@partial(jax.jit, static_argnames=("window", "scale"))  # a model's layers share one compiled kernel
 def step(
     q: jax.Array, k: jax.Array, v: jax.Array, ring: Ring, index: jax.Array, window: int | None, scale: float
 ) -> tuple[jax.Array, Ring]:

@@ -16,6 +16,7 @@ for each (query, head, visible key): with 16 heads, D 128 and a window of 8192, 
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.experimental.pallas as pl
@@ -40,6 +41,7 @@ class Tuning:
     registers: tuple[int, int] = (240, 24)
 
 
+@partial(jax.jit, static_argnames=("scale", "tuning"))  # a model's layers share one compiled kernel
 def backward(
     q: jax.Array,
     k: jax.Array,

@@ -16,6 +16,7 @@ Traffic: q and out once, k and v once per 128 rows of (query, head) from the L2 
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.experimental.pallas as pl
@@ -37,6 +38,7 @@ class Tuning:
     registers: tuple[int, int] = (240, 24)
 
 
+@partial(jax.jit, static_argnames=("scale", "tuning"))  # a model's layers share one compiled kernel
 def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: jax.Array, scale: float, tuning: Tuning
 ) -> tuple[jax.Array, jax.Array]:

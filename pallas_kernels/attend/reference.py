@@ -5,6 +5,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.attend.mask import Mask
 
+BLOCK = 1000
+
 
 def attend(
     q: jax.Array,
@@ -17,14 +19,28 @@ def attend(
     mask: Mask,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """The contract of `pallas_kernels.attend.attend`, with lse in the dtype of q. Time and memory grow as Tq x Tk."""
+    """The contract of `pallas_kernels.attend.attend`, with lse in the dtype of q. Time grows as Tq x Tk, memory as BLOCK x Tk."""
     group = q.shape[2] // k.shape[2]
     real = (k_index >= 0)[:, :, None, None]
     k, v = (jnp.repeat(jnp.where(real, x, 0), group, axis=2) for x in (k, v))
-    seen = mask.visible(q_index, k_index, q_segment, k_segment)[:, None]  # [batch, 1, queries, keys]
-    empty = ~seen.any(axis=-1, keepdims=True)
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision="highest") * scale
-    scores = jnp.where(empty, 0, jnp.where(seen, scores, -jnp.inf))  # a row without keys is kept finite, then erased
-    weights = jnp.where(empty, 0, jax.nn.softmax(scores, axis=-1))
-    lse = jnp.where(empty[..., 0], -jnp.inf, jax.nn.logsumexp(scores, axis=-1))
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision="highest"), lse.swapaxes(1, 2)
+
+    @jax.checkpoint
+    def block(rows):
+        q, q_index, q_segment = rows
+        seen = mask.visible(q_index, k_index, q_segment, k_segment)[:, None]  # [batch, 1, queries, keys]
+        empty = ~seen.any(axis=-1, keepdims=True)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision="highest") * scale
+        scores = jnp.where(empty, 0, jnp.where(seen, scores, -jnp.inf))  # a row without keys is kept finite, then erased
+        weights = jnp.where(empty, 0, jax.nn.softmax(scores, axis=-1))
+        lse = jnp.where(empty[..., 0], -jnp.inf, jax.nn.logsumexp(scores, axis=-1))
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision="highest"), lse.swapaxes(1, 2)
+
+    batch, length = q_index.shape
+    size = max(1, min(length, BLOCK))
+
+    def cut(x, fill=0):
+        x = jnp.pad(x, [(0, 0), (0, -length % size)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
+        return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
+
+    blocks = cut(q), cut(q_index, -1), None if q_segment is None else cut(q_segment)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1, *x.shape[3:])[:, :length], jax.lax.map(block, blocks))

@@ -24,6 +24,8 @@ Not yet confirmed on a GPU: equal to `decode.step` in JAX's interpreter with one
 clusters; an earlier exchange without the last meeting of the blocks faulted. benchmarks/decode.py checks and times it.
 """
 
+from functools import partial
+
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -60,6 +62,7 @@ def supports(inputs: Inputs, weights: Weights, state: State) -> str | None:
     return None
 
 
+@partial(jax.jit, static_argnames="eps")  # a model's layers share one compiled kernel
 def step(inputs: Inputs, weights: Weights, state: State, index: jax.Array, eps: float) -> tuple[jax.Array, State]:
     """The contract of `decode.step`, for one layout of arrays. Under jit the state is updated in place where its caller
     gives it away (donates it). Raises ValueError where `supports` objects."""

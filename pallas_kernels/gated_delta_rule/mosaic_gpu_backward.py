@@ -14,6 +14,7 @@ from pallas_kernels.gated_delta_rule.mosaic_gpu_walk_back import CHUNK, SINCE, w
 f32 = jnp.float32
 
 
+@jax.jit  # a model's layers share one compiled kernel
 def backward(
     q: jax.Array,
     k: jax.Array,

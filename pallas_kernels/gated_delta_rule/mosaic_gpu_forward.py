@@ -4,12 +4,15 @@ mosaic_gpu_chunks.py does all that depends on no state, for every chunk at once;
 state in registers and gives the outputs on its way. Between them lie 32 KiB for each chunk of each head.
 """
 
+from functools import partial
+
 import jax
 
 from pallas_kernels.gated_delta_rule.mosaic_gpu_chunks import CHUNK, chunks
 from pallas_kernels.gated_delta_rule.mosaic_gpu_walk import Tuning, walk
 
 
+@partial(jax.jit, static_argnames="keep")  # a model's layers share one compiled kernel
 def forward(
     q: jax.Array,
     k: jax.Array,

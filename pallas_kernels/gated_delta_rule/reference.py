@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+BLOCK = 1000
+
 
 def gated_delta_rule(q, k, v, g, beta, initial_state=None, index=None, segment=None):
     """Same arguments and results as the public function; float64 inputs are computed in float64."""
@@ -23,8 +25,14 @@ def gated_delta_rule(q, k, v, g, beta, initial_state=None, index=None, segment=N
         out = jnp.where(here[..., 0], jnp.einsum("bhkv,bhk->bhv", new, q), 0)
         return (jnp.where(here, new, state), started | valid, jnp.where(valid, segment, last)), out
 
+    @jax.checkpoint  # gradients keep a state every BLOCK tokens
+    def block(carry, x):
+        return jax.lax.scan(token, carry, x)
+
+    size = min(length, BLOCK)
     over_time = [jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, beta, valid, segment)]
+    over_time = [jnp.pad(x, [(0, -length % size)] + [(0, 0)] * (x.ndim - 1)) for x in over_time]  # by pads
     start = (state, jnp.zeros(batch, bool), jnp.zeros(batch, segment.dtype))
     with jax.default_matmul_precision("highest"):
-        (state, _, _), out = jax.lax.scan(token, start, over_time)
-    return jnp.moveaxis(out, 0, 1), state
+        (state, _, _), out = jax.lax.scan(block, start, [x.reshape(-1, size, *x.shape[1:]) for x in over_time])
+    return jnp.moveaxis(out.reshape(-1, *out.shape[2:])[:length], 0, 1), state

@@ -4,14 +4,14 @@
     python -m pallas_kernels.testing.matrix --longest 100000    # on a GPU
 
 Prints one line a case and implementation: the largest of its errors in shares of what is allowed, or why it does not take the case.
-Ends with an error where one is too large. Relative root-mean-square errors; float32 may have 1e-4, bfloat16 what `ALLOWED` says, or
-half as much again as the portable path has on the same inputs.
+Ends with an error where one is too large. Relative root-mean-square errors; float32 may have 1e-4, bfloat16 what `ALLOWED` says. In
+the hardest cases, one key again and again, the portable path may have twice that, and the others half as much again as it has.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -68,7 +68,8 @@ def cells(operator: str, longest: int, names: list[str] | None = None) -> Iterat
             rounded = {n: np.asarray(np.float32(x), np.float64) for n, x in rounded.items()}
             cotangents = [np.asarray(jnp.asarray(x, d), np.float64) for x, d in zip(problem.cotangents, (dtype, jnp.float32), strict=True)]
             problem_here = problem._replace(inputs=rounded, cotangents=tuple(cotangents))
-            want = in_float64(_call(REFERENCES[operator], problem_here))(tuple(rounded.values()), tuple(cotangents), problem.tokens)
+            exact = in_float64(_compiled(REFERENCES[operator], *_signature(problem)))
+            want = exact(tuple(rounded.values()), tuple(cotangents), problem.tokens)
             peer = None
             for implementation in sorted(IMPLEMENTATIONS[operator], key=lambda i: i.name != "xla"):  # first, for it is the others' peer
                 if names and implementation.name not in (*names, "xla"):
@@ -88,7 +89,7 @@ def _cell(operator, implementation, case: Case, problem: Problem, dtype, want, p
         return cell({}, {}, reason), {}
     for name, index in problem.pads.items():
         inputs[name] = jnp.asarray(poison(np.asarray(inputs[name]), problem.tokens[index]))
-    got = _call(runs, problem)(tuple(inputs.values()), problem.cotangents, problem.tokens)
+    got = _compiled(runs, *_signature(problem))(tuple(inputs.values()), problem.cotangents, problem.tokens)
     errors = {}
     for name, a, b in zip(results, (*got[0], *got[1]), (*want[0], *want[1]), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -96,10 +97,12 @@ def _cell(operator, implementation, case: Case, problem: Problem, dtype, want, p
         errors[name] = rel_rms(a[seen], b[seen]) if (np.isneginf(a) == ~seen).all() else float("nan")
     allowed = dict.fromkeys(results, 1e-4)
     if dtype == jnp.bfloat16:
-        allowed = {name: max(ALLOWED[name], 1.5 * peer[name] if peer else 0) for name in results}
+        hardest = {name: 1.5 * peer[name] if peer else 2 * ALLOWED[name] for name in results if case.hardest}
+        allowed = {name: max(ALLOWED[name], hardest.get(name, 0)) for name in results}
     return cell(errors, allowed, None), errors
 
 
+@cache
 def _runnable(implementation: Implementation, device) -> tuple[Callable, str | None]:
     """The function to call here, and why there is none: on a CPU, kernels for TPUs are interpreted."""
     reason = implementation.device(device)
@@ -108,11 +111,14 @@ def _runnable(implementation: Implementation, device) -> tuple[Callable, str | N
     return implementation.run, reason
 
 
-def _call(function: Callable, problem: Problem) -> Callable:
-    names = list(problem.inputs)
+def _signature(problem: Problem) -> tuple[tuple, tuple]:
+    return tuple(problem.inputs), tuple(problem.rule.items())
 
+
+@cache  # cases of the same shapes share what was compiled
+def _compiled(function: Callable, names: tuple[str, ...], rule: tuple) -> Callable:
     def by_position(*inputs, **tokens):
-        return function(**dict(zip(names, inputs, strict=True)), **tokens, **problem.rule)
+        return function(**dict(zip(names, inputs, strict=True)), **tokens, **dict(rule))
 
     return with_gradients(by_position)
 

@@ -1,0 +1,55 @@
+"""Prefill of the published size on one GPU, with and without kernels: 4,408,381,536 random bf16 parameters, one text prompt.
+
+    python -m benchmarks.prefill                   # 8K and 32K tokens, 3 minutes on an H100; into benchmarks/results/prefill.jsonl
+    python -m benchmarks.prefill --lengths 8192 --allowed xla
+
+Each line also says how far the logits of the prompt's last token are from those of the first implementation of the same length (relative
+RMS; the parameters are random, so that rounding is not damped by anything learnt).
+"""
+
+import argparse
+import time
+
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.full_size import timed
+from benchmarks.record import add_commit, record
+from infinitevl_jax import InfiniteVL
+from infinitevl_jax.config.model import infinitevl_4b
+from infinitevl_jax.model.inputs import prepare
+from infinitevl_jax.model.ops import resolve_ops
+from pallas_kernels.testing.parity import rel_rms
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768])
+    parser.add_argument("--allowed", nargs="+", default=["xla", "mosaic_gpu,xla"], help="implementations of both mixers, in order")
+    parser.add_argument("--repeats", type=int, default=20)
+    add_commit(parser)
+    args = parser.parse_args()
+
+    config, rng, params = infinitevl_4b(), np.random.default_rng(0), None
+    prompts = {n: [prepare(config, rng.integers(0, 150_000, (1, n))) for _ in range(4)] for n in args.lengths}
+    first = {}
+    for allowed in args.allowed:
+        ops = resolve_ops(None, allowed, allowed)
+        if params is None:
+            model = InfiniteVL.random(config, dtype=jnp.bfloat16, ops=ops)
+            params = model.params
+        else:
+            model = InfiniteVL(config, params, dtype=jnp.bfloat16, ops=ops)
+        fresh, before = model.init_cache(1), set(ops.report())
+        for length in args.lengths:
+            started, turn = time.perf_counter(), iter(range(10**6))
+            logits = np.asarray(model.prefill(prompts[length][0], fresh)[0], np.float64)
+            compile_s = round(time.perf_counter() - started, 1)
+            ms = timed(lambda model=model, fresh=fresh, turn=turn, n=length: model.prefill(prompts[n][next(turn) % 4], fresh), args.repeats)
+            line = {"parameters": model.parameter_count, "allowed": allowed, "prompt": length, "compile_s": compile_s, "ms": ms}
+            line["difference"] = round(rel_rms(logits, first.setdefault(length, logits)), 5)
+            record("prefill", args.commit, line | {"ran": [text for text in ops.report() if text not in before]})
+
+
+if __name__ == "__main__":
+    main()
