@@ -4,13 +4,14 @@ JAX cannot interpret these kernels on a CPU (0.10.2 has no transposed wgmma oper
 they are lowered, and dense products over the same runs of rows take their place.
 """
 
+import dense_kernels
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_attend import Case
 
-from pallas_kernels.attend import Mask, mosaic_gpu, mosaic_gpu_backward, mosaic_gpu_forward, reference
+from pallas_kernels.attend import Mask, mosaic_gpu, mosaic_gpu_forward, reference
 from pallas_kernels.testing.parity import in_float64, poison, rel_rms, with_gradients
 
 CASES = {
@@ -22,36 +23,6 @@ CASES = {
     "window, not causal": Case(300, Mask(causal=False, window=33, aligned=True), (4, 2), 128, pads=40),
     "narrow": Case(200, Mask(window=64, aligned=True), (4, 2), 64),
 }
-
-
-def dense_forward(q, k, v, first, last, scale, tuning):
-    scores, weights, lse = _dense(q, k, first, last, scale)
-    v = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2).astype(jnp.float32)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, v).astype(q.dtype), lse
-
-
-def dense_backward(q, k, v, d_out, lse, shift, first, last, scale, tuning):
-    group = q.shape[2] // k.shape[2]
-    q, k, v, d_out = (x.astype(jnp.float32) for x in (q, k, v, d_out))
-    k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
-    row = jnp.arange(q.shape[1])
-    seen = (row >= first[:, :, None]) & (row <= last[:, :, None])  # [batch, keys, queries]
-    scores = jnp.einsum("bqhd,bkhd->bhkq", q, k) * scale
-    weights = jnp.where(seen[:, None], jnp.exp(scores - lse[:, :, None]), 0)
-    d_scores = weights * (jnp.einsum("bqhd,bkhd->bhkq", d_out, v) - shift[:, :, None]) * scale
-    d_q = jnp.einsum("bhkq,bkhd->bqhd", d_scores, k)
-    d_k, d_v = jnp.einsum("bhkq,bqhd->bkhd", d_scores, q), jnp.einsum("bhkq,bqhd->bkhd", weights, d_out)
-    return d_q, *(x.reshape(*x.shape[:2], -1, group, x.shape[3]).sum(axis=3) for x in (d_k, d_v))
-
-
-def _dense(q, k, first, last, scale):
-    k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
-    row = jnp.arange(k.shape[1])
-    seen = (row >= first[:, :, None]) & (row <= last[:, :, None])
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q.astype(jnp.float32), k.astype(jnp.float32)) * scale
-    scores = jnp.where(seen[:, None], scores, -jnp.inf)
-    lse = jax.nn.logsumexp(scores, axis=-1)
-    return scores, jnp.where(seen[:, None], jnp.exp(scores - lse[..., None]), 0), lse
 
 
 def compare(case, out_tolerance=5e-3, gradient_tolerance=8e-3):
@@ -112,8 +83,7 @@ def test_blocks_cover_what_is_seen(name, strict):
 
 @pytest.mark.parametrize("name", [n for n in CASES if n != "narrow"])
 def test_frame(name, monkeypatch):
-    monkeypatch.setattr(mosaic_gpu_forward, "forward", dense_forward)
-    monkeypatch.setattr(mosaic_gpu_backward, "backward", dense_backward)
+    dense_kernels.replace(monkeypatch)
     compare(CASES[name])
 
 

@@ -4,19 +4,13 @@ JAX cannot interpret these kernels on a CPU (0.10.2 has no transposed wgmma oper
 and the portable path over the same whole chunks takes their place.
 """
 
+import dense_kernels
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.gated_delta_rule import (
-    mosaic_gpu,
-    mosaic_gpu_backward,
-    mosaic_gpu_chunks,
-    mosaic_gpu_forward,
-    reference,
-    xla,
-)
+from pallas_kernels.gated_delta_rule import mosaic_gpu, mosaic_gpu_chunks, reference
 from pallas_kernels.testing.parity import GATES, in_float64, packing, padding, poison, rel_rms, unit, with_gradients
 
 INPUTS = ("q", "k", "v", "g", "beta", "initial_state")
@@ -26,28 +20,9 @@ truth = in_float64(with_gradients(reference.gated_delta_rule))
 ours = with_gradients(mosaic_gpu.gated_delta_rule)
 
 
-def dense_forward(q, k, v, g, beta, starts, initial_state, keep):
-    batch, length, heads, width = k.shape
-    assert length % mosaic_gpu_chunks.CHUNK == 0
-    g, beta = g.swapaxes(1, 2), beta.swapaxes(1, 2)
-    segment = None if starts is None else jnp.cumsum(starts, axis=1)
-    if initial_state is None:
-        initial_state = jnp.zeros((batch, heads, width, v.shape[3]))
-    (out, last), (inverse, states) = xla._run(q, k, v, g, beta, initial_state, None, segment)
-    return out, last, jnp.moveaxis(inverse, 0, 2).astype(jnp.bfloat16), jnp.moveaxis(states, 0, 2) if keep else None
-
-
-def dense_backward(q, k, v, g, beta, runs, inverse, states, d_out, d_last):
-    inputs = q, k, v, g.swapaxes(1, 2), beta.swapaxes(1, 2), states[:, :, 0].astype(jnp.float32)
-    _, pull = jax.vjp(lambda *a: xla._delta_rule(*a, None, runs), *inputs)
-    dq, dk, dv, dg, dbeta, d_initial = pull((d_out, d_last))
-    return dq, dk, dv, dg.swapaxes(1, 2), dbeta.swapaxes(1, 2), d_initial
-
-
 @pytest.fixture
 def dense(monkeypatch):
-    monkeypatch.setattr(mosaic_gpu_forward, "forward", dense_forward)
-    monkeypatch.setattr(mosaic_gpu_backward, "backward", dense_backward)
+    dense_kernels.replace(monkeypatch)
 
 
 def case(length, batch=1, heads=2, value=64, gates="spread", seed=0):

@@ -1,0 +1,64 @@
+"""What the kernels for Hopper compute, as dense products: in their place where there is no GPU, to test what is around them."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attend import mosaic_gpu_backward as attend_gpu_backward
+from pallas_kernels.attend import mosaic_gpu_forward as attend_gpu_forward
+from pallas_kernels.gated_delta_rule import mosaic_gpu_backward, mosaic_gpu_chunks, mosaic_gpu_forward, xla
+
+
+def replace(monkeypatch):
+    """Until the test ends."""
+    monkeypatch.setattr(attend_gpu_forward, "forward", attend_forward)
+    monkeypatch.setattr(attend_gpu_backward, "backward", attend_backward)
+    monkeypatch.setattr(mosaic_gpu_forward, "forward", delta_forward)
+    monkeypatch.setattr(mosaic_gpu_backward, "backward", delta_backward)
+
+
+def attend_forward(q, k, v, first, last, scale, tuning):
+    scores, weights, lse = _dense(q, k, first, last, scale)
+    v = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2).astype(jnp.float32)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v).astype(q.dtype), lse
+
+
+def attend_backward(q, k, v, d_out, lse, shift, first, last, scale, tuning):
+    group = q.shape[2] // k.shape[2]
+    q, k, v, d_out = (x.astype(jnp.float32) for x in (q, k, v, d_out))
+    k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
+    row = jnp.arange(q.shape[1])
+    seen = (row >= first[:, :, None]) & (row <= last[:, :, None])  # [batch, keys, queries]
+    scores = jnp.einsum("bqhd,bkhd->bhkq", q, k) * scale
+    weights = jnp.where(seen[:, None], jnp.exp(scores - lse[:, :, None]), 0)
+    d_scores = weights * (jnp.einsum("bqhd,bkhd->bhkq", d_out, v) - shift[:, :, None]) * scale
+    d_q = jnp.einsum("bhkq,bkhd->bqhd", d_scores, k)
+    d_k, d_v = jnp.einsum("bhkq,bqhd->bkhd", d_scores, q), jnp.einsum("bhkq,bqhd->bkhd", weights, d_out)
+    return d_q, *(x.reshape(*x.shape[:2], -1, group, x.shape[3]).sum(axis=3) for x in (d_k, d_v))
+
+
+def _dense(q, k, first, last, scale):
+    k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
+    row = jnp.arange(k.shape[1])
+    seen = (row >= first[:, :, None]) & (row <= last[:, :, None])
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q.astype(jnp.float32), k.astype(jnp.float32)) * scale
+    scores = jnp.where(seen[:, None], scores, -jnp.inf)
+    lse = jax.nn.logsumexp(scores, axis=-1)
+    return scores, jnp.where(seen[:, None], jnp.exp(scores - lse[..., None]), 0), lse
+
+
+def delta_forward(q, k, v, g, beta, starts, initial_state, keep):
+    batch, length, heads, width = k.shape
+    assert length % mosaic_gpu_chunks.CHUNK == 0
+    g, beta = g.swapaxes(1, 2), beta.swapaxes(1, 2)
+    segment = None if starts is None else jnp.cumsum(starts, axis=1)
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, heads, width, v.shape[3]))
+    (out, last), (inverse, states) = xla._run(q, k, v, g, beta, initial_state, None, segment)
+    return out, last, jnp.moveaxis(inverse, 0, 2).astype(jnp.bfloat16), jnp.moveaxis(states, 0, 2) if keep else None
+
+
+def delta_backward(q, k, v, g, beta, runs, inverse, states, d_out, d_last):
+    inputs = q, k, v, g.swapaxes(1, 2), beta.swapaxes(1, 2), states[:, :, 0].astype(jnp.float32)
+    _, pull = jax.vjp(lambda *a: xla._delta_rule(*a, None, runs), *inputs)
+    dq, dk, dv, dg, dbeta, d_initial = pull((d_out, d_last))
+    return dq, dk, dv, dg.swapaxes(1, 2), dbeta.swapaxes(1, 2), d_initial

@@ -1,0 +1,100 @@
+"""The kernels for Hopper on meshes of 8 devices: lowered for CUDA, and dense products in their place on a CPU against one device.
+
+The products themselves run on a GPU only (tests/pallas_kernels/test_attend_mosaic_gpu.py says why).
+"""
+
+import re
+from functools import partial
+
+import dense_kernels
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from infinitevl_jax.config.run import RunConfig
+from infinitevl_jax.sharding import make_mesh
+from infinitevl_jax.sharding.kernels import shard_attend, shard_gated_delta_rule
+from pallas_kernels.attend import Mask
+from pallas_kernels.attend import mosaic_gpu as attend_gpu
+from pallas_kernels.gated_delta_rule import mosaic_gpu as delta_gpu
+from pallas_kernels.testing.parity import GATES, packing, padding, poison, rel_rms, unit, with_gradients
+
+MESHES = RunConfig(data=2, fsdp=2, tensor=2), RunConfig(fsdp=2, tensor=4)  # the second with more shards than key heads
+LENGTH = 70
+MOVES = r"stablehlo\.(all_gather|all_reduce|all_to_all|reduce_scatter|collective_\w+)"
+
+
+def tokens():
+    """Index and segment of packed rows, a full one and an empty one."""
+    packed = packing([17, 3, 40], LENGTH), packing([66, 2], LENGTH)
+    index, segment = (np.concatenate(x) for x in zip(*packed, strict=True))
+    alone = padding([LENGTH, 0], LENGTH)
+    return np.concatenate([index, alone]), np.concatenate([segment, np.zeros_like(alone)])
+
+
+def attend_case():
+    rng = np.random.default_rng(0)
+    index, segment = tokens()
+    q, d_out = (rng.normal(size=(*index.shape, 8, 128)) for _ in range(2))
+    k, v = (rng.normal(size=(*index.shape, 2, 128)) for _ in range(2))
+    inputs = [jnp.asarray(poison(x, index), jnp.bfloat16) for x in (q, k, v)]
+    cotangents = jnp.asarray(d_out, jnp.bfloat16), np.float32(rng.normal(size=(*index.shape, 8)))
+    everyone = {"q_index": index, "k_index": index, "q_segment": segment, "k_segment": segment}
+    return attend_gpu.attend, shard_attend, inputs, cotangents, everyone, {"mask": Mask(window=9, aligned=True), "scale": 0.1}
+
+
+def delta_case():
+    rng = np.random.default_rng(0)
+    index, segment = tokens()
+    lead = (*index.shape, 4)
+    wide = [poison(x, index) for x in (unit(rng, (*lead, 128)), unit(rng, (*lead, 128)), rng.normal(size=(*lead, 64)))]
+    rest = poison(GATES["mild"](rng, lead), index), poison(rng.random(lead), index), rng.normal(size=(4, 4, 128, 64))
+    inputs = [*(jnp.asarray(x, jnp.bfloat16) for x in wide), *map(np.float32, rest)]
+    cotangents = jnp.asarray(rng.normal(size=(*lead, 64)), jnp.bfloat16), np.float32(rng.normal(size=(4, 4, 128, 64)))
+    return delta_gpu.gated_delta_rule, shard_gated_delta_rule, inputs, cotangents, {"index": index, "segment": segment}, {}
+
+
+OPERATORS = "attend", "gated_delta_rule"
+
+
+@pytest.mark.parametrize(("case", "meshes"), [(attend_case, MESHES), (delta_case, MESHES[:1])], ids=OPERATORS)
+def test_frame(case, meshes, monkeypatch):
+    dense_kernels.replace(monkeypatch)
+    function, spread, inputs, cotangents, tokens, rule = case()
+    whole = with_gradients(partial(function, **rule))(inputs, cotangents, tokens)
+    for run in meshes:
+        parts = with_gradients(partial(spread(function, make_mesh(run)), **rule))(inputs, cotangents, tokens)
+        for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+            finite = np.isfinite(b)
+            np.testing.assert_array_equal(a[~finite], b[~finite])
+            allowed = 1e-6 if a.dtype == np.float32 else 1e-4  # in bfloat16 a few numbers are rounded the other way
+            if a.ndim == 4 and a.shape[2] < run.tensor:
+                allowed = 4e-3  # gradients of keys that shards share: a sum of parts that are rounded to bfloat16
+            assert rel_rms(a[finite], b[finite]) <= allowed
+
+
+@pytest.mark.parametrize(("case", "kernels"), [(attend_case, 2), (delta_case, 4)], ids=OPERATORS)
+def test_lowers_for_cuda(case, kernels):
+    """Each kernel once, on a device's own rows and heads, and nothing moves between devices."""
+    function, spread, inputs, _, tokens, rule = case()
+    mesh = make_mesh(MESHES[0])
+    sharded = partial(spread(function, mesh), **rule)
+
+    def place(x, heads=None):
+        split = PartitionSpec(("data", "fsdp"), *("tensor" if axis == heads else None for axis in range(1, x.ndim)))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, split))
+
+    def run(inputs, tokens):
+        results, pull = jax.vjp(lambda *a: sharded(*a, **tokens), *inputs)
+        return results, pull(results)
+
+    heads = (2, 2, 2, 2, 2, 1)  # the axis of heads in q, k, v, g, beta, initial_state
+    placed = [place(x, axis) for x, axis in zip(inputs, heads, strict=False)], {name: place(x) for name, x in tokens.items()}
+    text = jax.jit(run).trace(*placed).lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line.rsplit(" : ", 1)[1] for line in text.splitlines() if "@mosaic_gpu_v2" in line]
+    assert len(calls) == kernels
+    q, k = ("x".join(map(str, (1, 128, x.shape[2] // 2, 128))) for x in inputs[:2])  # 70 tokens are filled up to 128
+    assert all(call.startswith(f"(tensor<{q}xbf16>, tensor<{k}xbf16>, ") for call in calls), calls
+    assert not re.search(MOVES, text)
