@@ -3,7 +3,7 @@ slots and resets go by the ordinal `index`, and positions only reach the rotary 
 
 from typing import NamedTuple
 
-from jax import Array
+from jax import Array, lax
 
 
 class Span(NamedTuple):
@@ -14,6 +14,15 @@ class Span(NamedTuple):
     length: Array  # [batch] int32 tokens already in the cache
     cos: Array  # [batch, length, head_dim / 2] f32
     sin: Array
+
+
+def inside_layer(span: Span, x: Array) -> Span:
+    """The same span, as something that a layer's input x decides.
+
+    Differentiated, a scan over layers moves out of itself all that depends on the span alone: dozens of masks as long and wide as
+    activations, held in memory (1 GB at the published size and 8,192 tokens) and read by every layer, which would compute them on its way.
+    """
+    return lax.optimization_barrier((span, lax.stop_gradient(x)))[0]
 
 
 class VisionSpan(NamedTuple):

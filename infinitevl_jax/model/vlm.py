@@ -21,7 +21,7 @@ from infinitevl_jax.model.layers import Embedding, GatedMLP, Linear, RMSNorm
 from infinitevl_jax.model.ops import Ops
 from infinitevl_jax.model.patches import Patches
 from infinitevl_jax.model.rope import decoder_angles
-from infinitevl_jax.model.span import Span
+from infinitevl_jax.model.span import Span, inside_layer
 from infinitevl_jax.model.stack import Stack
 from infinitevl_jax.model.vision import VisionTower
 from infinitevl_jax.sharding import constrain
@@ -40,6 +40,7 @@ class DecoderLayer(nnx.Module):
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, keys=keys)
 
     def __call__(self, x: Array, state, span: Span):
+        span = span if state is not None else inside_layer(span, x)  # without states: training
         mixed, state = self.self_attn(self.input_layernorm(x), state, span)
         x = x + mixed
         x = x + self.mlp(self.post_attention_layernorm(x))

@@ -1,5 +1,6 @@
 """One optimisation step as a pure function of (state, batch)."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,6 +30,10 @@ REMAT: dict[str, Callable] = {
 }
 
 
+# matrices of the layers: nearly all parameters, and only ever used in the activations' dtype
+MATRICES = re.compile(r"(layers|visual\.blocks)\..*\.kernel")
+
+
 class TrainState(NamedTuple):
     """All that a step changes (trainable in f32, moments) and the parameters it only reads."""
 
@@ -47,8 +52,18 @@ class Metrics(NamedTuple):
 
 
 def model_of(config: ModelConfig, run: RunConfig, ops: Ops | None = None) -> Callable[[Params], VLM]:
-    """The function from parameters (scanned layout) to the module, with the run's precision and rematerialisation."""
-    return partial(bind, abstract(config, scanned=True, dtype=jnp.dtype(run.dtype), ops=ops, remat=REMAT[run.remat])[0])
+    """The function from parameters (scanned layout) to the module, with the run's precision and rematerialisation.
+
+    The layers' matrices are cast to the activations' dtype here, all at once. Each layer would do it to the same effect, but again
+    for every pass over it, and its slices of the float32 stacks, and of their gradients, would be copied at twice the width.
+    """
+    dtype = jnp.dtype(run.dtype)
+    graphdef, _ = abstract(config, scanned=True, dtype=dtype, ops=ops, remat=REMAT[run.remat])
+
+    def model(params: Params) -> VLM:
+        return bind(graphdef, {name: p.astype(dtype) if MATRICES.fullmatch(name) else p for name, p in params.items()})
+
+    return model
 
 
 def evaluate_batch(model: Callable[[Params], VLM], params: Params, batch: TrainBatch) -> Tally:
@@ -61,6 +76,7 @@ def evaluate_batch(model: Callable[[Params], VLM], params: Params, batch: TrainB
         count, longest = batch.prefix.tokens.shape
         cache = empty(vlm.cache_spec(count, longest + batch.branches.tokens.shape[1]))
         _, cache, _ = vlm.decode(vlm.embed(batch.prefix, vision), batch.prefix, cache)
+        vlm = model(params)  # cast anew, so that the gradients of both passes are added in float32
         hidden, _, _ = vlm.decode(vlm.embed(batch.branches, None), batch.branches, cache.select(batch.parents))
     return answer_loss(vlm.logits, hidden, batch.targets, batch.weights)
 

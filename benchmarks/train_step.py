@@ -1,0 +1,195 @@
+"""A supervised training step of the published size on one GPU: time, memory, and the share of the peak it makes use of.
+
+    python -m benchmarks.train_step                                        # whatever runs by default
+    python -m benchmarks.train_step --attend mosaic_gpu,xla xla --gated-delta-rule mosaic_gpu,xla xla --remat full dots
+
+One row of 8,192 tokens, 4,096 patches of images among them, bf16 activations, AdamW. `--train mixers` trains only what mixes tokens (992 M
+parameters), `--train decoder` everything but the vision tower and the embeddings (3.43 B); what trains is f32 with two moments. On one
+80 GB H100 `mixers` fits. `decoder` wants an H200 (141 GB): 43.1 GB of parameters, moments and frozen weights, 13.7 GB of bf16 copies and
+gradients, then activations and what XLA holds beside them (33 GB of temporaries in all, when compiled for a CPU without kernels).
+
+Every combination of the lists given is a setting: it starts from the same random parameters, its line goes to
+benchmarks/results/train_step.jsonl as soon as it is known, and if it fails that is reported and the next one goes on.
+MFU counts the model's arithmetic by `step_flops`, nothing that is computed again, over 989 TFLOP/s.
+"""
+
+import argparse
+import gc
+import itertools
+import os
+import re
+import statistics
+import time
+from functools import partial
+
+# nearly all memory, where a process takes three quarters by itself
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+
+import jax  # noqa: E402  its memory is set first
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from benchmarks.pods import TRAINABLE  # noqa: E402
+from benchmarks.record import add_commit, record  # noqa: E402
+from benchmarks.train_flops import step_flops  # noqa: E402
+from infinitevl_jax.config.model import ModelConfig, infinitevl_4b  # noqa: E402
+from infinitevl_jax.config.run import REMATS, RunConfig  # noqa: E402
+from infinitevl_jax.config.train import OptimizerConfig  # noqa: E402
+from infinitevl_jax.data.batch import TrainBatch  # noqa: E402
+from infinitevl_jax.model.inputs import prepare  # noqa: E402
+from infinitevl_jax.model.ops import resolve_ops  # noqa: E402
+from infinitevl_jax.model.params import Params, initialize  # noqa: E402
+from infinitevl_jax.sharding import make_mesh  # noqa: E402
+from infinitevl_jax.training.optimizer import make_optimizer, split_trainable  # noqa: E402
+from infinitevl_jax.training.step import init_state, model_of, put_batch, train_step  # noqa: E402
+
+TRAIN = {"mixers": [r"layers\..*self_attn\..*"], "decoder": TRAINABLE}
+PEAK = {"H100": 989e12, "H200": 989e12}  # bf16 FLOP/s without sparsity
+GRID = (1, 32, 32)  # patches of an image: 448 x 448 pixels
+WORDS = 1000  # tokens that texts are drawn from: few enough to be learnt, so that the loss has somewhere to fall
+
+
+def random_batch(config: ModelConfig, rng: np.random.Generator, length: int, images: int, grid=GRID) -> TrainBatch:
+    """One full row: images, then random text that is the answer."""
+    pads = grid[0] * grid[1] * grid[2] // config.vision.merge_unit if images else 0
+    words = min(WORDS, config.image_token_id, config.vision_start_token_id)
+    image = [config.vision_start_token_id, *[config.image_token_id] * pads, config.vision_end_token_id]
+    head = np.array(image * images, np.int32)
+    row = np.concatenate([head, rng.integers(1, words, length + 1 - len(head), np.int32)])
+    vision = {}
+    if images:
+        pixels = rng.standard_normal((images * int(np.prod(grid)), config.vision.patch_features), np.float32)
+        vision = {"pixel_values": pixels, "image_grid_thw": np.array([grid] * images)}
+    prepared = prepare(config, row[None, :-1], **vision, row_per_sequence=True)
+    weights = (np.arange(1, length + 1) >= len(head)).astype(np.float32)
+    return TrainBatch(prepared.patches, None, prepared.inputs, None, row[None, 1:], weights[None])
+
+
+def measure(
+    config: ModelConfig,
+    begin,
+    train: list[str],
+    *,
+    attend: str | None = None,
+    gated_delta_rule: str | None = None,
+    remat: str = "full",
+    steps: int = 20,
+    warmup: int = 3,
+    length: int = 8192,
+    images: int = 4,
+    grid=GRID,
+    dtype: str = "bfloat16",
+    profile: str | None = None,
+) -> dict:
+    """Figures of one setting: seconds to compile, milliseconds of `steps` steps after `warmup`, memory, losses, FLOPs and MFU.
+
+    begin: gives fresh parameters on the device, the same at each call.
+    """
+    run = RunConfig(fsdp=1, dtype=dtype, remat=remat, attend=attend, gated_delta_rule=gated_delta_rule)
+    mesh = make_mesh(run, jax.devices()[:1])
+    ops = resolve_ops(mesh, attend, gated_delta_rule)
+    optimizer = make_optimizer(OptimizerConfig(peak_lr=1e-4, warmup=0.0), 1000)
+    rng = np.random.default_rng(0)
+    with jax.set_mesh(mesh):
+        params = begin()
+        names, _ = split_trainable(list(params), train)
+        first = random_batch(config, rng, length, images, grid)
+        flops = step_flops(config, names, first)
+        line = {"parameters": sum(p.size for p in params.values()), "trained": sum(params[n].size for n in names)}
+        state = jax.jit(partial(init_state, trainable=names, optimizer=optimizer), donate_argnums=0)(params)
+        del params
+
+        started = time.perf_counter()
+        step = jax.jit(partial(train_step, model_of(config, run, ops), optimizer), donate_argnums=0)
+        step = step.lower(state, put_batch(first, mesh)).compile()
+        line["compile_s"] = round(time.perf_counter() - started, 1)
+        memory = step.memory_analysis()
+        held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        line |= {"state_GB": round(held / 1e9, 2), "temporaries_GB": round(memory.temp_size_in_bytes / 1e9, 2)}
+        print(f"  compiled: {line}", flush=True)
+
+        times, losses = [], []
+
+        def one(state):
+            batch = jax.block_until_ready(put_batch(random_batch(config, rng, length, images, grid), mesh))
+            started = time.perf_counter()
+            state, metrics = jax.block_until_ready(step(state, batch))
+            times.append((time.perf_counter() - started) * 1e3)
+            losses.append(float(metrics.loss))
+            return state
+
+        for _ in range(warmup + steps):
+            state = one(state)
+        timed = times[warmup:]
+        median = statistics.median(timed)
+        line["step_ms"] = {"median": round(median, 2), "min": round(min(timed), 2), "max": round(max(timed), 2), "steps": steps}
+        line["tokens_per_s"] = round(length / median * 1e3, 1)
+        line["TFLOP"] = {term: round(count / 1e12, 3) for term, count in flops.items()} | {"all": round(sum(flops.values()) / 1e12, 2)}
+        kind = jax.devices()[0].device_kind
+        peak = next((rate for name, rate in PEAK.items() if name in kind), None)
+        line["mfu"] = peak and round(sum(flops.values()) / (median * 1e-3) / peak, 4)
+        stats = jax.devices()[0].memory_stats() or {}
+        line["peak_GB_so_far"] = round(stats.get("peak_bytes_in_use", 0) / 1e9, 2)  # of the whole process: it cannot be set back
+        line["loss"] = [round(loss, 4) for loss in (losses[0], losses[len(losses) // 2], losses[-1])]
+        line["loss_finite"], line["loss_fell"] = bool(np.isfinite(losses).all()), losses[-1] < losses[0]
+        line["ran"] = ops.report()
+        if profile:
+            with jax.profiler.trace(profile):
+                for _ in range(2):
+                    state = one(state)
+    return line
+
+
+def starter(config: ModelConfig, dtype=jnp.bfloat16):
+    """A function that makes the same random parameters at each call; compiled once.
+
+    By the device's own generator, whose program compiles faster than that of jax's default one.
+    """
+    create = jax.jit(partial(initialize, config, scanned=True, dtype=dtype))
+    key = jax.random.key(0, impl="rbg")
+
+    def begin() -> Params:
+        return jax.block_until_ready(create(key))
+
+    return begin
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", nargs="+", choices=TRAIN, default=list(TRAIN))
+    parser.add_argument("--attend", nargs="+", default=[None], help='implementations allowed, in order, such as "mosaic_gpu,xla"; several')
+    parser.add_argument("--gated-delta-rule", nargs="+", default=[None], help="likewise, one for each of --attend")
+    parser.add_argument("--remat", nargs="+", choices=REMATS, default=["full"])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--length", type=int, default=8192, help="tokens of the row")
+    parser.add_argument("--patches", type=int, default=4096, help="image patches in the row: a multiple of 1024, 0 for text only")
+    parser.add_argument("--profile", help="write a profiler trace of two steps of each setting to this folder")
+    add_commit(parser)
+    args = parser.parse_args()
+    if len(args.attend) != len(args.gated_delta_rule):
+        parser.error(f"{len(args.attend)} values for --attend, {len(args.gated_delta_rule)} for --gated-delta-rule: give as many")
+    images, over = divmod(args.patches, int(np.prod(GRID)))
+    if over:
+        parser.error(f"--patches {args.patches}: an image has {np.prod(GRID)}")
+
+    config = infinitevl_4b()
+    begin = starter(config)
+    started = time.perf_counter()
+    begin()
+    print(f"random parameters: {time.perf_counter() - started:.1f} s", flush=True)
+    implementations = list(zip(args.attend, args.gated_delta_rule, strict=True))
+    for train, remat, (attend, gated_delta_rule) in itertools.product(args.train, args.remat, implementations):
+        setting = {"train": train, "remat": remat, "attend": attend, "gated_delta_rule": gated_delta_rule}
+        setting |= {"length": args.length, "patches": args.patches, "dtype": "bfloat16"}
+        print(f"\n{setting}", flush=True)
+        how = {"attend": attend, "gated_delta_rule": gated_delta_rule, "remat": remat, "profile": args.profile}
+        try:
+            figures = measure(config, begin, TRAIN[train], steps=args.steps, length=args.length, images=images, **how)
+        except Exception as error:  # the other settings are worth having all the same
+            figures = {"failed": re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:400]}
+        record("train_step", args.commit, setting | figures)
+        gc.collect()  # the state of this setting, before the next one has its own
+
+
+if __name__ == "__main__":
+    main()
