@@ -93,7 +93,7 @@ def milliseconds(function, inputs, calls: int, repeats: int = 20) -> dict[str, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2**power for power in range(12, 18)])
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     add_commit(parser)
     options = parser.parse_args()

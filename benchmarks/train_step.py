@@ -5,8 +5,8 @@
 
 One row of 8,192 tokens, 4,096 patches of images among them, bf16 activations, AdamW. `--train mixers` trains only what mixes tokens (992 M
 parameters), `--train decoder` everything but the vision tower and the embeddings (3.43 B); what trains is f32 with two moments. On one
-80 GB H100 `mixers` fits. `decoder` wants an H200 (141 GB): 43.1 GB of parameters, moments and frozen weights, 13.7 GB of bf16 copies and
-gradients, then activations and what XLA holds beside them (33 GB of temporaries in all, when compiled for a CPU without kernels).
+80 GB H100 `mixers` fits. `decoder` is for an H200 (141 GB): 43.1 GB of parameters, moments and frozen weights, 13.7 GB of bf16 copies and
+gradients, 1.2 GB of layer inputs, then one layer's activations, logits and what XLA holds beside them; it has not been tried in 80 GB.
 
 Every combination of the lists given is a setting: it starts from the same random parameters, its line goes to
 benchmarks/results/train_step.jsonl as soon as it is known, and if it fails that is reported and the next one goes on.
