@@ -3,7 +3,7 @@
     python -m benchmarks.train_step                                        # whatever runs by default
     python -m benchmarks.train_step --attend mosaic_gpu,xla xla --gated-delta-rule mosaic_gpu,xla xla --remat full dots
 
-One row of 8,192 tokens, 4,096 patches of images among them, bf16 activations, AdamW. `--train mixers` trains only what mixes tokens (992 M
+One row of 8,192 tokens, 4,096 patches of images among them, bf16 activations, AdamW. `--train mixers` trains only what mixes tokens (994 M
 parameters), `--train decoder` everything but the vision tower and the embeddings (3.43 B); what trains is f32 with two moments. On one
 80 GB H100 `mixers` fits. `decoder` is for an H200 (141 GB): 43.1 GB of parameters, moments and frozen weights, 13.7 GB of bf16 copies and
 gradients, 1.2 GB of layer inputs, then one layer's activations, logits and what XLA holds beside them; it has not been tried in 80 GB.
