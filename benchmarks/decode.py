@@ -19,13 +19,13 @@ import statistics
 import tempfile
 import time
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.record import add_commit, record
+from benchmarks.trace import kernels
 from infinitevl_jax.model.attention import KeyValueRing, slot_index, write
 from infinitevl_jax.model.deltanet import l2_normalize
 from pallas_kernels.attend import Mask, attend, decode_mosaic_gpu, merge
@@ -230,12 +230,10 @@ def times(make, step, batch: int, layers: int, repeats: int = 10) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             again()
-        file = next(Path(folder).rglob("*.xplane.pb"))
-        data = jax.profiler.ProfileData.from_file(str(file))
-    kernels = [e for plane in data.planes if "GPU" in plane.name for line in plane.lines if "Stream" in line.name for e in line.events]
+        found = kernels(folder)
     per = tokens * layers
-    found = {name: round(of(walls), 2) for name, of in (("median", statistics.median), ("min", min), ("max", max))}
-    return {"us": found, "kernel_us": round(sum(e.duration_ns for e in kernels) / 1e3 / per, 2), "kernels": round(len(kernels) / per, 1)}
+    us = {name: round(of(walls), 2) for name, of in (("median", statistics.median), ("min", min), ("max", max))}
+    return {"us": us, "kernel_us": round(sum(kernel.us for kernel in found) / per, 2), "kernels": round(len(found) / per, 1)}
 
 
 def main() -> None:

@@ -1,20 +1,16 @@
 """The gated delta rule on one GPU: ours for Hopper, ours in XLA, and fla's (Triton) where it imports.
 
-    python -m benchmarks.gated_delta_rule          # 1K to 128K tokens, 6 minutes on an H100; into benchmarks/results/gated_delta_rule.jsonl
+    python -m benchmarks.gated_delta_rule          # 1K to 256K tokens, 6 minutes on an H100; into benchmarks/results/gated_delta_rule.jsonl
     python -m benchmarks.gated_delta_rule --shapes 1x32768 1x131072 --work forward --implementations mosaic_gpu fla
 
 16 heads, keys 128 and values 256 wide, bfloat16, no initial state, the last state asked for. Errors first: relative RMS of out and the
 last state against the recurrence in float64 on the same bfloat16 numbers, 1,000 tokens, the worst of some gates and keys. Then times:
-several calls on the same random inputs in one program (of fla: in one CUDA graph), median of 20 programs.
+several calls on random inputs in one program (of fla: in one CUDA graph), median of 20 programs.
 
 fla 0.6 asks for einops besides torch and Triton; `pip install --no-deps fla-core flash-linear-attention einops`.
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -22,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.record import add_commit, record
+from benchmarks.timing import REPEATS, compiled, milliseconds, repeated, summary
 from pallas_kernels.gated_delta_rule import mosaic_gpu, reference, xla
 from pallas_kernels.testing.parity import GATES, rel_rms, unit
 
 HEADS, KEY, VALUE = 16, 128, 256
-REPEATS = 20
-SHAPES = [f"1x{2**power}" for power in range(10, 18)] + [f"{batch}x8192" for batch in (2, 4, 8)]
+SHAPES = [f"1x{2**power}" for power in range(10, 19)] + [f"{batch}x8192" for batch in (2, 4, 8)]
 
 
 def draw(batch: int, length: int, heads: int = HEADS, gates: str = "mild", repeated: bool = False, seed: int = 0) -> list[np.ndarray]:
@@ -56,6 +52,10 @@ def timed(batch: int, length: int) -> list[jax.Array]:
     return jax.jit(numbers)(jax.random.key(0))
 
 
+def shapes_of(batch: int, length: int) -> list[jax.ShapeDtypeStruct]:
+    return jax.eval_shape(partial(timed, batch, length))
+
+
 def in_jax(arrays: list[np.ndarray]) -> list[jax.Array]:
     return [jnp.asarray(x, jnp.bfloat16) for x in arrays[:3]] + [jnp.asarray(x) for x in arrays[3:]]
 
@@ -66,53 +66,9 @@ def with_backward(function, *inputs):
     return pull((out, jnp.zeros_like(last)))
 
 
-def program(function, work: str, calls: int):
-    """A jitted program of `calls` calls, one after the other."""
-    call = function if work == "forward" else partial(with_backward, function)
-
-    def again(_, inputs):  # one number of each result goes into the next inputs, so that no call can be left out
-        results = call(*inputs)
-        touched = [x.at[(0,) * x.ndim].set(y[(0,) * y.ndim].astype(x.dtype)) for x, y in zip(inputs, results, strict=False)]
-        return *touched, *inputs[len(results) :]
-
-    return jax.jit(lambda *a: jax.lax.fori_loop(0, calls, again, a))
-
-
-def compiled(function, cases: list[tuple[int, int, str]]) -> dict[tuple, Callable]:
-    """The programs of all cases, compiled side by side before anything is timed; of one that fails, a function that raises why."""
-
-    def lower(batch, length, work):
-        shapes = jax.eval_shape(lambda: timed(batch, length))
-        return program(function, work, calls_of(batch, length)).lower(*shapes)
-
-    def build(case):
-        try:
-            return lower(*case).compile()
-        except Exception as error:  # one that refuses a shape must not take the others' figures along
-            return partial(_fail, error)
-
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(cases, pool.map(build, cases), strict=True))
-
-
-def _fail(error: Exception, *_):
-    raise error
-
-
 def calls_of(batch: int, length: int) -> int:
+    """Calls in a program: half a million tokens, that launches may not count."""
     return max(2, 2**19 // (batch * length))
-
-
-def milliseconds(run: Callable, inputs: list[jax.Array], calls: int) -> list[float]:
-    """A call, over `REPEATS` programs of `calls` calls."""
-    for _ in range(2):
-        jax.block_until_ready(run(*inputs))
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        jax.block_until_ready(run(*inputs))
-        times.append((time.perf_counter() - start) / calls * 1e3)
-    return times
 
 
 class Fla:
@@ -166,14 +122,14 @@ ERRORS = [(gates, repeated) for gates in ("mild", "spread", "keep") for repeated
 
 
 def truths(length: int = 1000) -> list[tuple]:
-    """Inputs of two heads, and what is right."""
+    """Inputs, and what is right."""
     exact = jax.jit(reference.gated_delta_rule)
 
     def truth(arrays):
         with jax.enable_x64(True):
             return [np.asarray(x) for x in exact(*(jnp.asarray(x, jnp.float64) for x in arrays))]
 
-    cases = [draw(1, length, 2, gates, repeated) for gates, repeated in ERRORS]
+    cases = [draw(1, length, gates=gates, repeated=repeated) for gates, repeated in ERRORS]
     return [(arrays, truth(arrays)) for arrays in cases]
 
 
@@ -203,7 +159,9 @@ def main() -> None:
         else:
             run = jax.jit(JAX[name])
             found = errors(lambda *arrays, run=run: [np.asarray(x, np.float32) for x in run(*in_jax(arrays))], cases)
-            programs = compiled(JAX[name], [(*shape, work) for shape in shapes for work in options.work])
+            works = {"forward": JAX[name], "forward+backward": partial(with_backward, JAX[name])}
+            cells = [(batch, length, work) for batch, length in shapes for work in options.work]
+            programs = compiled({(b, n, w): (repeated(works[w], calls_of(b, n)), shapes_of(b, n)) for b, n, w in cells})
         print(f"{name:10} errors {found}", flush=True)
         for batch, length in shapes:
             inputs, calls = timed(batch, length), calls_of(batch, length)
@@ -214,9 +172,8 @@ def main() -> None:
                 except Exception as reason:  # such as memory
                     print(f"{name:10} {work:16} {batch}x{length} fails: {str(reason)[:200]}", flush=True)
                     continue
-                ms = {key: round(of(times), 4) for key, of in (("median", statistics.median), ("min", min), ("max", max))}
-                result = shared | {"implementation": name, "work": work, "shape": [batch, length], "ms": ms, "errors": found}
-                record("gated_delta_rule", options.commit, result)
+                result = {"implementation": name, "work": work, "shape": [batch, length], "ms": summary(times), "errors": found}
+                record("gated_delta_rule", options.commit, shared | result)
 
 
 if __name__ == "__main__":

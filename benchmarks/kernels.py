@@ -1,7 +1,7 @@
 """All kernels in one go, correctness first, then a table of what was measured.
 
     python -m benchmarks.kernels            # on a GPU: parity matrix, then attention, gated delta rule and token steps beside their peers
-    python -m benchmarks.kernels            # on a CPU: static scores for four generations of TPU
+    python -m benchmarks.kernels            # on a CPU: static scores for four generations of TPU; on a TPU: parity matrix first
     python -m benchmarks.kernels --table    # only the table, of the newest line recorded for each case
 
 Each part is a command of its own (`python -m benchmarks.attend --help` and so on) and appends to benchmarks/results/. A matrix with an
@@ -59,10 +59,10 @@ def main() -> None:
     if not args.table:
         import jax
 
-        gpu = jax.default_backend() == "gpu"
-        if gpu:
+        backend = jax.default_backend()
+        if backend != "cpu":
             _run("pallas_kernels.testing.matrix", "--longest", str(args.longest))
-        for part in GPU if gpu else CPU:
+        for part in GPU if backend == "gpu" else CPU:
             _run(f"benchmarks.{part}", "--commit", args.commit)
     print(table())
 

@@ -31,6 +31,7 @@ import numpy as np  # noqa: E402
 
 from benchmarks.pods import TRAINABLE  # noqa: E402
 from benchmarks.record import add_commit, record  # noqa: E402
+from benchmarks.trace import kernels, table  # noqa: E402
 from benchmarks.train_flops import step_flops  # noqa: E402
 from infinitevl_jax.config.model import ModelConfig, infinitevl_4b  # noqa: E402
 from infinitevl_jax.config.run import REMATS, RunConfig  # noqa: E402
@@ -137,6 +138,7 @@ def measure(
             with jax.profiler.trace(profile):
                 for _ in range(2):
                     state = one(state)
+            print(table(kernels(profile)), flush=True)
     return line
 
 
@@ -163,7 +165,7 @@ def main():
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--length", type=int, default=8192, help="tokens of the row")
     parser.add_argument("--patches", type=int, default=4096, help="image patches in the row: a multiple of 1024, 0 for text only")
-    parser.add_argument("--profile", help="write a profiler trace of two steps of each setting to this folder")
+    parser.add_argument("--profile", help="trace two steps of each setting into this folder, and print their kernels")
     add_commit(parser)
     args = parser.parse_args()
     if len(args.attend) != len(args.gated_delta_rule):

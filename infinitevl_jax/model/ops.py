@@ -62,9 +62,8 @@ def _readable(dispatch: Dispatch) -> Callable:
 
     def run(*args, **kwargs):
         try:
-            dispatch.choose(*args, **kwargs)
+            return dispatch(*args, **kwargs)
         except Refusal as refusal:
             raise InfiniteVLError(refusal.culprit, refusal.cure) from None
-        return dispatch(*args, **kwargs)
 
     return run

@@ -4,4 +4,7 @@ from pallas_kernels.attend.mask import Mask
 from pallas_kernels.attend.merge import merge
 from pallas_kernels.attend.xla import attend
 
-__all__ = ["Mask", "attend", "merge"]
+# what every implementation calls what its backward pass keeps besides the inputs, for policies of rematerialisation
+KEPT = ("attend_out", "attend_lse")
+
+__all__ = ["KEPT", "Mask", "attend", "merge"]

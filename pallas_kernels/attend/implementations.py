@@ -5,7 +5,7 @@ from pallas_kernels.dispatch import Implementation, hopper, tpu
 
 
 def _on_hopper(q, k, v, q_index, k_index, q_segment, k_segment, mask, scale):
-    return mosaic_gpu.supports(q, k, v, mask, scale)
+    return mosaic_gpu.supports(q, k, v, mask, scale, q_segment is not None)
 
 
 def _on_tpu(q, k, v, q_index, k_index, q_segment, k_segment, mask, scale):

@@ -1,26 +1,32 @@
-"""Attention of tokens with themselves on Hopper GPUs (H100, H200): the contract of `attend`, by Mosaic GPU kernels.
+"""Attention on Hopper GPUs (H100, H200): the contract of `attend`, by Mosaic GPU kernels.
 
 An aligned mask leaves each row one contiguous run of rows to see, whatever the mix of causal order, window, packed
-segments and pads. The kernels know nothing but these runs. Figures and peers: benchmarks/attend.py.
+segments and pads; so does a causal one among cached keys, once these are sorted by ordinal. The kernels know nothing but
+these runs. Figures and peers: benchmarks/attend.py.
 """
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.attend import mosaic_gpu_backward, mosaic_gpu_forward, xla
 from pallas_kernels.attend.mask import Mask
-from pallas_kernels.attend.runs import runs
+from pallas_kernels.attend.runs import cached_runs, runs
 
 BLOCK = 128  # lengths are padded to a multiple of this
 
 
-def supports(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float) -> str | None:
+def supports(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float, segments: bool = False) -> str | None:
     """Why these arrays (or shapes with dtypes) are not for this implementation, or None if they are."""
     group, odd = divmod(q.shape[2], k.shape[2])
-    if not mask.aligned or q.shape[1] != k.shape[1]:
-        return "keys other than the queries' own tokens (an aligned mask says that they are the same)"
+    if mask.aligned and q.shape[1] != k.shape[1]:
+        return f"an aligned mask with {q.shape[1]} queries and {k.shape[1]} keys: it says that they are the same tokens"
+    if not mask.aligned and (segments or not mask.causal):
+        return "packed segments, or a mask that is not causal, with keys that are not the queries' own (of an aligned mask)"
+    if q.shape[1] == 1:
+        return "a single query, which fills no block"
     if mask.sinks and mask.window is not None:
         return "sinks outside the window"
     if any(x.dtype != jnp.bfloat16 for x in (q, k, v)):
@@ -47,11 +53,11 @@ def attend(
     mask: Mask,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """The contract of `pallas_kernels.attend.attend`. Of the ordinals, only which are pads matters.
+    """The contract of `pallas_kernels.attend.attend`. Of an aligned mask's ordinals, only which are pads matters.
 
-    Gradients are ours for heads 128 wide and those of `xla.attend` for 64. Raises ValueError where `supports` objects.
+    Gradients are ours for aligned masks and heads 128 wide, else those of `xla.attend`. Raises ValueError where `supports` objects.
     """
-    if reason := supports(q, k, v, mask, scale):
+    if reason := supports(q, k, v, mask, scale, q_segment is not None):
         raise ValueError(f"attend on Hopper does not take {reason}\n  -> use the implementation xla")
     return _attend(q, k, v, q_index, k_index, q_segment, k_segment, mask, float(scale))
 
@@ -62,18 +68,24 @@ def _attend(q, k, v, q_index, k_index, q_segment, k_segment, mask, scale):
 
 
 def _forward(q, k, v, q_index, k_index, q_segment, k_segment, mask, scale):
-    length = q.shape[1]
-    first, last, _, _ = runs(q_index, q_segment, mask)
-    rows = _pad((q, k, _erase(v, k_index)), 0) + (_pad(first, 0), _pad(last, -1))
+    length, keys = q.shape[1], (k, _erase(v, k_index))
+    if mask.aligned:
+        first, last, _, _ = runs(q_index, q_segment, mask)
+    else:
+        first, last = cached_runs(q_index, k_index, mask)
+        order = jnp.argsort(k_index, axis=1)[:, :, None, None]
+        keys = tuple(jnp.take_along_axis(x, order, axis=1) for x in keys)
+    rows = _pad((q, *keys), 0) + (_pad(first, 0), _pad(last, -1))
     tuning = mosaic_gpu_forward.Tuning()
     out, lse = mosaic_gpu_forward.forward(*rows, scale, tuning)
     out, lse = out[:, :length], lse.swapaxes(1, 2)[:, :length]
+    out, lse = checkpoint_name(out, "attend_out"), checkpoint_name(lse, "attend_lse")
     return (out, lse), (q, k, v, q_index, k_index, q_segment, k_segment, out, lse)
 
 
 def _backward(mask, scale, kept, cotangents):
     q, k, v, q_index, k_index, q_segment, _, out, lse = kept
-    if q.shape[3] != mosaic_gpu_backward.WIDTH:
+    if q.shape[3] != mosaic_gpu_backward.WIDTH or not mask.aligned:
         return xla._backward(mask, scale, kept, cotangents)
     length = q.shape[1]
     d_out, d_lse = cotangents

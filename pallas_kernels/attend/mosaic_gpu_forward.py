@@ -44,12 +44,12 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """out [B, T, Hq, D] in the dtype of q and lse [B, Hq, T] float32.
 
-    q: [B, T, Hq, D]; k, v: [B, T, Hkv, D], D 64 or 128, Hq / Hkv even, T a multiple of 64 and of tuning.keys.
+    q: [B, T, Hq, D]; k, v: [B, Tk, Hkv, D], D 64 or 128, Hq / Hkv even, T a multiple of 64, Tk of tuning.keys.
     first, last: [B, T] int32, the key rows that each query row sees; first > last for none (out 0, lse -inf).
     """
     batch, length, q_heads, width = q.shape
     pairs, tiles = q_heads // 2, length // ROWS
-    keys, stages = tuning.keys, min(tuning.stages, length // tuning.keys)
+    keys, stages = tuning.keys, min(tuning.stages, k.shape[1] // tuning.keys)
     pairs_per_key_head = pairs // k.shape[2]
     blocks = tile_blocks(first, last, ROWS, keys)
     log2_scale = scale * math.log2(math.e)

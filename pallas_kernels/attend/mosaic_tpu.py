@@ -14,6 +14,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attend.mask import Mask
@@ -145,6 +146,7 @@ def _forward(q, k, v, q_index, k_index, q_segment, k_segment, static):
     out, lse = forward(*rows, _columns(*who[:3]), _columns(*who[3:]).T, walk, **options)
     out = _tokens(out, q.shape[:3] + v.shape[3:])
     lse = lse.reshape(q.shape[2], q.shape[0], -1)[:, :, : q.shape[1]].transpose(1, 2, 0)
+    out, lse = checkpoint_name(out, "attend_out"), checkpoint_name(lse, "attend_lse")
     return (out, lse), (q, k, v, q_index, k_index, q_segment, k_segment, out, lse)
 
 

@@ -1,4 +1,4 @@
-"""The rows that each row sees, among tokens that attend to themselves: always one run."""
+"""The rows that each row sees: one run among tokens that attend to themselves, and one among cached keys once these are in order."""
 
 import jax
 import jax.numpy as jnp
@@ -29,3 +29,16 @@ def runs(index: jax.Array, segment: jax.Array | None, mask: Mask) -> tuple[jax.A
     else:
         ends = before, after, before, after
     return tuple(jnp.where(real, x, nothing) for x, nothing in zip(ends, (0, -1, 0, -1), strict=True))
+
+
+def cached_runs(q_index: jax.Array, k_index: jax.Array, mask: Mask) -> tuple[jax.Array, jax.Array]:
+    """Two [B, Tq] int32: the first and the last key row that each query sees after the keys were sorted by ordinal (pads, -1, come
+    first); 0 and -1 for none. For causal masks without sinks; k_index [B, Tk] may come in any order."""
+
+    def up_to(ordinal):
+        return jnp.sum(k_index[:, None, :] <= ordinal[:, :, None], axis=2, dtype=jnp.int32)
+
+    last = up_to(q_index) - 1
+    first = up_to(jnp.maximum(q_index - mask.window, -1) if mask.window is not None else jnp.full_like(q_index, -1))
+    some = (q_index >= 0) & (first <= last)
+    return jnp.where(some, first, 0), jnp.where(some, last, -1)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.attend.blocks import Plan, plan
 from pallas_kernels.attend.mask import Mask
@@ -80,6 +81,7 @@ def _forward(q, k, v, q_index, k_index, q_segment, k_segment, mask, scale):
         (out, lse), _ = lax.scan(step, nothing, jnp.asarray(steps.starts))
     out = out[:, : q.shape[1]].reshape(*q.shape[:3], v.shape[-1]).astype(q.dtype)
     lse = lse[:, : q.shape[1]].reshape(q.shape[:3])
+    out, lse = checkpoint_name(out, "attend_out"), checkpoint_name(lse, "attend_lse")
     return (out, lse), (q, k, v, q_index, k_index, q_segment, k_segment, out, lse)
 
 

@@ -103,7 +103,7 @@ def _delta_rule(q, k, v, g, beta, initial_state, index, segment):
 def _delta_rule_forward(q, k, v, g, beta, initial_state, index, segment):
     results, (inverse, states) = _run(q, k, v, g, beta, initial_state, index, segment, keep=True)
     kept = checkpoint_name(inverse, "gdn_inverse"), checkpoint_name(states, "gdn_states")
-    return results, (q, k, v, g, beta, initial_state, index, segment, *kept)
+    return (checkpoint_name(results[0], "gdn_out"), results[1]), (q, k, v, g, beta, initial_state, index, segment, *kept)
 
 
 def _delta_rule_backward(residuals, cts):

@@ -96,7 +96,7 @@ def _delta_rule(q, k, v, g, beta, initial_state, index, segment, interpret):
 
 def _forward(q, k, v, g, beta, initial_state, index, segment, interpret):
     results, kept = _run(q, k, v, g, beta, initial_state, index, segment, interpret, save=True)
-    return results, (q, k, v, g, beta, index, segment, *kept)
+    return (checkpoint_name(results[0], "gdn_out"), results[1]), (q, k, v, g, beta, index, segment, *kept)
 
 
 def _backward(interpret, residuals, cts):

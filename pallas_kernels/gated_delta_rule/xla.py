@@ -66,7 +66,8 @@ def gated_delta_rule(
         gradients.
 
     Differentiable in the first six. The backward pass keeps the inputs and two tensors that a remat policy may name,
-    "gdn_inverse" (T) and "gdn_states" (the state before each chunk); with both kept, nothing sequential is done again.
+    "gdn_inverse" (T) and "gdn_states" (the state before each chunk); with both kept, and "gdn_out" (out) for what reads it,
+    nothing sequential is done again.
 
     With float32 inputs all products are in full float32. With bfloat16 inputs products with the state take bfloat16
     operands, and "gdn_states" is kept in bfloat16 (the state that is carried on is float32 all the same).
@@ -358,7 +359,7 @@ def _delta_rule(q, k, v, g, beta, initial_state, index, segment):
 
 def _delta_rule_forward(q, k, v, g, beta, initial_state, index, segment):
     results, (inverse, states) = _run(q, k, v, g, beta, initial_state, index, segment)
-    return results, (q, k, v, g, beta, index, segment, inverse, states)
+    return (checkpoint_name(results[0], "gdn_out"), results[1]), (q, k, v, g, beta, index, segment, inverse, states)
 
 
 def _delta_rule_backward(residuals, cts):

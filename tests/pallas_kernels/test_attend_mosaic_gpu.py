@@ -23,6 +23,10 @@ CASES = {
     "window, not causal": Case(300, Mask(causal=False, window=33, aligned=True), (4, 2), 128, pads=40),
     "narrow": Case(200, Mask(window=64, aligned=True), (4, 2), 64),
 }
+CACHED = {
+    "ring": Case(150, Mask(window=160), (4, 2), 128, pads=4, cached=200),
+    "no window": Case(70, Mask(), (2, 1), 128, cached=60, batch=2),
+}
 
 
 def compare(case, out_tolerance=5e-3, gradient_tolerance=8e-3):
@@ -34,7 +38,8 @@ def compare(case, out_tolerance=5e-3, gradient_tolerance=8e-3):
     wanted, gradients = in_float64(with_gradients(lambda *a, **t: reference.attend(*a, **t, **calls)))(
         qkv, (d_out, d_lse), tokens
     )
-    poisoned = [jnp.asarray(poison(x, tokens["q_index"]), jnp.bfloat16) for x in qkv]
+    places = tokens["q_index"], tokens["k_index"], tokens["k_index"]
+    poisoned = [jnp.asarray(poison(x, place), jnp.bfloat16) for x, place in zip(qkv, places, strict=True)]
     ours, d_ours = with_gradients(lambda *a, **t: mosaic_gpu.attend(*a, **t, **calls))(
         poisoned, (jnp.asarray(d_out), jnp.asarray(d_lse)), tokens
     )
@@ -58,6 +63,17 @@ def test_runs_are_the_mask(name):
     row = np.arange(case.length)
     np.testing.assert_array_equal((row >= first[:, :, None]) & (row <= last[:, :, None]), seen)
     np.testing.assert_array_equal((row >= seen_first[:, :, None]) & (row <= seen_last[:, :, None]), seen.swapaxes(1, 2))
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_runs_among_sorted_keys_are_the_mask(name):
+    case = CACHED[name]
+    tokens = case.tokens()
+    first, last = (np.asarray(x) for x in mosaic_gpu.cached_runs(tokens["q_index"], tokens["k_index"], case.mask))
+    k_index = np.sort(tokens["k_index"], axis=1)
+    seen = np.asarray(case.mask.visible(tokens["q_index"], k_index, None, None))
+    row = np.arange(k_index.shape[1])
+    np.testing.assert_array_equal((row >= first[:, :, None]) & (row <= last[:, :, None]), seen)
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -87,9 +103,15 @@ def test_frame(name, monkeypatch):
     compare(CASES[name])
 
 
-@pytest.mark.parametrize(("name", "kernels"), [("window", 2), ("packed", 2), ("narrow", 1)])
+@pytest.mark.parametrize("name", CACHED)
+def test_frame_of_cached_keys(name, monkeypatch):
+    dense_kernels.replace(monkeypatch)
+    compare(CACHED[name])
+
+
+@pytest.mark.parametrize(("name", "kernels"), [("window", 2), ("packed", 2), ("narrow", 1), ("ring", 1)])
 def test_lowers_for_cuda(name, kernels):
-    case = CASES[name]
+    case = (CASES | CACHED)[name]
     q, k, v = (jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in case.tensors()[:3])
     tokens = {name: x if x is None else jnp.asarray(x) for name, x in case.tokens().items()}
 
@@ -105,13 +127,16 @@ def test_refuses_by_name():
     shapes = {"q": (1, 64, 4, 128), "k": (1, 64, 2, 128), "v": (1, 64, 2, 128)}
     mask = Mask(window=8, aligned=True)
 
-    def reason(mask=mask, scale=1.0, dtype=jnp.bfloat16, **changed):
+    def reason(mask=mask, scale=1.0, dtype=jnp.bfloat16, segments=False, **changed):
         arrays = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in (shapes | changed).items()}
-        return mosaic_gpu.supports(**arrays, mask=mask, scale=scale)
+        return mosaic_gpu.supports(**arrays, mask=mask, scale=scale, segments=segments)
 
     assert reason() is None
-    assert "own tokens" in reason(Mask(window=8))
-    assert "own tokens" in reason(k=(1, 65, 2, 128), v=(1, 65, 2, 128))
+    assert reason(Mask(window=8), k=(1, 65, 2, 128), v=(1, 65, 2, 128)) is None
+    assert "65 keys" in reason(k=(1, 65, 2, 128), v=(1, 65, 2, 128))
+    assert "packed segments" in reason(Mask(window=8), segments=True)
+    assert "not causal" in reason(Mask(window=8, causal=False))
+    assert "single query" in reason(q=(1, 1, 4, 128), k=(1, 1, 2, 128), v=(1, 1, 2, 128))
     assert "sinks" in reason(Mask(window=8, sinks=1, aligned=True))
     assert "float32" in reason(dtype=jnp.float32)
     assert "80" in reason(q=(1, 64, 4, 80), k=(1, 64, 2, 80), v=(1, 64, 2, 80))

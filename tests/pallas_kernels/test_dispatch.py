@@ -60,10 +60,11 @@ def test_a_hopper_gpu_takes_its_kernel_where_it_can():
     case = q, k, k, rows, rows, None, None
     free = Dispatch("attend", IMPLEMENTATIONS, device)
     assert free.choose(*case, mask=Mask(window=4, aligned=True), scale=0.1)[0].name == "mosaic_gpu"
-    chosen, reasons = free.choose(*case, mask=Mask(window=4), scale=0.1)
-    assert chosen.name == "xla" and "mosaic_gpu: keys other than the queries' own" in reasons[-1]
-    with pytest.raises(ValueError, match="mosaic_gpu: keys other than the queries' own"):
-        Dispatch("attend", IMPLEMENTATIONS, device, "mosaic_gpu").choose(*case, mask=Mask(window=4), scale=0.1)
+    sinks = {"mask": Mask(window=4, sinks=1), "scale": 0.1}
+    chosen, reasons = free.choose(*case, **sinks)
+    assert chosen.name == "xla" and "mosaic_gpu: sinks outside the window" in reasons[-1]
+    with pytest.raises(ValueError, match="mosaic_gpu: sinks outside the window"):
+        Dispatch("attend", IMPLEMENTATIONS, device, "mosaic_gpu").choose(*case, **sinks)
 
 
 def test_operators_are_resolved_once_and_unknown_names_refused():
