@@ -11,8 +11,9 @@ def test_gathers_are_counted_in_any_form():
 
 
 def test_training_step_of_4b_fits_v6e_8x8():
-    """64 rows of 8K tokens with images, all but tower and embeddings training: 64 chips of 32 GB, a row each."""
-    report, ran = compile_step("v6e:8x8")
+    """64 rows of 8K tokens, all but tower and embeddings training: 64 chips of 32 GB, a row each. (With images, a minute longer to
+    compile: benchmarks/pods.py.)"""
+    report, ran = compile_step("v6e:8x8", patches=0)
     assert 0.5e9 < report.arguments < 1.5e9  # 3.4 B parameters in f32 with two moments and 1 B in bf16, over 64 chips
     assert report.peak < 0.5 * HBM["v6e"]
     assert all(": mosaic_tpu" in line for line in ran), ran
