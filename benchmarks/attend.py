@@ -1,6 +1,6 @@
 """Window attention of a sequence with itself on one GPU: ours for Hopper, ours in XLA, and cuDNN through JAX.
 
-    python -m benchmarks.attend                    # about 2 minutes on an H100; appends to benchmarks/results/attend.jsonl
+    python -m benchmarks.attend                    # 4K to 256K tokens; appends to benchmarks/results/attend.jsonl
     python -m benchmarks.attend --lengths 4096 131072
 
 Batch 1, 16 query heads on 2 key heads, 128 wide, bfloat16, causal, window 8192. Errors first (relative RMS against

@@ -9,13 +9,9 @@ in one program of several tokens, a layer's output being the next one's gate or 
 come from memory, for together they are larger than the L2 cache. Errors first (relative RMS of out, and of the memory,
 against float64 on the same bfloat16 numbers), then the time of a layer: the median of 10 programs, and, from the
 profiler, the time that its kernels run and how many they are.
-
-Seen on an H100 80GB HBM3, JAX 0.11.2, 2026-11-22: window attention 7.9 us of kernels at batch 1 and 28.0 at batch 8
-(2.4 TB/s), errors 0.2 and 0.1 %.
 """
 
 import argparse
-import statistics
 import tempfile
 import time
 from functools import partial
@@ -25,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.record import add_commit, record
+from benchmarks.timing import summary
 from benchmarks.trace import kernels
 from infinitevl_jax.model.attention import KeyValueRing, slot_index, write
 from infinitevl_jax.model.deltanet import l2_normalize
@@ -232,8 +229,7 @@ def times(make, step, batch: int, layers: int, repeats: int = 10) -> dict:
             again()
         found = kernels(folder)
     per = tokens * layers
-    us = {name: round(of(walls), 2) for name, of in (("median", statistics.median), ("min", min), ("max", max))}
-    return {"us": us, "kernel_us": round(sum(kernel.us for kernel in found) / per, 2), "kernels": round(len(found) / per, 1)}
+    return {"us": summary(walls, 2), "kernel_us": round(sum(kernel.us for kernel in found) / per, 2), "kernels": round(len(found) / per, 1)}
 
 
 def main() -> None:

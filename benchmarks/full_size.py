@@ -7,7 +7,6 @@ Peers on the same card are in the project's notes; random weights make no sense 
 """
 
 import argparse
-import statistics
 import time
 
 import jax
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.record import add_commit, record
+from benchmarks.timing import summary
 from infinitevl_jax import InfiniteVL, Processor
 from infinitevl_jax.config.model import infinitevl_4b
 from infinitevl_jax.inference.sampling import Sampling
@@ -33,7 +33,7 @@ def timed(call, repeats: int) -> dict[str, float]:
         start = time.perf_counter()
         jax.block_until_ready(call())
         times.append((time.perf_counter() - start) * 1e3)
-    return {"median": round(statistics.median(times), 3), "min": round(min(times), 3), "max": round(max(times), 3)}
+    return summary(times, 3)
 
 
 def main():

@@ -1,6 +1,6 @@
 """The gated delta rule on one GPU: ours for Hopper, ours in XLA, and fla's (Triton) where it imports.
 
-    python -m benchmarks.gated_delta_rule          # 1K to 256K tokens, 6 minutes on an H100; into benchmarks/results/gated_delta_rule.jsonl
+    python -m benchmarks.gated_delta_rule          # 1K to 256K tokens; into benchmarks/results/gated_delta_rule.jsonl
     python -m benchmarks.gated_delta_rule --shapes 1x32768 1x131072 --work forward --implementations mosaic_gpu fla
 
 16 heads, keys 128 and values 256 wide, bfloat16, no initial state, the last state asked for. Errors first: relative RMS of out and the
@@ -11,6 +11,7 @@ fla 0.6 asks for einops besides torch and Triton; `pip install --no-deps fla-cor
 """
 
 import argparse
+import itertools
 from functools import partial
 
 import jax
@@ -52,8 +53,17 @@ def timed(batch: int, length: int) -> list[jax.Array]:
     return jax.jit(numbers)(jax.random.key(0))
 
 
-def shapes_of(batch: int, length: int) -> list[jax.ShapeDtypeStruct]:
-    return jax.eval_shape(partial(timed, batch, length))
+def in_programs(function, shapes: list[tuple[int, int]], works: list[str]):
+    """(work, inputs) -> milliseconds of each of several calls, by programs compiled here for all shapes and works."""
+    calls = {"forward": function, "forward+backward": partial(with_backward, function)}
+    cells = list(itertools.product(shapes, works))
+    programs = compiled({(s, w): (repeated(calls[w], calls_of(*s)), jax.eval_shape(partial(timed, *s))) for s, w in cells})
+
+    def take(work: str, inputs: list[jax.Array]) -> list[float]:
+        shape = inputs[0].shape[:2]
+        return milliseconds(programs[shape, work], inputs, calls_of(*shape))
+
+    return take
 
 
 def in_jax(arrays: list[np.ndarray]) -> list[jax.Array]:
@@ -88,7 +98,8 @@ class Fla:
         with self.torch.no_grad():
             return [x.float().cpu().numpy() for x in self.rule(*self.tensors(arrays))]
 
-    def milliseconds(self, work: str, inputs: list[jax.Array], calls: int) -> list[float]:
+    def milliseconds(self, work: str, inputs: list[jax.Array]) -> list[float]:
+        calls = calls_of(*inputs[0].shape[:2])
         cuda, inputs = self.torch.cuda, [x.requires_grad_(work != "forward") for x in self.tensors(inputs)]
 
         def call():
@@ -148,32 +159,26 @@ def main() -> None:
     shared = {"op": "gated_delta_rule", "heads": HEADS, "widths": [KEY, VALUE], "dtype": "bfloat16"}
     shapes, cases = [tuple(map(int, shape.split("x"))) for shape in options.shapes], truths()
     for name in options.implementations:
-        programs = None
         if name == "fla":
             try:
-                fla = Fla()
+                call = Fla()
             except ImportError as reason:
                 print(f"fla is left out: {reason}")
                 continue
-            found = errors(fla, cases)
+            found, take = errors(call, cases), call.milliseconds
         else:
             run = jax.jit(JAX[name])
             found = errors(lambda *arrays, run=run: [np.asarray(x, np.float32) for x in run(*in_jax(arrays))], cases)
-            works = {"forward": JAX[name], "forward+backward": partial(with_backward, JAX[name])}
-            cells = [(batch, length, work) for batch, length in shapes for work in options.work]
-            programs = compiled({(b, n, w): (repeated(works[w], calls_of(b, n)), shapes_of(b, n)) for b, n, w in cells})
+            take = in_programs(JAX[name], shapes, options.work)
         print(f"{name:10} errors {found}", flush=True)
-        for batch, length in shapes:
-            inputs, calls = timed(batch, length), calls_of(batch, length)
-            for work in options.work:
-                try:
-                    run = programs and programs[batch, length, work]
-                    times = milliseconds(run, inputs, calls) if run else fla.milliseconds(work, inputs, calls)
-                except Exception as reason:  # such as memory
-                    print(f"{name:10} {work:16} {batch}x{length} fails: {str(reason)[:200]}", flush=True)
-                    continue
-                result = {"implementation": name, "work": work, "shape": [batch, length], "ms": summary(times), "errors": found}
-                record("gated_delta_rule", options.commit, shared | result)
+        for (batch, length), work in itertools.product(shapes, options.work):
+            try:
+                times = take(work, timed(batch, length))
+            except Exception as reason:  # such as memory
+                print(f"{name:10} {work:16} {batch}x{length} fails: {str(reason)[:200]}", flush=True)
+                continue
+            result = {"implementation": name, "work": work, "shape": [batch, length], "ms": summary(times), "errors": found}
+            record("gated_delta_rule", options.commit, shared | result)
 
 
 if __name__ == "__main__":

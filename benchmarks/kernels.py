@@ -57,9 +57,9 @@ def main() -> None:
     add_commit(parser)
     args = parser.parse_args()
     if not args.table:
-        import jax
-
-        backend = jax.default_backend()
+        # in a process of its own: a client in this one would keep the device, or most of its memory, from those below
+        ask = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+        backend = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()[-1]
         if backend != "cpu":
             _run("pallas_kernels.testing.matrix", "--longest", str(args.longest))
         for part in GPU if backend == "gpu" else CPU:

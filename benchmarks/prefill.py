@@ -1,6 +1,6 @@
 """Prefill of the published size on one GPU, with and without kernels: 4,408,381,536 random bf16 parameters, one text prompt.
 
-    python -m benchmarks.prefill                   # 8K and 32K tokens, 3 minutes on an H100; into benchmarks/results/prefill.jsonl
+    python -m benchmarks.prefill                   # 8K and 32K tokens; into benchmarks/results/prefill.jsonl
     python -m benchmarks.prefill --lengths 8192 --allowed xla
 
 Each line also says how far the logits of the first prompt's last token are from those of the same parameters computed in float32 by XLA
@@ -32,8 +32,7 @@ def main() -> None:
 
     config, rng = infinitevl_4b(), np.random.default_rng(0)
     prompts = {n: [prepare(config, rng.integers(0, 150_000, (1, n))) for _ in range(4)] for n in args.lengths}
-    exact = InfiniteVL.random(config, dtype=jnp.bfloat16)
-    params = exact.params
+    params = InfiniteVL.random(config, dtype=jnp.bfloat16).params
     exact = InfiniteVL(config, params, dtype=jnp.float32, ops=resolve_ops(None, "xla", "xla"))
     right = {n: np.asarray(exact.prefill(prompts[n][0], exact.init_cache(1))[0], np.float64) for n in args.lengths}
     for allowed in args.allowed:

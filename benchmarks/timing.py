@@ -12,13 +12,13 @@ REPEATS = 20
 
 
 def repeated(call: Callable, calls: int) -> Callable:
-    """A jitted program of `calls` calls, one after the other. One number of each result goes into the next inputs (of the same order),
-    so that no call can be left out."""
+    """A jitted program of `calls` calls, one after the other. One number of each result goes into the next inputs, of the last result
+    into those that are left over: no call can be left out, and no work on an input moved out of the loop."""
 
     def again(_, inputs):
         results = jax.tree.leaves(call(*inputs))
-        touched = [x.at[(0,) * x.ndim].set(y[(0,) * y.ndim].astype(x.dtype)) for x, y in zip(inputs, results, strict=False)]
-        return *touched, *inputs[len(touched) :]
+        results += results[-1:] * (len(inputs) - len(results))
+        return tuple(x.at[(0,) * x.ndim].set(y[(0,) * y.ndim].astype(x.dtype)) for x, y in zip(inputs, results, strict=False))
 
     return jax.jit(lambda *inputs: jax.lax.fori_loop(0, calls, again, inputs))
 
@@ -54,5 +54,5 @@ def milliseconds(run: Callable, inputs: list[jax.Array], calls: int) -> list[flo
     return times
 
 
-def summary(times: list[float]) -> dict[str, float]:
-    return {name: round(of(times), 4) for name, of in (("median", statistics.median), ("min", min), ("max", max))}
+def summary(times: list[float], digits: int = 4) -> dict[str, float]:
+    return {name: round(of(times), digits) for name, of in (("median", statistics.median), ("min", min), ("max", max))}

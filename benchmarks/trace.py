@@ -27,7 +27,7 @@ def kernels(folder: str | Path) -> list[Kernel]:
     """All kernels that ran on GPUs in the newest trace of a folder."""
     files = sorted(Path(folder).rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)
     if not files:
-        raise SystemExit(f"no trace in {folder}\n  -> name the folder that was given to --profile")
+        raise FileNotFoundError(f"no trace in {folder}\n  -> name the folder that was given to --profile")
     found = []
     for plane in ProfileData.from_file(str(files[-1])).planes:
         for line in plane.lines if "GPU" in plane.name else ():
@@ -59,7 +59,11 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--top", type=int, default=40, help="lines")
     args = parser.parse_args()
-    print(table(kernels(args.folder), args.top))
+    try:
+        found = kernels(args.folder)
+    except FileNotFoundError as error:
+        raise SystemExit(str(error)) from None
+    print(table(found, args.top))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from infinitevl_jax.config.model import LINEAR, ModelConfig
+from infinitevl_jax.config.model import LINEAR, SLIDING, ModelConfig
 from infinitevl_jax.data.batch import TrainBatch
 from infinitevl_jax.model.params import abstract, stack_layouts
 from infinitevl_jax.model.vision import SLICE, block_kinds
@@ -66,7 +66,7 @@ def step_flops(config: ModelConfig, trained: Sequence[str], batch: TrainBatch) -
             flops["delta_rule"] += once * (3 if reached else 1)
         else:
             # q k^T and weights x v, 2 head_dim each, for every visible pair of every query head. Backward: d v, d weights, d q, d k.
-            window = text.sliding_window if kind == "sliding_attention" else None
+            window = text.sliding_window if kind == SLIDING else None
             pairs = sum(causal_pairs(int(length), window) for length in lengths)
             once = 4.0 * text.head_dim * text.num_attention_heads * pairs
             flops["attention"] += once * (3 if reached else 1)
@@ -78,7 +78,7 @@ def step_flops(config: ModelConfig, trained: Sequence[str], batch: TrainBatch) -
         reached |= f"{layer}.mlp.down_proj.kernel" in trained
 
     reached |= "norm.weight" in trained
-    # logits of every token, and the gradient of the hidden states; the table itself stays as it is
+    # logits of every token, those without a target too, for they are computed; the gradient of the hidden states; the table stays
     flops["head"] = 2.0 * text.vocab_size * text.hidden_size * tokens * (2 if reached else 1)
     if batch.patches is not None:
         flops["vision"] = _tower(config, batch)

@@ -4,13 +4,13 @@
     python -m benchmarks.train_step --attend mosaic_gpu,xla xla --gated-delta-rule mosaic_gpu,xla xla --remat full dots
 
 One row of 8,192 tokens, 4,096 patches of images among them, bf16 activations, AdamW. `--train mixers` trains only what mixes tokens (994 M
-parameters), `--train decoder` everything but the vision tower and the embeddings (3.43 B); what trains is f32 with two moments. On one
-80 GB H100 `mixers` fits. `decoder` is for an H200 (141 GB): 43.1 GB of parameters, moments and frozen weights, 13.7 GB of bf16 copies and
-gradients, 1.2 GB of layer inputs, then one layer's activations, logits and what XLA holds beside them; it has not been tried in 80 GB.
+parameters), `--train decoder` everything but the vision tower and the embeddings (3.43 B); what trains is f32 with two moments. On an
+H200 (141 GB) `decoder` peaked at 61.5 GB with remat=full, 43.1 of them parameters, moments and frozen weights.
 
 Every combination of the lists given is a setting: it starts from the same random parameters, its line goes to
 benchmarks/results/train_step.jsonl as soon as it is known, and if it fails that is reported and the next one goes on.
-MFU counts the model's arithmetic by `step_flops`, nothing that is computed again, over 989 TFLOP/s.
+A step is timed from its batch on the device to its end. MFU counts the model's arithmetic by `step_flops`, nothing that is computed
+again, over 989 TFLOP/s.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import gc
 import itertools
 import os
 import re
-import statistics
 import time
 from functools import partial
 
@@ -31,6 +30,7 @@ import numpy as np  # noqa: E402
 
 from benchmarks.pods import TRAINABLE  # noqa: E402
 from benchmarks.record import add_commit, record  # noqa: E402
+from benchmarks.timing import summary  # noqa: E402
 from benchmarks.trace import kernels, table  # noqa: E402
 from benchmarks.train_flops import step_flops  # noqa: E402
 from infinitevl_jax.config.model import ModelConfig, infinitevl_4b  # noqa: E402
@@ -122,8 +122,8 @@ def measure(
         for _ in range(warmup + steps):
             state = one(state)
         timed = times[warmup:]
-        median = statistics.median(timed)
-        line["step_ms"] = {"median": round(median, 2), "min": round(min(timed), 2), "max": round(max(timed), 2), "steps": steps}
+        line["step_ms"] = summary(timed, 2) | {"steps": steps}
+        median = line["step_ms"]["median"]
         line["tokens_per_s"] = round(length / median * 1e3, 1)
         line["TFLOP"] = {term: round(count / 1e12, 3) for term, count in flops.items()} | {"all": round(sum(flops.values()) / 1e12, 2)}
         kind = jax.devices()[0].device_kind

@@ -4,7 +4,9 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of a test's time is code generation: do without its optimiser (XLA's own passes run as ever).
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 # Threads of XLA, by default one a core. A device that runs an interpreted kernel keeps one until the other devices come as far, and
 # operands are copied by one more: with 8 or fewer the first kernel on 8 devices would wait for ever.
 os.environ["NPROC"] = "16"
@@ -12,7 +14,12 @@ os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu compiles for pods here; there i
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # test workers compile side by side
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import gc  # noqa: E402
+
 import pytest  # noqa: E402
+
+# Programs are large graphs of objects that live long: looking through them as often as usual takes 3 % of the time.
+gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture(scope="session")

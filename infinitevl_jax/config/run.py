@@ -16,8 +16,8 @@ class RunConfig:
     data: copies of the model. fsdp: parts that batch and parameters are cut into. tensor: parts that heads and hidden units are cut into.
     context: parts that the length is cut into; reserved, 1 for now. One of them may be -1: all devices that the others leave.
     dtype: what activations are computed in (parameters that train are float32 always).
-    remat: what each layer keeps for the backward pass: "none" of it is recomputed, all but matrix products and
-    mixers ("dots"), or "full".
+    remat: what each layer keeps for the backward pass: "none" of it is recomputed, all but matrix products
+    and what the mixers' operators return ("dots"), or "full".
     attend, gated_delta_rule: the implementation that must run ("mosaic_gpu", "mosaic_tpu", "xla"), or several in order ("mosaic_gpu,xla");
     left out, the first that can.
     """

@@ -16,7 +16,7 @@ from infinitevl_jax.conversion.source import Source
 from infinitevl_jax.conversion.weights import PUBLISHED, published
 from infinitevl_jax.errors import InfiniteVLError
 
-FORMAT = 1
+FORMAT = 2  # 1 stacked the layers at equal places of a period; 2 all equal neighbours together
 
 
 @dataclass(frozen=True)

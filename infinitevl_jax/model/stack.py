@@ -22,7 +22,7 @@ from infinitevl_jax.model.keys import Keys
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each of `period * repeats + rest` layers lives.
+    """Where each of `sum(runs) * repeats + rest` layers lives.
 
     Attributes:
       runs: lengths of the runs of equal layers that make up a period.

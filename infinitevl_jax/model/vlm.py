@@ -40,7 +40,7 @@ class DecoderLayer(nnx.Module):
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, keys=keys)
 
     def __call__(self, x: Array, state, span: Span):
-        span = span if state is not None else inside_layer(span, x)  # without states: training
+        span = span if state is not None else inside_layer(span, x)  # rows without a cache: what training scans
         mixed, state = self.self_attn(self.input_layernorm(x), state, span)
         x = x + mixed
         x = x + self.mlp(self.post_attention_layernorm(x))

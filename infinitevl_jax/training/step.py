@@ -61,14 +61,17 @@ class Metrics(NamedTuple):
 def model_of(config: ModelConfig, run: RunConfig, ops: Ops | None = None) -> Callable[[Params], VLM]:
     """The function from parameters (scanned layout) to the module, with the run's precision and rematerialisation.
 
-    The layers' matrices are cast to the activations' dtype here, all at once. Each layer would do it to the same effect, but again
+    The layers' matrices are narrowed to the activations' dtype here, all at once. Each layer would do it to the same effect, but again
     for every pass over it, and its slices of the float32 stacks, and of their gradients, would be copied at twice the width.
     """
     dtype = jnp.dtype(run.dtype)
     graphdef, _ = abstract(config, scanned=True, dtype=dtype, ops=ops, remat=REMAT[run.remat])
 
+    def narrow(name: str, p: Array) -> Array:
+        return p.astype(dtype) if MATRICES.fullmatch(name) and p.dtype.itemsize > dtype.itemsize else p
+
     def model(params: Params) -> VLM:
-        return bind(graphdef, {name: p.astype(dtype) if MATRICES.fullmatch(name) else p for name, p in params.items()})
+        return bind(graphdef, {name: narrow(name, p) for name, p in params.items()})
 
     return model
 

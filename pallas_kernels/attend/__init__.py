@@ -4,7 +4,7 @@ from pallas_kernels.attend.mask import Mask
 from pallas_kernels.attend.merge import merge
 from pallas_kernels.attend.xla import attend
 
-# what every implementation calls what its backward pass keeps besides the inputs, for policies of rematerialisation
+# names, in every implementation, of what the backward pass keeps besides the inputs: for policies of rematerialisation
 KEPT = ("attend_out", "attend_lse")
 
 __all__ = ["KEPT", "Mask", "attend", "merge"]

@@ -12,8 +12,8 @@ def _on_tpu(q, k, v, q_index, k_index, q_segment, k_segment, mask, scale):
     return "a single query, which fills no block" if q.shape[1] == 1 else mosaic_tpu.supports(q, k, v, mask, scale)
 
 
-# On a TPU the kernels come first by static score (benchmarks/results/tpu_scores.jsonl), for no chip was at hand. On Hopper they are ahead
-# of XLA and of cuDNN (benchmarks/results/attend.jsonl).
+# On a TPU the kernels come first by static score (benchmarks/results/tpu_scores.jsonl), for no chip was at hand; on Hopper because the
+# whole model is faster with them (benchmarks/results/prefill.jsonl and train_step.jsonl).
 IMPLEMENTATIONS = (
     Implementation("mosaic_tpu", mosaic_tpu.attend, tpu, _on_tpu),
     Implementation("mosaic_gpu", mosaic_gpu.attend, hopper, _on_hopper),

@@ -2,7 +2,7 @@
 
 An aligned mask leaves each row one contiguous run of rows to see, whatever the mix of causal order, window, packed
 segments and pads; so does a causal one among cached keys, once these are sorted by ordinal. The kernels know nothing but
-these runs. Figures and peers: benchmarks/attend.py.
+these runs. Figures and peers: benchmarks/results/attend.jsonl.
 """
 
 from functools import partial
@@ -24,7 +24,7 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float,
     if mask.aligned and q.shape[1] != k.shape[1]:
         return f"an aligned mask with {q.shape[1]} queries and {k.shape[1]} keys: it says that they are the same tokens"
     if not mask.aligned and (segments or not mask.causal):
-        return "packed segments, or a mask that is not causal, with keys that are not the queries' own (of an aligned mask)"
+        return "keys other than the queries' own, and these with packed segments or a mask that is not causal"
     if q.shape[1] == 1:
         return "a single query, which fills no block"
     if mask.sinks and mask.window is not None:
@@ -37,7 +37,7 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float,
         return f"{q.shape[2]} query heads on {k.shape[2]} key heads: an even number on each"
     if not scale > 0:
         return f"scale {scale}: positive only"
-    if not (q.shape[0] and q.shape[1]):
+    if not all((*q.shape[:2], k.shape[1])):
         return "no tokens"
     return None
 

@@ -2,7 +2,7 @@
 
 from pallas_kernels.gated_delta_rule.xla import gated_delta_rule
 
-# what every implementation calls its result and what its backward pass keeps besides the inputs, for policies of rematerialisation
+# names, in every implementation, of the result and of what the backward pass keeps besides the inputs: for policies of rematerialisation
 KEPT = ("gdn_out", "gdn_inverse", "gdn_states")
 
 __all__ = ["KEPT", "gated_delta_rule"]

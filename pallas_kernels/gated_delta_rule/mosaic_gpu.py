@@ -1,7 +1,7 @@
 """The gated delta rule on Hopper GPUs (H100, H200): the contract of xla.py, by Mosaic GPU kernels.
 
 The kernels know chunks of 64 tokens, and packed sequences as numbered runs; here rows are filled up to whole chunks and pads erased.
-Figures and peers: benchmarks/gated_delta_rule.py.
+Figures and peers: benchmarks/results/gated_delta_rule.jsonl.
 """
 
 import jax

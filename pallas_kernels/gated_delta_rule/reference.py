@@ -29,7 +29,7 @@ def gated_delta_rule(q, k, v, g, beta, initial_state=None, index=None, segment=N
     def block(carry, x):
         return jax.lax.scan(token, carry, x)
 
-    size = min(length, BLOCK)
+    size = max(1, min(length, BLOCK))
     over_time = [jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, beta, valid, segment)]
     over_time = [jnp.pad(x, [(0, -length % size)] + [(0, 0)] * (x.ndim - 1)) for x in over_time]  # by pads
     start = (state, jnp.zeros(batch, bool), jnp.zeros(batch, segment.dtype))

@@ -139,7 +139,7 @@ OURS = {
     "data-lost": lose_data,
     "no-params": lose_params,
     "manifest-not-json": text("infinitevl_jax.json", "{"),
-    "manifest-of-the-future": manifest(lambda m: m.update(format=2), "2"),
+    "manifest-of-the-future": manifest(lambda m: m.update(format=3), "3"),
     "manifest-unknown-key": manifest(lambda m: m.update(colour="red"), "colour"),
     "manifest-damaged": manifest(lambda m: m.update(files=[{"name": "x"}])),
     "config-of-another": config("extra", "layers.rest.0", num_hidden_layers=12),
