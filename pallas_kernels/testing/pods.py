@@ -45,6 +45,8 @@ def compile_for_pod(function: Callable, mesh: Mesh, *arguments, text: bool = Fal
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if text else None
         compiled = jax.jit(function, **jit_options).lower(*arguments).compile(compiler_options=options)
         hlo = "".join(path.read_text("utf-8") for path in Path(folder).glob("*.after_optimizations.txt"))
+    if text and not hlo:
+        raise RuntimeError("the compiler left no text of the program\n  -> see what its dump is called in this libtpu")
     memory = compiled.memory_analysis()
     return PodReport(
         arguments=memory.argument_size_in_bytes,
