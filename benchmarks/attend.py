@@ -69,6 +69,7 @@ def errors(function, length: int = 1500, window: int = 400) -> dict[str, float]:
 
 
 def calls_of(length: int) -> int:
+    """Calls in a program: 80 thousand tokens, that launches may not count."""
     return max(1, 81920 // length)
 
 

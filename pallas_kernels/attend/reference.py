@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.attend.mask import Mask
 
-BLOCK = 1000
+BLOCK = 1000  # queries at a time
 
 
 def attend(

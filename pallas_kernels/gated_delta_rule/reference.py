@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-BLOCK = 1000
+BLOCK = 1000  # tokens between the states that gradients keep
 
 
 def gated_delta_rule(q, k, v, g, beta, initial_state=None, index=None, segment=None):

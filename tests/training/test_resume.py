@@ -1,4 +1,4 @@
-"""A run stopped or killed at any step goes on to the same losses, bit for bit; a step's folder is one of ours."""
+"""A run killed at any step goes on to the same losses, bit for bit; Ctrl-C saves; a step's folder is one of ours."""
 
 import json
 import os
@@ -56,30 +56,18 @@ def whole(tmp_path_factory, tiny_data, start):
     return folder / "run"
 
 
-def test_stopped_and_killed_run_goes_on_to_the_same_losses(tmp_path, tiny_data, whole, start):
-    """Ctrl-C ends the step that runs, saves it and says how to go on; a kill leaves what was saved last. Neither changes a bit."""
+def test_killed_run_goes_on_to_the_same_losses(tmp_path, tiny_data, whole, start):
     preset, run = write_preset(tmp_path, tiny_data), tmp_path / "run"
+    step = random.SystemRandom().randint(1, 5)
     process = start(preset)
-    wait_for_step(process, run, 1)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=120)
-    if process.returncode == 0:
-        pytest.fail("the run was over before it could be stopped")
-    assert process.returncode == 130 and "goes on from here" in out, out
-    done = losses(run)[-1]["step"]
-    assert (run / "checkpoints" / str(done)).is_dir()
-
-    process = start(preset)
-    step = random.SystemRandom().randint(done + 1, 5) if done < 5 else done
     wait_for_step(process, run, step)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     assert len(losses(run)) < len(losses(whole)), f"finished before it was killed at step {step}"
-
     process = start(preset)
     out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and "going on from step " in out, out
-    assert losses(run) == losses(whole), f"stopped at step {done}, killed at step {step}"
+    assert process.returncode == 0, out
+    assert losses(run) == losses(whole), f"killed at step {step}"
     params = [load_params(r / "checkpoints" / "6", scanned=True)[1] for r in (run, whole)]
     assert all(np.asarray(params[0][k]).tobytes() == np.asarray(params[1][k]).tobytes() for k in params[1])
 
@@ -115,6 +103,24 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path, tiny_data, whole, capsy
     before = losses(whole)
     outcome = train(preset)
     assert outcome.finished and outcome.step == 6 and losses(whole) == before
+
+
+def test_stopping_saves_and_going_on_changes_nothing(tmp_path, tiny_data, whole, start):
+    """SIGTERM and Ctrl-C end the step that runs, save it and say how to go on."""
+    preset, run = write_preset(tmp_path, tiny_data), tmp_path / "run"
+    process = start(preset)
+    wait_for_step(process, run, 1)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=120)
+    if process.returncode == 0:
+        pytest.fail("the run was over before it could be stopped")
+    assert process.returncode == 130 and "goes on from here" in out, out
+    done = losses(run)[-1]["step"]
+    assert (run / "checkpoints" / str(done)).is_dir()
+    process = start(preset)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and f"going on from step {done}" in out, out
+    assert losses(run) == losses(whole)
 
 
 def test_training_from_a_checkpoint_with_frozen_parts(tmp_path, tiny_data, whole):
