@@ -2,6 +2,7 @@
 
     python -m benchmarks.train_step                                        # whatever runs by default
     python -m benchmarks.train_step --attend mosaic_gpu,xla xla --gated-delta-rule mosaic_gpu,xla xla --remat full dots
+    python -m benchmarks.train_step --remat dots --layers scanned unrolled --profile traces
 
 One row of 8,192 tokens, 4,096 patches of images among them, bf16 activations, AdamW. `--train mixers` trains only what mixes tokens (994 M
 parameters), `--train decoder` everything but the vision tower and the embeddings (3.43 B); what trains is f32 with two moments. On an
@@ -45,6 +46,7 @@ from infinitevl_jax.training.optimizer import make_optimizer, split_trainable  #
 from infinitevl_jax.training.step import init_state, model_of, put_batch, train_step  # noqa: E402
 
 TRAIN = {"mixers": [r"layers\..*self_attn\..*"], "decoder": TRAINABLE}
+LAYERS = {"scanned": True, "unrolled": False}
 PEAK = {"H100": 989e12, "H200": 989e12}  # bf16 FLOP/s without sparsity
 GRID = (1, 32, 32)  # patches of an image: 448 x 448 pixels
 WORDS = 1000  # tokens that texts are drawn from: few enough to be learnt, so that the loss has somewhere to fall
@@ -74,6 +76,7 @@ def measure(
     attend: str | None = None,
     gated_delta_rule: str | None = None,
     remat: str = "full",
+    scan: bool = True,
     steps: int = 20,
     warmup: int = 3,
     length: int = 8192,
@@ -86,7 +89,7 @@ def measure(
 
     begin: gives fresh parameters on the device, the same at each call.
     """
-    run = RunConfig(fsdp=1, dtype=dtype, remat=remat, attend=attend, gated_delta_rule=gated_delta_rule)
+    run = RunConfig(fsdp=1, dtype=dtype, remat=remat, scan=scan, attend=attend, gated_delta_rule=gated_delta_rule)
     mesh = make_mesh(run, jax.devices()[:1])
     ops = resolve_ops(mesh, attend, gated_delta_rule)
     optimizer = make_optimizer(OptimizerConfig(peak_lr=1e-4, warmup=0.0), 1000)
@@ -162,6 +165,7 @@ def main():
     parser.add_argument("--attend", nargs="+", default=[None], help='implementations allowed, in order, such as "mosaic_gpu,xla"; several')
     parser.add_argument("--gated-delta-rule", nargs="+", default=[None], help="likewise, one for each of --attend")
     parser.add_argument("--remat", nargs="+", choices=REMATS, default=["full"])
+    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=["scanned"], help="one loop over equal layers, or each by itself")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--length", type=int, default=8192, help="tokens of the row")
     parser.add_argument("--patches", type=int, default=4096, help="image patches in the row: a multiple of 1024, 0 for text only")
@@ -180,11 +184,11 @@ def main():
     begin()
     print(f"random parameters: {time.perf_counter() - started:.1f} s", flush=True)
     implementations = list(zip(args.attend, args.gated_delta_rule, strict=True))
-    for train, remat, (attend, gated_delta_rule) in itertools.product(args.train, args.remat, implementations):
-        setting = {"train": train, "remat": remat, "attend": attend, "gated_delta_rule": gated_delta_rule}
+    for train, remat, layers, (attend, gated_delta_rule) in itertools.product(args.train, args.remat, args.layers, implementations):
+        setting = {"train": train, "remat": remat, "layers": layers, "attend": attend, "gated_delta_rule": gated_delta_rule}
         setting |= {"length": args.length, "patches": args.patches, "dtype": "bfloat16"}
         print(f"\n{setting}", flush=True)
-        how = {"attend": attend, "gated_delta_rule": gated_delta_rule, "remat": remat, "profile": args.profile}
+        how = {"attend": attend, "gated_delta_rule": gated_delta_rule, "remat": remat, "scan": LAYERS[layers], "profile": args.profile}
         try:
             figures = measure(config, begin, TRAIN[train], steps=args.steps, length=args.length, images=images, **how)
         except Exception as error:  # the other settings are worth having all the same

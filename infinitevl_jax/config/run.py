@@ -18,6 +18,8 @@ class RunConfig:
     dtype: what activations are computed in (parameters that train are float32 always).
     remat: what each layer keeps for the backward pass: "none" of it is recomputed, all but matrix products
     and what the mixers' operators return ("dots"), or "full".
+    scan: whether equal layers are one loop, which compiles in a time that does not follow the depth, or each stands by itself, which
+    spares a GPU the copies into and out of the stacks.
     attend, gated_delta_rule: the implementation that must run ("mosaic_gpu", "mosaic_tpu", "xla"), or several in order ("mosaic_gpu,xla");
     left out, the first that can.
     """
@@ -28,6 +30,7 @@ class RunConfig:
     context: int = 1
     dtype: str = "float32"
     remat: str = "none"
+    scan: bool = True
     attend: str | None = None
     gated_delta_rule: str | None = None
 

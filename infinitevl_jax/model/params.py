@@ -74,8 +74,10 @@ def unstack(config: ModelConfig, params: Params) -> Params:
         if group == "rest":
             out[f"{stack}.rest.{where.stacked + int(place)}.{leaf}"] = value
         else:
-            for i, layer in enumerate(where.members(int(place))):
-                out[f"{stack}.rest.{layer}.{leaf}"] = value[i]
+            members = where.members(int(place))
+            # one operation, whose gradient is one concatenation; that of a slice is a whole stack of zeros around it
+            for layer, part in zip(members, jax.lax.split(value, [1] * len(members)), strict=True):
+                out[f"{stack}.rest.{layer}.{leaf}"] = part[0]
     return out
 
 

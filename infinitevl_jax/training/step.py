@@ -17,7 +17,7 @@ from infinitevl_jax.data.batch import TrainBatch
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.model.cache import empty
 from infinitevl_jax.model.ops import Ops
-from infinitevl_jax.model.params import Params, abstract, bind
+from infinitevl_jax.model.params import Params, abstract, bind, unstack
 from infinitevl_jax.model.patches import Patches
 from infinitevl_jax.model.vlm import VLM
 from infinitevl_jax.sharding import parameter_shardings, spec
@@ -59,18 +59,21 @@ class Metrics(NamedTuple):
 
 
 def model_of(config: ModelConfig, run: RunConfig, ops: Ops | None = None) -> Callable[[Params], VLM]:
-    """The function from parameters (scanned layout) to the module, with the run's precision and rematerialisation.
+    """The function from parameters (scanned layout) to the module, with the run's precision, rematerialisation and way through layers.
+
+    Without `run.scan` the stacks are cut into layers here, inside the step: state and checkpoints are the same either way.
 
     The layers' matrices are narrowed to the activations' dtype here, all at once. Each layer would do it to the same effect, but again
     for every pass over it, and its slices of the float32 stacks, and of their gradients, would be copied at twice the width.
     """
     dtype = jnp.dtype(run.dtype)
-    graphdef, _ = abstract(config, scanned=True, dtype=dtype, ops=ops, remat=REMAT[run.remat])
+    graphdef, _ = abstract(config, scanned=run.scan, dtype=dtype, ops=ops, remat=REMAT[run.remat])
 
     def narrow(name: str, p: Array) -> Array:
         return p.astype(dtype) if MATRICES.fullmatch(name) and p.dtype.itemsize > dtype.itemsize else p
 
     def model(params: Params) -> VLM:
+        params = dict(params) if run.scan else unstack(config, dict(params))
         return bind(graphdef, {name: narrow(name, p) for name, p in params.items()})
 
     return model

@@ -71,9 +71,9 @@ def test_forms_of_the_same_questions_agree(made, expected, form):
         assert rel_rms(found[name], wanted) <= 2e-5, name
 
 
-@pytest.mark.parametrize("form, remat", [("rows", "dots"), ("rows", "full"), ("branches", "full")])
-def test_rematerialisation_changes_nothing(made, expected, form, remat):
-    value, _, found = gradient(made, form, RunConfig(fsdp=1, remat=remat))
+@pytest.mark.parametrize("form, remat, scan", [("rows", "dots", True), ("rows", "full", True), ("branches", "full", False)])
+def test_neither_rematerialisation_nor_scanning_changes_anything(made, expected, form, remat, scan):
+    value, _, found = gradient(made, form, RunConfig(fsdp=1, remat=remat, scan=scan))
     assert abs(value - expected[0]) <= 1e-5 * expected[0]
     for name, wanted in expected[2].items():
         assert rel_rms(found[name], wanted) <= 2e-5, name
