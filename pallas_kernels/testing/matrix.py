@@ -2,6 +2,7 @@
 
     python -m pallas_kernels.testing.matrix                     # what this machine runs; kernels for TPUs interpreted on a CPU
     python -m pallas_kernels.testing.matrix --longest 100000    # on a GPU
+    python -m pallas_kernels.testing.matrix --operator gated_delta_rule --case 'repeated|packed'
 
 Prints one line a case and implementation: the largest of its errors in shares of what is allowed, or why it does not take the case.
 Ends with an error where one is too large. Relative root-mean-square errors; float32 may have 1e-4, bfloat16 what `ALLOWED` says. In
@@ -9,6 +10,7 @@ the hardest cases, one key again and again, implementations other than the porta
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -58,10 +60,12 @@ class Cell(NamedTuple):
         return f"{self.implementation:11} {self.dtype:9} {self.case:48} {found} {worst}"
 
 
-def cells(operator: str, longest: int, names: list[str] | None = None) -> Iterator[Cell]:
-    """All cells of an operator's matrix on this machine, case by case."""
+def cells(operator: str, longest: int, names: list[str] | None = None, pattern: str = "") -> Iterator[Cell]:
+    """All cells of an operator's matrix on this machine, case by case; of those cases alone whose names match a pattern."""
     device = jax.devices()[0]
     for case in CASES[operator](longest):
+        if not re.search(pattern, case.name):
+            continue
         problem = case.make()
         for dtype in (jnp.float32, jnp.bfloat16):
             rounded = {n: x if n in problem.exact else np.asarray(jnp.asarray(x, dtype), np.float64) for n, x in problem.inputs.items()}
@@ -128,12 +132,13 @@ def main() -> None:
     parser.add_argument("--operator", choices=CASES, action="append", help="default: all")
     names = sorted({i.name for table in IMPLEMENTATIONS.values() for i in table})
     parser.add_argument("--implementation", action="append", choices=names, help="only this one (several allowed), beside xla, its peer")
+    parser.add_argument("--case", default="", help="only cases whose names match this regular expression")
     parser.add_argument("--longest", type=int, default=1000, help="leave out longer cases")
     args = parser.parse_args()
     bad = []
     for operator in args.operator or CASES:
         print(f"{operator} on {jax.devices()[0].device_kind}, JAX {jax.__version__}", flush=True)
-        for cell in cells(operator, args.longest, args.implementation):
+        for cell in cells(operator, args.longest, args.implementation, args.case):
             print(f"  {cell}", flush=True)
             if not cell.refusal and not cell.share <= 1:
                 bad.append(cell)
