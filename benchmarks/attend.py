@@ -2,6 +2,8 @@
 
     python -m benchmarks.attend                    # 4K to 256K tokens; appends to benchmarks/results/attend.jsonl
     python -m benchmarks.attend --lengths 4096 131072
+    ncu --metrics sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active -k regex:attend \\
+        python -m benchmarks.attend --lengths 32768 --implementations mosaic_gpu --once
 
 Batch 1, 16 query heads on 2 key heads, 128 wide, bfloat16, causal, window 8192. Errors first (relative RMS against
 float32 softmax, on 1,500 tokens and a window of 400), then times: several calls on the same random inputs in one
@@ -76,12 +78,17 @@ def calls_of(length: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2**power for power in range(12, 19)])
+    parser.add_argument("--once", action="store_true", help="run each once with its backward pass and record nothing, for a profiler")
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     add_commit(parser)
     options = parser.parse_args()
     shared = {"op": "attend", "heads": [HEADS, KEY_HEADS], "width": WIDTH, "window": WINDOW, "dtype": "bfloat16"}
     for name in options.implementations:
         function = IMPLEMENTATIONS[name]
+        if options.once:
+            for length in options.lengths:
+                jax.block_until_ready(jax.jit(partial(with_backward, partial(function, WINDOW)))(*draw(length)))
+            continue
         found = errors(function)
         one = partial(function, WINDOW)
         works = {"forward": one, "forward+backward": partial(with_backward, one)}

@@ -60,10 +60,11 @@ class _Chooser:
     def __init__(self, encoder: Encoder, data: DataConfig, seed: int, share: int):
         self.data, self.seed, self.share = data, seed, share
         self.opening = re.compile(data.opening) if data.opening else None
-        self.weights: dict[str, float] = {}
+        self.weights: dict[tuple[str, str], float] = {}
         if data.balance:
-            counts = Counter(answer for i in range(len(encoder)) for answer in encoder.source[i].answers)
-            self.weights = {answer: count**-data.balance for answer, count in counts.items()}
+            rows = (encoder.source[i] for i in range(len(encoder)))
+            counts = Counter(turn for row in rows for turn in zip(row.questions, row.answers, strict=True))
+            self.weights = {turn: count**-data.balance for turn, count in counts.items()}
 
     def __call__(self, number: int, row: Encoded) -> tuple[Encoded, list[int]]:
         """`number` counts the rows of this process from the start of the run."""
@@ -71,7 +72,7 @@ class _Chooser:
         candidates = list(range(len(row.branches)))
         if self.opening and number < self.data.opening_steps * self.share:
             candidates = [i for i in candidates if self.opening.search(row.branches[i].turn[0])] or candidates
-        chance = np.array([self.weights.get(row.branches[i].turn[1], 1.0) for i in candidates])
+        chance = np.array([self.weights.get(tuple(row.branches[i].turn), 1.0) for i in candidates])
         order = rng.choice(candidates, len(candidates), replace=False, p=chance / chance.sum())
         return row, [int(order[i % len(order)]) for i in range(self.data.questions)]
 

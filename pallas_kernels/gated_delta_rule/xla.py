@@ -69,8 +69,7 @@ def gated_delta_rule(
     "gdn_inverse" (T) and "gdn_states" (the state before each chunk); with both kept, and "gdn_out" (out) for what reads it,
     nothing sequential is done again.
 
-    With float32 inputs all products are in full float32. With bfloat16 inputs products with the state take bfloat16
-    operands, and "gdn_states" is kept in bfloat16 (the state that is carried on is float32 all the same).
+    With float32 inputs all products are in full float32. With bfloat16 inputs products with the state take bfloat16 operands, and "gdn_states" is kept in bfloat16 (the state that is carried on is float32 all the same).
     """
     g, beta, initial_state = _start(k, v, g, beta, initial_state)
     if k.shape[1] == 1:
@@ -114,16 +113,17 @@ class Products(NamedTuple):
     gram: How  # of inputs with inputs
     chunk: How  # of anything else inside a chunk
     state: How  # with a state or a state's gradient
+    update: How  # what a chunk adds to the state
 
 
 def _products(*inputs) -> Products:
     full = (f32, lax.Precision.HIGHEST)
     if any(x.dtype != jnp.bfloat16 for x in inputs):
-        return Products(*[How(full, full)] * 3)
+        return Products(*[How(full, full)] * 4)
     # One bfloat16 pass is exact for products of bfloat16 inputs. What is derived from them inside a chunk needs more bits,
-    # or gate gradients go wrong.
+    # or gate gradients go wrong; so does what is added to the state, where one key comes again and again.
     once, more = (jnp.bfloat16, lax.Precision.DEFAULT), (f32, lax.Precision.HIGH)
-    return Products(gram=How(once, more), chunk=How(more, more), state=How(once, once))
+    return Products(gram=How(once, more), chunk=How(more, more), state=How(once, once), update=How(more, more))
 
 
 def _dot(a, b, operands):
@@ -301,16 +301,16 @@ def _prepare(q, k, v, g, beta, index, segment, how: Products, size, invert=_unit
 # --- over the chunks --------------------------------------------------------------------------------------------------
 
 
-def _walk(chunks: Chunks, state, how: How):
+def _walk(chunks: Chunks, state, how: Products):
     """The state before each chunk [chunks, batch, heads, K, V] in the dtype of its products, and the last one in float32."""
-    dtype = how.forward[0]
+    dtype = how.state.forward[0]
 
     def chunk(state, x):
         w, u, keys, decay = x
-        new = u - _matmul(w, state, how)
-        return decay * state + _matmul(keys, new, how), state.astype(dtype)
+        new = u - _matmul(w, state, how.state)
+        return decay * state + _matmul(keys, new, how.update), state.astype(dtype)
 
-    last, states = lax.scan(chunk, state, (chunks.w.astype(dtype), chunks.u, chunks.keys.astype(dtype), chunks.decay))
+    last, states = lax.scan(chunk, state, (chunks.w.astype(dtype), chunks.u, chunks.keys, chunks.decay))
     return states, last
 
 
@@ -318,7 +318,7 @@ def _outputs(chunks: Chunks, states, how: Products):
     """Given the state before each chunk, the chunks' outputs and the states after them."""
     new = chunks.u - _matmul(chunks.w, states, how.state)
     out = _matmul(chunks.queries, states, how.state) + _matmul(chunks.scores, new, how.chunk)
-    return out, chunks.decay * states + _matmul(chunks.keys, new, how.state)
+    return out, chunks.decay * states + _matmul(chunks.keys, new, how.update)
 
 
 def _walk_back(chunks: Chunks, ct_out, ct_last, how: Products):
@@ -341,7 +341,7 @@ def _walk_back(chunks: Chunks, ct_out, ct_last, how: Products):
 def _run(q, k, v, g, beta, initial_state, index, segment):
     how = _products(q, k, v)
     chunks = _prepare(q, k, v, g, beta, index, segment, how, _chunk_size(k.shape[1]))
-    states, last = _walk(chunks, initial_state, how.state)
+    states, last = _walk(chunks, initial_state, how)
     states = checkpoint_name(states, "gdn_states")
     out, _ = _outputs(chunks, states, how)
     return (_join(out.astype(v.dtype), k.shape[1]), _kept(initial_state, last, index)), (chunks.inverse, states)
@@ -363,15 +363,14 @@ def _delta_rule_forward(q, k, v, g, beta, initial_state, index, segment):
 
 
 def _delta_rule_backward(residuals, cts):
-    return _backward(residuals, cts, _chunk_size(residuals[0].shape[1]), _walk_back)
+    return _backward(residuals, cts, _products(*residuals[:3]), _chunk_size(residuals[0].shape[1]), _walk_back)
 
 
-def _backward(residuals, cts, size, walk_back, all_states=lambda chunks, states, how: states):
+def _backward(residuals, cts, how: Products, size, walk_back, all_states=lambda chunks, states, how: states):
     """Gradients in `_delta_rule`'s arguments, in chunks of `size` tokens; `walk_back` as `_walk_back`. `all_states` makes the states
     before all chunks of those that were kept."""
     q, k, v, g, beta, index, segment, inverse, states = residuals
     ct_out, ct_last = cts
-    how = _products(q, k, v)
     ct_out = _split(_without_pads(ct_out, None if index is None else index >= 0), size).astype(f32)
 
     chunks, pull = jax.vjp(lambda *inputs: _prepare(*inputs, index, segment, how, size, lambda a: inverse), q, k, v, g, beta)
