@@ -72,10 +72,14 @@ def _scan_and_solve_forward(q, k, v, g, beta, initial_state, index, segment):
 
     how = xla._products(q, k, v)
     chunks = xla._prepare(q, k, v, g, beta, index, segment, how, xla.CHUNK, invert)
-    states, last = xla._walk(chunks, initial_state, how.state)
+    states, last = xla._walk(chunks, initial_state, how)
     out, _ = xla._outputs(chunks, states, how)
     results = xla._join(out.astype(v.dtype), k.shape[1]), xla._kept(initial_state, last, index)
     return results, (q, k, v, g, beta, index, segment, chunks.inverse, states)
 
 
-_scan_and_solve.defvjp(_scan_and_solve_forward, lambda kept, cts: xla._backward(kept, cts, xla.CHUNK, xla._walk_back))
+def _scan_and_solve_backward(kept, cts):
+    return xla._backward(kept, cts, xla._products(*kept[:3]), xla.CHUNK, xla._walk_back)
+
+
+_scan_and_solve.defvjp(_scan_and_solve_forward, _scan_and_solve_backward)

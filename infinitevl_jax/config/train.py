@@ -15,7 +15,8 @@ class DataConfig:
     batch: images of a global batch. questions: questions asked of each (a fresh choice every epoch); an image is encoded once and each
     question goes on from it on a branch of its own. With questions = 0, whole conversations are packed into `batch` rows instead.
     balance: 0 draws questions evenly, 1 so that every question with each of its answers comes up as often ("is there a circle?" yes and
-    no alike); in between, (count of the two together) ^ -balance.
+    no alike), as far as the rows have them; in between, (count of the two together) ^ -balance. Where hardly a question comes twice, it
+    does nothing.
     opening: for the first `opening_steps` steps, a row that has questions which this regular expression finds is asked those alone.
     prefix_length, length: tokens of an image's prefix and of a question's branch (with questions = 0, length is that of a packed row).
     patches: with questions = 0, patches that the images of one row have room for.

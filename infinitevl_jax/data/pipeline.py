@@ -72,7 +72,7 @@ class _Chooser:
         candidates = list(range(len(row.branches)))
         if self.opening and number < self.data.opening_steps * self.share:
             candidates = [i for i in candidates if self.opening.search(row.branches[i].turn[0])] or candidates
-        chance = np.array([self.weights.get(tuple(row.branches[i].turn), 1.0) for i in candidates])
+        chance = np.array([self.weights.get(row.branches[i].turn, 1.0) for i in candidates])
         order = rng.choice(candidates, len(candidates), replace=False, p=chance / chance.sum())
         return row, [int(order[i % len(order)]) for i in range(self.data.questions)]
 

@@ -60,7 +60,7 @@ def stack_layouts(config: ModelConfig, *, scanned: bool) -> dict[str, Layout]:
 
 
 def unstack(config: ModelConfig, params: Params) -> Params:
-    """Parameters of the scanned layout -> the unrolled one. Empties `params` on its way, so that little is held twice."""
+    """Parameters of the scanned layout -> the unrolled one. Empties `params` on its way: one stack at a time is held more than once."""
     layouts = stack_layouts(config, scanned=True)
     out = {}
     for name in list(params):

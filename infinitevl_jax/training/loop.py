@@ -32,8 +32,8 @@ from infinitevl_jax.training.setup import prepare_start
 from infinitevl_jax.training.step import TrainState, evaluate_batch, init_state, model_of, put_batch, state_shardings, train_step
 
 # what may change between a run and its continuation
-FREE = ("run.data", "run.fsdp", "run.tensor", "run.remat", "run.attend", "run.gated_delta_rule", "train.output", "train.log_every")
-FREE += ("train.checkpoint_every", "train.evaluate_every", "train.keep", "train.data.folder")
+FREE = ("run.data", "run.fsdp", "run.tensor", "run.remat", "run.scan", "run.attend", "run.gated_delta_rule", "train.output")
+FREE += ("train.log_every", "train.checkpoint_every", "train.evaluate_every", "train.keep", "train.data.folder")
 
 
 class Outcome(NamedTuple):

@@ -63,7 +63,7 @@ def model_of(config: ModelConfig, run: RunConfig, ops: Ops | None = None) -> Cal
 
     Without `run.scan` the stacks are cut into layers here, inside the step: state and checkpoints are the same either way.
 
-    The layers' matrices are narrowed to the activations' dtype here, all at once. Each layer would do it to the same effect, but again
+    The layers' matrices are narrowed to the activations' dtype here, once a step. Each layer would do it to the same effect, but again
     for every pass over it, and its slices of the float32 stacks, and of their gradients, would be copied at twice the width.
     """
     dtype = jnp.dtype(run.dtype)
@@ -73,7 +73,7 @@ def model_of(config: ModelConfig, run: RunConfig, ops: Ops | None = None) -> Cal
         return p.astype(dtype) if MATRICES.fullmatch(name) and p.dtype.itemsize > dtype.itemsize else p
 
     def model(params: Params) -> VLM:
-        params = dict(params) if run.scan else unstack(config, dict(params))
+        params = params if run.scan else unstack(config, dict(params))
         return bind(graphdef, {name: narrow(name, p) for name, p in params.items()})
 
     return model

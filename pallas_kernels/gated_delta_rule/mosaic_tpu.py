@@ -111,9 +111,8 @@ def _backward(interpret, residuals, cts):
             queries, keys, chunks.w.astype(dtype), ct_out.astype(dtype), rows, ct_last, _heads(k, v), interpret
         )
 
-    how = xla._products(q, k, v)
-    how = how._replace(update=how.state)  # what the kernels do; chunks of 128 add up half as often
-    return xla._backward((*inputs, sum(x.astype(f32) for x in parts), states), cts, how, size, back, _all_states)
+    kept = sum(x.astype(f32) for x in parts), states
+    return xla._backward((*inputs, *kept), cts, xla._products(q, k, v), size, back, _all_states)
 
 
 def _all_states(chunks, states, how):

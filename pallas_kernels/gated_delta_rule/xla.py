@@ -69,7 +69,9 @@ def gated_delta_rule(
     "gdn_inverse" (T) and "gdn_states" (the state before each chunk); with both kept, and "gdn_out" (out) for what reads it,
     nothing sequential is done again.
 
-    With float32 inputs all products are in full float32. With bfloat16 inputs products with the state take bfloat16 operands, and "gdn_states" is kept in bfloat16 (the state that is carried on is float32 all the same).
+    With float32 inputs all products are in full float32. With bfloat16 inputs products with the state take
+    bfloat16 operands, what a chunk adds to the state float32 ones (`Precision.HIGH`), and "gdn_states" is kept in bfloat16
+    (the state that is carried on is float32 all the same).
     """
     g, beta, initial_state = _start(k, v, g, beta, initial_state)
     if k.shape[1] == 1:

@@ -23,11 +23,10 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """A name, and how the problem comes about; in the hardest cases bfloat16 states alone cost more than is allowed elsewhere."""
+    """A name, and how the problem comes about."""
 
     name: str
     make: Callable[[], Problem]
-    hardest: bool = False
 
 
 RESULTS = {"attend": ("out", "lse"), "gated_delta_rule": ("out", "state")}
@@ -104,7 +103,7 @@ def gated_delta_rule_cases(longest: int) -> Iterator[Case]:
             pads = dict.fromkeys(("q", "k", "v", "g", "beta"), "index") if index is not None else {}
             return Problem(inputs, cotangents, tokens, {}, pads, ("g", "beta", "initial_state"))
 
-        return Case(f"{name}, {length}", make, hardest=keys == "repeated")
+        return Case(f"{name}, {length}", make)
 
     for gates in GATES:
         for keys in ("random", "repeated"):

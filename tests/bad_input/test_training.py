@@ -188,6 +188,15 @@ def test_run_of_another_configuration(going_on, tmp_path):
     assert (tmp_path / "run" / "preset.json").read_text() == before
 
 
+def test_how_a_run_is_carried_out_may_change(going_on, tmp_path):
+    """Also where the run began before there was such a key."""
+    path = tmp_path / "run" / "preset.json"
+    preset = json.loads(path.read_text())
+    del preset["run"]["scan"]
+    path.write_text(json.dumps(preset))
+    assert going_on("run.scan=false", "run.remat=dots").finished
+
+
 def test_checkpoint_of_another_model(going_on, tmp_path):
     """The preset was tampered with, or the checkpoint copied from elsewhere: the tensors tell."""
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -131,17 +132,24 @@ def test_processes_share_the_rows(made, monkeypatch):
     assert not seen[0] & seen[2] and not seen[1] & seen[3]
 
 
-def test_balance_draws_rare_answers_more_often(made):
+def test_balance_draws_a_question_s_rare_answers_more_often(made):
     data, start, encoder = made
-    yes = start.processor.tokenizer.token_id("yes")
+    turns = Counter(turn for i in range(len(encoder)) for turn in zip(encoder.source[i].questions, encoder.source[i].answers, strict=True))
+    question = next(q for (q, a) in turns if a == "yes" and turns[q, "no"] > turns[q, "yes"])
+    asked = start.processor.tokenizer.encode(question)
+    ids = [start.processor.tokenizer.token_id(answer) for answer in ("yes", "no")]
 
-    def share(balance):
+    def ratio(balance):
+        """How often that question was drawn where the answer is yes, over where it is no."""
         batches = train_batches(encoder, start.config, dataclasses.replace(data, batch=9, questions=1, balance=balance), 0)
-        said = [next(batches) for _ in range(40)]
-        return np.mean([(b.targets[b.weights > 0] == yes).mean() for b in said])
+        drawn = Counter()
+        for batch in (next(batches) for _ in range(60)):
+            for tokens, targets, weights in zip(batch.branches.tokens, batch.targets, batch.weights, strict=True):
+                if list(tokens[: len(asked)]) == list(asked):
+                    drawn[int(targets[weights > 0][0])] += 1
+        return drawn[ids[0]] / drawn[ids[1]]
 
-    counts = {"yes": sum(a == "yes" for i in range(len(encoder)) for a in encoder.source[i].answers)}
-    assert counts["yes"] and share(1.0) > share(0.0)
+    assert ratio(1.0) > 1.3 * ratio(0.0)
 
 
 def test_opening_asks_one_kind_of_question_first(made):

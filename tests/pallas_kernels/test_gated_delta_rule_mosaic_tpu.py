@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.gated_delta_rule import mosaic_tpu, reference, xla
+from pallas_kernels.gated_delta_rule import mosaic_tpu, reference
 from pallas_kernels.testing import parity
 from pallas_kernels.testing.parity import GATES, poison, rel_rms, unit
 
@@ -17,10 +17,9 @@ INTERPRETED = pltpu.InterpretParams(
 )
 NAMES = ("out", "state", "dq", "dk", "dv", "dg", "dbeta", "dstate")
 F32 = dict.fromkeys(NAMES, 1e-4)
-BF16 = {"out": 5e-3, "state": 5e-3, "dq": 8e-3, "dk": 8e-3, "dv": 8e-3, "dg": 2e-2, "dbeta": 2e-2, "dstate": 2e-2}
+BF16 = {"out": 5e-3, "state": 5e-3, "dq": 8e-3, "dk": 8e-3, "dv": 8e-3, "dg": 2e-2, "dbeta": 2e-2, "dstate": 8e-3}
 interpreted = partial(mosaic_tpu.gated_delta_rule, interpret=INTERPRETED)
 ours = parity.with_gradients(interpreted)
-portable = parity.with_gradients(xla.gated_delta_rule)
 truth = parity.in_float64(parity.with_gradients(reference.gated_delta_rule))
 
 
@@ -80,8 +79,7 @@ def test_bfloat16(length):
             want = truth(inputs, cotangents)
             got = ours(inputs, cotangents)
             assert [x.dtype for x in (*got[0], *got[1])] == [jnp.bfloat16, np.float32] + [jnp.bfloat16] * 3 + [np.float32] * 3
-            peer = errors(portable(inputs, cotangents), want)
-            assert_close(got, want, {name: max(BF16[name], 1.5 * peer[name]) for name in NAMES})
+            assert_close(got, want, BF16)
 
 
 def test_gates_beyond_float32_range():

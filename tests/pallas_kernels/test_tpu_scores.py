@@ -1,5 +1,6 @@
 """What the compiler says of the TPU kernels: that they compile for every generation, and that their static scores meet their targets."""
 
+import jax
 import pytest
 
 from benchmarks.tpu_programs import gdn_kernels, gdn_op
@@ -21,6 +22,12 @@ def test_gated_delta_rule(chip):
 def test_gated_delta_rule_beats_scan_and_solve():
     """The whole op, forward: 8.66 ms with a scan and triangular_solve (benchmarks/results/tpu_scores.jsonl), which take long to compile."""
     assert score(gdn_op, "v5e", "mosaic_tpu", False).milliseconds <= 8.66 / 1.3
+
+
+def test_the_scan_it_is_compared_with_is_the_same_op():
+    function, shapes = gdn_op("scan_and_solve", True, length=128)
+    wanted, same = gdn_op("mosaic_tpu", True, length=128)
+    assert jax.eval_shape(function, *shapes) == jax.eval_shape(wanted, *same)
 
 
 @pytest.mark.parametrize("names", ({"length": 40}, {"length": 300, "dtype": "float32", "heads": 1}, {"widths": (256, 384), "heads": 3}))

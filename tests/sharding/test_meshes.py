@@ -74,9 +74,9 @@ def setting(tmp_path_factory, tiny_data):
     return Setting(tmp_path_factory.mktemp("mesh"), tiny_data)
 
 
-@pytest.mark.parametrize("fsdp,tensor,form", [(4, 2, "branches"), (2, 4, "rows"), (8, 1, "rows")])
-def test_loss_and_gradients_agree(setting, fsdp, tensor, form):
-    new, metrics, gradient = setting.step(RunConfig(fsdp=fsdp, tensor=tensor), form)
+@pytest.mark.parametrize("fsdp,tensor,form,scan", [(4, 2, "branches", True), (2, 4, "rows", True), (8, 1, "rows", False)])
+def test_loss_and_gradients_agree(setting, fsdp, tensor, form, scan):
+    new, metrics, gradient = setting.step(RunConfig(fsdp=fsdp, tensor=tensor, scan=scan), form)
     _, alone, expected = setting.alone(form)
     assert abs(float(metrics.loss) - float(alone.loss)) <= 1e-5 * float(alone.loss)
     assert abs(float(metrics.grad_norm) - float(alone.grad_norm)) <= 1e-5 * float(alone.grad_norm)

@@ -64,9 +64,10 @@ def test_killed_run_goes_on_to_the_same_losses(tmp_path, tiny_data, whole, start
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     assert len(losses(run)) < len(losses(whole)), f"finished before it was killed at step {step}"
+    saved = any(path.name.isdigit() for path in (run / "checkpoints").glob("*"))  # killed before its first checkpoint it begins anew
     process = start(preset)
     out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
+    assert process.returncode == 0 and ("going on from step" in out) == saved, out
     assert losses(run) == losses(whole), f"killed at step {step}"
     params = [load_params(r / "checkpoints" / "6", scanned=True)[1] for r in (run, whole)]
     assert all(np.asarray(params[0][k]).tobytes() == np.asarray(params[1][k]).tobytes() for k in params[1])
@@ -106,7 +107,7 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path, tiny_data, whole, capsy
 
 
 def test_stopping_saves_and_going_on_changes_nothing(tmp_path, tiny_data, whole, start):
-    """SIGTERM and Ctrl-C end the step that runs, save it and say how to go on."""
+    """Ctrl-C ends the step that runs, saves it and says how to go on."""
     preset, run = write_preset(tmp_path, tiny_data), tmp_path / "run"
     process = start(preset)
     wait_for_step(process, run, 1)

@@ -71,7 +71,7 @@ def test_forms_of_the_same_questions_agree(made, expected, form):
         assert rel_rms(found[name], wanted) <= 2e-5, name
 
 
-@pytest.mark.parametrize("form, remat, scan", [("rows", "dots", True), ("rows", "full", True), ("branches", "full", False)])
+@pytest.mark.parametrize("form, remat, scan", [("rows", "dots", False), ("rows", "full", True), ("branches", "full", True)])
 def test_neither_rematerialisation_nor_scanning_changes_anything(made, expected, form, remat, scan):
     value, _, found = gradient(made, form, RunConfig(fsdp=1, remat=remat, scan=scan))
     assert abs(value - expected[0]) <= 1e-5 * expected[0]
