@@ -12,6 +12,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import QUICK
 from tiny_run import write_preset
 
 from infinitevl_jax import InfiniteVL, Processor
@@ -36,7 +37,7 @@ def start(tmp_path_factory):
 
 
 def launch(preset, more):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONUNBUFFERED": "1"} | more
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK, "PYTHONUNBUFFERED": "1"} | more
     command = [sys.executable, str(ROOT / "train.py"), str(preset)]
     return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
