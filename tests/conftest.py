@@ -1,13 +1,10 @@
 """Every test runs on the CPU, which stands in for a machine of 8 devices. Set before jax is imported."""
 
-import importlib.metadata
 import os
 
+from quick import QUICK
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of a test's time is code generation: do without its optimiser (XLA's own passes run as ever).
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    QUICK += " --xla_cpu_use_fusion_emitters=false"  # the older way to write fusions takes half the time; later versions have it no more
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK}"
 # Threads of XLA, by default one a core. A device that runs an interpreted kernel keeps one until the other devices come as far, and
 # operands are copied by one more: with 8 or fewer the first kernel on 8 devices would wait for ever.
@@ -18,7 +15,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import gc  # noqa: E402
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
+
+jax.devices()  # reads the flags
+del os.environ["XLA_FLAGS"]  # libtpu would read them as well, and ends the process where it does not know one
 
 # Programs are large graphs of objects that live long: looking through them as often as usual takes 3 % of the time.
 gc.set_threshold(100_000, 50, 100)

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import QUICK
+from quick import QUICK
 from tiny_run import write_preset
 
 from infinitevl_jax import InfiniteVL, Processor
