@@ -177,7 +177,7 @@ def test_bfloat16(keys):
         assert [x.dtype for x in got[1]] == [jnp.bfloat16] * 3 + [np.float32] * 3
         rounded = np.asarray(jnp.asarray(cotangents[0], jnp.bfloat16).astype(jnp.float32))
         want = truth((*(x.astype(np.float32) for x in narrow), *inputs[3:]), (rounded, cotangents[1]))
-        assert_close(got, want, ALLOWED)
+        assert_close(got, want, {name: min(ALLOWED[name], 1e-2) for name in NAMES})
 
 
 def test_remat_policy_can_keep_the_sequential_parts():
