@@ -124,8 +124,7 @@ def open_bytes(source: str | Path | bytes, name: str, noun: str) -> bytes | Path
         if path.is_dir():
             raise InfiniteVLError(f"{name} is a folder", f"pass one {noun} file" + (" (or a list of frames)" if noun == "video" else ""))
         size = path.stat().st_size
-        with path.open("rb"):
-            pass
+        path.open("rb").close()  # may it be read?
     except InfiniteVLError:
         raise
     except (OSError, ValueError) as error:
