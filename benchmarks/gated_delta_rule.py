@@ -12,6 +12,7 @@ fla 0.6 asks for einops besides torch and Triton; `pip install --no-deps fla-cor
 """
 
 import argparse
+import gc
 import itertools
 from functools import partial
 
@@ -117,7 +118,8 @@ class Fla:
             for _ in range(3):
                 call()
         cuda.synchronize()
-        with cuda.graph(graph, stream=stream):
+        gc.collect()  # an older graph that is freed while this one is recorded would end the recording
+        with cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # JAX's threads go on beside it
             for _ in range(calls):
                 call()
         times = []
