@@ -4,13 +4,16 @@
     python -m benchmarks.pods --topology v6e:8x8 --tensor 2
 
 Everything but the vision tower and the embeddings trains, in f32 with Adam's moments; activations are bf16, every layer is recomputed in
-the backward pass. Several minutes a topology on two cores. No chip is involved: memory is the compiler's own account.
+the backward pass. Several minutes a topology on two cores. No chip is involved: memory is the compiler's own account. Each line also
+counts the program's collectives as they stand in its text (one inside a loop counts once), and names those with a row's length.
 """
 
 import argparse
 import os
 import re
 import time
+from collections import Counter
+from collections.abc import Iterable
 from functools import partial
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -28,6 +31,15 @@ from infinitevl_jax.training.plan import abstract_batch, abstract_state  # noqa:
 from infinitevl_jax.training.step import model_of, train_step  # noqa: E402
 from pallas_kernels.testing.pods import HBM, PodReport, compile_for_pod, pod_mesh  # noqa: E402
 
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "ragged-all-to-all",
+    "reduce-scatter",
+    "collective-permute",
+    "collective-broadcast",
+)
 TRAINABLE = [r"layers\..*", r"norm\.weight"]
 
 
@@ -46,10 +58,18 @@ def compile_step(
     return compile_for_pod(step, mesh, state, batch, donate_argnums=0, text=True), ops.report()
 
 
-def gathered(hlo: str, length: int) -> tuple[int, int]:
-    """All-gathers in a program, and those of them that have the length of a row as a dimension: activations, where parameters are meant."""
-    shapes = re.findall(r"= (.+?) all-gather(?:-start)?\(", hlo)
-    return len(shapes), sum(bool(re.search(rf"[\[,]{length}[,\]]", shape)) for shape in shapes)
+def collectives(hlo: str) -> Counter[tuple[str, str]]:
+    """How often a program's text holds each collective operation and result, such as ("all-gather", "bf16[2048,11008]").
+
+    One that returns several arrays counts once for each; one that is started and awaited (`all-gather-start`) counts its operands too.
+    """
+    found = re.findall(rf"= (.+?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", hlo)
+    return Counter((kind, shape) for result, kind in found for shape in re.findall(r"\w+\[[\d,]*\]", result))
+
+
+def of_rows(found: Iterable[tuple[str, str]], length: int) -> list[str]:
+    """The collectives whose results have the length of a row as a dimension: tokens or activations, where parameters are meant."""
+    return sorted(f"{kind} {shape}" for kind, shape in found if re.search(rf"[\[,]{length}[,\]]", shape))
 
 
 def main():
@@ -69,7 +89,9 @@ def main():
         line |= {"tensor": args.tensor, "compile_s": round(time.perf_counter() - started, 1)}
         line |= {f"{k}_GB": round(getattr(report, k) / 1e9, 3) for k in ("arguments", "outputs", "temporaries", "peak")}
         line |= {"hbm_GB": hbm / 1e9, "fits": report.peak < hbm, "ran": ran}
-        line |= dict(zip(("all_gathers", "of_activations"), gathered(report.hlo, args.length), strict=True))
+        found = collectives(report.hlo)
+        line["collectives"] = {kind: n for kind in COLLECTIVES if (n := sum(n for (k, _), n in found.items() if k == kind))}
+        line["of_rows"] = of_rows(found, args.length)
         record("pods", args.commit, line)
 
 

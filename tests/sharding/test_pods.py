@@ -1,13 +1,24 @@
 """The full-size training step compiled for a real pod topology, here, by libtpu's compiler."""
 
-from benchmarks.pods import compile_step, gathered
+from collections import Counter
+
+from benchmarks.pods import collectives, compile_step, of_rows
 from pallas_kernels.testing.pods import HBM
 
 
-def test_gathers_are_counted_in_any_form():
-    plain = "%a = bf16[2048,11008]{1,0:T(8,128)} all-gather(%x)\n%b = f32[1,8192,16]{2,1,0} all-gather(%y)\n"
-    started = "%c = (bf16[1,8192,2048]{2,1,0}, bf16[64,8192,2048]{2,1,0}) all-gather-start(%x)\n"
-    assert gathered(plain + started, 8192) == (3, 2)
+def test_collectives_are_counted_in_any_form():
+    text = (
+        "%a = bf16[2048,11008]{1,0:T(8,128)} all-gather(%x)\n"
+        "%b = (f32[1,8192,16]{2,1,0}, bf16[8]{0}) all-reduce(%y, %z)\n"
+        '%c = (bf16[1,8192,2048]{2,1,0}, bf16[64,8192,2048]{2,1,0}) all-gather-start(%x), metadata={op_name="all-to-all("}\n'
+        "%d = bf16[2048,11008]{1,0} all-gather(%w)\n"
+        "%e = bf16[18192,5]{1,0} collective-permute(%w)\n"
+    )
+    found = collectives(text)
+    gathered = {("all-gather", "bf16[2048,11008]"): 2, ("all-gather", "bf16[1,8192,2048]"): 1, ("all-gather", "bf16[64,8192,2048]"): 1}
+    others = {("all-reduce", "f32[1,8192,16]"): 1, ("all-reduce", "bf16[8]"): 1, ("collective-permute", "bf16[18192,5]"): 1}
+    assert found == Counter(gathered | others)
+    assert of_rows(found, 8192) == ["all-gather bf16[1,8192,2048]", "all-gather bf16[64,8192,2048]", "all-reduce f32[1,8192,16]"]
 
 
 def test_training_step_of_4b_fits_v6e_8x8():
@@ -17,5 +28,7 @@ def test_training_step_of_4b_fits_v6e_8x8():
     assert 0.5e9 < report.arguments < 1.5e9  # 3.4 B parameters in f32 with two moments and 1 B in bf16, over 64 chips
     assert report.peak < 0.5 * HBM["v6e"]
     assert all(": mosaic_tpu" in line for line in ran), ran
-    parameters, activations = gathered(report.hlo, 8192)
-    assert parameters and not activations  # queries, keys and values stay where their row is
+    found = collectives(report.hlo)
+    assert any(kind == "all-gather" for kind, _ in found)  # of parameters
+    # Of what is as long as a row, token ids and looked-up embeddings alone change chips: queries, keys and values stay where their row is.
+    assert set(of_rows(found, 8192)) <= {"all-reduce s32[64,8192]", "all-to-all bf16[64,1,8192,32]"}
