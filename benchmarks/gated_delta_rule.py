@@ -12,7 +12,6 @@ fla 0.6 asks for einops besides torch and Triton; `pip install --no-deps fla-cor
 """
 
 import argparse
-import gc
 import itertools
 from functools import partial
 
@@ -20,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.record import add_commit, record
-from benchmarks.timing import REPEATS, compiled, milliseconds, repeated, summary
+from benchmarks import cuda_graphs
+from benchmarks.record import add_commit, record, versions
+from benchmarks.timing import compiled, milliseconds, repeated, summary
 from pallas_kernels.gated_delta_rule import mosaic_gpu, reference, xla
 from pallas_kernels.testing.parity import GATES, rel_rms, unit
 
@@ -96,42 +96,22 @@ class Fla:
         self.torch, self.rule = torch, partial(chunk_gated_delta_rule, scale=1.0, output_final_state=True)
 
     def tensors(self, arrays) -> list:
-        wide = [self.torch.from_dlpack(x) if isinstance(x, jax.Array) else self.torch.tensor(x, device="cuda") for x in arrays]
-        return [x.clone().to(self.torch.bfloat16 if i < 3 else self.torch.float32) for i, x in enumerate(wide)]
+        return [cuda_graphs.tensor(x, self.torch.bfloat16 if i < 3 else self.torch.float32) for i, x in enumerate(arrays)]
 
     def __call__(self, *arrays):
         with self.torch.no_grad():
             return [x.float().cpu().numpy() for x in self.rule(*self.tensors(arrays))]
 
     def milliseconds(self, work: str, inputs: list[jax.Array]) -> list[float]:
-        calls = calls_of(*inputs[0].shape[:2])
-        cuda, inputs = self.torch.cuda, [x.requires_grad_(work != "forward") for x in self.tensors(inputs)]
+        tensors = [x.requires_grad_(work != "forward") for x in self.tensors(inputs)]
 
         def call():
             with self.torch.set_grad_enabled(work != "forward"):
-                out, _ = self.rule(*inputs)
+                out, _ = self.rule(*tensors)
                 if work != "forward":
-                    self.torch.autograd.grad(out, inputs, out.detach())
+                    self.torch.autograd.grad(out, tensors, out.detach())
 
-        stream, graph = cuda.Stream(), cuda.CUDAGraph()
-        with cuda.stream(stream):
-            for _ in range(3):
-                call()
-        cuda.synchronize()
-        gc.collect()  # an older graph that is freed while this one is recorded would end the recording
-        with cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # JAX's threads go on beside it
-            for _ in range(calls):
-                call()
-        times = []
-        for i in range(REPEATS + 2):
-            start, end = (cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            cuda.synchronize()
-            if i >= 2:
-                times.append(start.elapsed_time(end) / calls)
-        return times
+        return cuda_graphs.milliseconds(call, calls_of(*inputs[0].shape[:2]))
 
 
 JAX = {"mosaic_gpu": mosaic_gpu.gated_delta_rule, "xla": xla.gated_delta_rule}
@@ -183,7 +163,8 @@ def main() -> None:
             except Exception as reason:  # such as memory
                 print(f"{name:10} {work:16} {batch}x{length} fails: {str(reason)[:200]}", flush=True)
                 continue
-            result = {"implementation": name, "work": work, "shape": [batch, length], "ms": summary(times), "errors": found}
+            peer = {"versions": versions("fla-core", "triton", "torch")} if name == "fla" else {}
+            result = {"implementation": name, **peer, "work": work, "shape": [batch, length], "ms": summary(times), "errors": found}
             record("gated_delta_rule", options.commit, shared | result)
 
 

@@ -28,14 +28,18 @@ def record(name: str, commit: str, figures: dict) -> None:
         file.write(line + "\n")
 
 
+def versions(*packages: str) -> dict[str, str]:
+    """Of installed packages, such as those a peer is made of; the names are pip's."""
+    return {package: importlib.metadata.version(package) for package in packages}
+
+
 def circumstances() -> dict[str, str]:
     """Date, device and versions."""
     import jax
 
     kind = jax.devices()[0].device_kind
     device = f"{_processor()}, {os.cpu_count()} cores" if kind == "cpu" else kind
-    versions = {"python": platform.python_version(), "jax": importlib.metadata.version("jax")}
-    return {"date": datetime.date.today().isoformat(), "device": device, **versions}
+    return {"date": datetime.date.today().isoformat(), "device": device, "python": platform.python_version(), **versions("jax")}
 
 
 def _git(*arguments: str) -> str:
