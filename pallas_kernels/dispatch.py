@@ -1,5 +1,6 @@
 """Which implementation of an operator runs: the one asked for by name, or the first that takes the case on this device."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -86,8 +87,18 @@ class Dispatch:
 
 def hopper(device: jax.Device) -> str | None:
     """The devices of Mosaic GPU kernels that use wgmma: compute capability 9.0."""
-    capability = getattr(device, "compute_capability", None)
-    return None if device.platform == "gpu" and capability == "9.0" else f"for Hopper GPUs, this is {device.device_kind}"
+    return None if _capability(device) == "9.0" else f"for Hopper GPUs, this is {device.device_kind}"
+
+
+def ampere(device: jax.Device) -> str | None:
+    """The devices of cuDNN's flash attention: NVIDIA GPUs of compute capability 8.0 or more."""
+    capability = _capability(device)
+    return None if re.fullmatch(r"([89]|\d\d)\.\d", capability) else f"for NVIDIA GPUs since Ampere, this is {device.device_kind}"
+
+
+def _capability(device: jax.Device) -> str:
+    """A GPU's compute capability, "9.0" say; empty for what is no GPU."""
+    return getattr(device, "compute_capability", "") if device.platform == "gpu" else ""
 
 
 def tpu(device: jax.Device) -> str | None:

@@ -1,7 +1,7 @@
 """The implementations of `attend`, in order of preference."""
 
-from pallas_kernels.attend import mosaic_gpu, mosaic_tpu, xla
-from pallas_kernels.dispatch import Implementation, hopper, tpu
+from pallas_kernels.attend import cudnn, mosaic_gpu, mosaic_tpu, xla
+from pallas_kernels.dispatch import Implementation, ampere, hopper, tpu
 
 
 def _on_hopper(q, k, v, q_index, k_index, q_segment, k_segment, mask, scale):
@@ -12,10 +12,16 @@ def _on_tpu(q, k, v, q_index, k_index, q_segment, k_segment, mask, scale):
     return "a single query, which fills no block" if q.shape[1] == 1 else mosaic_tpu.supports(q, k, v, mask, scale)
 
 
+def _by_cudnn(q, k, v, q_index, k_index, q_segment, k_segment, mask, scale):
+    return cudnn.supports(q, k, v, mask, q_segment is not None)
+
+
 # On a TPU the kernels come first by static score (benchmarks/results/tpu_scores.jsonl), for no chip was at hand; on Hopper because the
-# whole model is faster with them (benchmarks/results/prefill.jsonl and train_step.jsonl).
+# whole model is faster with them (benchmarks/results/prefill.jsonl and train_step.jsonl). cuDNN, which takes
+# part of the cases and was nowhere faster than the Hopper kernels (attend.jsonl), runs where it is asked for: xla takes what comes first.
 IMPLEMENTATIONS = (
     Implementation("mosaic_tpu", mosaic_tpu.attend, tpu, _on_tpu),
     Implementation("mosaic_gpu", mosaic_gpu.attend, hopper, _on_hopper),
     Implementation("xla", xla.attend),
+    Implementation("cudnn", cudnn.attend, ampere, _by_cudnn),
 )
