@@ -1,7 +1,7 @@
 """One token of each sequence through the mixers alone, without their projections, on one GPU: ours for Hopper, its
 definition in XLA, and the separate operations that the layers are made of.
 
-    python -m benchmarks.decode                    # about a minute on an H100; appends to benchmarks/results/decode.jsonl
+    python -m benchmarks.decode                    # batches of 1, 8 and 64; appends to benchmarks/results/decode.jsonl
     python -m benchmarks.decode --batches 1 --ops attend
 
 Sizes of the 4.4 B model, bfloat16: 27 Gated DeltaNet layers, each with its own state, or 9 window layers with full rings,
@@ -12,6 +12,7 @@ profiler, the time that its kernels run and how many they are.
 """
 
 import argparse
+import itertools
 import tempfile
 import time
 from functools import partial
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.record import add_commit, record
-from benchmarks.timing import summary
+from benchmarks.timing import compiled, summary
 from benchmarks.trace import kernels
 from infinitevl_jax.model.attention import KeyValueRing, slot_index, write
 from infinitevl_jax.model.deltanet import l2_normalize
@@ -80,6 +81,7 @@ IMPLEMENTATIONS = {
 }
 
 
+@partial(jax.jit, static_argnames="batch")
 def draw_delta(batch: int, seed: int):
     """Inputs, weights and state of a layer."""
     keys = iter(jax.random.split(jax.random.key(seed), 16))
@@ -95,6 +97,7 @@ def draw_delta(batch: int, seed: int):
     return inputs, weights, delta_decode.State(memory, *(normal(batch, 3, n) for n in widths))
 
 
+@partial(jax.jit, static_argnames="batch")
 def draw_attend(batch: int, seed: int):
     """q, k, v and a ring."""
     keys = iter(jax.random.split(jax.random.key(seed), 5))
@@ -103,46 +106,54 @@ def draw_attend(batch: int, seed: int):
     return q, k, v, attend_decode.Ring(*ring)
 
 
+def in_numpy(arrays):
+    return jax.tree.map(np.asarray, arrays)
+
+
 def in_float64(step):
-    """`step` on the same numbers in float64; takes and returns arrays on the device."""
-
-    def widen(x):
-        return x if x.dtype == jnp.int32 else x.astype(jnp.float64)
-
-    wide = jax.jit(lambda *args: step(*jax.tree.map(widen, args)))
+    """`step` of the same numbers in float64; takes and returns numpy arrays."""
+    jitted = jax.jit(step)
 
     def run(*args):
         with jax.enable_x64(True):
-            return wide(*args)
+            return in_numpy(jitted(*jax.tree.map(lambda x: x if x.dtype == np.int32 else x.astype(np.float64), args)))
 
     return run
 
 
 def check_same(got, want, rows=slice(None)) -> None:
     """Raise unless these rows of all arrays are equal."""
-    with jax.enable_x64(True):
-        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-            assert (a[rows].astype(b.dtype) == b[rows]).all()
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(a[rows].astype(np.float64), b[rows].astype(np.float64))
+
+
+def replaced(x: np.ndarray, rows: np.ndarray, by: float) -> np.ndarray:
+    """x with some sequences' numbers replaced by one."""
+    return np.where(rows.reshape(-1, *[1] * (x.ndim - 1)), np.asarray(by, x.dtype), x)
 
 
 def error(got, want, rows) -> float:
-    return round(rel_rms(np.asarray(got, np.float64)[rows], np.asarray(want)[rows]), 6)
+    return round(rel_rms(np.asarray(got, np.float64)[rows], want[rows]), 6)
 
 
 def delta_errors(step, batch: int) -> dict[str, float]:
     """Two tokens, every third sequence standing still with poisoned inputs; tails and still sequences must be exact."""
-    inputs, weights, state = draw_delta(batch, seed=1)
-    index = jnp.where(jnp.arange(batch) % 3 == 1, -1, 5)
-    still = np.asarray(index) < 0
-    poisoned, clean = (jax.tree.map(lambda x, bad=bad: jnp.where(index[:, None] < 0, bad, x), inputs) for bad in (jnp.nan, 0))
+    inputs, weights, state = in_numpy(draw_delta(batch, 1))
+    index = np.where(np.arange(batch) % 3 == 1, -1, 5).astype(np.int32)
+    still = index < 0
+    poisoned, clean = (jax.tree.map(partial(replaced, rows=still, by=by), inputs) for by in (np.nan, 0))
     poisoned = poisoned._replace(gate=inputs.gate)  # the layers multiply by it last of all
 
-    def twice(step, inputs, weights, state, index):
+    def twice(inputs, weights, state, index):
         out, state = step(inputs, weights, state, index, EPS)
         return step(inputs._replace(gate=inputs.gate + out), weights, state, index, EPS)
 
-    want, want_state = in_float64(partial(twice, delta_decode.step))(clean, weights, state, index)
-    out, new = jax.jit(partial(twice, step))(poisoned, weights, state, index)
+    def truth(inputs, weights, state, index):
+        out, state = delta_decode.step(inputs, weights, state, index, EPS)
+        return delta_decode.step(inputs._replace(gate=inputs.gate + out), weights, state, index, EPS)
+
+    want, want_state = in_float64(truth)(clean, weights, state, index)
+    out, new = in_numpy(jax.jit(twice)(poisoned, weights, state, index))
     check_same(new, state, still)
     check_same(new[1:], want_state[1:])
     assert not out[still].any()
@@ -153,26 +164,23 @@ def attend_errors(step, batch: int) -> dict[str, float]:
     """Rings empty, partly filled, about to be full and wrapped, some sequences still; the new ring must be exact. A batch of
     one is tried with all lengths in turn; the worst counts."""
     lengths = [8192, 0, -1, 5, 4000, 8191, 8193, 20000, 127, 128, 129, 100000]
-    q, k, v, ring = draw_attend(batch, seed=1)
+    q, k, v, ring = in_numpy(draw_attend(batch, 1))
     run, truth = (wrap(lambda *a, f=f: f(*a, WINDOW, WIDTH**-0.5)) for wrap, f in ((jax.jit, step), (in_float64, attend_decode.step)))
     found = []
     for shift in range(len(lengths) if batch == 1 else 1):
-        index = jnp.asarray([lengths[(i + shift) % len(lengths)] for i in range(batch)], jnp.int32)
-        still = np.asarray(index) < 0
-        clean, dirty = ([jnp.where(index[:, None, None] < 0, bad, x) for x in (q, k, v)] for bad in (0, jnp.nan))
+        index = np.asarray([lengths[(i + shift) % len(lengths)] for i in range(batch)], np.int32)
+        still = index < 0
+        clean, dirty = ([replaced(x, still, by) for x in (q, k, v)] for by in (0, np.nan))
         want, want_ring = truth(*clean, ring, index)
-        out, new = run(*dirty, ring, index)
+        out, new = in_numpy(run(*dirty, ring, index))
         check_same(new, want_ring)
         assert not out[still].any()
         found += [] if still.all() else [error(out, want, ~still)]
     return {"out": max(found)}
 
 
-def delta_program(step, batch: int, tokens: int):
-    """A jitted program of `tokens` tokens through all layers, and its arguments; the first is given away and returned."""
-    drawn = [draw_delta(batch, seed) for seed in range(LAYERS["gated_delta_rule"])]
-    inputs, weights, states = (list(x) for x in zip(*drawn, strict=True))
-    index = jnp.full(batch, 9000, jnp.int32)
+def delta_program(step, tokens: int):
+    """A jitted program of `tokens` tokens through all layers; the first argument is given away and returned."""
 
     def program(states, gate, inputs, weights, index):
         def token(i, carry):
@@ -185,13 +193,17 @@ def delta_program(step, batch: int, tokens: int):
 
         return jax.lax.fori_loop(0, tokens, token, (states, gate))
 
-    return jax.jit(program, donate_argnums=0), (states, inputs[0].gate, inputs, weights, index)
+    return jax.jit(program, donate_argnums=0)
 
 
-def attend_program(step, batch: int, tokens: int):
-    drawn = [draw_attend(batch, seed) for seed in range(LAYERS["attend"])]
-    q, k, v, rings = (list(x) for x in zip(*drawn, strict=True))
-    index = jnp.full(batch, 9000, jnp.int32)
+def delta_arguments(batch: int):
+    drawn = [draw_delta(batch, seed) for seed in range(LAYERS["gated_delta_rule"])]
+    inputs, weights, states = (list(x) for x in zip(*drawn, strict=True))
+    return states, inputs[0].gate, inputs, weights, jnp.full(batch, 9000, jnp.int32)
+
+
+def attend_program(step, tokens: int):
+    """Likewise."""
 
     def program(rings, q, k, v, index):
         def token(i, carry):
@@ -204,13 +216,26 @@ def attend_program(step, batch: int, tokens: int):
 
         return jax.lax.fori_loop(0, tokens, token, (rings, q))
 
-    return jax.jit(program, donate_argnums=0), (rings, q[0], k, v, index)
+    return jax.jit(program, donate_argnums=0)
 
 
-def times(make, step, batch: int, layers: int, repeats: int = 10) -> dict:
+def attend_arguments(batch: int):
+    q, k, v, rings = (list(x) for x in zip(*[draw_attend(batch, seed) for seed in range(LAYERS["attend"])], strict=True))
+    return rings, q[0], k, v, jnp.full(batch, 9000, jnp.int32)
+
+
+ERRORS = {"gated_delta_rule": delta_errors, "attend": attend_errors}
+PROGRAMS = {"gated_delta_rule": (delta_program, delta_arguments), "attend": (attend_program, attend_arguments)}
+
+
+def tokens_of(batch: int) -> int:
+    """Tokens of a program."""
+    return max(2, 32 // batch)
+
+
+def times(run, arguments, tokens: int, layers: int, repeats: int = 10) -> dict:
     """Of one layer and token: wall time in microseconds, time of its kernels, and their number."""
-    tokens = max(2, 32 // batch)
-    run, (state, carry, *rest) = make(step, batch, tokens)
+    state, carry, *rest = arguments
 
     def again():
         nonlocal state, carry
@@ -240,16 +265,23 @@ def main() -> None:
     add_commit(parser)
     options = parser.parse_args()
     sizes = {"gated_delta_rule": [HEADS, KEYS, VALUES], "attend": [Q_HEADS, KEY_HEADS, WIDTH, WINDOW]}
-    errors = {"gated_delta_rule": delta_errors, "attend": attend_errors}
-    programs = {"gated_delta_rule": delta_program, "attend": attend_program}
-    for op in options.ops:
-        for name in options.implementations:
-            step = IMPLEMENTATIONS[op][name]
-            for batch in options.batches:
-                found = errors[op](step, batch)
-                took = times(programs[op], step, batch, LAYERS[op])
-                case = {"op": f"{op}, token step", "dtype": "bfloat16", "sizes": sizes[op], "implementation": name, "batch": batch}
-                record("decode", options.commit, case | took | {"errors": found})
+    cells = list(itertools.product(options.ops, options.implementations, options.batches))
+
+    def program(op, name, batch):
+        make, arguments = PROGRAMS[op]
+        return make(IMPLEMENTATIONS[op][name], tokens_of(batch)), jax.eval_shape(partial(arguments, batch))
+
+    programs = compiled({cell: program(*cell) for cell in cells})
+    for op, name, batch in cells:
+        case = {"op": f"{op}, token step", "dtype": "bfloat16", "sizes": sizes[op], "implementation": name, "batch": batch}
+        try:
+            found = ERRORS[op](IMPLEMENTATIONS[op][name], batch)
+            print(f"{case['op']} by {name}, batch {batch}: errors {found}", flush=True)
+            took = times(programs[op, name, batch], PROGRAMS[op][1](batch), tokens_of(batch), LAYERS[op])
+        except Exception as reason:  # the others are worth having all the same
+            print(f"{case['op']} by {name}, batch {batch} fails: {type(reason).__name__}: {str(reason).strip()[:200]}", flush=True)
+            continue
+        record("decode", options.commit, case | took | {"errors": found})
 
 
 if __name__ == "__main__":
