@@ -11,6 +11,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
 from infinitevl_jax.sharding.rules import spec
+from pallas_kernels.attend import check
 
 
 def shard_attend(attend: Callable, mesh: Mesh) -> Callable:
@@ -19,6 +20,7 @@ def shard_attend(attend: Callable, mesh: Mesh) -> Callable:
         return attend
 
     def run(q: Array, k: Array, v: Array, q_index, k_index, q_segment, k_segment, mask, scale):
+        check(q, k, v, q_segment, k_segment, mask)
         queries = _heads(q, mesh)
         keys = _heads(k, mesh)
         split, key_heads = mesh.shape.get("tensor", 1), k.shape[2]

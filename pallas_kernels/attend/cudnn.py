@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attend import xla
+from pallas_kernels.attend.check import check
 from pallas_kernels.attend.mask import Mask
 
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, segments: bool = False) -> str | None:
     """Why these arrays (or shapes with dtypes) are not for this implementation, or None if they are."""
-    if not mask.aligned or q.shape[1] != k.shape[1]:
+    if not mask.aligned:
         return "keys other than the queries' own"
     if segments:
         return "packed segments"
@@ -45,10 +46,11 @@ def attend(
     scale: float,
     implementation: str = "cudnn",
 ) -> tuple[jax.Array, jax.Array]:
-    """The contract of `pallas_kernels.attend.attend`; raises ValueError where `supports` objects.
+    """The contract of `pallas_kernels.attend.attend`; raises ValueError where `check` does or `supports` objects.
 
     implementation: "xla" has `jax.nn` make the same call without cuDNN, for tests on other devices.
     """
+    check(q, k, v, q_segment, k_segment, mask)
     if reason := supports(q, k, v, mask, q_segment is not None):
         raise ValueError(f"attend by cuDNN does not take {reason}\n  -> use the implementation xla")
     _, lse = xla.attend(q, k, v, q_index, k_index, None, None, mask, scale)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.attend import mosaic_gpu_backward, mosaic_gpu_forward, xla
+from pallas_kernels.attend.check import check
 from pallas_kernels.attend.mask import Mask
 from pallas_kernels.attend.runs import cached_runs, runs
 
@@ -20,9 +21,7 @@ BLOCK = 128  # lengths are padded to a multiple of this
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float, segments: bool = False) -> str | None:
     """Why these arrays (or shapes with dtypes) are not for this implementation, or None if they are."""
-    group, odd = divmod(q.shape[2], k.shape[2])
-    if mask.aligned and q.shape[1] != k.shape[1]:
-        return f"an aligned mask with {q.shape[1]} queries and {k.shape[1]} keys: it says that they are the same tokens"
+    group = q.shape[2] // max(1, k.shape[2])
     if not mask.aligned and (segments or not mask.causal):
         return "keys other than the queries' own, and these with packed segments or a mask that is not causal"
     if q.shape[1] == 1:
@@ -33,7 +32,7 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float,
         return f"dtypes {q.dtype}, {k.dtype} and {v.dtype}: bfloat16 only"
     if q.shape[3] not in (64, 128) or v.shape[3] != q.shape[3]:
         return f"head widths {q.shape[3]} and {v.shape[3]}: 64 or 128, equal"
-    if odd or group % 2:
+    if not group or group % 2:
         return f"{q.shape[2]} query heads on {k.shape[2]} key heads: an even number on each"
     if not scale > 0:
         return f"scale {scale}: positive only"
@@ -55,8 +54,10 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
     """The contract of `pallas_kernels.attend.attend`. Of an aligned mask's ordinals, only which are pads matters.
 
-    Gradients are ours for aligned masks and heads 128 wide, else those of `xla.attend`. Raises ValueError where `supports` objects.
+    Gradients are ours for aligned masks and heads 128 wide, else those of `xla.attend`. Raises ValueError where `check` does or `supports`
+    objects.
     """
+    check(q, k, v, q_segment, k_segment, mask)
     if reason := supports(q, k, v, mask, scale, q_segment is not None):
         raise ValueError(f"attend on Hopper does not take {reason}\n  -> use the implementation xla")
     return _attend(q, k, v, q_index, k_index, q_segment, k_segment, mask, float(scale))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.attend.check import check
 from pallas_kernels.attend.mask import Mask
 from pallas_kernels.attend.mosaic_tpu_dkv import backward_keys
 from pallas_kernels.attend.mosaic_tpu_dq import backward_queries
@@ -77,10 +78,6 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float,
         return f"dtypes {q.dtype}, {k.dtype} and {v.dtype}: all bfloat16 or all float32"
     if max(q.shape[3], v.shape[3]) > LANES:
         return f"head widths {q.shape[3]} and {v.shape[3]}: up to {LANES}"
-    if q.shape[2] % k.shape[2] or k.shape[2] != v.shape[2]:
-        return f"{q.shape[2]} query heads, {k.shape[2]} key heads and {v.shape[2]} value heads"
-    if mask.aligned and q.shape[1] != k.shape[1]:
-        return f"an aligned mask over {q.shape[1]} queries and {k.shape[1]} keys"
     if not all(math.prod(x.shape) for x in (q, k, v)):
         return "no tokens"
     tuning = tuning or tuned(q.shape[1], k.shape[1], mask, q.dtype)
@@ -112,12 +109,11 @@ def attend(
 
     interpret: run the kernels in the TPU interpreter, on any machine; None compiles them for a TPU.
     tuning: the steps of the kernels, if not those of the table; rows and keys are multiples of 128.
-    Raises ValueError where `supports` objects.
+    Raises ValueError where `check` does or `supports` objects.
     """
+    check(q, k, v, q_segment, k_segment, mask)
     if reason := supports(q, k, v, mask, scale, tuning):
         raise ValueError(f"attend on TPU does not take {reason}\n  -> use the implementation xla")
-    if (q_segment is None) != (k_segment is None):
-        raise ValueError("attend: segments given on one side only\n  -> give q_segment and k_segment, or neither")
     tuning = tuning or tuned(q.shape[1], k.shape[1], mask, q.dtype)
     return _attend(q, k, v, q_index, k_index, q_segment, k_segment, _Static(mask, float(scale), interpret, tuning))
 

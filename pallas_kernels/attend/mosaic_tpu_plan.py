@@ -61,7 +61,7 @@ def reach(q_index: jax.Array, k_index: jax.Array, q_segment: jax.Array | None, k
         low, high = jnp.zeros_like(q_index), jnp.full_like(q_index, FAR)
         if mask.window is not None:
             low = jnp.maximum(q_index - (mask.window - 1), 0)
-            high = q_index + (mask.window - 1)
+            high = q_index + jnp.minimum(mask.window - 1, FAR - q_index)  # no further than int32 goes
         if mask.causal:
             high = q_index
         number = k_index

@@ -22,8 +22,8 @@ def runs(index: jax.Array, segment: jax.Array | None, mask: Mask) -> tuple[jax.A
         stop = jax.lax.cummin(jnp.where(stops, row, length), axis=1, reverse=True)
     before, after = start, stop
     if mask.window is not None:
-        before = jnp.maximum(start, row - (mask.window - 1))
-        after = jnp.minimum(stop, row + (mask.window - 1))
+        far = min(mask.window, length) - 1  # a window may be as wide as an int32, a row number plus it not
+        before, after = jnp.maximum(start, row - far), jnp.minimum(stop, row + far)
     if mask.causal:
         ends = before, row, row, after
     else:

@@ -14,6 +14,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.attend.blocks import Plan, plan
+from pallas_kernels.attend.check import check
 from pallas_kernels.attend.mask import Mask
 from pallas_kernels.attend.merge import merge
 
@@ -40,15 +41,11 @@ def attend(
     gives out 0 and lse -inf. Both outputs are differentiable in q, k and v. Softmax and sums are float32; products of
     float32 inputs take full precision, those of narrower inputs their own.
 
-    Raises ValueError for heads that do not divide, segments on one side only, or an aligned mask over Tq != Tk.
+    Raises ValueError where `check` does.
     """
-    if q.shape[2] % k.shape[2] or k.shape[2] != v.shape[2]:
-        heads = f"{q.shape[2]} query heads, {k.shape[2]} key heads and {v.shape[2]} value heads"
-        raise ValueError(f"attend: {heads}\n  -> key and value heads must be equal and divide the query heads")
-    if (q_segment is None) != (k_segment is None):
-        raise ValueError("attend: segments given on one side only\n  -> give q_segment and k_segment, or neither")
-    if mask.aligned and q.shape[1] != k.shape[1]:
-        raise ValueError(f"attend: aligned mask, but {q.shape[1]} queries and {k.shape[1]} keys\n  -> aligned=False")
+    check(q, k, v, q_segment, k_segment, mask)
+    if not (q.size and k.size):
+        return jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
     return _attend(q, k, v, q_index, k_index, q_segment, k_segment, mask, float(scale))
 
 

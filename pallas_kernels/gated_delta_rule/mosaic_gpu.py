@@ -54,8 +54,9 @@ def gated_delta_rule(
 ) -> tuple[jax.Array, jax.Array]:
     """The contract of `xla.gated_delta_rule`, names of what the backward pass keeps included ("gdn_inverse" T and "gdn_states").
 
-    Both are kept in bfloat16, T as two that add up to it. Raises ValueError where `supports` objects.
+    Both are kept in bfloat16, T as two that add up to it. Raises ValueError where `xla.check` does or `supports` objects.
     """
+    xla.check(q, k, v, g, beta, initial_state)
     if reason := supports(q, k, v, g, beta, initial_state, index, segment):
         raise ValueError(f"the gated delta rule on Hopper does not take {reason}\n  -> use the implementation xla")
     if initial_state is not None:

@@ -55,8 +55,9 @@ def gated_delta_rule(
     """Arguments, results and names of residuals as `xla.gated_delta_rule`; of "gdn_states", every second is kept, and "gdn_inverse"
     is two bfloat16 arrays where the inputs are bfloat16. `interpret` (pltpu.InterpretParams) runs the kernels without a TPU.
 
-    Raises ValueError where `supports` objects.
+    Raises ValueError where `xla.check` does or `supports` objects.
     """
+    xla.check(q, k, v, g, beta, initial_state)
     if reason := supports(q, k, v):
         raise ValueError(f"gated_delta_rule on TPU does not take {reason}\n  -> use the implementation xla")
     g, beta, initial_state = xla._start(k, v, g, beta, initial_state)

@@ -72,15 +72,34 @@ def gated_delta_rule(
     With float32 inputs all products are in full float32. With bfloat16 inputs products with the state take
     bfloat16 operands, what a chunk adds to the state float32 ones (`Precision.HIGH`), and "gdn_states" is kept in bfloat16
     (the state that is carried on is float32 all the same).
+
+    Raises ValueError for shapes that do not fit together.
     """
+    check(q, k, v, g, beta, initial_state)
     g, beta, initial_state = _start(k, v, g, beta, initial_state)
+    if not k.size:
+        return jnp.zeros_like(v), initial_state
     if k.shape[1] == 1:
         return _step(q, k, v, g, beta, initial_state, index)
     return _delta_rule(q, k, v, g, beta, initial_state, index, segment)
 
 
+def check(q, k, v, g, beta, initial_state):
+    """Raise ValueError unless all shapes follow from k's and v's width."""
+    batch, length, heads, width = k.shape
+    wanted = {"q": (q, k.shape), "v": (v, (*k.shape[:3], v.shape[3])), "g": (g, k.shape[:3]), "beta": (beta, k.shape[:3])}
+    if initial_state is not None:
+        wanted["initial_state"] = initial_state, (batch, heads, width, v.shape[3])
+    for name, (x, shape) in wanted.items():
+        if x.shape != shape:
+            cure = f"give it {list(shape)}: as many heads, tokens and rows as k, which is {list(k.shape)}"
+            raise ValueError(f"gated_delta_rule: {name} is {list(x.shape)}\n  -> {cure}")
+
+
 def _start(k, v, g, beta, initial_state):
     """g, beta and the initial state as float32 arrays."""
+    if initial_state is None and not k.shape[1]:
+        initial_state = jnp.zeros((k.shape[0], *k.shape[2:], v.shape[3]), f32)
     if initial_state is None:  # zeros that are sharded as the inputs are
         initial_state = jnp.zeros_like(k[:, 0, :, :, None], f32) + jnp.zeros_like(v[:, 0, :, None, :], f32)
     return g.astype(f32), beta.astype(f32), initial_state.astype(f32)

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.attend import Mask, attend, blocks, merge, reference
+from pallas_kernels.attend import Mask, attend, blocks, cudnn, merge, mosaic_gpu, mosaic_tpu, reference, xla
+from pallas_kernels.attend.mosaic_tpu_plan import reach
+from pallas_kernels.attend.runs import runs
 from pallas_kernels.testing.parity import in_float64, poison, rel_rms, with_gradients
 
 TOLERANCE = 1e-5  # relative RMS error of float32 against float64
@@ -275,18 +277,62 @@ def test_inside_shard_map():
     assert_same(ours, plain, 1e-6)
 
 
-def test_refusals():
-    x, index = jnp.zeros((1, 4, 3, 8)), jnp.zeros((1, 4), jnp.int32)
-    with pytest.raises(ValueError, match="divide the query heads"):
-        attend(x, x[:, :, :2], x[:, :, :2], index, index, None, None, Mask(), 1.0)
+@pytest.mark.parametrize("implementation", (xla, mosaic_gpu, mosaic_tpu, cudnn))
+def test_what_does_not_fit_together_is_told_by_all(implementation):
+    x, index = jnp.zeros((1, 4, 4, 128), jnp.bfloat16), jnp.arange(4, dtype=jnp.int32)[None]
+
+    def run(k=x, v=x, q_segment=None, k_segment=None):
+        k_index = jnp.zeros(k.shape[:2], jnp.int32)
+        return implementation.attend(x, k, v, index, k_index, q_segment, k_segment, Mask(aligned=True), 1.0)
+
+    with pytest.raises(ValueError, match="4 query heads, 3 key heads and 3 value heads\n  -> key and value heads must"):
+        run(x[:, :, :3], x[:, :, :3])
+    with pytest.raises(ValueError, match="4 query heads, 2 key heads and 4 value heads"):
+        run(x[:, :, :2])
+    with pytest.raises(ValueError, match="0 key heads"):
+        run(x[:, :, :0], x[:, :, :0])
+    with pytest.raises(ValueError, match="queries 128 wide, keys 64"):
+        run(x[..., :64])
+    with pytest.raises(ValueError, match=r"k \[1, 4\] and v \[1, 3\]\n  -> one batch size, and a value for each key"):
+        run(v=x[:, :3])
     with pytest.raises(ValueError, match="one side only"):
-        attend(x, x, x, index, index, index, None, Mask(), 1.0)
-    with pytest.raises(ValueError, match="aligned"):
-        attend(x, x[:, :2], x[:, :2], index, index[:, :2], None, None, Mask(aligned=True), 1.0)
+        run(q_segment=index)
+    with pytest.raises(ValueError, match="one side only"):
+        run(k_segment=index)
+    with pytest.raises(ValueError, match="4 queries and 2 keys\n  -> aligned=False"):
+        run(x[:, :2], x[:, :2])
+
+
+def test_masks_that_cannot_be():
     with pytest.raises(ValueError, match="window"):
         Mask(window=0)
     with pytest.raises(ValueError, match="sinks"):
         Mask(sinks=-1)
+
+
+@pytest.mark.parametrize("causal", (True, False))
+def test_the_widest_window_is_no_window(causal):
+    case = Case(65, Mask(causal=causal, aligned=True), segments=(20, 40))
+    tokens = [jnp.asarray(x) for x in case.tokens().values()]
+    wide = dataclasses.replace(case.mask, window=2**31 - 1)
+    for mine, plain in zip(runs(tokens[0], tokens[2], wide), runs(tokens[0], tokens[2], case.mask), strict=True):
+        np.testing.assert_array_equal(mine, plain)
+    loose, wide = (dataclasses.replace(mask, aligned=False) for mask in (case.mask, wide))
+    index = jnp.asarray([[0, 5, 2**30, 2**31 - 3]])
+    low, high = ([np.asarray(x) for x in reach(index, index, None, None, mask)[:2]] for mask in (loose, wide))
+    np.testing.assert_array_equal(low[1], high[1])
+    assert (high[0] <= np.maximum(index - (2**31 - 2), 0)).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 2, 8), (1, 0, 2, 8), (1, 4, 0, 8)])
+def test_nothing_gives_nothing(shape):
+    x = jnp.zeros(shape)
+    index = jnp.zeros(shape[:2], jnp.int32)
+    keys = jnp.zeros((*shape[:2], max(1, shape[2]), 8))
+    for mask in (Mask(aligned=True), Mask(window=3, aligned=True), Mask(causal=False)):
+        (out, lse), pull = jax.vjp(lambda q, k, v, mask=mask: attend(q, k, v, index, index, None, None, mask, 1.0), x, keys, keys)
+        assert out.shape == shape and lse.shape == shape[:3]
+        assert [g.shape for g in pull((out, lse))] == [shape, keys.shape, keys.shape]
 
 
 def test_no_keys_at_all():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.models.qwen3_next import modeling_qwen3_next as theirs
 
-from pallas_kernels.gated_delta_rule import gated_delta_rule, reference
+from pallas_kernels.gated_delta_rule import gated_delta_rule, mosaic_gpu, mosaic_tpu, reference, xla
 from pallas_kernels.testing import parity
 from pallas_kernels.testing.matrix import ALLOWED
 from pallas_kernels.testing.parity import GATES, LENGTHS, poison, rel_rms, unit
@@ -158,6 +158,26 @@ def test_state_carries_over_any_split():
         out, state = run(*(x[:, rows] for x in inputs[:5]), state, parity.padding([n], size))
         outs, start = [*outs, out[:, :n]], start + n
     assert rel_rms(np.concatenate(outs, 1), whole) <= TOLERANCE and rel_rms(state, last) <= TOLERANCE
+
+
+@pytest.mark.parametrize("implementation", (xla, mosaic_gpu, mosaic_tpu))
+def test_shapes_that_do_not_fit_are_told_by_all(implementation):
+    wide, gates = jnp.zeros((1, 70, 2, 128), jnp.bfloat16), jnp.zeros((1, 70, 2))
+    state = jnp.zeros((1, 2, 128, 128))
+    right = {"q": wide, "k": wide, "v": wide, "g": gates, "beta": gates, "initial_state": state}
+    wrong = {"q": wide[:, :, :1], "v": wide[:, :69], "g": gates[:, :, :1], "beta": gates[:, :, None], "initial_state": state[..., :64]}
+    for name, x in wrong.items():
+        with pytest.raises(ValueError, match=rf"{name} is \[.*\n  -> give it \[1, "):
+            implementation.gated_delta_rule(**right | {name: x})
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 2, 8), (2, 0, 3, 8), (1, 4, 0, 8)])
+def test_no_tokens_leave_the_state_alone(shape):
+    x, gates = jnp.zeros(shape), jnp.zeros(shape[:3])
+    out, state = gated_delta_rule(x, x, x, gates, gates)
+    assert out.shape == shape and state.shape == (shape[0], shape[2], 8, 8) and not state.any()
+    start = jnp.ones_like(state)
+    np.testing.assert_array_equal(gated_delta_rule(x, x, x, gates, gates, start)[1], start)
 
 
 def test_no_initial_state_is_zeros():
