@@ -53,8 +53,8 @@ def step(inputs: Inputs, weights: Weights, state: State, index: Array, eps: floa
         out [batch, heads * V] in the inputs' dtype, and the new state. Where index is -1, out is 0 and the state comes
         back bit for bit, whatever the inputs hold.
 
-    Arithmetic is float32 or wider; values are rounded to the inputs' dtype where separate operations would hand them on:
-    after the convolutions, the normalisation of q and k, and the delta rule.
+    Arithmetic is float32 or wider; here values are rounded to the inputs' dtype where separate operations would hand them
+    on: after the convolutions, the normalisation of q and k, and the delta rule. Other implementations may do without.
     """
     batch, heads, width, _ = state.memory.shape
     dtype, wide = inputs.q.dtype, jnp.promote_types(inputs.q.dtype, jnp.float32)

@@ -20,8 +20,8 @@ A layer of the model calls it on x [batch, 1, width] like this, `state` being it
 Traffic: the state once in each direction, 8 K V bytes a head; all else is 2 % of that. Floor: 4 MiB for 16 heads of
 128 x 256, 1.4 us at 3 TB/s, and 89 us for 64 sequences.
 
-Clusters of blocks have run on a GPU at batch 1 alone (benchmarks/results/decode.jsonl); JAX's interpreter has none, and takes one block
-a head (32 values). benchmarks/decode.py checks and times it.
+Clusters of blocks have run on a GPU at batch 1 alone (benchmarks/results/decode.jsonl); JAX's interpreter has none. benchmarks/decode.py
+checks and times it.
 """
 
 from functools import partial
@@ -87,10 +87,10 @@ def step(inputs: Inputs, weights: Weights, state: State, index: jax.Array, eps: 
 
         def convolve(rows, taps):
             terms = [row.astype(f32) * tap.astype(f32) for row, tap in zip(rows, taps, strict=True)]
-            return rounded(silu(terms[0] + terms[1] + terms[2] + terms[3]))
+            return silu(terms[0] + terms[1] + terms[2] + terms[3])
 
         def unit(x, scale):
-            return rounded(x * (lax.rsqrt(jnp.sum(x * x) + 1e-6) * scale))
+            return x * (lax.rsqrt(jnp.sum(x * x) + 1e-6) * scale)
 
         # In this order, what takes longest is on its way first; the compiler moves nothing up past the branch.
         real = index_ref[b] >= 0
@@ -116,7 +116,7 @@ def step(inputs: Inputs, weights: Weights, state: State, index: jax.Array, eps: 
             plgpu.barrier_wait(arrived)
             memory = load(memory_smem, BLOCK)
             update = beta * (v - decay * jnp.sum(k * memory, axis=0))
-            out = rounded(decay * jnp.sum(q * memory, axis=0) + overlap * update)
+            out = decay * jnp.sum(q * memory, axis=0) + overlap * update
             squares = jnp.sum(out * out)
             for other in range(parts):
                 plgpu.cluster_ref(sum_smem, {"part": other})[part] = squares
@@ -171,11 +171,6 @@ def put(ref, x):
 def spread(x, axis):
     """A number for each row (axis 0) or column (axis 1), for all of the block."""
     return plgpu.layout_cast(lax.broadcast_in_dim(x, (KEYS, COLUMNS), [axis]), BLOCK)
-
-
-def rounded(x):
-    """x as bfloat16 would hold it."""
-    return x.astype(jnp.bfloat16).astype(f32)
 
 
 def silu(x):
