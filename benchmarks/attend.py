@@ -7,7 +7,7 @@ and tokamax's Mosaic GPU kernel where they import.
         python -m benchmarks.attend --lengths 32768 --implementations mosaic_gpu --once
 
 Batch 1, 16 query heads on 2 key heads, 128 wide, bfloat16, causal, window 8192. Errors first (relative RMS against
-float32 softmax, on 1,500 tokens and a window of 400), then times: several calls on the same random inputs in one
+softmax in float64, on 1,500 tokens and a window of 400), then times: several calls on the same random inputs in one
 program (of PyTorch: in one CUDA graph), median of 20 programs.
 """
 
@@ -111,9 +111,10 @@ class Flex:
 def errors(run, length: int = 1500, window: int = 400) -> dict[str, float]:
     """Relative RMS errors of out, dq, dk and dv; `run` takes a window and the inputs."""
     inputs = draw(length)
-    exact = in_jax(partial(ours, reference.attend), window, *(x.astype(jnp.float32) for x in inputs))
+    with jax.enable_x64(True):
+        exact = in_jax(partial(ours, reference.attend), window, *(x.astype(jnp.float64) for x in inputs))
     names = ("out", "d_q", "d_k", "d_v")
-    return {n: round(rel_rms(np.asarray(a, np.float32), b), 5) for n, a, b in zip(names, run(window, *inputs), exact, strict=True)}
+    return {n: round(rel_rms(np.asarray(a, np.float64), b), 5) for n, a, b in zip(names, run(window, *inputs), exact, strict=True)}
 
 
 def in_programs(function, lengths: list[int]):

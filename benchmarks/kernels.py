@@ -2,52 +2,84 @@
 
     python -m benchmarks.kernels            # on a GPU: parity matrix, then attention, gated delta rule and token steps beside their peers
     python -m benchmarks.kernels            # on a CPU: static scores for four generations of TPU; on a TPU: parity matrix first
-    python -m benchmarks.kernels --table    # only the table, of the newest line recorded for each case
+    python -m benchmarks.kernels --table    # only the tables, of the newest line recorded for each case
 
-Each part is a command of its own (`python -m benchmarks.attend --help` and so on) and appends to benchmarks/results/. A matrix with an
-error too large ends the run before anything is timed.
+The tables are printed and written into README.md. Each part is a command of its own (`python -m benchmarks.attend --help` and so on) and
+appends to benchmarks/results/. A matrix with an error too large ends the run before anything is timed.
 """
 
 import argparse
 import json
+import math
 import subprocess
 import sys
+from collections.abc import Callable
 
 from benchmarks.record import RESULTS, add_commit
 
 GPU = ("attend", "gated_delta_rule", "decode")
 CPU = ("tpu_scores",)
+CHIPS = ("v5e", "v5p", "v6e", "tpu7x")
+README = RESULTS.parent.parent / "README.md"
+BEGIN, END = "<!-- python -m benchmarks.kernels --table writes what follows -->", "<!-- up to here -->"
 TIMES = ("ms", "us", "estimate_ms", "failed")
 
 
-def newest(name: str, *keys: str) -> dict[tuple, dict]:
-    """The last line of a results file for each combination of the keys: those with a time, of a commit."""
+def newest(name: str, *keys: str, device: str | None = None) -> dict[tuple, dict]:
+    """The last line of a results file for each combination of the keys: those with a time, of a commit; of one device if named."""
     file = RESULTS / f"{name}.jsonl"
     lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
-    return {tuple(str(line.get(key)) for key in keys): line for line in lines if line.get("commit") and not line.keys().isdisjoint(TIMES)}
+    lines = [line for line in lines if line.get("commit") and not line.keys().isdisjoint(TIMES) and device in (None, line["device"])]
+    return {tuple(str(line.get(key)) for key in keys): line for line in lines}
 
 
-def table() -> str:
-    """Markdown: milliseconds of each implementation, side by side."""
+def tables() -> str:
+    """Markdown: milliseconds for each device, an implementation a row, and the scores for TPUs."""
+    devices = sorted({key for name in GPU for (key,) in newest(name, "device")})
+    return "\n\n".join([f"{device}, milliseconds:\n\n{times(device)}" for device in devices] + ["TPU, by the compiler:\n\n" + scores()])
+
+
+def times(device: str) -> str:
+    """Sequences by length and token steps by batch, a table each."""
+    sequences: dict[tuple, dict] = {}
+    for line in newest("attend", "implementation", "work", "length", device=device).values():
+        sequences.setdefault(("attend", line["work"], line["implementation"]), {})[1, line["length"]] = line["ms"]["median"]
+    for line in newest("gated_delta_rule", "implementation", "work", "shape", device=device).values():
+        sequences.setdefault(("gated_delta_rule", line["work"], line["implementation"]), {})[tuple(line["shape"])] = line["ms"]["median"]
+    tokens: dict[tuple, dict] = {}
+    for line in newest("decode", "op", "implementation", "batch", device=device).values():
+        tokens.setdefault((line["op"], line["implementation"]), {})[line["batch"]] = line["us"]["median"] / 1e3
+    return _grid(sequences, ("operator", "work", "by"), _shape) + "\n\n" + _grid(tokens, ("a layer's", "by"), "batch {}".format)
+
+
+def scores() -> str:
     rows: dict[tuple, dict] = {}
-    for line in newest("attend", "implementation", "work", "length").values():
-        rows.setdefault(("attend", line["work"], f"1 x {line['length']:,}"), {})[line["implementation"]] = line["ms"]["median"]
-    for line in newest("gated_delta_rule", "implementation", "work", "shape").values():
-        batch, length = line["shape"]
-        rows.setdefault(("gated_delta_rule", line["work"], f"{batch} x {length:,}"), {})[line["implementation"]] = line["ms"]["median"]
-    for line in newest("decode", "op", "implementation", "batch").values():
-        rows.setdefault((line["op"], "token", f"{line['batch']} x 1"), {})[line["implementation"]] = line["us"]["median"] / 1e3
-    names = sorted({name for times in rows.values() for name in times}, key=lambda n: (n != "mosaic_gpu", n))
-    text = [f"| operator | work | batch x length | {' | '.join(names)} |", "|---" * (3 + len(names)) + "|"]
-    for (operator, work, shape), times in rows.items():
-        text.append(f"| {operator} | {work} | {shape} | " + " | ".join(f"{times[n]:.3g}" if n in times else "" for n in names) + " |")
-    text += ["", "| operator | program | " + " | ".join(chips := ["v5e", "v5p", "v6e", "tpu7x"]) + " |", "|---" * 6 + "|"]
-    scores: dict[tuple, dict] = {}
     for line in newest("tpu_scores", "op", "program", "topology").values():
-        scores.setdefault((line["op"], line["program"]), {})[line["topology"].split(":")[0]] = line.get("estimate_ms", "does not compile")
-    for (operator, program), found in scores.items():
-        text.append(f"| {operator} | {program} | " + " | ".join(str(found.get(chip, "")) for chip in chips) + " |")
+        rows.setdefault((line["op"], line["program"]), {})[CHIPS.index(line["topology"].split(":")[0])] = line.get("estimate_ms", math.nan)
+    return _grid(rows, ("operator", "program"), CHIPS.__getitem__)
+
+
+def _shape(shape: tuple[int, int]) -> str:
+    batch, length = shape
+    return f"{length // 1024}K" if batch == 1 else f"{batch} x {length // 1024}K"
+
+
+def _grid(rows: dict[tuple, dict], names: tuple[str, ...], title: Callable) -> str:
+    """A table with a column for each key of the rows' figures; ours first where rows are alike but for who made them."""
+    columns = sorted({column for found in rows.values() for column in found})
+    text = ["| " + " | ".join([*names, *map(title, columns)]) + " |", "|---" * (len(names) + len(columns)) + "|"]
+    for key, found in sorted(rows.items(), key=lambda row: (row[0][:-1], row[0][-1] != "mosaic_gpu", row[0][-1])):
+        text.append("| " + " | ".join([*key, *(f"{found[c]:.3g}" if c in found else "" for c in columns)]) + " |")
     return "\n".join(text)
+
+
+def write_readme() -> None:
+    """Put the tables where the README holds them, between its two marks."""
+    before, rest = README.read_text("utf-8").split(BEGIN)
+    _, after = rest.split(END)
+    aside = README.with_suffix(".tmp")
+    aside.write_text(f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}", "utf-8")
+    aside.replace(README)
 
 
 def main() -> None:
@@ -64,7 +96,8 @@ def main() -> None:
             _run("pallas_kernels.testing.matrix", "--longest", str(args.longest))
         for part in GPU if backend == "gpu" else CPU:
             _run(f"benchmarks.{part}", "--commit", args.commit)
-    print(table())
+    print(tables())
+    write_readme()
 
 
 def _run(module: str, *arguments: str) -> None:

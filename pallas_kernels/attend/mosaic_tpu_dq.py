@@ -9,7 +9,8 @@ columns that fill the lanes once for each query block.
 
 Traffic: q, d_out and dq once; k and v once per block of `rows` queries and of `heads` heads. Floor: 6 D operations for each
 (query, head, visible key): 16 heads, D 128, 8192 tokens in a window as long: 2.1 ms on a v5e, 0.45 on a v6e (0.9 at the
-half of its units that heads 128 wide fill). Static score: 2.02 and 1.08 ms.
+half of its units that heads 128 wide fill). Static score: 2.02 and 1.08 ms, on a v5e below the floor, for instruction
+bundles do not show how long a product keeps its unit.
 """
 
 import math

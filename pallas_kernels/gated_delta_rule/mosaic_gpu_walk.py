@@ -12,8 +12,9 @@ Rounding: sums and the carried state are float32, operands bfloat16. T, the scor
 are two bfloat16 each, of which two products are formed with T and K and three with the scores.
 
 Traffic: for a chunk of a head 96 KiB read (k, q, T and scores by every slice, from the L2 cache but once) and 32 KiB written, and 64 KiB
-more where the states before each chunk are kept. At 16 heads and 8,192 tokens that is 0.09 ms at 3 TB/s. With so few heads latency rules:
-128 chunks, one after the other, of three dependent products; 1,664 clocks of tensor work a chunk and slice, 0.12 ms.
+more where the states before each chunk are kept. Floor at 16 heads and 8,192 tokens: 0.09 ms for the memory at 3 TB/s, 0.12 ms for the
+tensor cores: with so few heads latency rules, 128 chunks, one after the other, of three dependent products, 1,664 clocks of tensor work
+a chunk and slice.
 """
 
 import dataclasses

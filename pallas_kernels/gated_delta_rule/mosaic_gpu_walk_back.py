@@ -17,8 +17,8 @@ Rounding: operands are bfloat16, sums and the carried gradient float32. d_new me
 errors would grow (2 % of dv, 1.3 % with two). T in two parts halves that again (0.6 %).
 
 Traffic: a chunk of a head is 32 KiB of d_out, and q, k and T once per 64 columns (160 KiB, from the L2 cache) read, 96 KiB written: 0.1 ms
-at 16 heads and 8,192 tokens. Latency rules: 128 chunks, one after the other, of three dependent products; 1,150 clocks of tensor core each
-(1,280 with T in two parts), so 0.1 ms at the least. Seen on an H100 with T in two parts: 0.25 ms, 2,900 clocks a chunk.
+at 16 heads and 8,192 tokens. Floor: 0.1 ms too, for latency rules: 128 chunks, one after the other, of three dependent products, 1,150
+clocks of tensor core each (1,280 with T in two parts). Seen on an H100 with T in two parts: 0.25 ms, 2,900 clocks a chunk.
 """
 
 import jax

@@ -10,8 +10,8 @@ operands in two halves; the halves of T are the output: the walk reads the first
 Tiling: a grid step takes one chunk of all heads of a block, 8 where K = 128 and V = 256, step by step for all of them at once, for
 each step waits for the one before. Chunks are independent.
 
-Traffic for a token of a head, in bfloat16: 2 (K + 2 C) bytes, gates of 32. At 8192 tokens, 16 heads and K 128: 105 MB, 0.13 ms on v5e
-and 0.06 on v6e. It is bound by products that fill little of an MXU and by the lanes' crossbar, at three to four times that.
+Traffic for a token of a head, in bfloat16: 2 (K + 2 C) bytes, gates of 32. At 8192 tokens, 16 heads and K 128: 105 MB. Floor: that,
+0.13 ms on v5e and 0.06 on v6e. It is bound by products that fill little of an MXU and by the lanes' crossbar, at three to four times that.
 """
 
 import jax
