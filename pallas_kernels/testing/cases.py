@@ -35,11 +35,13 @@ RESULTS = {"attend": ("out", "lse"), "gated_delta_rule": ("out", "state")}
 def attend_cases(longest: int) -> Iterator[Case]:
     """16 query heads on 2 key heads would only repeat 4 on 2; widths of the decoder (128), the tower (80) and a small model (64)."""
 
-    def case(name, length, mask, heads=(4, 2), width=128, pieces=(), pads=0, cached=0, batch=1):
+    def case(name, length, mask, heads=(4, 2), width=128, pieces=(), pads=(0,), cached=0, batch=1):
+        """pads: how many end a row, for each row in turn."""
+
         def make():
             rng = np.random.default_rng(length + width)
             (q_heads, k_heads), keys = heads, length + cached
-            index, segment = padding([length - pads] * batch, length), None
+            index, segment = padding([length - pads[row % len(pads)] for row in range(batch)], length), None
             if pieces:
                 index, segment = (np.tile(x, (batch, 1)) for x in packing(pieces, length))
             q_index, k_index = np.where(index < 0, -1, index + cached).astype(np.int32), index
@@ -62,12 +64,16 @@ def attend_cases(longest: int) -> Iterator[Case]:
     for length in (1, 63, 65, 300):
         yield case("window", length, window)
     yield case("window", 300, window, width=64)
-    yield case("window longer than the row", 130, Mask(window=8192, aligned=True), heads=(8, 1), pads=5)
-    yield case("no window", 300, Mask(aligned=True), pads=11)
-    yield case("pads only", 65, window, pads=65)
+    yield case("window longer than the row", 130, Mask(window=8192, aligned=True), heads=(8, 1), pads=(5,))
+    yield case("no window", 300, Mask(aligned=True), pads=(11,))
+    yield case("no window, packed", 300, Mask(aligned=True), pieces=(140, 100))
+    yield case("window both ways", 130, Mask(causal=False, window=40, aligned=True), pads=(7,))
+    yield case("rows of their own lengths", 130, window, pads=(0, 130, 57), batch=3)
+    yield case("pads only", 65, window, pads=(65,))
     yield case("packed", 300, window, pieces=(3, 120, 1, 140), batch=2)
-    yield case("sinks", 300, Mask(window=100, sinks=20, aligned=True), pads=20)
-    yield case("ring", 65, Mask(window=150), cached=200, pads=4)
+    yield case("sinks", 300, Mask(window=100, sinks=20, aligned=True), pads=(20,))
+    yield case("ring", 65, Mask(window=150), cached=200, pads=(4,))
+    yield case("ring", 65, Mask(window=150), width=64, cached=200, batch=2)
     yield case("ring, one token", 1, Mask(window=150), cached=200, batch=2)
     yield case("tower, windows", 300, Mask(causal=False, aligned=True), heads=(2, 2), width=80, pieces=(64, 64, 32, 100))
     yield case("tower, slices", 300, Mask(causal=False, aligned=True), heads=(2, 2), width=80, pieces=(200, 70))
