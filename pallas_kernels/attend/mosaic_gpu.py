@@ -17,11 +17,11 @@ from pallas_kernels.attend.mask import Mask
 from pallas_kernels.attend.runs import cached_runs, runs
 
 BLOCK = 128  # lengths are padded to a multiple of this
+WIDTHS = 64, 128  # heads are filled up to one of these
 
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float, segments: bool = False) -> str | None:
     """Why these arrays (or shapes with dtypes) are not for this implementation, or None if they are."""
-    group = q.shape[2] // max(1, k.shape[2])
     if not mask.aligned and (segments or not mask.causal):
         return "keys other than the queries' own, and these with packed segments or a mask that is not causal"
     if q.shape[1] == 1:
@@ -30,13 +30,11 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float,
         return "sinks outside the window"
     if any(x.dtype != jnp.bfloat16 for x in (q, k, v)):
         return f"dtypes {q.dtype}, {k.dtype} and {v.dtype}: bfloat16 only"
-    if q.shape[3] not in (64, 128) or v.shape[3] != q.shape[3]:
-        return f"head widths {q.shape[3]} and {v.shape[3]}: 64 or 128, equal"
-    if not group or group % 2:
-        return f"{q.shape[2]} query heads on {k.shape[2]} key heads: an even number on each"
+    if max(q.shape[3], v.shape[3]) > WIDTHS[-1]:
+        return f"head widths {q.shape[3]} and {v.shape[3]}: at most {WIDTHS[-1]}"
     if not scale > 0:
         return f"scale {scale}: positive only"
-    if not all((*q.shape[:2], k.shape[1])):
+    if not all((*q.shape, k.shape[1])):
         return "no tokens"
     return None
 
@@ -54,12 +52,17 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
     """The contract of `pallas_kernels.attend.attend`. Of an aligned mask's ordinals, only which are pads matters.
 
-    Gradients are ours for aligned masks and heads 128 wide, else those of `xla.attend`. Raises ValueError where `check` does or `supports`
-    objects.
+    Heads are filled up with zeros to 64 or 128. Gradients are ours for aligned masks and heads more than 64 wide, else those of
+    `xla.attend`. Raises ValueError where `check` does or `supports` objects.
     """
     check(q, k, v, q_segment, k_segment, mask)
     if reason := supports(q, k, v, mask, scale, q_segment is not None):
         raise ValueError(f"attend on Hopper does not take {reason}\n  -> use the implementation xla")
+    width = next(n for n in WIDTHS if max(q.shape[3], v.shape[3]) <= n)
+    if not q.shape[3] == v.shape[3] == width:  # zeros add nothing to scores
+        q, k, v_wide = (jnp.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[3])]) for x in (q, k, v))
+        out, lse = _attend(q, k, v_wide, q_index, k_index, q_segment, k_segment, mask, float(scale))
+        return out[..., : v.shape[3]], lse
     return _attend(q, k, v, q_index, k_index, q_segment, k_segment, mask, float(scale))
 
 

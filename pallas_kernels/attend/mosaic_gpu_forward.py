@@ -3,12 +3,13 @@
 Computes out = softmax(scale q k^T) v and the log-sum-exp of the scores, where query row t sees the key rows
 first[t] to last[t] and no other: one rule for causal order, windows, packed sequences and pads.
 
-Tiling: a thread block takes 64 query rows of two query heads that share a key head. Two warpgroups compute, one head
-each; a third only starts copies (TMA) of key and value blocks of `keys` rows, `stages` deep, which both heads read. Key
-blocks that no row of the tile sees are never loaded; only those that some row sees in part are masked. A warpgroup
-issues the scores of key block j together with (weights of block j - 1) @ v, and works out the softmax of block j while
-the tensor cores run. The two take turns in issuing, so that one computes softmax while the other multiplies (the
-schedule of FlashAttention-3, Shah et al., arXiv 2407.08608). Tiles start with the last rows, whose runs are longest.
+Tiling: a thread block takes 64 query rows of two query heads that share a key head, or, where an odd number of them shares
+it, 128 query rows of one head. Two warpgroups compute, one head or half the rows each; a third only starts copies (TMA) of
+key and value blocks of `keys` rows, `stages` deep, which both read. Key blocks that no row of the tile sees are never
+loaded; only those that some row sees in part are masked. A warpgroup issues the scores of key block j together with
+(weights of block j - 1) @ v, and works out the softmax of block j while the tensor cores run. The two take turns in
+issuing, so that one computes softmax while the other multiplies (the schedule of FlashAttention-3, Shah et al.,
+arXiv 2407.08608). Tiles start with the last rows, whose runs are longest.
 
 Traffic: q and out once, k and v once per 128 rows of (query, head) from the L2 cache. Floor: 4 D operations for each
 (query, head, visible key), at 989 Tflop/s: with 16 heads, D 128 and a window of 8192, 0.28 ms at 8K, 1.95 at 32K.
@@ -44,24 +45,26 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """out [B, T, Hq, D] in the dtype of q and lse [B, Hq, T] float32.
 
-    q: [B, T, Hq, D]; k, v: [B, Tk, Hkv, D], D 64 or 128, Hq / Hkv even, T a multiple of 64, Tk of tuning.keys.
+    q: [B, T, Hq, D]; k, v: [B, Tk, Hkv, D], D 64 or 128, T a multiple of 128, Tk of tuning.keys.
     first, last: [B, T] int32, the key rows that each query row sees; first > last for none (out 0, lse -inf).
     """
     batch, length, q_heads, width = q.shape
-    pairs, tiles = q_heads // 2, length // ROWS
+    alone = q_heads // k.shape[2] % 2  # heads that find no second one for their key head
+    heads, rows_of_tile = (1, 2 * ROWS) if alone else (2, ROWS)
+    units, tiles = q_heads // heads, length // rows_of_tile
     keys, stages = tuning.keys, min(tuning.stages, k.shape[1] // tuning.keys)
-    pairs_per_key_head = pairs // k.shape[2]
-    blocks = tile_blocks(first, last, ROWS, keys)
+    units_per_key_head = units // k.shape[2]
+    blocks = tile_blocks(first, last, rows_of_tile, keys)
     log2_scale = scale * math.log2(math.e)
 
     def kernel(q_ref, k_ref, v_ref, first_ref, last_ref, blocks_ref, out_ref, lse_ref, scratch):
         q_smem, k_smem, v_smem, lse_smem, q_ready, k_ready, v_ready, k_free, v_free, turn = scratch
         group = lax.axis_index("group")
         work = lax.axis_index("work")
-        pair = lax.rem(work, pairs)
-        b = lax.rem(lax.div(work, pairs), batch)
-        tile = tiles - 1 - lax.div(work, pairs * batch)
-        row = tile * ROWS
+        unit = lax.rem(work, units)
+        b = lax.rem(lax.div(work, units), batch)
+        tile = tiles - 1 - lax.div(work, units * batch)
+        row = tile * rows_of_tile
         begin, whole, broken, end = (blocks_ref[b, tile, i] for i in range(4))
 
         def slot(j):
@@ -70,9 +73,9 @@ def forward(
         @pl.when(group < 2)
         def _compute():
             plgpu.set_max_registers(tuning.registers[0], action="increase")
-            head = pair * 2 + group
+            head = unit if alone else unit * 2 + group
             mine = q_smem.at[group]
-            rows = pl.ds(row, ROWS)
+            rows = pl.ds(row + group * ROWS if alone else row, ROWS)
             plgpu.copy_gmem_to_smem(q_ref.at[b, rows, head], mine, q_ready.at[group])
             by_row = plgpu.Layout.WGMMA.reduce(1)
             low = load(first_ref.at[b, rows], by_row)
@@ -171,7 +174,7 @@ def forward(
         @pl.when(group == 2)
         def _copy():
             plgpu.set_max_registers(tuning.registers[1], action="decrease")
-            head = lax.div(pair, pairs_per_key_head)
+            head = lax.div(unit, units_per_key_head)
 
             @pl.loop(begin, end)
             def _(j):
@@ -208,7 +211,7 @@ def forward(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((batch, q_heads, length), jnp.float32),
         ],
-        grid=(tiles * batch * pairs,),
+        grid=(tiles * batch * units,),
         grid_names=("work",),
         num_threads=3,
         thread_name="group",
