@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from jax.experimental import topologies
+from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
 # bytes of high-bandwidth memory behind one JAX device
@@ -34,7 +34,8 @@ def pod_mesh(topology: str, sizes: dict[str, int]) -> Mesh:
     for size in sizes.values():
         fixed *= 1 if size == -1 else size
     shape = tuple(count // fixed if size == -1 else size for size in sizes.values())
-    devices = topologies.make_mesh(described, shape, tuple(sizes)).devices
+    # as jax.make_mesh does: else an axis of 2 finds no place in a torus of 4 x 4 x 4
+    devices = mesh_utils.create_device_mesh(shape, described.devices, allow_split_physical_axes=True)
     return Mesh(devices, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
