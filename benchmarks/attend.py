@@ -3,17 +3,21 @@ and tokamax's Mosaic GPU kernel where they import.
 
     python -m benchmarks.attend                    # 4K to 256K tokens; appends to benchmarks/results/attend.jsonl
     python -m benchmarks.attend --lengths 4096 131072
+    python -m benchmarks.attend --case tower_windows tower_slices --lengths 4096 16384
     ncu --metrics sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active -k regex:attend \\
         python -m benchmarks.attend --lengths 32768 --implementations mosaic_gpu --once
 
-Batch 1, 16 query heads on 2 key heads, 128 wide, bfloat16, causal, window 8192. Errors first (relative RMS against
-softmax in float64, on 1,500 tokens and a window of 400), then times: several calls on the same random inputs in one
-program (of PyTorch: in one CUDA graph), median of 20 programs.
+Batch 1, bfloat16. The decoder's layers (16 query heads on 2 key heads, 128 wide, causal, window 8192) or the vision tower's (16 heads,
+80 wide, not causal, in windows of 64 patches or slices of 1,024; ours and XLA alone). Errors first (relative RMS against softmax in
+float64, on 1,500 tokens, the decoder's with a window of 400), then times: several calls on the same random inputs in one program (of
+PyTorch: in one CUDA graph), median of 20 programs.
 """
 
 import argparse
+import dataclasses
 import itertools
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,29 +29,43 @@ from benchmarks.timing import compiled, milliseconds, repeated, summary
 from pallas_kernels.attend import Mask, mosaic_gpu, reference, xla
 from pallas_kernels.testing.parity import rel_rms
 
-WINDOW, HEADS, KEY_HEADS, WIDTH = 8192, 16, 2, 128
+
+class Case(NamedTuple):
+    heads: int
+    key_heads: int
+    width: int
+    mask: Mask
+    segment: int | None = None  # tokens of each packed sequence
 
 
-def draw(length: int, seed: int = 0) -> tuple[jax.Array, ...]:
+CASES = {
+    "decoder": Case(16, 2, 128, Mask(window=8192, aligned=True)),
+    "tower_windows": Case(16, 16, 80, Mask(causal=False, window=64, aligned=True), 64),
+    "tower_slices": Case(16, 16, 80, Mask(causal=False, window=1024, aligned=True), 1024),
+}
+
+
+def draw(case: Case, length: int, seed: int = 0) -> tuple[jax.Array, ...]:
     keys = jax.random.split(jax.random.key(seed), 3)
-    heads = HEADS, KEY_HEADS, KEY_HEADS
-    return tuple(jax.random.normal(key, (1, length, n, WIDTH), jnp.bfloat16) for key, n in zip(keys, heads, strict=True))
+    heads = case.heads, case.key_heads, case.key_heads
+    return tuple(jax.random.normal(key, (1, length, n, case.width), jnp.bfloat16) for key, n in zip(keys, heads, strict=True))
 
 
-def ours(attend, window: int, q, k, v):
-    index = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
-    return attend(q, k, v, index, index, None, None, Mask(window=window, aligned=True), WIDTH**-0.5)[0]
+def ours(attend, case: Case, q, k, v):
+    row = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
+    index, segment = (row % case.segment, row // case.segment) if case.segment else (row, None)
+    return attend(q, k, v, index, index, segment, segment, case.mask, case.width**-0.5)[0]
 
 
-def cudnn(window: int, q, k, v):
+def cudnn(case: Case, q, k, v):
     attend = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
-    return attend(q, k, v, local_window_size=(window - 1, 0))
+    return attend(q, k, v, local_window_size=(case.mask.window - 1, 0))
 
 
-def tokamax(window: int, q, k, v):
+def tokamax(case: Case, q, k, v):
     from tokamax import dot_product_attention
 
-    return dot_product_attention(q, k, v, is_causal=True, local_window_size=(window - 1, 0), implementation="mosaic_gpu")
+    return dot_product_attention(q, k, v, is_causal=True, local_window_size=(case.mask.window - 1, 0), implementation="mosaic_gpu")
 
 
 IMPLEMENTATIONS = {
@@ -58,7 +76,7 @@ IMPLEMENTATIONS = {
 }
 
 
-NAMES = [*IMPLEMENTATIONS, "flex"]
+NAMES, PEERS = [*IMPLEMENTATIONS, "flex"], ("cudnn", "tokamax", "flex")
 PACKAGES = {"tokamax": ("tokamax",), "flex": ("torch", "triton")}
 
 
@@ -68,9 +86,9 @@ def with_backward(function, q, k, v):
     return pull(out)
 
 
-def in_jax(function, window: int, *inputs) -> tuple:
+def in_jax(function, case: Case, *inputs) -> tuple:
     """out, dq, dk and dv."""
-    return jax.jit(lambda *a: (function(window, *a), *with_backward(partial(function, window), *a)))(*inputs)
+    return jax.jit(lambda *a: (function(case, *a), *with_backward(partial(function, case), *a)))(*inputs)
 
 
 class Flex:
@@ -83,14 +101,14 @@ class Flex:
         self.torch, self.flex = torch, flex_attention
         self.attend = torch.compile(flex_attention.flex_attention, dynamic=False)
 
-    def call(self, window: int, inputs, backward: bool):
+    def call(self, case: Case, inputs, backward: bool):
         """What computes out and, if asked for, the gradients, [batch, heads, length, width] all."""
         self.torch.compiler.reset()  # it keeps only so many shapes before it would compile none
         tensors = [cuda_graphs.tensor(x, self.torch.bfloat16).transpose(1, 2).contiguous().requires_grad_(backward) for x in inputs]
         length = tensors[0].shape[2]
 
         def seen(batch, head, q, k):
-            return (k <= q) & (q - k < window)
+            return (k <= q) & (q - k < case.mask.window)
 
         mask = self.flex.create_block_mask(seen, None, None, length, length, device="cuda", _compile=True)
 
@@ -101,29 +119,30 @@ class Flex:
 
         return call
 
-    def __call__(self, window: int, *inputs) -> tuple:
-        return tuple(x.detach().transpose(1, 2).float().cpu().numpy() for x in self.call(window, inputs, True)())
+    def __call__(self, case: Case, *inputs) -> tuple:
+        return tuple(x.detach().transpose(1, 2).float().cpu().numpy() for x in self.call(case, inputs, True)())
 
-    def milliseconds(self, length: int, work: str) -> list[float]:
-        return cuda_graphs.milliseconds(self.call(WINDOW, draw(length), work != "forward"), calls_of(length))
+    def milliseconds(self, case: Case, length: int, work: str) -> list[float]:
+        return cuda_graphs.milliseconds(self.call(case, draw(case, length), work != "forward"), calls_of(length))
 
 
-def errors(run, length: int = 1500, window: int = 400) -> dict[str, float]:
-    """Relative RMS errors of out, dq, dk and dv; `run` takes a window and the inputs."""
-    inputs = draw(length)
+def errors(run, case: Case, length: int = 1500) -> dict[str, float]:
+    """Relative RMS errors of out, dq, dk and dv; `run` takes a case and the inputs."""
+    case = case._replace(mask=dataclasses.replace(case.mask, window=min(case.mask.window, 400 if case.mask.causal else length)))
+    inputs = draw(case, length)
     with jax.enable_x64(True):
-        exact = in_jax(partial(ours, reference.attend), window, *(x.astype(jnp.float64) for x in inputs))
+        exact = in_jax(partial(ours, reference.attend), case, *(x.astype(jnp.float64) for x in inputs))
     names = ("out", "d_q", "d_k", "d_v")
-    return {n: round(rel_rms(np.asarray(a, np.float64), b), 5) for n, a, b in zip(names, run(window, *inputs), exact, strict=True)}
+    return {n: round(rel_rms(np.asarray(a, np.float64), b), 5) for n, a, b in zip(names, run(case, *inputs), exact, strict=True)}
 
 
-def in_programs(function, lengths: list[int]):
+def in_programs(function, case: Case, lengths: list[int]):
     """(length, work) -> milliseconds of each of several calls, by programs compiled here for all of them."""
-    one = partial(function, WINDOW)
+    one = partial(function, case)
     works = {"forward": one, "forward+backward": partial(with_backward, one)}
     cells = itertools.product(lengths, works)
-    programs = compiled({(n, work): (repeated(works[work], calls_of(n)), jax.eval_shape(partial(draw, n))) for n, work in cells})
-    return lambda length, work: milliseconds(programs[length, work], draw(length), calls_of(length))
+    programs = compiled({(n, work): (repeated(works[work], calls_of(n)), jax.eval_shape(partial(draw, case, n))) for n, work in cells})
+    return lambda length, work: milliseconds(programs[length, work], draw(case, length), calls_of(length))
 
 
 def calls_of(length: int) -> int:
@@ -136,30 +155,41 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2**power for power in range(12, 19)])
     parser.add_argument("--once", action="store_true", help="run each once with its backward pass and record nothing, for a profiler")
     parser.add_argument("--implementations", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--case", nargs="+", choices=CASES, default=["decoder"])
     add_commit(parser)
     options = parser.parse_args()
-    shared = {"op": "attend", "heads": [HEADS, KEY_HEADS], "width": WIDTH, "window": WINDOW, "dtype": "bfloat16"}
-    for name in options.implementations:
+    for case in options.case:
+        for name in options.implementations:
+            measure(case, name, options)
+
+
+def measure(case_name: str, name: str, options: argparse.Namespace) -> None:
+    """Errors and times of an implementation; prints why it is left out, where it is."""
+    case = CASES[case_name]
+    shared = {"op": "attend", "heads": [case.heads, case.key_heads], "width": case.width, "window": case.mask.window, "dtype": "bfloat16"}
+    shared |= {} if case_name == "decoder" else {"case": case_name}
+    try:
+        if case.segment and name in PEERS:
+            raise ValueError("for one causal sequence")
+        run = Flex() if name == "flex" else partial(in_jax, IMPLEMENTATIONS[name])
+        if options.once:
+            for length in options.lengths:
+                jax.block_until_ready(run(case, *draw(case, length)))
+            return
+        found = errors(run, case)
+    except Exception as reason:  # not installed, or not for this device
+        print(f"{name} is left out of {case_name}: {type(reason).__name__}: {str(reason).strip()[:200]}", flush=True)
+        return
+    take = partial(run.milliseconds, case) if name == "flex" else in_programs(IMPLEMENTATIONS[name], case, options.lengths)
+    for length, work in itertools.product(options.lengths, ("forward", "forward+backward")):
         try:
-            run = Flex() if name == "flex" else partial(in_jax, IMPLEMENTATIONS[name])
-            if options.once:
-                for length in options.lengths:
-                    jax.block_until_ready(run(WINDOW, *draw(length)))
-                continue
-            found = errors(run)
-        except Exception as reason:  # not installed, or not for this device
-            print(f"{name} is left out: {type(reason).__name__}: {str(reason).strip()[:200]}", flush=True)
+            times = take(length, work)
+        except Exception as reason:  # such as memory
+            print(f"{name:10} {work:16} {length} fails: {str(reason)[:200]}", flush=True)
             continue
-        take = run.milliseconds if name == "flex" else in_programs(IMPLEMENTATIONS[name], options.lengths)
-        for length, work in itertools.product(options.lengths, ("forward", "forward+backward")):
-            try:
-                times = take(length, work)
-            except Exception as reason:  # such as memory
-                print(f"{name:10} {work:16} {length} fails: {str(reason)[:200]}", flush=True)
-                continue
-            peer = {"versions": versions(*PACKAGES[name])} if name in PACKAGES else {}
-            result = {"implementation": name, **peer, "work": work, "length": length, "ms": summary(times), "errors": found}
-            record("attend", options.commit, shared | result)
+        peer = {"versions": versions(*PACKAGES[name])} if name in PACKAGES else {}
+        result = {"implementation": name, **peer, "work": work, "length": length, "ms": summary(times), "errors": found}
+        record("attend", options.commit, shared | result)
 
 
 if __name__ == "__main__":

@@ -42,8 +42,9 @@ def tables() -> str:
 def times(device: str) -> str:
     """Sequences by length and token steps by batch, a table each."""
     sequences: dict[tuple, dict] = {}
-    for line in newest("attend", "implementation", "work", "length", device=device).values():
-        sequences.setdefault(("attend", line["work"], line["implementation"]), {})[1, line["length"]] = line["ms"]["median"]
+    for line in newest("attend", "case", "implementation", "work", "length", device=device).values():
+        operator = " ".join(["attend", *line.get("case", "").split("_")]).strip()
+        sequences.setdefault((operator, line["work"], line["implementation"]), {})[1, line["length"]] = line["ms"]["median"]
     for line in newest("gated_delta_rule", "implementation", "work", "shape", device=device).values():
         sequences.setdefault(("gated_delta_rule", line["work"], line["implementation"]), {})[tuple(line["shape"])] = line["ms"]["median"]
     tokens: dict[tuple, dict] = {}
