@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gated_delta_rule import mosaic_tpu, xla
+from pallas_kernels.gated_delta_rule.mosaic_tpu_backward import backward
 from pallas_kernels.gated_delta_rule.mosaic_tpu_gates import ROWS
 from pallas_kernels.gated_delta_rule.mosaic_tpu_inverse import inverse
 from pallas_kernels.gated_delta_rule.mosaic_tpu_walk import walk
-from pallas_kernels.gated_delta_rule.mosaic_tpu_walk_back import walk_back
 
 f32, i32 = jnp.float32, jnp.int32
 
@@ -20,7 +20,7 @@ f32, i32 = jnp.float32, jnp.int32
 def gdn_kernels(
     *kernels: str, length: int = 8192, heads: int = 16, widths: tuple[int, int] = (128, 256), dtype: str = "bfloat16", save: bool = True
 ) -> tuple[Callable, tuple]:
-    """Kernels of the gated delta rule ("inverse", "walk", "walk_back") as they run for one sequence, with all that training needs
+    """Kernels of the gated delta rule ("inverse", "walk", "backward") as they run for one sequence, with all that training needs
     (`save`) or without; each for itself, in one program."""
     size = mosaic_tpu._chunk_size(length)
     chunks, (key, value) = -(-length // size), widths
@@ -30,11 +30,16 @@ def gdn_kernels(
 
     keys, values, t, rows = chunked(size, key), chunked(size, value), chunked(size, size), chunked(ROWS, size, kind=f32)
     state = jax.ShapeDtypeStruct((1, heads, key, value), f32)
-    block = mosaic_tpu._heads(keys.update(shape=(1, length, heads, key)), values.update(shape=(1, length, heads, value)))
+    block = mosaic_tpu._heads(heads, key, value, dtype)
+    states = jax.ShapeDtypeStruct((-(-chunks // 2), 1, heads, key, value), dtype)
+    parts = [t, t] if dtype == "bfloat16" else [t]
     known = {
         "inverse": (lambda *x: inverse(*x, block, save, False), (keys, rows)),
         "walk": (lambda *x: walk(*x, block, save, False), (keys, keys, values, t, rows, state)),
-        "walk_back": (lambda *x: walk_back(*x, block, False), (keys, keys, keys, values, rows, state)),
+        "backward": (
+            lambda *x: backward(*x, mosaic_tpu._heads(heads, key, value, dtype, mosaic_tpu.BACKWARD), False),
+            (keys, keys, values, parts, rows, states, values, state),
+        ),
     }
     functions, shapes = zip(*(known[kernel] for kernel in kernels), strict=True)
     return lambda *inputs: [function(*x) for function, x in zip(functions, inputs, strict=True)], shapes
@@ -79,7 +84,7 @@ def _scan_and_solve_forward(q, k, v, g, beta, initial_state, index, segment):
 
 
 def _scan_and_solve_backward(kept, cts):
-    return xla._backward(kept, cts, xla._products(*kept[:3]), xla.CHUNK, xla._walk_back)
+    return xla._backward(kept, cts, xla.CHUNK)
 
 
 _scan_and_solve.defvjp(_scan_and_solve_forward, _scan_and_solve_backward)

@@ -28,7 +28,7 @@ class Entry(NamedTuple):
 
 GDN = {"length": 8192, "heads": 16}
 KERNELS = [
-    *(Entry("gated_delta_rule", name, gdn_kernels, (name,), GDN) for name in ("inverse", "walk", "walk_back")),
+    *(Entry("gated_delta_rule", name, gdn_kernels, (name,), GDN) for name in ("inverse", "walk", "backward")),
     Entry("gated_delta_rule", "walk, nothing saved", gdn_kernels, ("walk",), GDN | {"save": False}),
 ]
 WHOLE = [

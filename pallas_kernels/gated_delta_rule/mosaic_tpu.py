@@ -1,8 +1,8 @@
 """The gated delta rule on TPU: the contract of `xla.gated_delta_rule`, with Pallas kernels for what XLA is slow at.
 
-Forward: `mosaic_tpu_inverse` makes T of every chunk, `mosaic_tpu_walk` walks over the chunks and writes the output. Backward: the
-algebra inside chunks is `xla`'s own, in chunks of 128; between its halves `mosaic_tpu_walk_back` walks back. Chunks of 128 because an
-MXU is 128 or 256 wide and half as many states pass through memory; rows of up to 64 tokens are one chunk of 64.
+Forward: `mosaic_tpu_inverse` makes T of every chunk, `mosaic_tpu_walk` walks over the chunks and writes the output. Backward:
+`mosaic_tpu_backward` walks back and writes all gradients. Chunks of 128 because an MXU is 128 or 256 wide and half as many states pass
+through memory; rows of up to 64 tokens are one chunk of 64.
 
 Static scores (benchmarks.tpu_scores; an estimate by the compiler's own account) and the assumptions behind them:
 benchmarks/results/tpu_scores.jsonl.
@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.gated_delta_rule import xla
+from pallas_kernels.gated_delta_rule.mosaic_tpu_backward import backward
 from pallas_kernels.gated_delta_rule.mosaic_tpu_gates import gate_rows
 from pallas_kernels.gated_delta_rule.mosaic_tpu_inverse import inverse
 from pallas_kernels.gated_delta_rule.mosaic_tpu_walk import walk
-from pallas_kernels.gated_delta_rule.mosaic_tpu_walk_back import walk_back
 
 CHUNK = 128
+FORWARD, BACKWARD = 8, 4  # heads of a block, by static score (benchmarks.tpu_scores)
 f32 = jnp.float32
 
 
@@ -68,10 +69,10 @@ def _chunk_size(length: int) -> int:
     return CHUNK if length > CHUNK // 2 else CHUNK // 2
 
 
-def _heads(k, v) -> int:
-    """Heads of a block: as many as the vector memory takes with two buffers of everything."""
-    most = max(1, 8 * 128 * 256 // (k.shape[3] * v.shape[3]) // (k.dtype.itemsize // 2))
-    return max(n for n in range(1, most + 1) if k.shape[2] % n == 0)
+def _heads(heads: int, key: int, value: int, dtype, most: int = FORWARD) -> int:
+    """Heads of a block: as many as the vector memory takes with two buffers of everything, `most` at K 128, V 256 and bfloat16."""
+    most = max(1, most * 128 * 256 // (key * value) // (jnp.dtype(dtype).itemsize // 2))
+    return max(n for n in range(1, most + 1) if heads % n == 0)
 
 
 def _operands(index, size, *inputs):
@@ -80,7 +81,7 @@ def _operands(index, size, *inputs):
 
 
 def _run(q, k, v, g, beta, initial_state, index, segment, interpret, save):
-    length, size, heads = k.shape[1], _chunk_size(k.shape[1]), _heads(k, v)
+    length, size, heads = k.shape[1], _chunk_size(k.shape[1]), _heads(*k.shape[2:], v.shape[3], k.dtype)
     queries, keys, values = _operands(index, size, q, k, v)
     rows = gate_rows(g, beta, index, segment, size)
     parts = inverse(keys, rows, heads, save, interpret)
@@ -103,25 +104,15 @@ def _forward(q, k, v, g, beta, initial_state, index, segment, interpret):
 def _backward(interpret, residuals, cts):
     *inputs, parts, states = residuals
     q, k, v, g, beta, index, segment = inputs
-    size, dtype = _chunk_size(k.shape[1]), k.dtype
-
-    def back(chunks, ct_out, ct_last, how):
-        rows = gate_rows(g, beta, index, segment, size)
-        queries, keys = _operands(index, size, q, k)
-        return walk_back(
-            queries, keys, chunks.w.astype(dtype), ct_out.astype(dtype), rows, ct_last, _heads(k, v), interpret
-        )
-
-    kept = sum(x.astype(f32) for x in parts), states
-    return xla._backward((*inputs, *kept), cts, xla._products(q, k, v), size, back, _all_states)
-
-
-def _all_states(chunks, states, how):
-    """The states before all chunks; `states` are those before every second."""
-    pairs = chunks.decay.shape[0] // 2
-    _, second = xla._outputs(jax.tree.map(lambda x: x[: 2 * pairs : 2], chunks), states[:pairs], how)
-    both = jnp.stack([states[:pairs], second.astype(states.dtype)], axis=1)
-    return jnp.concatenate([both.reshape(2 * pairs, *states.shape[1:]), states[pairs:]])
+    length, size = k.shape[1], _chunk_size(k.shape[1])
+    queries, keys, values, ct_out = _operands(index, size, q, k, v, cts[0].astype(v.dtype))
+    rows = gate_rows(g, beta, index, segment, size)
+    heads = _heads(*k.shape[2:], v.shape[3], k.dtype, BACKWARD)
+    *ours, gates, ct_initial = backward(queries, keys, values, parts, rows, states, ct_out, cts[1].astype(f32), heads, interpret)
+    gates = [xla._join(gates[..., i, :, None], length)[..., 0] for i in range(2)]
+    valid = None if index is None else index >= 0
+    dq, dk, dv, dg, dbeta = (xla._without_pads(x, valid) for x in (*(xla._join(x, length) for x in ours), *gates))
+    return dq, dk, dv, jnp.where(g > xla.FLOOR, dg, 0), dbeta, ct_initial, None, None
 
 
 _delta_rule.defvjp(_forward, _backward)

@@ -384,20 +384,19 @@ def _delta_rule_forward(q, k, v, g, beta, initial_state, index, segment):
 
 
 def _delta_rule_backward(residuals, cts):
-    return _backward(residuals, cts, _products(*residuals[:3]), _chunk_size(residuals[0].shape[1]), _walk_back)
+    return _backward(residuals, cts, _chunk_size(residuals[0].shape[1]))
 
 
-def _backward(residuals, cts, how: Products, size, walk_back, all_states=lambda chunks, states, how: states):
-    """Gradients in `_delta_rule`'s arguments, in chunks of `size` tokens; `walk_back` as `_walk_back`. `all_states` makes the states
-    before all chunks of those that were kept."""
+def _backward(residuals, cts, size):
+    """Gradients in `_delta_rule`'s arguments, in chunks of `size` tokens."""
     q, k, v, g, beta, index, segment, inverse, states = residuals
     ct_out, ct_last = cts
+    how = _products(q, k, v)
     ct_out = _split(_without_pads(ct_out, None if index is None else index >= 0), size).astype(f32)
 
     chunks, pull = jax.vjp(lambda *inputs: _prepare(*inputs, index, segment, how, size, lambda a: inverse), q, k, v, g, beta)
-    states = all_states(chunks, states, how)
     _, pull_outputs = jax.vjp(lambda chunks: _outputs(chunks, states, how), chunks)
-    ct_states, ct_initial = walk_back(chunks, ct_out, ct_last.astype(f32), how)
+    ct_states, ct_initial = _walk_back(chunks, ct_out, ct_last.astype(f32), how)
     return *pull(*pull_outputs((ct_out, ct_states.astype(f32)))), ct_initial, None, None
 
 
