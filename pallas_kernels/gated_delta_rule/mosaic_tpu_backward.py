@@ -40,7 +40,7 @@ from pallas_kernels.gated_delta_rule.mosaic_tpu_gates import Gates
 from pallas_kernels.gated_delta_rule.mosaic_tpu_products import dot, f32, halves
 from pallas_kernels.gated_delta_rule.mosaic_tpu_walk import PAIR
 
-VMEM = 40 * 2**20  # bytes
+VMEM = 32 * 2**20  # bytes
 
 
 def backward(q, k, v, parts, rows, states, ct_out, ct_last, heads: int, interpret) -> tuple[jax.Array, ...]:
