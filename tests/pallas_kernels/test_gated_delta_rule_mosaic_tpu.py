@@ -72,6 +72,12 @@ def test_bfloat16(length):
             assert_close(got, want, ALLOWED)
 
 
+def test_blocks_of_heads_and_an_odd_number_of_chunks():
+    inputs, cotangents = case(260, batch=2, heads=6, value_dim=384)
+    assert mosaic_tpu._heads(6, 128, 384, jnp.float32, mosaic_tpu.BACKWARD) == 1 and mosaic_tpu._heads(6, 128, 384, jnp.float32) == 2
+    assert_close(ours(inputs, cotangents), truth(inputs, cotangents))
+
+
 def test_gates_beyond_float32_range():
     inputs, cotangents = case(200, "spread")
     g = inputs[3].copy()
