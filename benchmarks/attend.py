@@ -172,9 +172,10 @@ def measure(case_name: str, name: str, options: argparse.Namespace) -> None:
         if case.segment and name in PEERS:
             raise ValueError("for one causal sequence")
         run = Flex() if name == "flex" else partial(in_jax, IMPLEMENTATIONS[name])
-        if options.once:
+        if options.once:  # the gradients alone: with out besides, the forward pass would run twice
+            once = partial(run, case) if name == "flex" else jax.jit(partial(with_backward, partial(IMPLEMENTATIONS[name], case)))
             for length in options.lengths:
-                jax.block_until_ready(run(case, *draw(case, length)))
+                jax.block_until_ready(once(*draw(case, length)))
             return
         found = errors(run, case)
     except Exception as reason:  # not installed, or not for this device

@@ -10,16 +10,15 @@ appends to benchmarks/results/. A matrix with an error too large ends the run be
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 from collections.abc import Callable
 
 from benchmarks.record import RESULTS, add_commit
+from pallas_kernels.testing.static_score import CHIPS
 
 GPU = ("attend", "gated_delta_rule", "decode")
 CPU = ("tpu_scores",)
-CHIPS = ("v5e", "v5p", "v6e", "tpu7x")
 README = RESULTS.parent.parent / "README.md"
 BEGIN, END = "<!-- python -m benchmarks.kernels --table writes what follows -->", "<!-- up to here -->"
 TIMES = ("ms", "us", "estimate_ms", "failed")
@@ -54,10 +53,13 @@ def times(device: str) -> str:
 
 
 def scores() -> str:
+    """A column for each generation of TPU."""
     rows: dict[tuple, dict] = {}
+    chips = list(CHIPS)
     for line in newest("tpu_scores", "op", "program", "topology").values():
-        rows.setdefault((line["op"], line["program"]), {})[CHIPS.index(line["topology"].split(":")[0])] = line.get("estimate_ms", math.nan)
-    return _grid(rows, ("operator", "program"), CHIPS.__getitem__)
+        chip = chips.index(line["topology"].split(":")[0])
+        rows.setdefault((line["op"], line["program"]), {})[chip] = line.get("estimate_ms", "does not compile")
+    return _grid(rows, ("operator", "program"), chips.__getitem__)
 
 
 def _shape(shape: tuple[int, int]) -> str:
@@ -70,8 +72,12 @@ def _grid(rows: dict[tuple, dict], names: tuple[str, ...], title: Callable) -> s
     columns = sorted({column for found in rows.values() for column in found})
     text = ["| " + " | ".join([*names, *map(title, columns)]) + " |", "|---" * (len(names) + len(columns)) + "|"]
     for key, found in sorted(rows.items(), key=lambda row: (row[0][:-1], row[0][-1] != "mosaic_gpu", row[0][-1])):
-        text.append("| " + " | ".join([*key, *(f"{found[c]:.3g}" if c in found else "" for c in columns)]) + " |")
+        text.append("| " + " | ".join([*key, *(_figure(found.get(c, "")) for c in columns)]) + " |")
     return "\n".join(text)
+
+
+def _figure(x: float | str) -> str:
+    return x if isinstance(x, str) else f"{x:.3g}"
 
 
 def write_readme() -> None:

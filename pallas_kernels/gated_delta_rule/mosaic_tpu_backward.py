@@ -59,6 +59,10 @@ def backward(q, k, v, parts, rows, states, ct_out, ct_last, heads: int, interpre
         """a^T b of two matrices given by their parts; the product of both second parts would add nothing."""
         return sum(dot(x, y, (0, 0)) for i, x in enumerate(a) for j, y in enumerate(b) if i + j < 2)
 
+    def over(x):
+        """[C, 1]: the sum of each row."""
+        return jnp.sum(x, axis=1, keepdims=True)
+
     def kernel(q_ref, k_ref, v_ref, *refs):
         t_refs, refs = refs[: len(parts)], refs[len(parts) :]
         rows_ref, states_ref, ct_out_ref, ct_last_ref, dq_ref, dk_ref, dv_ref, gates_ref, ct_ref = refs
@@ -113,10 +117,6 @@ def backward(q, k, v, parts, rows, states, ct_out, ct_last, heads: int, interpre
                 dq_ref[n, h] = (from_out[h] + through_q[h]).astype(dtype)
                 dk_ref[n, h] = (from_new[h] - from_x[h] + through_k[h]).astype(dtype)
                 dv_ref[n, h] = (gates[h].beta * x[h]).astype(dtype)
-
-                def over(y):
-                    return jnp.sum(y, axis=1, keepdims=True)
-
                 q, k = q_ref[n, h].astype(f32), k_ref[n, h].astype(f32)
                 until_end, since_start = over(k * from_new[h]), over(q * from_out[h] - k * from_x[h])  # [C, 1]
                 state = jnp.sum(states[h].astype(f32) * ct_ref[0, h]) * gates[h].whole

@@ -47,10 +47,8 @@ class Gates:
         self.whole = rows[3:4, -1:]  # decay over the whole chunk [1, 1]
         self.size = rows.shape[1]
 
-    def between(self, transposed: bool = False):
-        """[C, C]: at [i, j] the decay from token j to token i >= j, 0 above the diagonal. Transposed: at [j, i]."""
+    def between(self):
+        """[C, C]: at [i, j] the decay from token j to token i >= j, 0 above the diagonal."""
         exponent = sum(column - row for column, row in self._sums)
         row, column = (lax.broadcasted_iota(jnp.int32, (self.size, self.size), axis) for axis in (0, 1))
-        if transposed:
-            return jnp.where(row <= column, jnp.exp(-exponent), 0.0)
         return jnp.where(row >= column, jnp.exp(exponent), 0.0)  # a choice, not a product: what is not chosen may be inf

@@ -5,7 +5,15 @@ from benchmarks import kernels
 
 def test_readme_holds_the_newest_figures():
     text = kernels.README.read_text("utf-8")
-    assert text[text.index(kernels.BEGIN) : text.index(kernels.END)].split("\n", 2)[2].strip() == kernels.tables()
+    held = text[text.index(kernels.BEGIN) + len(kernels.BEGIN) : text.index(kernels.END)].strip()
+    assert held == kernels.tables(), "lines were recorded since: python -m benchmarks.kernels --table"
+
+
+def test_a_program_that_does_not_compile_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "RESULTS", tmp_path)
+    line = '{"device": "cpu", "commit": "a", "op": "op", "program": "it", "topology": "v5p:2x2x1", "failed": "no"}'
+    (tmp_path / "tpu_scores.jsonl").write_text(line, "utf-8")
+    assert kernels.scores().splitlines()[2] == "| op | it | does not compile |"
 
 
 def test_tables_are_written_between_the_marks(tmp_path, monkeypatch):
