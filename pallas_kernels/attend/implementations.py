@@ -5,12 +5,7 @@ from pallas_kernels.dispatch import Implementation, ampere, hopper, tpu
 
 
 def _on_hopper(q, k, v, q_index, k_index, q_segment, k_segment, mask, scale):
-    even = k.shape[2] and q.shape[2] // k.shape[2] % 2 == 0
-    if reason := mosaic_gpu.supports(q, k, v, mask, scale, q_segment is not None):
-        return reason
-    if not even or q.shape[3] not in mosaic_gpu.WIDTHS or v.shape[3] != q.shape[3]:  # it takes them, but was not yet run with them
-        return f"{q.shape[2]} query heads {q.shape[3]} wide on {k.shape[2]} key heads: not measured on a GPU yet"
-    return None
+    return mosaic_gpu.supports(q, k, v, mask, scale, q_segment is not None)
 
 
 def _on_tpu(q, k, v, q_index, k_index, q_segment, k_segment, mask, scale):

@@ -6,8 +6,10 @@ state, which stay in registers between their only reading and their only writing
 The state is asked for first. While it travels, each block makes the convolutions of its 32 values and, one channel a
 thread, of the head's whole q and k, which pass on through shared memory. With k^T S and q^T S summed side by side,
 out = decay q^T S + (q.k) u needs no second look at the new state. The norm of the head's output takes the one exchange
-between blocks: each writes its sum of squares into the shared memory of all. The barrier of that exchange also keeps the
-tails of q and k, which all blocks of a head read, from being written too early.
+between blocks: each writes its sum of squares into the shared memory of all, and passes when all have. The barrier of that
+exchange also keeps the tails of q and k, which all blocks of a head read, from being written too early, and a block from
+ending while another may still write into it. It is used once: warps pass a barrier one by one, and a block that arrives again
+while one of its warps still waits for the first time leaves that warp behind for good (seen with 8 sequences on an H100).
 
 A layer of the model calls it on x [batch, 1, width] like this, `state` being its cache (a tuple of the same four arrays):
 
@@ -20,8 +22,7 @@ A layer of the model calls it on x [batch, 1, width] like this, `state` being it
 Traffic: the state once in each direction, 8 K V bytes a head; all else is 2 % of that. Floor: 4 MiB for 16 heads of
 128 x 256, 1.4 us at 3 TB/s, and 89 us for 64 sequences.
 
-Clusters of blocks have run on a GPU at batch 1 alone (benchmarks/results/decode.jsonl); JAX's interpreter has none. benchmarks/decode.py
-checks and times it.
+JAX's interpreter has no clusters: benchmarks/decode.py checks and times it (benchmarks/results/decode.jsonl).
 """
 
 from functools import partial
@@ -125,14 +126,12 @@ def step(inputs: Inputs, weights: Weights, state: State, index: jax.Array, eps: 
             mine[...] = decay * memory + k * spread(update, 1)
             scale = norm.astype(f32) * silu(gate.astype(f32))
             plgpu.barrier_wait(met)
-            plgpu.barrier_arrive(met)
             mean = sum(sum_smem[other] for other in range(parts)) / values
             out_ref[b, slice_] = (out * lax.rsqrt(mean + eps) * scale).astype(out_ref.dtype)
             for tap in range(3):
                 state.v_tail[b, tap, slice_] = v_rows[tap + 1]
                 pl.when(part == 0)(lambda tap=tap: put(state.q_tail.at[b, tap, whole], q_rows[tap + 1]))
                 pl.when(part == parts - 1)(lambda tap=tap: put(state.k_tail.at[b, tap, whole], k_rows[tap + 1]))
-            plgpu.barrier_wait(met)  # no block ends while another may still write into it
 
         @pl.when(jnp.logical_not(real))
         def _stand():
