@@ -58,6 +58,7 @@ def attend(
     count = jnp.sum(q_index >= 0, axis=1, dtype=jnp.int32)
     run = partial(jax.nn.dot_product_attention, is_causal=mask.causal, scale=scale, implementation=implementation)
     window = None if mask.window is None else (mask.window - 1, 0)
-    q, k, v = (jnp.where(real, x, 0) for x in (q, k, v))
+    length, odd = q.shape[1], q.shape[1] % 2  # of odd lengths it gives no gradients
+    q, k, v = (jnp.pad(jnp.where(real, x, 0), [(0, 0), (0, odd), (0, 0), (0, 0)]) for x in (q, k, v))
     out = run(q, k, v, query_seq_lengths=count, key_value_seq_lengths=count, local_window_size=window)
-    return jnp.where(real, out, 0), lse
+    return jnp.where(real, out[:, :length], 0), lse

@@ -6,10 +6,11 @@ state, which stay in registers between their only reading and their only writing
 The state is asked for first. While it travels, each block makes the convolutions of its 32 values and, one channel a
 thread, of the head's whole q and k, which pass on through shared memory. With k^T S and q^T S summed side by side,
 out = decay q^T S + (q.k) u needs no second look at the new state. The norm of the head's output takes the one exchange
-between blocks: each writes its sum of squares into the shared memory of all, and passes when all have. The barrier of that
-exchange also keeps the tails of q and k, which all blocks of a head read, from being written too early, and a block from
-ending while another may still write into it. It is used once: warps pass a barrier one by one, and a block that arrives again
-while one of its warps still waits for the first time leaves that warp behind for good (seen with 8 sequences on an H100).
+between blocks: each writes its sum of squares into the shared memory of all, and passes the cluster's barrier when all have. The same
+barrier keeps the tails of q and k, which all blocks of a head read, from being written too early, and a block from ending while
+another may still write into it. It is the hardware's, by inline assembly: JAX's ClusterBarrier does not order stores into other
+blocks before it (a block then ended too early, now and then, and the launch failed), and a block cannot arrive at it
+again before all its warps have passed (else one waits for good).
 
 A layer of the model calls it on x [batch, 1, width] like this, `state` being its cache (a tuple of the same four arrays):
 
@@ -32,6 +33,8 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.gated_delta_rule.decode import Inputs, State, Weights
 
@@ -73,7 +76,7 @@ def step(inputs: Inputs, weights: Weights, state: State, index: jax.Array, eps: 
     parts = values // COLUMNS
     refs = State(*(jax.new_ref(x) for x in state))
 
-    def kernel(inputs, weights, index_ref, state, out_ref, memory_smem, unit_smem, sum_smem, arrived, met):
+    def kernel(inputs, weights, index_ref, state, out_ref, memory_smem, unit_smem, sum_smem, arrived):
         work, part = lax.axis_index("work"), lax.axis_index("part")
         b, head = lax.div(work, heads), lax.rem(work, heads)
         whole = pl.ds(head * keys, keys)  # the head's channels of q and k
@@ -121,11 +124,10 @@ def step(inputs: Inputs, weights: Weights, state: State, index: jax.Array, eps: 
             squares = jnp.sum(out * out)
             for other in range(parts):
                 plgpu.cluster_ref(sum_smem, {"part": other})[part] = squares
-            plgpu.commit_smem()  # all threads have stored before one arrives
-            plgpu.barrier_arrive(met)
+            cluster_arrive()
             mine[...] = decay * memory + k * spread(update, 1)
             scale = norm.astype(f32) * silu(gate.astype(f32))
-            plgpu.barrier_wait(met)
+            cluster_wait()
             mean = sum(sum_smem[other] for other in range(parts)) / values
             out_ref[b, slice_] = (out * lax.rsqrt(mean + eps) * scale).astype(out_ref.dtype)
             for tap in range(3):
@@ -144,7 +146,6 @@ def step(inputs: Inputs, weights: Weights, state: State, index: jax.Array, eps: 
             plgpu.SMEM((2, KEYS), f32),
             plgpu.SMEM((parts,), f32),
             plgpu.Barrier(),
-            plgpu.ClusterBarrier(collective_axes=("part",)),
         )
 
     mesh = plgpu.Mesh(grid=(batch * heads,), grid_names=("work",), cluster=(parts,), cluster_names=("part",))
@@ -155,6 +156,18 @@ def step(inputs: Inputs, weights: Weights, state: State, index: jax.Array, eps: 
     )
     out = run(inputs, weights, index, refs)
     return out, State(*(ref[...] for ref in refs))
+
+
+@plgpu.inline_mgpu()
+def cluster_arrive(_):
+    """Each thread: what it has stored, also into other blocks of the cluster, is there for all that wait."""
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), [], "barrier.cluster.arrive.release;", "~{memory}", has_side_effects=True)
+
+
+@plgpu.inline_mgpu()
+def cluster_wait(_):
+    """For all threads of the cluster to have arrived."""
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), [], "barrier.cluster.wait.acquire;", "~{memory}", has_side_effects=True)
 
 
 def load(ref, layout):
