@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.gated_delta_rule import mosaic_gpu_backward, mosaic_gpu_forward, xla
 from pallas_kernels.gated_delta_rule.mosaic_gpu_chunks import CHUNK, KEY
-from pallas_kernels.gated_delta_rule.mosaic_gpu_walk import WIDTH
+from pallas_kernels.gated_delta_rule.mosaic_gpu_cut import WIDTH
 from pallas_kernels.runs import sequence_runs
 
 FLOOR = -90.0  # of log decays: e^-90 is no normal float32, and sums of 64 of these keep four decimals

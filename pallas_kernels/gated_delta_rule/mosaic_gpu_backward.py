@@ -1,15 +1,17 @@
-"""All gradients of the gated delta rule, by the two backward kernels for Hopper GPUs.
+"""All gradients of the gated delta rule, by the backward kernels for Hopper GPUs.
 
 mosaic_gpu_walk_back.py carries the gradient of the state through the chunks, last to first; mosaic_gpu_gradients.py then does every chunk
-at once. Between them lie 96 KiB for each chunk of each head, with V 256.
+at once. Between them lie 96 KiB for each chunk of each head, with V 256. Where few heads would leave multiprocessors idle, the walk back
+is cut into spans (mosaic_gpu_cut.py).
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.gated_delta_rule.mosaic_gpu_cut import WIDTH, chain, spans_of
 from pallas_kernels.gated_delta_rule.mosaic_gpu_gradients import D_BETA, D_BETA_TOO, D_GATE, PRODUCT, gradients
-from pallas_kernels.gated_delta_rule.mosaic_gpu_walk_back import CHUNK, SINCE, walk_back
+from pallas_kernels.gated_delta_rule.mosaic_gpu_walk_back import CHUNK, SINCE, passages_back, walk_back
 
 f32 = jnp.float32
 
@@ -38,7 +40,13 @@ def backward(
     """
     inverse = inverse.reshape(*inverse.shape[:3], -1, CHUNK, CHUNK)
     vectors = gate_vectors(g, beta, runs)
-    x, d_states, d_first = walk_back(q, k, d_out, inverse, vectors, d_last)
+    batch, length, heads, width = d_out.shape
+    spans = spans_of(batch * heads, width // WIDTH, length // CHUNK)
+    if spans > 1:
+        d_ends = chain(d_last, passages_back(q, k, d_out, inverse, vectors, d_last, spans))
+    else:
+        d_ends = d_last[:, :, None]
+    x, d_states, d_first = walk_back(q, k, d_out, inverse, vectors, d_ends)
     dq, dk, dv, sums = gradients(q, k, v, d_out, inverse, states, x, d_states, vectors)
     product = vectors[:, :, :, SINCE, -1:] * sums[:, :, :, PRODUCT].sum(-1, keepdims=True)
     dg = sums[:, :, :, D_GATE] + product

@@ -24,10 +24,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.attend.mosaic_gpu_forward import load, spread, transposed
+from pallas_kernels.gated_delta_rule.mosaic_gpu_cut import KEY, MULTIPROCESSORS
 
 CHUNK = 64
-KEY = 128  # width of keys: two tiles of 64
-MULTIPROCESSORS = 132  # of an H100 or H200
 GROUPS = 3  # warpgroups of a thread block
 BETA, SINCE, UNTIL, PARTS = 0, 1, 2, 3  # rows of the chunk's vectors
 

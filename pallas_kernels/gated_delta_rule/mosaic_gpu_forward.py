@@ -1,14 +1,18 @@
-"""Out, the last state and what the backward pass keeps, by the two forward kernels for Hopper GPUs.
+"""Out, the last state and what the backward pass keeps, by the forward kernels for Hopper GPUs.
 
 mosaic_gpu_chunks.py does all that depends on no state, for every chunk at once; mosaic_gpu_walk.py goes through the chunks with the
-state in registers and gives the outputs on its way. Between them lie 32 KiB for each chunk of each head.
+state in registers and gives the outputs on its way. Between them lie 32 KiB for each chunk of each head. Where few heads would leave
+multiprocessors idle, the sequence is cut for the walk (mosaic_gpu_cut.py), and mosaic_gpu_passages.py goes before it.
 """
 
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 
-from pallas_kernels.gated_delta_rule.mosaic_gpu_chunks import CHUNK, chunks
+from pallas_kernels.gated_delta_rule.mosaic_gpu_chunks import CHUNK, KEY, chunks
+from pallas_kernels.gated_delta_rule.mosaic_gpu_cut import WIDTH, chain, spans_of
+from pallas_kernels.gated_delta_rule.mosaic_gpu_passages import passages
 from pallas_kernels.gated_delta_rule.mosaic_gpu_walk import Tuning, walk
 
 
@@ -32,6 +36,13 @@ def forward(
     initial_state: [B, H, 128, V] float32; None is zeros.
     """
     inverse, scores, vectors = chunks(q, k, g, beta, starts)
-    out, last, *states = walk(q, k, v, inverse, scores, vectors, initial_state, keep, Tuning())
+    batch, length, heads, width = v.shape
+    spans = spans_of(batch * heads, width // WIDTH, length // CHUNK)
+    if spans > 1:
+        first = jnp.zeros((batch, heads, KEY, width)) if initial_state is None else initial_state
+        states = chain(first, passages(k, v, inverse, vectors, initial_state, spans))
+    else:
+        states = None if initial_state is None else initial_state[:, :, None]
+    out, last, *states = walk(q, k, v, inverse, scores, vectors, states, keep, Tuning())
     inverse = inverse.reshape(*inverse.shape[:3], 2, CHUNK, CHUNK)
     return out, last, inverse, states[0] if keep else None

@@ -32,21 +32,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.attend.mosaic_gpu_forward import full, load, spread, transposed
-from pallas_kernels.gated_delta_rule.mosaic_gpu_walk_back import (
-    BETA,
-    CHUNK,
-    KEY,
-    ROWS,
-    SINCE,
-    UNTIL,
-    WIDTH,
-    across,
-    decays,
-    halves,
-)
+from pallas_kernels.gated_delta_rule.mosaic_gpu_cut import KEY, MULTIPROCESSORS, WIDTH
+from pallas_kernels.gated_delta_rule.mosaic_gpu_walk_back import BETA, CHUNK, ROWS, SINCE, UNTIL, across, decays, halves
 
 STAGES = 2  # of everything in shared memory
-BLOCKS = 132  # thread blocks: the multiprocessors of an H100 or H200
 REGISTERS = 240, 24  # a thread's, of the computing and of the copying warpgroups
 D_BETA, PRODUCT, D_GATE, D_BETA_TOO, SUMS = range(5)  # rows of what is summed for each token
 
@@ -75,7 +64,7 @@ def gradients(
     assert k.shape[3] == KEY and length % CHUNK == 0 and not odd
     count = length // CHUNK
     items = batch * heads * count
-    blocks = min(items, BLOCKS)
+    blocks = min(items, MULTIPROCESSORS)
     wgmma = plgpu.Layout.WGMMA
     by_row, by_column = wgmma.reduce(1), wgmma.reduce(0)
     square, wide = (CHUNK, CHUNK), (CHUNK, KEY)

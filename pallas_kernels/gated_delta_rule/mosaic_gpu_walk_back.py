@@ -11,7 +11,8 @@ and writes x and dS', which are all that mosaic_gpu_gradients.py needs of what i
 Tiling: a thread block takes 64 columns of one head's state. One warpgroup carries dS through the whole sequence: everything stands
 transposed, [V, tokens] and [V, K], so that dS is an accumulator that never leaves the registers and is, rounded, the register operand of
 its own products; likewise d_new and x. A second warpgroup is one chunk ahead with what depends on no state: the scores and d Q. A third
-starts the copies (TMA).
+starts the copies (TMA). Where these blocks would leave multiprocessors idle, the sequence is cut into spans (mosaic_gpu_cut.py) that walk
+at the same time; `passages_back` is the same walk before that, which writes nothing on its way.
 
 Rounding: operands are bfloat16, sums and the carried gradient float32. d_new meets T as two bfloat16: where keys repeat, its rounding
 errors would grow (2 % of dv, 1.3 % with two). T in two parts halves that again (0.6 %).
@@ -28,9 +29,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.attend.mosaic_gpu_forward import load, spread, transposed
+from pallas_kernels.gated_delta_rule.mosaic_gpu_cut import KEY, WIDTH, cut, passages_of, place
 
-CHUNK, KEY = 64, 128  # tokens of a chunk, width of keys
-WIDTH = 64  # columns of a state that a thread block carries
+CHUNK = 64  # tokens of a chunk
 SUM, SINCE, BETA, UNTIL, RUN, ROWS = range(6)  # rows of a chunk's vectors
 AHEAD, STAGES = 2, 3  # chunks in shared memory: of what one warpgroup reads early, and of what is held longer
 REGISTERS = 240, 24  # a thread's, of the computing and of the copying warpgroups
@@ -39,7 +40,7 @@ f32, bf16 = jnp.float32, jnp.bfloat16
 
 
 def walk_back(
-    q: jax.Array, k: jax.Array, d_out: jax.Array, inverse: jax.Array, vectors: jax.Array, d_last: jax.Array
+    q: jax.Array, k: jax.Array, d_out: jax.Array, inverse: jax.Array, vectors: jax.Array, d_ends: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x [B, H, N, 64, V] bfloat16, the gradients of the states after each of the N chunks, transposed [B, H, N, V, 128] bfloat16, and
     that of the initial state [B, H, 128, V] float32.
@@ -47,24 +48,49 @@ def walk_back(
     q, k: [B, T, H, 128], d_out: [B, T, H, V], bfloat16, no NaN, T and V multiples of 64. inverse: [B, H, N, 1 or 2, 64, 64] bfloat16, T or
     the two that add up to it.
     vectors: [B, H, N, ROWS, 64] float32: running sum of g in the chunk, decay d from the state before it (0 for other sequences'
-    tokens), beta, decay to the chunk's last token (likewise), number of the token's sequence. d_last: [B, H, 128, V] float32.
+    tokens), beta, decay to the chunk's last token (likewise), number of the token's sequence. d_ends: [B, H, S, 128, V] float32, the
+    gradient of the state after each of the S spans that `cut` makes of the chunks, the last span's first.
     """
+    x, d_states, d_first = _walk_back(q, k, d_out, inverse, vectors, d_ends, None)
+    return x, d_states, d_first[:, :, -1]
+
+
+def passages_back(
+    q: jax.Array, k: jax.Array, d_out: jax.Array, inverse: jax.Array, vectors: jax.Array, d_last: jax.Array, spans: int
+) -> jax.Array:
+    """What `chain` needs, spans counted from the last: [B, H, spans - 1, 128, V + 128] float32, as `passages` for the walk; d_last: [B, H,
+    128, V] float32, the rest as in `walk_back`."""
+    (passed,) = _walk_back(q, k, d_out, inverse, vectors, d_last[:, :, None], spans)
+    return passed
+
+
+def _walk_back(q, k, d_out, inverse, vectors, d_ends, passed_spans):
     batch, length, heads, width = d_out.shape
     slices, odd = divmod(width, WIDTH)
     assert k.shape[3] == KEY and length % CHUNK == 0 and not odd
     count, parts = length // CHUNK, inverse.shape[3]
+    passing = passed_spans is not None
+    spans = passed_spans if passing else d_ends.shape[2]
+    blocks = passages_of(spans, slices) if passing else spans * slices  # of a head
     wgmma, sideways = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA_TRANSPOSED
     by_row, by_column = wgmma.reduce(1), wgmma.reduce(0)
 
     def kernel(refs, smem, barriers):
-        q_ref, k_ref, do_ref, inverse_ref, vectors_ref, last_ref, x_ref, ds_ref, first_ref = refs
-        q_smem, k_smem, do_smem, t_smem, vectors_smem, scores_smem, reads_smem, x_smem, ds_smem = smem
+        q_ref, k_ref, do_ref, inverse_ref, vectors_ref, ends_ref, *others, first_ref = refs
+        q_smem, k_smem, do_smem, t_smem, vectors_smem, scores_smem, reads_smem, *staging = smem
         q_ready, k_ready, t_ready, made, q_free, k_free, t_free, used = barriers
         me = lax.axis_index("group")
         work = lax.axis_index("work")
-        slice_, head = lax.rem(work, slices), lax.rem(lax.div(work, slices), heads)
-        b = lax.div(work, slices * heads)
+        block, head = lax.rem(work, blocks), lax.rem(lax.div(work, blocks), heads)
+        b = lax.div(work, blocks * heads)
+        span, slice_ = place(block, slices) if passing else (lax.div(block, slices), lax.rem(block, slices))  # the last span is 0
+        first, chunks = cut(count, spans, spans - 1 - span)
         mine = pl.ds(slice_ * WIDTH, WIDTH)
+        columns = pl.ds(jnp.minimum(slice_, slices - 1) * WIDTH, WIDTH)
+        if passing:
+            (zeros_ref,) = others
+        else:
+            (x_ref, ds_ref), (x_smem, ds_smem) = others, staging
 
         @pl.when(me == 0)
         def _carry():
@@ -72,7 +98,7 @@ def walk_back(
 
             def step(i, ds):
                 early, late = lax.rem(i, AHEAD), lax.rem(i, STAGES)
-                n = count - 1 - i
+                n = first + chunks - 1 - i
                 k_, do_ = k_smem.at[late], do_smem.at[late]
 
                 def vector(which):
@@ -87,10 +113,11 @@ def walk_back(
                 def gather(far_acc, near_acc):
                     plgpu.wgmma(far_acc, rounded, transposed(k_))
                     plgpu.wgmma(near_acc, transposed(do_), scores_smem.at[early])
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    ds_smem[...] = rounded
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(ds_smem, ds_ref.at[b, head, n, mine])
+                    if not passing:
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        ds_smem[...] = rounded
+                        plgpu.commit_smem()
+                        plgpu.copy_smem_to_gmem(ds_smem, ds_ref.at[b, head, n, mine])
                     decayed = ds * vectors_smem[late, SINCE, CHUNK - 1]
                     decayed, until, factor = lax.optimization_barrier((decayed, vector(UNTIL), -vector(BETA) * vector(SINCE)))
                     far = plgpu.wgmma_accumulator_load(far_acc, wait_n=0)
@@ -120,19 +147,25 @@ def walk_back(
                 def write(acc):
                     acc[...] = ds
                     plgpu.wgmma(acc, written, k_)
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    transposed(x_smem)[...] = plgpu.layout_cast(x.astype(bf16), sideways)
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(x_smem, x_ref.at[b, head, n, :, mine])
+                    if not passing:
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        transposed(x_smem)[...] = plgpu.layout_cast(x.astype(bf16), sideways)
+                        plgpu.commit_smem()
+                        plgpu.copy_smem_to_gmem(x_smem, x_ref.at[b, head, n, :, mine])
                     return plgpu.wgmma_accumulator_load(acc)
 
                 ds = lax.optimization_barrier(pl.run_scoped(write, plgpu.ACC((WIDTH, KEY), f32)))
                 plgpu.barrier_arrive(k_free.at[late])
                 return ds
 
-            ds = load(transposed(last_ref.at[b, head, :, mine]), sideways)
-            ds = lax.fori_loop(0, count, step, plgpu.layout_cast(ds, wgmma))
-            transposed(first_ref.at[b, head, :, mine])[...] = plgpu.layout_cast(ds, sideways)
+            ds = load(transposed(ends_ref.at[b, head, 0 if passing else span, :, columns]), sideways)
+            ds = plgpu.layout_cast(ds, wgmma)
+            if passing:
+                column, key = (plgpu.broadcasted_iota(jnp.int32, (WIDTH, KEY), i, layout=wgmma) for i in (0, 1))
+                identity = (key == column + (slice_ - slices) * WIDTH).astype(f32)  # all zeros where d_out comes
+                ds = jnp.where(key < jnp.where(span == 0, KEY, 0), ds, identity)
+            ds = lax.fori_loop(0, chunks, step, ds)
+            transposed(first_ref.at[b, head, span, :, mine])[...] = plgpu.layout_cast(ds, sideways)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(me == 1)
@@ -140,7 +173,7 @@ def walk_back(
             plgpu.set_max_registers(REGISTERS[0], action="increase")
             row, column = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), i, layout=wgmma) for i in (0, 1))
 
-            @pl.loop(0, count)
+            @pl.loop(0, chunks)
             def _(i):
                 early, late = lax.rem(i, AHEAD), lax.rem(i, STAGES)
                 vector = vectors_smem.at[late]
@@ -166,14 +199,22 @@ def walk_back(
         def _copy():
             plgpu.set_max_registers(REGISTERS[1], action="decrease")
 
-            @pl.loop(0, count)
+            @pl.loop(0, chunks)
             def _(i):
                 early, late = lax.rem(i, AHEAD), lax.rem(i, STAGES)
-                n = count - 1 - i
+                n = first + chunks - 1 - i
                 tokens = pl.ds(n * CHUNK, CHUNK)
                 pl.when(i >= STAGES)(lambda: plgpu.barrier_wait(k_free.at[late]))
                 plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, head], k_smem.at[late], k_ready.at[late])
-                plgpu.copy_gmem_to_smem(do_ref.at[b, tokens, head, mine], do_smem.at[late], k_ready.at[late])
+
+                def copy_d_out(source):
+                    plgpu.copy_gmem_to_smem(source, do_smem.at[late], k_ready.at[late])
+
+                if passing:
+                    pl.when(slice_ < slices)(lambda: copy_d_out(do_ref.at[b, tokens, head, columns]))
+                    pl.when(slice_ >= slices)(lambda: copy_d_out(zeros_ref))
+                else:
+                    copy_d_out(do_ref.at[b, tokens, head, columns])
                 plgpu.copy_gmem_to_smem(vectors_ref.at[b, head, n], vectors_smem.at[late], k_ready.at[late])
                 pl.when(i >= AHEAD)(lambda: plgpu.barrier_wait(q_free.at[early]))
                 plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, head], q_smem.at[early], q_ready.at[early])
@@ -193,8 +234,7 @@ def walk_back(
             plgpu.SMEM((STAGES, ROWS, CHUNK), f32),
             shared(AHEAD, CHUNK, CHUNK),
             shared(AHEAD, CHUNK, KEY),
-            shared(CHUNK, WIDTH),
-            shared(WIDTH, KEY),
+            *([] if passing else (shared(CHUNK, WIDTH), shared(WIDTH, KEY))),
         )
         barriers = (
             plgpu.Barrier(num_barriers=AHEAD),
@@ -208,20 +248,26 @@ def walk_back(
         )
         pl.run_scoped(lambda *scratch: kernel(refs, *scratch), smem, barriers, collective_axes="group")
 
-    return plgpu.kernel(
-        entry,
-        out_type=[
+    if passing:
+        results = [jax.ShapeDtypeStruct((batch, heads, spans - 1, KEY, width + KEY), f32)]
+        others = [jnp.zeros((CHUNK, WIDTH), bf16)]
+    else:
+        results = [
             jax.ShapeDtypeStruct((batch, heads, count, CHUNK, width), bf16),
             jax.ShapeDtypeStruct((batch, heads, count, width, KEY), bf16),
-            jax.ShapeDtypeStruct((batch, heads, KEY, width), f32),
-        ],
-        grid=(batch * heads * slices,),
+            jax.ShapeDtypeStruct((batch, heads, spans, KEY, width), f32),
+        ]
+        others = []
+    return plgpu.kernel(
+        entry,
+        out_type=results,
+        grid=(batch * heads * blocks,),
         grid_names=("work",),
         num_threads=3,
         thread_name="group",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        kernel_name="gdn_walk_back",
-    )(q, k, d_out, inverse, vectors, d_last)
+        kernel_name="gdn_passages_back" if passing else "gdn_walk_back",
+    )(q, k, d_out, inverse, vectors, d_ends, *others)
 
 
 def decays(vector, row, column):

@@ -38,11 +38,11 @@ def decays(vectors):
     return jnp.exp(jnp.where(keep, sums[..., :, None] - sums[..., None, :], -jnp.inf))
 
 
-def dense_walk_back(q, k, d_out, inverse, vectors, d_last):
+def dense_walk_back(q, k, d_out, inverse, vectors, d_ends):
     q, k, d_out = map(chunked, (q, k, d_out))
     since, beta, until = (vectors[..., i, :, None] for i in (SINCE, BETA, UNTIL))
     scores = q @ k.mT * decays(vectors)
-    ds, xs, d_states = d_last, [], []
+    ds, xs, d_states = d_ends[:, :, 0], [], []
     for n in reversed(range(k.shape[2])):
         at = (slice(None), slice(None), n)
         d_states.insert(0, ds.mT)
