@@ -2,11 +2,12 @@
 
     python -m benchmarks.gated_delta_rule          # 1K to 256K tokens; into benchmarks/results/gated_delta_rule.jsonl
     python -m benchmarks.gated_delta_rule --shapes 1x32768 1x131072 --work forward --implementations mosaic_gpu fla
+    python -m benchmarks.gated_delta_rule --shapes 1x8192 --heads 4
 
-16 heads, keys 128 and values 256 wide, bfloat16, no initial state, the last state asked for. Errors first: relative RMS of out and the
-last state against the recurrence in float64 on the same bfloat16 numbers, 1,000 tokens, the worst of some gates and keys. Then times:
-several calls on random inputs in one program (of fla: in one CUDA graph), median of 20 programs. fla refuses its backward pass on Hopper
-with some versions of Triton, whose results were found wrong; it is timed all the same, and never compared with.
+16 heads or as many as asked for, keys 128 and values 256 wide, bfloat16, no initial state, the last state asked for. Errors first:
+relative RMS of out and the last state against the recurrence in float64 on the same bfloat16 numbers, 1,000 tokens, the worst of some gates
+and keys. Then times: several calls on random inputs in one program (of fla: in one CUDA graph), median of 20 programs. fla refuses its
+backward pass on Hopper with some versions of Triton, whose results were found wrong; it is timed all the same, and never compared with.
 
 fla 0.6 asks for einops besides torch and Triton; `pip install --no-deps fla-core flash-linear-attention einops`.
 """
@@ -41,11 +42,11 @@ def draw(batch: int, length: int, heads: int = HEADS, gates: str = "mild", repea
     return [*rounded, np.float32(GATES[gates](rng, lead)), np.float32(1 / (1 + np.exp(-2 * rng.standard_normal(lead))))]
 
 
-def timed(batch: int, length: int) -> list[jax.Array]:
+def timed(batch: int, length: int, heads: int) -> list[jax.Array]:
     """The same distributions, drawn on the device."""
 
     def numbers(key):
-        keys, lead = jax.random.split(key, 5), (batch, length, HEADS)
+        keys, lead = jax.random.split(key, 5), (batch, length, heads)
         q, k = (jax.random.normal(key, (*lead, KEY)) for key in keys[:2])
         q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
         v = jax.random.normal(keys[2], (*lead, VALUE))
@@ -55,11 +56,11 @@ def timed(batch: int, length: int) -> list[jax.Array]:
     return jax.jit(numbers)(jax.random.key(0))
 
 
-def in_programs(function, shapes: list[tuple[int, int]], works: list[str]):
+def in_programs(function, shapes: list[tuple[int, int]], works: list[str], heads: int):
     """(work, inputs) -> milliseconds of each of several calls, by programs compiled here for all shapes and works."""
     calls = {"forward": function, "forward+backward": partial(with_backward, function)}
     cells = list(itertools.product(shapes, works))
-    programs = compiled({(s, w): (repeated(calls[w], calls_of(*s)), jax.eval_shape(partial(timed, *s))) for s, w in cells})
+    programs = compiled({(s, w): (repeated(calls[w], calls_of(*s)), jax.eval_shape(partial(timed, *s, heads))) for s, w in cells})
 
     def take(work: str, inputs: list[jax.Array]) -> list[float]:
         shape = inputs[0].shape[:2]
@@ -140,9 +141,10 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="batch x length")
     parser.add_argument("--work", nargs="+", choices=["forward", "forward+backward"], default=["forward", "forward+backward"])
     parser.add_argument("--implementations", nargs="+", choices=[*JAX, "fla"], default=[*JAX, "fla"])
+    parser.add_argument("--heads", type=int, default=HEADS)
     add_commit(parser)
     options = parser.parse_args()
-    shared = {"op": "gated_delta_rule", "heads": HEADS, "widths": [KEY, VALUE], "dtype": "bfloat16"}
+    shared = {"op": "gated_delta_rule", "heads": options.heads, "widths": [KEY, VALUE], "dtype": "bfloat16"}
     shapes, cases = [tuple(map(int, shape.split("x"))) for shape in options.shapes], truths()
     for name in options.implementations:
         if name == "fla":
@@ -155,11 +157,11 @@ def main() -> None:
         else:
             run = jax.jit(JAX[name])
             found = errors(lambda *arrays, run=run: [np.asarray(x, np.float32) for x in run(*in_jax(arrays))], cases)
-            take = in_programs(JAX[name], shapes, options.work)
+            take = in_programs(JAX[name], shapes, options.work, options.heads)
         print(f"{name:10} errors {found}", flush=True)
         for (batch, length), work in itertools.product(shapes, options.work):
             try:
-                times = take(work, timed(batch, length))
+                times = take(work, timed(batch, length, options.heads))
             except Exception as reason:  # such as memory
                 print(f"{name:10} {work:16} {batch}x{length} fails: {str(reason)[:200]}", flush=True)
                 continue

@@ -44,8 +44,9 @@ def times(device: str) -> str:
     for line in newest("attend", "case", "implementation", "work", "length", device=device).values():
         operator = " ".join(["attend", *line.get("case", "").split("_")]).strip()
         sequences.setdefault((operator, line["work"], line["implementation"]), {})[1, line["length"]] = line["ms"]["median"]
-    for line in newest("gated_delta_rule", "implementation", "work", "shape", device=device).values():
-        sequences.setdefault(("gated_delta_rule", line["work"], line["implementation"]), {})[tuple(line["shape"])] = line["ms"]["median"]
+    for line in newest("gated_delta_rule", "heads", "implementation", "work", "shape", device=device).values():
+        operator = "gated_delta_rule" if line["heads"] == 16 else f"gated_delta_rule, {line['heads']} heads"
+        sequences.setdefault((operator, line["work"], line["implementation"]), {})[tuple(line["shape"])] = line["ms"]["median"]
     tokens: dict[tuple, dict] = {}
     for line in newest("decode", "op", "implementation", "batch", device=device).values():
         tokens.setdefault((line["op"], line["implementation"]), {})[line["batch"]] = line["us"]["median"] / 1e3

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.gated_delta_rule import mosaic_gpu, reference
-from pallas_kernels.gated_delta_rule.mosaic_gpu_cut import KEY, MULTIPROCESSORS, SHORTEST, chain, cut, passages_of, place, spans_of
+from pallas_kernels.gated_delta_rule.mosaic_gpu_cut import FEWEST, KEY, MULTIPROCESSORS, SHORTEST, chain, cut, passages_of, place, spans_of
 from pallas_kernels.testing.parity import rel_rms, unit
 
 
@@ -21,8 +21,9 @@ def test_cut_where_multiprocessors_are_idle():
         assert sum(lengths) == count and min(lengths) > 0
         if spans > 1:
             assert walks * spans * parts <= MULTIPROCESSORS and walks * passages_of(spans, parts) <= MULTIPROCESSORS
-            assert lengths[0] >= SHORTEST
+            assert lengths[0] >= SHORTEST and count >= FEWEST
     assert [spans_of(heads, 4, 128) for heads in (32, 16, 8, 4, 1)] == [1, 2, 4, 6, 8]
+    assert spans_of(16, 4, 128, fewest=3) == 1 and spans_of(8, 4, 128, fewest=3) == 4
 
 
 @pytest.mark.parametrize(("count", "spans"), [(10, 3), (9, 3), (7, 1), (64, 7)])
@@ -73,8 +74,8 @@ def test_states_between_spans(backward):
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_cut_walks_lower_for_cuda(backward):
-    wide = [jax.ShapeDtypeStruct((1, 2100, 2, width), jnp.bfloat16) for width in (128, 128, 256)]
-    inputs = *wide, *[jax.ShapeDtypeStruct((1, 2100, 2), jnp.float32)] * 2
+    wide = [jax.ShapeDtypeStruct((1, 4100, 2, width), jnp.bfloat16) for width in (128, 128, 256)]
+    inputs = *wide, *[jax.ShapeDtypeStruct((1, 4100, 2), jnp.float32)] * 2
 
     def run(*inputs):
         results, pull = jax.vjp(mosaic_gpu.gated_delta_rule, *inputs)
@@ -82,4 +83,4 @@ def test_cut_walks_lower_for_cuda(backward):
 
     text = jax.jit(run).trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
     kernels = ["gdn_passages"] + ["gdn_passages_back"] * backward
-    assert spans_of(2, 4, 33) == 2 and all(name in text for name in kernels)
+    assert spans_of(2, 4, 65) == 4 and all(name in text for name in kernels)
