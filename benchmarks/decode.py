@@ -37,6 +37,7 @@ from pallas_kernels.testing.parity import rel_rms
 HEADS, KEYS, VALUES, EPS = 16, 128, 256, 1e-5
 Q_HEADS, KEY_HEADS, WIDTH, WINDOW = 16, 2, 128, 8192
 LAYERS = {"gated_delta_rule": 27, "attend": 9}
+TOKENS = 32  # of a program: launching it may not count
 
 bf16 = jnp.bfloat16
 
@@ -176,8 +177,8 @@ def attend_errors(step, batch: int) -> dict[str, float]:
     return {"out": max(found)}
 
 
-def delta_program(step, tokens: int):
-    """A jitted program of `tokens` tokens through all layers; the first argument is given away and returned."""
+def delta_program(step):
+    """A jitted program of TOKENS tokens through all layers; the first argument is given away and returned."""
 
     def program(states, gate, inputs, weights, index):
         def token(i, carry):
@@ -188,7 +189,7 @@ def delta_program(step, tokens: int):
                 new.append(state)
             return new, gate
 
-        return jax.lax.fori_loop(0, tokens, token, (states, gate))
+        return jax.lax.fori_loop(0, TOKENS, token, (states, gate))
 
     return jax.jit(program, donate_argnums=0)
 
@@ -199,7 +200,7 @@ def delta_arguments(batch: int):
     return states, inputs[0].gate, inputs, weights, jnp.full(batch, 9000, jnp.int32)
 
 
-def attend_program(step, tokens: int):
+def attend_program(step):
     """Likewise."""
 
     def program(rings, q, k, v, index):
@@ -211,7 +212,7 @@ def attend_program(step, tokens: int):
                 new.append(ring)
             return new, q
 
-        return jax.lax.fori_loop(0, tokens, token, (rings, q))
+        return jax.lax.fori_loop(0, TOKENS, token, (rings, q))
 
     return jax.jit(program, donate_argnums=0)
 
@@ -226,10 +227,9 @@ PROGRAMS = {"gated_delta_rule": (delta_program, delta_arguments), "attend": (att
 
 
 MOST = 5e-3  # relative RMS error of each result
-TOKENS = 32  # of a program: launching it may not count
 
 
-def times(run, arguments, tokens: int, layers: int, repeats: int = 10) -> dict:
+def times(run, arguments, layers: int, repeats: int = 10) -> dict:
     """Of one layer and token: wall time in microseconds, time of its kernels, and their number."""
     state, carry, *rest = arguments
 
@@ -244,12 +244,12 @@ def times(run, arguments, tokens: int, layers: int, repeats: int = 10) -> dict:
     for _ in range(repeats):
         start = time.perf_counter()
         again()
-        walls.append((time.perf_counter() - start) / tokens / layers * 1e6)
+        walls.append((time.perf_counter() - start) / TOKENS / layers * 1e6)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             again()
         found = kernels(folder)
-    per = tokens * layers
+    per = TOKENS * layers
     return {"us": summary(walls, 2), "kernel_us": round(sum(kernel.us for kernel in found) / per, 2), "kernels": round(len(found) / per, 1)}
 
 
@@ -265,7 +265,7 @@ def main() -> None:
 
     def program(op, name, batch):
         make, arguments = PROGRAMS[op]
-        return make(IMPLEMENTATIONS[op][name], TOKENS), jax.eval_shape(partial(arguments, batch))
+        return make(IMPLEMENTATIONS[op][name]), jax.eval_shape(partial(arguments, batch))
 
     programs = compiled({cell: program(*cell) for cell in cells})
     for op, name, batch in cells:
@@ -275,7 +275,7 @@ def main() -> None:
             print(f"{case['op']} by {name}, batch {batch}: errors {found}", flush=True)
             if max(found.values()) > MOST:
                 raise ValueError(f"an error above {MOST}: not timed")
-            took = times(programs[op, name, batch], PROGRAMS[op][1](batch), TOKENS, LAYERS[op])
+            took = times(programs[op, name, batch], PROGRAMS[op][1](batch), LAYERS[op])
         except Exception as reason:  # the others are worth having all the same
             print(f"{case['op']} by {name}, batch {batch} fails: {type(reason).__name__}: {str(reason).strip()[:200]}", flush=True)
             continue

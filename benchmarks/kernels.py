@@ -78,7 +78,7 @@ def _grid(rows: dict[tuple, dict], names: tuple[str, ...], title: Callable) -> s
 
 
 def _figure(x: float | str) -> str:
-    return x if isinstance(x, str) else f"{x:.3g}"
+    return x if isinstance(x, str) else f"{x:.0f}" if x >= 1000 else f"{x:.3g}"
 
 
 def write_readme() -> None:

@@ -41,7 +41,7 @@ def backward(
     inverse = inverse.reshape(*inverse.shape[:3], -1, CHUNK, CHUNK)
     vectors = gate_vectors(g, beta, runs)
     batch, length, heads, width = d_out.shape
-    # Two spans would save nothing: without writing, the walk back is hardly faster.
+    # Two spans were not measured; they should save nothing, for the walk back is hardly faster without writing.
     spans = spans_of(batch * heads, width // WIDTH, length // CHUNK, fewest=3)
     if spans > 1:
         d_ends = chain(d_last, passages_back(q, k, d_out, inverse, vectors, d_last, spans))

@@ -40,7 +40,7 @@ def forward(
     spans = spans_of(batch * heads, width // WIDTH, length // CHUNK)
     if spans > 1:
         first = jnp.zeros((batch, heads, KEY, width)) if initial_state is None else initial_state
-        states = chain(first, passages(k, v, inverse, vectors, initial_state, spans))
+        states = chain(first, passages(k, v, inverse, vectors, first, spans))
     else:
         states = None if initial_state is None else initial_state[:, :, None]
     out, last, *states = walk(q, k, v, inverse, scores, vectors, states, keep, Tuning())

@@ -24,22 +24,21 @@ REGISTERS = 240, 24  # a thread's, of the carrying and of the copying warpgroup
 f32, bf16 = jnp.float32, jnp.bfloat16
 
 
-def passages(k: jax.Array, v: jax.Array, inverse: jax.Array, vectors: jax.Array, initial_state: jax.Array | None, spans: int) -> jax.Array:
+def passages(k: jax.Array, v: jax.Array, inverse: jax.Array, vectors: jax.Array, initial_state: jax.Array, spans: int) -> jax.Array:
     """What `chain` needs: [B, H, spans - 1, 128, V + 128] float32, of the first span the state after it (and nothing in the last 128
     columns), of the others, but not of the last one, B and A.
 
     k: [B, T, H, 128] and v: [B, T, H, V], bfloat16, no NaN, T and V multiples of 64. inverse, vectors: from `chunks`. initial_state: [B, H,
-    128, V] float32; None is zeros.
+    128, V] float32.
     """
     batch, length, heads, width = v.shape
     parts, odd = divmod(width, WIDTH)
     assert k.shape[3] == KEY and length % CHUNK == 0 and not odd and spans > 1
     count, blocks = length // CHUNK, passages_of(spans, parts)
     wgmma, sideways = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA_TRANSPOSED
-    started = initial_state is not None
 
     def kernel(refs, smem, barriers):
-        k_ref, v_ref, inverse_ref, vectors_ref, *initial_refs, passed_ref = refs
+        k_ref, v_ref, inverse_ref, vectors_ref, initial_ref, passed_ref = refs
         k_smem, v_smem, inverse_smem, vectors_smem = smem
         k_ready, v_ready, inverse_ready, free = barriers
         work, me = lax.axis_index("work"), lax.axis_index("group")
@@ -62,12 +61,8 @@ def passages(k: jax.Array, v: jax.Array, inverse: jax.Array, vectors: jax.Array,
                 plgpu.barrier_arrive(free.at[at])
                 return state
 
-            column, key = (plgpu.broadcasted_iota(jnp.int32, (WIDTH, KEY), i, layout=wgmma) for i in (0, 1))
-            identity = (key == column + (part - parts) * WIDTH).astype(f32)  # all zeros where values come
-            state = identity
-            if started:
-                there = load(transposed(initial_refs[0].at[b, head, :, columns]), sideways)
-                state = jnp.where(key < jnp.where(span == 0, KEY, 0), plgpu.layout_cast(there, wgmma), identity)
+            known = plgpu.layout_cast(load(transposed(initial_ref.at[b, head, :, columns]), sideways), wgmma)
+            state = entering(known, span, part, parts)
             state = lax.fori_loop(0, mine, step, state)
             target = passed_ref.at[b, head, span, :, pl.ds(part * WIDTH, WIDTH)]
             transposed(target)[...] = plgpu.layout_cast(state, sideways)
@@ -106,4 +101,12 @@ def passages(k: jax.Array, v: jax.Array, inverse: jax.Array, vectors: jax.Array,
         thread_name="group",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="gdn_passages",
-    )(k, v, inverse, vectors, *([initial_state] if started else []))
+    )(k, v, inverse, vectors, initial_state)
+
+
+def entering(known, span, part, parts: int):
+    """The transposed state [64 columns, 128] that a block begins with: in the first span to be walked the known one, in others zeros, or
+    its columns of the identity."""
+    column, key = (plgpu.broadcasted_iota(jnp.int32, (WIDTH, KEY), i, layout=plgpu.Layout.WGMMA) for i in (0, 1))
+    identity = (key == column + (part - parts) * WIDTH).astype(f32)  # all zeros for the first `parts`
+    return jnp.where(key < jnp.where(span == 0, KEY, 0), known, identity)

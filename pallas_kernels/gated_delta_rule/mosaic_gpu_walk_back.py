@@ -30,6 +30,7 @@ from jax import lax
 
 from pallas_kernels.attend.mosaic_gpu_forward import load, spread, transposed
 from pallas_kernels.gated_delta_rule.mosaic_gpu_cut import KEY, WIDTH, cut, passages_of, place
+from pallas_kernels.gated_delta_rule.mosaic_gpu_passages import entering
 
 CHUNK = 64  # tokens of a chunk
 SUM, SINCE, BETA, UNTIL, RUN, ROWS = range(6)  # rows of a chunk's vectors
@@ -161,9 +162,7 @@ def _walk_back(q, k, d_out, inverse, vectors, d_ends, passed_spans):
             ds = load(transposed(ends_ref.at[b, head, 0 if passing else span, :, columns]), sideways)
             ds = plgpu.layout_cast(ds, wgmma)
             if passing:
-                column, key = (plgpu.broadcasted_iota(jnp.int32, (WIDTH, KEY), i, layout=wgmma) for i in (0, 1))
-                identity = (key == column + (slice_ - slices) * WIDTH).astype(f32)  # all zeros where d_out comes
-                ds = jnp.where(key < jnp.where(span == 0, KEY, 0), ds, identity)
+                ds = entering(ds, span, slice_, slices)
             ds = lax.fori_loop(0, chunks, step, ds)
             transposed(first_ref.at[b, head, span, :, mine])[...] = plgpu.layout_cast(ds, sideways)
             plgpu.wait_smem_to_gmem(0)
