@@ -13,6 +13,7 @@ from pallas_kernels.gated_delta_rule.mosaic_tpu_backward import backward
 from pallas_kernels.gated_delta_rule.mosaic_tpu_gates import ROWS
 from pallas_kernels.gated_delta_rule.mosaic_tpu_inverse import inverse
 from pallas_kernels.gated_delta_rule.mosaic_tpu_walk import walk
+from pallas_kernels.tuning import TPUDelta
 
 f32, i32 = jnp.float32, jnp.int32
 
@@ -37,7 +38,7 @@ def gdn_kernels(
         "inverse": (lambda *x: inverse(*x, block, save, False), (keys, rows)),
         "walk": (lambda *x: walk(*x, block, save, False), (keys, keys, values, t, rows, state)),
         "backward": (
-            lambda *x: backward(*x, mosaic_tpu._heads(heads, key, value, dtype, mosaic_tpu.BACKWARD), False),
+            lambda *x: backward(*x, mosaic_tpu._heads(heads, key, value, dtype, TPUDelta.backward), False),
             (keys, keys, values, parts, rows, states, values, state),
         ),
     }

@@ -5,11 +5,7 @@ import dataclasses
 import numpy as np
 
 from pallas_kernels.attend.mask import Mask
-
-AREA = 1 << 20  # scores of one head and one sequence that a step holds at a time
-SIDE = 1024  # most rows of a query block
-BAND = 256  # windows up to this length are cut into small blocks, many to a step ...
-BAND_AREA = 1 << 18  # ... of this many scores
+from pallas_kernels.tuning import XLAAttend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +36,7 @@ class Plan:
 
 def plan(q_length: int, k_length: int, mask: Mask, packed: bool) -> Plan:
     """The steps that cover every pair of a query row and a key row that can meet. packed: segments are in use."""
-    if mask.aligned and mask.window is not None and mask.window <= BAND and not mask.sinks and q_length > BAND:
+    if mask.aligned and mask.window is not None and mask.window <= XLAAttend.band and not mask.sinks and q_length > XLAAttend.band:
         return _band(q_length, mask)
     return _pairs(q_length, k_length, mask, packed)
 
@@ -51,7 +47,7 @@ def _band(length: int, mask: Mask) -> Plan:
     back = -(-(mask.window - 1) // block)  # key blocks before the query's own that are in the window
     wide = back + 1 + (0 if mask.causal else back)
     blocks = -(-length // block)
-    steps = -(-blocks * block * wide * block // BAND_AREA)
+    steps = -(-blocks * block * wide * block // XLAAttend.band_area)
     count = -(-blocks // steps)
     rows = np.arange(steps) * count * block
     return Plan(
@@ -67,11 +63,11 @@ def _band(length: int, mask: Mask) -> Plan:
 
 def _pairs(q_length: int, k_length: int, mask: Mask, packed: bool) -> Plan:
     """Pairs of one query block and one key block, less those that alignment rules out."""
-    side = SIDE
+    side = XLAAttend.side
     if mask.aligned and mask.window is not None:
-        side = min(SIDE, max(256, mask.window // 2))  # larger blocks would mostly hold keys out of reach
+        side = min(XLAAttend.side, max(256, mask.window // 2))  # larger blocks would mostly hold keys out of reach
     q_block, q_count = _share(q_length, side)
-    k_block, k_count = _share(k_length, side if mask.aligned else AREA // q_block)
+    k_block, k_count = _share(k_length, side if mask.aligned else XLAAttend.area // q_block)
     q_start, k_start = np.arange(q_count) * q_block, np.arange(k_count) * k_block
     starts = np.stack(np.meshgrid(q_start, k_start, indexing="ij"), axis=-1).reshape(-1, 2)
     if mask.aligned:

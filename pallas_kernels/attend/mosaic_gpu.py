@@ -80,8 +80,7 @@ def _forward(q, k, v, q_index, k_index, q_segment, k_segment, mask, scale):
         order = jnp.argsort(k_index, axis=1)[:, :, None, None]
         keys = tuple(jnp.take_along_axis(x, order, axis=1) for x in keys)
     rows = _pad((q, *keys), 0) + (_pad(first, 0), _pad(last, -1))
-    tuning = mosaic_gpu_forward.Tuning()
-    out, lse = mosaic_gpu_forward.forward(*rows, scale, tuning)
+    out, lse = mosaic_gpu_forward.forward(*rows, scale)
     out, lse = out[:, :length], lse.swapaxes(1, 2)[:, :length]
     out, lse = checkpoint_name(out, "attend_out"), checkpoint_name(lse, "attend_lse")
     return (out, lse), (q, k, v, q_index, k_index, q_segment, k_segment, out, lse)
@@ -100,7 +99,7 @@ def _backward(mask, scale, kept, cotangents):
     _, _, first, last = runs(q_index, q_segment, mask)
     rows = _pad((_erase(q, q_index), _erase(k, k_index), _erase(v, k_index), d_out), 0)
     rows += tuple(_pad(x, 0).swapaxes(1, 2) for x in (lse, shift)) + (_pad(first, 0), _pad(last, -1))
-    gradients = mosaic_gpu_backward.backward(*rows, scale, mosaic_gpu_backward.Tuning())
+    gradients = mosaic_gpu_backward.backward(*rows, scale)
     return *(x[:, :length].astype(q.dtype) for x in gradients), None, None, None, None
 
 

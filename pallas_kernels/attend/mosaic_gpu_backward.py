@@ -14,7 +14,6 @@ Traffic: k, v, dk and dv once; q, d_out and 2 x dq (float32, into the L2 cache) 
 for each (query, head, visible key): with 16 heads, D 128 and a window of 8192, 0.70 ms at 8K and 4.9 at 32K.
 """
 
-import dataclasses
 import math
 from functools import partial
 
@@ -25,23 +24,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.attend.mosaic_gpu_forward import full, load, spread, tile_blocks, transposed
+from pallas_kernels.tuning import HopperAttendBackward as Tuning
 
 ROWS = 64  # query rows of a block, and key rows of a warpgroup
 KEYS = 2 * ROWS
 WIDTH = 128
 
 
-@dataclasses.dataclass(frozen=True)
-class Tuning:
-    """heads: query heads that a thread block walks through. stages: query blocks in shared memory. registers: a
-    thread's, of the computing and of the copying warpgroups."""
-
-    heads: int = 2
-    stages: int = 2
-    registers: tuple[int, int] = (240, 24)
-
-
-@partial(jax.jit, static_argnames=("scale", "tuning"))  # a model's layers share one compiled kernel
+@partial(jax.jit, static_argnames="scale")  # a model's layers share one compiled kernel
 def backward(
     q: jax.Array,
     k: jax.Array,
@@ -52,7 +42,6 @@ def backward(
     first: jax.Array,
     last: jax.Array,
     scale: float,
-    tuning: Tuning,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq [B, T, Hq, 128] float32, dk and dv [B, T, Hkv, 128] float32.
 
@@ -63,8 +52,8 @@ def backward(
     batch, length, q_heads, width = q.shape
     assert width == WIDTH and length % KEYS == 0
     group = q_heads // k.shape[2]
-    heads = math.gcd(tuning.heads, group)
-    parts, stages = group // heads, tuning.stages
+    heads = math.gcd(Tuning.heads, group)
+    parts, stages = group // heads, Tuning.stages
     units = q_heads // heads
     blocks = tile_blocks(first, last, KEYS, ROWS, strict=True)
     log2_scale = scale * math.log2(math.e)
@@ -88,7 +77,7 @@ def backward(
 
         @pl.when(me < 2)
         def _compute():
-            plgpu.set_max_registers(tuning.registers[0], action="increase")
+            plgpu.set_max_registers(Tuning.registers[0], action="increase")
             rows = pl.ds(key + me * ROWS, ROWS)
             by_row, by_column = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
             low = load(first_ref.at[b, rows], by_row)
@@ -165,7 +154,7 @@ def backward(
 
         @pl.when(me == 2)
         def _copy():
-            plgpu.set_max_registers(tuning.registers[1], action="decrease")
+            plgpu.set_max_registers(Tuning.registers[1], action="decrease")
             for half in range(2):
                 rows = pl.ds(key + half * ROWS, ROWS)
                 for c in range(WIDTH // 64):

@@ -15,7 +15,6 @@ Traffic: q and out once, k and v once per 128 rows of (query, head) from the L2 
 (query, head, visible key), at 989 Tflop/s: with 16 heads, D 128 and a window of 8192, 0.28 ms at 8K, 1.95 at 32K.
 """
 
-import dataclasses
 import math
 from functools import partial
 
@@ -25,34 +24,24 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.tuning import HopperAttendForward as Tuning
+
 ROWS = 64  # query rows of a tile: what one wgmma multiplies
 LOWEST = -1e30  # running maximum before the first key: finite, so that -inf - LOWEST is no NaN
 
 
-@dataclasses.dataclass(frozen=True)
-class Tuning:
-    """keys: rows of a key block. stages: key and value blocks in shared memory. registers: a thread's, of the computing
-    and of the copying warpgroups."""
-
-    keys: int = 128
-    stages: int = 2
-    registers: tuple[int, int] = (240, 24)
-
-
-@partial(jax.jit, static_argnames=("scale", "tuning"))  # a model's layers share one compiled kernel
-def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: jax.Array, scale: float, tuning: Tuning
-) -> tuple[jax.Array, jax.Array]:
+@partial(jax.jit, static_argnames="scale")  # a model's layers share one compiled kernel
+def forward(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
     """out [B, T, Hq, D] in the dtype of q and lse [B, Hq, T] float32.
 
-    q: [B, T, Hq, D]; k, v: [B, Tk, Hkv, D], D 64 or 128, T a multiple of 128, Tk of tuning.keys.
+    q: [B, T, Hq, D]; k, v: [B, Tk, Hkv, D], D 64 or 128, T a multiple of 128, Tk of Tuning.keys.
     first, last: [B, T] int32, the key rows that each query row sees; first > last for none (out 0, lse -inf).
     """
     batch, length, q_heads, width = q.shape
     alone = q_heads // k.shape[2] % 2  # heads that find no second one for their key head
     heads, rows_of_tile = (1, 2 * ROWS) if alone else (2, ROWS)
     units, tiles = q_heads // heads, length // rows_of_tile
-    keys, stages = tuning.keys, min(tuning.stages, k.shape[1] // tuning.keys)
+    keys, stages = Tuning.keys, min(Tuning.stages, k.shape[1] // Tuning.keys)
     units_per_key_head = units // k.shape[2]
     blocks = tile_blocks(first, last, rows_of_tile, keys)
     log2_scale = scale * math.log2(math.e)
@@ -72,7 +61,7 @@ def forward(
 
         @pl.when(group < 2)
         def _compute():
-            plgpu.set_max_registers(tuning.registers[0], action="increase")
+            plgpu.set_max_registers(Tuning.registers[0], action="increase")
             head = unit if alone else unit * 2 + group
             mine = q_smem.at[group]
             rows = pl.ds(row + group * ROWS if alone else row, ROWS)
@@ -173,7 +162,7 @@ def forward(
 
         @pl.when(group == 2)
         def _copy():
-            plgpu.set_max_registers(tuning.registers[1], action="decrease")
+            plgpu.set_max_registers(Tuning.registers[1], action="decrease")
             head = lax.div(unit, units_per_key_head)
 
             @pl.loop(begin, end)

@@ -23,17 +23,9 @@ from pallas_kernels.attend.mosaic_tpu_dkv import backward_keys
 from pallas_kernels.attend.mosaic_tpu_dq import backward_queries
 from pallas_kernels.attend.mosaic_tpu_forward import LANES, forward
 from pallas_kernels.attend.mosaic_tpu_plan import BLIND, NOBODY, Reach, has_diagonal, reach, visits
+from pallas_kernels.tuning import Block, TPUAttend
 
 MOST_VISITS = 1 << 16  # pairs of blocks: the list lies in scalar memory, 8 bytes for each
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """What a step of a kernel takes: rows of queries, rows of keys, query heads (at most)."""
-
-    rows: int
-    keys: int
-    heads: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,27 +37,20 @@ class Tuning:
     keys: Block
 
 
-WIDE = Tuning(Block(1024, 1024, 8), Block(1024, 1024, 8), Block(1024, 1024, 8))
-NARROW = Tuning(Block(128, 128, 16), Block(128, 128, 16), Block(128, 128, 16))  # windows up to one register wide
-LEAST = 256  # rows and keys that a narrower window cuts a block down to
-
-
 def tuned(q_length: int, k_length: int, mask: Mask, dtype) -> Tuning:
-    """The steps for a case; the table is by static score: python -m benchmarks.tpu_scores --op attend."""
+    """The steps for a case; by pallas_kernels.tuning."""
     window = mask.window if mask.aligned and not mask.sinks else None
-    tuning = NARROW if window is not None and window <= LANES else WIDE
+    block = TPUAttend.narrow if window is not None and window <= LANES else TPUAttend.wide
 
     def share(length, most):
         """Even shares of at most `most` rows, that fill registers."""
         if window is not None and window > LANES:
-            most = min(most, max(LEAST, up(window // 2, LANES)))  # larger blocks would mostly hold keys out of reach
+            most = min(most, max(TPUAttend.least, up(window // 2, LANES)))  # larger blocks would mostly hold keys out of reach
         return up(-(-length // -(-length // most)), LANES)
 
-    def fit(block):
-        rows, keys = (max(LANES, most * 2 // jnp.dtype(dtype).itemsize) for most in (block.rows, block.keys))  # as many bytes
-        return Block(share(q_length, rows), share(k_length, keys), block.heads)
-
-    return Tuning(fit(tuning.forward), fit(tuning.queries), fit(tuning.keys))
+    rows, keys = (max(LANES, most * 2 // jnp.dtype(dtype).itemsize) for most in (block.rows, block.keys))  # as many bytes
+    block = Block(share(q_length, rows), share(k_length, keys), block.heads)
+    return Tuning(block, block, block)
 
 
 def up(length: int, step: int) -> int:

@@ -28,9 +28,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attend.mosaic_tpu_plan import BLIND, DIAGONAL, FIRST, FLAG_BITS, LAST, MASKED, WHOLE, Visits
+from pallas_kernels.tuning import TPUAttend
 
 LANES = 128
-PART = 256  # rows whose scores are softened while those of the next are multiplied
+PART = TPUAttend.part
 LOWEST = -1e30  # running maximum before the first key: finite, so that -inf - LOWEST is no NaN
 VMEM = 48 << 20  # bytes a kernel may use
 

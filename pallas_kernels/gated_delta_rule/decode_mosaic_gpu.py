@@ -37,9 +37,10 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.gated_delta_rule.decode import Inputs, State, Weights
+from pallas_kernels.tuning import HopperDeltaToken
 
 KEYS = 128  # width of a key: one channel a thread
-COLUMNS = 32  # values of a block
+COLUMNS = HopperDeltaToken.columns
 NEW = jax.__version_info__ >= (0, 11)
 
 # Four warps by four rows by eight groups of four columns: each row of the block is one line of memory.

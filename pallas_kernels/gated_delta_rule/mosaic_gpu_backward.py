@@ -42,7 +42,7 @@ def backward(
     vectors = gate_vectors(g, beta, runs)
     batch, length, heads, width = d_out.shape
     # Two spans were not measured; they should save nothing, for the walk back is hardly faster without writing.
-    spans = spans_of(batch * heads, width // WIDTH, length // CHUNK, fewest=3)
+    spans = spans_of(batch * heads, width // WIDTH, length // CHUNK, back=True)
     if spans > 1:
         d_ends = chain(d_last, passages_back(q, k, d_out, inverse, vectors, d_last, spans))
     else:

@@ -25,9 +25,10 @@ from jax import lax
 
 from pallas_kernels.attend.mosaic_gpu_forward import load, spread, transposed
 from pallas_kernels.gated_delta_rule.mosaic_gpu_cut import KEY, MULTIPROCESSORS
+from pallas_kernels.tuning import HopperDeltaChunks as Tuning
 
 CHUNK = 64
-GROUPS = 3  # warpgroups of a thread block
+GROUPS = Tuning.groups
 BETA, SINCE, UNTIL, PARTS = 0, 1, 2, 3  # rows of the chunk's vectors
 
 FAR = 1e6  # taken from the logarithm of a decay for each start of a sequence on the way: it becomes 0

@@ -13,24 +13,25 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.tuning import HopperDeltaSpans as Tuning
+
 MULTIPROCESSORS = 132  # of an H100 or H200
 WIDTH = 64  # columns of a state that a thread block carries
 KEY = 128  # width of keys, and so columns of the identity
-FEWEST = 64  # chunks of a row that is cut, for a kernel more and the products between spans take as long as some chunks
-SHORTEST, MOST = 16, 8  # chunks of a span, and spans: these products go one after the other
 
 
-def spans_of(walks: int, parts: int, count: int, fewest: int = 2) -> int:
-    """How many spans to cut rows of `count` chunks into; walks is batch x heads, parts the blocks of each.
+def spans_of(walks: int, parts: int, count: int, back: bool = False) -> int:
+    """How many spans to cut rows of `count` chunks into, for the walk or the walk back; walks is batch x heads, parts the blocks of each.
 
-    As many as leave a multiprocessor to each block of both kernels; one if these are fewer than `fewest`.
+    As many as leave a multiprocessor to each block of both kernels; two only where that was seen to win.
     """
+    fewest = 2 if count <= Tuning.two and not back else 3
 
     def blocks(spans):
         return walks * max(spans * parts, passages_of(spans, parts))
 
-    numbers = range(fewest, MOST + 1) if count >= FEWEST else ()
-    spans = max((n for n in numbers if blocks(n) <= MULTIPROCESSORS and n * SHORTEST <= count), default=1)
+    numbers = range(fewest, Tuning.most + 1) if count >= Tuning.row else ()
+    spans = max((n for n in numbers if blocks(n) <= MULTIPROCESSORS and n * Tuning.shortest <= count), default=1)
     return -(-count // -(-count // spans))  # none is empty
 
 

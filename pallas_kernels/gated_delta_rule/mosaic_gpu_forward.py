@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels.gated_delta_rule.mosaic_gpu_chunks import CHUNK, KEY, chunks
 from pallas_kernels.gated_delta_rule.mosaic_gpu_cut import WIDTH, chain, spans_of
 from pallas_kernels.gated_delta_rule.mosaic_gpu_passages import passages
-from pallas_kernels.gated_delta_rule.mosaic_gpu_walk import Tuning, walk
+from pallas_kernels.gated_delta_rule.mosaic_gpu_walk import walk
 
 
 @partial(jax.jit, static_argnames="keep")  # a model's layers share one compiled kernel
@@ -43,6 +43,6 @@ def forward(
         states = chain(first, passages(k, v, inverse, vectors, first, spans))
     else:
         states = None if initial_state is None else initial_state[:, :, None]
-    out, last, *states = walk(q, k, v, inverse, scores, vectors, states, keep, Tuning())
+    out, last, *states = walk(q, k, v, inverse, scores, vectors, states, keep)
     inverse = inverse.reshape(*inverse.shape[:3], 2, CHUNK, CHUNK)
     return out, last, inverse, states[0] if keep else None

@@ -34,10 +34,10 @@ from jax import lax
 from pallas_kernels.attend.mosaic_gpu_forward import full, load, spread, transposed
 from pallas_kernels.gated_delta_rule.mosaic_gpu_cut import KEY, MULTIPROCESSORS, WIDTH
 from pallas_kernels.gated_delta_rule.mosaic_gpu_walk_back import BETA, CHUNK, ROWS, SINCE, UNTIL, across, decays, halves
+from pallas_kernels.tuning import HopperDeltaGradients as Tuning
 
-STAGES = 2  # of everything in shared memory
-REGISTERS = 240, 24  # a thread's, of the computing and of the copying warpgroups
 D_BETA, PRODUCT, D_GATE, D_BETA_TOO, SUMS = range(5)  # rows of what is summed for each token
+STAGES = Tuning.stages
 
 f32, bf16 = jnp.float32, jnp.bfloat16
 
@@ -101,7 +101,7 @@ def gradients(
 
         @pl.when(me == 0)
         def _queries():
-            plgpu.set_max_registers(REGISTERS[0], action="increase")
+            plgpu.set_max_registers(Tuning.registers[0], action="increase")
             row, column = (plgpu.broadcasted_iota(jnp.int32, square, i, layout=wgmma) for i in (0, 1))
 
             @pl.loop(0, mine)
@@ -180,7 +180,7 @@ def gradients(
 
         @pl.when(me == 1)
         def _keys():
-            plgpu.set_max_registers(REGISTERS[0], action="increase")
+            plgpu.set_max_registers(Tuning.registers[0], action="increase")
             row, column = (plgpu.broadcasted_iota(jnp.int32, square, i, layout=wgmma) for i in (0, 1))
 
             @pl.loop(0, mine)
@@ -276,7 +276,7 @@ def gradients(
 
         @pl.when(me == 2)
         def _copy():
-            plgpu.set_max_registers(REGISTERS[1], action="decrease")
+            plgpu.set_max_registers(Tuning.registers[1], action="decrease")
 
             @pl.loop(0, mine)
             def _(j):

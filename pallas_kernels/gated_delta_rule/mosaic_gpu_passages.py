@@ -17,9 +17,7 @@ from pallas_kernels.attend.mosaic_gpu_forward import load, transposed
 from pallas_kernels.gated_delta_rule.mosaic_gpu_chunks import CHUNK, KEY, PARTS
 from pallas_kernels.gated_delta_rule.mosaic_gpu_cut import WIDTH, cut, passages_of, place
 from pallas_kernels.gated_delta_rule.mosaic_gpu_walk import Chunk, advance
-
-STAGES = 3  # chunks in shared memory
-REGISTERS = 240, 24  # a thread's, of the carrying and of the copying warpgroup
+from pallas_kernels.tuning import HopperDeltaPassages as Tuning
 
 f32, bf16 = jnp.float32, jnp.bfloat16
 
@@ -51,11 +49,11 @@ def passages(k: jax.Array, v: jax.Array, inverse: jax.Array, vectors: jax.Array,
 
         @pl.when(me == 0)
         def _carry():
-            plgpu.set_max_registers(REGISTERS[0], action="increase")
+            plgpu.set_max_registers(Tuning.registers[0], action="increase")
             share_of_v = has_values.astype(f32)
 
             def step(n, state):
-                at = lax.rem(n, STAGES)
+                at = lax.rem(n, Tuning.stages)
                 chunk = Chunk(*(x.at[at] for x in (k_smem, v_smem, inverse_smem, vectors_smem, k_ready, v_ready, inverse_ready)))
                 state = advance(state, chunk, lambda _: None, lambda: None, lambda _: None, share_of_v)
                 plgpu.barrier_arrive(free.at[at])
@@ -69,13 +67,13 @@ def passages(k: jax.Array, v: jax.Array, inverse: jax.Array, vectors: jax.Array,
 
         @pl.when(me == 1)
         def _copy():
-            plgpu.set_max_registers(REGISTERS[1], action="decrease")
+            plgpu.set_max_registers(Tuning.registers[1], action="decrease")
 
             @pl.loop(0, mine)
             def _(n):
-                at = lax.rem(n, STAGES)
+                at = lax.rem(n, Tuning.stages)
                 tokens = pl.ds((first + n) * CHUNK, CHUNK)
-                pl.when(n >= STAGES)(lambda: plgpu.barrier_wait(free.at[at]))
+                pl.when(n >= Tuning.stages)(lambda: plgpu.barrier_wait(free.at[at]))
                 for source, target, ready in (
                     (k_ref.at[b, tokens, head], k_smem, k_ready),
                     (v_ref.at[b, tokens, head, columns], v_smem, v_ready),
@@ -86,10 +84,10 @@ def passages(k: jax.Array, v: jax.Array, inverse: jax.Array, vectors: jax.Array,
 
     def entry(*refs):
         def shared(*shape):
-            return plgpu.SMEM((STAGES, *shape), bf16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+            return plgpu.SMEM((Tuning.stages, *shape), bf16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
-        smem = shared(CHUNK, KEY), shared(CHUNK, WIDTH), shared(2 * CHUNK, CHUNK), plgpu.SMEM((STAGES, PARTS, CHUNK), f32)
-        barriers = tuple(plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES) for copies in (1, 2, 1, 1))
+        smem = shared(CHUNK, KEY), shared(CHUNK, WIDTH), shared(2 * CHUNK, CHUNK), plgpu.SMEM((Tuning.stages, PARTS, CHUNK), f32)
+        barriers = tuple(plgpu.Barrier(num_arrivals=copies, num_barriers=Tuning.stages) for copies in (1, 2, 1, 1))
         pl.run_scoped(lambda *scratch: kernel(refs, *scratch), smem, barriers, collective_axes="group")
 
     return plgpu.kernel(

@@ -19,7 +19,6 @@ tensor cores: with so few heads latency rules, 128 chunks, one after the other, 
 a chunk and slice.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,19 +31,11 @@ from jax import lax
 from pallas_kernels.attend.mosaic_gpu_forward import full, load, spread, transposed
 from pallas_kernels.gated_delta_rule.mosaic_gpu_chunks import BETA, CHUNK, KEY, PARTS, SINCE, UNTIL, across, rounded_halves, share
 from pallas_kernels.gated_delta_rule.mosaic_gpu_cut import WIDTH, cut
+from pallas_kernels.tuning import HopperDeltaWalk as Tuning
 
 HALVES = pl.ds(0, CHUNK), pl.ds(CHUNK, CHUNK)  # rows of the two parts that T and the scores come in
 
 f32, bf16 = jnp.float32, jnp.bfloat16
-
-
-@dataclasses.dataclass(frozen=True)
-class Tuning:
-    """stages: chunks in shared memory, of what the carrying warpgroup reads and of what the one that puts out reads.
-    registers: a thread's, of these two and of the copying warpgroup."""
-
-    stages: tuple[int, int] = (2, 2)
-    registers: tuple[int, int, int] = (240, 152, 24)
 
 
 def walk(
@@ -56,7 +47,6 @@ def walk(
     vectors: jax.Array,
     starts: jax.Array | None,
     keep: bool,
-    tuning: Tuning,
 ) -> tuple[jax.Array, ...]:
     """out [B, T, H, V] bfloat16, the last state [B, H, 128, V] float32 and, if keep, those before each chunk [B, H, N, 128, V] bfloat16.
 
@@ -69,7 +59,7 @@ def walk(
     assert k.shape[3] == KEY and length % CHUNK == 0 and not odd
     count = length // CHUNK
     spans = 1 if starts is None else starts.shape[2]
-    stages, out_stages = tuning.stages
+    stages, out_stages = Tuning.stages, Tuning.out_stages
     started = starts is not None
     wgmma, sideways = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA_TRANSPOSED
     by_row = wgmma.reduce(1)
@@ -95,7 +85,7 @@ def walk(
 
         @pl.when(me == 0)
         def _carry():
-            plgpu.set_max_registers(tuning.registers[0], action="increase")
+            plgpu.set_max_registers(Tuning.registers[0], action="increase")
 
             def step(n, state):
                 at = lax.rem(n, stages)
@@ -133,7 +123,7 @@ def walk(
 
         @pl.when(me == 1)
         def _put_out():
-            plgpu.set_max_registers(tuning.registers[1], action="decrease")
+            plgpu.set_max_registers(Tuning.registers[1], action="decrease")
 
             @pl.loop(0, mine)
             def _(n):
@@ -174,7 +164,7 @@ def walk(
 
         @pl.when(me == 2)
         def _copy():
-            plgpu.set_max_registers(tuning.registers[2], action="decrease")
+            plgpu.set_max_registers(Tuning.registers[2], action="decrease")
 
             @pl.loop(0, mine)
             def _(n):

@@ -31,11 +31,11 @@ from jax import lax
 from pallas_kernels.attend.mosaic_gpu_forward import load, spread, transposed
 from pallas_kernels.gated_delta_rule.mosaic_gpu_cut import KEY, WIDTH, cut, passages_of, place
 from pallas_kernels.gated_delta_rule.mosaic_gpu_passages import entering
+from pallas_kernels.tuning import HopperDeltaWalkBack as Tuning
 
 CHUNK = 64  # tokens of a chunk
 SUM, SINCE, BETA, UNTIL, RUN, ROWS = range(6)  # rows of a chunk's vectors
-AHEAD, STAGES = 2, 3  # chunks in shared memory: of what one warpgroup reads early, and of what is held longer
-REGISTERS = 240, 24  # a thread's, of the computing and of the copying warpgroups
+AHEAD, STAGES = Tuning.ahead, Tuning.stages
 
 f32, bf16 = jnp.float32, jnp.bfloat16
 
@@ -95,7 +95,7 @@ def _walk_back(q, k, d_out, inverse, vectors, d_ends, passed_spans):
 
         @pl.when(me == 0)
         def _carry():
-            plgpu.set_max_registers(REGISTERS[0], action="increase")
+            plgpu.set_max_registers(Tuning.registers[0], action="increase")
 
             def step(i, ds):
                 early, late = lax.rem(i, AHEAD), lax.rem(i, STAGES)
@@ -169,7 +169,7 @@ def _walk_back(q, k, d_out, inverse, vectors, d_ends, passed_spans):
 
         @pl.when(me == 1)
         def _prepare():
-            plgpu.set_max_registers(REGISTERS[0], action="increase")
+            plgpu.set_max_registers(Tuning.registers[0], action="increase")
             row, column = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), i, layout=wgmma) for i in (0, 1))
 
             @pl.loop(0, chunks)
@@ -196,7 +196,7 @@ def _walk_back(q, k, d_out, inverse, vectors, d_ends, passed_spans):
 
         @pl.when(me == 2)
         def _copy():
-            plgpu.set_max_registers(REGISTERS[1], action="decrease")
+            plgpu.set_max_registers(Tuning.registers[1], action="decrease")
 
             @pl.loop(0, chunks)
             def _(i):

@@ -19,9 +19,8 @@ from pallas_kernels.gated_delta_rule.mosaic_tpu_backward import backward
 from pallas_kernels.gated_delta_rule.mosaic_tpu_gates import gate_rows
 from pallas_kernels.gated_delta_rule.mosaic_tpu_inverse import inverse
 from pallas_kernels.gated_delta_rule.mosaic_tpu_walk import walk
+from pallas_kernels.tuning import TPUDelta
 
-CHUNK = 128
-FORWARD, BACKWARD = 8, 4  # heads of a block, by static score (benchmarks.tpu_scores)
 f32 = jnp.float32
 
 
@@ -66,10 +65,10 @@ def gated_delta_rule(
 
 
 def _chunk_size(length: int) -> int:
-    return CHUNK if length > CHUNK // 2 else CHUNK // 2
+    return TPUDelta.chunk if length > TPUDelta.chunk // 2 else TPUDelta.chunk // 2
 
 
-def _heads(heads: int, key: int, value: int, dtype, most: int = FORWARD) -> int:
+def _heads(heads: int, key: int, value: int, dtype, most: int = TPUDelta.forward) -> int:
     """Heads of a block: as many as the vector memory takes with two buffers of everything, `most` at K 128, V 256 and bfloat16."""
     most = max(1, most * 128 * 256 // (key * value) // (jnp.dtype(dtype).itemsize // 2))
     return max(n for n in range(1, most + 1) if heads % n == 0)
@@ -107,7 +106,7 @@ def _backward(interpret, residuals, cts):
     length, size = k.shape[1], _chunk_size(k.shape[1])
     queries, keys, values, ct_out = _operands(index, size, q, k, v, cts[0].astype(v.dtype))
     rows = gate_rows(g, beta, index, segment, size)
-    heads = _heads(*k.shape[2:], v.shape[3], k.dtype, BACKWARD)
+    heads = _heads(*k.shape[2:], v.shape[3], k.dtype, TPUDelta.backward)
     *ours, gates, ct_initial = backward(queries, keys, values, parts, rows, states, ct_out, cts[1].astype(f32), heads, interpret)
     gates = [xla._join(gates[..., i, :, None], length)[..., 0] for i in range(2)]
     valid = None if index is None else index >= 0

@@ -22,8 +22,9 @@ from jax import lax
 
 from pallas_kernels.gated_delta_rule.mosaic_tpu_gates import Gates
 from pallas_kernels.gated_delta_rule.mosaic_tpu_products import bf16, dot, dot_halves, halves
+from pallas_kernels.tuning import TPUDelta
 
-BASE = 16  # rows of a diagonal block that is inverted by substitution
+BASE = TPUDelta.base
 
 
 def inverse(k: jax.Array, rows: jax.Array, heads: int, full: bool, interpret) -> tuple[jax.Array, ...]:

@@ -26,8 +26,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.gated_delta_rule.mosaic_tpu_gates import Gates
 from pallas_kernels.gated_delta_rule.mosaic_tpu_products import dot, f32, halves
+from pallas_kernels.tuning import TPUDelta
 
-PAIR = 2  # chunks of a step, and of a saved state
+PAIR = TPUDelta.pair
 VMEM = 32 * 2**20  # bytes
 
 

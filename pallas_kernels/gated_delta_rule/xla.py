@@ -27,9 +27,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.runs import sequence_runs
+from pallas_kernels.tuning import XLADelta
 
-CHUNK = 64
-SMALLEST = 16  # chunk for a handful of tokens
 FLOOR = -200.0  # below it exp and its derivative are 0 in float32; above it sums of 128 coarse gates are exact
 COARSE = 256.0  # gates are split into a multiple of 1/COARSE and a rest
 
@@ -175,7 +174,7 @@ def _without_pads(x, valid):
 
 
 def _chunk_size(length: int) -> int:
-    return min(CHUNK, max(SMALLEST, 1 << (length - 1).bit_length()))
+    return min(XLADelta.chunk, max(XLADelta.smallest, 1 << (length - 1).bit_length()))
 
 
 def _split(x, size):

@@ -14,6 +14,7 @@ from pallas_kernels.attend import Mask, attend, blocks, cudnn, merge, mosaic_gpu
 from pallas_kernels.attend.mosaic_tpu_plan import reach
 from pallas_kernels.attend.runs import runs
 from pallas_kernels.testing.parity import in_float64, poison, rel_rms, with_gradients
+from pallas_kernels.tuning import XLAAttend
 
 TOLERANCE = 1e-5  # relative RMS error of float32 against float64
 
@@ -107,9 +108,9 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_matches_float64(case, monkeypatch):
     # Blocks small enough that these lengths take several steps.
-    monkeypatch.setattr(blocks, "SIDE", 192)
-    monkeypatch.setattr(blocks, "AREA", 192 * 256)
-    monkeypatch.setattr(blocks, "BAND_AREA", 64 * 192 * 3)
+    monkeypatch.setattr(XLAAttend, "side", 192)
+    monkeypatch.setattr(XLAAttend, "area", 192 * 256)
+    monkeypatch.setattr(XLAAttend, "band_area", 64 * 192 * 3)
     assert_same(values_and_gradients(attend, case), truth(case), TOLERANCE)
 
 
@@ -203,7 +204,7 @@ def test_merge_with_empty_sides():
     ids=["band", "cached"],
 )
 def test_poisoned_pads(case, monkeypatch):
-    monkeypatch.setattr(blocks, "AREA", 128 * 128)
+    monkeypatch.setattr(XLAAttend, "area", 128 * 128)
     clean = case.tensors()
     queries, keys = case.tokens()["q_index"], case.tokens()["k_index"]
     indices = (queries, keys, keys, queries, queries)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels.gated_delta_rule import mosaic_gpu, reference
-from pallas_kernels.gated_delta_rule.mosaic_gpu_cut import FEWEST, KEY, MULTIPROCESSORS, SHORTEST, chain, cut, passages_of, place, spans_of
+from pallas_kernels.gated_delta_rule.mosaic_gpu_cut import KEY, MULTIPROCESSORS, chain, cut, passages_of, place, spans_of
 from pallas_kernels.testing.parity import rel_rms, unit
+from pallas_kernels.tuning import HopperDeltaSpans
 
 
 def test_cut_where_multiprocessors_are_idle():
@@ -21,9 +22,9 @@ def test_cut_where_multiprocessors_are_idle():
         assert sum(lengths) == count and min(lengths) > 0
         if spans > 1:
             assert walks * spans * parts <= MULTIPROCESSORS and walks * passages_of(spans, parts) <= MULTIPROCESSORS
-            assert lengths[0] >= SHORTEST and count >= FEWEST
+            assert lengths[0] >= HopperDeltaSpans.shortest and count >= HopperDeltaSpans.row
     assert [spans_of(heads, 4, 128) for heads in (32, 16, 8, 4, 1)] == [1, 2, 4, 6, 8]
-    assert spans_of(16, 4, 128, fewest=3) == 1 and spans_of(8, 4, 128, fewest=3) == 4
+    assert spans_of(16, 4, 128, back=True) == spans_of(16, 4, 129) == 1 and spans_of(8, 4, 129, back=True) == 4
 
 
 @pytest.mark.parametrize(("count", "spans"), [(10, 3), (9, 3), (7, 1), (64, 7)])

@@ -11,6 +11,7 @@ from pallas_kernels.gated_delta_rule import mosaic_tpu, reference
 from pallas_kernels.testing import parity
 from pallas_kernels.testing.matrix import ALLOWED, INTERPRETED
 from pallas_kernels.testing.parity import GATES, poison, rel_rms, unit
+from pallas_kernels.tuning import TPUDelta
 
 NAMES = ("out", "state", "d_q", "d_k", "d_v", "d_g", "d_beta", "d_initial_state")
 F32 = dict.fromkeys(NAMES, 1e-4)
@@ -74,7 +75,7 @@ def test_bfloat16(length):
 
 def test_blocks_of_heads_and_an_odd_number_of_chunks():
     inputs, cotangents = case(260, batch=2, heads=6, value_dim=384)
-    assert mosaic_tpu._heads(6, 128, 384, jnp.float32, mosaic_tpu.BACKWARD) == 1 and mosaic_tpu._heads(6, 128, 384, jnp.float32) == 2
+    assert mosaic_tpu._heads(6, 128, 384, jnp.float32, TPUDelta.backward) == 1 and mosaic_tpu._heads(6, 128, 384, jnp.float32) == 2
     assert_close(ours(inputs, cotangents), truth(inputs, cotangents))
 
 
