@@ -25,7 +25,6 @@ from benchmarks.record import add_commit, record
 from benchmarks.timing import compiled, summary
 from benchmarks.trace import kernels
 from infinitevl_jax.model.attention import KeyValueRing, slot_index, write
-from infinitevl_jax.model.deltanet import l2_normalize
 from pallas_kernels.attend import Mask, attend, decode_mosaic_gpu, merge
 from pallas_kernels.attend import decode as attend_decode
 from pallas_kernels.causal_conv import causal_conv
@@ -33,6 +32,7 @@ from pallas_kernels.gated_delta_rule import decode as delta_decode
 from pallas_kernels.gated_delta_rule import decode_mosaic_gpu as delta_mosaic_gpu
 from pallas_kernels.gated_delta_rule import gated_delta_rule
 from pallas_kernels.testing.parity import rel_rms
+from pallas_kernels.unit_heads import unit_heads
 
 HEADS, KEYS, VALUES, EPS = 16, 128, 256, 1e-5
 Q_HEADS, KEY_HEADS, WIDTH, WINDOW = 16, 2, 128, 8192
@@ -49,12 +49,13 @@ def delta_layers(inputs, weights, state, index, eps):
 
     def convolve(x, weight, tail):
         y, tail = causal_conv(x[:, None], weight, tail, index, segment)
-        return y.reshape(batch, 1, HEADS, -1), tail
+        return y, tail
 
     q, q_tail = convolve(inputs.q, weights.q_conv, state.q_tail)
     k, k_tail = convolve(inputs.k, weights.k_conv, state.k_tail)
     v, v_tail = convolve(inputs.v, weights.v_conv, state.v_tail)
-    q, k = (l2_normalize(q) * KEYS**-0.5).astype(q.dtype), l2_normalize(k).astype(k.dtype)
+    q, k = (unit_heads(q, HEADS, 1e-6) * KEYS**-0.5).astype(q.dtype), unit_heads(k, HEADS, 1e-6).astype(k.dtype)
+    q, k, v = (x.reshape(batch, 1, HEADS, -1) for x in (q, k, v))
     a, b, rate, bias = (x.astype(jnp.float32) for x in (inputs.a, inputs.b, weights.A_log, weights.dt_bias))
     g = (-jnp.exp(rate) * jax.nn.softplus(a + bias))[:, None]
     out, memory = gated_delta_rule(q, k, v, g, jax.nn.sigmoid(b)[:, None], state.memory, index, segment)

@@ -7,13 +7,20 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
+from infinitevl_jax.config.model import TextConfig
+from infinitevl_jax.model.deltanet import GatedDeltaNet
+from infinitevl_jax.model.keys import Keys
+from infinitevl_jax.model.ops import Ops
+from infinitevl_jax.model.span import Span
 from pallas_kernels.gated_delta_rule import mosaic_tpu, xla
 from pallas_kernels.gated_delta_rule.mosaic_tpu_backward import backward
 from pallas_kernels.gated_delta_rule.mosaic_tpu_gates import ROWS
 from pallas_kernels.gated_delta_rule.mosaic_tpu_inverse import inverse
 from pallas_kernels.gated_delta_rule.mosaic_tpu_walk import walk
 from pallas_kernels.tuning import TPUDelta
+from pallas_kernels.unit_heads import unit_heads_by_products
 
 f32, i32 = jnp.float32, jnp.int32
 
@@ -29,7 +36,8 @@ def gdn_kernels(
     def chunked(*shape, kind=dtype):
         return jax.ShapeDtypeStruct((chunks, 1, heads, *shape), kind)
 
-    keys, values, t, rows = chunked(size, key), chunked(size, value), chunked(size, size), chunked(ROWS, size, kind=f32)
+    keys, values = (jax.ShapeDtypeStruct((1, chunks * size, heads * width), dtype) for width in widths)
+    t, rows = chunked(size, size), chunked(ROWS, size, kind=f32)
     state = jax.ShapeDtypeStruct((1, heads, key, value), f32)
     block = mosaic_tpu._heads(heads, key, value, dtype)
     states = jax.ShapeDtypeStruct((-(-chunks // 2), 1, heads, key, value), dtype)
@@ -64,6 +72,25 @@ def gdn_op(implementation: str, gradient: bool, length: int = 8192, heads: int =
     inputs = (tokens(heads, 128), tokens(heads, 128), tokens(heads, 256), tokens(heads, kind=f32), tokens(heads, kind=f32), state)
     others = (tokens(kind=i32), tokens(kind=i32))
     return (both, (*inputs, *others, tokens(heads, 256), state)) if gradient else (run, (*inputs, *others))
+
+
+def gdn_layer(gradient: bool, length: int = 8192, heads: int = 16, width: int = 2048) -> tuple[Callable, tuple]:
+    """A whole Gated DeltaNet layer in bfloat16, projections, convolutions and norms with it, for one packed sequence; K 128, V 256. With
+    gradients in its parameters and its input if asked."""
+    config = TextConfig(hidden_size=width, num_linear_heads=heads, linear_head_dim=128, expand_v=2.0)
+    ops = Ops(gated_delta_rule=mosaic_tpu.gated_delta_rule, unit_heads=unit_heads_by_products)
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: GatedDeltaNet(config, ops, Keys(jax.random.key(0)))))
+    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16), params)
+    x, token = jax.ShapeDtypeStruct((1, length, width), jnp.bfloat16), jax.ShapeDtypeStruct((1, length), i32)
+
+    def forward(params, x, index, segment):
+        return nnx.merge(graphdef, params)(x, None, Span(index, segment, index[:, 0], None, None))[0]
+
+    def both(params, x, index, segment, ct):
+        y, pull = jax.vjp(lambda *inputs: forward(*inputs, index, segment), params, x)
+        return y, pull(ct)
+
+    return (both, (params, x, token, token, x)) if gradient else (forward, (params, x, token, token))
 
 
 @jax.custom_vjp

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from benchmarks.record import add_commit, record
-from benchmarks.tpu_programs import gdn_kernels, gdn_op
+from benchmarks.tpu_programs import gdn_kernels, gdn_layer, gdn_op
 from pallas_kernels.testing.static_score import CHIPS, TOPOLOGIES, score
 from pallas_kernels.testing.visit_score import scores
 
@@ -35,6 +35,10 @@ WHOLE = [
     Entry("gated_delta_rule", f"{what}, {implementation}", gdn_op, (implementation, gradient), GDN)
     for what, gradient in (("forward", False), ("forward + backward", True))
     for implementation in ("mosaic_tpu", "scan_and_solve")
+]
+WHOLE += [
+    Entry("gated_delta_rule", f"layer, {what}", gdn_layer, (gradient,), GDN)
+    for what, gradient in (("forward", False), ("forward + backward", True))
 ]
 # Attention's steps differ in what they do, and their number follows from the mask: pallas_kernels.testing.visit_score.
 ATTEND = {

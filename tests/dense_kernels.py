@@ -16,13 +16,13 @@ def replace(monkeypatch):
     monkeypatch.setattr(mosaic_gpu_backward, "backward", delta_backward)
 
 
-def attend_forward(q, k, v, first, last, scale, tuning):
+def attend_forward(q, k, v, first, last, scale):
     scores, weights, lse = _dense(q, k, first, last, scale)
     v = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2).astype(jnp.float32)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v).astype(q.dtype), lse
 
 
-def attend_backward(q, k, v, d_out, lse, shift, first, last, scale, tuning):
+def attend_backward(q, k, v, d_out, lse, shift, first, last, scale):
     group = q.shape[2] // k.shape[2]
     q, k, v, d_out = (x.astype(jnp.float32) for x in (q, k, v, d_out))
     k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))

@@ -42,20 +42,16 @@ class CausalConv(nnx.Module):
 class GatedNorm(nnx.Module):
     """RMSNorm over a head's values in f32, times weight, times silu(gate); weight [value_dim] is shared by the heads."""
 
-    def __init__(self, features: int, eps: float):
-        self.eps = eps
+    def __init__(self, features: int, heads: int, eps: float, ops: Ops):
+        self.heads, self.eps, self.ops = heads, eps, ops
         self.weight = nnx.Param(jnp.ones(features))
 
     def __call__(self, x: Array, gate: Array) -> Array:
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
-        return (normed * self.weight[...].astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
-
-
-def l2_normalize(x: Array) -> Array:
-    """x / sqrt(sum x^2 + 1e-6) over the last axis, in f32."""
-    wide = x.astype(jnp.float32)
-    return wide * jax.lax.rsqrt(jnp.sum(wide * wide, -1, keepdims=True) + 1e-6)
+        """x, gate [batch, length, heads * value_dim] -> the same shape."""
+        width = len(self.weight[...])
+        normed = self.ops.unit_heads(x, self.heads, width * self.eps) * width**0.5
+        weight = jnp.tile(self.weight[...].astype(jnp.float32), self.heads)
+        return (normed * weight * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
 
 
 class GatedDeltaNet(nnx.Module):
@@ -79,7 +75,7 @@ class GatedDeltaNet(nnx.Module):
         step = jnp.exp(jax.random.uniform(keys(), (self.heads,), minval=jnp.log(1e-3), maxval=jnp.log(0.1)))
         self.A_log = nnx.Param(jnp.log(jax.random.uniform(keys(), (self.heads,), minval=1.0, maxval=16.0)))
         self.dt_bias = nnx.Param(step + jnp.log(-jnp.expm1(-step)))  # inverse softplus
-        self.o_norm = GatedNorm(self.value_dim, config.norm_eps)
+        self.o_norm = GatedNorm(self.value_dim, self.heads, config.norm_eps, ops)
 
     def state_spec(self, batch: int, max_length: int | None, dtype) -> DeltaState:
         """Shapes and dtypes of this layer's cache: the same for any length."""
@@ -97,14 +93,13 @@ class GatedDeltaNet(nnx.Module):
         q, q_tail = self.q_conv1d(self.q_proj(x), past.q_tail, span)
         k, k_tail = self.k_conv1d(self.k_proj(x), past.k_tail, span)
         v, v_tail = self.v_conv1d(self.v_proj(x), past.v_tail, span)
-        q = (l2_normalize(heads(q)) * self.head_dim**-0.5).astype(x.dtype)
-        k = l2_normalize(heads(k)).astype(x.dtype)
+        q = (self.ops.unit_heads(q, self.heads, 1e-6) * self.head_dim**-0.5).astype(x.dtype)
+        k = self.ops.unit_heads(k, self.heads, 1e-6).astype(x.dtype)
 
         beta = jax.nn.sigmoid(self.b_proj(x).astype(jnp.float32))  # [batch, length, heads]
         rate = jnp.exp(self.A_log[...].astype(jnp.float32))
         g = -rate * jax.nn.softplus(self.a_proj(x).astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
-        out, memory = self.ops.gated_delta_rule(q, k, heads(v), g, beta, past.memory, span.index, span.segment)
+        out, memory = self.ops.gated_delta_rule(heads(q), heads(k), heads(v), g, beta, past.memory, span.index, span.segment)
 
-        out = self.o_norm(out, heads(self.g_proj(x)))
-        y = self.o_proj(rearrange(out, "b t h d -> b t (h d)"))
-        return y, None if state is None else DeltaState(memory, q_tail, k_tail, v_tail)
+        out = self.o_norm(rearrange(out, "b t h d -> b t (h d)"), self.g_proj(x))
+        return self.o_proj(out), None if state is None else DeltaState(memory, q_tail, k_tail, v_tail)

@@ -1,4 +1,4 @@
-"""The three operations that have kernels, as one record handed to the mixers at construction.
+"""The operations that differ by device, as one record handed to the mixers at construction.
 
 Layers never choose a kernel: whoever builds the model resolves the record once, from the run's configuration and the mesh.
 """
@@ -11,20 +11,22 @@ import jax
 from jax.sharding import Mesh
 
 from infinitevl_jax.errors import InfiniteVLError
-from infinitevl_jax.sharding.kernels import shard_attend, shard_gated_delta_rule
+from infinitevl_jax.sharding.kernels import shard_attend, shard_gated_delta_rule, shard_unit_heads
 from pallas_kernels.attend import attend
 from pallas_kernels.causal_conv import causal_conv
 from pallas_kernels.dispatch import Dispatch, Refusal
 from pallas_kernels.gated_delta_rule import gated_delta_rule
+from pallas_kernels.unit_heads import unit_heads, unit_heads_for
 
 
 @dataclass(frozen=True)
 class Ops:
-    """attend, gated_delta_rule and causal_conv with the signatures of `pallas_kernels`; the portable ones by default."""
+    """attend, gated_delta_rule, causal_conv and unit_heads with the signatures of `pallas_kernels`; the portable ones by default."""
 
     attend: Callable = attend
     gated_delta_rule: Callable = gated_delta_rule
     causal_conv: Callable = causal_conv
+    unit_heads: Callable = unit_heads
     dispatches: tuple[Dispatch, ...] = ()
 
     def report(self) -> list[str]:
@@ -52,9 +54,11 @@ def resolve_ops(mesh: Mesh | None = None, attend_by: str | None = None, gated_de
     except Refusal as refusal:
         raise InfiniteVLError(refusal.culprit, refusal.cure) from None
     attend, gated_delta_rule = map(_readable, chosen)
+    unit_heads = unit_heads_for(device)
     if mesh is not None:
         attend, gated_delta_rule = shard_attend(attend, mesh), shard_gated_delta_rule(gated_delta_rule, mesh)
-    return Ops(attend, gated_delta_rule, dispatches=chosen)
+        unit_heads = shard_unit_heads(unit_heads, mesh)
+    return Ops(attend, gated_delta_rule, unit_heads=unit_heads, dispatches=chosen)
 
 
 def _readable(dispatch: Dispatch) -> Callable:

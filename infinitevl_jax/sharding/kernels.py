@@ -67,6 +67,20 @@ def shard_gated_delta_rule(gated_delta_rule: Callable, mesh: Mesh) -> Callable:
     return run
 
 
+def shard_unit_heads(unit_heads: Callable, mesh: Mesh) -> Callable:
+    """The contract of `pallas_kernels.unit_heads.unit_heads` for x [batch, length, heads * width], on a mesh."""
+    if mesh.size == 1:
+        return unit_heads
+
+    def run(x: Array, heads: int, eps: float):
+        place = _heads(x.reshape(*x.shape[:2], heads, -1), mesh)
+        place = PartitionSpec(*place[:3])
+        own = heads // (mesh.shape["tensor"] if place[2] else 1)
+        return jax.shard_map(lambda x: unit_heads(x, own, eps), mesh=mesh, in_specs=place, out_specs=place, check_vma=False)(x)
+
+    return run
+
+
 def _heads(x: Array, mesh: Mesh) -> PartitionSpec:
     """[batch, length, heads, dim]: the length whole on every device."""
     batch, *others = spec(("batch", None, "heads", None), x.shape, mesh)

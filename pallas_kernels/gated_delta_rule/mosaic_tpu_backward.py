@@ -37,6 +37,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.gated_delta_rule.mosaic_tpu_gates import Gates
+from pallas_kernels.gated_delta_rule.mosaic_tpu_layout import of
 from pallas_kernels.gated_delta_rule.mosaic_tpu_products import dot, f32, halves
 from pallas_kernels.gated_delta_rule.mosaic_tpu_walk import PAIR
 
@@ -44,14 +45,15 @@ VMEM = 32 * 2**20  # bytes
 
 
 def backward(q, k, v, parts, rows, states, ct_out, ct_last, heads: int, interpret) -> tuple[jax.Array, ...]:
-    """dq, dk [chunks, batch, heads, C, K] and dv [..., V] in the operands' dtype; in float32 dg and dbeta [chunks, batch, heads, 2, C] and
-    the gradient in the initial state [batch, heads, K, V].
+    """dq, dk [batch, chunks * C, heads * K] and dv [..., heads * V] in the operands' dtype; in float32 dg and dbeta [chunks, batch, heads,
+    2, C] and the gradient in the initial state [batch, heads, K, V].
 
-    q, k [chunks, batch, heads, C, K], v, ct_out [..., V], parts: one or two of [..., C, C] that add up to T, all of one dtype; rows from
-    `gate_rows`; states [ceil(chunks / 2), batch, heads, K, V], those before every second chunk; ct_last [batch, heads, K, V] float32;
-    `heads` of a block.
+    q, k [batch, chunks * C, heads * K], v, ct_out [..., heads * V], parts: one or two of [chunks, batch, heads, C, C] that add up to T, all
+    of one dtype; rows from `gate_rows`; states [ceil(chunks / 2), batch, heads, K, V], those before every second chunk; ct_last [batch,
+    heads, K, V] float32; `heads` of a block.
     """
-    chunks, batch, all_heads, size, _ = k.shape
+    chunks, batch, all_heads, _, size = rows.shape
+    _, _, key, value = ct_last.shape
     pairs, dtype, exact, block = pl.cdiv(chunks, PAIR), k.dtype, k.dtype == f32, range(heads)
     split = (lambda x: (x,)) if exact else halves
 
@@ -62,6 +64,12 @@ def backward(q, k, v, parts, rows, states, ct_out, ct_last, heads: int, interpre
     def over(x):
         """[C, 1]: the sum of each row."""
         return jnp.sum(x, axis=1, keepdims=True)
+
+    def keys(n, h):
+        return of(n, h, size, key)
+
+    def values(n, h):
+        return of(n, h, size, value)
 
     def kernel(q_ref, k_ref, v_ref, *refs):
         t_refs, refs = refs[: len(parts)], refs[len(parts) :]
@@ -78,24 +86,24 @@ def backward(q, k, v, parts, rows, states, ct_out, ct_last, heads: int, interpre
         def again(n, states):
             """What the forward pass made of a chunk: y and new."""
             gates = [Gates(rows_ref[n, h], exact) for h in block]
-            read = [dot(k_ref[n, h], states[h]) for h in block]
-            wrong = [v_ref[n, h].astype(f32) - gates[h].since * read[h] for h in block]
+            read = [dot(k_ref[keys(n, h)], states[h]) for h in block]
+            wrong = [v_ref[values(n, h)].astype(f32) - gates[h].since * read[h] for h in block]
             new = [dot(t_refs[0][n, h], (gates[h].beta * wrong[h]).astype(dtype)) for h in block]
             return gates, wrong, new
 
         def back(n, states, gates, wrong, new):
             between = [gates[h].between() for h in block]
             after = [ct_ref[0, h].astype(dtype) for h in block]
-            scores = [dot(q_ref[n, h], k_ref[n, h], (1, 1)) * between[h] for h in block]
-            grams = [dot(k_ref[n, h], k_ref[n, h], (1, 1)) * between[h] for h in block]
+            scores = [dot(q_ref[keys(n, h)], k_ref[keys(n, h)], (1, 1)) * between[h] for h in block]
+            grams = [dot(k_ref[keys(n, h)], k_ref[keys(n, h)], (1, 1)) * between[h] for h in block]
             new = [x.astype(dtype) for x in new]
-            outer = [dot(scores[h].astype(dtype), ct_out_ref[n, h], (0, 0)) for h in block]
-            inner = [dot(k_ref[n, h], after[h]) for h in block]
+            outer = [dot(scores[h].astype(dtype), ct_out_ref[values(n, h)], (0, 0)) for h in block]
+            inner = [dot(k_ref[keys(n, h)], after[h]) for h in block]
             ct_new = [outer[h] + gates[h].until * inner[h] for h in block]
             x = [transposed_product([t[n, h] for t in t_refs], split(ct_new[h])) for h in block]
             narrow_x = [y.astype(dtype) for y in x]
 
-            ct_scores = [dot(ct_out_ref[n, h], new[h], (1, 1)) for h in block]
+            ct_scores = [dot(ct_out_ref[values(n, h)], new[h], (1, 1)) for h in block]
             ct_a = [jnp.where(row > column, -dot(narrow_x[h], new[h], (1, 1)), 0.0) for h in block]
             ct_grams = [gates[h].beta * ct_a[h] for h in block]
             e = [ct_scores[h] * scores[h] + ct_grams[h] * grams[h] for h in block]
@@ -103,21 +111,21 @@ def backward(q, k, v, parts, rows, states, ct_out, ct_last, heads: int, interpre
 
             ct_scores = [(ct_scores[h] * between[h]).astype(dtype) for h in block]
             ct_grams = [(ct_grams[h] * between[h]).astype(dtype) for h in block]
-            from_out = [gates[h].since * dot(ct_out_ref[n, h], states[h], (1, 1)) for h in block]
+            from_out = [gates[h].since * dot(ct_out_ref[values(n, h)], states[h], (1, 1)) for h in block]
             from_x = [gates[h].beta * gates[h].since * dot(narrow_x[h], states[h], (1, 1)) for h in block]
             from_new = [gates[h].until * dot(new[h], after[h], (1, 1)) for h in block]
-            through_q = [dot(ct_scores[h], k_ref[n, h]) for h in block]
-            through_k = [dot(ct_grams[h], k_ref[n, h]) + dot(ct_grams[h], k_ref[n, h], (0, 0)) for h in block]
-            through_k = [through_k[h] + dot(ct_scores[h], q_ref[n, h], (0, 0)) for h in block]
-            queries = [(q_ref[n, h].astype(f32) * gates[h].since).astype(dtype) for h in block]
-            keys = [(k_ref[n, h].astype(f32) * (gates[h].beta * gates[h].since)).astype(dtype) for h in block]
-            added = [dot(queries[h], ct_out_ref[n, h], (0, 0)) for h in block]
-            taken = [dot(keys[h], narrow_x[h], (0, 0)) for h in block]
+            through_q = [dot(ct_scores[h], k_ref[keys(n, h)]) for h in block]
+            through_k = [dot(ct_grams[h], k_ref[keys(n, h)]) + dot(ct_grams[h], k_ref[keys(n, h)], (0, 0)) for h in block]
+            through_k = [through_k[h] + dot(ct_scores[h], q_ref[keys(n, h)], (0, 0)) for h in block]
+            queries = [(q_ref[keys(n, h)].astype(f32) * gates[h].since).astype(dtype) for h in block]
+            weighted = [(k_ref[keys(n, h)].astype(f32) * (gates[h].beta * gates[h].since)).astype(dtype) for h in block]
+            added = [dot(queries[h], ct_out_ref[values(n, h)], (0, 0)) for h in block]
+            taken = [dot(weighted[h], narrow_x[h], (0, 0)) for h in block]
             for h in block:
-                dq_ref[n, h] = (from_out[h] + through_q[h]).astype(dtype)
-                dk_ref[n, h] = (from_new[h] - from_x[h] + through_k[h]).astype(dtype)
-                dv_ref[n, h] = (gates[h].beta * x[h]).astype(dtype)
-                q, k = q_ref[n, h].astype(f32), k_ref[n, h].astype(f32)
+                dq_ref[keys(n, h)] = (from_out[h] + through_q[h]).astype(dtype)
+                dk_ref[keys(n, h)] = (from_new[h] - from_x[h] + through_k[h]).astype(dtype)
+                dv_ref[values(n, h)] = (gates[h].beta * x[h]).astype(dtype)
+                q, k = q_ref[keys(n, h)].astype(f32), k_ref[keys(n, h)].astype(f32)
                 until_end, since_start = over(k * from_new[h]), over(q * from_out[h] - k * from_x[h])  # [C, 1]
                 state = jnp.sum(states[h].astype(f32) * ct_ref[0, h]) * gates[h].whole
                 through = jnp.where(row < column, spanned[h] + until_end, 0.0)
@@ -133,7 +141,7 @@ def backward(q, k, v, parts, rows, states, ct_out, ct_last, heads: int, interpre
         def second():
             gates, _, new = known
             kept = [gates[h].until * new[h] for h in block]
-            added = [sum(dot(k_ref[0, h], part, (0, 0)) for part in split(kept[h])) for h in block]
+            added = [sum(dot(k_ref[keys(0, h)], part, (0, 0)) for part in split(kept[h])) for h in block]
             middle = [(gates[h].whole * first[h].astype(f32) + added[h]).astype(dtype) for h in block]
             back(1, middle, *again(1, middle))
 
@@ -143,21 +151,29 @@ def backward(q, k, v, parts, rows, states, ct_out, ct_last, heads: int, interpre
             pl.when(pl.program_id(2) > 0)(second)
         back(0, first, *known)
 
+    def tokens(width):
+        return pl.BlockSpec((None, PAIR * size, heads * width), lambda b, h, n: (b, pairs - 1 - n, h))
+
     def spec(x, length):
         return pl.BlockSpec((length, None, heads, *x.shape[3:]), lambda b, h, n: (pairs - 1 - n, b, h, 0, 0))
 
-    outs = [jax.ShapeDtypeStruct(x.shape, dtype) for x in (q, k, v)]
-    outs.append(jax.ShapeDtypeStruct((chunks, batch, all_heads, 2, size), f32))
+    gates = jax.ShapeDtypeStruct((chunks, batch, all_heads, 2, size), f32)
+    outs = [*(jax.ShapeDtypeStruct(x.shape, dtype) for x in (q, k, v)), gates]
     return pl.pallas_call(
         kernel,
         grid=(batch, all_heads // heads, pairs),
         in_specs=[
-            *(spec(x, PAIR) for x in (q, k, v, *parts, rows)),
+            *(tokens(width) for width in (key, key, value)),
+            *(spec(x, PAIR) for x in (*parts, rows)),
             spec(states, 1),
-            spec(ct_out, PAIR),
+            tokens(value),
             pl.BlockSpec(memory_space=pl.ANY),
         ],
-        out_specs=[*(spec(x, PAIR) for x in outs), pl.BlockSpec((1, heads, *ct_last.shape[2:]), lambda b, h, n: (b, h, 0, 0))],
+        out_specs=[
+            *(tokens(width) for width in (key, key, value)),
+            spec(gates, PAIR),
+            pl.BlockSpec((1, heads, key, value), lambda b, h, n: (b, h, 0, 0)),
+        ],
         out_shape=[*outs, jax.ShapeDtypeStruct(ct_last.shape, f32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM),
         interpret=interpret,

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.gated_delta_rule.mosaic_tpu_gates import Gates
+from pallas_kernels.gated_delta_rule.mosaic_tpu_layout import of
 from pallas_kernels.gated_delta_rule.mosaic_tpu_products import bf16, dot, dot_halves, halves
 from pallas_kernels.tuning import TPUDelta
 
@@ -28,15 +29,17 @@ BASE = TPUDelta.base
 
 
 def inverse(k: jax.Array, rows: jax.Array, heads: int, full: bool, interpret) -> tuple[jax.Array, ...]:
-    """T [chunks, batch, heads, C, C] of k [chunks, batch, heads, C, K] and `gate_rows`. With float32 k: (T,). With bfloat16 k: T
+    """T [chunks, batch, heads, C, C] of k [batch, chunks * C, heads * K] and `gate_rows`. With float32 k: (T,). With bfloat16 k: T
     rounded to bfloat16 and, if `full`, what the rounding left, in bfloat16."""
-    chunks, batch, all_heads, size, _ = k.shape
+    chunks, batch, all_heads, _, size = rows.shape
+    width = k.shape[2] // all_heads
     narrow, block = k.dtype == bf16, range(heads)
     count = 2 if narrow and full else 1
 
     def kernel(k_ref, rows_ref, *out_refs):
         gates = [Gates(rows_ref[h], not narrow) for h in block]
-        grams = [dot(k_ref[h], k_ref[h], (1, 1)) for h in block]
+        keys = [k_ref[of(0, h, size, width)] for h in block]
+        grams = [dot(k, k, (1, 1)) for k in keys]
         inverses = unit_lower_inverses([gates[h].beta * grams[h] * gates[h].between() for h in block], narrow)
         for h in block:
             for ref, part in zip(out_refs, inverses[h][:count], strict=True):
@@ -49,7 +52,7 @@ def inverse(k: jax.Array, rows: jax.Array, heads: int, full: bool, interpret) ->
     return pl.pallas_call(
         kernel,
         grid=(batch, all_heads // heads, chunks),
-        in_specs=[spec(k), spec(rows)],
+        in_specs=[pl.BlockSpec((None, size, heads * width), lambda b, h, n: (b, n, h)), spec(rows)],
         out_specs=[spec(out)] * count,
         out_shape=[out] * count,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel")),

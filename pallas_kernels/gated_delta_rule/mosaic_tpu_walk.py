@@ -25,6 +25,7 @@ import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 
 from pallas_kernels.gated_delta_rule.mosaic_tpu_gates import Gates
+from pallas_kernels.gated_delta_rule.mosaic_tpu_layout import of
 from pallas_kernels.gated_delta_rule.mosaic_tpu_products import dot, f32, halves
 from pallas_kernels.tuning import TPUDelta
 
@@ -33,13 +34,14 @@ VMEM = 32 * 2**20  # bytes
 
 
 def walk(q, k, v, inverse, rows, initial, heads: int, save: bool, interpret) -> tuple[jax.Array, ...]:
-    """out [chunks, batch, heads, C, V], last [batch, heads, K, V] float32 and, if `save`, the state before every second chunk
+    """out [batch, chunks * C, heads * V], last [batch, heads, K, V] float32 and, if `save`, the state before every second chunk
     [ceil(chunks / 2), batch, heads, K, V] in the operands' dtype.
 
-    q, k [chunks, batch, heads, C, K], v [..., V], inverse [..., C], all of one dtype; rows from `gate_rows`; initial
-    [batch, heads, K, V] float32; `heads` of a block.
+    q, k [batch, chunks * C, heads * K], v [..., heads * V], inverse [chunks, batch, heads, C, C], all of one dtype; rows from
+    `gate_rows`; initial [batch, heads, K, V] float32; `heads` of a block.
     """
-    chunks, batch, all_heads, size, _ = k.shape
+    chunks, batch, all_heads, size, _ = inverse.shape
+    _, _, key, value = initial.shape
     pairs, dtype, exact, block = pl.cdiv(chunks, PAIR), k.dtype, k.dtype == f32, range(heads)
 
     def kernel(q_ref, k_ref, v_ref, inverse_ref, rows_ref, initial_ref, out_ref, state_ref, *saved_ref):
@@ -52,18 +54,19 @@ def walk(q, k, v, inverse, rows, initial, heads: int, save: bool, interpret) -> 
             ref[0] = state_ref[0].astype(dtype)
 
         def chunk(n):
+            keys, values = ([of(n, h, size, width) for h in block] for width in (key, value))
             gates = [Gates(rows_ref[n, h], exact) for h in block]
             states = [state_ref[0, h].astype(dtype) for h in block]
-            read = [dot(jnp.concatenate([k_ref[n, h], q_ref[n, h]]), states[h]) for h in block]  # [2 C, V]
-            grams = [dot(q_ref[n, h], k_ref[n, h], (1, 1)) for h in block]
-            wrong = [gates[h].beta * (v_ref[n, h].astype(f32) - gates[h].since * read[h][:size]) for h in block]
+            read = [dot(jnp.concatenate([k_ref[keys[h]], q_ref[keys[h]]]), states[h]) for h in block]  # [2 C, V]
+            grams = [dot(q_ref[keys[h]], k_ref[keys[h]], (1, 1)) for h in block]
+            wrong = [gates[h].beta * (v_ref[values[h]].astype(f32) - gates[h].since * read[h][:size]) for h in block]
             new = [dot(inverse_ref[n, h], wrong[h].astype(dtype)) for h in block]
             scores = [(grams[h] * gates[h].between()).astype(dtype) for h in block]
             inner = [dot(scores[h], new[h].astype(dtype)) for h in block]
             kept = [gates[h].until * new[h] for h in block]
-            added = [sum(dot(k_ref[n, h], part, (0, 0)) for part in ([kept[h]] if exact else halves(kept[h]))) for h in block]
+            added = [sum(dot(k_ref[keys[h]], part, (0, 0)) for part in ([kept[h]] if exact else halves(kept[h]))) for h in block]
             for h in block:
-                out_ref[n, h] = (gates[h].since * read[h][size:] + inner[h]).astype(dtype)
+                out_ref[values[h]] = (gates[h].since * read[h][size:] + inner[h]).astype(dtype)
                 state_ref[0, h] = gates[h].whole * state_ref[0, h] + added[h]
 
         for n in range(PAIR):
@@ -71,6 +74,9 @@ def walk(q, k, v, inverse, rows, initial, heads: int, save: bool, interpret) -> 
                 chunk(n)
             else:  # an odd number of chunks leaves the last pair without its second
                 pl.when(pl.program_id(2) < pairs - 1)(lambda n=n: chunk(n))
+
+    def tokens(width):
+        return pl.BlockSpec((None, PAIR * size, heads * width), lambda b, h, n: (b, n, h))
 
     def spec(x, length):
         return pl.BlockSpec((length, None, heads, *x.shape[3:]), lambda b, h, n: (n, b, h, 0, 0))
@@ -81,9 +87,9 @@ def walk(q, k, v, inverse, rows, initial, heads: int, save: bool, interpret) -> 
     return pl.pallas_call(
         kernel,
         grid=(batch, all_heads // heads, pairs),
-        in_specs=[*(spec(x, PAIR) for x in (q, k, v, inverse, rows)), pl.BlockSpec(memory_space=pl.ANY)],
+        in_specs=[tokens(key), tokens(key), tokens(value), spec(inverse, PAIR), spec(rows, PAIR), pl.BlockSpec(memory_space=pl.ANY)],
         out_specs=[
-            spec(out, PAIR),
+            tokens(value),
             pl.BlockSpec((1, heads, *initial.shape[2:]), lambda b, h, n: (b, h, 0, 0)),
             *(spec(x, 1) for x in saved),
         ],

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from benchmarks.kernels import newest
-from benchmarks.tpu_programs import gdn_kernels, gdn_op
+from benchmarks.tpu_programs import gdn_kernels, gdn_layer, gdn_op
 from pallas_kernels.testing.static_score import CHIPS, TOPOLOGIES, score
 
 MARGIN = 1.1  # over what is recorded
@@ -35,10 +35,13 @@ def test_targets_are_met():
         assert recorded("gated_delta_rule", "backward", chip) <= 2 * forward, chip
 
 
-def test_the_whole_gated_delta_rule():
-    """Forward; a scan and triangular_solve, its target, take long to compile: their score is recorded."""
-    milliseconds = score(gdn_op, "v5e", "mosaic_tpu", False).milliseconds
-    assert milliseconds <= MARGIN * recorded("gated_delta_rule", "forward, mosaic_tpu", "v5e")
+@pytest.mark.parametrize(
+    ("build", "places", "program"), [(gdn_op, ("mosaic_tpu", False), "forward, mosaic_tpu"), (gdn_layer, (False,), "layer, forward")]
+)
+def test_what_is_around_the_kernels(build, places, program):
+    """Forward; a scan and triangular_solve, their target, take long to compile: its score is recorded."""
+    milliseconds = score(build, "v5e", *places).milliseconds
+    assert milliseconds <= MARGIN * recorded("gated_delta_rule", program, "v5e")
 
 
 def test_the_scan_it_is_compared_with_is_the_same_op():
