@@ -59,7 +59,7 @@ def gdn_op(implementation: str, gradient: bool, length: int = 8192, heads: int =
 
     implementation: "mosaic_tpu", "xla", or "scan_and_solve": xla's with the inverse by `solve_triangular`.
     """
-    run = {"mosaic_tpu": mosaic_tpu.gated_delta_rule, "xla": xla.gated_delta_rule, "scan_and_solve": _scan_and_solve}[implementation]
+    run = _operator(implementation)
 
     def both(*arguments):
         results, pull = jax.vjp(lambda *x: run(*x, *arguments[6:8]), *arguments[:6])
@@ -74,11 +74,11 @@ def gdn_op(implementation: str, gradient: bool, length: int = 8192, heads: int =
     return (both, (*inputs, *others, tokens(heads, 256), state)) if gradient else (run, (*inputs, *others))
 
 
-def gdn_layer(gradient: bool, length: int = 8192, heads: int = 16, width: int = 2048) -> tuple[Callable, tuple]:
+def gdn_layer(implementation: str, gradient: bool, length: int = 8192, heads: int = 16, width: int = 2048) -> tuple[Callable, tuple]:
     """A whole Gated DeltaNet layer in bfloat16, projections, convolutions and norms with it, for one packed sequence; K 128, V 256. With
-    gradients in its parameters and its input if asked."""
-    config = TextConfig(hidden_size=width, num_linear_heads=heads, linear_head_dim=128, expand_v=2.0)
-    ops = Ops(gated_delta_rule=mosaic_tpu.gated_delta_rule, unit_heads=unit_heads_by_products)
+    gradients in its parameters and its input if asked. implementation: as for `gdn_op`."""
+    config = TextConfig(hidden_size=width, num_linear_heads=heads, linear_head_dim=128, expand_v=2.0, layer_types=("linear_attention",))
+    ops = Ops(gated_delta_rule=_operator(implementation), unit_heads=unit_heads_by_products)
     graphdef, params = nnx.split(nnx.eval_shape(lambda: GatedDeltaNet(config, ops, Keys(jax.random.key(0)))))
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16), params)
     x, token = jax.ShapeDtypeStruct((1, length, width), jnp.bfloat16), jax.ShapeDtypeStruct((1, length), i32)
@@ -91,6 +91,10 @@ def gdn_layer(gradient: bool, length: int = 8192, heads: int = 16, width: int = 
         return y, pull(ct)
 
     return (both, (params, x, token, token, x)) if gradient else (forward, (params, x, token, token))
+
+
+def _operator(implementation: str) -> Callable:
+    return {"mosaic_tpu": mosaic_tpu.gated_delta_rule, "xla": xla.gated_delta_rule, "scan_and_solve": _scan_and_solve}[implementation]
 
 
 @jax.custom_vjp

@@ -32,13 +32,10 @@ KERNELS = [
     Entry("gated_delta_rule", "walk, nothing saved", gdn_kernels, ("walk",), GDN | {"save": False}),
 ]
 WHOLE = [
-    Entry("gated_delta_rule", f"{what}, {implementation}", gdn_op, (implementation, gradient), GDN)
+    Entry("gated_delta_rule", f"{whole}{what}, {implementation}", build, (implementation, gradient), GDN)
+    for whole, build in (("", gdn_op), ("layer, ", gdn_layer))
     for what, gradient in (("forward", False), ("forward + backward", True))
     for implementation in ("mosaic_tpu", "scan_and_solve")
-]
-WHOLE += [
-    Entry("gated_delta_rule", f"layer, {what}", gdn_layer, (gradient,), GDN)
-    for what, gradient in (("forward", False), ("forward + backward", True))
 ]
 # Attention's steps differ in what they do, and their number follows from the mask: pallas_kernels.testing.visit_score.
 ATTEND = {

@@ -28,20 +28,18 @@ def test_gated_delta_rule(chip):
 def test_targets_are_met():
     for (name, chip), target in TARGETS.items():
         assert recorded("gated_delta_rule", name, chip) <= target, (name, chip)
-    ours, scan = (recorded("gated_delta_rule", f"forward, {name}", "v5e") for name in ("mosaic_tpu", "scan_and_solve"))
-    assert 1.3 * ours <= scan
+    for whole in ("forward", "layer, forward"):
+        ours, scan = (recorded("gated_delta_rule", f"{whole}, {name}", "v5e") for name in ("mosaic_tpu", "scan_and_solve"))
+        assert 1.3 * ours <= scan, whole
     for chip in CHIPS:  # a backward pass is twice the work of a forward pass
         forward = recorded("gated_delta_rule", "inverse", chip) + recorded("gated_delta_rule", "walk", chip)
         assert recorded("gated_delta_rule", "backward", chip) <= 2 * forward, chip
 
 
-@pytest.mark.parametrize(
-    ("build", "places", "program"), [(gdn_op, ("mosaic_tpu", False), "forward, mosaic_tpu"), (gdn_layer, (False,), "layer, forward")]
-)
-def test_what_is_around_the_kernels(build, places, program):
-    """Forward; a scan and triangular_solve, their target, take long to compile: its score is recorded."""
-    milliseconds = score(build, "v5e", *places).milliseconds
-    assert milliseconds <= MARGIN * recorded("gated_delta_rule", program, "v5e")
+@pytest.mark.parametrize(("build", "program"), [(gdn_op, "forward, mosaic_tpu"), (gdn_layer, "layer, forward, mosaic_tpu")])
+def test_what_is_around_the_kernels(build, program):
+    """Forward; a scan and triangular_solve, which they are compared with, take long to compile: that score is recorded."""
+    assert score(build, "v5e", "mosaic_tpu", False).milliseconds <= MARGIN * recorded("gated_delta_rule", program, "v5e")
 
 
 def test_the_scan_it_is_compared_with_is_the_same_op():
