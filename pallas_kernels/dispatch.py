@@ -21,13 +21,14 @@ class Implementation:
     """One way to compute an operator.
 
     run: the operator's contract. device: why not on this device, or None. supports: why not these arguments (arrays or their
-    shapes, as `run` takes them), or None.
+    shapes, as `run` takes them), or None. gradients_by: the name of the one whose gradients they get, or None if its own.
     """
 
     name: str
     run: Callable
     device: Callable[[jax.Device], str | None] = lambda device: None
     supports: Callable[..., str | None] = lambda *args, **kwargs: None
+    gradients_by: Callable[..., str | None] = lambda *args, **kwargs: None
 
 
 @dataclass(eq=False)
@@ -72,7 +73,9 @@ class Dispatch:
 
     def __call__(self, *args, **kwargs):
         option, reasons = self.choose(*args, **kwargs)
-        self.ran[self._case(args, kwargs)] = option.name + (f" ({'; '.join(reasons)})" if reasons else "")
+        other = option.gradients_by(*args, **kwargs)
+        by = option.name + (f", gradients by {other}" if other else "")
+        self.ran[self._case(args, kwargs)] = by + (f" ({'; '.join(reasons)})" if reasons else "")
         return option.run(*args, **kwargs)
 
     def report(self) -> list[str]:

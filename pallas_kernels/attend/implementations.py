@@ -8,6 +8,10 @@ def _on_hopper(q, k, v, q_index, k_index, q_segment, k_segment, mask, scale):
     return mosaic_gpu.supports(q, k, v, mask, scale, q_segment is not None)
 
 
+def _gradients_on_hopper(q, k, v, q_index, k_index, q_segment, k_segment, mask, scale):
+    return mosaic_gpu.gradients_by(mask)
+
+
 def _on_tpu(q, k, v, q_index, k_index, q_segment, k_segment, mask, scale):
     return "a single query, which fills no block" if q.shape[1] == 1 else mosaic_tpu.supports(q, k, v, mask, scale)
 
@@ -22,7 +26,7 @@ def _by_cudnn(q, k, v, q_index, k_index, q_segment, k_segment, mask, scale):
 # runs where it is asked for: xla, before it, takes every case.
 IMPLEMENTATIONS = (
     Implementation("mosaic_tpu", mosaic_tpu.attend, tpu, _on_tpu),
-    Implementation("mosaic_gpu", mosaic_gpu.attend, hopper, _on_hopper),
+    Implementation("mosaic_gpu", mosaic_gpu.attend, hopper, _on_hopper, _gradients_on_hopper),
     Implementation("xla", xla.attend),
     Implementation("cudnn", cudnn.attend, ampere, _by_cudnn),
 )

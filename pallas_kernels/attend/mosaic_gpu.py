@@ -52,18 +52,21 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
     """The contract of `pallas_kernels.attend.attend`. Of an aligned mask's ordinals, only which are pads matters.
 
-    Heads are filled up with zeros to 64 or 128. Gradients are ours for aligned masks and heads more than 64 wide, else those of
-    `xla.attend`. Raises ValueError where `check` does or `supports` objects.
+    Heads are filled up with zeros to 64 or 128, for gradients always to 128. Gradients with cached keys are those of `xla.attend`
+    (`gradients_by` says so). Raises ValueError where `check` does or `supports` objects.
     """
     check(q, k, v, q_segment, k_segment, mask)
     if reason := supports(q, k, v, mask, scale, q_segment is not None):
         raise ValueError(f"attend on Hopper does not take {reason}\n  -> use the implementation xla")
     width = next(n for n in WIDTHS if max(q.shape[3], v.shape[3]) <= n)
-    if not q.shape[3] == v.shape[3] == width:  # zeros add nothing to scores
-        q, k, v_wide = (jnp.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[3])]) for x in (q, k, v))
-        out, lse = _attend(q, k, v_wide, q_index, k_index, q_segment, k_segment, mask, float(scale))
-        return out[..., : v.shape[3]], lse
-    return _attend(q, k, v, q_index, k_index, q_segment, k_segment, mask, float(scale))
+    wide = (_widen(x, width) for x in (q, k, v))
+    out, lse = _attend(*wide, q_index, k_index, q_segment, k_segment, mask, float(scale))
+    return out[..., : v.shape[3]], lse
+
+
+def gradients_by(mask: Mask) -> str | None:
+    """The implementation that makes the gradients, where it is another one."""
+    return None if mask.aligned else "xla"
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(7, 8))
@@ -88,19 +91,20 @@ def _forward(q, k, v, q_index, k_index, q_segment, k_segment, mask, scale):
 
 def _backward(mask, scale, kept, cotangents):
     q, k, v, q_index, k_index, q_segment, _, out, lse = kept
-    if q.shape[3] != mosaic_gpu_backward.WIDTH or not mask.aligned:
+    if gradients_by(mask) == "xla":
         return xla._backward(mask, scale, kept, cotangents)
-    length = q.shape[1]
+    length, width = q.shape[1], q.shape[3]
     d_out, d_lse = cotangents
     live = lse != -jnp.inf
     d_out = jnp.where(live[..., None], d_out, 0)
     shift = jnp.where(live, jnp.sum(d_out.astype(jnp.float32) * out, axis=-1) - d_lse, 0)
     lse = jnp.where(live, lse, 0)
     _, _, first, last = runs(q_index, q_segment, mask)
-    rows = _pad((_erase(q, q_index), _erase(k, k_index), _erase(v, k_index), d_out), 0)
+    rows = _erase(q, q_index), _erase(k, k_index), _erase(v, k_index), d_out
+    rows = _pad(tuple(_widen(x, mosaic_gpu_backward.WIDTH) for x in rows), 0)
     rows += tuple(_pad(x, 0).swapaxes(1, 2) for x in (lse, shift)) + (_pad(first, 0), _pad(last, -1))
     gradients = mosaic_gpu_backward.backward(*rows, scale)
-    return *(x[:, :length].astype(q.dtype) for x in gradients), None, None, None, None
+    return *(x[:, :length, :, :width].astype(q.dtype) for x in gradients), None, None, None, None
 
 
 _attend.defvjp(_forward, _backward)
@@ -109,6 +113,11 @@ _attend.defvjp(_forward, _backward)
 def _erase(x: jax.Array, index: jax.Array) -> jax.Array:
     """Zeros in the rows of pads, for a weight of 0 does not silence a NaN."""
     return jnp.where(index[:, :, None, None] >= 0, x, 0)
+
+
+def _widen(x: jax.Array, width: int) -> jax.Array:
+    """Heads filled up with zeros, which add nothing to scores."""
+    return x if x.shape[3] == width else jnp.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[3])])
 
 
 def _pad(tree, value):

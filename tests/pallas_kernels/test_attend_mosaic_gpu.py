@@ -99,7 +99,7 @@ def test_blocks_cover_what_is_seen(name, strict):
     assert (seen | (~real & (not strict))).all(axis=(3, 4))[called_whole].all()
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n != "narrow"])
+@pytest.mark.parametrize("name", CASES)
 def test_frame(name, monkeypatch):
     dense_kernels.replace(monkeypatch)
     compare(CASES[name])
@@ -111,7 +111,7 @@ def test_frame_of_cached_keys(name, monkeypatch):
     compare(CACHED[name])
 
 
-@pytest.mark.parametrize(("name", "kernels"), [("window", 2), ("packed", 2), ("narrow", 1), ("ring", 1), ("tower", 2), ("three on one", 2)])
+@pytest.mark.parametrize(("name", "kernels"), [("window", 2), ("packed", 2), ("narrow", 2), ("ring", 1), ("tower", 2), ("three on one", 2)])
 def test_lowers_for_cuda(name, kernels):
     case = (CASES | CACHED)[name]
     q, k, v = (jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in case.tensors()[:3])

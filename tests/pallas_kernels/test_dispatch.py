@@ -32,6 +32,12 @@ def test_the_first_that_can_runs_and_is_reported():
     assert second.startswith("op of bfloat16[2, 2] on cpu: narrow (elsewhere")
 
 
+def test_gradients_made_elsewhere_are_reported():
+    op = Dispatch("op", [Implementation("half", lambda x: x, gradients_by=lambda x: "any")], CPU)
+    op(X)
+    assert op.report() == ["op of bfloat16[2, 3] on cpu: half, gradients by any"]
+
+
 def test_a_name_runs_or_fails():
     assert (Dispatch("op", options(), CPU, "any")(X) == 4).all()
     assert (Dispatch("op", options(), CPU, "elsewhere,any,narrow")(X[:, :2]) == 4).all()  # in the order given
