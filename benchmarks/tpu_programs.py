@@ -94,7 +94,10 @@ def gdn_layer(implementation: str, gradient: bool, length: int = 8192, heads: in
 
 
 def _operator(implementation: str) -> Callable:
-    return {"mosaic_tpu": mosaic_tpu.gated_delta_rule, "xla": xla.gated_delta_rule, "scan_and_solve": _scan_and_solve}[implementation]
+    def scan_and_solve(q, k, v, g, beta, initial_state, index, segment):
+        return _scan_and_solve(q, k, v, *xla._start(k, v, g, beta, initial_state), index, segment)
+
+    return {"mosaic_tpu": mosaic_tpu.gated_delta_rule, "xla": xla.gated_delta_rule, "scan_and_solve": scan_and_solve}[implementation]
 
 
 @jax.custom_vjp
