@@ -19,7 +19,7 @@ from pallas_kernels.gated_delta_rule.mosaic_tpu_backward import backward
 from pallas_kernels.gated_delta_rule.mosaic_tpu_gates import ROWS
 from pallas_kernels.gated_delta_rule.mosaic_tpu_inverse import inverse
 from pallas_kernels.gated_delta_rule.mosaic_tpu_walk import walk
-from pallas_kernels.tuning import TPUDelta
+from pallas_kernels.tuning import TPUDelta, XLADelta
 from pallas_kernels.unit_heads import unit_heads_by_products
 
 f32, i32 = jnp.float32, jnp.int32
@@ -111,7 +111,7 @@ def _scan_and_solve_forward(q, k, v, g, beta, initial_state, index, segment):
         return jax.scipy.linalg.solve_triangular(eye + a, eye, lower=True, unit_diagonal=True)
 
     how = xla._products(q, k, v)
-    chunks = xla._prepare(q, k, v, g, beta, index, segment, how, xla.CHUNK, invert)
+    chunks = xla._prepare(q, k, v, g, beta, index, segment, how, XLADelta.chunk, invert)
     states, last = xla._walk(chunks, initial_state, how)
     out, _ = xla._outputs(chunks, states, how)
     results = xla._join(out.astype(v.dtype), k.shape[1]), xla._kept(initial_state, last, index)
@@ -119,7 +119,7 @@ def _scan_and_solve_forward(q, k, v, g, beta, initial_state, index, segment):
 
 
 def _scan_and_solve_backward(kept, cts):
-    return xla._backward(kept, cts, xla.CHUNK)
+    return xla._backward(kept, cts, XLADelta.chunk)
 
 
 _scan_and_solve.defvjp(_scan_and_solve_forward, _scan_and_solve_backward)

@@ -1,5 +1,5 @@
-"""Operators on plain JAX arrays, one folder each: `reference` (the truth, in any precision), `xla` (runs everywhere) and
-room for device kernels.
+"""Operators on plain JAX arrays, mostly one folder each: `reference` (the truth, in any precision), `xla` (runs everywhere), the kernels of
+TPUs and Hopper GPUs, and `implementations`, which of them comes first.
 
 Nothing here knows of models, parameters or caches.
 """

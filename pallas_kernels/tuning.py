@@ -39,7 +39,7 @@ class HopperDeltaChunks:
 
 
 class HopperDeltaSpans:
-    """python -m benchmarks.gated_delta_rule --heads 16 8 4 2"""
+    """python -m benchmarks.gated_delta_rule --shapes 1x8192 --heads 16 8 4 2"""
 
     row = 64  # chunks of a row that is cut: a kernel more, and the products between spans, take as long as some chunks
     shortest = 16  # chunks of a span
@@ -48,7 +48,7 @@ class HopperDeltaSpans:
 
 
 class HopperDeltaPassages:
-    """python -m benchmarks.gated_delta_rule --heads 16 8 4 2"""
+    """python -m benchmarks.gated_delta_rule --shapes 1x8192 --heads 8 4 2"""
 
     stages = 3  # chunks in shared memory
     registers = 240, 24

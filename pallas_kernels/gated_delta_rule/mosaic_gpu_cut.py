@@ -15,7 +15,7 @@ from jax import lax
 
 from pallas_kernels.tuning import HopperDeltaSpans as Tuning
 
-MULTIPROCESSORS = 132  # of an H100 or H200
+MULTIPROCESSORS = 132  # of an H100 or H200 (SXM); on a card with fewer some blocks wait for others, and nothing else changes
 WIDTH = 64  # columns of a state that a thread block carries
 KEY = 128  # width of keys, and so columns of the identity
 

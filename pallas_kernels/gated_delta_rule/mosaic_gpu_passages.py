@@ -1,10 +1,14 @@
 """What passing through spans of a sequence does to a state, for Hopper GPUs: the kernel before the walk where mosaic_gpu_cut.py cuts one.
 
+Computes, chunk after chunk and in the notation of xla.py, new = T beta (V - d K S) and S' = d_C S + (D_C K)^T new of all spans but the
+last: of the first from the known state, of the others once from zeros (B) and once from the identity without V (A).
+
 Tiling: a thread block takes 64 columns through a span as in mosaic_gpu_walk.py, but nothing is handed over and nothing put out: one
 warpgroup carries, the other copies what is to come (TMA).
 
 Traffic: for a chunk of a head k and T (32 KiB) by every 64 columns, from the L2 cache but once, and v; 192 KiB written for a span of a head
-with V 256. Floor: as there, latency, chunk after chunk of three dependent products.
+with V 256, 12 MB or 4 us at 3 TB/s for 4 heads in 6 spans of 8,192 tokens. Floor: as there, latency, chunk after chunk of three
+dependent products, of as many chunks as a span has.
 """
 
 import jax

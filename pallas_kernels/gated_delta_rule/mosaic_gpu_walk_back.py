@@ -12,7 +12,8 @@ Tiling: a thread block takes 64 columns of one head's state. One warpgroup carri
 transposed, [V, tokens] and [V, K], so that dS is an accumulator that never leaves the registers and is, rounded, the register operand of
 its own products; likewise d_new and x. A second warpgroup is one chunk ahead with what depends on no state: the scores and d Q. A third
 starts the copies (TMA). Where these blocks would leave multiprocessors idle, the sequence is cut into spans (mosaic_gpu_cut.py) that walk
-at the same time; `passages_back` is the same walk before that, which writes nothing on its way.
+at the same time; `passages_back` is the same walk before that, which writes nothing on its way: of q, k, d_out and T it reads as much, and
+leaves 192 KiB for a span of a head with V 256.
 
 Rounding: operands are bfloat16, sums and the carried gradient float32. d_new meets T as two bfloat16: where keys repeat, its rounding
 errors would grow (2 % of dv, 1.3 % with two). T in two parts halves that again (0.6 %).

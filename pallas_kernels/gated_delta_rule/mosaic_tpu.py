@@ -18,7 +18,7 @@ from pallas_kernels.gated_delta_rule import xla
 from pallas_kernels.gated_delta_rule.mosaic_tpu_backward import backward
 from pallas_kernels.gated_delta_rule.mosaic_tpu_gates import gate_rows
 from pallas_kernels.gated_delta_rule.mosaic_tpu_inverse import inverse
-from pallas_kernels.gated_delta_rule.mosaic_tpu_layout import lay, lift
+from pallas_kernels.gated_delta_rule.mosaic_tpu_layout import merge_heads, split_heads
 from pallas_kernels.gated_delta_rule.mosaic_tpu_walk import walk
 from pallas_kernels.tuning import TPUDelta
 
@@ -77,7 +77,7 @@ def _heads(heads: int, key: int, value: int, dtype, most: int = TPUDelta.forward
 
 def _operands(index, size, *inputs):
     valid = None if index is None else index >= 0
-    return [lay(x, valid, size) for x in inputs]
+    return [merge_heads(x, valid, size) for x in inputs]
 
 
 def _run(q, k, v, g, beta, initial_state, index, segment, interpret, save):
@@ -88,7 +88,7 @@ def _run(q, k, v, g, beta, initial_state, index, segment, interpret, save):
     parts = [checkpoint_name(x, "gdn_inverse") for x in parts]
     out, last, *states = walk(queries, keys, values, parts[0], rows, initial_state, heads, save, interpret)
     states = [checkpoint_name(x, "gdn_states") for x in states]
-    return (lift(out, length, k.shape[2]), xla._kept(initial_state, last, index)), (parts, *states)
+    return (split_heads(out, length, k.shape[2]), xla._kept(initial_state, last, index)), (parts, *states)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(8,))
@@ -111,7 +111,7 @@ def _backward(interpret, residuals, cts):
     *ours, gates, ct_initial = backward(queries, keys, values, parts, rows, states, ct_out, cts[1].astype(f32), heads, interpret)
     gates = [xla._join(gates[..., i, :, None], length)[..., 0] for i in range(2)]
     valid = None if index is None else index >= 0
-    dq, dk, dv, dg, dbeta = (xla._without_pads(x, valid) for x in (*(lift(x, length, k.shape[2]) for x in ours), *gates))
+    dq, dk, dv, dg, dbeta = (xla._without_pads(x, valid) for x in (*(split_heads(x, length, k.shape[2]) for x in ours), *gates))
     return dq, dk, dv, jnp.where(g > xla.FLOOR, dg, 0), dbeta, ct_initial, None, None
 
 

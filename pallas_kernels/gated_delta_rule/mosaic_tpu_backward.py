@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.gated_delta_rule.mosaic_tpu_gates import Gates
-from pallas_kernels.gated_delta_rule.mosaic_tpu_layout import of
+from pallas_kernels.gated_delta_rule.mosaic_tpu_layout import tile
 from pallas_kernels.gated_delta_rule.mosaic_tpu_products import dot, f32, halves
 from pallas_kernels.gated_delta_rule.mosaic_tpu_walk import PAIR
 
@@ -66,10 +66,10 @@ def backward(q, k, v, parts, rows, states, ct_out, ct_last, heads: int, interpre
         return jnp.sum(x, axis=1, keepdims=True)
 
     def keys(n, h):
-        return of(n, h, size, key)
+        return tile(n, h, size, key)
 
     def values(n, h):
-        return of(n, h, size, value)
+        return tile(n, h, size, value)
 
     def kernel(q_ref, k_ref, v_ref, *refs):
         t_refs, refs = refs[: len(parts)], refs[len(parts) :]

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.gated_delta_rule.mosaic_tpu_gates import Gates
-from pallas_kernels.gated_delta_rule.mosaic_tpu_layout import of
+from pallas_kernels.gated_delta_rule.mosaic_tpu_layout import tile
 from pallas_kernels.gated_delta_rule.mosaic_tpu_products import bf16, dot, dot_halves, halves
 from pallas_kernels.tuning import TPUDelta
 
@@ -38,7 +38,7 @@ def inverse(k: jax.Array, rows: jax.Array, heads: int, full: bool, interpret) ->
 
     def kernel(k_ref, rows_ref, *out_refs):
         gates = [Gates(rows_ref[h], not narrow) for h in block]
-        keys = [k_ref[of(0, h, size, width)] for h in block]
+        keys = [k_ref[tile(0, h, size, width)] for h in block]
         grams = [dot(k, k, (1, 1)) for k in keys]
         inverses = unit_lower_inverses([gates[h].beta * grams[h] * gates[h].between() for h in block], narrow)
         for h in block:

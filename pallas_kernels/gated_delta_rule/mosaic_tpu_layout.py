@@ -9,7 +9,7 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 
 
-def lay(x: jax.Array, valid: jax.Array | None, size: int) -> jax.Array:
+def merge_heads(x: jax.Array, valid: jax.Array | None, size: int) -> jax.Array:
     """[batch, length, heads, width] -> [batch, chunks * size, heads * width]: zeros at pads and beyond the end."""
     batch, length = x.shape[:2]
     x = x.reshape(batch, length, -1)
@@ -18,11 +18,11 @@ def lay(x: jax.Array, valid: jax.Array | None, size: int) -> jax.Array:
     return jnp.pad(x, [(0, 0), (0, -length % size), (0, 0)])
 
 
-def lift(x: jax.Array, length: int, heads: int) -> jax.Array:
+def split_heads(x: jax.Array, length: int, heads: int) -> jax.Array:
     """The way back: [batch, chunks * size, heads * width] -> [batch, length, heads, width]."""
     return x[:, :length].reshape(x.shape[0], length, heads, -1)
 
 
-def of(n: int, h: int, size: int, width: int) -> tuple:
+def tile(n: int, h: int, size: int, width: int) -> tuple:
     """Where chunk n of head h lies in a block [chunks * size, heads * width]."""
     return pl.ds(n * size, size), pl.ds(h * width, width)

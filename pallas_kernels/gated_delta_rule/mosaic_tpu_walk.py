@@ -25,7 +25,7 @@ import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 
 from pallas_kernels.gated_delta_rule.mosaic_tpu_gates import Gates
-from pallas_kernels.gated_delta_rule.mosaic_tpu_layout import of
+from pallas_kernels.gated_delta_rule.mosaic_tpu_layout import tile
 from pallas_kernels.gated_delta_rule.mosaic_tpu_products import dot, f32, halves
 from pallas_kernels.tuning import TPUDelta
 
@@ -54,7 +54,7 @@ def walk(q, k, v, inverse, rows, initial, heads: int, save: bool, interpret) -> 
             ref[0] = state_ref[0].astype(dtype)
 
         def chunk(n):
-            keys, values = ([of(n, h, size, width) for h in block] for width in (key, value))
+            keys, values = ([tile(n, h, size, width) for h in block] for width in (key, value))
             gates = [Gates(rows_ref[n, h], exact) for h in block]
             states = [state_ref[0, h].astype(dtype) for h in block]
             read = [dot(jnp.concatenate([k_ref[keys[h]], q_ref[keys[h]]]), states[h]) for h in block]  # [2 C, V]
