@@ -4,11 +4,11 @@
     python -m benchmarks.gated_delta_rule --shapes 1x32768 1x131072 --work forward --implementations mosaic_gpu fla
     python -m benchmarks.gated_delta_rule --shapes 1x8192 --heads 16 8 4 2
 
-16 heads or as many as asked for, keys 128 and values 256 wide, bfloat16, no initial state, the last state asked for. Errors first: relative
-RMS of out and the last state against the recurrence in float64 on the same bfloat16 numbers, the worst of some gates and keys at 1,000
-tokens, and of one case of 8,192, where sequences of few heads are cut. Then times: several calls on random inputs in one program (of fla: in
-one CUDA graph), median of 20 programs. fla refuses its backward pass on Hopper with some versions of Triton, whose results were found wrong;
-it is timed all the same, and never compared with.
+16 heads or as many as asked for, keys 128 and values 256 wide, bfloat16, no initial state, the last state asked for. Errors first:
+relative RMS of out and the last state against the recurrence in float64 on the same bfloat16 numbers, the worst of some gates and keys at
+1,000 tokens, and of one case of 8,192, where sequences of few heads are cut. Then times: several calls on random inputs in one program (of
+fla: in one CUDA graph), median of 20 programs. fla refuses its backward pass on Hopper with some versions of Triton, whose results were
+found wrong; it is timed all the same, and never compared with.
 
 fla 0.6 asks for einops besides torch and Triton; `pip install --no-deps fla-core flash-linear-attention einops`.
 """

@@ -35,7 +35,8 @@ def newest(name: str, *keys: str, device: str | None = None) -> dict[tuple, dict
 def tables() -> str:
     """Markdown: milliseconds for each device, an implementation a row, and the scores for TPUs."""
     devices = sorted({key for name in GPU for (key,) in newest(name, "device")})
-    return "\n\n".join([f"{device}, milliseconds:\n\n{times(device)}" for device in devices] + ["TPU, by the compiler:\n\n" + scores()])
+    measured = [f"{device}, milliseconds:\n\n{times(device)}" for device in devices]
+    return "\n\n".join([*measured, f"TPU, by the compiler, milliseconds / floor:\n\n{scores()}"])
 
 
 def times(device: str) -> str:
@@ -54,13 +55,19 @@ def times(device: str) -> str:
 
 
 def scores() -> str:
-    """A column for each generation of TPU."""
+    """A column for each generation of TPU: the estimate, and beneath which it cannot come, its bytes over the memory's rate."""
     rows: dict[tuple, dict] = {}
     chips = list(CHIPS)
     for line in newest("tpu_scores", "op", "program", "topology").values():
         chip = chips.index(line["topology"].split(":")[0])
-        rows.setdefault((line["op"], line["program"]), {})[chip] = line.get("estimate_ms", "does not compile")
+        rows.setdefault((line["op"], line["program"]), {})[chip] = _score(line, chips[chip])
     return _grid(rows, ("operator", "program"), chips.__getitem__)
+
+
+def _score(line: dict, chip: str) -> str:
+    if "failed" in line:
+        return "does not compile"
+    return f"{_figure(line['estimate_ms'])} / {_figure(1e3 * line['bytes'] / CHIPS[chip].bandwidth)}"
 
 
 def _shape(shape: tuple[int, int]) -> str:

@@ -211,3 +211,28 @@ def test_remat_policy_can_keep_the_sequential_parts():
     kept = jax.checkpoint_policies.save_only_these_names("gdn_inverse", "gdn_states")
     assert loops(jax.checkpoint_policies.nothing_saveable) == 5
     assert loops(kept) == 3
+
+
+@pytest.mark.parametrize("implementation", (xla, mosaic_tpu, mosaic_gpu))
+def test_what_the_backward_pass_keeps_grows_linearly(implementation):
+    """No state for each token: of 32,768 numbers a head, what is kept for a token is less than one in twenty."""
+
+    def kept(length):
+        lead = 1, length, 2
+        shapes = [((*lead, 128), jnp.bfloat16)] * 2 + [((*lead, 256), jnp.bfloat16)] + [(lead, jnp.float32)] * 2
+        inputs = [jax.ShapeDtypeStruct(*x) for x in shapes]
+        pull = jax.eval_shape(lambda *x: jax.vjp(implementation.gated_delta_rule, *x)[1], *inputs)
+        return sum(x.size for x in jax.tree.leaves(pull))
+
+    short, long = kept(4096), kept(16384)
+    assert long <= 4.1 * short
+    assert long / 16384 / 2 <= 128 * 256 / 20
+
+
+def test_memory_grows_linearly():
+    def temporaries(length):
+        inputs, cotangents = case(length, heads=1)
+        run = jax.jit(lambda inputs, cts: jax.vjp(gated_delta_rule, *inputs)[1](cts))
+        return run.lower(inputs, cotangents).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(8192) <= 4.1 * temporaries(2048)
