@@ -48,8 +48,12 @@ def step(q: Array, k: Array, v: Array, ring: Ring, index: Array, window: int | N
     weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1), axis=-1)
     past, own = weights[..., :capacity].astype(q.dtype), weights[..., capacity:]
     out = jnp.einsum("bhgk,bkhd->bhgd", past, ring.v, **precise) + own * v[:, :, None]
+    return out.reshape(q.shape).astype(q.dtype), join(ring, k, v, index)
 
-    place = jnp.where(real, slot, capacity)  # out of range = dropped
+
+def join(ring: Ring, k: Array, v: Array, index: Array) -> Ring:
+    """The ring with the new token of each sequence in place of the oldest, as `step` returns it."""
+    batch, capacity = ring.k.shape[:2]
+    place = jnp.where(index >= 0, index % capacity, capacity)  # out of range = dropped
     row = jnp.arange(batch)
-    new = (old.at[row, place].set(x.astype(old.dtype), mode="drop") for old, x in zip(ring, (k, v), strict=True))
-    return out.reshape(q.shape).astype(q.dtype), Ring(*new)
+    return Ring(*(old.at[row, place].set(x.astype(old.dtype), mode="drop") for old, x in zip(ring, (k, v), strict=True)))

@@ -1,6 +1,6 @@
-"""The implementations of `attend`, in order of preference."""
+"""The implementations of `attend` and of its token step, in order of preference."""
 
-from pallas_kernels.attend import cudnn, mosaic_gpu, mosaic_tpu, xla
+from pallas_kernels.attend import cudnn, decode, decode_mosaic_gpu, mosaic_gpu, mosaic_tpu, xla
 from pallas_kernels.dispatch import Implementation, ampere, hopper, tpu
 
 
@@ -20,6 +20,10 @@ def _by_cudnn(q, k, v, q_index, k_index, q_segment, k_segment, mask, scale):
     return cudnn.supports(q, k, v, mask, q_segment is not None)
 
 
+def _step_on_hopper(q, k, v, ring, index, window, scale):
+    return decode_mosaic_gpu.supports(q, k, v, ring, window, scale)
+
+
 # On a TPU the kernels come first by static score (benchmarks/results/tpu_scores.jsonl), for no chip was at hand; on Hopper because the
 # whole model is faster with them (benchmarks/results/prefill.jsonl and train_step.jsonl). cuDNN, which takes
 # part of the cases (the model's calls always have segments) and was not faster than the Hopper kernels at 4K to 128K tokens (attend.jsonl),
@@ -29,4 +33,10 @@ IMPLEMENTATIONS = (
     Implementation("mosaic_gpu", mosaic_gpu.attend, hopper, _on_hopper, _gradients_on_hopper),
     Implementation("xla", xla.attend),
     Implementation("cudnn", cudnn.attend, ampere, _by_cudnn),
+)
+
+# What `decode.step` says.
+STEPS = (
+    Implementation("mosaic_gpu", decode_mosaic_gpu.step, hopper, _step_on_hopper),
+    Implementation("xla", decode.step),
 )

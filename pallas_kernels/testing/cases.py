@@ -1,24 +1,26 @@
 """The cases that every implementation of an operator runs: the sizes of the published model, and what breaks such operators."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pallas_kernels.attend import Mask
+from pallas_kernels.attend.decode import Ring
+from pallas_kernels.gated_delta_rule.decode import Inputs, State, Weights
 from pallas_kernels.testing.parity import GATES, packing, padding, unit
 
 
 class Problem(NamedTuple):
-    """Arrays of one call in float64, and which rows of which are pads."""
+    """Arrays of one call, and which rows of which are pads. Those in float64 take the dtype of a cell, the others keep their own."""
 
-    inputs: dict[str, np.ndarray]  # what gradients are taken in
-    cotangents: tuple[np.ndarray, ...]  # of the results
+    inputs: dict[str, Any]  # arrays and tuples of them; what gradients are taken in
+    cotangents: dict[str, np.ndarray]  # of the results; none where there is a forward pass only
     tokens: dict[str, np.ndarray | None]  # ordinals and segments
     rule: dict  # what is not an array
-    pads: dict[str, str]  # name of an input -> name of the ordinals that tell its pads
-    exact: tuple[str, ...]  # inputs that stay float32 where the others are bfloat16
+    pads: dict[str, str]  # name of an input, or of the result of a cotangent -> name of the ordinals that tell its pads
+    exact: dict[str, np.ndarray | bool]  # name of a result -> those of its rows that must be the reference's bit for bit
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,12 @@ class Case:
     make: Callable[[], Problem]
 
 
-RESULTS = {"attend": ("out", "lse"), "gated_delta_rule": ("out", "state")}
+RESULTS = {
+    "attend": ("out", "lse"),
+    "gated_delta_rule": ("out", "state"),
+    "attend_step": ("out", "ring_k", "ring_v"),
+    "gated_delta_step": ("out", "memory", "q_tail", "k_tail", "v_tail"),
+}
 
 
 def attend_cases(longest: int) -> Iterator[Case]:
@@ -49,13 +56,15 @@ def attend_cases(longest: int) -> Iterator[Case]:
                 ring = np.stack([np.where(rng.random(cached) < 0.1, -1, rng.permutation(cached)) for _ in range(batch)])
                 k_index = np.concatenate([ring.astype(np.int32), q_index], 1)
             shapes = {"q": (length, q_heads), "k": (keys, k_heads), "v": (keys, k_heads)}
+            inputs = {n: rng.standard_normal((batch, *s, width)) for n, s in shapes.items()}
+            d_out, d_lse = rng.standard_normal((batch, length, q_heads, width)), rng.standard_normal((batch, length, q_heads))
             return Problem(
-                {n: rng.standard_normal((batch, *s, width)) for n, s in shapes.items()},
-                (rng.standard_normal((batch, length, q_heads, width)), rng.standard_normal((batch, length, q_heads))),
+                inputs,
+                {"out": d_out, "lse": np.float32(d_lse)},
                 {"q_index": q_index, "k_index": k_index, "q_segment": segment, "k_segment": segment},
                 {"mask": mask, "scale": width**-0.5},
-                {"q": "q_index", "k": "k_index", "v": "k_index"},
-                (),
+                {"q": "q_index", "k": "k_index", "v": "k_index", "out": "q_index", "lse": "q_index"},
+                {},
             )
 
         return Case(f"{name}, {length} x {width}", make)
@@ -95,19 +104,22 @@ def gated_delta_rule_cases(longest: int) -> Iterator[Case]:
                 "q": unit(rng, (*lead, 128)) * 128**-0.5,
                 "k": np.broadcast_to(k[:, :1], k.shape) if keys == "repeated" else k,
                 "v": rng.standard_normal((*lead, 256)),
-                "g": GATES[gates](rng, lead),
-                "beta": 1 / (1 + np.exp(-2 * rng.standard_normal(lead))),
-                "initial_state": rng.standard_normal((batch, 2, 128, 256)),
+                "g": np.float32(GATES[gates](rng, lead)),
+                "beta": np.float32(1 / (1 + np.exp(-2 * rng.standard_normal(lead)))),
+                "initial_state": np.float32(rng.standard_normal((batch, 2, 128, 256))),
             }
+            inputs["initial_state"][:, 0, 0, 0] = -0.0  # which a sum with 0 would lose
             if not start:
                 del inputs["initial_state"]
             index, segment = (padding(counts, length) if counts else None), None
             if pieces:
                 index, segment = packing(pieces, length)
             tokens = {name: x for name, x in (("index", index), ("segment", segment)) if x is not None}
-            cotangents = rng.standard_normal((*lead, 256)), rng.standard_normal((batch, 2, 128, 256))
-            pads = dict.fromkeys(("q", "k", "v", "g", "beta"), "index") if index is not None else {}
-            return Problem(inputs, cotangents, tokens, {}, pads, ("g", "beta", "initial_state"))
+            cotangents = {"out": rng.standard_normal((*lead, 256)), "state": np.float32(rng.standard_normal((batch, 2, 128, 256)))}
+            if index is None:
+                return Problem(inputs, cotangents, tokens, {}, {}, {})
+            pads = dict.fromkeys(("q", "k", "v", "g", "beta", "out"), "index")
+            return Problem(inputs, cotangents, tokens, {}, pads, {"state": (index < 0).all(axis=1)})
 
         return Case(f"{name}, {length}", make)
 
@@ -124,4 +136,122 @@ def gated_delta_rule_cases(longest: int) -> Iterator[Case]:
             yield case("gates mild, packed", length, pieces=(length // 3, length // 2))
 
 
-CASES = {"attend": attend_cases, "gated_delta_rule": gated_delta_rule_cases}
+def attend_step_case(
+    name: str,
+    ordinals: Sequence[Sequence[int]],
+    heads: tuple[int, int] = (16, 2),
+    width: int = 128,
+    capacity: int = 256,
+    window: int | None = None,
+) -> Case:
+    """ordinals: a row for each token, of its ordinal in each sequence."""
+
+    def make():
+        q_heads, k_heads = heads
+        index = np.asarray(ordinals, np.int32)
+        tokens, batch = index.shape
+        rng = np.random.default_rng(capacity + batch)
+        qkv = tuple(rng.standard_normal((tokens, batch, n, width)) for n in (q_heads, k_heads, k_heads))
+        ring = Ring(*(rng.standard_normal((batch, capacity, k_heads, width)) for _ in range(2)))
+        return Problem(
+            {"inputs": qkv, "weights": (), "state": ring},
+            {},
+            {"index": index},
+            {"window": window, "scale": width**-0.5},
+            {"inputs": "index"},
+            {"out": index < 0, "ring_k": True, "ring_v": True},
+        )
+
+    return Case(f"{name}, {len(ordinals[0])} x {capacity}", make)
+
+
+def attend_step_cases(longest: int) -> Iterator[Case]:
+    """Rings at every stage: empty, around the ends of Hopper's blocks of 128 slots, about to be full, full, wrapped. Those of a case are
+    about as full: the outputs of short ones are so much larger that errors of long ones would vanish beside them."""
+    for length in (0, 5, 255, 256, 100_000):
+        yield attend_step_case(f"a sequence of {length}", [[length]])
+    yield attend_step_case("still", [[-1]])
+    yield attend_step_case("short", [[0, 5, -1, 1]])
+    lengths = [256, -1, 127, 128, 129, 254, 255, 257, 1000, 100_000]
+    after = [257, -1, 128, 129, -1, 255, 256, 258, 1001, 100_001]
+    yield attend_step_case("two tokens", [lengths, after])
+    yield attend_step_case("window of 100", [lengths], window=100)
+    yield attend_step_case("window of 1", [lengths], window=1)
+    yield attend_step_case("window longer than the ring", [lengths], window=8192)
+    yield attend_step_case("one block", [[127, 0, 128, -1, 100]], capacity=128)
+    yield attend_step_case("one key head", [lengths], heads=(8, 1), capacity=384)
+    yield attend_step_case("16 query heads a key head", [lengths], heads=(32, 2))
+    yield attend_step_case("more blocks than buffers", [[511, 512, 300, -1] * 4], heads=(64, 8), capacity=512)
+    yield attend_step_case("narrow heads", [[7, -1, 300]], width=64)
+    yield attend_step_case("small groups", [[7, -1, 300]], heads=(4, 2))
+    yield attend_step_case("an odd ring", [[7, -1, 300]], capacity=100)
+    if longest >= 8192:
+        yield attend_step_case("published sizes", [[8192, -1, 4000, 8191, 8193, 100_000]], capacity=8192, window=8192)
+
+
+def gated_delta_step_case(
+    name: str,
+    ordinals: Sequence[Sequence[int]],
+    heads: int = 16,
+    keys: int = 128,
+    values: int = 256,
+    extreme: bool = False,
+    fresh: bool = False,
+) -> Case:
+    """ordinals: a row for each token, of its ordinal in each sequence. extreme: gates open or shut. fresh: a state of zeros."""
+
+    def make():
+        index = np.asarray(ordinals, np.int32)
+        tokens, batch = index.shape
+        rng = np.random.default_rng(tokens + batch)
+        widths = heads * keys, heads * keys, heads * values
+
+        def gates(spread):
+            shape = tokens, batch, heads
+            return rng.choice([-spread, spread], shape) if extreme else rng.standard_normal(shape)
+
+        inputs = [rng.standard_normal((tokens, batch, n)) for n in (*widths, heads * values)]
+        convolutions = (0.5 * rng.standard_normal((4, n)) for n in widths)
+        rates = rng.standard_normal(heads), rng.standard_normal(heads) - 4
+        weights = Weights(*convolutions, *rates, 1 + 0.2 * rng.standard_normal(values))
+        memory, *tails = (rng.standard_normal(s) for s in ((batch, heads, keys, values), *((batch, 3, n) for n in widths)))
+        state = State(np.float32(0.3 * memory), *tails)
+        state.memory[:, 0, 0, 0] = -0.0  # which a sum with 0 would lose
+        if fresh:
+            state = State(*map(np.zeros_like, state))
+        return Problem(
+            {"inputs": (Inputs(*inputs, gates(40.0), gates(20.0)),), "weights": (weights,), "state": state},
+            {},
+            {"index": index},
+            {"eps": 1e-5},
+            {"inputs": "index"},
+            {"out": index < 0, "memory": (index < 0).all(axis=0), "q_tail": True, "k_tail": True, "v_tail": True},
+        )
+
+    return Case(f"{name}, {len(ordinals[0])}", make)
+
+
+def gated_delta_step_cases(longest: int) -> Iterator[Case]:
+    """The published sizes; most of two tokens in a row."""
+    several = [5, -1, 0, 9, -1, 7]
+    rows = [several, [6, -1, 1, 10, 0, -1]]
+    yield gated_delta_step_case("one token", [[5]])
+    yield gated_delta_step_case("still", [[-1]])
+    yield gated_delta_step_case("one token", [several])
+    yield gated_delta_step_case("two tokens", [[5], [6]])
+    yield gated_delta_step_case("two tokens", rows)
+    yield gated_delta_step_case("extreme gates", rows, extreme=True)
+    yield gated_delta_step_case("fresh state", [[0] * 3, [1] * 3], fresh=True)
+    yield gated_delta_step_case("extreme gates, fresh state", [[0] * 3, [1] * 3], extreme=True, fresh=True)
+    yield gated_delta_step_case("values 64 wide", rows, values=64)
+    yield gated_delta_step_case("values 80 wide", rows, values=80)
+    yield gated_delta_step_case("keys 64 wide", rows, keys=64)
+    yield gated_delta_step_case("three heads", rows, heads=3)
+
+
+CASES = {
+    "attend": attend_cases,
+    "gated_delta_rule": gated_delta_rule_cases,
+    "attend_step": attend_step_cases,
+    "gated_delta_step": gated_delta_step_cases,
+}

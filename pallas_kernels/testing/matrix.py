@@ -1,17 +1,19 @@
-"""Every implementation of every operator against the float64 reference, value and gradient, on the same cases.
+"""Every implementation of every operator against the float64 reference, value and gradient, on the same cases; token steps too, of which
+there are values alone.
 
     python -m pallas_kernels.testing.matrix                     # what this machine runs; kernels for TPUs interpreted on a CPU
     python -m pallas_kernels.testing.matrix --longest 100000    # on a GPU
     python -m pallas_kernels.testing.matrix --operator gated_delta_rule --case 'repeated|packed'
 
 Prints one line a case and implementation: the largest of its errors in shares of what is allowed, or why it does not take the case.
-Ends with an error where one is too large. Relative root-mean-square errors; float32 may have 1e-4, bfloat16 what `ALLOWED` says.
+Ends with an error where one is too large. Relative root-mean-square errors; float32 may have 1e-4, bfloat16 what `ALLOWED` says. A result
+of which something must be exact and is not has an infinite error.
 """
 
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from functools import cache, partial
 from io import StringIO
@@ -22,18 +24,32 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.attend import decode as attend_decode
+from pallas_kernels.attend import implementations as attend_implementations
 from pallas_kernels.attend import reference as attend_reference
-from pallas_kernels.attend.implementations import IMPLEMENTATIONS as ATTEND
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.gated_delta_rule import decode as delta_decode
+from pallas_kernels.gated_delta_rule import implementations as delta_implementations
 from pallas_kernels.gated_delta_rule import reference as delta_reference
-from pallas_kernels.gated_delta_rule.implementations import IMPLEMENTATIONS as GATED_DELTA_RULE
 from pallas_kernels.testing.cases import CASES, RESULTS, Case, Problem
 from pallas_kernels.testing.parity import in_float64, poison, rel_rms, with_gradients
+from pallas_kernels.testing.steps import implementation_in_a_row, in_a_row
 
-IMPLEMENTATIONS = {"attend": ATTEND, "gated_delta_rule": GATED_DELTA_RULE}
-REFERENCES = {"attend": attend_reference.attend, "gated_delta_rule": delta_reference.gated_delta_rule}
-ALLOWED = {name: 5e-3 for name in ("out", "lse", "state")} | {f"d_{name}": 8e-3 for name in ("q", "k", "v", "initial_state")}
-ALLOWED |= {"d_g": 2e-2, "d_beta": 2e-2}
+IMPLEMENTATIONS = {
+    "attend": attend_implementations.IMPLEMENTATIONS,
+    "gated_delta_rule": delta_implementations.IMPLEMENTATIONS,
+    "attend_step": tuple(map(implementation_in_a_row, attend_implementations.STEPS)),
+    "gated_delta_step": tuple(map(implementation_in_a_row, delta_implementations.STEPS)),
+}
+REFERENCES = {
+    "attend": attend_reference.attend,
+    "gated_delta_rule": delta_reference.gated_delta_rule,
+    "attend_step": in_a_row(attend_decode.step),
+    "gated_delta_step": in_a_row(delta_decode.step),
+}
+ALLOWED = {name: 5e-3 for results in RESULTS.values() for name in results}
+ALLOWED |= {f"d_{name}": 8e-3 for name in ("q", "k", "v", "initial_state")}
+ALLOWED |= {"d_g": 2e-2, "d_beta": 2e-2, "race": 1}
 INTERPRETED = pltpu.InterpretParams(
     detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise", dma_execution_mode="on_wait"
 )
@@ -63,44 +79,68 @@ class Cell(NamedTuple):
 
 def cells(operator: str, longest: int, names: list[str] | None = None, pattern: str = "") -> Iterator[Cell]:
     """All cells of an operator's matrix on this machine, case by case; of those cases alone whose names match a pattern."""
-    device = jax.devices()[0]
+    chosen = [x for x in IMPLEMENTATIONS[operator] if not names or x.name in names]
     for case in CASES[operator](longest):
-        if not re.search(pattern, case.name):
-            continue
-        problem = case.make()
-        for dtype in (jnp.float32, jnp.bfloat16):
-            rounded = {n: x if n in problem.exact else np.asarray(jnp.asarray(x, dtype), np.float64) for n, x in problem.inputs.items()}
-            rounded = {n: np.asarray(np.float32(x), np.float64) for n, x in rounded.items()}
-            cotangents = [np.asarray(jnp.asarray(x, d), np.float64) for x, d in zip(problem.cotangents, (dtype, jnp.float32), strict=True)]
-            problem_here = problem._replace(inputs=rounded, cotangents=tuple(cotangents))
-            exact = in_float64(_compiled(REFERENCES[operator], *_signature(problem)))
-            want = exact(tuple(rounded.values()), tuple(cotangents), problem.tokens)
-            for implementation in IMPLEMENTATIONS[operator]:
-                if not names or implementation.name in names:
-                    yield _cell(operator, implementation, case, problem_here, dtype, want, device)
+        if re.search(pattern, case.name):
+            for dtype in (jnp.float32, jnp.bfloat16):
+                yield from compare(operator, chosen, case, dtype)
 
 
-def _cell(operator, implementation, case: Case, problem: Problem, dtype, want, device) -> Cell:
-    results = RESULTS[operator] + tuple(f"d_{name}" for name in problem.inputs)
-    cell = partial(Cell, implementation.name, case.name, jnp.dtype(dtype).name)
-    inputs = {n: jnp.asarray(x, jnp.float32 if n in problem.exact else dtype) for n, x in problem.inputs.items()}
-    runs, reason = _runnable(implementation, device)
-    reason = reason or implementation.supports(*inputs.values(), **problem.tokens, **problem.rule)
+def compare(operator: str, implementations: Sequence[Implementation], case: Case, dtype) -> Iterator[Cell]:
+    """A cell for each of an operator's implementations on this machine."""
+    problem = _in_dtype(case.make(), dtype)
+    want = jax.tree.leaves(in_float64(_compiled(REFERENCES[operator], *_signature(problem)))(*_arrays(problem)))
+    for implementation in implementations:
+        errors, refusal = _errors(operator, implementation, problem, want)
+        allowed = {name: ALLOWED[name] if dtype == jnp.bfloat16 else 1e-4 for name in errors}
+        yield Cell(implementation.name, case.name, jnp.dtype(dtype).name, errors, allowed, refusal)
+
+
+def _in_dtype(problem: Problem, dtype) -> Problem:
+    return _with_each(problem, lambda name, x: jnp.asarray(x, dtype if x.dtype == np.float64 else x.dtype))
+
+
+def _errors(operator, implementation, problem: Problem, want) -> tuple[dict[str, float], str | None]:
+    """Errors by the name of a result, or why there are none."""
+    runs, reason = _runnable(implementation, jax.devices()[0])
+    reason = reason or implementation.supports(*problem.inputs.values(), **problem.tokens, **problem.rule)
     if reason:
-        return cell({}, {}, reason)
-    for name, index in problem.pads.items():
-        inputs[name] = jnp.asarray(poison(np.asarray(inputs[name]), problem.tokens[index]))
+        return {}, reason
+    run = _compiled(runs, *_signature(problem))
     with redirect_stdout(StringIO()) as said:  # the TPU interpreter only prints that it found a race
-        got = jax.block_until_ready(_compiled(runs, *_signature(problem))(tuple(inputs.values()), problem.cotangents, problem.tokens))
+        got = jax.tree.leaves(run(*_arrays(_poisoned(problem))))
     if "RACE DETECTED" in said.getvalue():
-        return cell({"race": float("inf")}, {"race": 1.0}, None)
-    errors = {}
-    for name, a, b in zip(results, (*got[0], *got[1]), (*want[0], *want[1]), strict=True):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        seen = np.isfinite(b)  # lse of a query that sees nothing is -inf
-        errors[name] = rel_rms(a[seen], b[seen]) if (np.isneginf(a) == ~seen).all() else float("nan")
-    allowed = {name: ALLOWED[name] if dtype == jnp.bfloat16 else 1e-4 for name in results}
-    return cell(errors, allowed, None)
+        return {"race": float("inf")}, None
+    names = [*RESULTS[operator], *(f"d_{name}" for name in problem.inputs if problem.cotangents)]
+    return {name: _error(a, b, problem.exact.get(name)) for name, a, b in zip(names, got, want, strict=True)}, None
+
+
+def _poisoned(problem: Problem) -> Problem:
+    """NaN in what inputs and cotangents hold at pads."""
+
+    def dirty(name, x):
+        pads = problem.pads.get(name)
+        return x if pads is None else jnp.asarray(poison(np.asarray(x), problem.tokens[pads]))
+
+    return _with_each(problem, dirty)
+
+
+def _with_each(problem: Problem, change: Callable) -> Problem:
+    """The problem with `change(name, array)` in the place of each array of its inputs and cotangents."""
+
+    def changed(arrays):
+        return {name: jax.tree.map(partial(change, name), x) for name, x in arrays.items()}
+
+    return problem._replace(inputs=changed(problem.inputs), cotangents=changed(problem.cotangents))
+
+
+def _error(got, want, exact) -> float:
+    """exact: the rows that must be equal bit for bit, or None."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    if exact is not None and got[exact].tobytes() != want[exact].tobytes():
+        return float("inf")
+    seen = np.isfinite(want)  # lse of a query that sees nothing is -inf
+    return rel_rms(got[seen], want[seen]) if (np.isneginf(got) == ~seen).all() else float("nan")
 
 
 @cache
@@ -110,6 +150,10 @@ def _runnable(implementation: Implementation, device) -> tuple[Callable, str | N
     if reason and device.platform == "cpu" and implementation.name == "mosaic_tpu":
         return partial(implementation.run, interpret=INTERPRETED), None
     return implementation.run, reason
+
+
+def _arrays(problem: Problem) -> tuple[tuple, tuple, dict]:
+    return tuple(problem.inputs.values()), tuple(problem.cotangents.values()), problem.tokens
 
 
 def _signature(problem: Problem) -> tuple[tuple, tuple]:

@@ -66,9 +66,14 @@ def poison(x: np.ndarray, index: np.ndarray) -> np.ndarray:
 
 
 def with_gradients(op: Callable) -> Callable:
-    """jit of `(inputs, cotangents, others) -> results and gradients in inputs` for `op(*inputs, **others)`, as tuples of arrays."""
+    """jit of `(inputs, cotangents, others) -> results and gradients in inputs` for `op(*inputs, **others)`, as tuples of arrays.
+
+    Inputs and results may be trees. Without cotangents there are no gradients: `()`.
+    """
 
     def run(inputs, cotangents, others):
+        if not cotangents:
+            return op(*inputs, **others), ()
         results, pull = jax.vjp(lambda *args: op(*args, **others), *inputs)
         return results, pull(jax.tree.map(lambda ct, out: ct.astype(out.dtype), cotangents, results))
 
@@ -79,8 +84,7 @@ def with_gradients(op: Callable) -> Callable:
         return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0} if cpu else None)
 
     def call(inputs, cotangents, others=None):
-        results, gradients = compiled()(tuple(inputs), tuple(cotangents), dict(others or {}))
-        return tuple(map(np.asarray, results)), tuple(map(np.asarray, gradients))
+        return jax.tree.map(np.asarray, compiled()(tuple(inputs), tuple(cotangents), dict(others or {})))
 
     return call
 

@@ -2,17 +2,21 @@
 
 import sys
 
+import jax.numpy as jnp
 import pytest
 
+from pallas_kernels.attend import decode as attend_decode
 from pallas_kernels.attend import xla
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.gated_delta_rule import decode as delta_decode
 from pallas_kernels.testing import matrix
+from pallas_kernels.testing.steps import in_a_row
 
 
-def run(monkeypatch, *arguments, attend=None):
-    """The command, for attend by one implementation alone; the code that it ends with."""
-    if attend:
-        monkeypatch.setitem(matrix.IMPLEMENTATIONS, "attend", (Implementation("xla", attend),))
+def run(monkeypatch, *arguments, **functions):
+    """The command, with functions as the only implementations of their operators; the code that it ends with."""
+    for operator, function in functions.items():
+        monkeypatch.setitem(matrix.IMPLEMENTATIONS, operator, (Implementation("xla", function),))
     monkeypatch.setattr(sys, "argv", ["matrix", *arguments])
     try:
         matrix.main()
@@ -27,6 +31,18 @@ def test_interpreted_kernels_pass(monkeypatch, capsys, operator, case):
     for name in ("mosaic_tpu", "xla"):
         assert any(line.split()[0] == name and "of what is allowed" in line for line in lines)
     assert all("of what is allowed" in line or "no: " in line for line in lines[1:-1]), lines
+
+
+STEPS = {"attend_step": "^(short|still|a seq|two|window of 100|small|an odd)", "gated_delta_step": "^(still|two|extreme|fresh|keys)"}
+
+
+@pytest.mark.parametrize("operator", STEPS)
+def test_token_steps_pass(monkeypatch, capsys, operator):
+    assert run(monkeypatch, "--operator", operator, "--case", STEPS[operator]) is None
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines} == {"mosaic_gpu", "xla"}
+    for line in lines:
+        assert ("no: for Hopper GPUs" if line.split()[0] == "mosaic_gpu" else "of what is allowed") in line
 
 
 def test_a_wrong_result_fails(monkeypatch, capsys):
@@ -54,6 +70,43 @@ def test_a_pad_that_is_read_fails(monkeypatch, capsys):
 
     assert run(monkeypatch, "--operator", "attend", "--case", "no window, 300", attend=attend)
     assert "nan of what is allowed" in capsys.readouterr().out
+
+
+def test_a_cotangent_of_a_pad_that_is_read_fails(monkeypatch, capsys):
+    def attend(q, k, v, k_index, **rest):
+        out, lse = xla.attend(q, k, v, k_index=k_index, **rest)
+        return out + 0 * jnp.where(k_index[:, :, None, None] >= 0, v, 0).sum(), lse
+
+    assert run(monkeypatch, "--operator", "attend", "--case", "no window, 300", attend=attend)
+    assert "nan of what is allowed" in capsys.readouterr().out
+
+
+def louder_ring(*args, **rule):
+    out, ring = attend_decode.step(*args, **rule)
+    return out, ring._replace(k=ring.k * (1 + 2**-20))
+
+
+def no_negative_zero(*args, **rule):
+    out, state = delta_decode.step(*args, **rule)
+    return out, state._replace(memory=jnp.where(state.memory == 0, 0, state.memory))
+
+
+def still_ones_speak(inputs, weights, state, index, eps):
+    out, state = delta_decode.step(inputs, weights, state, index, eps)
+    return jnp.where(index[:, None] < 0, 1e-9, out), state
+
+
+@pytest.mark.parametrize(
+    ("operator", "step", "result"),
+    [
+        ("attend_step", louder_ring, "ring_k"),
+        ("gated_delta_step", no_negative_zero, "memory"),
+        ("gated_delta_step", still_ones_speak, "out"),
+    ],
+)
+def test_what_must_be_exact_and_is_not_fails(monkeypatch, capsys, operator, step, result):
+    assert run(monkeypatch, "--operator", operator, "--case", "two tokens", **{operator: in_a_row(step)})
+    assert f"inf of what is allowed {result}" in capsys.readouterr().out
 
 
 def test_nothing_to_run_is_no_success(monkeypatch):

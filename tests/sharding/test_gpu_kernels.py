@@ -11,14 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import token_steps
 from jax.sharding import NamedSharding, PartitionSpec
 
 from infinitevl_jax.config.run import RunConfig
 from infinitevl_jax.sharding import make_mesh
-from infinitevl_jax.sharding.kernels import shard_attend, shard_gated_delta_rule
+from infinitevl_jax.sharding.kernels import shard_attend, shard_attend_step, shard_gated_delta_rule, shard_gated_delta_step
 from pallas_kernels.attend import Mask
+from pallas_kernels.attend import decode_mosaic_gpu as attend_step_gpu
 from pallas_kernels.attend import mosaic_gpu as attend_gpu
+from pallas_kernels.gated_delta_rule import decode_mosaic_gpu as delta_step_gpu
 from pallas_kernels.gated_delta_rule import mosaic_gpu as delta_gpu
+from pallas_kernels.testing.cases import attend_step_case, gated_delta_step_case
 from pallas_kernels.testing.parity import GATES, packing, padding, poison, rel_rms, unit, with_gradients
 
 MESHES = RunConfig(data=2, fsdp=2, tensor=2), RunConfig(fsdp=2, tensor=4)  # the second with more shards than key heads
@@ -92,9 +96,35 @@ def test_lowers_for_cuda(case, kernels):
 
     heads = (2, 2, 2, 2, 2, 1)  # the axis of heads in q, k, v, g, beta, initial_state
     placed = [place(x, axis) for x, axis in zip(inputs, heads, strict=False)], {name: place(x) for name, x in tokens.items()}
-    text = jax.jit(run).trace(*placed).lower(lowering_platforms=("cuda",)).as_text()
-    calls = [line.rsplit(" : ", 1)[1] for line in text.splitlines() if "@mosaic_gpu_v2" in line]
+    calls = kernel_calls(run, *placed)
     assert len(calls) == kernels
     q, k = ("x".join(map(str, (1, 128, x.shape[2] // 2, 128))) for x in inputs[:2])  # 70 tokens are filled up to 128
     assert all(call.startswith(f"(tensor<{q}xbf16>, tensor<{k}xbf16>, ") for call in calls), calls
+
+
+def kernel_calls(run, *shapes):
+    """Types of each kernel's arguments and results, where nothing moves between devices."""
+    text = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     assert not re.search(MOVES, text)
+    return [line.rsplit(" : ", 1)[1] for line in text.splitlines() if "@mosaic_gpu_v2" in line]
+
+
+@pytest.mark.parametrize(("run", "heads"), zip(MESHES, [(16, 2), (64, 2)], strict=True), ids=["one key head each", "shared key heads"])
+def test_attend_step_lowers_for_cuda(run, heads):
+    """On one or two of four rows, and a key head."""
+    mesh, batch = make_mesh(run), 4 // (run.data * run.fsdp)
+    arrays, rule = token_steps.first_token(attend_step_case("", [[3, -1, 200, 128]], heads, capacity=128), jnp.bfloat16)
+    step = partial(shard_attend_step(attend_step_gpu.step, mesh), **rule)
+    attend, merge = kernel_calls(step, *token_steps.placed(arrays, token_steps.ATTEND, mesh))
+    own, ring = f"tensor<{batch}x{heads[0] // mesh.shape['tensor']}x128xbf16>", f"tensor<{batch}x128x1x128xbf16>"
+    assert attend.startswith(f"({own}, tensor<{batch}x1x128xbf16>, ") and attend.count(ring) >= 2
+    assert merge.endswith(f"-> {own}")
+
+
+def test_gated_delta_step_lowers_for_cuda():
+    """On one of four rows, and two of four heads."""
+    mesh = make_mesh(MESHES[0])
+    arrays, rule = token_steps.first_token(gated_delta_step_case("", [[3, -1, 0, 5]], heads=4), jnp.bfloat16)
+    step = partial(shard_gated_delta_step(delta_step_gpu.step, mesh), **rule)
+    (call,) = kernel_calls(step, *token_steps.placed(arrays, token_steps.DELTA, mesh))
+    assert call.startswith("(tensor<1x256xbf16>, ") and "tensor<1x2x128x256xf32>" in call

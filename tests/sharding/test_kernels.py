@@ -1,4 +1,4 @@
-"""Operators cut over 8 devices against one device: values and gradients."""
+"""Operators and token steps cut over 8 devices against one device: values and gradients."""
 
 import re
 from functools import partial
@@ -7,12 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import token_steps
 
 from infinitevl_jax.config.run import RunConfig
 from infinitevl_jax.sharding import make_mesh
-from infinitevl_jax.sharding.kernels import shard_attend, shard_gated_delta_rule
+from infinitevl_jax.sharding.kernels import shard_attend, shard_attend_step, shard_gated_delta_rule, shard_gated_delta_step
 from pallas_kernels.attend import Mask, attend
+from pallas_kernels.attend import decode as attend_decode
+from pallas_kernels.gated_delta_rule import decode as delta_decode
 from pallas_kernels.gated_delta_rule import gated_delta_rule
+from pallas_kernels.testing.cases import attend_step_case, gated_delta_step_case
 from pallas_kernels.testing.parity import packing, padding, rel_rms, unit, with_gradients
 
 MESHES = {
@@ -20,6 +24,7 @@ MESHES = {
     "fsdp 2, tensor 4, more than key heads": RunConfig(fsdp=2, tensor=4),
     "fsdp 8, more than rows": RunConfig(fsdp=8),
 }
+TOKEN = [3, -1, 20, 8]  # ordinals
 
 
 def compare(function, spread, inputs, cotangents, others, **rule):
@@ -30,6 +35,23 @@ def compare(function, spread, inputs, cotangents, others, **rule):
             finite = np.isfinite(b)
             np.testing.assert_array_equal(np.isfinite(a), finite, err_msg=name)
             assert rel_rms(a[finite], b[finite]) <= 1e-6, name
+
+
+def compare_step(step, spread, case):
+    """Every device's copy of what several hold is compared: a ring is written by each of them."""
+    arguments, rule = token_steps.first_token(case)
+    whole = jax.jit(partial(step, **rule))(*arguments)
+    for name, run in MESHES.items():
+        sharded = jax.jit(partial(spread(step, make_mesh(run)), **rule))(*arguments)
+        for a, b in zip(jax.tree.leaves(sharded), jax.tree.leaves(whole), strict=True):
+            for part in a.addressable_shards:
+                assert rel_rms(part.data, b[part.index]) <= 1e-6, name
+
+
+def moved(lowered):
+    """Collectives of a compiled program."""
+    text = lowered.compile().as_text()
+    return [line for line in text.splitlines() if re.search("= .*(all-gather|all-to-all|collective-permute|all-reduce)", line)]
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -57,6 +79,17 @@ def test_gated_delta_rule():
     compare(gated_delta_rule, shard_gated_delta_rule, inputs[:5], cotangents, {})
 
 
+@pytest.mark.parametrize("heads", [(8, 2), (6, 3)], ids=str)
+def test_attend_step(heads):
+    """8 heads on 2: with 4 shards two use each key head. 6 on 3: 2 shards would have queries of two key heads each."""
+    case = attend_step_case("", [TOKEN], heads, 16, capacity=8, window=5)
+    compare_step(attend_decode.step, shard_attend_step, case)
+
+
+def test_gated_delta_step():
+    compare_step(delta_decode.step, shard_gated_delta_step, gated_delta_step_case("", [TOKEN], heads=4, keys=8, values=16))
+
+
 def test_a_mesh_of_one_axis():
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     q, k = np.ones((8, 5, 4, 8), np.float32), np.ones((8, 5, 2, 8), np.float32)
@@ -78,6 +111,20 @@ def test_nothing_is_gathered():
         out = lambda *a: sharded(*a, index, index, None, None, Mask(window=9, aligned=True), 0.25)[0].sum()  # noqa: E731
         return jax.grad(out, (0, 1, 2))(q, k, v)
 
-    text = jax.jit(gradients, out_shardings=place).lower(q, k, k).compile().as_text()
-    moved = [line for line in text.splitlines() if re.search("= .*(all-gather|all-to-all|collective-permute|all-reduce)", line)]
-    assert not moved
+    assert not moved(jax.jit(gradients, out_shardings=place).lower(q, k, k))
+
+
+def test_nothing_of_an_attend_step_is_gathered():
+    """Nor where shards share key heads: the ring lies whole on each."""
+    arrays, rule = token_steps.first_token(attend_step_case("", [TOKEN], (8, 2), 16, capacity=8))
+    for run in (RunConfig(data=2, fsdp=2, tensor=2), RunConfig(fsdp=2, tensor=4)):
+        mesh = make_mesh(run)
+        step = partial(shard_attend_step(attend_decode.step, mesh), **rule)
+        assert not moved(jax.jit(step).lower(*token_steps.placed(arrays, token_steps.ATTEND, mesh)))
+
+
+def test_nothing_of_a_gated_delta_step_is_gathered():
+    arrays, rule = token_steps.first_token(gated_delta_step_case("", [TOKEN], heads=4, keys=8, values=16))
+    mesh = make_mesh(RunConfig(data=2, fsdp=2, tensor=2))
+    step = partial(shard_gated_delta_step(delta_decode.step, mesh), **rule)
+    assert not moved(jax.jit(step).lower(*token_steps.placed(arrays, token_steps.DELTA, mesh)))

@@ -1,0 +1,38 @@
+"""Token steps as operators of the parity matrix: of tokens one after the other, so that each has to do with what the last one left."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dispatch import Implementation
+
+
+def in_a_row(step: Callable) -> Callable:
+    """`step(*inputs, *weights, state, index, **rule) -> out, state` for several tokens of each sequence.
+
+    All arrays of `inputs`, index and out have a leading axis of tokens; the state comes in before the first and goes out after the last.
+    """
+
+    def run(inputs, weights, state, index, **rule):
+        outs = []
+        for token in range(len(index)):
+            out, state = step(*_token(inputs, token), *weights, state, index[token], **rule)
+            outs.append(out)
+        return jnp.stack(outs), state
+
+    return run
+
+
+def implementation_in_a_row(implementation: Implementation) -> Implementation:
+    """Likewise of a token step's implementation, which takes what it would of the first token."""
+
+    def supports(inputs, weights, state, index, **rule):
+        return implementation.supports(*_token(inputs, 0), *weights, state, index[0], **rule)
+
+    return dataclasses.replace(implementation, run=in_a_row(implementation.run), supports=supports)
+
+
+def _token(inputs, token: int):
+    return jax.tree.map(lambda x: x[token], inputs)

@@ -1,0 +1,38 @@
+"""Arguments of token steps, and where they lie on a mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from infinitevl_jax.sharding import spec
+from pallas_kernels.attend.decode import Ring
+from pallas_kernels.gated_delta_rule.decode import Inputs, State, Weights
+
+HEADS, TAILS, TAPS = ("batch", "heads", None), ("batch", None, "heads"), (None, "heads")
+RING = ("batch", None, "heads", None)
+# logical axes of all arrays
+ATTEND = (HEADS, HEADS, HEADS, Ring(RING, RING), ("batch",))
+DELTA = (
+    Inputs(*[("batch", "heads")] * 6),
+    Weights(TAPS, TAPS, TAPS, A_log=("heads",), dt_bias=("heads",), norm=(None,)),
+    State(("batch", "heads", None, None), TAILS, TAILS, TAILS),
+    ("batch",),
+)
+
+
+def first_token(case, dtype=jnp.float32):
+    """Arrays of a case's first token, and the rule. Those in float64 become `dtype`."""
+    problem = case.make()
+    inputs, weights, state = problem.inputs.values()
+    arrays = *jax.tree.map(lambda x: x[0], inputs), *weights, state, problem.tokens["index"][0]
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype if x.dtype == np.float64 else x.dtype), arrays), problem.rule
+
+
+def placed(arrays, axes, mesh):
+    """Shapes of the arrays, split over the mesh as the rules say."""
+
+    def place(x, axes):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec(axes, x.shape, mesh)))
+
+    return jax.tree.map(place, arrays, axes)
