@@ -2,6 +2,7 @@
 there are values alone.
 
     python -m pallas_kernels.testing.matrix                     # what this machine runs; kernels for TPUs interpreted on a CPU
+    NPROC=512 python -m pallas_kernels.testing.matrix           # those for Hopper too, with JAX 0.11.2: see `mosaic_gpu_interpreter`
     python -m pallas_kernels.testing.matrix --longest 100000    # on a GPU
     python -m pallas_kernels.testing.matrix --operator gated_delta_rule --case 'repeated|packed'
 
@@ -14,7 +15,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from functools import cache, partial
 from io import StringIO
 from typing import NamedTuple
@@ -31,6 +32,7 @@ from pallas_kernels.dispatch import Implementation
 from pallas_kernels.gated_delta_rule import decode as delta_decode
 from pallas_kernels.gated_delta_rule import implementations as delta_implementations
 from pallas_kernels.gated_delta_rule import reference as delta_reference
+from pallas_kernels.testing import mosaic_gpu_interpreter
 from pallas_kernels.testing.cases import CASES, RESULTS, Case, Problem
 from pallas_kernels.testing.parity import in_float64, poison, rel_rms, with_gradients
 from pallas_kernels.testing.steps import implementation_in_a_row, in_a_row
@@ -102,15 +104,18 @@ def _in_dtype(problem: Problem, dtype) -> Problem:
 
 def _errors(operator, implementation, problem: Problem, want) -> tuple[dict[str, float], str | None]:
     """Errors by the name of a result, or why there are none."""
-    runs, reason = _runnable(implementation, jax.devices()[0])
+    runs, inside, reason = _runnable(operator, implementation, jax.devices()[0])
     reason = reason or implementation.supports(*problem.inputs.values(), **problem.tokens, **problem.rule)
     if reason:
         return {}, reason
-    run = _compiled(runs, *_signature(problem))
-    with redirect_stdout(StringIO()) as said:  # the TPU interpreter only prints that it found a race
-        got = jax.tree.leaves(run(*_arrays(_poisoned(problem))))
+    run, raced = _compiled(runs, *_signature(problem)), {"race": float("inf")}
+    try:
+        with inside(), redirect_stdout(StringIO()) as said:  # the TPU interpreter only prints that it found a race
+            got = jax.tree.leaves(run(*_arrays(_poisoned(problem))))
+    except mosaic_gpu_interpreter.Raced:
+        return raced, None
     if "RACE DETECTED" in said.getvalue():
-        return {"race": float("inf")}, None
+        return raced, None
     names = [*RESULTS[operator], *(f"d_{name}" for name in problem.inputs if problem.cotangents)]
     return {name: _error(a, b, problem.exact.get(name)) for name, a, b in zip(names, got, want, strict=True)}, None
 
@@ -144,12 +149,18 @@ def _error(got, want, exact) -> float:
 
 
 @cache
-def _runnable(implementation: Implementation, device) -> tuple[Callable, str | None]:
-    """The function to call here, and why there is none: on a CPU, kernels for TPUs are interpreted."""
+def _runnable(operator: str, implementation: Implementation, device) -> tuple[Callable, Callable[[], AbstractContextManager], str | None]:
+    """The function to call here, inside what, and why there is none: on a CPU, kernels are interpreted."""
     reason = implementation.device(device)
     if reason and device.platform == "cpu" and implementation.name == "mosaic_tpu":
-        return partial(implementation.run, interpret=INTERPRETED), None
-    return implementation.run, reason
+        return partial(implementation.run, interpret=INTERPRETED), nullcontext, None
+    if reason and device.platform == "cpu" and implementation.name == "mosaic_gpu":
+        if operator == "gated_delta_step":
+            return implementation.run, nullcontext, "for Hopper GPUs; not interpreted, for its blocks meet at a barrier in inline assembly"
+        # a block of the other step writes the slot that another may be reading, which then leaves it out of the window
+        inside = partial(mosaic_gpu_interpreter.interpreted, races=operator != "attend_step")
+        return implementation.run, inside, mosaic_gpu_interpreter.refusal()
+    return implementation.run, nullcontext, reason
 
 
 def _arrays(problem: Problem) -> tuple[tuple, tuple, dict]:

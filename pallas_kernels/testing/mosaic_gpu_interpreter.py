@@ -5,9 +5,10 @@ takes it for an error when a kernel ends before each thread has waited for the l
 operands either: `refusal` says so. These are private parts of JAX, touched here alone and put back afterwards.
 
 Each warpgroup of each thread block is a thread that waits in a callback, so XLA needs as many of them: start the process with the
-environment variable NPROC at several hundred, or kernels of many blocks wait for good.
+environment variable NPROC, which XLA reads, at several hundred, or kernels of many blocks wait for good.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,17 +19,26 @@ import jax
 import numpy as np
 
 VERSION = (0, 11, 2)
+THREADS = 256
+
+
+class Raced(RuntimeError):
+    """Two threads of a kernel reached for one place, and nothing says which came first."""
 
 
 def refusal() -> str | None:
     """Why kernels cannot be interpreted here, or None."""
-    found = jax.__version_info__
-    return None if found == VERSION else f"interpreted by JAX {'.'.join(map(str, VERSION))} alone, this is {jax.__version__}"
+    if jax.__version_info__ != VERSION:
+        return f"for Hopper GPUs; interpreted by JAX {'.'.join(map(str, VERSION))} alone, this is {jax.__version__}"
+    if int(os.environ.get("NPROC", "0")) < THREADS:
+        return f"for Hopper GPUs; interpreted in a process that was started with NPROC={2 * THREADS}"
+    return None
 
 
 @contextmanager
-def interpreted() -> Iterator[None]:
-    """Inside, Mosaic GPU kernels run on the CPU. Raises RuntimeError after one that raced."""
+def interpreted(races: bool = True) -> Iterator[None]:
+    """Inside, Mosaic GPU kernels that are traced run on the CPU, and must be waited for. Raises Raced at the end if one did and `races`
+    are looked for."""
     from jax._src import callback
     from jax._src.pallas.mosaic_gpu import primitives
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call, jaxpr_interpret, params, shared_memory
@@ -118,8 +128,8 @@ def interpreted() -> Iterator[None]:
         patch.object(interpreter, "_interpret_tcgen05_mma_p", store),
         patch.object(gpu_callbacks, "copy_smem_to_gmem", copy),
         patch.object(shared_memory.Barrier, "deallocate", end),
-        params.force_gpu_interpret_mode(params.InterpretGPUParams(detect_races=True)),
+        params.force_gpu_interpret_mode(params.InterpretGPUParams(detect_races=races)),
     ):
         yield
-    if interpret_pallas_call.get_races().races_found:
-        raise RuntimeError("a kernel raced: two threads reached for one place, and nothing says which came first")
+    if races and interpret_pallas_call.get_races().races_found:
+        raise Raced
