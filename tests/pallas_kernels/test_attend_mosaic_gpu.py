@@ -1,7 +1,7 @@
-"""Attention for Hopper: the plan against the mask, and the frame around the kernels. Their products run in benchmarks/attend.py.
+"""Attention for Hopper: the plan against the mask, and the frame around the kernels.
 
-JAX cannot interpret these kernels on a CPU (0.10.2 has no transposed wgmma operand, 0.11.2 none in registers): there
-they are lowered, and dense products over the same runs of rows take their place.
+Not every JAX can interpret these kernels on a CPU (test_mosaic_gpu_interpreted.py): here they are lowered, and dense products over the
+same runs of rows take their place.
 """
 
 import dense_kernels

@@ -1,5 +1,5 @@
 """How the walks for Hopper are cut into spans: which, by how many blocks, and the states between them. (What the kernels make of a
-span runs on a GPU, in the matrix and in benchmarks/gated_delta_rule.py.)"""
+span: test_mosaic_gpu_interpreted.py.)"""
 
 import itertools
 from functools import partial

@@ -1,6 +1,6 @@
 """The kernels for Hopper on meshes of 8 devices: lowered for CUDA, and dense products in their place on a CPU against one device.
 
-The products themselves run on a GPU only (tests/pallas_kernels/test_attend_mosaic_gpu.py says why).
+The products themselves are interpreted on one device (tests/pallas_kernels/test_mosaic_gpu_interpreted.py).
 """
 
 import re

@@ -1,0 +1,75 @@
+"""The kernels for Hopper GPUs, interpreted on a CPU with races detected: in processes of their own, with threads enough for their blocks.
+
+JAX 0.11.2 alone can do that (Python 3.12: .ci/run); with others the matrix must say so, and nothing passes for having run.
+"""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import pytest
+
+from pallas_kernels.testing.mosaic_gpu_interpreter import THREADS, VERSION
+
+CASES = {
+    "attend": "^(window, 300 x (64|128)|packed|ring, 65 x 128|tower, windows)",
+    "gated_delta_rule": "^(packed, 300|pads|gates spread, 65|gates mild, repeated|no initial)",
+    "attend_step": "^(short|two|window of 100|one key)",
+}
+CUT = """
+    from pallas_kernels.testing import matrix
+    from pallas_kernels.tuning import HopperDeltaSpans as spans
+
+    spans.row, spans.shortest, spans.most = 2, 1, {most}
+    matrix.main()
+"""
+RACE = """
+    import jax, jax.numpy as jnp
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+    from pallas_kernels.testing.mosaic_gpu_interpreter import Raced, interpreted
+
+    def kernel(x_ref, out_ref):
+        out_ref[...] = x_ref[...] + jax.lax.axis_index("group")
+
+    try:
+        with interpreted():
+            x = jnp.zeros((128, 128))
+            jax.block_until_ready(plgpu.kernel(kernel, out_type=x, num_threads=2, thread_name="group")(x))
+    except Raced:
+        print("raced")
+"""
+
+
+def python(*arguments):
+    return subprocess.run([sys.executable, *arguments], env=os.environ | {"NPROC": str(2 * THREADS)}, capture_output=True, text=True)
+
+
+def check(done):
+    """Either every case ran and passed, or the reason stands in each line."""
+    _, *lines = (line for line in done.stdout.splitlines() if " float32 " not in line)
+    assert lines, done.stderr
+    if jax.__version_info__ == VERSION:
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert all("of what is allowed" in line for line in lines), lines
+    else:
+        assert "nothing ran" in done.stderr
+        assert all("no: for Hopper GPUs; interpreted by JAX 0.11.2 alone, this is" in line for line in lines), lines
+
+
+@pytest.mark.parametrize("operator", CASES)
+def test_parity(operator):
+    matrix = "-m", "pallas_kernels.testing.matrix", "--implementation", "mosaic_gpu"
+    check(python(*matrix, "--operator", operator, "--case", CASES[operator]))
+
+
+@pytest.mark.parametrize("most", [2, 3, 8])
+def test_parity_of_sequences_in_spans(most):
+    arguments = "--implementation", "mosaic_gpu", "--operator", "gated_delta_rule", "--case", "^packed, 300"
+    check(python("-c", textwrap.dedent(CUT.format(most=most)), *arguments))
+
+
+def test_a_race_is_found():
+    done = python("-c", textwrap.dedent(RACE))
+    assert "raced" in done.stdout if jax.__version_info__ == VERSION else done.returncode, done.stderr
