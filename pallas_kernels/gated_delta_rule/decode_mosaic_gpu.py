@@ -23,7 +23,7 @@ A layer of the model calls it on x [batch, 1, width] like this, `state` being it
 Traffic: the state once in each direction, 8 K V bytes a head; all else is 2 % of that. Floor: 4 MiB for 16 heads of
 128 x 256, 1.4 us at 3 TB/s, and 89 us for 64 sequences.
 
-JAX's interpreter knows no inline assembly: the parity matrix checks it on a GPU, and benchmarks/decode.py, which times it
+JAX's interpreter knows no stores into other blocks: the parity matrix checks it on a GPU, and benchmarks/decode.py, which times it
 (benchmarks/results/decode.jsonl).
 """
 

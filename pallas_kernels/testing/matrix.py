@@ -2,7 +2,7 @@
 there are values alone.
 
     python -m pallas_kernels.testing.matrix                     # what this machine runs; kernels for TPUs interpreted on a CPU
-    NPROC=512 python -m pallas_kernels.testing.matrix           # those for Hopper too, with JAX 0.11.2: see `mosaic_gpu_interpreter`
+    NPROC=64 python -m pallas_kernels.testing.matrix           # those for Hopper too, with JAX 0.11.2: see `mosaic_gpu_interpreter`
     python -m pallas_kernels.testing.matrix --longest 100000    # on a GPU
     python -m pallas_kernels.testing.matrix --operator gated_delta_rule --case 'repeated|packed'
 
@@ -156,7 +156,7 @@ def _runnable(operator: str, implementation: Implementation, device) -> tuple[Ca
         return partial(implementation.run, interpret=INTERPRETED), nullcontext, None
     if reason and device.platform == "cpu" and implementation.name == "mosaic_gpu":
         if operator == "gated_delta_step":
-            return implementation.run, nullcontext, "for Hopper GPUs; not interpreted, for its blocks meet at a barrier in inline assembly"
+            return implementation.run, nullcontext, "for Hopper GPUs; not interpreted, for its blocks write into each other's memory"
         # a block of the other step writes the slot that another may be reading, which then leaves it out of the window
         inside = partial(mosaic_gpu_interpreter.interpreted, races=operator != "attend_step")
         return implementation.run, inside, mosaic_gpu_interpreter.refusal()

@@ -5,7 +5,7 @@ takes it for an error when a kernel ends before each thread has waited for the l
 operands either: `refusal` says so. These are private parts of JAX, touched here alone and put back afterwards.
 
 Each warpgroup of each thread block is a thread that waits in a callback, so XLA needs as many of them: start the process with the
-environment variable NPROC, which XLA reads, at several hundred, or kernels of many blocks wait for good.
+environment variable NPROC, which XLA reads, at a few dozen, or kernels of several warpgroups wait for good.
 """
 
 import os
@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 VERSION = (0, 11, 2)
-THREADS = 256
+THREADS = 32
 
 
 class Raced(RuntimeError):
