@@ -3,6 +3,7 @@
 A kernel that is to be scored gets a builder here, or in a module of its own, and a line in `benchmarks.tpu_scores`.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -14,6 +15,7 @@ from infinitevl_jax.model.deltanet import GatedDeltaNet
 from infinitevl_jax.model.keys import Keys
 from infinitevl_jax.model.ops import Ops
 from infinitevl_jax.model.span import Span
+from pallas_kernels.causal_conv import mosaic_tpu as causal_conv_tpu
 from pallas_kernels.gated_delta_rule import mosaic_tpu, xla
 from pallas_kernels.gated_delta_rule.mosaic_tpu_backward import backward
 from pallas_kernels.gated_delta_rule.mosaic_tpu_gates import ROWS
@@ -54,6 +56,17 @@ def gdn_kernels(
     return lambda *inputs: [function(*x) for function, x in zip(functions, inputs, strict=True)], shapes
 
 
+def conv_kernels(length: int = 8192, channels: int = 4096, dtype: str = "bfloat16") -> tuple[Callable, tuple]:
+    """The causal convolution of one packed sequence, forward and backward."""
+    x, token = jax.ShapeDtypeStruct((1, length, channels), dtype), jax.ShapeDtypeStruct((1, length), i32)
+
+    def both(x, weight, index, segment, ct):
+        (out, _), pull = jax.vjp(lambda *inputs: causal_conv_tpu.causal_conv(*inputs, None, index, segment), x, weight)
+        return out, pull((ct, jnp.zeros((1, 3, channels), dtype)))
+
+    return both, (x, jax.ShapeDtypeStruct((4, channels), dtype), token, token, x)
+
+
 def gdn_op(implementation: str, gradient: bool, length: int = 8192, heads: int = 16, dtype: str = "bfloat16") -> tuple[Callable, tuple]:
     """The whole op for one packed sequence, K 128 and V 256, with an initial state; with gradients in its first six arguments if asked.
 
@@ -79,6 +92,8 @@ def gdn_layer(implementation: str, gradient: bool, length: int = 8192, heads: in
     gradients in its parameters and its input if asked. implementation: as for `gdn_op`."""
     config = TextConfig(hidden_size=width, num_linear_heads=heads, linear_head_dim=128, expand_v=2.0, layer_types=("linear_attention",))
     ops = Ops(gated_delta_rule=_operator(implementation), unit_heads=unit_heads_by_products)
+    if implementation == "mosaic_tpu":
+        ops = dataclasses.replace(ops, causal_conv=causal_conv_tpu.causal_conv)
     graphdef, params = nnx.split(nnx.eval_shape(lambda: GatedDeltaNet(config, ops, Keys(jax.random.key(0)))))
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16), params)
     x, token = jax.ShapeDtypeStruct((1, length, width), jnp.bfloat16), jax.ShapeDtypeStruct((1, length), i32)

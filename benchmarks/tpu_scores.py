@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from benchmarks.record import add_commit, record
-from benchmarks.tpu_programs import gdn_kernels, gdn_layer, gdn_op
+from benchmarks.tpu_programs import conv_kernels, gdn_kernels, gdn_layer, gdn_op
 from pallas_kernels.testing.static_score import CHIPS, TOPOLOGIES, score
 from pallas_kernels.testing.visit_score import scores
 
@@ -30,6 +30,7 @@ GDN = {"length": 8192, "heads": 16}
 KERNELS = [
     *(Entry("gated_delta_rule", name, gdn_kernels, (name,), GDN) for name in ("inverse", "walk", "backward")),
     Entry("gated_delta_rule", "walk, nothing saved", gdn_kernels, ("walk",), GDN | {"save": False}),
+    Entry("causal_conv", "forward + backward", conv_kernels, (), {"length": 8192, "channels": 4096}),
 ]
 WHOLE = [
     Entry("gated_delta_rule", f"{whole}{what}, {implementation}", build, (implementation, gradient), GDN)

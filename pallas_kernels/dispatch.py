@@ -83,7 +83,7 @@ class Dispatch:
         return [f"{self.operator} of {case}: {what}" for case, what in self.ran.items()]
 
     def _case(self, args, kwargs) -> str:
-        shapes = [f"{np.dtype(x.dtype).name}{list(x.shape)}" for x in args[:3]]
+        shapes = [f"{np.dtype(x.dtype).name}{list(x.shape)}" for x in args[:3] if x is not None]
         rule = [f", {x}" for name, x in kwargs.items() if name == "mask"]
         return f"{', '.join(shapes)}{''.join(rule)} on {self.device.device_kind}"
 

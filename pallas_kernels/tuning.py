@@ -111,6 +111,12 @@ class TPUDelta:
     base = 16  # rows of a diagonal block that is inverted by substitution
 
 
+class TPUConv:
+    """python -m benchmarks.tpu_scores --op causal_conv"""
+
+    rows, lanes = 512, 512  # tokens and channels of a block
+
+
 # --- XLA: milliseconds on an H100, time and memory on a CPU ---
 
 

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from infinitevl_jax.errors import InfiniteVLError
-from infinitevl_jax.sharding.kernels import shard_attend, shard_gated_delta_rule, shard_unit_heads
+from infinitevl_jax.sharding.kernels import shard_attend, shard_causal_conv, shard_gated_delta_rule, shard_unit_heads
 from pallas_kernels.attend import attend
 from pallas_kernels.causal_conv import causal_conv
 from pallas_kernels.dispatch import Dispatch, Refusal
@@ -43,6 +43,7 @@ def resolve_ops(mesh: Mesh | None = None, attend_by: str | None = None, gated_de
     """
     # here, for only whoever runs a model needs the kernels' compilers
     from pallas_kernels.attend.implementations import IMPLEMENTATIONS as ATTEND
+    from pallas_kernels.causal_conv.implementations import IMPLEMENTATIONS as CAUSAL_CONV
     from pallas_kernels.gated_delta_rule.implementations import IMPLEMENTATIONS as GATED_DELTA_RULE
 
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
@@ -50,15 +51,15 @@ def resolve_ops(mesh: Mesh | None = None, attend_by: str | None = None, gated_de
         chosen = (
             Dispatch("attend", ATTEND, device, attend_by),
             Dispatch("gated_delta_rule", GATED_DELTA_RULE, device, gated_delta_rule_by),
+            Dispatch("causal_conv", CAUSAL_CONV, device),
         )
     except Refusal as refusal:
         raise InfiniteVLError(refusal.culprit, refusal.cure) from None
-    attend, gated_delta_rule = map(_readable, chosen)
-    unit_heads = unit_heads_for(device)
+    operators = (*map(_readable, chosen), unit_heads_for(device))
     if mesh is not None:
-        attend, gated_delta_rule = shard_attend(attend, mesh), shard_gated_delta_rule(gated_delta_rule, mesh)
-        unit_heads = shard_unit_heads(unit_heads, mesh)
-    return Ops(attend, gated_delta_rule, unit_heads=unit_heads, dispatches=chosen)
+        wrappers = shard_attend, shard_gated_delta_rule, shard_causal_conv, shard_unit_heads
+        operators = (shard(operator, mesh) for shard, operator in zip(wrappers, operators, strict=True))
+    return Ops(*operators, dispatches=chosen)
 
 
 def _readable(dispatch: Dispatch) -> Callable:

@@ -66,6 +66,27 @@ def shard_gated_delta_rule(gated_delta_rule: Callable, mesh: Mesh) -> Callable:
     return run
 
 
+def shard_causal_conv(causal_conv: Callable, mesh: Mesh) -> Callable:
+    """The contract of `pallas_kernels.causal_conv.causal_conv`, on a mesh: channels go with heads."""
+    if mesh.size == 1:
+        return causal_conv
+
+    def run(x: Array, weight: Array, tail: Array | None = None, index: Array | None = None, segment: Array | None = None):
+        batch, channels = _rows(x.shape[0], mesh), _split(x.shape[2], mesh)
+        tokens, rows = PartitionSpec(batch, None, channels), PartitionSpec(batch, None)
+        optional = {"tail": (tail, tokens), "index": (index, rows), "segment": (segment, rows)}
+        given = {name: pair for name, pair in optional.items() if pair[0] is not None}
+
+        def local(x, weight, *others):
+            return causal_conv(x, weight, **dict(zip(given, others, strict=True)))
+
+        specs = (tokens, PartitionSpec(None, channels), *(s for _, s in given.values()))
+        spread = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(tokens, tokens), check_vma=False)
+        return spread(x, weight, *(x for x, _ in given.values()))
+
+    return run
+
+
 def shard_unit_heads(unit_heads: Callable, mesh: Mesh) -> Callable:
     """The contract of `pallas_kernels.unit_heads.unit_heads` for x [batch, length, heads * width], on a mesh."""
     if mesh.size == 1:

@@ -33,9 +33,22 @@ def causal_conv(
 
     Differentiable in x, weight and tail; the backward pass keeps the inputs alone.
     """
+    return _causal_conv(x, weight, start(x, tail), index, segment)
+
+
+def start(x, tail):
+    """The inputs before this call, [B, 3, C] in x's dtype."""
     if tail is None:
-        tail = jnp.repeat(jnp.zeros_like(x[:, :1]), TAPS - 1, axis=1)  # zeros that are sharded as x is
-    return _causal_conv(x, weight, tail.astype(x.dtype), index, segment)
+        return jnp.repeat(jnp.zeros_like(x[:, :1]), TAPS - 1, axis=1)  # zeros that are sharded as x is
+    return tail.astype(x.dtype)
+
+
+def new_tail(x, tail, index, segment):
+    """The inputs before the next call, [B, 3, C]."""
+    inputs, valid, run = _inputs(x, tail, index, segment)
+    rows = _tail_rows(inputs, valid)
+    last = inputs[:, 1 - TAPS :] if valid is None else jnp.take_along_axis(inputs, rows[..., None], axis=1)
+    return jnp.where(_in_last_run(run, rows), last, 0)
 
 
 def _inputs(x, tail, index, segment):
@@ -68,9 +81,7 @@ def _compute(x, weight, tail, index, segment):
     out = jax.nn.silu(total).astype(x.dtype)
     if valid is not None:
         out = jnp.where(valid[..., None], out, 0)
-    rows = _tail_rows(inputs, valid)
-    new_tail = inputs[:, 1 - TAPS :] if valid is None else jnp.take_along_axis(inputs, rows[..., None], axis=1)
-    return out, jnp.where(_in_last_run(run, rows), new_tail, 0)
+    return out, new_tail(x, tail, index, segment)
 
 
 def _tail_rows(inputs, valid):

@@ -114,20 +114,21 @@ def _compile_and_read(module: str, build: str, chip: str, places: list, names: d
         hlo = traced.lower().compile().as_text()
     kernels = {}
     for kernel in _kernels(traced.jaxpr.jaxpr):
-        if kernels.setdefault(kernel["name"], kernel) != kernel:
-            raise ValueError(f"two kernels are called {kernel['name']} and differ in grid or blocks: rename one")
+        if kernels.setdefault((kernel["name"], kernel["results"]), kernel) != kernel:
+            raise ValueError(f"two kernels are called {kernel['name']} and differ in grid or blocks alone: rename one")
     return read_hlo(hlo, kernels, folder)
 
 
 def _kernels(jaxpr):
-    """Name, grid steps and bytes of each Pallas call in a jaxpr."""
+    """Name, shapes of results, grid steps and bytes of each Pallas call in a jaxpr."""
     import jax
 
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
             mapping = equation.params["grid_mapping"]
             traffic = sum(_block_traffic(block, mapping.grid) for block in mapping.block_mappings)
-            yield {"name": equation.params["name"], "trips": math.prod(mapping.grid), "bytes": traffic}
+            results = tuple(tuple(x.aval.shape) for x in equation.outvars)
+            yield {"name": equation.params["name"], "results": results, "trips": math.prod(mapping.grid), "bytes": traffic}
             continue
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
             if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
@@ -159,7 +160,9 @@ FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "while
 def read_hlo(hlo: str, kernels: dict, folder: str) -> list[Program]:
     """The programs of a compiled module, its kernels with the bundles found in `folder`."""
     computations = _computations(hlo)
-    found = []
+    found, calls = [], {}
+    for instruction in (x for table in computations.values() for x in table.values() if "tpu_custom_call" in x["rest"]):
+        calls.setdefault(_kernel_key(instruction, kernels), []).append(instruction["name"])
 
     def visit(name, trips):
         table = computations[name]
@@ -172,7 +175,8 @@ def read_hlo(hlo: str, kernels: dict, folder: str) -> list[Program]:
             elif instruction["op"] == "call":
                 visit(re.search(r"to_apply=%([\w.-]+)", rest)[1], trips)
             elif "tpu_custom_call" in rest:
-                found.append(_kernel_program(instruction, kernels, trips, folder))
+                key = _kernel_key(instruction, kernels)
+                found.append(_kernel_program(kernels[key], [instruction["name"], *calls[key]], trips, folder))
             elif instruction["op"] not in FREE:
                 cycles = re.search(r'"estimated_cycles":"(\d+)"', rest)
                 moved = _hbm_bytes(instruction, table, computations)
@@ -184,11 +188,18 @@ def read_hlo(hlo: str, kernels: dict, folder: str) -> list[Program]:
     return found
 
 
-def _kernel_program(instruction, kernels, trips, folder) -> Program:
+def _kernel_key(instruction, kernels: dict) -> tuple:
+    """Name and shapes of results of the kernel that an instruction calls."""
     path = re.search(r'op_name="([^"]*)"', instruction["rest"])[1]
-    (kernel,) = (k for name, k in kernels.items() if re.search(rf"\b{name}\b", path))
-    pattern = f"{glob.escape(folder)}/*-{glob.escape(instruction['name'])}-[0-9][0-9]-final_hlo-static-per-bundle-utilization.txt"
-    (file,) = glob.glob(pattern)
+    results = tuple(tuple(int(n) for n in found["shape"].split(",") if n) for found in ARRAY.finditer(instruction["type"]))
+    (key,) = (key for key in kernels if re.search(rf"\b{key[0]}\b", path) and key[1] == results)
+    return key
+
+
+def _kernel_program(kernel: dict, names: list[str], trips: int, folder: str) -> Program:
+    """names: of the instruction and of those that call the same kernel, for the compiler writes down equal programs once."""
+    tail = "-[0-9][0-9]-final_hlo-static-per-bundle-utilization.txt"
+    file = next(file for name in names for file in glob.glob(f"{glob.escape(folder)}/*-{glob.escape(name)}{tail}"))
     head, table = Path(file).read_text().split("== UTILIZATION:")
     columns = [column.strip() for column in head.split(":", 1)[1].strip().splitlines()[0].split(",")]
     rows = [line.split() for line in table.splitlines() if re.fullmatch(r"[\d ]+", line)]

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from benchmarks.kernels import newest
-from benchmarks.tpu_programs import gdn_kernels, gdn_layer, gdn_op
+from benchmarks.tpu_programs import conv_kernels, gdn_kernels, gdn_layer, gdn_op
 from pallas_kernels.testing.static_score import CHIPS, TOPOLOGIES, score
 
 MARGIN = 1.1  # over what is recorded
@@ -23,6 +23,11 @@ def test_gated_delta_rule(chip):
     for name in ("inverse", "walk", "backward"):
         milliseconds = found.kernel(f"gdn_{name}").milliseconds(chip)
         assert 0 < milliseconds <= MARGIN * recorded("gated_delta_rule", name, chip), (name, milliseconds)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_causal_conv(chip):
+    assert score(conv_kernels, chip).milliseconds <= MARGIN * recorded("causal_conv", "forward + backward", chip)
 
 
 def test_targets_are_met():

@@ -8,9 +8,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from infinitevl_jax.config.run import RunConfig
 from infinitevl_jax.sharding import make_mesh
-from infinitevl_jax.sharding.kernels import shard_attend, shard_gated_delta_rule
+from infinitevl_jax.sharding.kernels import shard_attend, shard_causal_conv, shard_gated_delta_rule
 from pallas_kernels.attend import Mask
 from pallas_kernels.attend import mosaic_tpu as attend_tpu
+from pallas_kernels.causal_conv import mosaic_tpu as conv_tpu
 from pallas_kernels.gated_delta_rule import mosaic_tpu as delta_tpu
 from pallas_kernels.testing.parity import GATES, packing, padding, poison, rel_rms, unit, with_gradients
 
@@ -60,3 +61,13 @@ def test_gated_delta_rule():
     inputs, cotangents = (tuple(map(np.float32, x)) for x in (inputs, cotangents))
     delta_rule = partial(delta_tpu.gated_delta_rule, interpret=INTERPRET)
     compare(delta_rule, shard_gated_delta_rule, inputs, cotangents, {"index": index, "segment": segment})
+
+
+def test_causal_conv():
+    rng = np.random.default_rng(0)
+    index, segment = tokens(60)
+    x, d_out = rng.normal(size=(2, *index.shape, 512))
+    inputs = tuple(map(np.float32, (poison(x, index), rng.normal(size=(4, 512)), rng.normal(size=(4, 3, 512)))))
+    cotangents = np.float32(d_out), np.float32(rng.normal(size=(4, 3, 512)))
+    convolve = partial(conv_tpu.causal_conv, interpret=INTERPRET)
+    compare(convolve, shard_causal_conv, inputs, cotangents, {"index": index, "segment": segment})
