@@ -61,8 +61,8 @@ def conv_kernels(length: int = 8192, channels: int = 4096, dtype: str = "bfloat1
     x, token = jax.ShapeDtypeStruct((1, length, channels), dtype), jax.ShapeDtypeStruct((1, length), i32)
 
     def both(x, weight, index, segment, ct):
-        (out, _), pull = jax.vjp(lambda *inputs: causal_conv_tpu.causal_conv(*inputs, None, index, segment), x, weight)
-        return out, pull((ct, jnp.zeros((1, 3, channels), dtype)))
+        out, pull = jax.vjp(lambda *inputs: causal_conv_tpu.causal_conv(*inputs, None, index, segment)[0], x, weight)
+        return out, pull(ct)
 
     return both, (x, jax.ShapeDtypeStruct((4, channels), dtype), token, token, x)
 
