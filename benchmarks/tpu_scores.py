@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from benchmarks.record import add_commit, record
 from benchmarks.tpu_programs import conv_kernels, gdn_kernels, gdn_layer, gdn_op
-from pallas_kernels.testing.static_score import CHIPS, TOPOLOGIES, score
+from pallas_kernels.testing.static_score import CHIPS, TOPOLOGIES, Program, score
 from pallas_kernels.testing.visit_score import scores
 
 
@@ -75,8 +75,10 @@ def figures(entry: Entry, chip: str) -> dict:
         return {"failed": str(error).splitlines()[0]}
     line = {"estimate_ms": round(found.milliseconds, 4), "cycles": sum(p.cycles for p in found.programs)}
     line |= {"bytes": sum(p.bytes for p in found.programs), "programs": len(found.programs)}
-    kernels = [p for p in found.programs if p.bundles]
-    return line | {key: {p.name: getattr(p, key) for p in kernels} for key in ("bundles", "spills", "trips")}
+    kernels: dict[str, Program] = {}
+    for program in (p for p in found.programs if p.bundles):  # those of one name differ in size or work
+        kernels[program.name if program.name not in kernels else f"{program.name} {len(kernels)}"] = program
+    return line | {key: {name: getattr(p, key) for name, p in kernels.items()} for key in ("bundles", "spills", "trips")}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import dataclasses
 class HopperAttendForward:
     """python -m benchmarks.attend"""
 
-    keys = 128  # rows of a key block
+    keys = 128  # rows of a key block; what rows are padded to is a multiple
     stages = 2  # key and value blocks in shared memory
     registers = 240, 24
 
@@ -107,7 +107,6 @@ class TPUDelta:
 
     chunk = 128  # an MXU is 128 or 256 wide, and half as many states pass through memory as with 64
     forward, backward = 8, 4  # heads of a block at K 128, V 256 and bfloat16
-    pair = 2  # chunks of a step, and of a saved state
     base = 16  # rows of a diagonal block that is inverted by substitution
 
 

@@ -2,7 +2,8 @@
 
 Two ways to sum over a head. By groups, [..., heads, width], is one fused pass on CPUs and GPUs. On TPUs that shape lies in memory in
 another order, and XLA copies x there and back; products with the 0/1 matrix of which channel belongs to which head leave everything in its
-place. By static score on v5e a Gated DeltaNet layer with 16 heads and 8,192 tokens took 6.1 ms forward with them and 10.4 with groups.
+place. By static score on v5e a Gated DeltaNet layer with 16 heads and 8,192 tokens took 6.1 ms forward with them and 10.4 with groups (5.7
+since the convolution has a kernel).
 """
 
 from collections.abc import Callable

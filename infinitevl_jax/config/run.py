@@ -20,8 +20,8 @@ class RunConfig:
     and what the mixers' operators return ("dots"), or "full".
     scan: whether equal layers are one loop, which compiles in a time that does not follow the depth, or each stands by itself, which
     spares a GPU the copies into and out of the stacks.
-    attend, gated_delta_rule: the implementation that must run ("mosaic_gpu", "mosaic_tpu", "xla"), or several in order ("mosaic_gpu,xla");
-    left out, the first that can.
+    attend, gated_delta_rule, causal_conv: the implementation that must run ("mosaic_gpu", "mosaic_tpu", "xla"), or several in order
+    ("mosaic_gpu,xla"); left out, the first that can.
     """
 
     data: int = 1
@@ -33,6 +33,7 @@ class RunConfig:
     scan: bool = True
     attend: str | None = None
     gated_delta_rule: str | None = None
+    causal_conv: str | None = None
 
     def __post_init__(self):
         for name, known in (("dtype", DTYPES), ("remat", REMATS)):

@@ -35,10 +35,12 @@ class Ops:
 
 
 @cache
-def resolve_ops(mesh: Mesh | None = None, attend_by: str | None = None, gated_delta_rule_by: str | None = None) -> Ops:
+def resolve_ops(
+    mesh: Mesh | None = None, attend_by: str | None = None, gated_delta_rule_by: str | None = None, causal_conv_by: str | None = None
+) -> Ops:
     """The operators for the devices of a mesh (None: this process's first device).
 
-    attend_by, gated_delta_rule_by: an implementation, or several in order ("mosaic_gpu,xla"), which then run or fail; None allows all.
+    attend_by and so on: an implementation, or several in order ("mosaic_gpu,xla"), which then run or fail; None allows all.
     Raises InfiniteVLError for an unknown name, or one that is not for these devices; the operators do for a case that none takes.
     """
     # here, for only whoever runs a model needs the kernels' compilers
@@ -51,7 +53,7 @@ def resolve_ops(mesh: Mesh | None = None, attend_by: str | None = None, gated_de
         chosen = (
             Dispatch("attend", ATTEND, device, attend_by),
             Dispatch("gated_delta_rule", GATED_DELTA_RULE, device, gated_delta_rule_by),
-            Dispatch("causal_conv", CAUSAL_CONV, device),
+            Dispatch("causal_conv", CAUSAL_CONV, device, causal_conv_by),
         )
     except Refusal as refusal:
         raise InfiniteVLError(refusal.culprit, refusal.cure) from None

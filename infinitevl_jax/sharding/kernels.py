@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
@@ -82,7 +83,7 @@ def shard_causal_conv(causal_conv: Callable, mesh: Mesh) -> Callable:
 
         specs = (tokens, PartitionSpec(None, channels), *(s for _, s in given.values()))
         spread = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(tokens, tokens), check_vma=False)
-        return spread(x, weight, *(x for x, _ in given.values()))
+        return spread(x, weight.astype(jnp.float32), *(x for x, _ in given.values()))  # its gradient is summed over devices
 
     return run
 

@@ -32,7 +32,8 @@ from infinitevl_jax.training.setup import prepare_start
 from infinitevl_jax.training.step import TrainState, evaluate_batch, init_state, model_of, put_batch, state_shardings, train_step
 
 # what may change between a run and its continuation
-FREE = ("run.data", "run.fsdp", "run.tensor", "run.remat", "run.scan", "run.attend", "run.gated_delta_rule", "train.output")
+FREE = ("run.data", "run.fsdp", "run.tensor", "run.remat", "run.scan", "run.attend", "run.gated_delta_rule", "run.causal_conv")
+FREE += ("train.output")
 FREE += ("train.log_every", "train.checkpoint_every", "train.evaluate_every", "train.keep", "train.data.folder")
 
 
@@ -57,7 +58,7 @@ def train(preset: Preset, say=print) -> Outcome:
             "train with one process; the devices of one host form the mesh",
         )
     mesh = make_mesh(preset.run)
-    ops = resolve_ops(mesh, preset.run.attend, preset.run.gated_delta_rule)
+    ops = resolve_ops(mesh, preset.run.attend, preset.run.gated_delta_rule, preset.run.causal_conv)
     run = claim_folder(preset)
     source = Source(config.data.name, config.data.folder, config.data.train)
     start = prepare_start(preset.model, source, run, config.seed)

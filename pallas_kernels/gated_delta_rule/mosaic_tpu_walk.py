@@ -27,9 +27,8 @@ import jax.numpy as jnp
 from pallas_kernels.gated_delta_rule.mosaic_tpu_gates import Gates
 from pallas_kernels.gated_delta_rule.mosaic_tpu_layout import tile
 from pallas_kernels.gated_delta_rule.mosaic_tpu_products import dot, f32, halves
-from pallas_kernels.tuning import TPUDelta
 
-PAIR = TPUDelta.pair
+PAIR = 2  # chunks of a step, and of a saved state
 VMEM = 32 * 2**20  # bytes
 
 

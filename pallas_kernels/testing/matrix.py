@@ -1,5 +1,5 @@
-"""Every implementation of every operator against the float64 reference, value and gradient, on the same cases; token steps too, of which
-there are values alone.
+"""Every implementation of attend and of the gated delta rule against the float64 reference, value and gradient, on the same cases; their
+token steps too, of which there are values alone.
 
     python -m pallas_kernels.testing.matrix                     # what this machine runs; kernels for TPUs interpreted on a CPU
     NPROC=64 python -m pallas_kernels.testing.matrix           # those for Hopper too, with JAX 0.11.2: see `mosaic_gpu_interpreter`

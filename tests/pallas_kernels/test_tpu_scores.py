@@ -30,6 +30,11 @@ def test_causal_conv(chip):
     assert score(conv_kernels, chip).milliseconds <= MARGIN * recorded("causal_conv", "forward + backward", chip)
 
 
+@pytest.mark.parametrize("names", ({"length": 17, "channels": 128}, {"length": 700, "channels": 640, "dtype": "float32"}))
+def test_causal_conv_of_other_sizes(names):
+    assert len(score(conv_kernels, "v5e", **names).programs) >= 2
+
+
 def test_targets_are_met():
     for (name, chip), target in TARGETS.items():
         assert recorded("gated_delta_rule", name, chip) <= target, (name, chip)
