@@ -33,8 +33,7 @@ from infinitevl_jax.training.step import TrainState, evaluate_batch, init_state,
 
 # what may change between a run and its continuation
 FREE = ("run.data", "run.fsdp", "run.tensor", "run.remat", "run.scan", "run.attend", "run.gated_delta_rule", "run.causal_conv")
-FREE += ("train.output")
-FREE += ("train.log_every", "train.checkpoint_every", "train.evaluate_every", "train.keep", "train.data.folder")
+FREE += ("train.output", "train.log_every", "train.checkpoint_every", "train.evaluate_every", "train.keep", "train.data.folder")
 
 
 class Outcome(NamedTuple):

@@ -4,10 +4,11 @@ Computes, for every channel, out[t] = silu(sum over d of w[3 - d] x[t - d]), d =
 with s' the slope of silu at that sum, u[t] = d_out[t] s'[t], d_w[3 - d] = sum over t of u[t] x[t - d] and d_x[t] = sum over d of
 w[3 - d] u[t + d].
 
-Tiling: a grid step takes up to 512 tokens and 512 channels of one row, 128 channels after the other, so that what belongs together is worked
-on together (it still fills more than the registers: 968 and 3,188 spills on v5e). Forward, the tokens before a block are a second view of
-x, the block of 16 rows that ends where the block begins; backward, the blocks go from the last to the first, and what the tokens after a
-block want of it waits in vector memory. Which taps reach a token of the same sequence is told by four rows of ones and zeros, made by XLA.
+Tiling: a grid step takes up to 512 tokens and 512 channels of one row, 128 channels after the other, so that what belongs together is
+worked on together (it still fills more than the registers: 968 and 3,188 spills on v5e). Forward, the tokens before a block are a second
+view of x, the block of 16 rows that ends where the block begins; backward, the blocks go from the last to the first, and what the tokens
+after a block want of it waits in vector memory. Which taps reach a token of the same sequence is told by four rows of ones and zeros,
+made by XLA.
 
 Traffic: x and out once, forward; x, d_out and d_x once, backward, 2 bytes a number: 0.33 and 0.49 ms on v5e for the 8,192 channels of a
 layer and as many tokens. Floor: that; but v5e has to work on 32-bit numbers, some 40 operations forward and 80 backward for each.
