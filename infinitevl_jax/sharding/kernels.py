@@ -55,14 +55,7 @@ def shard_gated_delta_rule(gated_delta_rule: Callable, mesh: Mesh) -> Callable:
         heads, gates, rows = PartitionSpec(batch, None, split, None), PartitionSpec(batch, None, split), PartitionSpec(batch, None)
         state = PartitionSpec(batch, split, None, None)
         optional = {"initial_state": (initial_state, state), "index": (index, rows), "segment": (segment, rows)}
-        given = {name: pair for name, pair in optional.items() if pair[0] is not None}
-
-        def local(q, k, v, g, beta, *others):
-            return gated_delta_rule(q, k, v, g, beta, **dict(zip(given, others, strict=True)))
-
-        specs = (heads, heads, heads, gates, gates, *(s for _, s in given.values()))
-        spread = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(heads, state), check_vma=False)
-        return spread(q, k, v, g, beta, *(x for x, _ in given.values()))
+        return _spread(gated_delta_rule, mesh, (q, k, v, g, beta), (heads, heads, heads, gates, gates), optional, (heads, state))
 
     return run
 
@@ -76,14 +69,8 @@ def shard_causal_conv(causal_conv: Callable, mesh: Mesh) -> Callable:
         batch, channels = _rows(x.shape[0], mesh), _split(x.shape[2], mesh)
         tokens, rows = PartitionSpec(batch, None, channels), PartitionSpec(batch, None)
         optional = {"tail": (tail, tokens), "index": (index, rows), "segment": (segment, rows)}
-        given = {name: pair for name, pair in optional.items() if pair[0] is not None}
-
-        def local(x, weight, *others):
-            return causal_conv(x, weight, **dict(zip(given, others, strict=True)))
-
-        specs = (tokens, PartitionSpec(None, channels), *(s for _, s in given.values()))
-        spread = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(tokens, tokens), check_vma=False)
-        return spread(x, weight.astype(jnp.float32), *(x for x, _ in given.values()))  # its gradient is summed over devices
+        arrays = x, weight.astype(jnp.float32)  # its gradient is summed over devices
+        return _spread(causal_conv, mesh, arrays, (tokens, PartitionSpec(None, channels)), optional, (tokens, tokens))
 
     return run
 
@@ -142,6 +129,17 @@ def shard_gated_delta_step(step: Callable, mesh: Mesh) -> Callable:
         return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(channels, states), check_vma=False)(inputs, weights, state, index)
 
     return run
+
+
+def _spread(operator: Callable, mesh: Mesh, arrays: tuple, specs: tuple, optional: dict[str, tuple], out: tuple):
+    """Each device's share of `operator(*arrays, **optional)`; optional: name -> (array or None, its PartitionSpec)."""
+    given = {name: pair for name, pair in optional.items() if pair[0] is not None}
+    more, more_specs = zip(*given.values(), strict=True) if given else ((), ())
+
+    def local(*shares):
+        return operator(*shares[: len(arrays)], **dict(zip(given, shares[len(arrays) :], strict=True)))
+
+    return jax.shard_map(local, mesh=mesh, in_specs=(*specs, *more_specs), out_specs=out, check_vma=False)(*arrays, *more)
 
 
 def _grouped(query_heads: int, key_heads: int, mesh: Mesh) -> tuple[Axes, Axes, Callable[[Array, int], Array]]:

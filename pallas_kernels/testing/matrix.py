@@ -90,10 +90,13 @@ def cells(operator: str, longest: int, names: list[str] | None = None, pattern: 
 
 def compare(operator: str, implementations: Sequence[Implementation], case: Case, dtype) -> Iterator[Cell]:
     """A cell for each of an operator's implementations on this machine."""
-    problem = _in_dtype(case.make(), dtype)
-    want = jax.tree.leaves(in_float64(_compiled(REFERENCES[operator], *_signature(problem)))(*_arrays(problem)))
+    problem, want = _in_dtype(case.make(), dtype), None
     for implementation in implementations:
-        errors, refusal = _errors(operator, implementation, problem, want)
+        runs, inside, refusal = _runnable(operator, implementation, jax.devices()[0])
+        refusal = refusal or implementation.supports(*problem.inputs.values(), **problem.tokens, **problem.rule)
+        if not refusal and want is None:  # the dearest part, of which a case that all refuse has no use
+            want = jax.tree.leaves(in_float64(_compiled(REFERENCES[operator], *_signature(problem)))(*_arrays(problem)))
+        errors = {} if refusal else _errors(operator, runs, inside, problem, want)
         allowed = {name: ALLOWED[name] if dtype == jnp.bfloat16 else 1e-4 for name in errors}
         yield Cell(implementation.name, case.name, jnp.dtype(dtype).name, errors, allowed, refusal)
 
@@ -102,22 +105,18 @@ def _in_dtype(problem: Problem, dtype) -> Problem:
     return _with_each(problem, lambda name, x: jnp.asarray(x, dtype if x.dtype == np.float64 else x.dtype))
 
 
-def _errors(operator, implementation, problem: Problem, want) -> tuple[dict[str, float], str | None]:
-    """Errors by the name of a result, or why there are none."""
-    runs, inside, reason = _runnable(operator, implementation, jax.devices()[0])
-    reason = reason or implementation.supports(*problem.inputs.values(), **problem.tokens, **problem.rule)
-    if reason:
-        return {}, reason
+def _errors(operator: str, runs: Callable, inside: Callable, problem: Problem, want: list) -> dict[str, float]:
+    """Errors by the name of a result."""
     run, raced = _compiled(runs, *_signature(problem)), {"race": float("inf")}
     try:
         with inside(), redirect_stdout(StringIO()) as said:  # the TPU interpreter only prints that it found a race
             got = jax.tree.leaves(run(*_arrays(_poisoned(problem))))
     except mosaic_gpu_interpreter.Raced:
-        return raced, None
+        return raced
     if "RACE DETECTED" in said.getvalue():
-        return raced, None
+        return raced
     names = [*RESULTS[operator], *(f"d_{name}" for name in problem.inputs if problem.cotangents)]
-    return {name: _error(a, b, problem.exact.get(name)) for name, a, b in zip(names, got, want, strict=True)}, None
+    return {name: _error(a, b, problem.exact.get(name)) for name, a, b in zip(names, got, want, strict=True)}
 
 
 def _poisoned(problem: Problem) -> Problem:

@@ -106,7 +106,7 @@ def interpreted(races: bool = True) -> Iterator[None]:
 
     def add(*, token, mesh_location, thread, source_info, reduction_op, predicate, commit_group, **places):
         if reduction_op != "add" or predicate is not None:
-            raise NotImplementedError(f"{reduction_op} if {predicate}")
+            raise ValueError(f"a copy that combines by {reduction_op} or under a predicate is not interpreted\n  -> check it on a GPU")
         ends = {}
         for end, name in (("src", "src_allocation_key"), ("dst", "dst_allocation_key")):
             key, transforms = places[f"{name}_as_array"], places[f"{end}_transforms"]
