@@ -2,12 +2,25 @@
 
 
 class InfiniteVLError(ValueError):
-    """Input, file or setting that cannot work. The message names the culprit, then the cure; it fits on one screen."""
+    """Input, file or setting that cannot work. The message names the culprit, then the cure; it fits on one screen.
+
+    Both quote what came from outside: control characters and lone surrogates are escaped, long text is cut in the middle.
+    """
 
     def __init__(self, culprit: str, cure: str):
+        culprit, cure = quoted(culprit), quoted(cure)
         super().__init__(f"{culprit}\n  -> {cure}")
         self.culprit = culprit
         self.cure = cure
 
     def __reduce__(self):
         return type(self), (self.culprit, self.cure)  # so that a data worker's error crosses to the main process
+
+
+LONGEST = 2000  # characters of a culprit or a cure
+
+
+def quoted(text: str) -> str:
+    """Text for a terminal: what would move its cursor, change its colours or its direction is written as an escape."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"

@@ -6,13 +6,13 @@ the maths must hold the value this package computes with.
 """
 
 import contextlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from infinitevl_jax.config.model import FULL, LINEAR, SLIDING, ModelConfig, TextConfig, VisionConfig, hybrid_pattern
 from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.reading import read_json
 
 ARCHITECTURES = {
     "infinite_vl": "InfiniteVLQwen2_5_VLForConditionalGeneration",
@@ -110,21 +110,6 @@ def _naming(source: str):
         if error.culprit.startswith(source):
             raise
         raise InfiniteVLError(f"{source}: {error.culprit}", error.cure) from None
-
-
-def read_json(path: Path) -> dict:
-    """A JSON file that holds an object; InfiniteVLError names the file and the place of the mistake."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InfiniteVLError(f"{path} does not exist", f"{path.parent} has to be a folder with a {path.name}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InfiniteVLError(f"{path} is not JSON: {error}", "download or write the file again") from None
-    except OSError as error:
-        raise InfiniteVLError(f"{path} cannot be read: {error.strerror}", "check the path and its permissions") from None
-    if not isinstance(value, dict):
-        raise InfiniteVLError(f"{path} holds a {type(value).__name__}, not an object", "download or write the file again")
-    return value
 
 
 def read_config(folder: str | Path) -> ModelConfig:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from infinitevl_jax.config.huggingface import read_json
 from infinitevl_jax.conversion.safetensors_file import SafetensorsFile
 from infinitevl_jax.conversion.source import FLOATS, Source, TorchFile, check_finite
 from infinitevl_jax.conversion.weights import published
 from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.reading import read_json
 
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 # What would change the sum below: value that means "not used".

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from infinitevl_jax.config.huggingface import read_json
 from infinitevl_jax.conversion.files import MANIFEST
 from infinitevl_jax.conversion.safetensors_file import DTYPES, SPELLED
 from infinitevl_jax.conversion.source import Source
 from infinitevl_jax.conversion.weights import PUBLISHED, published
 from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.reading import read_json
 
 FORMAT = 2  # 1 stacked the layers at equal places of a period; 2 all equal neighbours together
 

@@ -13,10 +13,10 @@ from typing import Protocol
 import ml_dtypes
 import numpy as np
 
-from infinitevl_jax.config.huggingface import read_json
 from infinitevl_jax.conversion.safetensors_file import SPELLED, SafetensorsFile
 from infinitevl_jax.conversion.weights import LIVE, PUBLISHED, live, published
 from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.reading import read_json
 
 FLOATS = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32))
 _AGAIN = "download or copy the file again"

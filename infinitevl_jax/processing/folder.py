@@ -1,9 +1,9 @@
 """What a checkpoint folder says about pictures: sizes, limits, normalisation. Written by many versions of many tools."""
 
 import dataclasses
-import json
 from pathlib import Path
 
+from infinitevl_jax import reading
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.processing.images import ImageOptions
 from infinitevl_jax.processing.video import VideoOptions
@@ -23,15 +23,7 @@ _GEOMETRY = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file, {} if there is no such file. Raises InfiniteVLError for anything else."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise InfiniteVLError(f"{path} is not readable JSON: {error}", "copy it again from the source checkpoint") from error
-    if not isinstance(value, dict):
-        raise InfiniteVLError(f"{path} holds a {type(value).__name__}, not an object", "copy it again from the source checkpoint")
-    return value
+    return reading.read_json(path) if path.exists() else {}
 
 
 def image_options(folder: Path) -> ImageOptions:

@@ -236,7 +236,7 @@ LOAD = [
     ("vocab_without_merges", {"merges__txt": None}, ["vocab.json", "merges.txt is not"]),
     ("added_token_at_another_id", {"tokenizer_config__json": {"added_tokens_decoder": LISTED}}, ["<|new|>", "300", "256"]),
     ("truncated_json", {"preprocessor_config__json": '{"min_pixels": 3'}, ["preprocessor_config.json", "JSON"]),
-    ("json_that_is_no_object", {"tokenizer_config__json": [1]}, ["tokenizer_config.json", "list"]),
+    ("json_that_is_no_object", {"tokenizer_config__json": [1]}, ["tokenizer_config.json", "Expected `object`, got `array`"]),
     ("json_that_is_no_text", {"generation_config__json": b"\xff\xfe\x00"}, ["generation_config.json"]),
     ("image_token_of_another_model", {"config__json": {**VISION, "image_token_id": 151655}}, ["image_token_id is 151655", "268"]),
     ("no_tokenizer_and_small_vocabulary", {"vocab__json": None, "merges__txt": None}, ["vocab_size 300", "tokenizer.json"]),

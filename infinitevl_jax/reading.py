@@ -1,0 +1,112 @@
+"""Files that come from outside: JSON with declared types, sizes and ranges, read in one place."""
+
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from infinitevl_jax.errors import InfiniteVLError
+
+JSON_BYTES = 64 << 20  # of a JSON file: the largest published tokenizer.json has 12 MB
+
+T = TypeVar("T")
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes.
+
+    Raises:
+      InfiniteVLError: there is no such file, it is no regular file (a folder, a pipe, a device), it is
+        larger than `limit`, or it cannot be read.
+    """
+    try:
+        # O_NONBLOCK: opening a named pipe must not wait for a writer.
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(handle, "rb") as file:
+            found = os.fstat(handle)
+            if not stat.S_ISREG(found.st_mode):
+                raise InfiniteVLError(f"{path} is not a regular file", "put the file itself there")
+            if found.st_size > limit:
+                raise InfiniteVLError(
+                    f"{path} has {found.st_size:,} bytes, more than the {limit:,} that are read",
+                    "check that it is the right file",
+                )
+            return file.read()
+    except FileNotFoundError:
+        raise InfiniteVLError(
+            f"{path} does not exist", f"{path.parent} has to be a folder with a {path.name}"
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InfiniteVLError(f"{path} cannot be read: {reason}", "check the path and its permissions") from None
+
+
+def read_json(path: Path, kind: type[T] = dict[str, Any], *, limit: int = JSON_BYTES) -> T:
+    """The value in a JSON file, checked against `kind`.
+
+    Args:
+      path: the file.
+      kind: any type msgspec decodes into: dict[str, Any] (an object), a msgspec.Struct with
+        Annotated ranges, a union. Nothing is coerced: "1" and true are no numbers.
+      limit: the largest file that is read, in bytes.
+
+    Raises:
+      InfiniteVLError: as `read_bytes`, or the content is not JSON or not of this type; the message
+        names the file and the key.
+    """
+    return decode_json(read_bytes(path, limit), kind, str(path))
+
+
+def decode_json(text: bytes | str, kind: type[T], where: str) -> T:
+    """As `read_json`, of text in memory; errors name `where`."""
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except msgspec.ValidationError as error:
+        raise InfiniteVLError(f"{where}: {_at(error)}", "mend that key, or copy the file again") from None
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise InfiniteVLError(f"{where} is not JSON: {error}", "download or write the file again") from None
+
+
+def convert(tree: Any, kind: type[T], where: str) -> T:
+    """A tree of plain values (from JSON or TOML) as `kind`, checked like `read_json`."""
+    try:
+        return msgspec.convert(tree, kind, from_attributes=False)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise InfiniteVLError(f"{where}: {_at(error)}", "mend that key, or copy the file again") from None
+
+
+def plain_name(name: Any, where: str, suffix: str = "") -> str:
+    """`name`, if it names a file directly inside a folder and no other place.
+
+    Raises InfiniteVLError for anything with a separator, "..", a leading dot, a NUL, or another suffix.
+    """
+    bad = not isinstance(name, str) or not name or name.startswith(".") or set(name) & set("/\\\0")
+    if bad or not name.endswith(suffix) or len(os.fsencode(name)) > 255:
+        wanted = f"a plain file name{f' that ends in {suffix}' if suffix else ''}"
+        raise InfiniteVLError(f"{where}: {name!r} is not {wanted}", "get the folder from a source that you trust")
+    return name
+
+
+def inside(folder: Path, name: str) -> Path:
+    """folder / name, if that lies inside the folder once links are followed; InfiniteVLError if not."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise InfiniteVLError(
+            f"{path} leads out of its folder, to {path.resolve()}",
+            "put the file itself there, or get the folder from a source that you trust",
+        )
+    return path
+
+
+def unknown_keys(content: Mapping[str, Any], kind: type) -> list[str]:
+    """Keys of an object that a msgspec.Struct does not declare, sorted."""
+    return sorted(set(content) - set(kind.__struct_encode_fields__))
+
+
+def _at(error: Exception) -> str:
+    """msgspec's message with the place in front: "$.a.b: Expected ..." ."""
+    message, _, place = str(error).partition(" - at ")
+    return f"{place.strip('`')}: {message}" if place else message
