@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.attend.decode import Ring
-from pallas_kernels.attend.mosaic_gpu_forward import load, transposed
+from pallas_kernels.mosaic_gpu import load, multiply, transposed
 from pallas_kernels.tuning import HopperAttendToken as Tuning
 
 WIDTH = 128
@@ -136,11 +136,7 @@ def attend_parts(q, k, v, ring, ring_shape, index, window, scale):
             at = lax.rem(i, stages)
             plgpu.barrier_wait(k_ready.at[at])
 
-            def score(scores_ref):
-                plgpu.wgmma(scores_ref, k_smem.at[at], transposed(q_smem))
-                return plgpu.wgmma_accumulator_load(scores_ref, wait_n=0)
-
-            scores = pl.run_scoped(score, plgpu.ACC((keys, group), f32))
+            scores = multiply((keys, group), (k_smem.at[at], transposed(q_smem)))
             age = slot - (row + (split + i * splits) * keys)
             age = jnp.where(age <= 0, age + capacity, age)
             scores = jnp.where((age <= index) & (age < window), scores * log2_scale, -jnp.inf)
@@ -154,12 +150,8 @@ def attend_parts(q, k, v, ring, ring_shape, index, window, scale):
             pl.when(i > 0)(lambda: fetch(i - 1 + stages))  # all warps are done with the last block
             plgpu.barrier_wait(v_ready.at[at])
 
-            def add(acc_ref):
-                acc_ref[...] = acc * over_heads(factor, width)
-                plgpu.wgmma(acc_ref, transposed(v_smem.at[at]), transposed(weights_smem))
-                return plgpu.wgmma_accumulator_load(acc_ref, wait_n=0)
-
-            return pl.run_scoped(add, plgpu.ACC((width, group), f32)), new, total
+            acc = multiply(acc * over_heads(factor, width), (transposed(v_smem.at[at]), transposed(weights_smem)))
+            return acc, new, total
 
         acc, top, total = lax.fori_loop(0, count, walk, (acc, top, total))
         total = jnp.sum(total, axis=0)

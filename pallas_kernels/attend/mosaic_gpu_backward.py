@@ -23,7 +23,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.attend.mosaic_gpu_forward import full, load, spread, tile_blocks, transposed
+from pallas_kernels.attend.mosaic_gpu_forward import tile_blocks
+from pallas_kernels.mosaic_gpu import Products, across, full, load, spread, transposed
 from pallas_kernels.tuning import HopperAttendBackward as Tuning
 
 ROWS = 64  # query rows of a block, and key rows of a warpgroup
@@ -91,21 +92,22 @@ def backward(
                 def weigh(s_ref, dp_ref):
                     plgpu.barrier_wait(q_ready.at[at])
                     plgpu.barrier_wait(do_ready.at[at])
+                    products = Products()
                     for c in range(WIDTH // 64):
-                        plgpu.wgmma(s_ref, k_smem.at[me, c], transposed(q_smem.at[at, :, pl.ds(64 * c, 64)]))
-                    plgpu.wgmma(dp_ref, v_smem.at[me], transposed(do_smem.at[at]))
+                        products.add(s_ref, k_smem.at[me, c], transposed(q_smem.at[at, :, pl.ds(64 * c, 64)]))
+                    products.add(dp_ref, v_smem.at[me], transposed(do_smem.at[at]))
                     lse = load(lse_smem.at[at], by_column, optimized=True)
-                    s = lax.optimization_barrier(plgpu.wgmma_accumulator_load(s_ref, wait_n=1))
-                    p = jnp.exp2(s * log2_scale - across(lse))
+                    s = products.wait(s_ref, running=1)
+                    p = jnp.exp2(s * log2_scale - across(lse, ROWS))
                     if masked:
                         query = plgpu.broadcasted_iota(jnp.int32, (ROWS, ROWS), 1, layout=plgpu.Layout.WGMMA) + j * ROWS
                         p = jnp.where((query >= spread(low, ROWS)) & (query <= spread(high, ROWS)), p, 0.0)
                     p = lax.optimization_barrier(p)
-                    return lax.optimization_barrier((p, plgpu.wgmma_accumulator_load(dp_ref, wait_n=0)))
+                    return lax.optimization_barrier((p, products.wait(dp_ref)))
 
                 scores = plgpu.ACC((ROWS, ROWS), jnp.float32)
                 p, dp = pl.run_scoped(weigh, scores, scores)
-                ds = p * (dp - across(load(shift_smem.at[at], by_column, optimized=True)))
+                ds = p * (dp - across(load(shift_smem.at[at], by_column, optimized=True), ROWS))
                 p, ds = p.astype(q.dtype), ds.astype(q.dtype)
                 mine = lax.rem(i, 2)  # two places in turn, so that one meeting of the warpgroups a step is enough
                 ds_smem[mine, me] = ds
@@ -114,20 +116,20 @@ def backward(
 
                 def add(dq_acc, dk_acc, dv_acc):
                     dk_acc[...], dv_acc[...] = dk, dv
-                    plgpu.wgmma(dv_acc, p, do_smem.at[at])
+                    products = Products()
+                    products.add(dv_acc, p, do_smem.at[at])
                     plgpu.barrier_wait(ds_ready)
                     for half in range(2):
-                        plgpu.wgmma(dq_acc, transposed(ds_smem.at[mine, half]), k_smem.at[half, me])
-                    plgpu.wgmma(dk_acc, ds, q_smem.at[at])
-                    dq_block = lax.optimization_barrier(plgpu.wgmma_accumulator_load(dq_acc, wait_n=1))
+                        products.add(dq_acc, transposed(ds_smem.at[mine, half]), k_smem.at[half, me])
+                    products.add(dk_acc, ds, q_smem.at[at])
+                    dq_block = products.wait(dq_acc, running=1)
                     plgpu.barrier_arrive(do_free.at[at])
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     dq_smem[me] = dq_block
                     plgpu.commit_smem()
                     target = dq_ref.at[b, pl.ds(j * ROWS, ROWS), head, pl.ds(me * 64, 64)]
                     plgpu.copy_smem_to_gmem(dq_smem.at[me], target, reduction_op="add")
-                    dk_new = plgpu.wgmma_accumulator_load(dk_acc, wait_n=0)
-                    done = lax.optimization_barrier((dk_new, plgpu.wgmma_accumulator_load(dv_acc, wait_n=None)))
+                    done = lax.optimization_barrier((products.wait(dk_acc), products.take(dv_acc)))
                     plgpu.barrier_arrive(q_free.at[at])
                     return done
 
@@ -210,8 +212,3 @@ def backward(
     dk, dv = run(q, k, v, d_out, lse * math.log2(math.e), shift, first, last, blocks, dq)
     dk, dv = (x.reshape(*k.shape[:3], parts, WIDTH).astype(jnp.float32).sum(axis=3) for x in (dk, dv))
     return dq[...] * scale, dk, dv
-
-
-def across(x):
-    """A number for each column, for all rows."""
-    return lax.broadcast_in_dim(x, (ROWS, ROWS), [1])

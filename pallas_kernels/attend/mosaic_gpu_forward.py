@@ -24,6 +24,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.mosaic_gpu import Products, full, load, multiply, spread, transposed
 from pallas_kernels.tuning import HopperAttendForward as Tuning
 
 ROWS = 64  # query rows of a tile: what one wgmma multiplies
@@ -84,11 +85,12 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: ja
 
             def start(j):
                 def run(scores_ref):
+                    products = Products()
                     plgpu.barrier_wait(k_ready.at[slot(j)])
                     plgpu.barrier_wait(turn.at[group])
-                    plgpu.wgmma(scores_ref, mine, transposed(k_smem.at[slot(j)]))
+                    products.add(scores_ref, mine, transposed(k_smem.at[slot(j)]))
                     plgpu.barrier_arrive(turn.at[1 - group])
-                    return plgpu.wgmma_accumulator_load(scores_ref, wait_n=0)
+                    return products.wait(scores_ref)
 
                 scores = lax.optimization_barrier(pl.run_scoped(run, plgpu.ACC((ROWS, keys), jnp.float32)))
                 plgpu.barrier_arrive(k_free.at[slot(j)])
@@ -101,19 +103,20 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: ja
 
                 def run(scores_ref, acc_ref):
                     acc_ref[...] = acc
+                    products = Products()
                     plgpu.barrier_wait(k_ready.at[slot(j)])
                     plgpu.barrier_wait(turn.at[group])
-                    plgpu.wgmma(scores_ref, mine, transposed(k_smem.at[slot(j)]))
-                    plgpu.wgmma(acc_ref, weights, v_smem.at[slot(j - 1)])
+                    products.add(scores_ref, mine, transposed(k_smem.at[slot(j)]))
+                    products.add(acc_ref, weights, v_smem.at[slot(j - 1)])
                     plgpu.barrier_arrive(turn.at[1 - group])
-                    scores = lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores_ref, wait_n=1))
+                    scores = products.wait(scores_ref, running=1)
                     plgpu.barrier_arrive(k_free.at[slot(j)])
                     softened = soften(hide(scores, j) if masked else scores, top)
                     softened = lax.optimization_barrier(softened)
                     # Wait here for what the next step needs: the compiler moves no work past the loop of this wait, but
                     # it would move the softmax past the wait for the product that it is to run beside.
                     plgpu.barrier_wait(v_ready.at[slot(j)])
-                    done = lax.optimization_barrier((plgpu.wgmma_accumulator_load(acc_ref, wait_n=0), *softened))
+                    done = lax.optimization_barrier((products.wait(acc_ref), *softened))
                     plgpu.barrier_arrive(v_free.at[slot(j - 1)])
                     return done
 
@@ -125,13 +128,7 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: ja
 
             def finish(carry):
                 acc, top, total, weights = carry
-
-                def run(acc_ref):
-                    acc_ref[...] = acc
-                    plgpu.wgmma(acc_ref, weights, v_smem.at[slot(end - 1)])
-                    return plgpu.wgmma_accumulator_load(acc_ref, wait_n=0)
-
-                acc = lax.optimization_barrier(pl.run_scoped(run, plgpu.ACC((ROWS, width), jnp.float32)))
+                acc = multiply(acc, (weights, v_smem.at[slot(end - 1)]))
                 plgpu.barrier_arrive(v_free.at[slot(end - 1)])
                 real = low <= high
                 inverse = jnp.where(real, 1 / total, 0.0)
@@ -226,27 +223,3 @@ def tile_blocks(first: jax.Array, last: jax.Array, rows: int, keys: int, strict:
     whole = jnp.clip(whole, begin, end)
     broken = jnp.clip(broken, whole, end)
     return jnp.stack([begin, whole, broken, end], axis=2)
-
-
-def load(ref, layout, optimized=False):
-    """A vector in registers. (From global memory, no transfer of these layouts counts as optimized.)"""
-    index = () if NEW else ((),)
-    return plgpu.load(ref, *index, layout=layout, optimized=optimized)
-
-
-def spread(x, columns):
-    """A number for each row, for all columns."""
-    return lax.broadcast_in_dim(x, (ROWS, columns), [0])
-
-
-def full(shape, value, layout):
-    """The same float32 everywhere, in registers."""
-    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
-
-
-def transposed(ref):
-    """Shared memory read as [columns, rows]."""
-    return ref.transpose((1, 0)) if NEW else plgpu.transpose_ref(ref, (1, 0))
-
-
-NEW = jax.__version_info__ >= (0, 11)

@@ -38,11 +38,11 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.gated_delta_rule.decode import Inputs, State, Weights
+from pallas_kernels.mosaic_gpu import load
 from pallas_kernels.tuning import HopperDeltaToken
 
 KEYS = 128  # width of a key: one channel a thread
 COLUMNS = HopperDeltaToken.columns
-NEW = jax.__version_info__ >= (0, 11)
 
 # Four warps by four rows by eight groups of four columns: each row of the block is one line of memory.
 BLOCK = plgpu.Layout.TILED(plgpu.Tiling(((16, 32), (4, 32), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
@@ -170,12 +170,6 @@ def cluster_arrive(_):
 def cluster_wait(_):
     """For all threads of the cluster to have arrived."""
     llvm.inline_asm(ir.Type.parse("!llvm.void"), [], "barrier.cluster.wait.acquire;", "~{memory}", has_side_effects=True)
-
-
-def load(ref, layout):
-    """An array in registers. (From global memory, no transfer of these layouts counts as optimized.)"""
-    index = () if NEW else ((),)
-    return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 
 def put(ref, x):

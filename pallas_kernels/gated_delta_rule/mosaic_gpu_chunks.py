@@ -23,8 +23,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.attend.mosaic_gpu_forward import load, spread, transposed
 from pallas_kernels.gated_delta_rule.mosaic_gpu_cut import KEY, MULTIPROCESSORS
+from pallas_kernels.mosaic_gpu import across, load, multiply, rounded_halves, spread, transposed
 from pallas_kernels.tuning import HopperDeltaChunks as Tuning
 
 CHUNK = 64
@@ -91,7 +91,7 @@ def chunks(q: jax.Array, k: jax.Array, g: jax.Array, beta: jax.Array, starts: ja
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last chunk's results, out of the tiles that are filled next
             pl.when(i + 1 < mine)(lambda: fetch(i + 1))
             plgpu.barrier_wait(ready.at[*at])
-            by_rows = [jnp.where(column <= row, across(load(x, by_column, optimized=True)), 0.0).sum(axis=1) for x in summands]
+            by_rows = [jnp.where(column <= row, across(load(x, by_column, optimized=True), CHUNK), 0.0).sum(axis=1) for x in summands]
             for j, sums in enumerate(by_rows):
                 vectors_smem[SINCE + j] = sums  # a passage to the other layout
             plgpu.commit_smem()
@@ -100,7 +100,7 @@ def chunks(q: jax.Array, k: jax.Array, g: jax.Array, beta: jax.Array, starts: ja
             vectors_smem[BETA] = load(beta_smem, by_column, optimized=True)
             vectors_smem[SINCE] = jnp.exp(exponent(*by_columns))
             vectors_smem[UNTIL] = jnp.exp(exponent(*(x - y for x, y in zip(totals, by_columns, strict=True))))
-            between = exponent(*(spread(x, CHUNK) - across(y) for x, y in zip(by_rows, by_columns, strict=True)))
+            between = exponent(*(spread(x, CHUNK) - across(y, CHUNK) for x, y in zip(by_rows, by_columns, strict=True)))
             between = jnp.exp(jnp.where(column < row, between, -jnp.inf))  # masked before: exp would overflow above the diagonal
 
             def put(x, first, target):
@@ -109,20 +109,20 @@ def chunks(q: jax.Array, k: jax.Array, g: jax.Array, beta: jax.Array, starts: ja
                 for half in range(2):
                     plgpu.copy_smem_to_gmem(tiles.at[first + half], target.at[b, head, n, pl.ds(half * CHUNK, CHUNK)])
 
-            scores = product((tiles.at[0], transposed(tiles.at[2])), (tiles.at[1], transposed(tiles.at[3])))
+            scores = multiply(square, (tiles.at[0], transposed(tiles.at[2])), (tiles.at[1], transposed(tiles.at[3])))
             put(jnp.where(column == row, scores, scores * between), 0, scores_ref)
             plgpu.copy_smem_to_gmem(vectors_smem, vectors_ref.at[b, head, n])
-            gram = product(*[(tiles.at[j], transposed(tiles.at[j])) for j in (2, 3)])
+            gram = multiply(square, *[(tiles.at[j], transposed(tiles.at[j])) for j in (2, 3)])
             a = spread(load(beta_smem, by_row, optimized=True), CHUNK) * gram * between  # 0 on and above the diagonal
             inverse = jnp.where(column == row, 1.0, jnp.where(joins(row, column, 0), -a, 0.0))
             a_high, a_low = rounded_halves(a)
 
             def double(level, inverse):
                 share(tiles, 2, inverse)
-                joined = product((a_high, tiles.at[2]), (a_low, tiles.at[2]), (a_high, tiles.at[3]))
+                joined = multiply(square, (a_high, tiles.at[2]), (a_low, tiles.at[2]), (a_high, tiles.at[3]))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the scores
                 share(tiles, 0, joined)
-                joined = product((tiles.at[2], tiles.at[0]), (tiles.at[3], tiles.at[0]), (tiles.at[2], tiles.at[1]))
+                joined = multiply(square, (tiles.at[2], tiles.at[0]), (tiles.at[3], tiles.at[0]), (tiles.at[2], tiles.at[1]))
                 return jnp.where(joins(row, column, level), -joined, inverse)
 
             inverse = lax.fori_loop(1, CHUNK.bit_length() - 1, double, inverse)  # a loop: short code stays in its cache
@@ -153,41 +153,15 @@ def chunks(q: jax.Array, k: jax.Array, g: jax.Array, beta: jax.Array, starts: ja
     )(q, k, g, beta, *(() if starts is None else (starts,)))
 
 
-def product(*factors):
-    """The sum of the products of pairs."""
-
-    def run(acc):
-        for left, right in factors:
-            plgpu.wgmma(acc, left, right)
-        return plgpu.wgmma_accumulator_load(acc)
-
-    return lax.optimization_barrier(pl.run_scoped(run, plgpu.ACC((CHUNK, CHUNK), f32)))
-
-
 def exponent(g, starts=None):
     """Logarithm of a decay from sums of log decays, far below all others beyond the start of a sequence."""
     return g if starts is None else g - FAR * starts
-
-
-def across(x, rows=CHUNK):
-    """A number for each column, for all rows."""
-    return lax.broadcast_in_dim(x, (rows, x.shape[0]), [1])
 
 
 def joins(row, column, level):
     """Where the two halves of each block of 2^(level + 1) meet below the diagonal: the lower half's rows, the upper half's columns."""
     row, column = row >> level, column >> level
     return ((row & 1) == 1) & (column == row - 1)
-
-
-def halves(x):
-    """x as the sum of two numbers that (almost) are bfloat16, in float32. The first is cut off, not rounded: that is cheaper."""
-    high = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & -65536, f32)
-    return high, x - high
-
-
-def rounded_halves(x):
-    return [half.astype(bf16) for half in halves(x)]
 
 
 def share(tiles, first, x):

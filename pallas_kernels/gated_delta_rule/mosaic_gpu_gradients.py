@@ -31,9 +31,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.attend.mosaic_gpu_forward import full, load, spread, transposed
 from pallas_kernels.gated_delta_rule.mosaic_gpu_cut import KEY, MULTIPROCESSORS, WIDTH
-from pallas_kernels.gated_delta_rule.mosaic_gpu_walk_back import BETA, CHUNK, ROWS, SINCE, UNTIL, across, decays, halves
+from pallas_kernels.gated_delta_rule.mosaic_gpu_walk_back import BETA, CHUNK, ROWS, SINCE, UNTIL, decays
+from pallas_kernels.mosaic_gpu import Products, across, full, halves, load, multiply, spread, transposed
 from pallas_kernels.tuning import HopperDeltaGradients as Tuning
 
 D_BETA, PRODUCT, D_GATE, D_BETA_TOO, SUMS = range(5)  # rows of what is summed for each token
@@ -71,7 +71,7 @@ def gradients(
     last = CHUNK - 1
 
     def kernel(refs, smem, barriers):
-        q_ref, k_ref, v_ref, do_ref, t_ref, s_ref, x_ref, ds_ref, vectors_ref, dq_ref, dk_ref, dv_ref, sums_ref = refs
+        q_ref, k_ref, v_ref, do_ref, t_ref, s_ref, x_ref, ds_ref, vectors_ref, zero_ref, dq_ref, dk_ref, dv_ref, sums_ref = refs
         q_smem, k_smem, t_smem, vectors_smem, v_smem, do_smem, x_smem, s_smem, ds_smem = smem[:9]
         work_smem, new_smem, sums_smem, row_smem = smem[9:]
         chunk_ready, chunk_free, slice_ready, slice_free, new_ready, new_free, scores_ready, scores_read, k_read = barriers
@@ -85,19 +85,6 @@ def gradients(
 
         def columns(s):
             return pl.ds(s * WIDTH, WIDTH)
-
-        def multiply(start, *factors):
-            """start (a shape for zeros) + the sum of the products of pairs."""
-            seeded = not isinstance(start, tuple)
-
-            def run(acc):
-                if seeded:
-                    acc[...] = start
-                for left, right in factors:
-                    plgpu.wgmma(acc, left, right)
-                return plgpu.wgmma_accumulator_load(acc)
-
-            return lax.optimization_barrier(pl.run_scoped(run, plgpu.ACC(start.shape if seeded else start, f32)))
 
         @pl.when(me == 0)
         def _queries():
@@ -129,18 +116,18 @@ def gradients(
 
                     def read(known_acc, reads_acc, product_acc):
                         reads_acc[...], product_acc[...] = reads, product
-                        plgpu.wgmma(known_acc, k_, s_smem.at[here])
-                        plgpu.wgmma(reads_acc, do_smem.at[here], transposed(s_smem.at[here]))
-                        plgpu.wgmma(product_acc, ds_smem.at[here], s_smem.at[here])
-                        known = lax.optimization_barrier(plgpu.wgmma_accumulator_load(known_acc, wait_n=2))
+                        products = Products()
+                        products.add(known_acc, k_, s_smem.at[here])
+                        products.add(reads_acc, do_smem.at[here], transposed(s_smem.at[here]))
+                        products.add(product_acc, ds_smem.at[here], s_smem.at[here])
+                        known = products.wait(known_acc, running=2)
                         rest = v_smem.at[here][...].astype(f32) - spread(of_row(SINCE), WIDTH) * known
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                         pl.when((s == 0) & (j > 0))(lambda: plgpu.barrier_arrive(chunk_free.at[1 - at]))
                         work_smem[...] = (spread(of_row(BETA), WIDTH) * rest).astype(bf16)
                         plgpu.commit_smem()
                         more = jnp.sum(x_smem.at[here][...].astype(f32) * rest, axis=1)
-                        reads_ = plgpu.wgmma_accumulator_load(reads_acc, wait_n=0)
-                        return lax.optimization_barrier((reads_, plgpu.wgmma_accumulator_load(product_acc, wait_n=None), more))
+                        return lax.optimization_barrier((products.wait(reads_acc), products.take(product_acc), more))
 
                     refs = (plgpu.ACC(shape, f32) for shape in (square, wide, square))
                     reads, product, more = pl.run_scoped(read, *refs)
@@ -182,6 +169,8 @@ def gradients(
         def _keys():
             plgpu.set_max_registers(Tuning.registers[0], action="increase")
             row, column = (plgpu.broadcasted_iota(jnp.int32, square, i, layout=wgmma) for i in (0, 1))
+            # Not a constant: some elements of `later`, the register factor below, would be known to the compiler (`Products`).
+            later = jnp.where(column >= row + zero_ref[0], 1.0, 0.0).astype(bf16)
 
             @pl.loop(0, mine)
             def _(j):
@@ -202,15 +191,13 @@ def gradients(
                         for acc, start in zip(sums, carry, strict=True):
                             acc[...] = start
                         writes, keeps, d_a = sums
+                        products = Products()
                         plgpu.barrier_wait(slice_ready.at[here])
-                        plgpu.wgmma(writes, x_, transposed(s_))
+                        products.add(writes, x_, transposed(s_))
                         plgpu.barrier_wait(new_ready.at[there])
-                        plgpu.wgmma(keeps, new_, ds_)
-                        plgpu.wgmma(d_a, x_, transposed(new_))
-                        waits = 0, None, None
-                        return lax.optimization_barrier(
-                            tuple(plgpu.wgmma_accumulator_load(a, wait_n=n) for a, n in zip(sums, waits, strict=True))
-                        )
+                        products.add(keeps, new_, ds_)
+                        products.add(d_a, x_, transposed(new_))
+                        return lax.optimization_barrier((products.wait(writes), products.take(keeps), products.take(d_a)))
 
                     carry = pl.run_scoped(run, *(plgpu.ACC(shape, f32) for shape in (wide, wide, square)))
                     plgpu.barrier_arrive(slice_free.at[here])
@@ -235,11 +222,11 @@ def gradients(
 
                 def early(dk_acc, gram_acc):
                     dk_acc[...] = dk
-                    plgpu.wgmma(gram_acc, k_, transposed(k_))
+                    products = Products()
+                    products.add(gram_acc, k_, transposed(k_))
                     plgpu.barrier_wait(scores_ready)
-                    plgpu.wgmma(dk_acc, transposed(t_smem.at[at]), q_)
-                    dk_ = plgpu.wgmma_accumulator_load(dk_acc, wait_n=0)
-                    return lax.optimization_barrier((dk_, plgpu.wgmma_accumulator_load(gram_acc, wait_n=None)))
+                    products.add(dk_acc, transposed(t_smem.at[at]), q_)
+                    return lax.optimization_barrier((products.wait(dk_acc), products.take(gram_acc)))
 
                 dk, gram = pl.run_scoped(early, plgpu.ACC(wide, f32), plgpu.ACC(square, f32))
                 plgpu.barrier_arrive(scores_read)
@@ -247,7 +234,7 @@ def gradients(
                 sums_smem[D_BETA_TOO] = jnp.sum(d_a * gram, axis=1)
                 d_gram = spread(beta, CHUNK) * d_a
                 gates = d_gram * gram
-                gates += jnp.where((row == last) & (column < last), across(load(row_smem, by_column)), 0.0)
+                gates += jnp.where((row == last) & (column < last), across(load(row_smem, by_column), CHUNK), 0.0)
                 gates = jnp.where(column == last, spread(from_state, CHUNK), gates)
                 spare = [lax.rem(j * (slices + 2) + slices + i, STAGES) for i in range(2)]
                 for i in spare:
@@ -256,7 +243,6 @@ def gradients(
                 for i, half in zip(spare, halves(gates), strict=True):
                     new_smem.at[i][...] = half.astype(bf16)
                 plgpu.commit_smem()
-                later = jnp.where(column >= row, 1.0, 0.0).astype(bf16)
                 spans = multiply(square, *((later, new_smem.at[i]) for i in spare))
                 spans = jnp.where((column < row) | (column == last), spans, 0.0)
                 sums_smem[D_GATE] = jnp.sum(spans, axis=1)
@@ -346,4 +332,4 @@ def gradients(
         thread_name="group",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name="gdn_gradients",
-    )(q, k, v, d_out, inverse, states, x, d_states, vectors)
+    )(q, k, v, d_out, inverse, states, x, d_states, vectors, jnp.zeros(1, jnp.int32))

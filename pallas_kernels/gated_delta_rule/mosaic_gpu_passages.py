@@ -17,10 +17,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.attend.mosaic_gpu_forward import load, transposed
 from pallas_kernels.gated_delta_rule.mosaic_gpu_chunks import CHUNK, KEY, PARTS
 from pallas_kernels.gated_delta_rule.mosaic_gpu_cut import WIDTH, cut, passages_of, place
 from pallas_kernels.gated_delta_rule.mosaic_gpu_walk import Chunk, advance
+from pallas_kernels.mosaic_gpu import load, transposed
 from pallas_kernels.tuning import HopperDeltaPassages as Tuning
 
 f32, bf16 = jnp.float32, jnp.bfloat16

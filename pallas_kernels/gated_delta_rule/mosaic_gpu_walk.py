@@ -28,9 +28,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.attend.mosaic_gpu_forward import full, load, spread, transposed
-from pallas_kernels.gated_delta_rule.mosaic_gpu_chunks import BETA, CHUNK, KEY, PARTS, SINCE, UNTIL, across, rounded_halves, share
+from pallas_kernels.gated_delta_rule.mosaic_gpu_chunks import BETA, CHUNK, KEY, PARTS, SINCE, UNTIL, share
 from pallas_kernels.gated_delta_rule.mosaic_gpu_cut import WIDTH, cut
+from pallas_kernels.mosaic_gpu import Products, across, full, load, multiply, rounded_halves, spread, transposed
 from pallas_kernels.tuning import HopperDeltaWalk as Tuning
 
 HALVES = pl.ds(0, CHUNK), pl.ds(CHUNK, CHUNK)  # rows of the two parts that T and the scores come in
@@ -130,14 +130,15 @@ def walk(
                 at, q_at = lax.rem(n, stages), lax.rem(n, out_stages)
 
                 def read(acc):
+                    products = Products()
                     plgpu.barrier_wait(q_ready.at[q_at])
                     plgpu.barrier_wait(state_ready)
-                    plgpu.wgmma(acc, q_smem.at[q_at], state_smem if keep else transposed(state_smem))
+                    products.add(acc, q_smem.at[q_at], state_smem if keep else transposed(state_smem))
                     plgpu.barrier_wait(v_ready.at[at])
                     since = lax.optimization_barrier(load(vectors_smem.at[at, SINCE], by_row, optimized=True))
                     if keep:
                         plgpu.copy_smem_to_gmem(state_smem, states_ref[0].at[b, head, first + n, :, columns])
-                    return since, plgpu.wgmma_accumulator_load(acc)
+                    return since, products.wait(acc)
 
                 since, out = lax.optimization_barrier(pl.run_scoped(read, accumulator(CHUNK, WIDTH)))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -145,15 +146,9 @@ def walk(
                 plgpu.commit_smem()  # the vectors are read before a copy may replace them
                 plgpu.barrier_arrive(free.at[at])
                 out = out * spread(since, WIDTH)
-
-                def add(acc):
-                    acc[...] = out
-                    plgpu.barrier_wait(new_ready)
-                    for left, right in (0, 0), (1, 0), (0, 1):
-                        plgpu.wgmma(acc, scores_smem.at[q_at, HALVES[left]], transposed(new_smem.at[right]))
-                    return plgpu.wgmma_accumulator_load(acc)
-
-                out = lax.optimization_barrier(pl.run_scoped(add, accumulator(CHUNK, WIDTH)))
+                plgpu.barrier_wait(new_ready)
+                terms = (0, 0), (1, 0), (0, 1)
+                out = multiply(out, *((scores_smem.at[q_at, HALVES[i]], transposed(new_smem.at[j])) for i, j in terms))
                 plgpu.barrier_arrive(new_free)
                 plgpu.barrier_arrive(q_free.at[q_at])
                 out_smem[...] = out.astype(bf16)
@@ -263,7 +258,8 @@ def advance(
     plgpu.barrier_wait(chunk.k_ready)
 
     def read(acc):
-        plgpu.wgmma(acc, rounded, transposed(chunk.k))
+        products = Products()
+        products.add(acc, rounded, transposed(chunk.k))
         reading(rounded)
         plgpu.barrier_wait(chunk.v_ready)
         values = load(transposed(chunk.v), sideways, optimized=True)
@@ -275,27 +271,29 @@ def advance(
         values, factor = lax.optimization_barrier((values, factor))
         # The compiler moves no work past the loop of this wait, but it would move this past the one for the product.
         plgpu.barrier_wait(chunk.inverse_ready)
-        return values, factor, plgpu.wgmma_accumulator_load(acc)
+        return values, factor, products.wait(acc)
 
     values, factor, known = lax.optimization_barrier(pl.run_scoped(read, plgpu.ACC((WIDTH, CHUNK), f32)))
     rest = (values - across(factor, WIDTH) * known).astype(bf16)
 
     def correct(acc):
+        products = Products()
         for half in HALVES:
-            plgpu.wgmma(acc, rest, transposed(chunk.inverse.at[half]))
+            products.add(acc, rest, transposed(chunk.inverse.at[half]))
         until = lax.optimization_barrier(load(chunk.vectors.at[UNTIL], by_column, optimized=True))
         decayed = lax.optimization_barrier(state * chunk.vectors[SINCE, CHUNK - 1])
         before_new()
-        return decayed, until, plgpu.wgmma_accumulator_load(acc)
+        return decayed, until, products.wait(acc)
 
     decayed, until, new = lax.optimization_barrier(pl.run_scoped(correct, plgpu.ACC((WIDTH, CHUNK), f32)))
     high, low = rounded_halves(new * across(until, WIDTH))
 
     def add(acc):
         acc[...] = decayed
-        plgpu.wgmma(acc, high, chunk.k)
-        plgpu.wgmma(acc, low, chunk.k)
+        products = Products()
+        products.add(acc, high, chunk.k)
+        products.add(acc, low, chunk.k)
         adding(new)
-        return plgpu.wgmma_accumulator_load(acc)
+        return products.wait(acc)
 
     return lax.optimization_barrier(pl.run_scoped(add, plgpu.ACC((WIDTH, KEY), f32)))

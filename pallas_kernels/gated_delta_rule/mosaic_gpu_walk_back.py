@@ -29,9 +29,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.attend.mosaic_gpu_forward import load, spread, transposed
 from pallas_kernels.gated_delta_rule.mosaic_gpu_cut import KEY, WIDTH, cut, passages_of, place
 from pallas_kernels.gated_delta_rule.mosaic_gpu_passages import entering
+from pallas_kernels.mosaic_gpu import Products, across, load, multiply, rounded_halves, spread, transposed
 from pallas_kernels.tuning import HopperDeltaWalkBack as Tuning
 
 CHUNK = 64  # tokens of a chunk
@@ -104,7 +104,7 @@ def _walk_back(q, k, d_out, inverse, vectors, d_ends, passed_spans):
                 k_, do_ = k_smem.at[late], do_smem.at[late]
 
                 def vector(which):
-                    return across(load(vectors_smem.at[late, which], by_column, optimized=True))
+                    return across(load(vectors_smem.at[late, which], by_column, optimized=True), CHUNK)
 
                 rounded = ds.astype(bf16)
                 plgpu.barrier_wait(k_ready.at[late])
@@ -113,8 +113,9 @@ def _walk_back(q, k, d_out, inverse, vectors, d_ends, passed_spans):
                 # What is not a product runs beside one. Only narrowing to bfloat16 does not: ptxas makes every wgmma wait for the last
                 # if the operand registers of one are written while another is in flight (its message C7513).
                 def gather(far_acc, near_acc):
-                    plgpu.wgmma(far_acc, rounded, transposed(k_))
-                    plgpu.wgmma(near_acc, transposed(do_), scores_smem.at[early])
+                    products = Products()
+                    products.add(far_acc, rounded, transposed(k_))
+                    products.add(near_acc, transposed(do_), scores_smem.at[early])
                     if not passing:
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                         ds_smem[...] = rounded
@@ -122,24 +123,24 @@ def _walk_back(q, k, d_out, inverse, vectors, d_ends, passed_spans):
                         plgpu.copy_smem_to_gmem(ds_smem, ds_ref.at[b, head, n, mine])
                     decayed = ds * vectors_smem[late, SINCE, CHUNK - 1]
                     decayed, until, factor = lax.optimization_barrier((decayed, vector(UNTIL), -vector(BETA) * vector(SINCE)))
-                    far = plgpu.wgmma_accumulator_load(far_acc, wait_n=0)
-                    near = plgpu.wgmma_accumulator_load(near_acc, wait_n=None)
-                    return lax.optimization_barrier((far, near, decayed, until, factor))
+                    far = products.wait(far_acc)
+                    return lax.optimization_barrier((far, products.take(near_acc), decayed, until, factor))
 
                 refs = plgpu.ACC((WIDTH, CHUNK), f32), plgpu.ACC((WIDTH, CHUNK), f32)
                 far, near, ds, until, factor = pl.run_scoped(gather, *refs)
-                high, low = (x.astype(bf16) for x in halves(far * until + near))
+                high, low = rounded_halves(far * until + near)
                 plgpu.barrier_wait(t_ready.at[early])
 
                 def solve(x_acc, ds_acc):
                     ds_acc[...] = ds
-                    plgpu.wgmma(x_acc, high, t_smem.at[early, 0])
-                    plgpu.wgmma(x_acc, low, t_smem.at[early, 0])
+                    products = Products()
+                    products.add(x_acc, high, t_smem.at[early, 0])
+                    products.add(x_acc, low, t_smem.at[early, 0])
                     if parts == 2:
-                        plgpu.wgmma(x_acc, high, t_smem.at[early, 1])
-                    plgpu.wgmma(ds_acc, transposed(do_), reads_smem.at[early])
-                    x = lax.optimization_barrier(plgpu.wgmma_accumulator_load(x_acc, wait_n=1))
-                    return lax.optimization_barrier((x, x * factor, plgpu.wgmma_accumulator_load(ds_acc, wait_n=0)))
+                        products.add(x_acc, high, t_smem.at[early, 1])
+                    products.add(ds_acc, transposed(do_), reads_smem.at[early])
+                    x = products.wait(x_acc, running=1)
+                    return lax.optimization_barrier((x, x * factor, products.wait(ds_acc)))
 
                 x, written, ds = pl.run_scoped(solve, plgpu.ACC((WIDTH, CHUNK), f32), plgpu.ACC((WIDTH, KEY), f32))
                 plgpu.barrier_arrive(used.at[early])
@@ -148,13 +149,14 @@ def _walk_back(q, k, d_out, inverse, vectors, d_ends, passed_spans):
 
                 def write(acc):
                     acc[...] = ds
-                    plgpu.wgmma(acc, written, k_)
+                    products = Products()
+                    products.add(acc, written, k_)
                     if not passing:
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                         transposed(x_smem)[...] = plgpu.layout_cast(x.astype(bf16), sideways)
                         plgpu.commit_smem()
                         plgpu.copy_smem_to_gmem(x_smem, x_ref.at[b, head, n, :, mine])
-                    return plgpu.wgmma_accumulator_load(acc)
+                    return products.wait(acc)
 
                 ds = lax.optimization_barrier(pl.run_scoped(write, plgpu.ACC((WIDTH, KEY), f32)))
                 plgpu.barrier_arrive(k_free.at[late])
@@ -180,11 +182,7 @@ def _walk_back(q, k, d_out, inverse, vectors, d_ends, passed_spans):
                 plgpu.barrier_wait(k_ready.at[late])
                 plgpu.barrier_wait(q_ready.at[early])
 
-                def gram(acc):
-                    plgpu.wgmma(acc, q_smem.at[early], transposed(k_smem.at[late]))
-                    return plgpu.wgmma_accumulator_load(acc)
-
-                scores = lax.optimization_barrier(pl.run_scoped(gram, plgpu.ACC((CHUNK, CHUNK), f32)))
+                scores = multiply((CHUNK, CHUNK), (q_smem.at[early], transposed(k_smem.at[late])))
                 scores = (scores * decays(vector, row, column)).astype(bf16)
                 reads = q_smem.at[early][...].astype(f32) * spread(load(vector.at[SINCE], by_row), KEY)
                 pl.when(i >= AHEAD)(lambda: plgpu.barrier_wait(used.at[early]))
@@ -273,17 +271,6 @@ def _walk_back(q, k, d_out, inverse, vectors, d_ends, passed_spans):
 def decays(vector, row, column):
     """D of a chunk, in registers, from its vectors in shared memory."""
     by_row, by_column = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-    exponent = spread(load(vector.at[SUM], by_row), CHUNK) - across(load(vector.at[SUM], by_column))
-    same = spread(load(vector.at[RUN], by_row), CHUNK) == across(load(vector.at[RUN], by_column))
+    exponent = spread(load(vector.at[SUM], by_row), CHUNK) - across(load(vector.at[SUM], by_column), CHUNK)
+    same = spread(load(vector.at[RUN], by_row), CHUNK) == across(load(vector.at[RUN], by_column), CHUNK)
     return jnp.exp(jnp.where((column <= row) & same, exponent, -jnp.inf))
-
-
-def across(x):
-    """A number for each column, for all rows of a chunk."""
-    return lax.broadcast_in_dim(x, (CHUNK, x.shape[0]), [1])
-
-
-def halves(x):
-    """float32 x as the sum of two that bfloat16 holds, the first exactly: its lower bits are cut off, which is cheaper than rounding."""
-    high = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536), f32)
-    return high, x - high
