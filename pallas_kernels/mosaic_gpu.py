@@ -98,3 +98,9 @@ def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def rounded_halves(x: jax.Array) -> list[jax.Array]:
     """The same two in bfloat16."""
     return [half.astype(jnp.bfloat16) for half in halves(x)]
+
+
+def nearest_halves(x: jax.Array) -> list[jax.Array]:
+    """Likewise with the first rounded to the nearest, for uses of the first alone."""
+    high = x.astype(jnp.bfloat16)
+    return [high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)]

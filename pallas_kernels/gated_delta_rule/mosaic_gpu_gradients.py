@@ -15,13 +15,15 @@ Tiling: a thread block takes chunk after chunk, the state 64 columns at a time. 
 d_out S^T, then dq), another what belongs to keys (dA, x S^T, new dS'^T, S.dS', then dk); a third starts the copies (TMA), the next chunk's
 included.
 
-Rounding: operands are bfloat16, sums float32; E is two bfloat16.
+Rounding: operands are bfloat16, sums float32. E, `new` in dP and dA, and dP * D in dq are two bfloat16 each: where keys resemble each
+other these sums cancel and rounding errors do not (dq 2.4 % off with one, and T cut off rather than rounded; 0.5 % so). Both dP and
+dA take the same `new`, for dg is a difference of theirs.
 
 What is written goes through shared memory and the copy engine, and nobody waits for it but where the place is needed again: after a
 plain store to global memory the fence before the next product's operands lasts as long as the store (thousands of clocks).
 
 Traffic: a chunk of a head is 264 KiB read and 66 KiB written with V 256. Floor: that, 0.22 ms at 16 heads, 8,192 tokens and 3 TB/s; its
-68 products of 64 x 64 x 64 are 0.08 ms of tensor core. Seen on an H100: 0.39 ms, most of the rest of it waits for slices, of which only
+77 products of 64 x 64 x 64 are 0.08 ms of tensor core. Seen on an H100: 0.39 ms, most of the rest of it waits for slices, of which only
 two fit.
 """
 
@@ -33,7 +35,7 @@ from jax import lax
 
 from pallas_kernels.gated_delta_rule.mosaic_gpu_cut import KEY, MULTIPROCESSORS, WIDTH
 from pallas_kernels.gated_delta_rule.mosaic_gpu_walk_back import BETA, CHUNK, ROWS, SINCE, UNTIL, decays
-from pallas_kernels.mosaic_gpu import Products, across, full, halves, load, multiply, spread, transposed
+from pallas_kernels.mosaic_gpu import Products, across, full, load, multiply, rounded_halves, spread, transposed
 from pallas_kernels.tuning import HopperDeltaGradients as Tuning
 
 D_BETA, PRODUCT, D_GATE, D_BETA_TOO, SUMS = range(5)  # rows of what is summed for each token
@@ -74,7 +76,8 @@ def gradients(
         q_ref, k_ref, v_ref, do_ref, t_ref, s_ref, x_ref, ds_ref, vectors_ref, zero_ref, dq_ref, dk_ref, dv_ref, sums_ref = refs
         q_smem, k_smem, t_smem, vectors_smem, v_smem, do_smem, x_smem, s_smem, ds_smem = smem[:9]
         work_smem, new_smem, sums_smem, row_smem = smem[9:]
-        chunk_ready, chunk_free, slice_ready, slice_free, new_ready, new_free, scores_ready, scores_read, k_read = barriers
+        chunk_ready, chunk_free, q_ready, q_free, slice_ready, slice_free, *barriers = barriers
+        new_ready, new_free, scores_ready, scores_read, k_read = barriers
         me = lax.axis_index("group")
         first = lax.axis_index("work")
         mine = lax.div(items - 1 - first, blocks) + 1
@@ -96,21 +99,23 @@ def gradients(
                 b, head, n = place(j)
                 tokens = pl.ds(n * CHUNK, CHUNK)
                 at = lax.rem(j, STAGES)
-                q_, k_, vector = q_smem.at[at], k_smem.at[at], vectors_smem.at[at]
+                k_, t_, vector = k_smem.at[at], t_smem.at[at], vectors_smem.at[at]
                 plgpu.barrier_wait(chunk_ready.at[at])
 
                 def of_row(which):
                     return load(vector.at[which], by_row)
 
                 def share(p, tile):
-                    pl.when(p >= STAGES)(lambda: plgpu.barrier_wait(new_free.at[lax.rem(p, STAGES)]))
-                    new_smem.at[lax.rem(p, STAGES)][...] = tile.astype(bf16)
+                    there = lax.rem(p, STAGES)
+                    pl.when(p >= STAGES)(lambda: plgpu.barrier_wait(new_free.at[there]))
+                    for i, half in enumerate(rounded_halves(tile)):
+                        new_smem.at[there, i][...] = half
                     plgpu.commit_smem()
-                    plgpu.barrier_arrive(new_ready.at[lax.rem(p, STAGES)])
+                    plgpu.barrier_arrive(new_ready.at[there])
 
                 def step(s, carry):
                     reads, d_scores, product, d_beta = carry
-                    c, p = j * slices + s, j * (slices + 2) + s
+                    c, p = j * slices + s, j * (slices + 1) + s
                     here, there = lax.rem(c, STAGES), lax.rem(p, STAGES)
                     plgpu.barrier_wait(slice_ready.at[here])
 
@@ -123,7 +128,12 @@ def gradients(
                         known = products.wait(known_acc, running=2)
                         rest = v_smem.at[here][...].astype(f32) - spread(of_row(SINCE), WIDTH) * known
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                        pl.when((s == 0) & (j > 0))(lambda: plgpu.barrier_arrive(chunk_free.at[1 - at]))
+
+                        @pl.when((s == 0) & (j > 0))
+                        def _():
+                            plgpu.barrier_arrive(q_free)
+                            plgpu.barrier_arrive(chunk_free.at[1 - at])
+
                         work_smem[...] = (spread(of_row(BETA), WIDTH) * rest).astype(bf16)
                         plgpu.commit_smem()
                         more = jnp.sum(x_smem.at[here][...].astype(f32) * rest, axis=1)
@@ -131,11 +141,11 @@ def gradients(
 
                     refs = (plgpu.ACC(shape, f32) for shape in (square, wide, square))
                     reads, product, more = pl.run_scoped(read, *refs)
-                    share(p, multiply(square, (t_smem.at[at], work_smem)))
+                    share(p, multiply(square, (t_, work_smem)))
                     work_smem[...] = (spread(of_row(BETA), WIDTH) * x_smem.at[here][...].astype(f32)).astype(bf16)
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(work_smem, dv_ref.at[b, tokens, head, columns(s)])
-                    d_scores = multiply(d_scores, (do_smem.at[here], transposed(new_smem.at[there])))
+                    d_scores = multiply(d_scores, *((do_smem.at[here], transposed(new_smem.at[there, i])) for i in range(2)))
                     plgpu.barrier_arrive(slice_free.at[here])
                     return reads, d_scores, product, d_beta + more
 
@@ -143,24 +153,25 @@ def gradients(
                 reads, d_scores, product, d_beta = lax.fori_loop(0, slices, step, start)
 
                 d_gram = d_scores * decays(vector, row, column)
-                t_smem.at[at][...] = d_gram.astype(bf16)  # T has done its work
+                high, low = rounded_halves(d_gram)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                t_[...], work_smem[...] = high, low  # T and dv have done their work
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(scores_ready)
                 sums_smem[D_BETA] = d_beta
                 sums_smem[PRODUCT] = jnp.sum(jnp.where(column == row, product, 0.0), axis=1)
-                gates = jnp.where(column < row, d_gram * multiply(square, (q_, transposed(k_))), 0.0)
+                plgpu.barrier_wait(q_ready)
+                gates = jnp.where(column < row, d_gram * multiply(square, (q_smem, transposed(k_))), 0.0)
                 since = of_row(SINCE)
-                from_state = since * jnp.sum(q_[...].astype(f32) * reads, axis=1)
-                high, low = halves(jnp.where(column == last, spread(from_state, CHUNK), gates))
-                share(j * (slices + 2) + slices, high)
-                share(j * (slices + 2) + slices + 1, low)
-                dq = multiply(spread(since, KEY) * reads, (t_smem.at[at], k_))
+                from_state = since * jnp.sum(q_smem[...].astype(f32) * reads, axis=1)
+                share(j * (slices + 1) + slices, jnp.where(column == last, spread(from_state, CHUNK), gates))
+                dq = multiply(spread(since, KEY) * reads, (t_, k_), (work_smem, k_))
                 plgpu.barrier_arrive(k_read)
                 plgpu.barrier_wait(scores_read)
-                # In place of q. The slot is free once it is copied, for which nobody waits before the next chunk.
-                q_[...] = dq.astype(bf16)
+                # In place of q, which is free once it is copied; nobody waits for that before the next chunk.
+                q_smem[...] = dq.astype(bf16)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(q_, dq_ref.at[b, tokens, head])
+                plgpu.copy_smem_to_gmem(q_smem, dq_ref.at[b, tokens, head])
                 plgpu.copy_smem_to_gmem(sums_smem.at[pl.ds(D_BETA, 2)], sums_ref.at[b, head, n, pl.ds(D_BETA, 2)])
 
             plgpu.wait_smem_to_gmem(0)
@@ -176,14 +187,14 @@ def gradients(
             def _(j):
                 b, head, n = place(j)
                 at = lax.rem(j, STAGES)
-                q_, k_, vector = q_smem.at[at], k_smem.at[at], vectors_smem.at[at]
+                k_, vector = k_smem.at[at], vectors_smem.at[at]
                 plgpu.barrier_wait(chunk_ready.at[at])
 
                 def of_row(which):
                     return load(vector.at[which], by_row)
 
                 def step(s, carry):
-                    c, p = j * slices + s, j * (slices + 2) + s
+                    c, p = j * slices + s, j * (slices + 1) + s
                     here, there = lax.rem(c, STAGES), lax.rem(p, STAGES)
                     x_, s_, ds_, new_ = x_smem.at[here], s_smem.at[here], ds_smem.at[here], new_smem.at[there]
 
@@ -195,8 +206,9 @@ def gradients(
                         plgpu.barrier_wait(slice_ready.at[here])
                         products.add(writes, x_, transposed(s_))
                         plgpu.barrier_wait(new_ready.at[there])
-                        products.add(keeps, new_, ds_)
-                        products.add(d_a, x_, transposed(new_))
+                        products.add(keeps, new_.at[0], ds_)
+                        for i in range(2):
+                            products.add(d_a, x_, transposed(new_.at[i]))
                         return lax.optimization_barrier((products.wait(writes), products.take(keeps), products.take(d_a)))
 
                     carry = pl.run_scoped(run, *(plgpu.ACC(shape, f32) for shape in (wide, wide, square)))
@@ -224,8 +236,9 @@ def gradients(
                     dk_acc[...] = dk
                     products = Products()
                     products.add(gram_acc, k_, transposed(k_))
+                    plgpu.barrier_wait(q_ready)
                     plgpu.barrier_wait(scores_ready)
-                    products.add(dk_acc, transposed(t_smem.at[at]), q_)
+                    products.add(dk_acc, transposed(t_smem.at[at]), q_smem)
                     return lax.optimization_barrier((products.wait(dk_acc), products.take(gram_acc)))
 
                 dk, gram = pl.run_scoped(early, plgpu.ACC(wide, f32), plgpu.ACC(square, f32))
@@ -236,22 +249,22 @@ def gradients(
                 gates = d_gram * gram
                 gates += jnp.where((row == last) & (column < last), across(load(row_smem, by_column), CHUNK), 0.0)
                 gates = jnp.where(column == last, spread(from_state, CHUNK), gates)
-                spare = [lax.rem(j * (slices + 2) + slices + i, STAGES) for i in range(2)]
-                for i in spare:
-                    plgpu.barrier_wait(new_ready.at[i])
-                    gates += new_smem.at[i][...].astype(f32)
-                for i, half in zip(spare, halves(gates), strict=True):
-                    new_smem.at[i][...] = half.astype(bf16)
+                there = lax.rem(j * (slices + 1) + slices, STAGES)
+                tiles = [new_smem.at[there, i] for i in range(2)]
+                plgpu.barrier_wait(new_ready.at[there])
+                for tile in tiles:
+                    gates += tile[...].astype(f32)
+                for tile, half in zip(tiles, rounded_halves(gates), strict=True):
+                    tile[...] = half
                 plgpu.commit_smem()
-                spans = multiply(square, *((later, new_smem.at[i]) for i in spare))
+                spans = multiply(square, *((later, tile) for tile in tiles))
                 spans = jnp.where((column < row) | (column == last), spans, 0.0)
                 sums_smem[D_GATE] = jnp.sum(spans, axis=1)
-                tile = new_smem.at[spare[0]]
+                tile = tiles[0]
                 tile[...] = d_gram.astype(bf16)
                 plgpu.commit_smem()
                 dk = multiply(dk, (tile, k_), (transposed(tile), k_))
-                for i in spare:
-                    plgpu.barrier_arrive(new_free.at[i])
+                plgpu.barrier_arrive(new_free.at[there])
                 plgpu.barrier_wait(k_read)
                 k_[...] = dk.astype(bf16)
                 plgpu.commit_smem()
@@ -270,8 +283,7 @@ def gradients(
                 tokens = pl.ds(n * CHUNK, CHUNK)
                 at = lax.rem(j, STAGES)
                 pl.when(j >= STAGES)(lambda: plgpu.barrier_wait(chunk_free.at[at]))
-                whole = (q_ref.at[b, tokens, head], q_smem), (k_ref.at[b, tokens, head], k_smem)
-                whole += (t_ref.at[b, head, n, 0], t_smem), (vectors_ref.at[b, head, n], vectors_smem)
+                whole = (k_ref.at[b, tokens, head], k_smem), (t_ref.at[b, head, n, 0], t_smem), (vectors_ref.at[b, head, n], vectors_smem)
                 for source, target in whole:
                     plgpu.copy_gmem_to_smem(source, target.at[at], chunk_ready.at[at])
 
@@ -286,12 +298,16 @@ def gradients(
                     for source, target in parts:
                         plgpu.copy_gmem_to_smem(source, target.at[here], slice_ready.at[here])
 
+                # Needed after all slices, and there is one place, which the last chunk's dq leaves while the first slice is worked on.
+                pl.when(j > 0)(lambda: plgpu.barrier_wait(q_free))
+                plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, head], q_smem, q_ready)
+
     def entry(*refs):
         def shared(*shape):
             return plgpu.SMEM(shape, bf16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
         smem = (
-            shared(STAGES, *wide),
+            shared(*wide),
             shared(STAGES, *wide),
             shared(STAGES, *square),
             plgpu.SMEM((STAGES, ROWS, CHUNK), f32),
@@ -301,13 +317,15 @@ def gradients(
             shared(STAGES, KEY, WIDTH),
             shared(STAGES, WIDTH, KEY),
             shared(*square),
-            shared(STAGES, *square),
+            shared(STAGES, 2, *square),
             plgpu.SMEM((SUMS, CHUNK), f32),
             plgpu.SMEM((CHUNK,), f32),
         )
         barriers = (
-            plgpu.Barrier(num_arrivals=4, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=3, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            plgpu.Barrier(),
+            plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=5, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
             plgpu.Barrier(num_barriers=STAGES),

@@ -1,12 +1,14 @@
 """Hopper machine code of the kernels: are the registers of products left alone while the tensor cores read them?
 
-    mkdir ptx; MOSAIC_GPU_DUMP_TO=ptx MOSAIC_GPU_DUMP_PTX=1 python -m pallas_kernels.testing.matrix --implementation mosaic_gpu   # on a GPU
-    python -m pallas_kernels.testing.sass ptx/*.ptx                                   # anywhere with ptxas and nvdisasm of CUDA
+    mkdir ptx; export MOSAIC_GPU_DUMP_TO=ptx MOSAIC_GPU_DUMP_PTX=1
+    python -m pallas_kernels.testing.matrix --implementation mosaic_gpu    # on a GPU
+    python -m pallas_kernels.testing.sass ptx/*.ptx                        # with ptxas and nvdisasm of CUDA
 
-A wgmma (HGMMA) may take its left factor from registers and reads them some time after it is issued. `overwritten` finds the instructions that write
-such a register before the wait for the product. ptxas 13.0 makes them itself: where elements of the factor are known
-when it compiles, it may set the register of such a constant only between two products that both read it, so that the first
-one reads whatever was there before.
+A wgmma (HGMMA) may take its left factor from registers and reads them some time after it is issued.
+`overwritten` finds the instructions that write such a register before the wait for the product.
+ptxas 13.0 makes them itself: where elements of the factor are known when it compiles, it may set the
+register of such a constant only between two products that both read it, so that the first one reads
+whatever was there before.
 """
 
 import argparse
@@ -42,7 +44,7 @@ class Overwritten(NamedTuple):
 
 _LINE = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 # Instructions whose first operand is no register that they write.
-_NO_RESULT = ("ST", "RED", "BAR", "BRA", "BSSY", "BSYNC", "EXIT", "SYNCS", "UTMA", "WARPSYNC", "MEMBAR", "FENCE", "CCTL", "NANOSLEEP", "WARPGROUP")
+_NO_RESULT = "ST", "RED", "BAR", "BRA", "BSSY", "BSYNC", "EXIT", "SYNCS", "UTMA", "WARP", "MEMBAR", "FENCE", "CCTL", "NANOSLEEP"
 
 
 def disassemble(ptx: Path) -> str:
@@ -102,9 +104,10 @@ def main() -> None:
     for path in parser.parse_args().ptx:
         code = instructions(disassemble(path))
         products = [x for x in code if x.opcode.startswith("HGMMA")]
+        from_registers = sum(bool(left_factor(p)) for p in products)
         problems = overwritten(code)
         bad += len(problems)
-        print(f"{path.name}: {len(products)} products, {sum(bool(left_factor(p)) for p in products)} with a register factor, {len(problems)} overwritten")
+        print(f"{path.name}: {len(products)} products, {from_registers} with a register factor, {len(problems)} overwritten")
         for problem in problems:
             print(f"  {problem}")
     if bad:
