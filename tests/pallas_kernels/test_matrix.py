@@ -1,8 +1,12 @@
 """The parity matrix itself: it passes what is right, and catches what is not."""
 
+import itertools
+import json
 import sys
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels.attend import decode as attend_decode
@@ -111,3 +115,48 @@ def test_what_must_be_exact_and_is_not_fails(monkeypatch, capsys, operator, step
 
 def test_nothing_to_run_is_no_success(monkeypatch):
     assert "no case of that name" in run(monkeypatch, "--case", "windwo")
+
+
+def now_and_then(change, unordered=()):
+    """XLA's attend, but of every third call the gradient in q is another, as a race would make it."""
+    calls = itertools.count(1)
+
+    def attend(q, *args, **kwargs):
+        third = jax.pure_callback(lambda: np.bool_(next(calls) % 3 == 0), jax.ShapeDtypeStruct((), bool))
+        return xla.attend(change(q, third), *args, **kwargs)
+
+    return Implementation("xla", attend, unordered=unordered)
+
+
+@jax.custom_vjp
+def loud_gradient(x, third, factor):
+    return x
+
+
+loud_gradient.defvjp(
+    lambda x, third, factor: (x, (third, factor)),
+    lambda kept, ct: (jnp.where(kept[0], ct * kept[1], ct).astype(ct.dtype), None, None),
+)
+
+
+def times(factor):
+    return lambda q, third: loud_gradient(q, third, factor)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "passes"),
+    [
+        (now_and_then(times(1.0)), True),
+        (now_and_then(times(1 + 2**-20)), False),  # a hundredth of what is allowed, but claimed to be the same each time
+        (now_and_then(times(1 + 2**-20), ("d_q",)), True),
+        (now_and_then(times(1 + 2**-20), ("d_k",)), False),
+        (now_and_then(times(1.01), ("d_q",)), False),  # too far in some of the calls
+    ],
+)
+def test_a_result_that_differs_now_and_then_fails(monkeypatch, capsys, tmp_path, implementation, passes):
+    monkeypatch.setitem(matrix.IMPLEMENTATIONS, "attend", (implementation,))
+    record = tmp_path / "record.jsonl"
+    arguments = "--operator", "attend", "--case", "^window, 63", "--only", "float32", "--repeats", "7", "--record", str(record)
+    assert (run(monkeypatch, *arguments) is None) == passes
+    (cell,) = map(json.loads, record.read_text().splitlines())
+    assert cell["passed"] == passes and cell["repeats"] == 7
