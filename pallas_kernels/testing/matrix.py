@@ -337,7 +337,7 @@ def main() -> None:
             seconds = round(cell.seconds, 2)
             record.add(cell.name, cell.passed, str(cell), facts | {"refusal": cell.refusal, "seconds": seconds} | about)
         left -= 1
-    if not record.ran():
+    if not (left or record.ran()):
         sys.exit("nothing ran: no case of that name, or each was refused")
     if bad := record.bad():
         print(f"{len(bad)} too far from the reference, or not the same each time:", *bad, sep="\n", file=sys.stderr)
