@@ -22,6 +22,8 @@ class Implementation:
 
     run: the operator's contract. device: why not on this device, or None. supports: why not these arguments (arrays or their
     shapes, as `run` takes them), or None. gradients_by: the name of the one whose gradients they get, or None if its own.
+    unordered: results and gradients ("d_q") that are summed in no fixed order, so that two calls differ in rounding. All others
+    of its results are the same bit for bit in each call.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Implementation:
     device: Callable[[jax.Device], str | None] = lambda device: None
     supports: Callable[..., str | None] = lambda *args, **kwargs: None
     gradients_by: Callable[..., str | None] = lambda *args, **kwargs: None
+    unordered: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)

@@ -30,9 +30,9 @@ def _step_on_hopper(q, k, v, ring, index, window, scale):
 # runs where it is asked for: xla, before it, takes every case.
 IMPLEMENTATIONS = (
     Implementation("mosaic_tpu", mosaic_tpu.attend, tpu, _on_tpu),
-    Implementation("mosaic_gpu", mosaic_gpu.attend, hopper, _on_hopper, _gradients_on_hopper),
+    Implementation("mosaic_gpu", mosaic_gpu.attend, hopper, _on_hopper, _gradients_on_hopper, ("d_q",)),
     Implementation("xla", xla.attend),
-    Implementation("cudnn", cudnn.attend, ampere, _by_cudnn),
+    Implementation("cudnn", cudnn.attend, ampere, _by_cudnn, unordered=("d_q",)),
 )
 
 # What `decode.step` says.

@@ -9,7 +9,7 @@ import numpy as np
 from pallas_kernels.attend import Mask
 from pallas_kernels.attend.decode import Ring
 from pallas_kernels.gated_delta_rule.decode import Inputs, State, Weights
-from pallas_kernels.testing.parity import GATES, packing, padding, unit
+from pallas_kernels.testing.parity import GATES, alike, fresh_gates, packing, padding, unit
 
 
 class Problem(NamedTuple):
@@ -25,10 +25,11 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """A name, and how the problem comes about."""
+    """A name, and how the problem comes about. dtypes: what it is run in."""
 
     name: str
     make: Callable[[], Problem]
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
 
 
 RESULTS = {
@@ -39,10 +40,31 @@ RESULTS = {
 }
 
 
+MESH_SHAPES = {
+    1024: {16: 8, 8: 1, 4: 2, 2: 1},
+    2048: {16: 1, 8: 8, 4: 1, 2: 2},
+    4096: {16: 2, 8: 1, 4: 8, 2: 1},
+    8192: {16: 1, 8: 2, 4: 1, 2: 8},
+    16384: {16: 1, 8: 1, 4: 2, 2: 8},
+}
+"""Rows of a batch by tokens and by heads, as presets and the shards of meshes have them: every pair of values occurs. How many
+thread blocks a kernel starts, and so which of them run beside each other, depends on all three. In bfloat16, what these train in."""
+
+
+def mesh_shapes(longest: int) -> Iterator[tuple[int, int, int]]:
+    """(tokens, heads, batch)."""
+    return ((tokens, heads, batch) for tokens, row in MESH_SHAPES.items() if tokens <= longest for heads, batch in row.items())
+
+
+def mesh_pieces(tokens: int, packed: bool) -> tuple[int, ...]:
+    """Lengths of the sequences in a row: one that fills it, or three and some pads."""
+    return (tokens // 3, 1, tokens // 2) if packed else (tokens,)
+
+
 def attend_cases(longest: int) -> Iterator[Case]:
     """16 query heads on 2 key heads would only repeat 4 on 2; widths of the decoder (128), the tower (80) and a small model (64)."""
 
-    def case(name, length, mask, heads=(4, 2), width=128, pieces=(), pads=(0,), cached=0, batch=1):
+    def case(name, length, mask, heads=(4, 2), width=128, pieces=(), pads=(0,), cached=0, batch=1, keys_alike=False, **how):
         """pads: how many end a row, for each row in turn."""
 
         def make():
@@ -57,6 +79,8 @@ def attend_cases(longest: int) -> Iterator[Case]:
                 k_index = np.concatenate([ring.astype(np.int32), q_index], 1)
             shapes = {"q": (length, q_heads), "k": (keys, k_heads), "v": (keys, k_heads)}
             inputs = {n: rng.standard_normal((batch, *s, width)) for n, s in shapes.items()}
+            if keys_alike:
+                inputs["k"] = alike(rng, inputs["k"][:, :1], inputs["k"].shape)
             d_out, d_lse = rng.standard_normal((batch, length, q_heads, width)), rng.standard_normal((batch, length, q_heads))
             return Problem(
                 inputs,
@@ -67,7 +91,7 @@ def attend_cases(longest: int) -> Iterator[Case]:
                 {},
             )
 
-        return Case(f"{name}, {length} x {width}", make)
+        return Case(f"{name}, {length} x {width}", make, **how)
 
     window = Mask(window=100, aligned=True)
     for length in (1, 63, 65, 300):
@@ -89,43 +113,66 @@ def attend_cases(longest: int) -> Iterator[Case]:
     for length in (1000, 10_000, 100_000):
         if length <= longest:
             yield case("window of 700", length, Mask(window=700, aligned=True), heads=(2, 1), pieces=(length // 3, length // 2))
+    yield case("keys alike", 300, window, keys_alike=True)
+    yield case("keys alike, no window", 300, Mask(aligned=True), pads=(11,), keys_alike=True)
+    yield case("keys alike, packed", 300, window, pieces=(3, 120, 1, 140), batch=2, keys_alike=True)
+    yield case("keys alike, ring", 65, Mask(window=150), cached=200, pads=(4,), keys_alike=True)
+    published = Mask(window=8192, aligned=True)
+    for length, q_heads, batch in mesh_shapes(longest):
+        for kind in ("random", "alike"):
+            yield case(
+                f"{batch} x {q_heads} heads, {kind} keys",
+                length,
+                published,
+                heads=(q_heads, max(1, q_heads // 8)),
+                pieces=mesh_pieces(length, packed=kind == "alike"),
+                batch=batch,
+                keys_alike=kind == "alike",
+                dtypes=("bfloat16",),
+            )
 
 
 def gated_delta_rule_cases(longest: int) -> Iterator[Case]:
-    """K = 128, V = 256, 2 heads; every kind of gate, with random keys and with one key again and again."""
+    """K = 128, V = 256, 2 heads; every kind of gate, with random keys, with one key again and again, and with keys like each other."""
 
-    def case(name, length, gates="mild", keys="random", pieces=(), counts=(), start=True):
+    def case(name, length, gates="mild", keys="random", pieces=(), counts=(), start=True, heads=2, rows=1, **how):
         def make():
             rng = np.random.default_rng(length)
-            batch = len(counts) or 1
-            lead = batch, length, 2
+            batch = len(counts) or rows
+            lead = batch, length, heads
             k = unit(rng, (*lead, 128))
             inputs = {
                 "q": unit(rng, (*lead, 128)) * 128**-0.5,
                 "k": np.broadcast_to(k[:, :1], k.shape) if keys == "repeated" else k,
                 "v": rng.standard_normal((*lead, 256)),
-                "g": np.float32(GATES[gates](rng, lead)),
-                "beta": np.float32(1 / (1 + np.exp(-2 * rng.standard_normal(lead)))),
-                "initial_state": np.float32(rng.standard_normal((batch, 2, 128, 256))),
+                "g": np.float32((GATES | {"fresh": fresh_gates})[gates](rng, lead)),
+                "beta": np.float32(1 / (1 + np.exp((-0.3 if gates == "fresh" else -2) * rng.standard_normal(lead)))),
+                "initial_state": np.float32(rng.standard_normal((batch, heads, 128, 256))),
             }
+            if keys == "alike":
+                k = alike(rng, 128**0.5 * k[:, :1], k.shape)
+                inputs["k"] = k / np.linalg.norm(k, axis=-1, keepdims=True)
             inputs["initial_state"][:, 0, 0, 0] = -0.0  # which a sum with 0 would lose
             if not start:
                 del inputs["initial_state"]
             index, segment = (padding(counts, length) if counts else None), None
             if pieces:
-                index, segment = packing(pieces, length)
+                index, segment = (np.tile(x, (batch, 1)) for x in packing(pieces, length))
             tokens = {name: x for name, x in (("index", index), ("segment", segment)) if x is not None}
-            cotangents = {"out": rng.standard_normal((*lead, 256)), "state": np.float32(rng.standard_normal((batch, 2, 128, 256)))}
+            cotangents = {"out": rng.standard_normal((*lead, 256)), "state": np.float32(rng.standard_normal((batch, heads, 128, 256)))}
             if index is None:
                 return Problem(inputs, cotangents, tokens, {}, {}, {})
             pads = dict.fromkeys(("q", "k", "v", "g", "beta", "out"), "index")
             return Problem(inputs, cotangents, tokens, {}, pads, {"state": (index < 0).all(axis=1)})
 
-        return Case(f"{name}, {length}", make)
+        return Case(f"{name}, {length}", make, **how)
 
     for gates in GATES:
-        for keys in ("random", "repeated"):
+        for keys in ("random", "repeated", "alike"):
             yield case(f"gates {gates}, {keys} keys", 130, gates, keys)
+    for keys in ("random", "alike"):
+        yield case(f"gates fresh, {keys} keys", 300, "fresh", keys, heads=4)
+    yield case("packed, alike keys", 300, "spread", "alike", pieces=(37, 1, 64, 2, 150))
     for length in (1, 63, 64, 65, 300):
         yield case("gates spread", length, "spread")
     yield case("no initial state", 100, start=False)
@@ -134,6 +181,19 @@ def gated_delta_rule_cases(longest: int) -> Iterator[Case]:
     for length in (1000, 10_000, 100_000):
         if length <= longest:
             yield case("gates mild, packed", length, pieces=(length // 3, length // 2))
+    for length, heads, batch in mesh_shapes(longest):
+        for gates, keys in (("fresh", "random"), ("fresh", "alike"), ("spread", "random"), ("switch", "alike")):
+            yield case(
+                f"{batch} x {heads} heads, gates {gates}, {keys} keys",
+                length,
+                gates,
+                keys,
+                pieces=mesh_pieces(length, packed=gates != "fresh"),
+                start=False,
+                heads=heads,
+                rows=batch,
+                dtypes=("bfloat16",),
+            )
 
 
 def attend_step_case(
@@ -143,6 +203,7 @@ def attend_step_case(
     width: int = 128,
     capacity: int = 256,
     window: int | None = None,
+    keys_alike: bool = False,
 ) -> Case:
     """ordinals: a row for each token, of its ordinal in each sequence."""
 
@@ -153,6 +214,10 @@ def attend_step_case(
         rng = np.random.default_rng(capacity + batch)
         qkv = tuple(rng.standard_normal((tokens, batch, n, width)) for n in (q_heads, k_heads, k_heads))
         ring = Ring(*(rng.standard_normal((batch, capacity, k_heads, width)) for _ in range(2)))
+        if keys_alike:
+            q, k, v = qkv
+            direction = ring.k[:, :1]
+            qkv, ring = (q, alike(rng, direction[:, 0], k.shape), v), Ring(alike(rng, direction, ring.k.shape), ring.v)
         return Problem(
             {"inputs": qkv, "weights": (), "state": ring},
             {},
@@ -185,6 +250,8 @@ def attend_step_cases(longest: int) -> Iterator[Case]:
     yield attend_step_case("narrow heads", [[7, -1, 300]], width=64)
     yield attend_step_case("small groups", [[7, -1, 300]], heads=(4, 2))
     yield attend_step_case("an odd ring", [[7, -1, 300]], capacity=100)
+    yield attend_step_case("keys alike", [lengths, after], keys_alike=True)
+    yield attend_step_case("keys alike, small groups", [[7, -1, 300]], heads=(4, 2), keys_alike=True)
     if longest >= 8192:
         yield attend_step_case("published sizes", [[8192, -1, 4000, 8191, 8193, 100_000]], capacity=8192, window=8192)
 
@@ -197,6 +264,7 @@ def gated_delta_step_case(
     values: int = 256,
     extreme: bool = False,
     fresh: bool = False,
+    keys_alike: bool = False,
 ) -> Case:
     """ordinals: a row for each token, of its ordinal in each sequence. extreme: gates open or shut. fresh: a state of zeros."""
 
@@ -217,6 +285,10 @@ def gated_delta_step_case(
         memory, *tails = (rng.standard_normal(s) for s in ((batch, heads, keys, values), *((batch, 3, n) for n in widths)))
         state = State(np.float32(0.3 * memory), *tails)
         state.memory[:, 0, 0, 0] = -0.0  # which a sum with 0 would lose
+        if keys_alike:
+            direction = state.k_tail[:, :1]
+            inputs[1] = alike(rng, direction[:, 0], inputs[1].shape)
+            state = state._replace(k_tail=alike(rng, direction, state.k_tail.shape))
         if fresh:
             state = State(*map(np.zeros_like, state))
         return Problem(
@@ -243,6 +315,8 @@ def gated_delta_step_cases(longest: int) -> Iterator[Case]:
     yield gated_delta_step_case("extreme gates", rows, extreme=True)
     yield gated_delta_step_case("fresh state", [[0] * 3, [1] * 3], fresh=True)
     yield gated_delta_step_case("extreme gates, fresh state", [[0] * 3, [1] * 3], extreme=True, fresh=True)
+    yield gated_delta_step_case("keys alike", [*rows, [7, 6, 2, 11, 1, 8]], keys_alike=True)
+    yield gated_delta_step_case("extreme gates, keys alike", rows, extreme=True, keys_alike=True)
     yield gated_delta_step_case("values 64 wide", rows, values=64)
     yield gated_delta_step_case("values 80 wide", rows, values=80)
     yield gated_delta_step_case("keys 64 wide", rows, keys=64)

@@ -3,21 +3,32 @@ token steps too, of which there are values alone.
 
     python -m pallas_kernels.testing.matrix                     # what this machine runs; kernels for TPUs interpreted on a CPU
     NPROC=64 python -m pallas_kernels.testing.matrix           # those for Hopper too, with JAX 0.11.2: see `mosaic_gpu_interpreter`
-    python -m pallas_kernels.testing.matrix --longest 100000    # on a GPU
+    python -m pallas_kernels.testing.matrix --longest 100000 --record matrix.jsonl --minutes 9    # on a GPU; again, until it says done
     python -m pallas_kernels.testing.matrix --operator gated_delta_rule --case 'repeated|packed'
+    python -m pallas_kernels.testing.matrix --only 'gated_delta_rule mosaic_gpu bfloat16 .*alike'
 
 Prints one line a case and implementation: the largest of its errors in shares of what is allowed, or why it does not take the case.
 Ends with an error where one is too large. Relative root-mean-square errors; float32 may have 1e-4, bfloat16 what `ALLOWED` says. A result
 of which something must be exact and is not has an infinite error.
+
+Each cell is computed `--repeats` times: 20 on a GPU, once where kernels are interpreted. Between two times other work runs, which leaves
+NaN in the memory that the next one gets (see `disturb`). Each time must be within what is allowed, and all of them equal bit for bit, but
+for what an implementation declares to be `unordered`; a cell that is not equal has an infinite error "repeats".
+
+References are computed in float64 on the same device by XLA, for so many rows at once as hold 16 heads. With `--record` a cell that
+passed there is not computed again (start a new record for changed code), and the summary is of the whole record.
 """
 
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
 from functools import cache, partial
 from io import StringIO
+from os import cpu_count
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -32,9 +43,12 @@ from pallas_kernels.dispatch import Implementation
 from pallas_kernels.gated_delta_rule import decode as delta_decode
 from pallas_kernels.gated_delta_rule import implementations as delta_implementations
 from pallas_kernels.gated_delta_rule import reference as delta_reference
-from pallas_kernels.testing import mosaic_gpu_interpreter
+from pallas_kernels.testing import disturb, mosaic_gpu_interpreter
 from pallas_kernels.testing.cases import CASES, RESULTS, Case, Problem
-from pallas_kernels.testing.parity import in_float64, poison, rel_rms, with_gradients
+from pallas_kernels.testing.judge import judge
+from pallas_kernels.testing.parity import poison, value_and_gradients
+from pallas_kernels.testing.programs import Programs, ahead
+from pallas_kernels.testing.record import Record
 from pallas_kernels.testing.steps import implementation_in_a_row, in_a_row
 
 IMPLEMENTATIONS = {
@@ -49,23 +63,40 @@ REFERENCES = {
     "attend_step": in_a_row(attend_decode.step),
     "gated_delta_step": in_a_row(delta_decode.step),
 }
+ROWS_ALONE = "attend", "gated_delta_rule"  # all arrays begin with the axis of rows, which have nothing to do with each other
+HEADS_AT_ONCE = 16  # of a reference in float64: what it keeps for gradients grows with them
 ALLOWED = {name: 5e-3 for results in RESULTS.values() for name in results}
 ALLOWED |= {f"d_{name}": 8e-3 for name in ("q", "k", "v", "initial_state")}
-ALLOWED |= {"d_g": 2e-2, "d_beta": 2e-2, "race": 1}
+ALLOWED |= {"d_g": 2e-2, "d_beta": 2e-2}
+ANY = {"race": 1.0, "repeats": 1.0, "raised": 1.0}  # these are 0 or infinite
 INTERPRETED = pltpu.InterpretParams(
     detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise", dma_execution_mode="on_wait"
 )
+PROGRAMS = Programs()
 
 
 class Cell(NamedTuple):
-    """What an implementation made of a case: its errors by name, or why it did not take it."""
+    """What an implementation made of a case: its errors by name, or why it did not take it.
 
+    differing: by the name of a result, in how many calls it was not that of the first. seconds: of all calls, and, in the first
+    cell of a case, of the reference.
+    """
+
+    operator: str
     implementation: str
     case: str
     dtype: str
     errors: dict[str, float]
     allowed: dict[str, float]
     refusal: str | None
+    repeats: int = 1
+    differing: dict[str, int] = {}
+    note: str = ""
+    seconds: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.operator} {self.implementation} {self.dtype} {self.case}"
 
     @property
     def share(self) -> float:
@@ -73,50 +104,149 @@ class Cell(NamedTuple):
         shares = [error / self.allowed[name] for name, error in self.errors.items()]
         return float(np.max(shares)) if shares else 0.0
 
+    @property
+    def passed(self) -> bool:
+        return bool(self.refusal) or self.share <= 1
+
     def __str__(self) -> str:
         found = f"no: {self.refusal}" if self.refusal else f"{self.share:5.2f} of what is allowed"
-        worst = max(self.errors, key=lambda n: self.errors[n] / self.allowed[n]) if self.errors else ""
-        return f"{self.implementation:11} {self.dtype:9} {self.case:48} {found} {worst}"
+        shares = {n: np.nan_to_num(error / self.allowed[n], nan=np.inf) for n, error in self.errors.items()}
+        worst = max(shares, key=shares.get) if shares else ""
+        differing = ", ".join(f"{name} differs in {n}" for name, n in self.differing.items())
+        differing = f" ({differing} of {self.repeats} calls)" if differing else ""
+        return f"{self.implementation:11} {self.dtype:9} {self.case:48} {found} {worst}{differing}{self.note and ': '}{self.note}"
 
 
-def cells(operator: str, longest: int, names: list[str] | None = None, pattern: str = "") -> Iterator[Cell]:
-    """All cells of an operator's matrix on this machine, case by case; of those cases alone whose names match a pattern."""
-    chosen = [x for x in IMPLEMENTATIONS[operator] if not names or x.name in names]
+class Group(NamedTuple):
+    """The cells that share a problem."""
+
+    operator: str
+    case: Case
+    dtype: str
+    implementations: tuple[Implementation, ...]
+
+
+def groups(operator: str, longest: int, wanted: Callable[[Implementation, str, str], bool]) -> Iterator[Group]:
+    """All cells of an operator's matrix, of which `wanted(implementation, dtype, name of the case)` says that they are to run."""
     for case in CASES[operator](longest):
-        if re.search(pattern, case.name):
-            for dtype in (jnp.float32, jnp.bfloat16):
-                yield from compare(operator, chosen, case, dtype)
+        for dtype in case.dtypes:
+            if chosen := tuple(i for i in IMPLEMENTATIONS[operator] if wanted(i, dtype, case.name)):
+                yield Group(operator, case, dtype, chosen)
 
 
-def compare(operator: str, implementations: Sequence[Implementation], case: Case, dtype) -> Iterator[Cell]:
-    """A cell for each of an operator's implementations on this machine."""
-    problem, want = _in_dtype(case.make(), dtype), None
-    for implementation in implementations:
-        runs, inside, refusal = _runnable(operator, implementation, jax.devices()[0])
+def compare(group: Group, problem: Problem, repeats: int) -> Iterator[Cell]:
+    """A cell for each of the group's implementations on this machine."""
+    want = None
+    for implementation in group.implementations:
+        runs, inside, refusal = _runnable(group.operator, implementation, jax.devices()[0])
         refusal = refusal or implementation.supports(*problem.inputs.values(), **problem.tokens, **problem.rule)
-        if not refusal and want is None:  # the dearest part, of which a case that all refuse has no use
-            want = jax.tree.leaves(in_float64(_compiled(REFERENCES[operator], *_signature(problem)))(*_arrays(problem)))
-        errors = {} if refusal else _errors(operator, runs, inside, problem, want)
-        allowed = {name: ALLOWED[name] if dtype == jnp.bfloat16 else 1e-4 for name in errors}
-        yield Cell(implementation.name, case.name, jnp.dtype(dtype).name, errors, allowed, refusal)
+        errors, differing, note, start = {}, {}, "", time.monotonic()
+        if not refusal:
+            try:
+                if want is None:  # the dearest part, of which a case that all refuse has no use
+                    want = _reference(group.operator, problem)
+                errors, counts = _errors(group.operator, runs, inside, problem, want, repeats)
+                differing = {name: n for name, n in counts.items() if n}
+                if differing.keys() - set(implementation.unordered):
+                    errors["repeats"] = float("inf")
+            except Exception as error:  # a cell of its own, for a run of hours must not end with it
+                errors, note = {"raised": float("inf")}, f"{type(error).__name__}: {error}".splitlines()[0]
+        allowed = {name: ANY.get(name) or (ALLOWED[name] if group.dtype == "bfloat16" else 1e-4) for name in errors}
+        cell = Cell(group.operator, implementation.name, group.case.name, group.dtype, errors, allowed, refusal)
+        yield cell._replace(repeats=repeats, differing=differing, note=note, seconds=time.monotonic() - start)
 
 
-def _in_dtype(problem: Problem, dtype) -> Problem:
-    return _with_each(problem, lambda name, x: jnp.asarray(x, dtype if x.dtype == np.float64 else x.dtype))
+def prepare(group: Group, compiled: bool) -> Problem:
+    """The group's problem as numpy arrays; its programs, if they are to be `compiled` ahead."""
+    problem = _with_each(group.case.make(), lambda name, x: np.asarray(x, group.dtype if x.dtype == np.float64 else x.dtype))
+    if compiled:
+        with suppress(Exception):  # which the cell raises again
+            _compile_ahead(group, problem)
+    return problem
 
 
-def _errors(operator: str, runs: Callable, inside: Callable, problem: Problem, want: list) -> dict[str, float]:
-    """Errors by the name of a result."""
-    run, raced = _compiled(runs, *_signature(problem)), {"race": float("inf")}
+def _compile_ahead(group: Group, problem: Problem) -> None:
+    device, used = jax.devices()[0], False
+    for implementation in group.implementations:
+        runs, _, refusal = _runnable(group.operator, implementation, device)
+        if refusal or implementation.supports(*problem.inputs.values(), **problem.tokens, **problem.rule):
+            continue
+        program, used = PROGRAMS(_function(runs, *_signature(problem)), *_arrays(problem)), True
+        PROGRAMS(disturb.work(disturb.sizes(program), device))
+        results = jax.tree.leaves(program.out_info)
+        PROGRAMS(judge, results, results, [jax.ShapeDtypeStruct(x.shape, np.float64) for x in results], _exact(group.operator, problem))
+    if used:
+        for part in _parts(group.operator, problem):
+            PROGRAMS(_function(REFERENCES[group.operator], *_signature(part)), *jax.tree.map(_wide, _arrays(part)))
+
+
+def _reference(operator: str, problem: Problem) -> list[jax.Array]:
+    """Results and gradients in float64, on the device."""
+    found = []
+    for part in _parts(operator, problem):
+        arrays = _arrays(part)
+        program = PROGRAMS(_function(REFERENCES[operator], *_signature(part)), *jax.tree.map(_wide, arrays))
+        with jax.enable_x64(True):  # widened on the device
+            found.append(jax.tree.leaves(program(*jax.tree.map(lambda x: jnp.asarray(x).astype(_wide(x).dtype), arrays))))
+    with jax.enable_x64(True):
+        return found[0] if len(found) == 1 else [jnp.concatenate(x) for x in zip(*found, strict=True)]
+
+
+def _wide(x) -> jax.ShapeDtypeStruct:
+    """The shape of an array with every floating dtype as float64."""
+    return jax.ShapeDtypeStruct(x.shape, np.float64 if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype)
+
+
+def _parts(operator: str, problem: Problem) -> list[Problem]:
+    """The problem by so many of its rows at a time as a reference has memory for."""
+    if operator not in ROWS_ALONE:
+        return [problem]
+    batch, _, heads, _ = problem.inputs["q"].shape
+    rows = max(1, HEADS_AT_ONCE // heads)
+
+    def cut(start):
+        part = _with_each(problem, lambda _, x: x[start : start + rows])
+        return part._replace(tokens=jax.tree.map(lambda x: x[start : start + rows], problem.tokens))
+
+    return [cut(start) for start in range(0, batch, rows)]
+
+
+def _errors(operator: str, runs: Callable, inside: Callable, problem: Problem, want: list, repeats: int) -> tuple[dict, dict]:
+    """By the name of a result, the worst of its errors in so many calls, and how many of these differ from the first."""
+    raced, exact = {"race": float("inf")}, _exact(operator, problem)
     try:
         with inside(), redirect_stdout(StringIO()) as said:  # the TPU interpreter only prints that it found a race
-            got = jax.tree.leaves(run(*_arrays(_poisoned(problem))))
+            arrays = jax.tree.map(jnp.asarray, _arrays(_poisoned(problem)))
+            program = PROGRAMS(_function(runs, *_signature(problem)), *arrays)
+            first, verdicts = jax.block_until_ready(jax.tree.leaves(program(*arrays))), []
+            for repeat in range(repeats):
+                again = first
+                if repeat:
+                    disturbance = disturb.work(disturb.sizes(program), jax.devices()[0])
+                    PROGRAMS(disturbance)()
+                    again = jax.tree.leaves(program(*arrays))
+                judged = PROGRAMS(judge, first, again, want, exact)
+                with jax.enable_x64(True):
+                    verdicts.append(judged(first, again, want, exact))
+                del again
     except mosaic_gpu_interpreter.Raced:
-        return raced
+        return raced, {}
     if "RACE DETECTED" in said.getvalue():
-        return raced
-    names = [*RESULTS[operator], *(f"d_{name}" for name in problem.inputs if problem.cotangents)]
-    return {name: _error(a, b, problem.exact.get(name)) for name, a, b in zip(names, got, want, strict=True)}
+        return raced, {}
+    errors, differs = (np.asarray(jax.device_get(x)) for x in zip(*verdicts, strict=True))
+    names = _names(operator, problem)
+    return dict(zip(names, errors.max(0).tolist(), strict=True)), dict(zip(names, differs.sum(0).tolist(), strict=True))
+
+
+def _names(operator: str, problem: Problem) -> list[str]:
+    """Of all results and gradients, in order."""
+    return [*RESULTS[operator], *(f"d_{name}" for name in problem.inputs if problem.cotangents)]
+
+
+def _exact(operator: str, problem: Problem) -> list[np.ndarray | None]:
+    """For each result, which of its rows must be equal bit for bit, or None."""
+    found = (problem.exact.get(name) for name in _names(operator, problem))
+    return [x if x is None else np.asarray(x) for x in found]
 
 
 def _poisoned(problem: Problem) -> Problem:
@@ -124,7 +254,7 @@ def _poisoned(problem: Problem) -> Problem:
 
     def dirty(name, x):
         pads = problem.pads.get(name)
-        return x if pads is None else jnp.asarray(poison(np.asarray(x), problem.tokens[pads]))
+        return x if pads is None else poison(x, problem.tokens[pads])
 
     return _with_each(problem, dirty)
 
@@ -136,15 +266,6 @@ def _with_each(problem: Problem, change: Callable) -> Problem:
         return {name: jax.tree.map(partial(change, name), x) for name, x in arrays.items()}
 
     return problem._replace(inputs=changed(problem.inputs), cotangents=changed(problem.cotangents))
-
-
-def _error(got, want, exact) -> float:
-    """exact: the rows that must be equal bit for bit, or None."""
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    if exact is not None and got[exact].tobytes() != want[exact].tobytes():
-        return float("inf")
-    seen = np.isfinite(want)  # lse of a query that sees nothing is -inf
-    return rel_rms(got[seen], want[seen]) if (np.isneginf(got) == ~seen).all() else float("nan")
 
 
 @cache
@@ -171,11 +292,11 @@ def _signature(problem: Problem) -> tuple[tuple, tuple]:
 
 
 @cache  # cases of the same shapes share what was compiled
-def _compiled(function: Callable, names: tuple[str, ...], rule: tuple) -> Callable:
+def _function(function: Callable, names: tuple[str, ...], rule: tuple) -> Callable:
     def by_position(*inputs, **tokens):
         return function(**dict(zip(names, inputs, strict=True)), **tokens, **dict(rule))
 
-    return with_gradients(by_position)
+    return value_and_gradients(by_position)
 
 
 def main() -> None:
@@ -184,20 +305,46 @@ def main() -> None:
     names = sorted({i.name for table in IMPLEMENTATIONS.values() for i in table})
     parser.add_argument("--implementation", action="append", choices=names, help="only this one (several allowed)")
     parser.add_argument("--case", default="", help="only cases whose names match this regular expression")
+    parser.add_argument("--only", default="", help='only cells whose names, "OPERATOR IMPLEMENTATION DTYPE CASE", match this one')
     parser.add_argument("--longest", type=int, default=1000, help="leave out longer cases")
+    parser.add_argument("--repeats", type=int, help="calls of each cell; default 20 on a GPU, else 1")
+    parser.add_argument("--workers", type=int, help="threads that compile ahead; default one a core on a GPU, else none")
+    parser.add_argument("--record", type=Path, help="append each cell to this file of JSON lines, and leave out those that passed in it")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after so long")
     args = parser.parse_args()
-    bad, ran = [], 0
-    for operator in args.operator or CASES:
-        print(f"{operator} on {jax.devices()[0].device_kind}, JAX {jax.__version__}", flush=True)
-        for cell in cells(operator, args.longest, args.implementation, args.case):
+    start, gpu, record = time.monotonic(), jax.default_backend() == "gpu", Record(args.record)
+    repeats = args.repeats or (20 if gpu else 1)
+    workers = args.workers if args.workers is not None else cpu_count() if gpu else 0
+    about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+
+    def wanted(operator, implementation, dtype, case):
+        name = f"{operator} {implementation.name} {dtype} {case}"
+        if args.implementation and implementation.name not in args.implementation or record.passed(name):
+            return False
+        return bool(re.search(args.case, case) and re.search(args.only, name))
+
+    chosen = [g for o in args.operator or CASES for g in groups(o, args.longest, partial(wanted, o))]
+    left, operator = len(chosen), None
+    for group, problem in ahead(chosen, partial(prepare, compiled=bool(workers)), workers):
+        if time.monotonic() - start > 60 * args.minutes:
+            break
+        if group.operator != operator:
+            operator = group.operator
+            print(f"{operator} on {about['device']}, JAX {about['jax']}", flush=True)
+        for cell in compare(group, problem, repeats):
             print(f"  {cell}", flush=True)
-            ran += not cell.refusal
-            if not cell.refusal and not cell.share <= 1:
-                bad.append(cell)
-    if not ran:
+            facts = {"errors": {n: float(f"{e:.3g}") for n, e in cell.errors.items()}, "differing": cell.differing, "repeats": repeats}
+            seconds = round(cell.seconds, 2)
+            record.add(cell.name, cell.passed, str(cell), facts | {"refusal": cell.refusal, "seconds": seconds} | about)
+        left -= 1
+    if not (left or record.ran()):
         sys.exit("nothing ran: no case of that name, or each was refused")
-    if bad:
-        sys.exit(f"{len(bad)} too far from the reference:\n" + "\n".join(map(str, bad)))
+    if bad := record.bad():
+        print(f"{len(bad)} too far from the reference, or not the same each time:", *bad, sep="\n", file=sys.stderr)
+    if left:
+        print(f"{left} cases are left: the same command goes on with them", file=sys.stderr)
+    if bad or left:
+        sys.exit(1 if bad else 3)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,21 @@
 """The parity matrix itself: it passes what is right, and catches what is not."""
 
+import itertools
+import json
 import sys
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels.attend import decode as attend_decode
 from pallas_kernels.attend import xla
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.gated_delta_rule import decode as delta_decode
-from pallas_kernels.testing import matrix
+from pallas_kernels.testing import disturb, matrix
+from pallas_kernels.testing.cases import CASES, mesh_shapes
+from pallas_kernels.testing.judge import judge
 from pallas_kernels.testing.steps import in_a_row
 
 
@@ -111,3 +117,150 @@ def test_what_must_be_exact_and_is_not_fails(monkeypatch, capsys, operator, step
 
 def test_nothing_to_run_is_no_success(monkeypatch):
     assert "no case of that name" in run(monkeypatch, "--case", "windwo")
+
+
+def now_and_then(change, unordered=()):
+    """XLA's attend, but of every third call the gradient in q is another, as a race would make it."""
+    calls = itertools.count(1)
+
+    def attend(q, *args, **kwargs):
+        third = jax.pure_callback(lambda: np.bool_(next(calls) % 3 == 0), jax.ShapeDtypeStruct((), bool))
+        return xla.attend(change(q, third), *args, **kwargs)
+
+    return Implementation("xla", attend, unordered=unordered)
+
+
+@jax.custom_vjp
+def loud_gradient(x, third, factor):
+    return x
+
+
+loud_gradient.defvjp(
+    lambda x, third, factor: (x, (third, factor)),
+    lambda kept, ct: (jnp.where(kept[0], ct * kept[1], ct).astype(ct.dtype), None, None),
+)
+
+
+def times(factor):
+    return lambda q, third: loud_gradient(q, third, factor)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "passes"),
+    [
+        (now_and_then(times(1.0)), True),
+        (now_and_then(times(1 + 2**-20)), False),  # a hundredth of what is allowed, but claimed to be the same each time
+        (now_and_then(times(1 + 2**-20), ("d_q",)), True),
+        (now_and_then(times(1 + 2**-20), ("d_k",)), False),
+        (now_and_then(times(1.01), ("d_q",)), False),  # too far in some of the calls
+    ],
+)
+def test_a_result_that_differs_now_and_then_fails(monkeypatch, capsys, tmp_path, implementation, passes):
+    monkeypatch.setitem(matrix.IMPLEMENTATIONS, "attend", (implementation,))
+    record = tmp_path / "record.jsonl"
+    arguments = "--operator", "attend", "--case", "^window, 63", "--only", "float32", "--repeats", "7", "--record", str(record)
+    assert (run(monkeypatch, *arguments) is None) == passes
+    (cell,) = map(json.loads, record.read_text().splitlines())
+    assert cell["passed"] == passes and cell["repeats"] == 7
+
+
+def test_every_pair_of_tokens_heads_and_rows_occurs():
+    shapes = list(mesh_shapes(16384))
+    for first, second in itertools.combinations(range(3), 2):
+        seen = {(shape[first], shape[second]) for shape in shapes}
+        assert seen == set(itertools.product(*({shape[i] for shape in shapes} for i in (first, second))))
+    tokens, heads, rows = map(set, zip(*shapes, strict=True))
+    assert (tokens, heads, rows) == ({1024, 2048, 4096, 8192, 16384}, {16, 8, 4, 2}, {1, 2, 8})
+    assert max(tokens for tokens, _, _ in mesh_shapes(5000)) == 4096
+
+
+@pytest.mark.parametrize("operator", CASES)
+def test_every_operator_meets_keys_that_are_alike(operator):
+    alike = [case for case in CASES[operator](1024) if "alike" in case.name]
+    assert alike
+    problem = next(case for case in alike if "1024" not in case.name).make()
+    k = {
+        "attend": lambda: problem.inputs["k"][0, :, 0],
+        "gated_delta_rule": lambda: problem.inputs["k"][0, :, 0],
+        "attend_step": lambda: problem.inputs["state"].k[0, :, 0],
+        "gated_delta_step": lambda: problem.inputs["inputs"][0].k[:, 0],
+    }[operator]()
+    k = k / np.linalg.norm(k, axis=-1, keepdims=True)
+    assert (k @ k.T).min() > 0.98
+
+
+def test_a_record_is_gone_on_with(monkeypatch, capsys, tmp_path):
+    record = tmp_path / "record.jsonl"
+    arguments = "--operator", "attend", "--case", "^window, (63|65)", "--only", "float32", "--record", str(record)
+
+    def wrong_at_65(q, *args, **kwargs):
+        out, lse = xla.attend(q, *args, **kwargs)
+        return out * (1 + (q.shape[1] == 65)), lse
+
+    assert run(monkeypatch, *arguments, "--minutes", "0", attend=xla.attend) == 3  # nothing begun, nothing wrong
+    assert "2 cases are left" in capsys.readouterr().err
+    assert run(monkeypatch, *arguments, attend=wrong_at_65) == 1
+    said = capsys.readouterr()
+    assert "window, 65" in said.err and "window, 63" not in said.err
+    assert run(monkeypatch, *arguments, attend=xla.attend) is None
+    said = capsys.readouterr()
+    assert "window, 65" in said.out and "window, 63" not in said.out  # only what failed ran again
+    assert [json.loads(line)["passed"] for line in record.read_text().splitlines()] == [True, False, True]
+    assert run(monkeypatch, *arguments, attend=wrong_at_65) is None  # all of it passed before
+
+
+def test_what_raises_is_a_cell_that_fails(monkeypatch, capsys):
+    def attend(q, *args, **kwargs):
+        if q.shape[1] == 63:
+            raise MemoryError("no room")
+        return xla.attend(q, *args, **kwargs)
+
+    assert run(monkeypatch, "--operator", "attend", "--case", "^window, (63|65)", "--only", "float32", attend=attend) == 1
+    wrong, right = capsys.readouterr().out.splitlines()[1:]
+    assert "raised: MemoryError: no room" in wrong and "0.0" in right
+
+
+def test_programs_are_compiled_ahead(monkeypatch, capsys):
+    arguments = "--operator", "attend", "--case", "^window, (63|65)", "--only", "xla", "--repeats", "2"
+    assert run(monkeypatch, *arguments, "--workers", "2") is None
+    ahead = capsys.readouterr().out
+    assert run(monkeypatch, *arguments) is None
+    assert capsys.readouterr().out == ahead and len(ahead.splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    ("got", "want", "exact", "error"),
+    [
+        ([3.0, 4.5], [3.0, 4.0], None, 0.1),
+        ([0.0, 0.5], [0.0, 0.0], None, 0.5**1.5),
+        ([np.nan, 4.0], [3.0, 4.0], None, np.nan),
+        ([-np.inf, 4.0], [-np.inf, 4.0], None, 0.0),
+        ([1.0, 4.0], [-np.inf, 4.0], None, np.nan),
+        ([0.0, 4.0], [-0.0, 4.0], [True, False], np.inf),
+        ([0.0, 4.0], [-0.0, 4.0], [False, True], 0.0),
+    ],
+)
+def test_errors_on_the_device(got, want, exact, error):
+    got = jnp.asarray(got, jnp.float32)
+    with jax.enable_x64(True):
+        found, differs = judge([got + 1], [got], [jnp.asarray(want, jnp.float64)], [exact if exact is None else np.asarray(exact)])
+    np.testing.assert_allclose(found, [error], rtol=1e-12)
+    assert differs.tolist() == [True]
+
+
+def test_equal_bits_are_what_counts():
+    first, got = (jnp.asarray(x, jnp.bfloat16) for x in ([np.nan, 0.0], [np.nan, -0.0]))
+    with jax.enable_x64(True):
+        assert not judge([first], [first], [jnp.zeros(2, jnp.float64)], [None])[1].any()
+        assert judge([first], [got], [jnp.zeros(2, jnp.float64)], [None])[1].all()
+
+
+def test_shared_memory_is_poisoned_on_hopper_alone():
+    class Hopper:
+        platform, compute_capability, device_kind = "gpu", "9.0", "H100"
+
+    texts = []
+    for device in (Hopper, jax.devices()[0]):
+        traced = jax.jit(disturb.work((100, 4096), device)).trace()
+        texts.append(traced.lower(lowering_platforms=("cuda",)).as_text())
+    assert [text.count("@mosaic_gpu_v2") for text in texts] == [1, 0]
