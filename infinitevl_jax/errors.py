@@ -17,6 +17,20 @@ class InfiniteVLError(ValueError):
         return type(self), (self.culprit, self.cure)  # so that a data worker's error crosses to the main process
 
 
+class BadRow(InfiniteVLError):
+    """A row of a data set that cannot be used.
+
+    source: the data set and its split. index: the row's number in it. reason: what is wrong with it.
+    """
+
+    def __init__(self, source: str, index: int, reason: str, cure: str):
+        super().__init__(f"{source} row {index}: {reason}", cure)
+        self.source, self.index, self.reason = source, index, quoted(reason)
+
+    def __reduce__(self):
+        return type(self), (self.source, self.index, self.reason, self.cure)
+
+
 LONGEST = 2000  # characters of a culprit or a cure
 
 
