@@ -267,6 +267,11 @@ class InfiniteVL:
                 f"the cache holds {len(cache.length)} sequences, input_ids {len(prepared.shift)}",
                 "pass one row a sequence, or cache.select(rows) to branch or leave some out",
             )
+        if prepared.inputs.segment.any():
+            raise InfiniteVLError(
+                "position_ids start anew inside a row: several sequences are packed there, and a cache holds one sequence a row",
+                "pass one row a sequence, padded with attention_mask, where a cache or new tokens are wanted",
+            )
         if not self.keeps_everything:
             return
         capacity = min(s.k.shape[1] for kind, s in zip(self.config.text.layer_types, cache.layers, strict=True) if kind == FULL)

@@ -13,6 +13,7 @@ from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.model.patches import Patches, pack
 from infinitevl_jax.model.positions import VisionItem, sequence_positions
+from infinitevl_jax.model.segments import split_packed
 
 
 class Inputs(NamedTuple):
@@ -88,7 +89,8 @@ def prepare(
 
     Args:
       input_ids: [batch, tokens], with vision placeholders expanded. attention_mask: [batch, tokens], 1 = token; pads on either side.
-      position_ids: [3, batch, tokens] (or [batch, tokens]) to use instead of the rule in `positions`.
+      position_ids: [3, batch, tokens], [batch, tokens] or [4, batch, tokens] to use instead of the rule in `positions`. Where they start
+        anew at 0, another sequence begins, which sees nothing of those before it.
       start: first position of each sequence (where a cache left off); None = 0.
       length: pad the rows to this many tokens.
       truncate_seconds: count a video's time in whole seconds a step, as the reference code does, instead of by the published formula.
@@ -131,6 +133,8 @@ def prepare(
     image_queue, video_queue = iter(images), iter(videos)
     size = length or width
     positions = np.zeros((3, batch, size), np.int32)
+    segment = np.zeros((batch, size), np.int32)
+    ordinal = np.tile(np.arange(size, dtype=np.int32), (batch, 1))
     owners: dict[str, list[int]] = {"image": [], "video": []}
     for b in range(batch):
         row = tokens[b, shift[b] : shift[b] + counts[b]]
@@ -152,10 +156,13 @@ def prepare(
         if own.shape != (3, batch, width):
             raise InfiniteVLError(f"position_ids has shape {own.shape}", f"pass [3, {batch}, {width}]: temporal, height, width")
         for b in range(batch):
-            positions[:, b, : counts[b]] = own[:, b, shift[b] : shift[b] + counts[b]]
+            here = slice(shift[b], shift[b] + counts[b])
+            positions[:, b, : counts[b]] = own[:, b, here]
+            is_vision = np.isin(tokens[b, here], [config.image_token_id, config.video_token_id] if config.vision else [])
+            split = split_packed(np.asarray(position_ids)[..., b, here], is_vision, f"sequence {b}")
+            segment[b, : counts[b]], ordinal[b, : counts[b]] = split
 
-    ordinal = np.arange(size)
-    valid = ordinal < counts[:, None]
+    valid = np.arange(size) < counts[:, None]
     rolled = np.zeros((batch, size), np.int32)
     for b in range(batch):
         rolled[b, : counts[b]] = tokens[b, shift[b] : shift[b] + counts[b]]
@@ -174,4 +181,4 @@ def prepare(
     elif position_ids is None and start is None:
         positions = None
     index = np.where(valid, ordinal, -1).astype(np.int32)
-    return Prepared(Inputs(rolled, index, np.zeros((batch, size), np.int32), positions, vision_index), patches, shift)
+    return Prepared(Inputs(rolled, index, segment, positions, vision_index), patches, shift)
