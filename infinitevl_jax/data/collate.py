@@ -8,8 +8,7 @@ import numpy as np
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.config.train import DataConfig
 from infinitevl_jax.data.batch import TrainBatch
-from infinitevl_jax.data.encode import Branch, Encoded
-from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.data.encode import Branch, Encoded, Packable
 from infinitevl_jax.model.inputs import Inputs, prepare
 from infinitevl_jax.model.patches import Patches, pack
 from infinitevl_jax.model.positions import VisionItem, sequence_positions
@@ -41,18 +40,13 @@ def branch_batch(
     """Images with some of their questions each, the questions on branches.
 
     Args:
-      rows: at most `images` of them; missing ones are padding.
+      rows: at most `images` of them, which fit the shapes (`Encoder.within`); missing ones are padding.
       questions: which questions of each row; at most `branches` in all.
     """
     prefix_length = data.prefix_length
     tokens = np.zeros((images, prefix_length), np.int32)
     mask = np.zeros((images, prefix_length), np.int32)
     for i, row in enumerate(rows):
-        if len(row.prefix) > prefix_length:
-            raise InfiniteVLError(
-                f"an image's prefix has {len(row.prefix)} tokens, train.data.prefix_length is {prefix_length}",
-                f"train.data.prefix_length={len(row.prefix)}, or let the processor make images smaller (max_pixels)",
-            )
         tokens[i, : len(row.prefix)] = row.prefix
         mask[i, : len(row.prefix)] = 1
     pixels = {}
@@ -73,47 +67,46 @@ def _lay_out(branches: Sequence[Branch], count: int, length: int) -> tuple[Input
     weights = np.zeros((count, length), np.float32)
     for row, branch in enumerate(branches):
         size = len(branch.tokens) - 1
-        if size > length:
-            raise InfiniteVLError(
-                f"a question with its answer takes {size} tokens, train.data.length is {length}", f"train.data.length={size} or more"
-            )
-        if branch.answer[0]:
-            raise InfiniteVLError("the answer follows the image at once, with no text between", "use a chat template that opens the answer")
         tokens[row, :size], targets[row, :size] = branch.tokens[:-1], branch.tokens[1:]
         index[row, :size] = np.arange(size)
         weights[row, :size] = branch.answer[1:]
     return Inputs(tokens, index, np.zeros((count, length), np.int32), None, None), targets, weights
 
 
+class Room:
+    """What is still free in the rows of a packed batch. A conversation goes into the first row that has room."""
+
+    def __init__(self, rows: int, data: DataConfig):
+        self._free = [(data.length, data.patches) for _ in range(rows)]
+
+    def take(self, tokens: int, patches: int) -> int | None:
+        """The row that a conversation of this size goes into, None if none has room."""
+        for row, (length, space) in enumerate(self._free):
+            if tokens <= length and patches <= space:
+                self._free[row] = length - tokens, space - patches
+                return row
+        return None
+
+
 class PackedRows:
     """Conversations in the order they come, each in the first row that has room; a full batch refuses the next one."""
 
     def __init__(self, config: ModelConfig, data: DataConfig, rows: int):
-        self.config, self.data = config, data
-        self.used = [0] * rows
-        self.patches = [0] * rows
-        self.items: list[tuple[int, Branch, np.ndarray | None, np.ndarray | None]] = []
+        self.config, self.data, self.rows = config, data, rows
+        self.room = Room(rows, data)
+        self.items: list[tuple[int, Packable]] = []
 
     def add(self, branch: Branch, pixels: np.ndarray | None, grid: np.ndarray | None) -> bool:
-        """Take a conversation, or return False if no row has room. Raises InfiniteVLError for one that never fits."""
-        size, patches = len(branch.tokens) - 1, 0 if pixels is None else len(pixels)
-        for limit, needed, what in ((self.data.length, size, "length"), (self.data.patches, patches, "patches")):
-            if needed > limit:
-                raise InfiniteVLError(
-                    f"a conversation takes {needed} {'tokens' if what == 'length' else 'patches'}, train.data.{what} is {limit}",
-                    f"train.data.{what}={needed} or more, or smaller images (max_pixels)",
-                )
-        for row in range(len(self.used)):
-            if self.used[row] + size <= self.data.length and self.patches[row] + patches <= self.data.patches:
-                self.items.append((row, branch, pixels, grid))
-                self.used[row] += size
-                self.patches[row] += patches
-                return True
-        return False
+        """Take a conversation that fits the shapes (`Encoder.within`), or return False if no row has room."""
+        conversation = Packable(branch, pixels, grid)
+        row = self.room.take(conversation.tokens, conversation.patches)
+        if row is not None:
+            self.items.append((row, conversation))
+        return row is not None
 
     def batch(self) -> TrainBatch:
         """The batch of what was taken."""
-        rows, length, vision = len(self.used), self.data.length, self.config.vision
+        rows, length, vision = self.rows, self.data.length, self.config.vision
         tokens, index, segment, vision_index, targets = np.zeros((5, rows, length), np.int32)
         index -= 1
         vision_index -= 1
@@ -121,13 +114,13 @@ class PackedRows:
         weights = np.zeros((rows, length), np.float32)
         patches = place = None
         if vision is not None and self.data.patches:
-            seen = [(row, pixels, grid) for row, _, pixels, grid in self.items if pixels is not None]
+            seen = [(row, item.pixels, item.grid) for row, item in self.items if item.pixels is not None]
             empty = [np.zeros((0, vision.patch_features), np.float32)], [np.zeros((0, 3), np.int64)]
             pixels, grids = (np.concatenate(a + [s[i] for s in seen]) for i, a in zip((1, 2), empty, strict=True))
             patches, place = pack(pixels, grids.astype(np.int64), vision, [s[0] for s in seen], rows)
             patches = _widen(patches, self.data.patches)
         filled, segments, placed = [0] * rows, [0] * rows, 0
-        for row, branch, _, grid in self.items:
+        for row, (branch, _, grid) in self.items:
             ids = branch.tokens[:-1]
             here = (row, slice(filled[row], filled[row] + len(ids)))
             tokens[here], targets[here], weights[here] = ids, branch.tokens[1:], branch.answer[1:]

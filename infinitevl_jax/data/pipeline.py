@@ -1,8 +1,9 @@
 """The endless stream of training batches, and the held-out batches that only measure. Both depend on nothing but seed and position."""
 
+import contextlib
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Protocol
 
@@ -13,9 +14,9 @@ import numpy as np
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.config.train import DataConfig
 from infinitevl_jax.data.batch import TrainBatch
-from infinitevl_jax.data.collate import PackedRows, branch_batch, group_questions
+from infinitevl_jax.data.collate import PackedRows, Room, branch_batch, group_questions
 from infinitevl_jax.data.encode import Encoded, Encoder
-from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.errors import BadRow, InfiniteVLError
 
 
 class Batches(Protocol):
@@ -39,19 +40,51 @@ def _share(data: DataConfig) -> int:
 
 def train_batches(encoder: Encoder, config: ModelConfig, data: DataConfig, seed: int) -> Batches:
     """Endless batches in an order that seed and epoch decide; each process takes its own rows."""
-    share = _share(data)
+    share, encoder = _share(data), encoder.within(data)
     if len(encoder) < data.batch:
         raise InfiniteVLError(
             f"split {data.train!r} of {data.name} has {len(encoder)} rows, a batch takes {data.batch}", "make train.data.batch smaller"
         )
     if not data.questions:
-        order = grain.MapDataset.range(len(encoder)).seed(seed).shuffle()[jax.process_index() :: jax.process_count()].repeat()
-        return PackedBatches(encoder, config, data, share, order)
+        return PackedBatches(encoder, config, data, share, _order(encoder, seed))
     rows = grain.MapDataset.source(encoder).seed(seed).shuffle()[jax.process_index() :: jax.process_count()].repeat()
     chosen = rows.map_with_index(_Chooser(encoder, data, seed, share))
     batches = chosen.batch(share, drop_remainder=True, batch_fn=partial(_collate, config=config, data=data))
     # one thread ahead of the device is enough, and leaves the cores to it
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+
+
+def _order(encoder: Encoder, seed: int) -> grain.MapDataset:
+    """This process's row numbers of one epoch, in another order each time they are repeated."""
+    return grain.MapDataset.range(len(encoder)).seed(seed).shuffle()[jax.process_index() :: jax.process_count()]
+
+
+def count_steps(
+    encoder: Encoder, data: DataConfig, epochs: float, seed: int, progress: Callable[[Iterable], Iterable] = iter
+) -> int:
+    """Steps that `epochs` passes over the rows take, at least one.
+
+    Where conversations are packed, their lengths decide, so every row is encoded once, under `progress`. Rows that cannot be used
+    are left out.
+    """
+    if data.questions:
+        return max(1, round(epochs * len(encoder) / data.batch))
+    encoder, order = encoder.within(data), _order(encoder, seed)
+    sizes: dict[int, tuple[int, int]] = {}
+    for number in progress(sorted(int(order[i]) for i in range(len(order)))):
+        with contextlib.suppress(BadRow):
+            row = encoder.conversation(number)
+            sizes[number] = row.tokens, row.patches
+    wanted, repeated = max(1, round(epochs * len(order))), order.repeat()
+    steps, room = 0, None
+    for taken in range(wanted):
+        size = sizes.get(int(repeated[taken]))
+        if size is not None and (room is None or room.take(*size) is None):
+            steps, room = steps + 1, Room(_share(data), data)
+            room.take(*size)
+        if (taken + 1) % len(order) == 0:
+            room = None
+    return max(1, steps)
 
 
 class _Chooser:
@@ -62,8 +95,7 @@ class _Chooser:
         self.opening = re.compile(data.opening) if data.opening else None
         self.weights: dict[tuple[str, str], float] = {}
         if data.balance:
-            rows = (encoder.source[i] for i in range(len(encoder)))
-            counts = Counter(turn for row in rows for turn in zip(row.questions, row.answers, strict=True))
+            counts = Counter(turn for row in encoder.source.readable() for turn in zip(row.questions, row.answers, strict=True))
             self.weights = {turn: count**-data.balance for turn, count in counts.items()}
 
     def __call__(self, number: int, row: Encoded) -> tuple[Encoded, list[int]]:
@@ -83,10 +115,12 @@ def _collate(items: list[tuple[Encoded, list[int]]], config: ModelConfig, data: 
 
 
 class PackedBatches:
-    """Whole conversations packed into rows. Its place is the number of conversations taken."""
+    """Whole conversations packed into rows, every one once an epoch: an epoch ends with a batch of its own. Its place is the number of
+    conversations taken."""
 
-    def __init__(self, encoder: Encoder, config: ModelConfig, data: DataConfig, rows: int, order: grain.MapDataset):
-        self.encoder, self.config, self.data, self.rows, self.order = encoder, config, data, rows, order
+    def __init__(self, encoder: Encoder, config: ModelConfig, data: DataConfig, rows: int, epoch: grain.MapDataset):
+        self.encoder, self.config, self.data, self.rows = encoder, config, data, rows
+        self.epoch, self.order = len(epoch), epoch.repeat()
         self.taken = 0
 
     def __iter__(self) -> "PackedBatches":
@@ -96,6 +130,8 @@ class PackedBatches:
         packed = PackedRows(self.config, self.data, self.rows)
         while packed.add(*self.encoder.conversation(int(self.order[self.taken]))):
             self.taken += 1
+            if self.taken % self.epoch == 0:
+                break
         return packed.batch()
 
     def get_state(self) -> dict[str, Any]:
@@ -109,6 +145,7 @@ def held_out_batches(encoder: Encoder, config: ModelConfig, data: DataConfig) ->
     """Every question of the split once, in batches of the training shape; the last one is filled up with padding."""
     if jax.process_count() > 1:
         raise InfiniteVLError("measuring on the held-out split works in one process so far", 'set train.data.held_out=""')
+    encoder = encoder.within(data)
     if data.questions:
         branches = data.batch * data.questions
         for group in group_questions([len(encoder[i].branches) for i in range(len(encoder))], data.batch, branches):

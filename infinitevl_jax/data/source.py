@@ -2,14 +2,14 @@
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import tensorflow_datasets as tfds
 
 from infinitevl_jax.data.easy_vqa import EasyVqa
-from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.errors import BadRow, InfiniteVLError
 
 BUILDERS = (EasyVqa,)
 
@@ -50,9 +50,28 @@ class Source:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def title(self) -> str:
+        """Name and split, as errors call this data set."""
+        return f"{self.name} {self.split}"
+
     def __getitem__(self, number: int) -> Row:
+        """Row `number`. Raises BadRow for one whose texts are not UTF-8, or not as many questions as answers."""
         row = self._rows[int(number)]
-        return Row(row.get("image", b""), _texts(row["questions"]), _texts(row["answers"]))
+        try:
+            questions, answers = _texts(row["questions"]), _texts(row["answers"])
+        except UnicodeDecodeError as error:
+            raise BadRow(self.title, int(number), f"its text is not UTF-8: {error}", "write the row again as UTF-8") from error
+        if len(questions) != len(answers) or not questions:
+            reason = f"it has {len(questions)} questions and {len(answers)} answers"
+            raise BadRow(self.title, int(number), reason, "give one answer to each question, and at least one question")
+        return Row(row.get("image", b""), questions, answers)
+
+    def readable(self) -> Iterator[Row]:
+        """All rows that can be read, for statistics; the others are named when their turn comes."""
+        for number in range(len(self)):
+            with contextlib.suppress(BadRow):
+                yield self[number]
 
 
 def _texts(values: Sequence) -> list[str]:

@@ -99,7 +99,8 @@ class Conversation:
         before = self.tokens + batch["input_ids"].shape[1]
         max_new_tokens = self._room(before, max_new_tokens)
         past = old.cache if old else self.model.init_cache(1, self.max_length or before + max_new_tokens)
-        logits, read = self.model.prefill(prepare(self.model.config, **batch, start=np.asarray(past.next_position)), past)
+        inputs = prepare(self.model.config, **batch, start=np.asarray(past.next_position), said=len(unread))
+        logits, read = self.model.prefill(inputs, past)
 
         self._state, self._undo = _State(messages, prompt, before, [], read), [old]
         settings = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed, "eos_token_ids": self.eos_token_ids}

@@ -84,6 +84,7 @@ def prepare(
     length: int | None = None,
     row_per_sequence: bool = False,
     truncate_seconds: bool = False,
+    said: int = 0,
 ) -> Prepared:
     """Check a batch and turn it into the model's arrays.
 
@@ -94,6 +95,7 @@ def prepare(
       start: first position of each sequence (where a cache left off); None = 0.
       length: pad the rows to this many tokens.
       truncate_seconds: count a video's time in whole seconds a step, as the reference code does, instead of by the published formula.
+      said: the first `said` tokens of each sequence are text, whatever their ids: what a model made itself stands for no picture.
       row_per_sequence: pack each sequence's patches in a row of its own (sharded training) rather than all in one.
     """
     tokens = np.asarray(input_ids)
@@ -136,8 +138,10 @@ def prepare(
     segment = np.zeros((batch, size), np.int32)
     ordinal = np.tile(np.arange(size, dtype=np.int32), (batch, 1))
     owners: dict[str, list[int]] = {"image": [], "video": []}
+    kinds = np.full((batch, size), -1, np.int64)  # ids where they may stand for a picture
     for b in range(batch):
-        row = tokens[b, shift[b] : shift[b] + counts[b]]
+        kinds[b, said : counts[b]] = tokens[b, shift[b] + said : shift[b] + counts[b]]
+        row = kinds[b, : counts[b]]
         first = 0 if start is None else int(start[b])
         place, taken = sequence_positions(row, image_queue, video_queue, config, first, f"sequence {b}")
         positions[:, b, : counts[b]] = place
@@ -158,7 +162,7 @@ def prepare(
         for b in range(batch):
             here = slice(shift[b], shift[b] + counts[b])
             positions[:, b, : counts[b]] = own[:, b, here]
-            is_vision = np.isin(tokens[b, here], [config.image_token_id, config.video_token_id] if config.vision else [])
+            is_vision = np.isin(kinds[b, : counts[b]], [config.image_token_id, config.video_token_id] if config.vision else [])
             split = split_packed(np.asarray(position_ids)[..., b, here], is_vision, f"sequence {b}")
             segment[b, : counts[b]], ordinal[b, : counts[b]] = split
 
@@ -176,8 +180,8 @@ def prepare(
         patches, place = pack(np.concatenate(parts), grids, config.vision, rows, row_count)
         vision_index = np.full((batch, size), -1, np.int32)
         image_tokens = sum(i.tokens for i in images)
-        vision_index[valid & (rolled == config.image_token_id)] = place[:image_tokens]
-        vision_index[valid & (rolled == config.video_token_id)] = place[image_tokens:]
+        vision_index[kinds == config.image_token_id] = place[:image_tokens]
+        vision_index[kinds == config.video_token_id] = place[image_tokens:]
     elif position_ids is None and start is None:
         positions = None
     index = np.where(valid, ordinal, -1).astype(np.int32)

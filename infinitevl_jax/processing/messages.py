@@ -3,11 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.processing.images import describe
+from infinitevl_jax.processing.spelled import check_spelling, check_unicode, guard
 
 ROLES = ("system", "user", "assistant", "tool")
 _SIZE = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+DEPTH = 32  # of lists and objects in a tool call
 OPTIONS = {
     "text": (),
     "image": _SIZE,
@@ -31,10 +35,11 @@ class Media:
 
 @dataclass(frozen=True)
 class Conversation:
-    """`messages` hold plain data for the template; `media` are the pictures and videos in the order of the text."""
+    """`messages` and `tools` hold plain data for the template; `media` are the pictures and videos in the order of the text."""
 
     messages: list[dict]
     media: list[Media]
+    tools: list[dict] | None = None
 
 
 def split_batch(messages: object) -> tuple[list, bool]:
@@ -50,39 +55,124 @@ def split_batch(messages: object) -> tuple[list, bool]:
     return (list(messages) if several else [messages]), several
 
 
-def read_conversation(messages: Sequence[dict], where: str, placeholders: dict[str, str]) -> Conversation:
-    """Check one conversation. `where` opens every error; `placeholders` maps image and video to their tokens, which no text may spell."""
+def read_conversation(
+    messages: Sequence[dict], where: str, placeholders: dict[str, str], tools: Sequence[dict] | None = None
+) -> Conversation:
+    """Check one conversation.
+
+    Args:
+      messages: {"role", "content"}; further keys (tool_calls, name, ...) hold plain data for the template.
+      where: opens every error.
+      placeholders: maps image and video to their tokens, which no text but the assistant's may spell.
+      tools: JSON schemas of functions, for the template.
+    """
     if not isinstance(messages, list | tuple) or not messages:
-        raise InfiniteVLError(f"{where} is {'empty' if messages in ([], ()) else 'not a list of messages'}", "pass at least one message")
+        raise InfiniteVLError(
+            f"{where} is {'empty' if isinstance(messages, list | tuple) else 'not a list of messages'}", "pass at least one message"
+        )
     plain: list[dict] = []
     media: list[Media] = []
     for number, message in enumerate(messages):
         spot = f"{where}[{number}]"
         if not isinstance(message, dict) or "role" not in message:
             raise InfiniteVLError(f"{spot} is not a message: {_kind(message)}", 'write {"role": "user", "content": ...}')
-        if message["role"] not in ROLES:
-            raise InfiniteVLError(f"{spot} has the unknown role {message['role']!r}", f"use one of {', '.join(ROLES)}")
-        content = message.get("content")
+        role, content = message["role"], message.get("content")
+        if not isinstance(role, str) or role not in ROLES:
+            raise InfiniteVLError(f"{spot} has the unknown role {_kind(role)}", f"use one of {', '.join(ROLES)}")
+        read = _Text(placeholders, said=role == "assistant")
         if isinstance(content, str):
-            _check_text(content, spot, placeholders)
+            content = read.text(content, spot)
         elif isinstance(content, list | tuple):
-            parts = [_read_part(part, f"{spot}.content[{i}]", media, placeholders) for i, part in enumerate(content)]
+            parts = [_read_part(part, f"{spot}.content[{i}]", media, read) for i, part in enumerate(content)]
             # Text models' templates know strings only, and a list of texts says the same.
-            content = "".join(part["text"] for part in parts) if all(part["type"] == "text" for part in parts) else parts
+            texts = [part["text"] for part in parts if part["type"] == "text"]
+            content = read.text("".join(texts), spot) if len(texts) == len(parts) else parts
         elif not (content is None and message.get("tool_calls")):
             raise InfiniteVLError(
                 f"{spot} has content of type {type(content).__name__}", "make it a string or a list of text, image and video items"
             )
-        plain.append({**message, "content": content})
-    return Conversation(plain, media)
+        # Data sets that were flattened into columns carry every key everywhere, None where it does not apply.
+        others = {key: value for key, value in message.items() if key not in ("role", "content") and value is not None}
+        plain.append({"role": role, "content": content, **read.plain(others, spot)})
+        _check_calls(plain[-1], spot)
+    return Conversation(plain, media, _read_tools(tools, placeholders))
 
 
-def _read_part(part: object, where: str, media: list[Media], placeholders: dict[str, str]) -> dict:
+@dataclass(frozen=True)
+class _Text:
+    """Reads texts and plain data of one message. `said`: they are the assistant's, and what it spells is only words."""
+
+    placeholders: dict[str, str]
+    said: bool = False
+
+    def text(self, text: str, where: str) -> str:
+        check_unicode(text, where)
+        if self.said:
+            return guard(text)
+        check_spelling(text, where, self.placeholders)
+        return text
+
+    def plain(self, value: object, where: str, depth: int = 0) -> object:
+        """A copy of JSON-like data whose texts are checked."""
+        if depth > DEPTH:
+            raise InfiniteVLError(f"{where} is more than {DEPTH} lists or objects deep", "make it flatter")
+        if isinstance(value, str):
+            return self.text(value, where)
+        if value is None or isinstance(value, bool | int | float):
+            return value
+        if isinstance(value, list | tuple):
+            return [self.plain(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
+        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+            return {self.text(key, where): self.plain(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
+        raise InfiniteVLError(
+            f"{where} is of type {type(value).__name__}", "use texts, numbers, lists and objects with texts as keys, as in JSON"
+        )
+
+
+def _check_calls(message: dict, where: str) -> None:
+    calls = message.get("tool_calls", [])
+    if not isinstance(calls, list) or not all(isinstance(c, dict) and isinstance(c.get("function", c), dict) for c in calls):
+        raise InfiniteVLError(
+            f"{where}.tool_calls is {_kind(calls)}",
+            'write [{"type": "function", "function": {"name": ..., "arguments": {...}}}]',
+        )
+
+
+def _read_tools(tools: Sequence[dict] | None, placeholders: dict[str, str]) -> list[dict] | None:
+    if tools is None:
+        return None
+    cure = 'pass a list of {"type": "function", "function": {"name": ..., "description": ..., "parameters": <JSON schema>}}'
+    if not isinstance(tools, list | tuple):
+        raise InfiniteVLError(f"tools is of type {type(tools).__name__}", cure)
+    read = [_Text(placeholders).plain(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
+    for i, tool in enumerate(read):
+        inner = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"]:
+            raise InfiniteVLError(f"tools[{i}] has no name: {_kind(tool)}", cure)
+    return read or None
+
+
+def check_call(
+    *, padding_side: object = None, max_length: object = None, turns: object = "all", add_generation_prompt: object = True
+) -> None:
+    """Raises InfiniteVLError for an option of a call that is none of its values."""
+    if padding_side is not None and (not isinstance(padding_side, str) or padding_side not in ("left", "right")):
+        raise InfiniteVLError(f"padding_side is {padding_side!r}", 'use "left" (for generation) or "right"')
+    whole = isinstance(max_length, int | np.integer) and not isinstance(max_length, bool)
+    if max_length is not None and not (whole and max_length >= 1):
+        raise InfiniteVLError(f"max_length is {max_length!r}", "give tokens, an integer of 1 or more, or None for no limit")
+    if not isinstance(turns, str) or turns not in ("last", "all"):
+        raise InfiniteVLError(f"turns is {turns!r}", 'use "last" or "all"')
+    if not isinstance(add_generation_prompt, bool | np.bool_):
+        raise InfiniteVLError(f"add_generation_prompt is {add_generation_prompt!r}", "give True or False")
+
+
+def _read_part(part: object, where: str, media: list[Media], read: _Text) -> dict:
     if not isinstance(part, dict) or "type" not in part:
         raise InfiniteVLError(f"{where} is not a content item: {_kind(part)}", 'write {"type": "text", "text": ...} (or image, video)')
     kind = part["type"]
-    if kind not in OPTIONS:
-        raise InfiniteVLError(f"{where} has the unknown type {kind!r}", f"use one of {', '.join(OPTIONS)}")
+    if not isinstance(kind, str) or kind not in OPTIONS:
+        raise InfiniteVLError(f"{where} has the unknown type {_kind(kind)}", f"use one of {', '.join(OPTIONS)}")
     if part.get(kind) is None:
         given = ", ".join(str(key) for key in part if key != "type") or "nothing"
         raise InfiniteVLError(
@@ -97,19 +187,9 @@ def _read_part(part: object, where: str, media: list[Media], placeholders: dict[
     if kind == "text":
         if not isinstance(part["text"], str):
             raise InfiniteVLError(f"{where} has text of type {type(part['text']).__name__}", "make it a string")
-        _check_text(part["text"], where, placeholders)
-        return {"type": "text", "text": part["text"]}
+        return {"type": "text", "text": read.text(part["text"], where)}
     media.append(Media(kind, part[kind], where, options))
     return {"type": kind, kind: where}  # templates look at the keys, never into pictures
-
-
-def _check_text(text: str, where: str, placeholders: dict[str, str]) -> None:
-    for kind, token in placeholders.items():
-        if token in text:
-            raise InfiniteVLError(
-                f"{where} spells out {token} in its text, which stands for {kind} tokens and has no {kind} here",
-                f'pass pictures as items, {{"type": "{kind}", "{kind}": ...}}, and take the token out of the text, or space it out',
-            )
 
 
 def _kind(value: object) -> str:

@@ -10,10 +10,13 @@ import numpy as np
 
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.processing.chat_template import ChatTemplate
+from infinitevl_jax.processing.continuation import after_answer, without_answers
 from infinitevl_jax.processing.folder import image_options, override, read_json, video_options
 from infinitevl_jax.processing.images import ImageOptions, load_image, patchify, process_image
-from infinitevl_jax.processing.messages import Conversation, Media, read_conversation, split_batch
+from infinitevl_jax.processing.messages import Conversation, Media, check_call, read_conversation, split_batch
+from infinitevl_jax.processing.spelled import GUARD
 from infinitevl_jax.processing.tokenizer import TextStream, Tokenizer
+from infinitevl_jax.processing.trace import check_traces
 from infinitevl_jax.processing.video import VideoOptions, load_video
 
 # What config.json calls the ids of the tokens that frame and stand for pictures.
@@ -59,7 +62,8 @@ class Processor:
         self.template = template or ChatTemplate.builtin()
         self.images = images or ImageOptions()
         self.videos = videos or VideoOptions()
-        self.padding_side = _side(padding_side)
+        check_call(padding_side=padding_side, max_length=max_length)
+        self.padding_side = padding_side
         self.max_length = max_length
 
     @classmethod
@@ -113,11 +117,15 @@ class Processor:
         self,
         messages: Sequence,
         *,
+        tools: Sequence[dict] | None = None,
         add_generation_prompt: bool = True,
         padding_side: str | None = None,
         max_length: int | None = None,
     ) -> dict[str, np.ndarray]:
         """Model inputs of one conversation (a list of {"role", "content"}) or of a list of conversations.
+
+        `tools` are JSON schemas of functions that the chat template may write. Every part of a message has to stand in the text: a
+        template that leaves tools or tool calls out is refused. What an assistant's text spells is words, never a picture or an end.
 
         Returns input_ids and attention_mask [batch, length] int32, padded on `padding_side`, and where there are such: pixel_values
         [patches, features] f32 with image_grid_thw [images, 3] int32, pixel_values_videos with video_grid_thw [videos, 3] and
@@ -125,14 +133,16 @@ class Processor:
         Raises InfiniteVLError for input that cannot be read and for prompts over `max_length` tokens.
         """
         conversations, several = split_batch(messages)
-        side = _side(padding_side or self.padding_side)
+        check_call(padding_side=padding_side, max_length=max_length, add_generation_prompt=add_generation_prompt)
+        side = padding_side or self.padding_side
         rows, vision = [], []
         for number, conversation in enumerate(conversations):
             where = f"messages[{number}]" if several else "messages"
-            parsed = read_conversation(conversation, where, PLACEHOLDERS)
+            parsed = read_conversation(conversation, where, PLACEHOLDERS, tools)
             seen = [self._see(media) for media in parsed.media]
-            text = self._render(parsed.messages, add_generation_prompt)
+            text = self._render(parsed.messages, add_generation_prompt, parsed.tools)
             rows.append(self._tokenise([text], seen, where, max_length)[0])
+            self._check_traces(parsed, where)
             vision += seen
         length = max(len(row) for row in rows)
         ids = np.full((len(rows), length), self.tokenizer.pad_id, np.int32)
@@ -144,16 +154,20 @@ class Processor:
         return {"input_ids": ids, "attention_mask": mask, **_arrays(vision)}
 
     def encode_example(
-        self, messages: Sequence, *, turns: Literal["last", "all"] = "all", max_length: int | None = None
+        self,
+        messages: Sequence,
+        *,
+        tools: Sequence[dict] | None = None,
+        turns: Literal["last", "all"] = "all",
+        max_length: int | None = None,
     ) -> dict[str, np.ndarray]:
         """One conversation for training: input_ids [length] int32 and answer_mask [length] bool, unpadded, and `__call__`'s picture arrays.
 
         The mask is True on what the assistant says, its end-of-turn token included, in the last or in all of its turns. An answer is
         tokenised apart from the prompt before it, as it will be when the model says it.
         """
-        if turns not in ("last", "all"):
-            raise InfiniteVLError(f"turns is {turns!r}", 'use "last" or "all"')
-        conversation = read_conversation(messages, "messages", PLACEHOLDERS)
+        check_call(turns=turns, max_length=max_length)
+        conversation = read_conversation(messages, "messages", PLACEHOLDERS, tools)
         answers = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
         if not answers or answers[0] == 0:
             raise InfiniteVLError(
@@ -163,41 +177,41 @@ class Processor:
         pieces = self._cut(conversation, answers[-1:] if turns == "last" else answers)
         vision = [self._see(media) for media in conversation.media]
         ids, piece_of = self._tokenise(pieces, vision, "messages", max_length)
+        self._check_traces(conversation, "messages")
         # Answers are every second piece. A picture's tokens are nobody's words.
         placeholders = [self.tokenizer.token_id(token) for token in PLACEHOLDERS.values()]
         mask = (piece_of % 2 == 1) & ~np.isin(ids, [i for i in placeholders if i is not None])
         return {"input_ids": ids, "answer_mask": mask, **_arrays(vision)}
 
-    def continuation(self, messages: Sequence, prompt: str = "") -> tuple[dict[str, np.ndarray], str]:
+    def continuation(
+        self, messages: Sequence, prompt: str = "", *, tools: Sequence[dict] | None = None
+    ) -> tuple[dict[str, np.ndarray], str]:
         """What a model that holds a conversation up to its last answer still has to read of it.
 
         Args:
           messages: the conversation, ending with what was said after the last answer.
-          prompt: the text that was answered, as the call before returned it; "" where nothing has been answered yet.
+          prompt: what was answered, as the call before returned it; "" where nothing has been answered yet.
 
         Returns:
           `__call__`'s arrays (one row) of the rest alone, new pictures included; it begins after the answer's words, with the token that
-          ends them. And the prompt of the whole conversation. Answer and rest are tokenised apart, so what the model holds stays true.
+          ends them. And the prompt of the whole conversation, in which stand-ins take the place of answers: the model holds their words,
+          and what it said must not decide how the conversation goes on.
 
         Raises InfiniteVLError for a template that does not leave prompt and answer as they were.
         """
-        conversation = read_conversation(messages, "messages", PLACEHOLDERS)
-        whole = rest = self._render(conversation.messages, True)
-        answers = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-        new = conversation.messages[answers[-1] + 1 :] if prompt else conversation.messages
+        conversation = read_conversation(messages, "messages", PLACEHOLDERS, tools)
+        replaced = without_answers(conversation.messages)
+        whole = self._render(replaced, True, conversation.tools)
+        first, media = 0, conversation.media
         if prompt:
-            answer = conversation.messages[answers[-1]]["content"]
-            rest = whole.removeprefix(prompt)
-            at = rest.find(answer.strip())  # templates may trim
-            if not whole.startswith(prompt) or at < 0 or rest[:at].strip():
-                raise InfiniteVLError(
-                    f"chat template {self.template.source} rewrites earlier turns, so the model cannot go on from what it holds",
-                    "ask single questions, or use a template that only appends (without a file the built-in one is used)",
-                )
-            rest = rest[at + len(answer.strip()) :].removeprefix(answer[len(answer.rstrip()) :])
-        count = sum(part["type"] != "text" for message in new if isinstance(message["content"], list) for part in message["content"])
-        vision = [self._see(media) for media in conversation.media[len(conversation.media) - count :]]
+            first, rest = after_answer(whole, prompt, replaced, self.template.source)
+            new = [part for message in replaced[first:] if isinstance(message["content"], list) for part in message["content"]]
+            media = media[len(media) - sum(part["type"] != "text" for part in new) :]
+        else:
+            rest = self._render(conversation.messages, True, conversation.tools)
+        vision = [self._see(item) for item in media]
         ids, _ = self._tokenise([rest], vision, "messages", None)
+        self._check_traces(conversation, "messages", first)
         return {"input_ids": ids[None], "attention_mask": np.ones_like(ids[None]), **_arrays(vision)}, whole
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = True) -> str:
@@ -212,22 +226,31 @@ class Processor:
         """A decoder for ids that arrive one by one."""
         return self.tokenizer.stream(skip_special_tokens)
 
-    def _render(self, messages: list[dict], add_generation_prompt: bool) -> str:
+    def _render(self, messages: list[dict], add_generation_prompt: bool, tools: list[dict] | None) -> str:
         if self.template.is_builtin and self.tokenizer.token_id(END_OF_TURN) is None:
             raise InfiniteVLError(
                 f"the tokenizer ({self.tokenizer.source}) has no {END_OF_TURN}, which the built-in chat template writes",
                 "put the checkpoint's own chat_template.jinja into its folder",
             )
-        return self.template.render(messages, add_generation_prompt, **self.tokenizer.special)
+        return self.template.render(messages, add_generation_prompt, tools=tools, **self.tokenizer.special)
+
+    def _check_traces(self, conversation: Conversation, where: str, first: int = 0) -> None:
+        """Raises InfiniteVLError for a part of messages[first:] or a tool that the template leaves out."""
+
+        def render(messages, tools):
+            return self._render(messages, False, tools)
+
+        check_traces(render, conversation.messages, conversation.tools, where, self.template.source, first)
 
     def _cut(self, conversation: Conversation, answers: list[int]) -> list[str]:
         """The rendered conversation as [prompt, answer, prompt, answer, ..., rest]."""
         messages = conversation.messages
-        text = self._render(messages, False)
+        tools = conversation.tools
+        text = self._render(messages, False, tools)
         pieces, done = [], 0
         for i in answers:
-            prompt = self._render(messages[:i], True)
-            upto = self._render(messages[: i + 1], False)
+            prompt = self._render(messages[:i], True, tools)
+            upto = self._render(messages[: i + 1], False, tools)
             if not (upto.startswith(prompt) and text.startswith(upto) and len(prompt) >= done):
                 raise InfiniteVLError(
                     f"chat template {self.template.source} rewrites earlier turns, so the answer of messages[{i}] cannot be told apart",
@@ -291,8 +314,8 @@ class Processor:
             for part in re.split("(" + "|".join(map(re.escape, queues)) + ")", piece):
                 if part in queues:
                     run = np.full(next(queues[part]).tokens, self.tokenizer.token_id(part), np.int32)
-                else:
-                    run = np.asarray(self.tokenizer.encode(part), np.int32)
+                else:  # on its own, no side of a guard is a special token
+                    run = np.asarray([i for words in part.split(GUARD) for i in self.tokenizer.encode(words)], np.int32)
                 ids.append(run)
                 owner.append(np.full(len(run), number, np.int32))
         flat = np.concatenate(ids)
@@ -354,12 +377,6 @@ def _check_vision_ids(tokenizer: Tokenizer, folder: Path) -> None:
 
 def _given(values: dict) -> dict:
     return {key: value for key, value in values.items() if value is not None}
-
-
-def _side(side: str) -> str:
-    if side not in ("left", "right"):
-        raise InfiniteVLError(f"padding_side is {side!r}", 'use "left" (for generation) or "right"')
-    return side
 
 
 def _positive(value: object, where: str) -> int:

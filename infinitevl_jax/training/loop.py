@@ -20,7 +20,7 @@ from infinitevl_jax.checkpoints.manager import Checkpoints, abstract_state
 from infinitevl_jax.config.presets import Preset, differences, to_tree
 from infinitevl_jax.data.batch import TrainBatch
 from infinitevl_jax.data.encode import Encoder
-from infinitevl_jax.data.pipeline import held_out_batches, train_batches
+from infinitevl_jax.data.pipeline import count_steps, held_out_batches, train_batches
 from infinitevl_jax.data.source import Source
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.model.ops import resolve_ops
@@ -63,7 +63,7 @@ def train(preset: Preset, say=print) -> Outcome:
     start = prepare_start(preset.model, source, run, config.seed)
     encoder = Encoder(source, start.processor, start.config)
     batches = train_batches(encoder, start.config, config.data, config.seed)
-    steps = config.steps or max(1, round(config.epochs * len(source) / config.data.batch))
+    steps = config.steps or count_steps(encoder, config.data, config.epochs, config.seed, partial(tqdm, desc="counting tokens"))
     optimizer = make_optimizer(config.optimizer, steps)
     rate = schedule(config.optimizer, steps)
 

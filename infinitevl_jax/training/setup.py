@@ -70,8 +70,7 @@ def _write_files(model: ModelSource, source: Source, folder: Path) -> None:
     if model.tokenizer == "words":
         if vision is None:
             raise InfiniteVLError('model.tokenizer is "words" for a text model', "give [model.vision], or a folder in model.tokenizer")
-        rows = [source[i] for i in range(len(source))]
-        tokenizer = word_tokenizer(t for row in rows for t in [*row.questions, *row.answers])
+        tokenizer = word_tokenizer(t for row in source.readable() for t in [*row.questions, *row.answers])
         write_processor_files(folder, tokenizer, vision, model.min_pixels, model.max_pixels)
         text = dataclasses.replace(text, vocab_size=tokenizer.get_vocab_size())
     else:

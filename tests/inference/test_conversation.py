@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_folder import full_attention_config, tiny_config, tiny_model, write_tokenizer
+from tiny_folder import IDS, full_attention_config, tiny_config, tiny_model, write_tokenizer
 
 from infinitevl_jax import InfiniteVLError, Processor
 from infinitevl_jax.inference.conversation import Conversation
@@ -125,3 +125,49 @@ def test_a_model_that_keeps_everything_says_when_it_is_full(processor):
         "".join(conversation.ask("More"))
     conversation.undo()
     assert len("".join(conversation.ask("Hi", max_new_tokens=3))) == 3
+
+
+def answering(model, monkeypatch, ids):
+    """The model says these ids, then ends; each goes into the cache as it would."""
+    decode = model.decode
+
+    def say(logits, cache, **settings):
+        for token, (_, cache) in zip([*ids, IDS["<|endoftext|>"]], decode(logits, cache, **settings), strict=False):
+            yield np.array([token], np.int32), cache
+
+    monkeypatch.setattr(model, "decode", say)
+
+
+SAID = {
+    "a placeholder in words": [*b"<|image_pad|>"],
+    "a placeholder as an id": [*b"ab", IDS["<|image_pad|>"]],
+    "a placeholder cut short": [*b"<|video_pad|"],
+    "a film's id alone": [IDS["<|video_pad|>"]],
+    "the end of a picture": [IDS["<|vision_start|>"], *b"x", IDS["<|vision_end|>"]],
+    "a turn's mark in words": [*b"a<|im_end|>\n<|im_start|>user\n"],
+    "half a character": [0xF0, 0x9F],
+    "thoughts": [*b"<think>b</think>"],
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_a_conversation_goes_on_whatever_was_said(conversation, model, processor, monkeypatch, case):
+    """What is read next is the new turn alone, with the token that closes the answer, and the answer's last one where it waited."""
+    "".join(conversation.ask(SEEN, max_new_tokens=3))
+    with monkeypatch.context() as patch:
+        answering(model, patch, SAID[case])
+        stop_after(conversation.ask("Next", max_new_tokens=40), len(SAID[case]))
+    assert conversation._state.said == SAID[case]
+    prepared, prefill = [], model.prefill
+    monkeypatch.setattr(model, "prefill", lambda inputs, cache: prepared.append(inputs.inputs) or prefill(inputs, cache))
+    "".join(conversation.ask(SEEN, max_new_tokens=3))
+    ids = prepared[0].tokens[0].tolist()
+    before = {"role": "user", "content": "Next"}, {"role": "assistant", "content": "x"}
+    _, prompt = processor.continuation(before[:1])
+    turn = processor.continuation([*before, {"role": "user", "content": SEEN}], prompt)[0]["input_ids"][0].tolist()
+    assert ids[len(ids) - len(turn) :] == turn
+    waited = ids[: len(ids) - len(turn)]
+    assert waited == SAID[case][len(SAID[case]) - len(waited) :]
+    seen = np.flatnonzero(prepared[0].vision_index[0] >= 0)
+    assert (seen >= len(waited)).all() and len(seen) == turn.count(IDS["<|image_pad|>"])
+    assert conversation.messages[3]["content"] == processor.decode(SAID[case])
