@@ -3,7 +3,8 @@
 from infinitevl_jax.processing.chat_template import ChatTemplate
 from infinitevl_jax.processing.images import ImageOptions, load_image, smart_resize
 from infinitevl_jax.processing.processor import Processor
-from infinitevl_jax.processing.tokenizer import TextStream, Tokenizer
+from infinitevl_jax.processing.stream import TextStream
+from infinitevl_jax.processing.tokenizer import Tokenizer
 from infinitevl_jax.processing.video import VideoOptions, load_video
 
 __all__ = [

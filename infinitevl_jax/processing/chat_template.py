@@ -12,8 +12,11 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 
+from infinitevl_jax import reading
 from infinitevl_jax.errors import InfiniteVLError
-from infinitevl_jax.processing.folder import read_json
+from infinitevl_jax.processing import tokenizer_files as files
+
+LONGEST = 131_072  # of a template, in characters: published ones have up to 20,000
 
 
 @dataclass(frozen=True)
@@ -36,15 +39,26 @@ class ChatTemplate:
         plain = folder / "chat_template.jinja"
         if plain.exists():
             try:
-                return cls(plain.read_text("utf-8"), str(plain))
-            except (OSError, UnicodeDecodeError) as error:
-                raise InfiniteVLError(f"{plain} cannot be read: {error}", "copy it again from the source checkpoint") from error
+                return cls(reading.read_bytes(plain, LONGEST).decode("utf-8"), str(plain))
+            except UnicodeDecodeError as error:
+                raise InfiniteVLError(f"{plain} is not UTF-8: {error}", "copy it again from the source checkpoint") from error
         for name in ("chat_template.json", "tokenizer_config.json"):
-            entry = read_json(folder / name).get("chat_template")
+            path = folder / name
+            entry = files.read_optional(path, files.Settings).chat_template
             if isinstance(entry, list):  # several named templates
-                entry = next((item.get("template") for item in entry if isinstance(item, dict) and item.get("name") == "default"), None)
-            if isinstance(entry, str):
-                return cls(entry, str(folder / name))
+                named = {item.name: item.template for item in entry}
+                if named and "default" not in named:
+                    raise InfiniteVLError(
+                        f"{path} has the chat templates {', '.join(named)}, and none is called default",
+                        "write the one to use into chat_template.jinja",
+                    )
+                entry = named.get("default")
+            if entry is not None:
+                if len(entry) > LONGEST:
+                    raise InfiniteVLError(
+                        f"{path} has a chat template of {len(entry):,} characters, more than {LONGEST:,}", "check the file"
+                    )
+                return cls(entry, str(path))
         return cls.builtin()
 
     @property

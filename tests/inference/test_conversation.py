@@ -132,8 +132,8 @@ def answering(model, monkeypatch, ids):
     decode = model.decode
 
     def say(logits, cache, **settings):
-        for token, (_, cache) in zip([*ids, IDS["<|endoftext|>"]], decode(logits, cache, **settings), strict=False):
-            yield np.array([token], np.int32), cache
+        for token, (_, held) in zip([*ids, IDS["<|endoftext|>"]], decode(logits, cache, **settings), strict=False):
+            yield np.array([token], np.int32), held
 
     monkeypatch.setattr(model, "decode", say)
 
