@@ -10,10 +10,10 @@ from pathlib import Path
 import jinja2
 import jinja2.ext
 import jinja2.nodes
-import jinja2.sandbox
 
 from infinitevl_jax import reading
 from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.processing import sandbox
 from infinitevl_jax.processing import tokenizer_files as files
 
 LONGEST = 131_072  # of a template, in characters: published ones have up to 20,000
@@ -68,7 +68,12 @@ class ChatTemplate:
     def render(self, messages: list[dict], add_generation_prompt: bool = False, **variables: object) -> str:
         """The prompt text of plain-data messages. `variables` are further names the template may use (bos_token, tools, ...)."""
         try:
-            return _compile(self.text).render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
+            with sandbox.budget(messages, variables):
+                return _compile(self.text).render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
+        except sandbox.OverBudget as error:
+            raise InfiniteVLError(
+                f"chat template {self.source} was stopped: {error}", "get it from the source checkpoint; it is not made to be rendered"
+            ) from error
         except jinja2.TemplateSyntaxError as error:
             raise InfiniteVLError(
                 f"chat template {self.source}, line {error.lineno}: {error.message}",
@@ -103,10 +108,9 @@ def _to_json(value: object, ensure_ascii: bool = False, indent: int | None = Non
 
 @functools.lru_cache(maxsize=16)
 def _compile(text: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    environment = sandbox.Environment(
+        [_Generation, jinja2.ext.loopcontrols],
+        {"tojson": _to_json},
+        {"raise_exception": _raise_exception, "strftime_now": lambda form: datetime.datetime.now().strftime(form)},
     )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment.from_string(text)

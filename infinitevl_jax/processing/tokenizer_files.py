@@ -57,7 +57,7 @@ class Component(Struct):
     content: Annotated[str, Meta(max_length=4096)] | None = None
     prepend: Annotated[str, Meta(max_length=64)] = ""
     start: Annotated[int, Meta(ge=0, le=1)] = 0  # of a decoder that strips; more panics on short tokens
-    stop: Annotated[int, Meta(ge=0, le=1)] = 0
+    stop: Annotated[int, Meta(ge=0, le=0)] = 0
     length: Annotated[int, Meta(ge=1)] = 1
 
     @property

@@ -1,0 +1,254 @@
+"""Jinja for templates that come from outside: Jinja's own sandbox, and a budget of work for each rendering.
+
+The sandbox keeps a template away from Python. The budget keeps it from looping for ever and from filling the memory:
+whatever makes a value pays for the value's size before it is made or, where it cannot be much larger than what it was
+made of, at once afterwards; every turn of a loop, call, filter, test and comparison looks at the clock.
+"""
+
+import functools
+import re
+import threading
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+from jinja2 import nodes
+from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
+
+SECONDS = 5.0
+UNITS = 1 << 25  # characters and list items that one rendering may make,
+PER_GIVEN = 32  # and as many more for each that it was given
+DIGITS = 1 << 16  # bits of a whole number
+
+
+class OverBudget(jinja2.TemplateError):
+    """A template that makes too much or takes too long."""
+
+
+class _Budget:
+    def __init__(self, given: int):
+        self.left = UNITS + PER_GIVEN * given
+        self.deadline = time.monotonic() + SECONDS
+
+    def check(self, units: float) -> None:
+        if units > self.left:
+            raise OverBudget(f"it makes more than {UNITS:,} characters or items")
+        if time.monotonic() > self.deadline:
+            raise OverBudget(f"it takes more than {SECONDS:g} seconds")
+
+
+_now = threading.local()
+
+
+@contextmanager
+def budget(*given: object):
+    """Inside, templates compile and render within one budget, which grows with what they are given."""
+    _now.budget = _Budget(0)
+    try:
+        _now.budget = _Budget(sum(size(value) for value in given))
+        yield
+    finally:
+        del _now.budget
+
+
+def spend(units: int = 1) -> None:
+    """Pay for some units of work."""
+    _now.budget.check(units)
+    _now.budget.left -= units
+
+
+def size(value: object) -> int:
+    """Characters and items in a value when it is written out: what is held twice counts twice."""
+    if isinstance(value, str | bytes):
+        return 1 + len(value)
+    total, waiting = 0, [value]
+    while waiting:
+        item = waiting.pop()
+        total += 1
+        if isinstance(item, str | bytes | range):
+            total += len(item)
+        elif isinstance(item, list | tuple | set | frozenset):
+            waiting.extend(item)
+        elif isinstance(item, dict):
+            waiting.extend(item)
+            waiting.extend(item.values())
+        elif isinstance(item, Namespace):
+            waiting.append(object.__getattribute__(item, "_Namespace__attrs"))
+        if total % 1024 == 0 or len(waiting) > 1024:
+            _now.budget.check(total)
+    return total
+
+
+def made(value):
+    """A value that has been made, paid for."""
+    spend(size(value))
+    return value
+
+
+def seen(value):
+    """A value that is only looked at."""
+    spend()
+    return value
+
+
+def concat(*parts: object) -> str:
+    """The operator ~."""
+    spend(sum(size(part) for part in parts))
+    return "".join(map(str, parts))
+
+
+@jinja2.pass_context
+def _written(context, value):
+    """What {{ }} writes."""
+    return made(value)
+
+
+def _check_growth(value: object, arguments: list) -> None:
+    """What a method or filter makes is no larger than its value times its largest argument."""
+    most = max([1, *[abs(a) if isinstance(a, int) else size(a) for a in arguments]])
+    _now.budget.check(size(value) * most)
+
+
+# Widths in formats; where another argument gives them, none can be told in advance.
+PRINTF = re.compile(r"%[^%a-zA-Z]*(?:\*|\d{5})")
+FORMAT = re.compile(r"\{[^{}]*:[^{}]*(?:\{|\d{5})")
+
+
+def _check_format(text: object, expression: re.Pattern) -> None:
+    if isinstance(text, str) and expression.search(text):
+        raise OverBudget("it formats to a width of 10,000 or more, or of another value")
+
+
+def _held(arguments: tuple) -> list:
+    """Arguments whose size can be told: what is made one by one is made now."""
+    return [list(a) if hasattr(a, "__next__") else a for a in arguments]
+
+
+def _filter(name: str, function: Callable) -> Callable:
+    first = int(hasattr(function, "jinja_pass_arg"))
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        spend()
+        value, *others = _held(args[first:]) or [""]
+        _check_growth(value, [*others, *kwargs.values()])
+        if name == "format":
+            _check_format(value, PRINTF)
+        if name == "sum" and not isinstance(kwargs.get("start", [0, 0, *others[1:]][-1]), int | float):
+            raise OverBudget("it sums up lists, which takes longer the longer they are")
+        return made(function(*args[:first], value, *others, **kwargs))
+
+    return run
+
+
+def _test(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        spend()
+        return function(*args, **kwargs)
+
+    return run
+
+
+class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """The environment that Hugging Face renders chat templates in, within a budget."""
+
+    intercepted_binops = frozenset(["+", "-", "*", "/", "//", "%", "**"])
+
+    def __init__(self, extensions: list, filters: dict[str, Callable], globals: dict[str, Callable]):
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, optimized=False, finalize=_written)
+        for name in ("urlize", "striptags", "wordwrap", "pprint", "xmlattr"):  # for web pages, and slow without bound
+            del self.filters[name]
+        del self.globals["lipsum"]
+        self.filters = {name: _filter(name, function) for name, function in (self.filters | filters).items()}
+        self.tests = {name: _test(function) for name, function in self.tests.items()}
+        self.globals |= globals
+
+    def _generate(self, source, *args, **kwargs):
+        return super()._generate(_Metered().visit(source), *args, **kwargs)
+
+    def call(__self, __context, __obj, *args, **kwargs):  # noqa: N805  a template may name an argument self
+        if __obj in (made, seen, spend, concat):
+            return __obj(*args)
+        spend()
+        owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)  # Jinja wraps str.format
+        if isinstance(owner, str | bytes | list | tuple | dict):
+            args = _held(args)
+            _check_growth(owner, [*args, *kwargs.values()])
+            if getattr(__obj, "__name__", "") in ("format", "format_map"):
+                _check_format(owner, FORMAT)
+        return made(super().call(__context, __obj, *args, **kwargs))
+
+    def call_binop(self, context, operator, left, right):
+        spend()
+        numbers = isinstance(left, int) and isinstance(right, int)
+        if operator == "**" and numbers and left.bit_length() * max(right, 0) > DIGITS:
+            raise OverBudget(f"it makes a number of more than {DIGITS:,} bits")
+        if operator == "*" and numbers and left.bit_length() + right.bit_length() > DIGITS:
+            raise OverBudget(f"it makes a number of more than {DIGITS:,} bits")
+        if operator == "*" and isinstance(left, int) != isinstance(right, int):
+            count, value = (left, right) if isinstance(left, int) else (right, left)
+            _check_growth(value, [count])
+        if operator == "+":
+            _now.budget.check(size(left) + size(right))
+        if operator == "%" and isinstance(left, str):
+            _check_format(left, PRINTF)
+            _check_growth(left, [right if isinstance(right, tuple | list | dict) else [right]])
+        return made(super().call_binop(context, operator, left, right))
+
+
+class _Metered(NodeTransformer):
+    """Puts the calls that pay into a template's syntax tree."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        return self._turn(node)
+
+    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
+        return self._turn(node)
+
+    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:
+        return self._turn(node)
+
+    def visit_Block(self, node: nodes.Block) -> nodes.Node:
+        return self._turn(node)
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return _call("concat", node, *node.nodes)
+
+    def visit_List(self, node: nodes.List) -> nodes.Node:
+        return self._made(node)
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
+        return self._made(node)
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        return self._made(node) if node.ctx == "load" else node
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        return self._made(node) if isinstance(node.arg, nodes.Slice) else self.generic_visit(node)
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        self.generic_visit(node)
+        node.expr = _call("seen", node, node.expr)
+        return node
+
+    def _made(self, node: nodes.Expr) -> nodes.Node:
+        self.generic_visit(node)
+        return _call("made", node, node)
+
+    def _turn(self, node: nodes.Node) -> nodes.Node:
+        """Each time a body is run, it pays for the text that stands in it."""
+        literal = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
+        self.generic_visit(node)
+        node.body.insert(0, nodes.ExprStmt(_call("spend", node, nodes.Const(1 + literal)), lineno=node.lineno))
+        return node
+
+
+def _call(name: str, at: nodes.Node, *arguments: nodes.Expr) -> nodes.Call:
+    imported = nodes.ImportedName(f"{__name__}.{name}", lineno=at.lineno)
+    return nodes.Call(imported, list(arguments), [], None, None, lineno=at.lineno)
