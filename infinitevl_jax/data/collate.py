@@ -74,39 +74,42 @@ def _lay_out(branches: Sequence[Branch], count: int, length: int) -> tuple[Input
 
 
 class Room:
-    """What is still free in the rows of a packed batch. A conversation goes into the first row that has room."""
+    """How far the rows of a packed batch are filled. A conversation goes into the first row that has room."""
 
-    def __init__(self, rows: int, data: DataConfig):
-        self._free = [(data.length, data.patches) for _ in range(rows)]
+    def __init__(self, data: DataConfig, rows: int):
+        self.data = data
+        self.used = [0] * rows
+        self.patches = [0] * rows
 
     def take(self, tokens: int, patches: int) -> int | None:
         """The row that a conversation of this size goes into, None if none has room."""
-        for row, (length, space) in enumerate(self._free):
-            if tokens <= length and patches <= space:
-                self._free[row] = length - tokens, space - patches
+        for row, (length, seen) in enumerate(zip(self.used, self.patches, strict=True)):
+            if length + tokens <= self.data.length and seen + patches <= self.data.patches:
+                self.used[row] += tokens
+                self.patches[row] += patches
                 return row
         return None
 
 
-class PackedRows:
+class PackedRows(Room):
     """Conversations in the order they come, each in the first row that has room; a full batch refuses the next one."""
 
     def __init__(self, config: ModelConfig, data: DataConfig, rows: int):
-        self.config, self.data, self.rows = config, data, rows
-        self.room = Room(rows, data)
+        super().__init__(data, rows)
+        self.config = config
         self.items: list[tuple[int, Packable]] = []
 
     def add(self, branch: Branch, pixels: np.ndarray | None, grid: np.ndarray | None) -> bool:
         """Take a conversation that fits the shapes (`Encoder.within`), or return False if no row has room."""
         conversation = Packable(branch, pixels, grid)
-        row = self.room.take(conversation.tokens, conversation.patches)
+        row = self.take(conversation.tokens, conversation.patches)
         if row is not None:
             self.items.append((row, conversation))
         return row is not None
 
     def batch(self) -> TrainBatch:
         """The batch of what was taken."""
-        rows, length, vision = self.rows, self.data.length, self.config.vision
+        rows, length, vision = len(self.used), self.data.length, self.config.vision
         tokens, index, segment, vision_index, targets = np.zeros((5, rows, length), np.int32)
         index -= 1
         vision_index -= 1

@@ -79,7 +79,9 @@ class Encoder:
     def conversation(self, number: int) -> Packable:
         """Row `number` as one conversation."""
         with self._naming(number):
-            row = self._kept.get(("conversation", number), lambda: self._converse(self.source[number]))
+            row = self._kept.get(
+                ("conversation", number), lambda: self._converse(self.source[number])
+            )
             if self.data is not None:
                 _check_packable(row, self.data)
             return row
@@ -112,7 +114,9 @@ class Encoder:
             return _branch(example["input_ids"][cut:], example["answer_mask"][cut:], words)
 
         branches = [
-            self._kept.get(("turn", bool(row.image), header, question, answer), lambda turn=turn: branch(turn))
+            self._kept.get(
+                ("turn", bool(row.image), header, question, answer), lambda turn=turn: branch(turn)
+            )
             for turn, (question, answer) in enumerate(zip(row.questions, row.answers, strict=True))
         ]
         return Encoded(prefix, first.get("pixel_values"), first.get("image_grid_thw"), branches)
@@ -126,7 +130,9 @@ class Encoder:
         return Packable(branch, example.get("pixel_values"), example.get("image_grid_thw"))
 
     def _example(self, row: Row, turn: int) -> dict[str, np.ndarray]:
-        return self.processor.encode_example(_turn(row.image, row.questions[turn], row.answers[turn]))
+        return self.processor.encode_example(
+            _turn(row.image, row.questions[turn], row.answers[turn])
+        )
 
     def _cut(self, tokens: np.ndarray) -> int:
         """How many tokens stand up to the end of the image, its end marker included."""
@@ -190,13 +196,17 @@ def _check_branches(row: Encoded, data: DataConfig) -> None:
         )
     if any(branch.answer[0] for branch in row.branches):
         raise InfiniteVLError(
-            "the answer follows the image at once, with no text between", "use a chat template that opens the answer"
+            "the answer follows the image at once, with no text between",
+            "use a chat template that opens the answer",
         )
 
 
 def _check_packable(row: Packable, data: DataConfig) -> None:
     """Raises InfiniteVLError for a conversation that no row has room for."""
-    for needed, what, name in ((row.tokens, "tokens", "length"), (row.patches, "patches", "patches")):
+    for needed, what, name in (
+        (row.tokens, "tokens", "length"),
+        (row.patches, "patches", "patches"),
+    ):
         limit = getattr(data, name)
         if needed > limit:
             raise InfiniteVLError(

@@ -80,7 +80,7 @@ def count_steps(
     for taken in range(wanted):
         size = sizes.get(int(repeated[taken]))
         if size is not None and (room is None or room.take(*size) is None):
-            steps, room = steps + 1, Room(_share(data), data)
+            steps, room = steps + 1, Room(data, _share(data))
             room.take(*size)
         if (taken + 1) % len(order) == 0:
             room = None

@@ -5,7 +5,9 @@ import numpy as np
 from infinitevl_jax.errors import InfiniteVLError
 
 
-def split_packed(position_ids: np.ndarray, vision: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
+def split_packed(
+    position_ids: np.ndarray, vision: np.ndarray, where: str
+) -> tuple[np.ndarray, np.ndarray]:
     """Segments of one row.
 
     Args:
@@ -35,7 +37,10 @@ def split_packed(position_ids: np.ndarray, vision: np.ndarray, where: str) -> tu
         cure = "count up by one and start each packed sequence at 0; positions that jump inside a sequence go into [3, batch, tokens]"
     if unclear.any():
         at = int(unclear.argmax())
-        raise InfiniteVLError(f"position_ids of {where} go from {place[at]} to {place[at + 1]} at token {at + 1}", cure)
+        raise InfiniteVLError(
+            f"position_ids of {where} go from {place[at]} to {place[at + 1]} at token {at + 1}",
+            cure,
+        )
     segment = np.concatenate([[0], np.cumsum(anew)])[:length].astype(np.int32)
     first = np.flatnonzero(np.concatenate([[True], anew])[:length])
     ordinal = np.arange(length) - (first[segment] if length else 0)

@@ -138,7 +138,9 @@ def _filter(name: str, function: Callable) -> Callable:
         _check_growth(value, [*others, *kwargs.values()])
         if name == "format":
             _check_format(value, PRINTF)
-        if name == "sum" and not isinstance(kwargs.get("start", [0, 0, *others[1:]][-1]), int | float):
+        if name == "sum" and not isinstance(
+            kwargs.get("start", [0, 0, *others[1:]][-1]), int | float
+        ):
             raise OverBudget("it sums up lists, which takes longer the longer they are")
         return made(function(*args[:first], value, *others, **kwargs))
 
@@ -159,12 +161,28 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(["+", "-", "*", "/", "//", "%", "**"])
 
-    def __init__(self, extensions: list, filters: dict[str, Callable], globals: dict[str, Callable]):
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, optimized=False, finalize=_written)
-        for name in ("urlize", "striptags", "wordwrap", "pprint", "xmlattr"):  # for web pages, and slow without bound
+    def __init__(
+        self, extensions: list, filters: dict[str, Callable], globals: dict[str, Callable]
+    ):
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=extensions,
+            optimized=False,
+            finalize=_written,
+        )
+        for name in (
+            "urlize",
+            "striptags",
+            "wordwrap",
+            "pprint",
+            "xmlattr",
+        ):  # for web pages, and slow without bound
             del self.filters[name]
         del self.globals["lipsum"]
-        self.filters = {name: _filter(name, function) for name, function in (self.filters | filters).items()}
+        self.filters = {
+            name: _filter(name, function) for name, function in (self.filters | filters).items()
+        }
         self.tests = {name: _test(function) for name, function in self.tests.items()}
         self.globals |= globals
 
@@ -175,7 +193,9 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if __obj in (made, seen, spend, concat):
             return __obj(*args)
         spend()
-        owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)  # Jinja wraps str.format
+        owner = getattr(
+            getattr(__obj, "__wrapped__", __obj), "__self__", None
+        )  # Jinja wraps str.format
         if isinstance(owner, str | bytes | list | tuple | dict):
             args = _held(args)
             _check_growth(owner, [*args, *kwargs.values()])
@@ -245,7 +265,9 @@ class _Metered(NodeTransformer):
         """Each time a body is run, it pays for the text that stands in it."""
         literal = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
         self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(_call("spend", node, nodes.Const(1 + literal)), lineno=node.lineno))
+        node.body.insert(
+            0, nodes.ExprStmt(_call("spend", node, nodes.Const(1 + literal)), lineno=node.lineno)
+        )
         return node
 
 

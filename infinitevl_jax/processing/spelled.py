@@ -8,7 +8,15 @@ from infinitevl_jax.errors import InfiniteVLError
 
 GUARD = "\ufdd0\ufdd1"  # noncharacters: Unicode keeps them out of all text
 # What decides where pictures stand and turns end. Others (boxes, tool calls) are an answer's own to use.
-CONTROL = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
+CONTROL = (
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+)
 
 
 def guard(text: str) -> str:
@@ -38,4 +46,6 @@ def check_spelling(text: str, where: str, placeholders: dict[str, str]) -> None:
                 f'pass pictures as items, {{"type": "{kind}", "{kind}": ...}}, and take the token out of the text, or space it out',
             )
     if GUARD in text:
-        raise InfiniteVLError(f"{where} holds the noncharacters U+FDD0 U+FDD1", "take them out: they are no text")
+        raise InfiniteVLError(
+            f"{where} holds the noncharacters U+FDD0 U+FDD1", "take them out: they are no text"
+        )

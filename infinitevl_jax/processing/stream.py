@@ -21,7 +21,9 @@ class TextStream:
           decode: text of a list of ids. spelling: a single token's own spelling, None for an unknown id.
         """
         self._decode, self._spelling = decode, spelling
-        self._context: list[int] = []  # tokens already said, kept because some decoders drop a text's first space
+        self._context: list[
+            int
+        ] = []  # tokens already said, kept because some decoders drop a text's first space
         self._pending: list[int] = []
         self._said = 0  # characters of `pending` already returned
 

@@ -24,7 +24,19 @@ MERGES_BYTES = 32 << 20
 Id = Annotated[int, Meta(ge=0, lt=1 << 24)]
 Spelling = Annotated[str, Meta(min_length=1, max_length=4096)]
 NORMALIZERS = (
-    *("NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "Strip", "StripAccents", "Replace", "Prepend", "ByteLevel"),
+    *(
+        "NFC",
+        "NFD",
+        "NFKC",
+        "NFKD",
+        "Nmt",
+        "Lowercase",
+        "Strip",
+        "StripAccents",
+        "Replace",
+        "Prepend",
+        "ByteLevel",
+    ),
     *("BertNormalizer", "Sequence"),
 )
 
@@ -56,7 +68,9 @@ class Component(Struct):
     pattern: dict[Literal["String", "Regex"], Spelling] | Spelling | None = None
     content: Annotated[str, Meta(max_length=4096)] | None = None
     prepend: Annotated[str, Meta(max_length=64)] = ""
-    start: Annotated[int, Meta(ge=0, le=1)] = 0  # of a decoder that strips; more panics on short tokens
+    start: Annotated[int, Meta(ge=0, le=1)] = (
+        0  # of a decoder that strips; more panics on short tokens
+    )
     stop: Annotated[int, Meta(ge=0, le=0)] = 0
     length: Annotated[int, Meta(ge=1)] = 1
 
@@ -72,14 +86,25 @@ class Component(Struct):
         if self.content is None or not isinstance(self.pattern, dict):
             return 1
         # An expression may match nothing at all, and then it writes its content before every character.
-        return max(1, *[len(self.content) / len(p) if kind == "String" else 1 + len(self.content) for kind, p in self.pattern.items()])
+        return max(
+            1,
+            *[
+                len(self.content) / len(p) if kind == "String" else 1 + len(self.content)
+                for kind, p in self.pattern.items()
+            ],
+        )
 
 
 class Model(Struct):
-    vocab: Annotated[dict[str, Id], Meta(max_length=SIZE)] | Annotated[list[tuple[str, float]], Meta(max_length=SIZE)]
+    vocab: (
+        Annotated[dict[str, Id], Meta(max_length=SIZE)]
+        | Annotated[list[tuple[str, float]], Meta(max_length=SIZE)]
+    )
     type: Literal["BPE", "WordLevel", "WordPiece", "Unigram"] | None = None
     merges: Annotated[list[str | tuple[str, str]], Meta(max_length=2 * SIZE)] = []
-    dropout: Annotated[float, Meta(ge=0, le=0)] | None = None  # merges left out at random: no two prompts would be alike
+    dropout: Annotated[float, Meta(ge=0, le=0)] | None = (
+        None  # merges left out at random: no two prompts would be alike
+    )
     max_input_chars_per_word: Annotated[int, Meta(ge=0, le=10_000)] = 100
 
 
@@ -156,14 +181,19 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
     try:
         lines = reading.read_bytes(path, MERGES_BYTES).decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise InfiniteVLError(f"{path} is not UTF-8: {error}", "copy it again from the source checkpoint") from None
+        raise InfiniteVLError(
+            f"{path} is not UTF-8: {error}", "copy it again from the source checkpoint"
+        ) from None
     pairs = []
     for number, line in enumerate(lines, 1):
         line = line.rstrip("\r")
         if line and not line.startswith("#version"):
             pair = tuple(line.split(" "))
             if len(pair) != 2:
-                raise InfiniteVLError(f"{path}, line {number} is no pair: {line[:80]!r}", "copy it again from the source checkpoint")
+                raise InfiniteVLError(
+                    f"{path}, line {number} is no pair: {line[:80]!r}",
+                    "copy it again from the source checkpoint",
+                )
             pairs.append(pair)
     return pairs
 
@@ -189,19 +219,30 @@ def native(culprit: str, cure: str) -> Iterator[None]:
 def _check_steps(file: TokenizerFile, path: Path) -> None:
     """Raises InfiniteVLError for steps that blow a text up, that may take for ever, or that crash the process."""
     cure = "get the tokenizer from the source checkpoint; no published model of this family has such a step"
-    for name, step in (("normalizer", file.normalizer), ("pre_tokenizer", file.pre_tokenizer), ("decoder", file.decoder)):
+    for name, step in (
+        ("normalizer", file.normalizer),
+        ("pre_tokenizer", file.pre_tokenizer),
+        ("decoder", file.decoder),
+    ):
         growth = 1.0
         for part in step.parts if step else []:
             if name == "normalizer" and part.type not in NORMALIZERS:
-                raise InfiniteVLError(f"{path}: the normalizer {part.type!r} is not supported", f"use {', '.join(NORMALIZERS)}")
+                raise InfiniteVLError(
+                    f"{path}: the normalizer {part.type!r} is not supported",
+                    f"use {', '.join(NORMALIZERS)}",
+                )
             growth *= part.growth
             patterns = part.pattern if isinstance(part.pattern, dict) else {}
             if nested := NESTED.search(CLASS.sub("x", patterns.get("Regex", ""))):
                 raise InfiniteVLError(
-                    f"{path}: {name} has an expression that repeats a repetition, {nested.group()!r}, and may never end", cure
+                    f"{path}: {name} has an expression that repeats a repetition, {nested.group()!r}, and may never end",
+                    cure,
                 )
         if growth > GROWTH:
-            raise InfiniteVLError(f"{path}: {name} makes a text up to {growth:,.0f} times as long, more than {GROWTH}", cure)
+            raise InfiniteVLError(
+                f"{path}: {name} makes a text up to {growth:,.0f} times as long, more than {GROWTH}",
+                cure,
+            )
 
 
 CLASS = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]", re.DOTALL)  # escapes and character classes

@@ -33,7 +33,9 @@ class _StandIns:
             return [self.replace(item, f"{where}[{i}]") for i, item in enumerate(value)]
         if isinstance(value, dict):
             return {
-                self.one(f"{where}.{key}") if _has_no_text(item) else key: self.replace(item, f"{where}.{key}")
+                self.one(f"{where}.{key}") if _has_no_text(item) else key: self.replace(
+                    item, f"{where}.{key}"
+                )
                 for key, item in value.items()
             }
         return value
@@ -44,7 +46,9 @@ class _StandIns:
             spot = f"{where}.{key}"
             if key == "content" and isinstance(value, list):
                 value = [
-                    {**part, "text": self.replace(part["text"], f"{spot}[{i}]")} if part["type"] == "text" else part
+                    {**part, "text": self.replace(part["text"], f"{spot}[{i}]")}
+                    if part["type"] == "text"
+                    else part
                     for i, part in enumerate(value)
                 ]
             elif key == "tool_calls" and isinstance(value, list):
@@ -57,12 +61,27 @@ class _StandIns:
         return out
 
     def call(self, call: dict, where: str) -> dict:
-        out = {key: value if key in LINKS else self.replace(value, f"{where}.{key}") for key, value in call.items() if key != "function"}
-        return out | ({"function": self.replace(call["function"], f"{where}.function")} if "function" in call else {})
+        out = {
+            key: value if key in LINKS else self.replace(value, f"{where}.{key}")
+            for key, value in call.items()
+            if key != "function"
+        }
+        return out | (
+            {"function": self.replace(call["function"], f"{where}.function")}
+            if "function" in call
+            else {}
+        )
 
     def tool(self, tool: dict, where: str) -> dict:
         inner = tool.get("function", tool)
-        named = {**inner, **{key: self.replace(inner[key], f"{where}.{key}") for key in ("name", "description") if key in inner}}
+        named = {
+            **inner,
+            **{
+                key: self.replace(inner[key], f"{where}.{key}")
+                for key in ("name", "description")
+                if key in inner
+            },
+        }
         return {**tool, "function": named} if "function" in tool else named
 
 
@@ -87,16 +106,28 @@ def check_traces(
     """
 
     def shown(stand_ins: _StandIns) -> str:
-        changed = [stand_ins.message(m, f"{where}[{i}]") if i >= first else m for i, m in enumerate(messages)]
-        return render(changed, None if tools is None else [stand_ins.tool(tool, f"tools[{i}]") for i, tool in enumerate(tools)])
+        changed = [
+            stand_ins.message(m, f"{where}[{i}]") if i >= first else m
+            for i, m in enumerate(messages)
+        ]
+        return render(
+            changed,
+            None
+            if tools is None
+            else [stand_ins.tool(tool, f"tools[{i}]") for i, tool in enumerate(tools)],
+        )
 
     stand_ins = _StandIns()
     try:
         text = shown(stand_ins)
-    except InfiniteVLError:  # a template that reads the words themselves: it wrote the true ones without complaint
+    except (
+        InfiniteVLError
+    ):  # a template that reads the words themselves: it wrote the true ones without complaint
         return
     for digits, name in stand_ins.names.items():
-        if digits not in text and shown(_StandIns(other=name)) == text:  # a template may write only some of it
+        if (
+            digits not in text and shown(_StandIns(other=name)) == text
+        ):  # a template may write only some of it
             raise InfiniteVLError(
                 f"{name} is not in the text that chat template {source} writes, so the model would never see it",
                 "use a template that writes it (for tools the checkpoint's own chat_template.jinja), put it into the content as text, "

@@ -44,7 +44,9 @@ def made(tmp_path_factory, tiny_data):
 def headed(made):
     """A processor whose template opens every conversation with words of its own, and the configuration."""
     start = made[1]
-    header = 'what color <|im_end|>{% if messages[0].content is string %}is it <|im_end|>{% endif %}'
+    header = (
+        "what color <|im_end|>{% if messages[0].content is string %}is it <|im_end|>{% endif %}"
+    )
     template = ChatTemplate(header + start.processor.template.text, "test")
     return Processor(start.processor.tokenizer, template, start.processor.images), start.config
 
@@ -59,7 +61,10 @@ def test_a_row_is_encoded_alike_whatever_came_before(made, headed):
         for number in order:
             encoder[number]
     for number in range(3):
-        wholes = [[np.concatenate([row.prefix, b.tokens]).tolist() for b in row.branches] for row in (e[number] for e in orders)]
+        wholes = [
+            [np.concatenate([row.prefix, b.tokens]).tolist() for b in row.branches]
+            for row in (e[number] for e in orders)
+        ]
         assert wholes[0] == wholes[1] == wholes[2]
         content = [{"type": "image", "image": rows[number].image}] if rows[number].image else []
         for i, whole in enumerate(wholes[0]):
@@ -71,7 +76,9 @@ def test_a_row_is_encoded_alike_whatever_came_before(made, headed):
 def test_a_template_whose_header_tells_the_question_is_refused_in_every_order(made, headed):
     """The second row's turns are known from the first, but their headers differ."""
     source, start = made
-    template = ChatTemplate("{{ messages[0].content[1].text }}" + start.processor.template.text, "test")
+    template = ChatTemplate(
+        "{{ messages[0].content[1].text }}" + start.processor.template.text, "test"
+    )
     processor = Processor(start.processor.tokenizer, template, start.processor.images)
     image = source[0].image
     rows = Rows(
@@ -80,7 +87,9 @@ def test_a_template_whose_header_tells_the_question_is_refused_in_every_order(ma
     )
     encoder = Encoder(rows, processor, headed[1])
     encoder[0]
-    with pytest.raises(BadRow, match="rows train row 1: the chat template writes something before the image"):
+    with pytest.raises(
+        BadRow, match="rows train row 1: the chat template writes something before the image"
+    ):
         encoder[1]
 
 
@@ -96,7 +105,9 @@ def test_an_epoch_of_packed_rows_has_every_conversation_once(packing):
     data = dataclasses.replace(data, length=80)
     batches = train_batches(encoder, config, data, 5)
     counts = [count_steps(encoder, data, epochs, 5) for epochs in (1, 2, 3)]
-    conversations = sorted(encoder.conversation(i).branch.tokens.tobytes() for i in range(len(encoder)))
+    conversations = sorted(
+        encoder.conversation(i).branch.tokens.tobytes() for i in range(len(encoder))
+    )
 
     def contents(batch):
         for row in range(data.batch):
@@ -104,7 +115,11 @@ def test_an_epoch_of_packed_rows_has_every_conversation_once(packing):
                 here = (batch.branches.segment[row] == segment) & (batch.branches.index[row] >= 0)
                 if here.any():
                     last = batch.targets[row][here][-1:]
-                    yield np.concatenate([batch.branches.tokens[row][here], last]).astype(np.int32).tobytes()
+                    yield (
+                        np.concatenate([batch.branches.tokens[row][here], last])
+                        .astype(np.int32)
+                        .tobytes()
+                    )
 
     done = 0
     for count in counts:
@@ -112,7 +127,9 @@ def test_an_epoch_of_packed_rows_has_every_conversation_once(packing):
         assert sorted(epoch) == conversations
         done = count
     tokens = sum(encoder.conversation(i).tokens for i in range(len(encoder)))
-    assert counts[0] >= tokens / (data.batch * data.length) and counts[2] < 18  # six steps or more an epoch would be two to a row
+    assert (
+        counts[0] >= tokens / (data.batch * data.length) and counts[2] < 18
+    )  # six steps or more an epoch would be two to a row
     assert count_steps(encoder, data, 0.01, 5) == 1
 
 
@@ -127,9 +144,11 @@ def test_unusable_rows_are_no_part_of_an_epoch(packing, monkeypatch):
     longest = max(encoder.conversation(i).tokens for i in range(len(encoder)))
     short = dataclasses.replace(data, batch=1, length=longest - 1)
     fitting = [i for i in range(len(encoder)) if encoder.conversation(i).tokens < longest]
-    room = [pipeline.Room(1, short)]
+    room = [pipeline.Room(short, 1)]
     for number in fitting:  # any order: these conversations have two lengths at most
-        room[-1].take(encoder.conversation(number).tokens, 0) or room.append(pipeline.Room(1, short))
+        room[-1].take(encoder.conversation(number).tokens, 0) or room.append(
+            pipeline.Room(short, 1)
+        )
     assert 0 < len(fitting) < len(encoder)
     assert abs(count_steps(encoder, short, 1, 0) - len(room)) <= 1
 
@@ -140,7 +159,11 @@ BAD = {
     "half an emoji in a question": (Row(b"", ["is it \ud83d?"], ["yes"]), {}, "U+D83D"),
     "half an emoji in an answer": (Row(b"", ["is it red?"], ["\ud83d"]), {}, "U+D83D"),
     "placeholder in a question": (Row(b"", ["is it <|image_pad|>?"], ["yes"]), {}, "<|image_pad|>"),
-    "long answer": (Row(b"", ["is it red?"], ["red " * 50]), {"length": 40}, "train.data.length is 40"),
+    "long answer": (
+        Row(b"", ["is it red?"], ["red " * 50]),
+        {"length": 40},
+        "train.data.length is 40",
+    ),
 }
 
 
@@ -165,9 +188,13 @@ def test_a_bad_row_is_named(made, case, questions):
 def test_an_image_too_large_is_named(made):
     source, start = made
     encoder = Encoder(source, start.processor, start.config)
-    with pytest.raises(BadRow, match="row 2: the conversation takes 16 patches, train.data.patches is 8"):
+    with pytest.raises(
+        BadRow, match="row 2: the conversation takes 16 patches, train.data.patches is 8"
+    ):
         encoder.within(DataConfig(questions=0, length=60, patches=8)).conversation(2)
-    with pytest.raises(BadRow, match="row 2: the image's prefix has 6 tokens, train.data.prefix_length is 5"):
+    with pytest.raises(
+        BadRow, match="row 2: the image's prefix has 6 tokens, train.data.prefix_length is 5"
+    ):
         encoder.within(DataConfig(prefix_length=5))[2]
 
 

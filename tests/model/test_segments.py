@@ -8,7 +8,11 @@ from infinitevl_jax import InfiniteVLError
 from infinitevl_jax.model.segments import split_packed
 from pallas_kernels.testing.parity import rel_rms
 
-TEXTS = [np.arange(10, 33), np.array([77]), np.arange(100, 115)]  # the first is longer than the window
+TEXTS = [
+    np.arange(10, 33),
+    np.array([77]),
+    np.arange(100, 115),
+]  # the first is longer than the window
 PACKED = np.concatenate(TEXTS)[None]
 PLACE = np.concatenate([np.arange(len(text)) for text in TEXTS])[None]
 
@@ -40,8 +44,13 @@ def test_full_attention_and_padding_keep_them_apart_too():
 
 
 def test_a_cache_holds_one_sequence_a_row(hybrid):
-    for call in (lambda: hybrid(PACKED, position_ids=PLACE, use_cache=True), lambda: hybrid.generate(PACKED, position_ids=PLACE)):
-        with pytest.raises(InfiniteVLError, match=r"start anew inside a row[^>]*\n  -> pass one row a sequence"):
+    for call in (
+        lambda: hybrid(PACKED, position_ids=PLACE, use_cache=True),
+        lambda: hybrid.generate(PACKED, position_ids=PLACE),
+    ):
+        with pytest.raises(
+            InfiniteVLError, match=r"start anew inside a row[^>]*\n  -> pass one row a sequence"
+        ):
             call()
 
 
@@ -57,12 +66,19 @@ def test_where_sequences_begin():
     assert split([0, 0, 1, 0]) == ([0, 1, 1, 2], [0, 0, 1, 0])
     image = [[0, 1, 1, 1, 1, 3, 0, 1], [0, 1, 1, 2, 2, 3, 0, 1], [0, 1, 2, 1, 2, 3, 0, 1]]
     assert split(image, [0, 1, 1, 1, 1, 0, 0, 0]) == ([0] * 6 + [1, 1], [*range(6), 0, 1])
-    assert split([[4, 9, 10]] * 3) == ([0, 0, 0], [0, 1, 2])  # three axes are chosen freely as long as time does not fall
+    assert split([[4, 9, 10]] * 3) == (
+        [0, 0, 0],
+        [0, 1, 2],
+    )  # three axes are chosen freely as long as time does not fall
     picture_first = [[0, 0, 0, 0, 2, 0, 0], [0, 0, 1, 1, 2, 0, 0], [0, 1, 0, 1, 2, 0, 1]]
     assert split(picture_first, [1, 1, 1, 1, 0, 1, 1]) == ([0] * 5 + [1, 1], [0, 1, 2, 3, 4, 0, 1])
 
 
-@pytest.mark.parametrize("positions", [[0, 1, 5, 6], [0, 1, 2, 1, 2], [3, 2, 1, 0], [[0, 1, 2, 1]] * 3, [[0, 1, 1]] * 4])
+@pytest.mark.parametrize(
+    "positions", [[0, 1, 5, 6], [0, 1, 2, 1, 2], [3, 2, 1, 0], [[0, 1, 2, 1]] * 3, [[0, 1, 1]] * 4]
+)
 def test_what_neither_goes_on_nor_starts_anew_is_refused(positions):
-    with pytest.raises(InfiniteVLError, match=r"position_ids of sequence 0 go from \d to \d at token \d\n  -> "):
+    with pytest.raises(
+        InfiniteVLError, match=r"position_ids of sequence 0 go from \d to \d at token \d\n  -> "
+    ):
         split(positions)

@@ -26,7 +26,9 @@ def test_a_broken_character_does_not_swallow_the_whole_one_behind_it(builtin):
         (hiero[:1] * 9 + hiero, None),
         (encode("\ufffd tail \ufffd"), "\ufffd tail \ufffd"),
     ]:
-        assert streamed(builtin.tokenizer, ids) == builtin.decode(ids) == (text or builtin.decode(ids))
+        assert (
+            streamed(builtin.tokenizer, ids) == builtin.decode(ids) == (text or builtin.decode(ids))
+        )
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -34,19 +36,33 @@ def test_random_tokens(builtin, byte_folder, seed):
     """Bytes of one vocabulary in any order, tokens of the other with some lost, special ones among them."""
     rng = np.random.default_rng(seed)
     single = Tokenizer.from_folder(byte_folder)
-    pool = [chr(int(c)) for c in rng.integers(0x1F300, 0x1FAFF, 200)] + list("abc \u00e9\u6f22\u5b57 ") + ["<|im_end|>"]
+    pool = (
+        [chr(int(c)) for c in rng.integers(0x1F300, 0x1FAFF, 200)]
+        + list("abc \u00e9\u6f22\u5b57 ")
+        + ["<|im_end|>"]
+    )
     for skip in (True, False):
         for _ in range(50):
             ids = rng.integers(0, len(single), rng.integers(1, 40)).tolist()
             assert streamed(single, ids, skip) == single.decode(ids, skip)
-            ids = [i for i in builtin.tokenizer.encode("".join(rng.choice(pool, 12))) if rng.random() < 0.8]
+            ids = [
+                i
+                for i in builtin.tokenizer.encode("".join(rng.choice(pool, 12)))
+                if rng.random() < 0.8
+            ]
             assert streamed(builtin.tokenizer, ids, skip) == builtin.decode(ids, skip)
 
 
 def test_text_is_said_as_soon_as_it_is_certain(builtin):
     stream, encode = builtin.stream(), builtin.tokenizer.encode
     hiero = encode("\U00013000")
-    assert [stream.push(i) for i in [*encode("a"), *hiero, *encode("b")]] == ["a", "", "", "\U00013000", "b"]
+    assert [stream.push(i) for i in [*encode("a"), *hiero, *encode("b")]] == [
+        "a",
+        "",
+        "",
+        "\U00013000",
+        "b",
+    ]
     assert [stream.push(i) for i in [*hiero[:-1], *encode("c")]] == ["", "", "\ufffdc"]
 
 
@@ -64,7 +80,12 @@ def byte_fallback():
     vocab = {f"<0x{i:02X}>": i for i in range(256)} | {"▁a": 256, "b": 257, "<unk>": 258}
     backend = tokenizers.Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
     backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     return Tokenizer(backend, "test")
 
@@ -72,7 +93,13 @@ def byte_fallback():
 def test_bytes_of_a_fallback_vocabulary():
     tokenizer = byte_fallback()
     emoji = list("🦊".encode())
-    for ids in ([256, *emoji, 257, 256], [*emoji, *emoji[:2], 257], [256, *emoji, 0xF0], [256, 256], [*emoji[:3]]):
+    for ids in (
+        [256, *emoji, 257, 256],
+        [*emoji, *emoji[:2], 257],
+        [256, *emoji, 0xF0],
+        [256, 256],
+        [*emoji[:3]],
+    ):
         assert streamed(tokenizer, ids) == tokenizer.decode(ids)
     rng = np.random.default_rng(0)
     for _ in range(200):
