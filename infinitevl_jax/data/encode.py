@@ -100,7 +100,7 @@ class Encoder:
         first = self._example(row, 0)
         cut = self._cut(first["input_ids"])
         prefix = first["input_ids"][:cut]
-        # A template's header depends on what stands in the conversation, so words alone do not tell what their tokens are.
+        # A template's header depends on what stands in the conversation: words alone do not tell their tokens.
         header = prefix[prefix != self.config.image_token_id].tobytes()
 
         def branch(turn: int) -> Branch:
@@ -144,7 +144,10 @@ class Encoder:
 
 
 class _Kept:
-    """Values made once, as long as they take less than CACHE_BYTES together. The key holds all that a value depends on."""
+    """Values made once, as long as they take less than CACHE_BYTES together.
+
+    The key holds all that a value depends on.
+    """
 
     def __init__(self):
         self._values: dict[Hashable, Any] = {}

@@ -1,8 +1,9 @@
-"""Jinja for templates that come from outside: Jinja's own sandbox, and a budget of work for each rendering.
+"""Jinja for templates that come from outside: Jinja's own sandbox, and a budget for each rendering.
 
-The sandbox keeps a template away from Python. The budget keeps it from looping for ever and from filling the memory:
-whatever makes a value pays for the value's size before it is made or, where it cannot be much larger than what it was
-made of, at once afterwards; every turn of a loop, call, filter, test and comparison looks at the clock.
+The sandbox keeps a template away from Python. The budget keeps it from looping for ever and from
+filling the memory: whatever makes a value pays for the value's size before it is made or, where it
+cannot be much larger than what it was made of, at once afterwards; every turn of a loop, call, filter,
+test and comparison looks at the clock.
 """
 
 import functools

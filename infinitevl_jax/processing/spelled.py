@@ -1,7 +1,8 @@
 """Special tokens that a text only spells.
 
-What a model said is data: an answer that spells <|image_pad|> or <|im_end|> is words, no picture and no end. In an
-assistant's text such spellings are broken up by a guard, which the template carries along and the tokenizer never sees.
+What a model said is data: an answer that spells <|image_pad|> or <|im_end|> is words, no picture and
+no end. In an assistant's text such spellings are broken up by a guard, which the template carries along
+and the tokenizer never sees.
 """
 
 from infinitevl_jax.errors import InfiniteVLError

@@ -12,7 +12,8 @@ LONG = 64  # tokens without a whole character before the settled ones are let go
 class TextStream:
     """Turns ids into text as they come, holding back what a later token may still change.
 
-    `push` returns the text that has become certain, often a word, sometimes nothing; `finish` returns what was held back.
+    `push` returns the text that has become certain, often a word, sometimes nothing; `finish` returns
+    what was held back.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], spelling: Callable[[int], str | None]):
@@ -60,7 +61,10 @@ class TextStream:
         return new
 
     def _cut(self, end: int, text: str) -> None:
-        """Let go of pending tokens up to a place where characters end, so that broken bytes without end cost no more than others."""
+        """Let go of pending tokens up to a place where characters end.
+
+        So broken bytes without end cost no more than other tokens.
+        """
         for at in range(end - 1, end - 8, -1):
             head, tail = self._text(self._pending[:at]), self._decode(self._pending[at:end])
             if tail and head + tail == text and len(head) <= self._said:

@@ -97,7 +97,8 @@ class Tokenizer:
         listed = _listed(settings, roles, folder)
         if source == BUILTIN and any(backend.token_to_id(token.content) is None for token, _ in listed.values()):
             backend = tokenizers.Tokenizer.from_str(backend.to_str())  # the built-in one is everybody's
-        _add_listed(backend, listed)
+        with files.native(f"{folder}: its added tokens do not fit the tokenizer", MEND):
+            _add_listed(backend, listed)
         return cls(backend, source, special=special, eos_ids=eos)
 
     @classmethod

@@ -1,7 +1,7 @@
 """A checkpoint folder's tokenizer files, read with declared types and limits before `tokenizers` sees them.
 
-That library is native code: on values that no published file has, it raises bare exceptions, panics, ends the process
-or never comes back.
+That library is native code: on values that no published file has, it raises bare exceptions, panics,
+ends the process or never comes back.
 """
 
 import contextlib
@@ -184,6 +184,10 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
         raise InfiniteVLError(
             f"{path} is not UTF-8: {error}", "copy it again from the source checkpoint"
         ) from None
+    if len(lines) > 2 * SIZE:
+        raise InfiniteVLError(
+            f"{path} has {len(lines):,} lines, more than {2 * SIZE:,}", "check that it is the right file"
+        )
     pairs = []
     for number, line in enumerate(lines, 1):
         line = line.rstrip("\r")
@@ -208,6 +212,8 @@ def native(culprit: str, cure: str) -> Iterator[None]:
     """Whatever `tokenizers` raises inside, its panics included, becomes an InfiniteVLError."""
     try:
         yield
+    except InfiniteVLError:
+        raise
     except Exception as error:  # the library raises bare Exception
         raise InfiniteVLError(f"{culprit}: {_short(error)}", cure) from error
     except BaseException as error:  # a panic is no Exception, and its class cannot be imported
@@ -245,7 +251,7 @@ def _check_steps(file: TokenizerFile, path: Path) -> None:
             )
 
 
-CLASS = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]", re.DOTALL)  # escapes and character classes
+CLASS = re.compile(r"\\[pP]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])*\]", re.DOTALL)  # escapes and character classes
 NESTED = re.compile(r"\([^()]*[+*}][^()]*\)(?:[+*]|\{\d*,)")
 
 

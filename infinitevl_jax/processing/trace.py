@@ -1,4 +1,7 @@
-"""Whether every part of a conversation stands in its text: a template that knows no tools leaves a tool call out without a word."""
+"""Whether every part of a conversation stands in its text.
+
+A template that knows no tools leaves a tool call out without a word, and a model would learn to answer with nothing.
+"""
 
 from collections.abc import Callable
 
@@ -9,7 +12,10 @@ LINKS = ("id", "type", "index", "tool_call_id")
 
 
 class _StandIns:
-    """Numbers in the place of texts and numbers, each telling which part it stands for. Part `other` gets another one."""
+    """Numbers in the place of texts and numbers, each telling which part it stands for.
+
+    The part called `other` gets another number.
+    """
 
     def __init__(self, other: str | None = None):
         self.names: dict[str, str] = {}
@@ -130,6 +136,6 @@ def check_traces(
         ):  # a template may write only some of it
             raise InfiniteVLError(
                 f"{name} is not in the text that chat template {source} writes, so the model would never see it",
-                "use a template that writes it (for tools the checkpoint's own chat_template.jinja), put it into the content as text, "
-                "or leave it out",
+                "use a template that writes it (for tools the checkpoint's own chat_template.jinja), "
+                "put it into the content as text, or leave it out",
             )

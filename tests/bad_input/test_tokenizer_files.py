@@ -8,7 +8,7 @@ import pytest
 
 from infinitevl_jax import InfiniteVLError
 from infinitevl_jax.processing import ChatTemplate, Tokenizer
-from infinitevl_jax.processing.tokenizer import SPECIAL_TOKENS, _byte_letters
+from infinitevl_jax.processing.tokenizer import SPECIAL_TOKENS, SPLIT, _byte_letters
 
 LETTERS = {letter: i for i, letter in enumerate(_byte_letters())}
 ADDED = [
@@ -272,6 +272,7 @@ VOCABULARY = {
     "merges of one": (LETTERS, "a\n", "merges.txt, line 1"),
     "merges of three": (LETTERS, "#version: 0.2\na b c\n", "merges.txt, line 2"),
     "merges of unknown parts": (LETTERS, "zz yy\n", "do not fit together"),
+    "merges without end": (LETTERS, "a b\n" * 1_100_000, "merges.txt has 1,100,001 lines"),
     "merges in another code": (LETTERS, b"\xff\xfe\n", "merges.txt is not UTF-8"),
 }
 
@@ -366,3 +367,21 @@ def test_added_tokens_beside_a_vocabulary_and_alone(tmp_path):
     (alone / "added_tokens.json").write_text(json.dumps({"<answer>": 151_665}))
     assert Tokenizer.from_folder(alone).encode("<answer>") == [151_665]
     assert Tokenizer.builtin().token_id("<answer>") is None
+
+
+# How published tokenizers cut text: GPT-2, Llama 3, Qwen2.5, GPT-4o, DeepSeek V3, and a group of letters.
+EXPRESSIONS = [
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    SPLIT,
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{M}]*[\p{Ll}\p{Lm}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*",
+    r"(?:\p{Lu}|\p{Ll})+",
+]
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_published_expressions_are_taken(tmp_path, expression):
+    split = {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
+    steps = {"type": "Sequence", "pretokenizers": [split, GOOD["pre_tokenizer"]]}
+    assert load(tmp_path, GOOD | {"pre_tokenizer": steps}) == "Hello, 3 cafés\n"
