@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from infinitevl_jax.errors import InfiniteVLError
-from infinitevl_jax.processing.images import describe
+from infinitevl_jax.processing.sources import describe
 
 ROLES = ("system", "user", "assistant", "tool")
 _SIZE = ("min_pixels", "max_pixels", "resized_height", "resized_width")

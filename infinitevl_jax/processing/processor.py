@@ -272,7 +272,7 @@ class Processor:
                 raise
             raise InfiniteVLError(f"{media.name}: {error.culprit}", error.cure) from error
         patches, grid = patchify(video.frames, options)
-        return Vision(media, patches, grid, len(patches) // options.merge_unit, options.temporal_patch_size / video.fps)
+        return Vision(media, patches, grid, len(patches) // options.merge_unit, float(options.temporal_patch_size / video.fps))
 
     def _tokenise(self, pieces: list[str], vision: list[Vision], where: str, max_length: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Ids [length] of the pieces in a row, placeholders grown to their pictures' tokens, and each id's piece number [length]."""
@@ -331,7 +331,7 @@ def _arrays(vision: list[Vision]) -> dict[str, np.ndarray]:
     for kind, pixels, grids in (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw")):
         chosen = [v for v in vision if v.media.kind == kind]
         if chosen:
-            out[pixels] = np.concatenate([v.patches for v in chosen])
+            out[pixels] = chosen[0].patches if len(chosen) == 1 else np.concatenate([v.patches for v in chosen])
             out[grids] = np.asarray([v.grid for v in chosen], np.int32)
             if kind == "video":
                 out["second_per_grid_ts"] = np.asarray([v.second_per_grid for v in chosen], np.float64)
