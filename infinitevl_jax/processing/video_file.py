@@ -34,6 +34,7 @@ _FILMS = (
 _SOUND = ("wav", "w64", "mp3", "flac", "aac", "aiff", "ac3", "amr")  # opened only to say that there is nothing to see
 _STATES_DURATION = ("matroska,webm", "flv", "asf", "avi")
 _COVER_CODECS = ("mjpeg", "png", "bmp", "gif", "tiff", "webp", "jpeg2000", "jpegxl")
+_REORDERED = 16  # frames that may be shown after the one that is stored last
 _NO_FILM = Disposition.attached_pic | Disposition.timed_thumbnails
 
 # Display matrix: (axes exchanged, columns mirrored, rows mirrored) -> what PIL calls it.
@@ -106,9 +107,10 @@ def read_track(file: BinaryIO, name: str) -> Track:
         told = Fraction(container.duration or 0, av.time_base) if container.format.name in _STATES_DURATION else 0
         if told - reached > Fraction(1, 4) + told / 100:
             raise InfiniteVLError(f"{name} is cut short after {float(reached):.1f} of {float(told):.1f} s", CUT_SHORT)
-        if stream.width * stream.height > MAX_FRAME_PIXELS:
+        if not 0 < stream.width * stream.height <= MAX_FRAME_PIXELS:  # FFmpeg tells no size of what is over its limit
+            size = f"of {stream.width:,} x {stream.height:,} pixels" if stream.width else "of unknown size"
             raise InfiniteVLError(
-                f"{name} has frames of {stream.width:,} x {stream.height:,} pixels, over the limit of {MAX_FRAME_PIXELS:,}",
+                f"{name} has frames {size}: damaged, or over the limit of {MAX_FRAME_PIXELS:,} pixels",
                 "shrink it first: ffmpeg -i IN -vf scale=1920:-2 OUT.mp4",
             )
         track = _track(stream, packets[stream.index], container.format.name in _RAW, name)
@@ -118,7 +120,12 @@ def read_track(file: BinaryIO, name: str) -> Track:
 
 
 def decode(file: BinaryIO, track: Track, name: str) -> Iterator[tuple[Fraction, av.VideoFrame]]:
-    """The frames of a track with their times, in the order in which they are shown."""
+    """The frames of a track with their times, in the order in which they are shown.
+
+    Raises:
+      InfiniteVLError: the last frames are incomplete, as those of a raw stream that is cut short.
+    """
+    order, incomplete = 0, None
     with open_container(file, name) as container:
         stream = container.streams[track.index]
         pixels = max(1, stream.width * stream.height)
@@ -127,7 +134,10 @@ def decode(file: BinaryIO, track: Track, name: str) -> Iterator[tuple[Fraction, 
         stream.codec_context.thread_count = max(1, min(16, os.cpu_count() or 1, 4 * MAX_FRAME_PIXELS // pixels))
         stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
         for order, frame in enumerate(container.decode(stream)):
+            incomplete = order if frame.is_corrupt else incomplete
             yield track.time(frame.pts if frame.pts is not None else frame.dts, order), frame
+    if incomplete is not None and order - incomplete < _REORDERED:
+        raise InfiniteVLError(f"{name} is cut short or damaged in its last frames, after {float(track.duration):.1f} s", CUT_SHORT)
 
 
 def upright(frame: av.VideoFrame) -> Image.Image:
