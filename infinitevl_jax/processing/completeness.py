@@ -4,10 +4,26 @@ import os
 import struct
 from typing import BinaryIO
 
-_BOXES = (b"ftyp", b"moov", b"mdat", b"moof", b"mfra", b"sidx", b"styp", b"free", b"skip", b"wide", b"uuid", b"meta", b"udta")
+_BOXES = (
+    b"ftyp",
+    b"moov",
+    b"mdat",
+    b"moof",
+    b"mfra",
+    b"sidx",
+    b"styp",
+    b"free",
+    b"skip",
+    b"wide",
+    b"uuid",
+    b"meta",
+    b"udta",
+)
 _MOST_PARTS = 1_000_000  # boxes or tags that are looked at
 _ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
-_ASF_FILE = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # file properties: object size, id, bytes of the file
+_ASF_FILE = bytes.fromhex(
+    "a1dcab8c47a9cf118ee400c00c205365"
+)  # file properties: object size, id, bytes of the file
 
 
 def stated_size(file: BinaryIO) -> int | None:
@@ -32,9 +48,16 @@ def stated_size(file: BinaryIO) -> int | None:
         if head.startswith(_ASF_HEADER):
             return _asf(_read(file, 0, 1 << 16))
         if head.startswith(b"GIF8"):
-            return size if _read(file, max(0, size - 64), 64).rstrip(b"\0").endswith(b";") else size + 1
+            return (
+                size
+                if _read(file, max(0, size - 64), 64).rstrip(b"\0").endswith(b";")
+                else size + 1
+            )
         for packet, at in ((188, 0), (192, 4), (204, 0)):
-            if len(head) > at + 2 * packet and head[at] == head[at + packet] == head[at + 2 * packet] == 0x47:
+            if (
+                len(head) > at + 2 * packet
+                and head[at] == head[at + packet] == head[at + 2 * packet] == 0x47
+            ):
                 return -(-size // packet) * packet
     except (struct.error, IndexError):  # a header cut in the middle
         return size + 1

@@ -19,13 +19,31 @@ from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.processing.sources import OTHER, describe, kind_of, open_source
 
 MAX_ASPECT_RATIO = 200
-MAX_FILE_PIXELS = 1 << 27  # of a picture as it is stored: 134 million, a decoder's buffers stay below 3 GB
+MAX_FILE_PIXELS = (
+    1 << 27
+)  # of a picture as it is stored: 134 million, a decoder's buffers stay below 3 GB
 MAX_FILE_BYTES = 1 << 29  # of a picture's file: some decoders read it whole
 MAX_RESIZED_PIXELS = 1 << 26  # of a picture as the model sees it: 85,000 tokens, 0.8 GB of patches
 
 # Formats whose decoders read the one file and start no program (Pillow hands EPS to Ghostscript). HEIF
 # counts where the caller has registered a plug-in for it.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "HEIF", "JPEG2000", "MPO", "PPM", "QOI", "TGA", "ICO")
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "DIB",
+    "TIFF",
+    "AVIF",
+    "HEIF",
+    "JPEG2000",
+    "MPO",
+    "PPM",
+    "QOI",
+    "TGA",
+    "ICO",
+)
 
 # EXIF orientation -> what turns the stored pixels upright.
 _UPRIGHT = {
@@ -59,15 +77,31 @@ class ImageOptions:
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))
         check_counts(
-            self, {"min_pixels": 1 << 24, "max_pixels": 1 << 40, "patch_size": 64, "temporal_patch_size": 8, "merge_size": 8}
+            self,
+            {
+                "min_pixels": 1 << 24,
+                "max_pixels": 1 << 40,
+                "patch_size": 64,
+                "temporal_patch_size": 8,
+                "merge_size": 8,
+            },
         )
         for name, low in (("mean", -math.inf), ("std", 0.0), ("rescale_factor", 0.0)):
             values = getattr(self, name) if name != "rescale_factor" else (self.rescale_factor,) * 3
-            if len(values) != 3 or not all(is_number(value) and low < value < math.inf for value in values):
-                wanted = "a positive number" if name == "rescale_factor" else "three numbers" + (" above 0" if name == "std" else "")
+            if len(values) != 3 or not all(
+                is_number(value) and low < value < math.inf for value in values
+            ):
+                wanted = (
+                    "a positive number"
+                    if name == "rescale_factor"
+                    else "three numbers" + (" above 0" if name == "std" else "")
+                )
                 raise InfiniteVLError(f"{name} is {getattr(self, name)!r}", f"give {wanted}")
         if isinstance(self.resample, bool) or self.resample not in list(Image.Resampling):
-            raise InfiniteVLError(f"resample is {self.resample!r}", f"give one of Pillow's filters, 0 to {max(Image.Resampling)}")
+            raise InfiniteVLError(
+                f"resample is {self.resample!r}",
+                f"give one of Pillow's filters, 0 to {max(Image.Resampling)}",
+            )
         if self.min_pixels > self.max_pixels:
             raise InfiniteVLError(
                 f"min_pixels {self.min_pixels:,} is above max_pixels {self.max_pixels:,}",
@@ -89,9 +123,14 @@ def check_counts(options: object, most: dict[str, int]) -> None:
     """Raise InfiniteVLError unless each named attribute of `options` is an integer from 1 to its limit."""
     for name, limit in most.items():
         value = getattr(options, name)
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value <= limit:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | np.integer)
+            or not 1 <= value <= limit
+        ):
             raise InfiniteVLError(
-                f"{name} is {value!r}", f"it counts pixels, patches or frames: give an integer from 1 to {limit:,}"
+                f"{name} is {value!r}",
+                f"it counts pixels, patches or frames: give an integer from 1 to {limit:,}",
             )
 
 
@@ -99,14 +138,19 @@ def is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool | np.bool_)
 
 
-def smart_resize(height: int, width: int, factor: int = 28, min_pixels: int = 3136, max_pixels: int = 1_003_520) -> tuple[int, int]:
+def smart_resize(
+    height: int, width: int, factor: int = 28, min_pixels: int = 3136, max_pixels: int = 1_003_520
+) -> tuple[int, int]:
     """The (height, width) in pixels that a picture is resized to: multiples of `factor`, area within the two limits.
 
     Halves round to even. Too large: both sides shrink by the same ratio and round down, though never below `factor`; too small: they grow
     and round up. Raises InfiniteVLError for an empty picture or an aspect ratio over 200.
     """
     if height < 1 or width < 1:
-        raise InfiniteVLError(f"picture of {height} x {width} pixels (height x width) is empty", "give a picture of at least 1 x 1")
+        raise InfiniteVLError(
+            f"picture of {height} x {width} pixels (height x width) is empty",
+            "give a picture of at least 1 x 1",
+        )
     if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
         raise InfiniteVLError(
             f"picture of {height} x {width} pixels (height x width) has an aspect ratio of {max(height, width) / min(height, width):.0f}",
@@ -133,13 +177,17 @@ def check_array(array: object, name: str, dims: str) -> np.ndarray:
             "move the axes, drop an alpha channel, repeat a grey one three times; or pass a PIL image, which is converted to RGB",
         )
     if array.dtype != np.uint8:
-        raise InfiniteVLError(f"{name}: arrays hold uint8 values 0..255", "scale and round, then .astype(np.uint8)")
+        raise InfiniteVLError(
+            f"{name}: arrays hold uint8 values 0..255", "scale and round, then .astype(np.uint8)"
+        )
     if not array.size:
         raise InfiniteVLError(f"{name} is empty", "give at least one pixel and one frame")
     return array
 
 
-def load_image(source: str | Path | bytes | Image.Image | np.ndarray, name: str | None = None) -> Image.Image:
+def load_image(
+    source: str | Path | bytes | Image.Image | np.ndarray, name: str | None = None
+) -> Image.Image:
     """An RGB picture from a path, file:// or data: URL, bytes, PIL image or uint8 array [H, W, 3].
 
     The file is of one of FORMATS and has at most MAX_FILE_PIXELS pixels; of one that moves, the first frame is taken. A camera's
@@ -161,17 +209,24 @@ def load_image(source: str | Path | bytes | Image.Image | np.ndarray, name: str 
         except InfiniteVLError:
             raise
         except (OSError, ValueError, SyntaxError) as error:  # an open file is decoded only now
-            raise InfiniteVLError(f"{name} is damaged: {error}", "open it in a viewer; export it again as PNG or JPEG") from error
+            raise InfiniteVLError(
+                f"{name} is damaged: {error}", "open it in a viewer; export it again as PNG or JPEG"
+            ) from error
     if hasattr(source, "shape") and hasattr(source, "dtype"):
         return Image.fromarray(check_array(source, name, "H, W, 3"))
-    raise InfiniteVLError(f"{name} cannot be an image", "pass a path, bytes, a PIL image or a uint8 array [H, W, 3]")
+    raise InfiniteVLError(
+        f"{name} cannot be an image", "pass a path, bytes, a PIL image or a uint8 array [H, W, 3]"
+    )
 
 
 def _decode(file: BinaryIO, name: str) -> Image.Image:
     """The upright RGB picture in a file."""
     size = file.seek(0, os.SEEK_END)
     if size > MAX_FILE_BYTES:
-        raise InfiniteVLError(f"{name} has {size:,} bytes, more than the {MAX_FILE_BYTES:,} that are read", "shrink it first")
+        raise InfiniteVLError(
+            f"{name} has {size:,} bytes, more than the {MAX_FILE_BYTES:,} that are read",
+            "shrink it first",
+        )
     file.seek(0)
     Image.init()  # registers Pillow's formats
     # Decoders of damaged bytes raise every kind of exception, so all are caught here and here alone.
@@ -194,13 +249,18 @@ def _decode(file: BinaryIO, name: str) -> Image.Image:
             "open it in a viewer; export it again as PNG or JPEG",
         ) from error
     except Exception as error:
-        raise InfiniteVLError(f"{name} is damaged: {error}", "open it in a viewer; export it again as PNG or JPEG") from error
+        raise InfiniteVLError(
+            f"{name} is damaged: {error}", "open it in a viewer; export it again as PNG or JPEG"
+        ) from error
 
 
 def _check_size(image: Image.Image, name: str) -> None:
-    if image.width * image.height > MAX_FILE_PIXELS:
+    # JPEG 2000's decoder holds four bytes a sample, twice what the others need.
+    limit = MAX_FILE_PIXELS // 2 if image.format == "JPEG2000" else MAX_FILE_PIXELS
+    if image.width * image.height > limit:
+        size = f"{image.width:,} x {image.height:,} pixels"
         raise InfiniteVLError(
-            f"{name} is too large: {image.width:,} x {image.height:,} pixels, over the limit of {MAX_FILE_PIXELS:,}",
+            f"{name} is too large: {size}, over the limit of {limit:,}",
             "shrink it first, or open it yourself with PIL, shrink that and pass the PIL image",
         )
 
@@ -209,7 +269,9 @@ def _upright(pixels: Image.Image, source: Image.Image) -> Image.Image:
     """`pixels` turned as the metadata of `source` says. Of the metadata the orientation alone is read, and nothing is written."""
     try:
         value = source.getexif().get(_ORIENTATION)
-    except Exception:  # EXIF that cannot be parsed holds no orientation; the pixels are whole all the same
+    except (
+        Exception
+    ):  # EXIF that cannot be parsed holds no orientation; the pixels are whole all the same
         return pixels
     value = value[0] if isinstance(value, tuple | bytes) and value else value
     turn = _UPRIGHT.get(value) if isinstance(value, int) else None
@@ -219,7 +281,10 @@ def _upright(pixels: Image.Image, source: Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     """A copy in mode RGB, made in bands of rows: copies in between of a large picture would not fit into memory."""
     if image.mode in ("I", "F"):
-        raise InfiniteVLError(f"{name} has 32-bit pixels (mode {image.mode})", "scale its values to 0..255 and convert it to mode L or RGB")
+        raise InfiniteVLError(
+            f"{name} has 32-bit pixels (mode {image.mode})",
+            "scale its values to 0..255 and convert it to mode L or RGB",
+        )
     rows = max(1, _BAND_PIXELS // max(1, image.width))
     if rows >= image.height:
         return _band_to_rgb(image)
@@ -235,7 +300,9 @@ def _band_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         grey = np.asarray(image)
         levels = (grey.astype(np.uint32) // 257).astype(np.uint8)
-        return Image.fromarray(np.where(grey == clear, np.uint8(255), levels) if isinstance(clear, int) else levels).convert("RGB")
+        return Image.fromarray(
+            np.where(grey == clear, np.uint8(255), levels) if isinstance(clear, int) else levels
+        ).convert("RGB")
     if image.mode in ("La", "RGBa"):  # colours multiplied by alpha
         image = image.convert(image.mode.upper())
     if image.mode in ("LA", "PA", "RGBA") or clear is not None:
@@ -257,7 +324,10 @@ def patchify(frames: np.ndarray, options: ImageOptions) -> tuple[np.ndarray, tup
     out = np.empty((steps, grid[1] * grid[2], 3, span * options.patch_size**2), np.float32)
     # A byte has 256 values: normalise those once per channel, and look the pixels up.
     levels = (np.arange(256, dtype=np.float64) * options.rescale_factor).astype(np.float32)  # [256]
-    tables = [(levels - np.float32(mean)) / np.float32(std) for mean, std in zip(options.mean, options.std, strict=True)]
+    tables = [
+        (levels - np.float32(mean)) / np.float32(std)
+        for mean, std in zip(options.mean, options.std, strict=True)
+    ]
     for step in range(steps):  # one at a time: beside the result, no copy of a whole film is made
         patches = rearrange(
             frames[np.minimum(np.arange(step * span, (step + 1) * span), len(frames) - 1)],
@@ -277,7 +347,12 @@ def process_image(
 ) -> tuple[np.ndarray, tuple[int, int, int]]:
     """An RGB picture's patches [n, features] f32 and grid (1, h, w). `size` (height, width) asks for other sides than the picture's own
     before rounding and limits."""
-    height, width = smart_resize(*(size or (image.height, image.width)), options.factor, options.min_pixels, options.max_pixels)
+    height, width = smart_resize(
+        *(size or (image.height, image.width)),
+        options.factor,
+        options.min_pixels,
+        options.max_pixels,
+    )
     if height * width > MAX_RESIZED_PIXELS:
         raise InfiniteVLError(
             f"the picture is resized to {width:,} x {height:,} pixels, over the limit of {MAX_RESIZED_PIXELS:,}",

@@ -363,6 +363,6 @@ def _side(side: str) -> str:
 
 
 def _positive(value: object, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise InfiniteVLError(f"{where}: resized_height or resized_width is {value!r}", "give pixels, an integer of 1 or more")
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value <= 1 << 20:
+        raise InfiniteVLError(f"{where}: resized_height or resized_width is {value!r}", "give pixels, an integer from 1 to 1,048,576")
     return int(value)

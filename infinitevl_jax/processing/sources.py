@@ -40,7 +40,9 @@ def describe(source: object) -> str:
     return f"an object of type {type(source).__name__}"
 
 
-def open_source(source: str | Path | bytes | bytearray | memoryview, name: str, noun: str) -> BinaryIO:
+def open_source(
+    source: str | Path | bytes | bytearray | memoryview, name: str, noun: str
+) -> BinaryIO:
     """The content of a picture or video, open for reading and seeking; the caller closes it.
 
     A string is a data: or file:// URL or else a path, whatever characters it holds; a Path is a path.
@@ -51,7 +53,9 @@ def open_source(source: str | Path | bytes | bytearray | memoryview, name: str, 
     """
     if isinstance(source, bytes | bytearray | memoryview):
         if not len(source):
-            raise InfiniteVLError(f"{name} has zero bytes", f"pass the whole {noun} file's contents")
+            raise InfiniteVLError(
+                f"{name} has zero bytes", f"pass the whole {noun} file's contents"
+            )
         return io.BytesIO(source)
     if isinstance(source, str):
         if data := _DATA.match(source):
@@ -68,11 +72,19 @@ def open_source(source: str | Path | bytes | bytearray | memoryview, name: str, 
         raise
     except (OSError, ValueError) as error:
         missing = isinstance(error, FileNotFoundError)
-        reason = "does not exist" if missing else f"cannot be read: {getattr(error, 'strerror', None) or error}"
-        raise InfiniteVLError(f"{name} {reason}", f"check the path (working folder: {Path.cwd()})") from None
+        reason = (
+            "does not exist"
+            if missing
+            else f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        )
+        raise InfiniteVLError(
+            f"{name} {reason}", f"check the path (working folder: {Path.cwd()})"
+        ) from None
     if not os.fstat(file.fileno()).st_size:
         file.close()
-        raise InfiniteVLError(f"{name} is an empty file (0 bytes)", f"copy or download the {noun} again")
+        raise InfiniteVLError(
+            f"{name} is an empty file (0 bytes)", f"copy or download the {noun} again"
+        )
     return file
 
 
@@ -80,11 +92,15 @@ def _local(address: str, scheme: str, name: str) -> str:
     """The path of a file:// URL of this machine. Raises InfiniteVLError for every other address."""
     if scheme != "file":
         raise InfiniteVLError(
-            f"{name} is a web address ({scheme})", "nothing is downloaded here: fetch the file first and pass its path or bytes"
+            f"{name} is a web address ({scheme})",
+            "nothing is downloaded here: fetch the file first and pass its path or bytes",
         )
     parts = urlsplit(address, allow_fragments=False)
     if parts.netloc not in ("", "localhost"):
-        raise InfiniteVLError(f"{name} is a file of another machine, {parts.netloc!r}", "copy it here and pass its path")
+        raise InfiniteVLError(
+            f"{name} is a file of another machine, {parts.netloc!r}",
+            "copy it here and pass its path",
+        )
     return unquote(parts.path + (f"?{parts.query}" if parts.query else ""))
 
 
@@ -93,25 +109,53 @@ def _data(header: str, content: str, name: str, noun: str) -> bytes:
     try:
         if header.rpartition(";")[2].strip().lower() != "base64":
             return unquote_to_bytes(content)
-        letters = re.sub(r"[ \t\r\n\f]", "", unquote(content)).rstrip("=").translate({ord("-"): "+", ord("_"): "/"})
+        letters = (
+            re.sub(r"[ \t\r\n\f]", "", unquote(content))
+            .rstrip("=")
+            .translate({ord("-"): "+", ord("_"): "/"})
+        )
         return base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
     except ValueError as error:  # characters that are no base64, or no ASCII
-        raise InfiniteVLError(f"{name} is not valid base64: {error}", f"use data:{noun}/...;base64,<contents>") from None
+        raise InfiniteVLError(
+            f"{name} is not valid base64: {error}", f"use data:{noun}/...;base64,<contents>"
+        ) from None
 
 
 def kind_of(head: bytes) -> str | None:
-    """"image" or "video" by the first bytes of a file (at least 400 tell most), "both" for GIF and PNG, which may move; None: unknown."""
+    """ "image" or "video" by the first bytes of a file (at least 400 tell most), "both" for GIF and PNG, which may move; None: unknown."""
     if head[4:8] == b"ftyp":
         return "image" if head[8:12] in _STILL_BRANDS else "video"
     if head[:4] == b"RIFF":
         return {b"WEBP": "image", b"AVI ": "video"}.get(head[8:12])
     if head.startswith((b"GIF8", b"\x89PNG")):
         return "both"
-    if head.startswith((b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*", b"qoif", b"\0\0\0\x0cjP", b"%!PS", b"%PDF", b"<svg")):
+    if head.startswith(
+        (
+            b"\xff\xd8\xff",
+            b"BM",
+            b"II*\0",
+            b"MM\0*",
+            b"qoif",
+            b"\0\0\0\x0cjP",
+            b"%!PS",
+            b"%PDF",
+            b"<svg",
+        )
+    ):
         return "image"
-    films = (b"\x1a\x45\xdf\xa3", b"FLV\x01", b"OggS", b"\x30\x26\xb2\x75", b"\0\0\x01\xba", b"\0\0\x01\xb3", b"DKIF")
+    films = (
+        b"\x1a\x45\xdf\xa3",
+        b"FLV\x01",
+        b"OggS",
+        b"\x30\x26\xb2\x75",
+        b"\0\0\x01\xba",
+        b"\0\0\x01\xb3",
+        b"DKIF",
+    )
     if head.startswith(films) or head[4:8] in (b"moov", b"mdat", b"wide", b"free", b"skip"):
         return "video"
-    if len(head) > 376 and head[0] == head[188] == head[376] == 0x47:  # an MPEG transport stream's packets
+    if (
+        len(head) > 376 and head[0] == head[188] == head[376] == 0x47
+    ):  # an MPEG transport stream's packets
         return "video"
     return None

@@ -16,7 +16,14 @@ import numpy as np
 from PIL import Image
 
 from infinitevl_jax.errors import InfiniteVLError
-from infinitevl_jax.processing.images import ImageOptions, check_array, check_counts, is_number, load_image, smart_resize
+from infinitevl_jax.processing.images import (
+    ImageOptions,
+    check_array,
+    check_counts,
+    is_number,
+    load_image,
+    smart_resize,
+)
 from infinitevl_jax.processing.sources import describe, open_source
 from infinitevl_jax.processing.video_file import DAMAGED, decode, read_track, upright
 from infinitevl_jax.rational import exact
@@ -46,12 +53,29 @@ class VideoOptions(ImageOptions):
     def __post_init__(self):
         super().__post_init__()
         if not is_number(self.fps) or not 1e-6 <= self.fps <= 1e4:
-            raise InfiniteVLError(f"fps is {self.fps!r}", "give the frames to sample a second, a number from 0.000001 to 10,000")
-        most = {"total_pixels": 1 << 40, "num_frames": 10**6, "min_frames": 10**6, "max_frames": 10**6}
+            raise InfiniteVLError(
+                f"fps is {self.fps!r}",
+                "give the frames to sample a second, a number from 0.000001 to 10,000",
+            )
+        most = {
+            "total_pixels": 1 << 40,
+            "num_frames": 10**6,
+            "min_frames": 10**6,
+            "max_frames": 10**6,
+        }
         optional = ("total_pixels", "num_frames")
-        check_counts(self, {name: most[name] for name in most if name not in optional or getattr(self, name) is not None})
+        check_counts(
+            self,
+            {
+                name: most[name]
+                for name in most
+                if name not in optional or getattr(self, name) is not None
+            },
+        )
         if self.min_frames > self.max_frames:
-            raise InfiniteVLError(f"min_frames {self.min_frames} is above max_frames {self.max_frames}", "set both")
+            raise InfiniteVLError(
+                f"min_frames {self.min_frames} is above max_frames {self.max_frames}", "set both"
+            )
 
     def frame_size(self, height: int, width: int, frames: int) -> tuple[int, int]:
         """(height, width) that each of `frames` frames is resized to."""
@@ -78,7 +102,10 @@ def sample_count(duration: float | Fraction, total: int, options: VideoOptions) 
         count = max(options.num_frames // 2 * 2, 2)
     else:
         # Time stamps are rounded, to milliseconds in some files: the sliver keeps 19.998 frames from becoming 18.
-        count = math.floor(min(max(float(duration * exact(options.fps)), options.min_frames), options.max_frames) + _ROUNDED)
+        count = math.floor(
+            min(max(float(duration * exact(options.fps)), options.min_frames), options.max_frames)
+            + _ROUNDED
+        )
         count = max(count // 2 * 2, 2)
     return min(count, total)
 
@@ -121,19 +148,28 @@ def load_video(
     elif hasattr(source, "shape") and hasattr(source, "dtype"):
         images = [Image.fromarray(frame) for frame in check_array(source, name, "F, H, W, 3")]
     else:
-        raise InfiniteVLError(f"{name} cannot be a video", "pass a path, bytes, a list of images or a uint8 array [F, H, W, 3]")
+        raise InfiniteVLError(
+            f"{name} cannot be a video",
+            "pass a path, bytes, a list of images or a uint8 array [F, H, W, 3]",
+        )
     rate = exact(options.fps)
-    frames, _ = _resized(((Fraction(k), image) for k, image in enumerate(images)), len(images), options, size, name)
+    frames, _ = _resized(
+        ((Fraction(k), image) for k, image in enumerate(images)), len(images), options, size, name
+    )
     return Video(frames, rate, np.array([float(k / rate) for k in range(len(images))]))
 
 
-def _sample(file: BinaryIO, options: VideoOptions, size: tuple[int, int] | None, name: str) -> Video:
+def _sample(
+    file: BinaryIO, options: VideoOptions, size: tuple[int, int] | None, name: str
+) -> Video:
     """Evenly spaced frames of a video file."""
     track = read_track(file, name)
     count, duration = sample_count(track.duration, len(track.times), options), track.duration
     if options.num_frames is None and 0 < count - duration * exact(options.fps) <= _ROUNDED:
         duration = count / exact(options.fps)  # the time stamps of the file are rounded
-    targets = track.times if count == len(track.times) else [k * duration / count for k in range(count)]
+    targets = (
+        track.times if count == len(track.times) else [k * duration / count for k in range(count)]
+    )
     chosen = nearest(decode(file, track, name), targets)
     frames, times = _resized(chosen, count, options, size, name)
     return Video(frames, count / duration, np.array([float(time) for time in times]))
@@ -170,7 +206,9 @@ def _resized(
     return frames, times
 
 
-def nearest(frames: Iterator[tuple[Fraction, Frame]], targets: Sequence[Fraction]) -> Iterator[tuple[Fraction, Frame]]:
+def nearest(
+    frames: Iterator[tuple[Fraction, Frame]], targets: Sequence[Fraction]
+) -> Iterator[tuple[Fraction, Frame]]:
     """For each of the ascending target times the frame nearest to it, an earlier one on a tie; nothing if there are no frames.
 
     One walk over the decoder's output, holding two frames at a time: a video is never in memory whole.
@@ -179,7 +217,11 @@ def nearest(frames: Iterator[tuple[Fraction, Frame]], targets: Sequence[Fraction
     target = next(waiting, None)
     for time, frame in frames:
         while target is not None and time >= target:
-            yield previous if previous is not None and target - previous[0] <= time - target else (time, frame)
+            yield (
+                previous
+                if previous is not None and target - previous[0] <= time - target
+                else (time, frame)
+            )
             target = next(waiting, None)
         previous = time, frame
     if previous is not None and target is not None:

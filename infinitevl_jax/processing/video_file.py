@@ -31,7 +31,16 @@ _RAW = ("h264", "hevc", "m4v", "mpegvideo", "obu", "vvc", "dirac")
 _FILMS = (
     "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "ivf", "mxf", "nut", "gif", "apng", *_RAW,
 )  # fmt: skip
-_SOUND = ("wav", "w64", "mp3", "flac", "aac", "aiff", "ac3", "amr")  # opened only to say that there is nothing to see
+_SOUND = (
+    "wav",
+    "w64",
+    "mp3",
+    "flac",
+    "aac",
+    "aiff",
+    "ac3",
+    "amr",
+)  # opened only to say that there is nothing to see
 _STATES_DURATION = ("matroska,webm", "flv", "asf", "avi")
 _COVER_CODECS = ("mjpeg", "png", "bmp", "gif", "tiff", "webp", "jpeg2000", "jpegxl")
 _REORDERED = 16  # frames that may be shown after the one that is stored last
@@ -80,7 +89,11 @@ def read_track(file: BinaryIO, name: str) -> Track:
     """
     _check_whole(file, name)
     with open_container(file, name) as container:
-        streams = {stream.index: stream for stream in container.streams.video if not stream.disposition & _NO_FILM}
+        streams = {
+            stream.index: stream
+            for stream in container.streams.video
+            if not stream.disposition & _NO_FILM
+        }
         packets: dict[int, list[tuple[int | None, int]]] = {index: [] for index in streams}
         corrupt: dict[int, int] = {}  # stream -> its packets before the first damaged one
         reached = Fraction(0)
@@ -103,19 +116,36 @@ def read_track(file: BinaryIO, name: str) -> Track:
             )
         if stream.index in corrupt:
             total = f"{stream.frames:,}" if stream.frames else "its"
-            raise InfiniteVLError(f"{name} is damaged or cut short after {corrupt[stream.index]:,} of {total} frames", DAMAGED)
-        told = Fraction(container.duration or 0, av.time_base) if container.format.name in _STATES_DURATION else 0
+            raise InfiniteVLError(
+                f"{name} is damaged or cut short after {corrupt[stream.index]:,} of {total} frames",
+                DAMAGED,
+            )
+        told = (
+            Fraction(container.duration or 0, av.time_base)
+            if container.format.name in _STATES_DURATION
+            else 0
+        )
         if told - reached > Fraction(1, 4) + told / 100:
-            raise InfiniteVLError(f"{name} is cut short after {float(reached):.1f} of {float(told):.1f} s", CUT_SHORT)
-        if not 0 < stream.width * stream.height <= MAX_FRAME_PIXELS:  # FFmpeg tells no size of what is over its limit
-            size = f"of {stream.width:,} x {stream.height:,} pixels" if stream.width else "of unknown size"
+            raise InfiniteVLError(
+                f"{name} is cut short after {float(reached):.1f} of {float(told):.1f} s", CUT_SHORT
+            )
+        if (
+            not 0 < stream.width * stream.height <= MAX_FRAME_PIXELS
+        ):  # FFmpeg tells no size of what is over its limit
+            size = (
+                f"of {stream.width:,} x {stream.height:,} pixels"
+                if stream.width
+                else "of unknown size"
+            )
             raise InfiniteVLError(
                 f"{name} has frames {size}: damaged, or over the limit of {MAX_FRAME_PIXELS:,} pixels",
                 "shrink it first: ffmpeg -i IN -vf scale=1920:-2 OUT.mp4",
             )
         track = _track(stream, packets[stream.index], container.format.name in _RAW, name)
     if track.duration > MAX_SECONDS:
-        raise InfiniteVLError(f"{name} spans {float(track.duration) / 86_400:,.0f} days by its time stamps", DAMAGED)
+        raise InfiniteVLError(
+            f"{name} spans {float(track.duration) / 86_400:,.0f} days by its time stamps", DAMAGED
+        )
     return track
 
 
@@ -131,13 +161,18 @@ def decode(file: BinaryIO, track: Track, name: str) -> Iterator[tuple[Fraction, 
         pixels = max(1, stream.width * stream.height)
         stream.thread_type = "AUTO"
         # Each thread holds a frame or two.
-        stream.codec_context.thread_count = max(1, min(16, os.cpu_count() or 1, 4 * MAX_FRAME_PIXELS // pixels))
+        stream.codec_context.thread_count = max(
+            1, min(16, os.cpu_count() or 1, 4 * MAX_FRAME_PIXELS // pixels)
+        )
         stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
         for order, frame in enumerate(container.decode(stream)):
             incomplete = order if frame.is_corrupt else incomplete
             yield track.time(frame.pts if frame.pts is not None else frame.dts, order), frame
     if incomplete is not None and order - incomplete < _REORDERED:
-        raise InfiniteVLError(f"{name} is cut short or damaged in its last frames, after {float(track.duration):.1f} s", CUT_SHORT)
+        raise InfiniteVLError(
+            f"{name} is cut short or damaged in its last frames, after {float(track.duration):.1f} s",
+            CUT_SHORT,
+        )
 
 
 def upright(frame: av.VideoFrame) -> Image.Image:
@@ -187,22 +222,37 @@ def _check_whole(file: BinaryIO, name: str) -> None:
         raise InfiniteVLError(f"{name} is cut short after {size:,} of {stated:,} bytes", CUT_SHORT)
 
 
-def _moving(streams: dict[int, av.VideoStream], packets: dict[int, list], sound: bool) -> av.VideoStream | None:
+def _moving(
+    streams: dict[int, av.VideoStream], packets: dict[int, list], sound: bool
+) -> av.VideoStream | None:
     """The stream that is the video: no preview, marked as default, of the largest picture, with the most frames."""
     counts = Counter({index: len(found) for index, found in packets.items() if found})
     if not counts:
         return None
     most = max(counts.values())
-    if most == 1 and sound and all(streams[index].codec_context.name in _COVER_CODECS for index in counts):
+    if (
+        most == 1
+        and sound
+        and all(streams[index].codec_context.name in _COVER_CODECS for index in counts)
+    ):
         return None  # a cover that is not marked as such
-    films = [streams[index] for index, count in counts.items() if 10 * count > most]  # fewer frames: a preview
+    films = [
+        streams[index] for index, count in counts.items() if 10 * count > most
+    ]  # fewer frames: a preview
     return max(
         films,
-        key=lambda s: (bool(s.disposition & Disposition.default), s.width * s.height, counts[s.index], -s.index),
+        key=lambda s: (
+            bool(s.disposition & Disposition.default),
+            s.width * s.height,
+            counts[s.index],
+            -s.index,
+        ),
     )
 
 
-def _track(stream: av.VideoStream, packets: list[tuple[int | None, int]], raw: bool, name: str) -> Track:
+def _track(
+    stream: av.VideoStream, packets: list[tuple[int | None, int]], raw: bool, name: str
+) -> Track:
     if raw or all(stamp is None for stamp, _ in packets):
         rate = stream.codec_context.framerate
         if not rate:
@@ -212,13 +262,28 @@ def _track(stream: av.VideoStream, packets: list[tuple[int | None, int]], raw: b
             )
         times = [k / rate for k in range(len(packets))]
         return Track(stream.index, None, Fraction(1), rate, len(packets) / rate, times)
-    packets = sorted((packet for packet in packets if packet[0] is not None), key=lambda packet: packet[0])
+    packets = sorted(
+        (packet for packet in packets if packet[0] is not None), key=lambda packet: packet[0]
+    )
     tick, start = stream.time_base, packets[0][0]
     times = [(stamp - start) * tick for stamp, _ in packets]
     last = packets[-1][1] * tick
     rate = stream.guessed_rate or stream.average_rate
-    steady = rate and all(abs(time - k / rate) < tick for k, time in enumerate(times)) and (not last or abs(last - 1 / rate) < tick)
+    steady = (
+        rate
+        and all(abs(time - k / rate) < tick for k, time in enumerate(times))
+        and (not last or abs(last - 1 / rate) < tick)
+    )
     if steady:
-        return Track(stream.index, start, tick, rate, len(times) / rate, [k / rate for k in range(len(times))])
-    last = last or (times[-1] / (len(times) - 1) if times[-1] else 1 / rate if rate else Fraction(1, 25))
+        return Track(
+            stream.index,
+            start,
+            tick,
+            rate,
+            len(times) / rate,
+            [k / rate for k in range(len(times))],
+        )
+    last = last or (
+        times[-1] / (len(times) - 1) if times[-1] else 1 / rate if rate else Fraction(1, 25)
+    )
     return Track(stream.index, start, tick, None, times[-1] + last, times)

@@ -129,7 +129,7 @@ CONVERSATIONS = [
     ("number_as_content", [{"role": "user", "content": 5}], ["messages[0]", "int"]),
     ("content_item_is_a_string", user("hi"), ["messages[0].content[0]", "'hi'"]),
     ("unknown_content_type", user({"type": "audio", "audio": "a.wav"}), ["content[0]", "audio", "image, video"]),
-    ("item_without_its_key", user({"type": "image", "path": "a.png"}), ["content[0]", "'image'", "path"]),
+    ("item_without_its_key", user({"type": "image", "file": "a.png"}), ["content[0]", "'image'", "file"]),
     ("misspelt_option", user(image(PIXELS, max_pixel=100)), ["content[0]", "max_pixel", "max_pixels"]),
     ("number_as_text", user(text(3)), ["content[0]", "int"]),
     ("image_token_in_text", user(text("see <|image_pad|> here")), ["content[0]", "<|image_pad|>"]),
