@@ -156,7 +156,8 @@ def _options(kind: type[T], path: Path, values: dict[str, Any], folder: Path) ->
     try:
         return kind(**values)
     except InfiniteVLError as error:
-        raise InfiniteVLError(f"{path}: {error.culprit}", error.cure) from error
+        name, _, rest = error.culprit.partition(" ")
+        raise InfiniteVLError(f"{path}: {_NAMES.get(name, name)} {rest}", error.cure) from error
 
 
 def override(options: ImageOptions, values: dict, where: str) -> ImageOptions:
