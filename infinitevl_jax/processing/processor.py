@@ -302,7 +302,11 @@ class Processor:
         return flat, np.concatenate(owner)
 
     def _check_length(self, length: int, vision: list[Vision], where: str, limit: int | None) -> None:
-        if limit is None or length <= limit:
+        if limit is None:
+            return
+        if isinstance(limit, bool) or not isinstance(limit, int | np.integer) or limit < 1:
+            raise InfiniteVLError(f"max_length is {limit!r}", "give the most tokens of a prompt, an integer of 1 or more, or None")
+        if length <= limit:
             return
         text = length - sum(v.tokens for v in vision)
         largest = sorted(vision, key=lambda v: -v.tokens)

@@ -133,30 +133,37 @@ def load_video(
             except (av.error.FFmpegError, EOFError, ValueError, OSError) as error:
                 reason = getattr(error, "strerror", None) or str(error)
                 raise InfiniteVLError(f"{name} cannot be decoded: {reason}", DAMAGED) from error
+    rate = exact(options.fps)
     if isinstance(source, list | tuple):
         if not source:
             raise InfiniteVLError(f"{name} is empty", "give at least one frame")
-        images: list[Image.Image] = []
-        for number, frame in enumerate(source):
-            images.append(load_image(frame, f"{name}, frame {number} ({describe(frame)})"))
-            if images[-1].size != images[0].size:
-                sizes = [f"{image.width} x {image.height}" for image in (images[-1], images[0])]
-                raise InfiniteVLError(
-                    f"{name}: frame {number} is {sizes[0]}, frame 0 is {sizes[1]} (width x height)",
-                    "resize or crop all frames of one video to one size",
-                )
+        images = _listed(source, name)
     elif hasattr(source, "shape") and hasattr(source, "dtype"):
-        images = [Image.fromarray(frame) for frame in check_array(source, name, "F, H, W, 3")]
+        source = check_array(source, name, "F, H, W, 3")
+        images = (Image.fromarray(frame) for frame in source)
     else:
         raise InfiniteVLError(
             f"{name} cannot be a video",
             "pass a path, bytes, a list of images or a uint8 array [F, H, W, 3]",
         )
-    rate = exact(options.fps)
-    frames, _ = _resized(
-        ((Fraction(k), image) for k, image in enumerate(images)), len(images), options, size, name
-    )
-    return Video(frames, rate, np.array([float(k / rate) for k in range(len(images))]))
+    timed = ((k / rate, image) for k, image in enumerate(images))
+    frames, times = _resized(timed, len(source), options, size, name)
+    return Video(frames, rate, np.array([float(time) for time in times]))
+
+
+def _listed(source: Sequence, name: str) -> Iterator[Image.Image]:
+    """The pictures of a list, one after the other, all of one size."""
+    first = None
+    for number, frame in enumerate(source):
+        image = load_image(frame, f"{name}, frame {number} ({describe(frame)})")
+        first = first or image.size
+        if image.size != first:
+            sizes = ["{} x {}".format(*size) for size in (image.size, first)]
+            raise InfiniteVLError(
+                f"{name}: frame {number} is {sizes[0]}, frame 0 is {sizes[1]} (width x height)",
+                "resize or crop all frames of one video to one size",
+            )
+        yield image
 
 
 def _sample(

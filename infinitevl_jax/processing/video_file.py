@@ -27,20 +27,13 @@ DAMAGED = "play it in a viewer; copy it again, or re-encode it: ffmpeg -i IN -c:
 CUT_SHORT = "copy or download it again, or keep what there is: ffmpeg -i IN -c copy OUT.mkv"
 
 # FFmpeg's names of the formats that are read. Streams without time stamps are timed by the rate that they state themselves.
-_RAW = ("h264", "hevc", "m4v", "mpegvideo", "obu", "vvc", "dirac")
+_RAW = ("h264", "hevc", "m4v", "mpegvideo", "obu", "vvc")
 _FILMS = (
-    "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "ivf", "mxf", "nut", "gif", "apng", *_RAW,
+    "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "ivf",
+    "mxf", "nut", "gif", "apng", "dv", "yuv4mpegpipe", *_RAW,
 )  # fmt: skip
-_SOUND = (
-    "wav",
-    "w64",
-    "mp3",
-    "flac",
-    "aac",
-    "aiff",
-    "ac3",
-    "amr",
-)  # opened only to say that there is nothing to see
+# Opened only to say that there is nothing to see.
+_SOUND = ("wav", "w64", "mp3", "flac", "aac", "aiff", "ac3", "amr")
 _STATES_DURATION = ("matroska,webm", "flv", "asf", "avi")
 _COVER_CODECS = ("mjpeg", "png", "bmp", "gif", "tiff", "webp", "jpeg2000", "jpegxl")
 _REORDERED = 16  # frames that may be shown after the one that is stored last
@@ -92,7 +85,7 @@ def read_track(file: BinaryIO, name: str) -> Track:
         streams = {
             stream.index: stream
             for stream in container.streams.video
-            if not stream.disposition & _NO_FILM
+            if stream.codec_context and not stream.disposition & _NO_FILM  # None: an unknown codec
         }
         packets: dict[int, list[tuple[int | None, int]]] = {index: [] for index in streams}
         corrupt: dict[int, int] = {}  # stream -> its packets before the first damaged one
@@ -111,7 +104,7 @@ def read_track(file: BinaryIO, name: str) -> Track:
         stream = _moving(streams, packets, bool(container.streams.audio))
         if stream is None:
             raise InfiniteVLError(
-                f"{name} has no video stream (sound and cover pictures are none)",
+                f"{name} has no video stream that can be decoded (sound and cover pictures are none)",
                 "pass a file with moving pictures; a song's cover goes in as an image",
             )
         if stream.index in corrupt:
