@@ -1,4 +1,4 @@
-"""Times as exact fractions: a quotient that is floored must not depend on how a float was rounded."""
+"""Times as exact fractions: a floored quotient must not depend on how a float was rounded."""
 
 import math
 from fractions import Fraction
@@ -10,8 +10,8 @@ import numpy as np
 def exact(value: float | Rational | np.floating) -> Fraction:
     """The simplest fraction that rounds to `value`: 1/3 for 0.333..., in float64 or in float32.
 
-    Fractions whose denominators have at most half of the type's bits are told apart by their floats,
-    so that what was such a fraction before it was rounded comes back unchanged.
+    Fractions whose denominators have at most half of the type's bits are told apart by their
+    floats, so that what was such a fraction before it was rounded comes back unchanged.
 
     Raises:
       ValueError: the value is not finite. TypeError: it is no number.

@@ -1,4 +1,7 @@
-"""How many bytes a video file says that it has: a copy cut short has fewer, and decoders take it for a shorter video."""
+"""How many bytes a video file says that it has.
+
+A copy that is cut short has fewer, and decoders take it for a shorter video.
+"""
 
 import os
 import struct
@@ -27,10 +30,11 @@ _ASF_FILE = bytes.fromhex(
 
 
 def stated_size(file: BinaryIO) -> int | None:
-    """The bytes that a video file should have at least, by its own structure; None where that does not say.
+    """The bytes that a video file should have at least, by its own structure; None if unknown.
 
-    Known are MP4 and MOV (boxes), Matroska and WebM (the segment), AVI (RIFF), FLV (tags), MPEG transport streams (whole packets), Ogg
-    (pages), ASF (file properties) and GIF (the trailer). Raw streams and MPEG program streams do not say.
+    Known are MP4 and MOV (boxes), Matroska and WebM (the segment), AVI (RIFF), FLV (tags), MPEG
+    transport streams (whole packets), Ogg (pages), ASF (file properties) and GIF (the trailer). Raw
+    streams and MPEG program streams do not say.
     """
     size = file.seek(0, os.SEEK_END)
     head = _read(file, 0, 1024)

@@ -1,4 +1,7 @@
-"""Where a picture or video comes from: a path, file:// or data: URL, or bytes; opened as the one file that it is."""
+"""Where a picture or video comes from: a path, a file:// or data: URL, or bytes.
+
+Each is opened as the one file that it is: no name is a pattern, a protocol or an address.
+"""
 
 import base64
 import io
@@ -23,7 +26,7 @@ OTHER = {
 
 
 def describe(source: object) -> str:
-    """A few words that let a reader find the culprit: the path, or the kind and size of what was passed."""
+    """A few words that let a reader find the culprit: the path, or the kind and size."""
     if isinstance(source, str) and source[:5].lower() == "data:":
         return f"data URI ({len(source):,} characters)"
     if isinstance(source, str | Path):
@@ -45,7 +48,8 @@ def open_source(
 ) -> BinaryIO:
     """The content of a picture or video, open for reading and seeking; the caller closes it.
 
-    A string is a data: or file:// URL or else a path, whatever characters it holds; a Path is a path.
+    A string is a data: or file:// URL or else a path, whatever characters it holds; a Path is a
+    path.
     `name` is how errors call it, `noun` is "image" or "video".
 
     Raises:
@@ -105,7 +109,10 @@ def _local(address: str, scheme: str, name: str) -> str:
 
 
 def _data(header: str, content: str, name: str, noun: str) -> bytes:
-    """The bytes of a data: URL. Base64 may be broken into lines, percent-encoded, URL-safe or without padding, as browsers take it."""
+    """The bytes of a data: URL, as browsers take it.
+
+    Base64 may be broken into lines, percent-encoded, URL-safe or without padding.
+    """
     try:
         if header.rpartition(";")[2].strip().lower() != "base64":
             return unquote_to_bytes(content)
@@ -122,7 +129,8 @@ def _data(header: str, content: str, name: str, noun: str) -> bytes:
 
 
 def kind_of(head: bytes) -> str | None:
-    """ "image" or "video" by the first bytes of a file (at least 400 tell most), "both" for GIF and PNG, which may move; None: unknown."""
+    """What a file is by its first 400 bytes: "image", "video", "both" (GIF and PNG may move), None.
+    """
     if head[4:8] == b"ftyp":
         return "image" if head[8:12] in _STILL_BRANDS else "video"
     if head[:4] == b"RIFF":

@@ -5,6 +5,7 @@ Frames are chosen by their presentation time stamps, so files of variable frame 
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
@@ -110,6 +111,25 @@ def sample_count(duration: float | Fraction, total: int, options: VideoOptions) 
     return min(count, total)
 
 
+def check_video(source: str | Path | bytes, name: str | None = None) -> None:
+    """Raise InfiniteVLError, as `load_video` would, for what holds no whole video; nothing is decoded."""
+    name = name or f"video {describe(source)}"
+    with open_source(source, name, "video") as file, _damage_named(name):
+        read_track(file, name)
+
+
+@contextmanager
+def _damage_named(name: str) -> Iterator[None]:
+    """What FFmpeg raises for damaged bytes, as an InfiniteVLError."""
+    try:
+        yield
+    except InfiniteVLError:
+        raise
+    except (av.error.FFmpegError, EOFError, ValueError, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InfiniteVLError(f"{name} cannot be decoded: {reason}", DAMAGED) from error
+
+
 def load_video(
     source: str | Path | bytes | Sequence | np.ndarray,
     options: VideoOptions,
@@ -125,14 +145,8 @@ def load_video(
     name = name or f"video {describe(source)}"
 
     if isinstance(source, str | Path | bytes | bytearray | memoryview):
-        with open_source(source, name, "video") as file:
-            try:
-                return _sample(file, options, size, name)
-            except InfiniteVLError:
-                raise
-            except (av.error.FFmpegError, EOFError, ValueError, OSError) as error:
-                reason = getattr(error, "strerror", None) or str(error)
-                raise InfiniteVLError(f"{name} cannot be decoded: {reason}", DAMAGED) from error
+        with open_source(source, name, "video") as file, _damage_named(name):
+            return _sample(file, options, size, name)
     rate = exact(options.fps)
     if isinstance(source, list | tuple):
         if not source:

@@ -1,7 +1,7 @@
-"""Video files: the one file, its moving picture among its streams, the times of its frames, upright frames.
+"""Video files: the moving picture among a file's streams, the times of its frames, upright frames.
 
-FFmpeg reads what it is handed as a Python file. Its formats are listed here, and it may open nothing else: playlists, session
-descriptions and references to other files or addresses are refused.
+FFmpeg reads what it is handed as a Python file. Its formats are listed here, and it may open nothing
+else: playlists, session descriptions and references to other files or addresses are refused.
 """
 
 import os
@@ -26,7 +26,7 @@ MAX_SECONDS = 366 * 86_400
 DAMAGED = "play it in a viewer; copy it again, or re-encode it: ffmpeg -i IN -c:v libx264 OUT.mp4"
 CUT_SHORT = "copy or download it again, or keep what there is: ffmpeg -i IN -c copy OUT.mkv"
 
-# FFmpeg's names of the formats that are read. Streams without time stamps are timed by the rate that they state themselves.
+# FFmpeg's names of the formats that are read. Raw streams are timed by the rate that they state.
 _RAW = ("h264", "hevc", "m4v", "mpegvideo", "obu", "vvc")
 _FILMS = (
     "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "ivf",
@@ -55,8 +55,9 @@ _TURNS = {
 class Track:
     """The moving picture of a file. Times are seconds from its first frame, exact.
 
-    `start` is the first time stamp in units of `tick` seconds, None where frames are only counted. `rate` is the frames a second where
-    they come steadily: the time stamps are then rounded to ticks, and frame k stands at k / rate.
+    `start` is the first time stamp in units of `tick` seconds, None where frames are only counted.
+    `rate` is the frames a second where they come steadily: the time stamps are then rounded to
+    ticks, and frame k stands at k / rate.
     """
 
     index: int
@@ -169,7 +170,7 @@ def decode(file: BinaryIO, track: Track, name: str) -> Iterator[tuple[Fraction, 
 
 
 def upright(frame: av.VideoFrame) -> Image.Image:
-    """RGB picture, turned and mirrored as the file's display matrix says, to the nearest quarter turn."""
+    """RGB picture, turned and mirrored by the file's display matrix, to the nearest quarter turn."""
     image = frame.to_image()
     side = frame.side_data.get(Type.DISPLAYMATRIX)
     if side is None:
@@ -197,7 +198,8 @@ def open_container(file: BinaryIO, name: str) -> av.container.InputContainer:
         if kind_of(file.read(400)) in ("image", "both"):
             raise InfiniteVLError(f"{name} is a picture, not a video", OTHER["image"]) from error
         raise InfiniteVLError(
-            f"{name} is not a video in a format that is read (MP4, MOV, Matroska, WebM, AVI, MPEG, FLV, ASF, Ogg, GIF, ...)",
+            f"{name} is not a video in a format that is read (MP4, MOV, Matroska, WebM, AVI, MPEG, "
+            "FLV, ASF, Ogg, GIF, ...)",
             "play it in a viewer; convert it: ffmpeg -i IN -c:v libx264 OUT.mp4",
         ) from error
 
@@ -218,7 +220,7 @@ def _check_whole(file: BinaryIO, name: str) -> None:
 def _moving(
     streams: dict[int, av.VideoStream], packets: dict[int, list], sound: bool
 ) -> av.VideoStream | None:
-    """The stream that is the video: no preview, marked as default, of the largest picture, with the most frames."""
+    """The stream that is the video: no preview, the default, the largest, the longest."""
     counts = Counter({index: len(found) for index, found in packets.items() if found})
     if not counts:
         return None
