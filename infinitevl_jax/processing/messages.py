@@ -139,7 +139,7 @@ def _source(part: dict, kind: str, where: str) -> tuple[object, set[str]]:
                 )
             source, detail = source.get("url"), source.get("detail", detail)
         used |= {"detail"}
-        if detail not in (None, "auto"):
+        if not (detail is None or (isinstance(detail, str) and detail == "auto")):
             raise InfiniteVLError(
                 f"{where} asks for detail {detail!r}, which this model does not know",
                 "set min_pixels and max_pixels instead",
