@@ -4,7 +4,7 @@ from infinitevl_jax.processing.chat_template import ChatTemplate
 from infinitevl_jax.processing.images import ImageOptions, load_image, smart_resize
 from infinitevl_jax.processing.processor import Processor
 from infinitevl_jax.processing.tokenizer import TextStream, Tokenizer
-from infinitevl_jax.processing.video import VideoOptions, load_video
+from infinitevl_jax.processing.video import VideoOptions, check_video, load_video
 
 __all__ = [
     "ChatTemplate",
@@ -13,6 +13,7 @@ __all__ = [
     "TextStream",
     "Tokenizer",
     "VideoOptions",
+    "check_video",
     "load_image",
     "load_video",
     "smart_resize",
