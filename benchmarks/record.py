@@ -19,13 +19,16 @@ def add_commit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--commit", default=here, required=not here, help=text)
 
 
-def record(name: str, commit: str, figures: dict) -> None:
-    """Print the line and append it to benchmarks/results/NAME.jsonl."""
-    line = json.dumps({**circumstances(), "commit": commit, **figures})
+def record(name: str, commit: str, figures: dict, path: Path | None = None) -> dict:
+    """Print the line, append it to a file (by default benchmarks/results/NAME.jsonl), and return it."""
+    content = {**circumstances(), "commit": commit, **figures}
+    line = json.dumps(content)
     print(line, flush=True)
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+    path = path or RESULTS / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
+    return content
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -14,13 +14,18 @@ from typing import NamedTuple
 
 from jax.profiler import ProfileData
 
+# kernels that move data between GPUs: NCCL's, XLA's own for small sums, and copies
+COLLECTIVE = re.compile(r"nccl|all_?reduce|all_?gather|reduce_?scatter|all_?to_?all|memcpyp2p", re.IGNORECASE)
+
 
 class Kernel(NamedTuple):
-    """One launch: its name, microseconds, and the operation of the program that it came from (empty if unknown)."""
+    """One launch: its name, microseconds, the operation of the program that it came from (empty if unknown), GPU, and its start in us."""
 
     name: str
     us: float
     origin: str
+    device: str = ""
+    start: float = 0.0
 
 
 def kernels(folder: str | Path) -> list[Kernel]:
@@ -36,8 +41,39 @@ def kernels(folder: str | Path) -> list[Kernel]:
             for event in line.events:
                 stats = {key: value for key, value in event.stats if key in ("name", "tf_op", "hlo_op")}
                 origin = str(stats.get("name") or stats.get("tf_op") or stats.get("hlo_op") or "")
-                found.append(Kernel(event.name, event.duration_ns / 1e3, origin))
+                found.append(Kernel(event.name, event.duration_ns / 1e3, origin, plane.name, event.start_ns / 1e3))
     return found
+
+
+def collective_share(found: list[Kernel]) -> dict[str, float]:
+    """How much of the GPUs' busy time (some kernel runs) went to moving data between them; the mean over GPUs, empty without kernels.
+
+    `collectives`: share in which such a kernel ran, its wait for the other GPUs included. `collectives_alone`: in which nothing else ran
+    beside it: what would be saved if it were hidden.
+    """
+    devices: dict[str, list[Kernel]] = defaultdict(list)
+    for kernel in found:
+        devices[kernel.device].append(kernel)
+    shares, alone = [], []
+    for kernels_there in devices.values():
+        busy = covered(kernels_there)
+        moving = [kernel for kernel in kernels_there if COLLECTIVE.search(kernel.name)]
+        others = [kernel for kernel in kernels_there if not COLLECTIVE.search(kernel.name)]
+        shares.append(covered(moving) / busy)
+        alone.append((busy - covered(others)) / busy)
+    if not shares:
+        return {}
+    return {"collectives": sum(shares) / len(shares), "collectives_alone": sum(alone) / len(alone)}
+
+
+def covered(found: list[Kernel]) -> float:
+    """Microseconds in which at least one of these kernels ran."""
+    total, end = 0.0, float("-inf")
+    for kernel in sorted(found, key=lambda k: k.start):
+        stop = kernel.start + kernel.us
+        total += max(0.0, stop - max(end, kernel.start))
+        end = max(end, stop)
+    return total
 
 
 def table(found: list[Kernel], top: int = 40) -> str:

@@ -28,6 +28,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 import jax  # noqa: E402  its memory is set first
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from jax.sharding import Mesh  # noqa: E402
 
 from benchmarks.pods import TRAINABLE  # noqa: E402
 from benchmarks.record import add_commit, record  # noqa: E402
@@ -40,10 +41,10 @@ from infinitevl_jax.config.train import OptimizerConfig  # noqa: E402
 from infinitevl_jax.data.batch import TrainBatch  # noqa: E402
 from infinitevl_jax.model.inputs import prepare  # noqa: E402
 from infinitevl_jax.model.ops import resolve_ops  # noqa: E402
-from infinitevl_jax.model.params import Params, initialize  # noqa: E402
-from infinitevl_jax.sharding import make_mesh  # noqa: E402
+from infinitevl_jax.model.params import Params, abstract, initialize  # noqa: E402
+from infinitevl_jax.sharding import make_mesh, parameter_shardings  # noqa: E402
 from infinitevl_jax.training.optimizer import make_optimizer, split_trainable  # noqa: E402
-from infinitevl_jax.training.step import init_state, model_of, put_batch, train_step  # noqa: E402
+from infinitevl_jax.training.step import init_state, model_of, put_batch, state_shardings, train_step  # noqa: E402
 
 TRAIN = {"mixers": [r"layers\..*self_attn\..*"], "decoder": TRAINABLE}
 LAYERS = {"scanned": True, "unrolled": False}
@@ -66,6 +67,37 @@ def random_batch(config: ModelConfig, rng: np.random.Generator, length: int, ima
     prepared = prepare(config, row[None, :-1], **vision, row_per_sequence=True)
     weights = (np.arange(1, length + 1) >= len(head)).astype(np.float32)
     return TrainBatch(prepared.patches, None, prepared.inputs, None, row[None, 1:], weights[None])
+
+
+def compile_step(config: ModelConfig, run: RunConfig, mesh: Mesh, optimizer, names: list[str], begin, batch: TrainBatch):
+    """The training step compiled for a mesh, its first state, and figures of both.
+
+    names: the parameters that train. begin: gives all parameters, on any device. batch: on the host.
+    Returns (step, state, figures): parameters, seconds to compile and, by the compiler's account, GB a device.
+    """
+    params = begin()
+    line = {"parameters": sum(p.size for p in params.values()), "trained": sum(params[n].size for n in names)}
+    first = partial(init_state, trainable=names, optimizer=optimizer)
+    places = state_shardings(jax.eval_shape(first, params), mesh)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, parameter_shardings(params, mesh))
+        state = jax.jit(first, out_shardings=places, donate_argnums=0)(params)
+        del params
+        started = time.perf_counter()
+        model = model_of(config, run, resolve_ops(mesh, run.attend, run.gated_delta_rule, run.causal_conv))
+        step = jax.jit(partial(train_step, model, optimizer), donate_argnums=0, out_shardings=(places, None))
+        step = step.lower(state, put_batch(batch, mesh)).compile()
+    line["compile_s"] = round(time.perf_counter() - started, 1)
+    memory = step.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return step, state, line | {"state_GB": round(held / 1e9, 2), "temporaries_GB": round(memory.temp_size_in_bytes / 1e9, 2)}
+
+
+def mfu(flops: float, milliseconds: float, devices: int) -> float | None:
+    """Model FLOPs utilisation of a step on devices like this process's first; None where their peak is not in `PEAK`."""
+    kind = jax.devices()[0].device_kind
+    peak = next((rate for name, rate in PEAK.items() if name in kind), None)
+    return peak and round(flops / (milliseconds * 1e-3) / peak / devices, 4)
 
 
 def measure(
@@ -91,25 +123,13 @@ def measure(
     """
     run = RunConfig(fsdp=1, dtype=dtype, remat=remat, scan=scan, attend=attend, gated_delta_rule=gated_delta_rule)
     mesh = make_mesh(run, jax.devices()[:1])
-    ops = resolve_ops(mesh, attend, gated_delta_rule)
     optimizer = make_optimizer(OptimizerConfig(peak_lr=1e-4, warmup=0.0), 1000)
     rng = np.random.default_rng(0)
+    names, _ = split_trainable(list(abstract(config, scanned=True)[1]), train)
+    first = random_batch(config, rng, length, images, grid)
+    flops = step_flops(config, names, first)
+    step, state, line = compile_step(config, run, mesh, optimizer, names, begin, first)
     with jax.set_mesh(mesh):
-        params = begin()
-        names, _ = split_trainable(list(params), train)
-        first = random_batch(config, rng, length, images, grid)
-        flops = step_flops(config, names, first)
-        line = {"parameters": sum(p.size for p in params.values()), "trained": sum(params[n].size for n in names)}
-        state = jax.jit(partial(init_state, trainable=names, optimizer=optimizer), donate_argnums=0)(params)
-        del params
-
-        started = time.perf_counter()
-        step = jax.jit(partial(train_step, model_of(config, run, ops), optimizer), donate_argnums=0)
-        step = step.lower(state, put_batch(first, mesh)).compile()
-        line["compile_s"] = round(time.perf_counter() - started, 1)
-        memory = step.memory_analysis()
-        held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        line |= {"state_GB": round(held / 1e9, 2), "temporaries_GB": round(memory.temp_size_in_bytes / 1e9, 2)}
         print(f"  compiled: {line}", flush=True)
 
         times, losses = [], []
@@ -129,14 +149,12 @@ def measure(
         median = line["step_ms"]["median"]
         line["tokens_per_s"] = round(length / median * 1e3, 1)
         line["TFLOP"] = {term: round(count / 1e12, 3) for term, count in flops.items()} | {"all": round(sum(flops.values()) / 1e12, 2)}
-        kind = jax.devices()[0].device_kind
-        peak = next((rate for name, rate in PEAK.items() if name in kind), None)
-        line["mfu"] = peak and round(sum(flops.values()) / (median * 1e-3) / peak, 4)
+        line["mfu"] = mfu(sum(flops.values()), median, 1)
         stats = jax.devices()[0].memory_stats() or {}
         line["peak_GB_so_far"] = round(stats.get("peak_bytes_in_use", 0) / 1e9, 2)  # of the whole process: it cannot be set back
         line["loss"] = [round(loss, 4) for loss in (losses[0], losses[len(losses) // 2], losses[-1])]
         line["loss_finite"], line["loss_fell"] = bool(np.isfinite(losses).all()), losses[-1] < losses[0]
-        line["ran"] = ops.report()
+        line["ran"] = resolve_ops(mesh, attend, gated_delta_rule).report()
         if profile:
             with jax.profiler.trace(profile):
                 for _ in range(2):

@@ -4,7 +4,7 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
@@ -15,6 +15,20 @@ JSON_BYTES = 64 << 20  # of a JSON file: the largest published tokenizer.json ha
 T = TypeVar("T")
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file, open for reading in binary: never a pipe or a device, which may not end.
+
+    Raises:
+      InfiniteVLError: it is no regular file. OSError, ValueError: as `open` raises them.
+    """
+    # O_NONBLOCK: opening a named pipe must not wait for a writer.
+    file = open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise InfiniteVLError(f"{path} is not a regular file", "put the file itself there")
+    return file
+
+
 def read_bytes(path: Path, limit: int) -> bytes:
     """The content of a regular file of at most `limit` bytes.
 
@@ -23,18 +37,16 @@ def read_bytes(path: Path, limit: int) -> bytes:
         larger than `limit`, or it cannot be read.
     """
     try:
-        # O_NONBLOCK: opening a named pipe must not wait for a writer.
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(handle, "rb") as file:
-            found = os.fstat(handle)
-            if not stat.S_ISREG(found.st_mode):
-                raise InfiniteVLError(f"{path} is not a regular file", "put the file itself there")
-            if found.st_size > limit:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
                 raise InfiniteVLError(
-                    f"{path} has {found.st_size:,} bytes, more than the {limit:,} that are read",
+                    f"{path} has {size:,} bytes, more than the {limit:,} that are read",
                     "check that it is the right file",
                 )
             return file.read()
+    except InfiniteVLError:
+        raise
     except FileNotFoundError:
         raise InfiniteVLError(
             f"{path} does not exist", f"{path.parent} has to be a folder with a {path.name}"

@@ -58,7 +58,7 @@ class Dispatch:
         self.implementations = [known[name] for name in self.names.split(",")]
         reasons = [f"{i.name}: {i.device(self.device)}" for i in self.implementations]
         if all(i.device(self.device) for i in self.implementations):
-            raise Refusal(f"{self.operator} cannot run as asked\n  " + "\n  ".join(reasons), "name another implementation, or none")
+            raise Refusal(f"{self.operator} cannot run as asked: " + "; ".join(reasons), "name another implementation, or none")
 
     def choose(self, *args, **kwargs) -> tuple[Implementation, list[str]]:
         """The implementation for these arguments, and the reasons of those passed over.
@@ -72,7 +72,7 @@ class Dispatch:
                 return option, reasons
             reasons.append(f"{option.name}: {reason}")
         cure = 'name another as well ("NAME,xla"), or none to take the first that can' if self.names else "change the case"
-        raise Refusal(f"{self.operator} cannot run on {self._case(args, kwargs)}\n  " + "\n  ".join(reasons), cure)
+        raise Refusal(f"{self.operator} cannot run on {self._case(args, kwargs)}: " + "; ".join(reasons), cure)
 
     def __call__(self, *args, **kwargs):
         option, reasons = self.choose(*args, **kwargs)

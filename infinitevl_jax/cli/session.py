@@ -13,7 +13,7 @@ from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.inference.conversation import Conversation
 from infinitevl_jax.inference.infinitevl import InfiniteVL
 from infinitevl_jax.inference.sampling import Sampling
-from infinitevl_jax.processing import Processor, load_image
+from infinitevl_jax.processing import Processor, check_video, load_image
 from infinitevl_jax.sharding import make_mesh
 
 AXES = ("data", "fsdp", "tensor")
@@ -57,11 +57,10 @@ def run_config(text: str) -> RunConfig:
 
 
 def media(kind: str, path: Path) -> dict:
-    """The content item of an image or video file; an image is decoded once here, so that a mistake shows before anything slow."""
+    """The content item of an image or video file; read once here, so that a mistake shows before anything slow."""
     if not path.is_file():
         raise InfiniteVLError(f"{kind} {str(path)!r} is {'a folder' if path.is_dir() else 'not there'}", "check the path")
-    if kind == "image":
-        load_image(path)
+    load_image(path) if kind == "image" else check_video(path)
     return {"type": kind, kind: str(path)}
 
 

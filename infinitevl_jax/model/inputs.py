@@ -4,6 +4,7 @@ Left padding is rolled away here, so that inside every sequence starts at 0 and 
 """
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from jax import Array
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.model.patches import Patches, pack
-from infinitevl_jax.model.positions import VisionItem, sequence_positions
+from infinitevl_jax.model.positions import VisionItem, check_position_ids, seconds_per_grid, sequence_positions
 from infinitevl_jax.model.segments import split_packed
 
 
@@ -51,14 +52,14 @@ def vision_items(
 
     images = [VisionItem("image", merged(g), 0.0) for g in _grids(image_grid_thw)]
     grids = _grids(video_grid_thw)
-    seconds = np.ones(len(grids)) if second_per_grid_ts is None else np.asarray(second_per_grid_ts, np.float64).reshape(-1)
+    seconds = [Fraction(1)] * len(grids) if second_per_grid_ts is None else seconds_per_grid(second_per_grid_ts)
     if len(seconds) != len(grids):
         raise InfiniteVLError(
             f"second_per_grid_ts has {len(seconds)} entries for {len(grids)} videos", "give one per video: temporal_patch_size / fps"
         )
     if truncate_seconds:
-        seconds = np.trunc(seconds)
-    videos = [VisionItem("video", merged(g), float(s)) for g, s in zip(grids, seconds, strict=True)]
+        seconds = [Fraction(int(s)) for s in seconds]
+    videos = [VisionItem("video", merged(g), s) for g, s in zip(grids, seconds, strict=True)]
     return images, videos
 
 
@@ -159,6 +160,7 @@ def prepare(
         own = np.broadcast_to(own, (3, *own.shape)) if own.ndim == 2 else own
         if own.shape != (3, batch, width):
             raise InfiniteVLError(f"position_ids has shape {own.shape}", f"pass [3, {batch}, {width}]: temporal, height, width")
+        check_position_ids(own[:, run])
         for b in range(batch):
             here = slice(shift[b], shift[b] + counts[b])
             positions[:, b, : counts[b]] = own[:, b, here]

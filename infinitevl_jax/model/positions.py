@@ -3,23 +3,27 @@
 Text counts up on all three axes. A vision segment with merged grid (T, H, W) starts at base = largest so far + 1:
 t = base + floor(i_t * seconds_per_grid * tokens_per_second), h = base + row, w = base + column, t-major; what follows starts at the
 largest over all three axes + 1. This is the rule the published weights were trained with (transformers 5 goes on from max(H, W)).
+Seconds are exact fractions, so that no step is lost to the rounding of a float.
 """
 
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
 
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.rational import exact
 
+MAX_POSITION = 2**31 - 1
 
 class VisionItem(NamedTuple):
     """One image or video as the decoder sees it."""
 
     kind: str  # "image" or "video"
     grid: tuple[int, int, int]  # (frames, rows, columns) in merged tokens
-    seconds_per_grid: float  # time between two frames of the grid; 0 for an image
+    seconds_per_grid: float | Fraction  # time between two frames of the grid, not negative; 0 for an image
 
     @property
     def tokens(self) -> int:
@@ -27,11 +31,37 @@ class VisionItem(NamedTuple):
 
 
 def vision_positions(item: VisionItem, base: int, tokens_per_second: float) -> np.ndarray:
-    """[3, tokens] positions of one segment that starts at `base`."""
+    """[3, tokens] positions of one segment that starts at `base`. Raises InfiniteVLError for positions beyond 2^31 - 1."""
     frames, rows, columns = item.grid
-    t, h, w = np.meshgrid(np.arange(frames), np.arange(rows), np.arange(columns), indexing="ij")
-    t = np.floor(t * (item.seconds_per_grid * tokens_per_second)).astype(np.int64)
+    step = exact(item.seconds_per_grid) * exact(tokens_per_second)
+    if base + max(0, frames - 1) * step > MAX_POSITION:
+        raise InfiniteVLError(
+            f"a {item.kind} of {frames} steps, {float(item.seconds_per_grid):g} s each, ends beyond position {MAX_POSITION:,}",
+            "give second_per_grid_ts in seconds: temporal_patch_size / fps",
+        )
+    time = np.array([k * step.numerator // step.denominator for k in range(frames)], np.int64)
+    t, h, w = np.meshgrid(time, np.arange(rows), np.arange(columns), indexing="ij")
     return base + np.stack([t, h, w]).reshape(3, -1)
+
+
+def seconds_per_grid(values: object) -> list[Fraction]:
+    """second_per_grid_ts as exact fractions. Raises InfiniteVLError for anything but finite numbers of 0 or more."""
+    try:
+        seconds = [exact(value) for value in np.asarray(values).reshape(-1)]
+    except (TypeError, ValueError) as error:
+        raise InfiniteVLError(f"second_per_grid_ts: {error}", "give numbers, one per video: temporal_patch_size / fps") from None
+    if bad := [value for value in seconds if value < 0]:
+        raise InfiniteVLError(f"second_per_grid_ts holds {float(bad[0]):g}", "seconds are 0 or more: temporal_patch_size / fps")
+    return seconds
+
+
+def check_position_ids(positions: np.ndarray) -> None:
+    """Raise InfiniteVLError unless `positions` are integers from 0 to 2^31 - 1."""
+    if not np.issubdtype(positions.dtype, np.integer):
+        raise InfiniteVLError(f"position_ids are of type {positions.dtype}", "pass integers")
+    if positions.size and not 0 <= (low := positions.min()) <= (high := positions.max()) <= MAX_POSITION:
+        culprit = low if low < 0 else high
+        raise InfiniteVLError(f"position_ids hold {int(culprit):,}", f"positions run from 0 to {MAX_POSITION:,}")
 
 
 def sequence_positions(

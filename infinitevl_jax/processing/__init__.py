@@ -5,7 +5,7 @@ from infinitevl_jax.processing.images import ImageOptions, load_image, smart_res
 from infinitevl_jax.processing.processor import Processor
 from infinitevl_jax.processing.stream import TextStream
 from infinitevl_jax.processing.tokenizer import Tokenizer
-from infinitevl_jax.processing.video import VideoOptions, load_video
+from infinitevl_jax.processing.video import VideoOptions, check_video, load_video
 
 __all__ = [
     "ChatTemplate",
@@ -14,6 +14,7 @@ __all__ = [
     "TextStream",
     "Tokenizer",
     "VideoOptions",
+    "check_video",
     "load_image",
     "load_video",
     "smart_resize",

@@ -2,14 +2,61 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from msgspec import Meta, Struct
 
 from infinitevl_jax import reading
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.processing.images import ImageOptions
 from infinitevl_jax.processing.video import VideoOptions
 
-# preprocessor files: our name -> theirs, where they differ.
-_COMMON = {
+Count = Annotated[int, Meta(ge=1)]
+T = TypeVar("T")
+
+
+class Preprocessor(Struct):
+    """preprocessor_config.json, video_preprocessor_config.json or a section of processor_config.json: the keys that are read."""
+
+    image_processor_type: str | None = None
+    video_processor_type: str | None = None
+    do_resize: bool | None = None
+    do_rescale: bool | None = None
+    do_normalize: bool | None = None
+    patch_size: Count | None = None
+    temporal_patch_size: Count | None = None
+    merge_size: Count | None = None
+    image_mean: tuple[float, float, float] | None = None
+    image_std: tuple[float, float, float] | None = None
+    rescale_factor: float | None = None
+    resample: int | None = None
+    size: int | dict[str, int | None] | None = None
+    min_pixels: Count | None = None
+    max_pixels: Count | None = None
+    fps: float | None = None
+    min_frames: Count | None = None
+    max_frames: Count | None = None
+
+
+class ProcessorConfig(Struct):
+    """processor_config.json."""
+
+    image_processor: Preprocessor | None = None
+    video_processor: Preprocessor | None = None
+
+
+class _Vision(Struct):
+    patch_size: Count | None = None
+    temporal_patch_size: Count | None = None
+    spatial_merge_size: Count | None = None
+
+
+class _Config(Struct):
+    vision_config: _Vision | None = None
+
+
+# Our name -> theirs.
+_NAMES = {
     "patch_size": "patch_size",
     "temporal_patch_size": "temporal_patch_size",
     "merge_size": "merge_size",
@@ -17,60 +64,90 @@ _COMMON = {
     "std": "image_std",
     "rescale_factor": "rescale_factor",
     "resample": "resample",
+    "min_pixels": "min_pixels",
+    "max_pixels": "max_pixels",
 }
-_GEOMETRY = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size", "merge_size": "spatial_merge_size"}
+_VIDEO_NAMES = {name: name for name in ("fps", "min_frames", "max_frames")}
+_GEOMETRY = {
+    "patch_size": "patch_size",
+    "temporal_patch_size": "temporal_patch_size",
+    "merge_size": "spatial_merge_size",
+}
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file, {} if there is no such file. Raises InfiniteVLError for anything else."""
-    return reading.read_json(path) if path.exists() else {}
+def read_json(path: Path, kind: type[T] = dict[str, Any]) -> T:
+    """The content of a JSON file as `kind`, kind() if there is no such file. Raises InfiniteVLError for anything else."""
+    return reading.read_json(path, kind) if path.exists() else kind()
 
 
 def image_options(folder: Path) -> ImageOptions:
     """Image settings: processor_config.json's image_processor, else preprocessor_config.json; what they leave out, config.json's geometry
     and then the published defaults."""
     path, entries = _entries(folder, "image_processor", "preprocessor_config.json")
-    return _options(ImageOptions, path, entries, folder, ())
+    _check_family(path, entries, entries.image_processor_type)
+    return _options(ImageOptions, path, _values(path, entries, _NAMES), folder)
 
 
 def video_options(folder: Path) -> VideoOptions:
     """Video settings: processor_config.json's video_processor, else video_preprocessor_config.json. Without either, geometry and
     normalisation are the images', the limits the published ones for video (not the images')."""
     path, entries = _entries(folder, "video_processor", "video_preprocessor_config.json")
-    if not entries:
-        path, entries = _entries(folder, "image_processor", "preprocessor_config.json")
-        entries = {key: value for key, value in entries.items() if key not in ("min_pixels", "max_pixels", "size")}
-    return _options(VideoOptions, path, entries, folder, ("fps", "min_frames", "max_frames"))
+    if entries != Preprocessor():
+        _check_family(path, entries, entries.video_processor_type)
+        return _options(VideoOptions, path, _values(path, entries, _NAMES | _VIDEO_NAMES), folder)
+    path, entries = _entries(folder, "image_processor", "preprocessor_config.json")
+    values = _values(path, entries, _NAMES)
+    return _options(
+        VideoOptions,
+        path,
+        {k: v for k, v in values.items() if k not in ("min_pixels", "max_pixels")},
+        folder,
+    )
 
 
-def _entries(folder: Path, section: str, file: str) -> tuple[Path, dict]:
-    nested = read_json(folder / "processor_config.json").get(section)
-    return (folder / "processor_config.json", nested) if isinstance(nested, dict) else (folder / file, read_json(folder / file))
+def _entries(folder: Path, section: str, file: str) -> tuple[Path, Preprocessor]:
+    nested = getattr(read_json(folder / "processor_config.json", ProcessorConfig), section)
+    path = folder / ("processor_config.json" if nested else file)
+    return path, nested or read_json(path, Preprocessor)
 
 
-def _options(kind: type, path: Path, entries: dict, folder: Path, extra: tuple[str, ...]):
-    family = str(entries.get(f"{'video' if kind is VideoOptions else 'image'}_processor_type") or "Qwen2VL")
-    if not family.startswith(("Qwen2VL", "Qwen2_5_VL", "Qwen2_VL")):
+def _check_family(path: Path, entries: Preprocessor, family: str | None) -> None:
+    if family and not family.startswith(("Qwen2VL", "Qwen2_5_VL", "Qwen2_VL")):
         raise InfiniteVLError(
-            f"{path} is for another family of models: {family}", "use the preprocessor files of a Qwen2-VL or InfiniteVL checkpoint"
+            f"{path} is for another family of models: {family}",
+            "use the preprocessor files of a Qwen2-VL or InfiniteVL checkpoint",
         )
     for switch in ("do_resize", "do_rescale", "do_normalize"):
-        if entries.get(switch) is False:
-            raise InfiniteVLError(f"{path}: {switch} is false", f"set {switch} to true; only fully processed pictures are supported")
-    values = {name: entries[theirs] for name, theirs in _COMMON.items() if entries.get(theirs) is not None}
-    values |= {name: entries[name] for name in extra if entries.get(name) is not None}
-    size = entries.get("size")
-    if isinstance(size, dict) and size:
-        low, high = size.get("shortest_edge", size.get("min_pixels")), size.get("longest_edge", size.get("max_pixels"))
+        if getattr(entries, switch) is False:
+            raise InfiniteVLError(
+                f"{path}: {switch} is false",
+                f"set {switch} to true; only fully processed pictures are supported",
+            )
+
+
+def _values(path: Path, entries: Preprocessor, names: dict[str, str]) -> dict[str, Any]:
+    """Options by our names, as far as the file gives them."""
+    values = {}
+    if size := entries.size:
+        size = size if isinstance(size, dict) else {"size": size}
+        low, high = (
+            size.get("shortest_edge", size.get("min_pixels")),
+            size.get("longest_edge", size.get("max_pixels")),
+        )
         if low is None or high is None:
             raise InfiniteVLError(
-                f"{path}: size is {size}", "give shortest_edge and longest_edge, the least and the most pixels of a picture"
+                f"{path}: size is {size}",
+                "give shortest_edge and longest_edge, the least and the most pixels of a picture",
             )
-        values |= {"min_pixels": low, "max_pixels": high}
-    values |= {name: entries[name] for name in ("min_pixels", "max_pixels") if entries.get(name) is not None}
-    vision = read_json(folder / "config.json").get("vision_config")
+        values = {"min_pixels": low, "max_pixels": high}
+    given = {name: getattr(entries, theirs) for name, theirs in names.items()}
+    return values | {name: value for name, value in given.items() if value is not None}
+
+
+def _options(kind: type[T], path: Path, values: dict[str, Any], folder: Path) -> T:
+    vision = read_json(folder / "config.json", _Config).vision_config or _Vision()
     for name, theirs in _GEOMETRY.items():
-        wanted = vision.get(theirs) if isinstance(vision, dict) else None
+        wanted = getattr(vision, theirs)
         if wanted is not None and values.setdefault(name, wanted) != wanted:
             raise InfiniteVLError(
                 f"{path}: {name} is {values[name]}, but config.json's vision_config has {theirs} {wanted}",
@@ -79,9 +156,8 @@ def _options(kind: type, path: Path, entries: dict, folder: Path, extra: tuple[s
     try:
         return kind(**values)
     except InfiniteVLError as error:
-        raise InfiniteVLError(f"{path}: {error.culprit}", error.cure) from error
-    except (TypeError, ValueError) as error:
-        raise InfiniteVLError(f"{path} has a malformed value: {error}", "copy it again from the source checkpoint") from error
+        name, _, rest = error.culprit.partition(" ")
+        raise InfiniteVLError(f"{path}: {_NAMES.get(name, name)} {rest}", error.cure) from error
 
 
 def override(options: ImageOptions, values: dict, where: str) -> ImageOptions:

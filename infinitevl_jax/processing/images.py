@@ -4,21 +4,59 @@ The arithmetic is that of the published Qwen2-VL image processor: sides become m
 bicubic filter, values scaled to 0..1 and normalised, then cut into patches in merge order.
 """
 
-import base64
-import binascii
-import io
 import math
+import os
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
-from urllib.parse import unquote, urlparse
+from typing import BinaryIO
 
 import numpy as np
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image
 
 from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.processing.sources import OTHER, describe, kind_of, open_source
 
 MAX_ASPECT_RATIO = 200
+MAX_FILE_PIXELS = (
+    1 << 27
+)  # of a picture as it is stored: 134 million, a decoder's buffers stay below 3 GB
+MAX_FILE_BYTES = 1 << 29  # of a picture's file: some decoders read it whole
+MAX_RESIZED_PIXELS = 1 << 26  # of a picture as the model sees it: 85,000 tokens, 0.8 GB of patches
+
+# Formats whose decoders read the one file and start no program (Pillow hands EPS to Ghostscript). HEIF
+# counts where the caller has registered a plug-in for it.
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "DIB",
+    "TIFF",
+    "AVIF",
+    "HEIF",
+    "JPEG2000",
+    "MPO",
+    "PPM",
+    "QOI",
+    "TGA",
+    "ICO",
+)
+
+# EXIF orientation -> what turns the stored pixels upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION = 0x0112
+_BAND_PIXELS = 1 << 22  # pixels whose mode is changed at once
 
 
 @dataclass(frozen=True)
@@ -38,10 +76,32 @@ class ImageOptions:
     def __post_init__(self):
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))
-        for name in ("min_pixels", "max_pixels", "patch_size", "temporal_patch_size", "merge_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-                raise InfiniteVLError(f"{name} is {value!r}", "it counts pixels, patches or frames: give an integer of 1 or more")
+        check_counts(
+            self,
+            {
+                "min_pixels": 1 << 24,
+                "max_pixels": 1 << 40,
+                "patch_size": 64,
+                "temporal_patch_size": 8,
+                "merge_size": 8,
+            },
+        )
+        for name, low in (("mean", -math.inf), ("std", 0.0), ("rescale_factor", 0.0)):
+            values = getattr(self, name) if name != "rescale_factor" else (self.rescale_factor,) * 3
+            if len(values) != 3 or not all(
+                is_number(value) and low < value < math.inf for value in values
+            ):
+                wanted = (
+                    "a positive number"
+                    if name == "rescale_factor"
+                    else "three numbers" + (" above 0" if name == "std" else "")
+                )
+                raise InfiniteVLError(f"{name} is {getattr(self, name)!r}", f"give {wanted}")
+        if isinstance(self.resample, bool) or self.resample not in list(Image.Resampling):
+            raise InfiniteVLError(
+                f"resample is {self.resample!r}",
+                f"give one of Pillow's filters, 0 to {max(Image.Resampling)}",
+            )
         if self.min_pixels > self.max_pixels:
             raise InfiniteVLError(
                 f"min_pixels {self.min_pixels:,} is above max_pixels {self.max_pixels:,}",
@@ -59,14 +119,38 @@ class ImageOptions:
         return self.merge_size**2
 
 
-def smart_resize(height: int, width: int, factor: int = 28, min_pixels: int = 3136, max_pixels: int = 1_003_520) -> tuple[int, int]:
+def check_counts(options: object, most: dict[str, int]) -> None:
+    """Raise InfiniteVLError unless each named attribute of `options` is an integer from 1 to its limit."""
+    for name, limit in most.items():
+        value = getattr(options, name)
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | np.integer)
+            or not 1 <= value <= limit
+        ):
+            raise InfiniteVLError(
+                f"{name} is {value!r}",
+                f"it counts pixels, patches or frames: give an integer from 1 to {limit:,}",
+            )
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool | np.bool_)
+
+
+def smart_resize(
+    height: int, width: int, factor: int = 28, min_pixels: int = 3136, max_pixels: int = 1_003_520
+) -> tuple[int, int]:
     """The (height, width) in pixels that a picture is resized to: multiples of `factor`, area within the two limits.
 
     Halves round to even. Too large: both sides shrink by the same ratio and round down, though never below `factor`; too small: they grow
     and round up. Raises InfiniteVLError for an empty picture or an aspect ratio over 200.
     """
     if height < 1 or width < 1:
-        raise InfiniteVLError(f"picture of {height} x {width} pixels (height x width) is empty", "give a picture of at least 1 x 1")
+        raise InfiniteVLError(
+            f"picture of {height} x {width} pixels (height x width) is empty",
+            "give a picture of at least 1 x 1",
+        )
     if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
         raise InfiniteVLError(
             f"picture of {height} x {width} pixels (height x width) has an aspect ratio of {max(height, width) / min(height, width):.0f}",
@@ -84,57 +168,6 @@ def smart_resize(height: int, width: int, factor: int = 28, min_pixels: int = 31
     return new_height, new_width
 
 
-def describe(source: object) -> str:
-    """A few words that let a reader find the culprit: the path, or the kind and size of what was passed."""
-    if isinstance(source, str) and source.startswith("data:"):
-        return f"data URI ({len(source):,} characters)"
-    if isinstance(source, str | Path):
-        text = str(source)
-        return repr(text if len(text) <= 160 else text[:80] + "..." + text[-77:])
-    if isinstance(source, bytes | bytearray | memoryview):
-        return f"{len(source):,} bytes in memory"
-    if isinstance(source, Image.Image):
-        return f"PIL image {source.width} x {source.height} mode {source.mode}"
-    if hasattr(source, "shape") and hasattr(source, "dtype"):
-        return f"array of shape {tuple(source.shape)} and type {source.dtype}"
-    if isinstance(source, list | tuple):
-        return f"list of {len(source):,} frames"
-    return f"an object of type {type(source).__name__}"
-
-
-def open_bytes(source: str | Path | bytes, name: str, noun: str) -> bytes | Path:
-    """A readable, non-empty file's path, or the bytes themselves. Accepts file:// and data: URIs; `noun` is "image" or "video"."""
-    if isinstance(source, bytes | bytearray | memoryview):
-        if not len(source):
-            raise InfiniteVLError(f"{name} has zero bytes", f"pass the whole {noun} file's contents")
-        return bytes(source)
-    text = str(source)
-    if isinstance(source, str):
-        if text.startswith("data:"):
-            try:
-                return open_bytes(base64.b64decode(text.partition(",")[2], validate=True), name, noun)
-            except binascii.Error as error:
-                raise InfiniteVLError(f"{name} is not valid base64: {error}", f"use data:{noun}/...;base64,<contents>") from error
-        if text.startswith(("http://", "https://")):
-            raise InfiniteVLError(f"{name} is a web address", "nothing is downloaded here: fetch the file first and pass its path or bytes")
-        if text.startswith("file://"):
-            text = unquote(urlparse(text).path)
-    path = Path(text)
-    try:
-        if path.is_dir():
-            raise InfiniteVLError(f"{name} is a folder", f"pass one {noun} file" + (" (or a list of frames)" if noun == "video" else ""))
-        size = path.stat().st_size
-        path.open("rb").close()  # may it be read?
-    except InfiniteVLError:
-        raise
-    except (OSError, ValueError) as error:
-        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
-        raise InfiniteVLError(f"{name} {reason}", f"check the path (working folder: {Path.cwd()})") from error
-    if size == 0:
-        raise InfiniteVLError(f"{name} is an empty file (0 bytes)", f"copy or download the {noun} again")
-    return path
-
-
 def check_array(array: object, name: str, dims: str) -> np.ndarray:
     """`array` as numpy, required to be uint8 with the axes that `dims` lists, e.g. "H, W, 3"."""
     array = np.asarray(array)
@@ -144,54 +177,135 @@ def check_array(array: object, name: str, dims: str) -> np.ndarray:
             "move the axes, drop an alpha channel, repeat a grey one three times; or pass a PIL image, which is converted to RGB",
         )
     if array.dtype != np.uint8:
-        raise InfiniteVLError(f"{name}: arrays hold uint8 values 0..255", "scale and round, then .astype(np.uint8)")
+        raise InfiniteVLError(
+            f"{name}: arrays hold uint8 values 0..255", "scale and round, then .astype(np.uint8)"
+        )
     if not array.size:
         raise InfiniteVLError(f"{name} is empty", "give at least one pixel and one frame")
     return array
 
 
-def load_image(source: str | Path | bytes | Image.Image | np.ndarray, name: str | None = None) -> Image.Image:
-    """An RGB picture from a path, file:// or data: URI, bytes, PIL image or uint8 array [H, W, 3].
+def load_image(
+    source: str | Path | bytes | Image.Image | np.ndarray, name: str | None = None
+) -> Image.Image:
+    """An RGB picture from a path, file:// or data: URL, bytes, PIL image or uint8 array [H, W, 3].
 
-    A camera's EXIF orientation is applied; transparency is laid over white; 16-bit greys are scaled to 8 bits. `name` is how errors call
-    the picture. Raises InfiniteVLError for anything that cannot be decoded whole.
+    The file is of one of FORMATS and has at most MAX_FILE_PIXELS pixels; of one that moves, the first frame is taken. A camera's
+    orientation is applied; transparency is laid over white; 16-bit greys are scaled to 8 bits. `name` is how errors call the picture.
+    Raises InfiniteVLError for anything that cannot be decoded whole.
     """
     name = name or f"image {describe(source)}"
     if isinstance(source, str | Path | bytes | bytearray | memoryview):
-        file = open_bytes(source, name, "image")
-        # Decoders of damaged bytes raise every kind of exception, so all are caught here and here alone.
+        with open_source(source, name, "image") as file:
+            return _decode(file, name)
+    if isinstance(source, Image.Image):
+        if source.format not in (None, *FORMATS):
+            raise InfiniteVLError(
+                f"{name} is an open {source.format} file, which is not among the formats that are read here",
+                "if you trust the file, decode it yourself: pass image.convert('RGB')",
+            )
         try:
-            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-                image.load()
-                return _to_rgb(image, name)
+            return _upright(_to_rgb(source, name), source)
         except InfiniteVLError:
             raise
-        except Image.DecompressionBombError as error:
+        except (OSError, ValueError, SyntaxError) as error:  # an open file is decoded only now
             raise InfiniteVLError(
-                f"{name} is too large: {error}", "shrink it first, or open it yourself with PIL and pass the PIL image"
+                f"{name} is damaged: {error}", "open it in a viewer; export it again as PNG or JPEG"
             ) from error
-        except Exception as error:
-            reason = (
-                "is not a picture in a format Pillow reads" if isinstance(error, Image.UnidentifiedImageError) else f"is damaged: {error}"
-            )
-            raise InfiniteVLError(f"{name} {reason}", "open it in a viewer; export it again as PNG or JPEG") from error
-    if isinstance(source, Image.Image):
-        return _to_rgb(source, name)
     if hasattr(source, "shape") and hasattr(source, "dtype"):
         return Image.fromarray(check_array(source, name, "H, W, 3"))
-    raise InfiniteVLError(f"{name} cannot be an image", "pass a path, bytes, a PIL image or a uint8 array [H, W, 3]")
+    raise InfiniteVLError(
+        f"{name} cannot be an image", "pass a path, bytes, a PIL image or a uint8 array [H, W, 3]"
+    )
+
+
+def _decode(file: BinaryIO, name: str) -> Image.Image:
+    """The upright RGB picture in a file."""
+    size = file.seek(0, os.SEEK_END)
+    if size > MAX_FILE_BYTES:
+        raise InfiniteVLError(
+            f"{name} has {size:,} bytes, more than the {MAX_FILE_BYTES:,} that are read",
+            "shrink it first",
+        )
+    file.seek(0)
+    Image.init()  # registers Pillow's formats
+    # Decoders of damaged bytes raise every kind of exception, so all are caught here and here alone.
+    try:
+        with Image.open(file, formats=[kind for kind in FORMATS if kind in Image.OPEN]) as image:
+            _check_size(image, name)
+            image.load()
+            _check_size(image, name)  # an icon tells its picture's size only now
+            return _upright(_to_rgb(image, name), image)
+    except InfiniteVLError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InfiniteVLError(f"{name} is too large: {error}", "shrink it first") from error
+    except Image.UnidentifiedImageError as error:
+        file.seek(0)
+        if kind_of(file.read(400)) == "video":
+            raise InfiniteVLError(f"{name} is not a picture but a video", OTHER["video"]) from error
+        raise InfiniteVLError(
+            f"{name} is not a picture in a format that is read ({', '.join(FORMATS)})",
+            "open it in a viewer; export it again as PNG or JPEG",
+        ) from error
+    except Exception as error:
+        raise InfiniteVLError(
+            f"{name} is damaged: {error}", "open it in a viewer; export it again as PNG or JPEG"
+        ) from error
+
+
+def _check_size(image: Image.Image, name: str) -> None:
+    # JPEG 2000's decoder holds four bytes a sample, twice what the others need.
+    limit = MAX_FILE_PIXELS // 2 if image.format == "JPEG2000" else MAX_FILE_PIXELS
+    if image.width * image.height > limit:
+        size = f"{image.width:,} x {image.height:,} pixels"
+        raise InfiniteVLError(
+            f"{name} is too large: {size}, over the limit of {limit:,}",
+            "shrink it first, or open it yourself with PIL, shrink that and pass the PIL image",
+        )
+
+
+def _upright(pixels: Image.Image, source: Image.Image) -> Image.Image:
+    """`pixels` turned as the metadata of `source` says. Of the metadata the orientation alone is read, and nothing is written."""
+    try:
+        value = source.getexif().get(_ORIENTATION)
+    except (
+        Exception
+    ):  # EXIF that cannot be parsed holds no orientation; the pixels are whole all the same
+        return pixels
+    value = value[0] if isinstance(value, tuple | bytes) and value else value
+    turn = _UPRIGHT.get(value) if isinstance(value, int) else None
+    return pixels if turn is None else pixels.transpose(turn)
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    try:
-        image = ImageOps.exif_transpose(image)
-    except Exception as error:
-        raise InfiniteVLError(f"{name} is damaged: {error}", "open it in a viewer; export it again as PNG or JPEG") from error
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
+    """A copy in mode RGB, made in bands of rows: copies in between of a large picture would not fit into memory."""
     if image.mode in ("I", "F"):
-        raise InfiniteVLError(f"{name} has 32-bit pixels (mode {image.mode})", "scale its values to 0..255 and convert it to mode L or RGB")
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        raise InfiniteVLError(
+            f"{name} has 32-bit pixels (mode {image.mode})",
+            "scale its values to 0..255 and convert it to mode L or RGB",
+        )
+    rows = max(1, _BAND_PIXELS // max(1, image.width))
+    if rows >= image.height:
+        return _band_to_rgb(image)
+    out = Image.new("RGB", image.size)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(image.height, top + rows)))
+        out.paste(_band_to_rgb(band), (0, top))
+    return out
+
+
+def _band_to_rgb(image: Image.Image) -> Image.Image:
+    clear = image.info.get("transparency")
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image)
+        levels = (grey.astype(np.uint32) // 257).astype(np.uint8)
+        return Image.fromarray(
+            np.where(grey == clear, np.uint8(255), levels) if isinstance(clear, int) else levels
+        ).convert("RGB")
+    if image.mode in ("La", "RGBa"):  # colours multiplied by alpha
+        image = image.convert(image.mode.upper())
+    if image.mode in ("LA", "PA", "RGBA") or clear is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
     return image.convert("RGB")
@@ -204,25 +318,28 @@ def patchify(frames: np.ndarray, options: ImageOptions) -> tuple[np.ndarray, tup
     Returns patches [t*h*w, 3 * temporal_patch_size * patch_size^2] f32 and the grid (t, h, w) in patches. Patches are ordered t, merged
     row, merged column, row inside the merge, column inside the merge; the numbers of a patch channel, frame, row, column.
     """
-    steps = -(-len(frames) // options.temporal_patch_size)
-    order = np.minimum(np.arange(steps * options.temporal_patch_size), len(frames) - 1)
-    patches = rearrange(
-        frames[order],
-        "(t tp) (h mh ph) (w mw pw) c -> (t h w mh mw) c (tp ph pw)",
-        tp=options.temporal_patch_size,
-        mh=options.merge_size,
-        mw=options.merge_size,
-        ph=options.patch_size,
-        pw=options.patch_size,
-    )
+    span = options.temporal_patch_size
+    steps = -(-len(frames) // span)
+    grid = (steps, frames.shape[1] // options.patch_size, frames.shape[2] // options.patch_size)
+    out = np.empty((steps, grid[1] * grid[2], 3, span * options.patch_size**2), np.float32)
     # A byte has 256 values: normalise those once per channel, and look the pixels up.
     levels = (np.arange(256, dtype=np.float64) * options.rescale_factor).astype(np.float32)  # [256]
-    out = np.empty(patches.shape, np.float32)
-    for channel, (mean, std) in enumerate(zip(options.mean, options.std, strict=True)):
-        table = (levels - np.float32(mean)) / np.float32(std)  # [256]
-        out[:, channel] = table[patches[:, channel]]
-    grid = (steps, frames.shape[1] // options.patch_size, frames.shape[2] // options.patch_size)
-    return out.reshape(len(out), -1), grid
+    tables = [
+        (levels - np.float32(mean)) / np.float32(std)
+        for mean, std in zip(options.mean, options.std, strict=True)
+    ]
+    for step in range(steps):  # one at a time: beside the result, no copy of a whole film is made
+        patches = rearrange(
+            frames[np.minimum(np.arange(step * span, (step + 1) * span), len(frames) - 1)],
+            "tp (h mh ph) (w mw pw) c -> (h w mh mw) c (tp ph pw)",
+            mh=options.merge_size,
+            mw=options.merge_size,
+            ph=options.patch_size,
+            pw=options.patch_size,
+        )
+        for channel, table in enumerate(tables):
+            out[step, :, channel] = table[patches[:, channel]]
+    return out.reshape(steps * grid[1] * grid[2], -1), grid
 
 
 def process_image(
@@ -230,6 +347,16 @@ def process_image(
 ) -> tuple[np.ndarray, tuple[int, int, int]]:
     """An RGB picture's patches [n, features] f32 and grid (1, h, w). `size` (height, width) asks for other sides than the picture's own
     before rounding and limits."""
-    height, width = smart_resize(*(size or (image.height, image.width)), options.factor, options.min_pixels, options.max_pixels)
+    height, width = smart_resize(
+        *(size or (image.height, image.width)),
+        options.factor,
+        options.min_pixels,
+        options.max_pixels,
+    )
+    if height * width > MAX_RESIZED_PIXELS:
+        raise InfiniteVLError(
+            f"the picture is resized to {width:,} x {height:,} pixels, over the limit of {MAX_RESIZED_PIXELS:,}",
+            f"lower max_pixels (now {options.max_pixels:,}) or min_pixels (now {options.min_pixels:,})",
+        )
     pixels = np.asarray(image.resize((width, height), options.resample))  # [H, W, 3]
     return patchify(pixels[None], options)

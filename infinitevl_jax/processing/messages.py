@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from infinitevl_jax.errors import InfiniteVLError
-from infinitevl_jax.processing.images import describe
+from infinitevl_jax.processing.sources import describe
 from infinitevl_jax.processing.spelled import check_spelling, check_unicode, guard
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -17,6 +18,15 @@ OPTIONS = {
     "image": _SIZE,
     "video": (*_SIZE, "total_pixels", "fps", "min_frames", "max_frames", "nframes"),
 }
+# Content items by other names: OpenAI's chat and responses interfaces.
+TYPES = {kind: kind for kind in OPTIONS} | {
+    "image_url": "image",
+    "video_url": "video",
+    "input_text": "text",
+    "input_image": "image",
+}
+# Keys under which an item may hold its picture or video, besides "image" or "video" themselves.
+_SOURCES = ("url", "path", "base64")
 
 
 @dataclass(frozen=True)
@@ -67,9 +77,8 @@ def read_conversation(
       tools: JSON schemas of functions, for the template.
     """
     if not isinstance(messages, list | tuple) or not messages:
-        raise InfiniteVLError(
-            f"{where} is {'empty' if isinstance(messages, list | tuple) else 'not a list of messages'}", "pass at least one message"
-        )
+        state = "empty" if isinstance(messages, list | tuple) else "not a list of messages"
+        raise InfiniteVLError(f"{where} is {state}", "pass at least one message, in a list")
     plain: list[dict] = []
     media: list[Media] = []
     for number, message in enumerate(messages):
@@ -170,26 +179,66 @@ def check_call(
 def _read_part(part: object, where: str, media: list[Media], read: _Text) -> dict:
     if not isinstance(part, dict) or "type" not in part:
         raise InfiniteVLError(f"{where} is not a content item: {_kind(part)}", 'write {"type": "text", "text": ...} (or image, video)')
-    kind = part["type"]
-    if not isinstance(kind, str) or kind not in OPTIONS:
-        raise InfiniteVLError(f"{where} has the unknown type {_kind(kind)}", f"use one of {', '.join(OPTIONS)}")
-    if part.get(kind) is None:
+    if not isinstance(part["type"], str) or part["type"] not in TYPES:
+        raise InfiniteVLError(f"{where} has the unknown type {_kind(part['type'])}", f"use one of {', '.join(OPTIONS)}")
+    kind = TYPES[part["type"]]
+    if kind == "text":
+        source, used = part.get("text"), {"text"}
+    else:
+        source, used = _source(part, kind, where)
+    if source is None:
         given = ", ".join(str(key) for key in part if key != "type") or "nothing"
         raise InfiniteVLError(
-            f"{where} is of type {kind} but has no {kind!r} (it has: {given})", f'write {{"type": "{kind}", "{kind}": ...}}'
+            f"{where} is of type {part['type']} but has no {kind!r} (it has: {given})", f'write {{"type": "{kind}", "{kind}": ...}}'
         )
     # Data sets that were flattened into columns carry every key everywhere, None where it does not apply.
-    options = {key: value for key, value in part.items() if key not in ("type", kind) and value is not None}
+    options = {key: value for key, value in part.items() if key not in {"type", *used} and value is not None}
     unknown = [str(key) for key in options if key not in OPTIONS[kind]]
     if unknown:
         known = f"{kind} takes: {', '.join(OPTIONS[kind])}" if OPTIONS[kind] else f"{kind} takes no options"
         raise InfiniteVLError(f"{where} has the unknown option {', '.join(unknown)}", known)
     if kind == "text":
-        if not isinstance(part["text"], str):
-            raise InfiniteVLError(f"{where} has text of type {type(part['text']).__name__}", "make it a string")
-        return {"type": "text", "text": read.text(part["text"], where)}
-    media.append(Media(kind, part[kind], where, options))
+        if not isinstance(source, str):
+            raise InfiniteVLError(f"{where} has text of type {type(source).__name__}", "make it a string")
+        return {"type": "text", "text": read.text(source, where)}
+    media.append(Media(kind, source, where, options))
     return {"type": kind, kind: where}  # templates look at the keys, never into pictures
+
+
+def _source(part: dict, kind: str, where: str) -> tuple[object, set[str]]:
+    """What stands for the picture or video of an item, and the keys that say it; (None, ...) if there is none."""
+    names = (kind, f"{kind}_url", *_SOURCES)
+    given = [name for name in names if part.get(name) is not None]
+    if len(given) != 1:
+        if given:
+            raise InfiniteVLError(f"{where} has {' and '.join(given)}", f"give one {kind} an item")
+        return None, set()
+    source, used = part[given[0]], {given[0]}
+    if given[0] == kind:
+        return source, used
+    detail = part.get("detail")
+    if given[0] == f"{kind}_url":
+        if isinstance(source, dict):
+            if unknown := [str(key) for key in source if key not in ("url", "detail")]:
+                raise InfiniteVLError(
+                    f"{where}.{given[0]} has the unknown key {', '.join(unknown)}",
+                    f'write {{"{given[0]}": {{"url": ...}}}}',
+                )
+            source, detail = source.get("url"), source.get("detail", detail)
+        used |= {"detail"}
+        if not (detail is None or (isinstance(detail, str) and detail == "auto")):
+            raise InfiniteVLError(
+                f"{where} asks for detail {detail!r}, which this model does not know",
+                "set min_pixels and max_pixels instead",
+            )
+    if not isinstance(source, str | Path):
+        raise InfiniteVLError(
+            f"{where} has {given[0]} of type {type(source).__name__}",
+            f"make it a string, or pass the {kind} as {kind!r}",
+        )
+    if given[0] == "path":
+        return Path(source), used  # never read as a URL
+    return (f"data:;base64,{source}" if given[0] == "base64" else source), used
 
 
 def _kind(value: object) -> str:

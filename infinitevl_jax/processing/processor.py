@@ -296,7 +296,7 @@ class Processor:
                 raise
             raise InfiniteVLError(f"{media.name}: {error.culprit}", error.cure) from error
         patches, grid = patchify(video.frames, options)
-        return Vision(media, patches, grid, len(patches) // options.merge_unit, options.temporal_patch_size / video.fps)
+        return Vision(media, patches, grid, len(patches) // options.merge_unit, float(options.temporal_patch_size / video.fps))
 
     def _tokenise(self, pieces: list[str], vision: list[Vision], where: str, max_length: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Ids [length] of the pieces in a row, placeholders grown to their pictures' tokens, and each id's piece number [length]."""
@@ -326,7 +326,11 @@ class Processor:
         return flat, np.concatenate(owner)
 
     def _check_length(self, length: int, vision: list[Vision], where: str, limit: int | None) -> None:
-        if limit is None or length <= limit:
+        if limit is None:
+            return
+        if isinstance(limit, bool) or not isinstance(limit, int | np.integer) or limit < 1:
+            raise InfiniteVLError(f"max_length is {limit!r}", "give the most tokens of a prompt, an integer of 1 or more, or None")
+        if length <= limit:
             return
         text = length - sum(v.tokens for v in vision)
         largest = sorted(vision, key=lambda v: -v.tokens)
@@ -355,7 +359,7 @@ def _arrays(vision: list[Vision]) -> dict[str, np.ndarray]:
     for kind, pixels, grids in (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw")):
         chosen = [v for v in vision if v.media.kind == kind]
         if chosen:
-            out[pixels] = np.concatenate([v.patches for v in chosen])
+            out[pixels] = chosen[0].patches if len(chosen) == 1 else np.concatenate([v.patches for v in chosen])
             out[grids] = np.asarray([v.grid for v in chosen], np.int32)
             if kind == "video":
                 out["second_per_grid_ts"] = np.asarray([v.second_per_grid for v in chosen], np.float64)
@@ -381,6 +385,6 @@ def _given(values: dict) -> dict:
 
 
 def _positive(value: object, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise InfiniteVLError(f"{where}: resized_height or resized_width is {value!r}", "give pixels, an integer of 1 or more")
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value <= 1 << 20:
+        raise InfiniteVLError(f"{where}: resized_height or resized_width is {value!r}", "give pixels, an integer from 1 to 1,048,576")
     return int(value)

@@ -33,7 +33,7 @@ def check_unicode(text: str, where: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InfiniteVLError(
-            f"{where} holds half a character, U+{ord(text[error.start]):04X}: the text was cut in the middle of one",
+            f"{where} holds half of a character, U+{ord(text[error.start]):04X}, at place {error.start}",
             "cut text between characters, or replace what was cut: text.encode('utf-8', 'replace').decode()",
         ) from None
 

@@ -1,36 +1,51 @@
 """Videos: from a file, bytes or frames to evenly spaced, resized frames with their true rate.
 
-Frames are chosen by their presentation time stamps, so files of variable frame rate keep true time.
+Frames are chosen by their presentation time stamps, so files of variable frame rate keep true time. Times are exact fractions.
 """
 
-import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Real
+from fractions import Fraction
+from itertools import chain
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
 import av
 import numpy as np
 from PIL import Image
 
 from infinitevl_jax.errors import InfiniteVLError
-from infinitevl_jax.processing.images import ImageOptions, check_array, describe, load_image, open_bytes, smart_resize
+from infinitevl_jax.processing.images import (
+    ImageOptions,
+    check_array,
+    check_counts,
+    is_number,
+    load_image,
+    smart_resize,
+)
+from infinitevl_jax.processing.sources import describe, open_source
+from infinitevl_jax.processing.video_file import DAMAGED, decode, read_track, upright
+from infinitevl_jax.rational import exact
 
-DAMAGED = "play it in a viewer; copy it again, or re-encode it: ffmpeg -i IN -c:v libx264 OUT.mp4"
+MAX_PIXELS = 1 << 27  # of all resized frames of a video: 1.6 GB of patches
+_ROUNDED = 0.01  # frames that a duration may fall short by the rounding of time stamps
+
+Frame = TypeVar("Frame")
 
 
 @dataclass(frozen=True)
 class VideoOptions(ImageOptions):
     """How a video becomes patches. `min_pixels` and `max_pixels` are per frame.
 
-    `total_pixels`, where given, bounds the whole video: each pair of frames (`temporal_patch_size`) gets an even share of it, though never
-    less than 1.05 x min_pixels. `num_frames` asks for a count instead of a rate.
+    `total_pixels` bounds the whole video: each pair of frames (`temporal_patch_size`) gets an even share of it, though never less than
+    1.05 x min_pixels; the default is Qwen2.5-VL's 24,576 tokens, None sets no bound. `num_frames` asks for a count instead of a rate.
     """
 
     min_pixels: int = 100_352
     max_pixels: int = 602_112
-    total_pixels: int | None = None
+    total_pixels: int | None = 24_576 * 28 * 28
     fps: float = 2.0
     min_frames: int = 4
     max_frames: int = 768
@@ -38,16 +53,30 @@ class VideoOptions(ImageOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        if not (isinstance(self.fps, Real) and math.isfinite(self.fps) and self.fps > 0):
-            raise InfiniteVLError(f"fps is {self.fps!r}", "give the frames to sample a second, a positive number")
-        for name in ("total_pixels", "num_frames", "min_frames", "max_frames"):
-            value = getattr(self, name)
-            if value is None and name in ("total_pixels", "num_frames"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-                raise InfiniteVLError(f"{name} is {value!r}", "give an integer of 1 or more")
+        if not is_number(self.fps) or not 1e-6 <= self.fps <= 1e4:
+            raise InfiniteVLError(
+                f"fps is {self.fps!r}",
+                "give the frames to sample a second, a number from 0.000001 to 10,000",
+            )
+        most = {
+            "total_pixels": 1 << 40,
+            "num_frames": 10**6,
+            "min_frames": 10**6,
+            "max_frames": 10**6,
+        }
+        optional = ("total_pixels", "num_frames")
+        check_counts(
+            self,
+            {
+                name: most[name]
+                for name in most
+                if name not in optional or getattr(self, name) is not None
+            },
+        )
         if self.min_frames > self.max_frames:
-            raise InfiniteVLError(f"min_frames {self.min_frames} is above max_frames {self.max_frames}", "set both")
+            raise InfiniteVLError(
+                f"min_frames {self.min_frames} is above max_frames {self.max_frames}", "set both"
+            )
 
     def frame_size(self, height: int, width: int, frames: int) -> tuple[int, int]:
         """(height, width) that each of `frames` frames is resized to."""
@@ -60,22 +89,45 @@ class VideoOptions(ImageOptions):
 
 @dataclass(frozen=True)
 class Video:
-    """Chosen frames [F, H, W, 3] uint8, already resized; `fps` is their true rate, frames / seconds; `times` [F] seconds from the start."""
+    """Chosen frames [F, H, W, 3] uint8, already resized; `fps` is their true rate, frames / seconds, exact; `times` [F] seconds from the
+    start."""
 
     frames: np.ndarray
-    fps: float
+    fps: Fraction
     times: np.ndarray
 
 
-def sample_count(duration: float, total: int, options: VideoOptions) -> int:
+def sample_count(duration: float | Fraction, total: int, options: VideoOptions) -> int:
     """How many of `total` frames to take from `duration` seconds: an even number within the limits, or all if there are no more."""
     if options.num_frames is not None:
         count = max(options.num_frames // 2 * 2, 2)
     else:
         # Time stamps are rounded, to milliseconds in some files: the sliver keeps 19.998 frames from becoming 18.
-        count = math.floor(min(max(duration * options.fps, options.min_frames), options.max_frames) + 0.01)
+        count = math.floor(
+            min(max(float(duration * exact(options.fps)), options.min_frames), options.max_frames)
+            + _ROUNDED
+        )
         count = max(count // 2 * 2, 2)
     return min(count, total)
+
+
+def check_video(source: str | Path | bytes, name: str | None = None) -> None:
+    """Raise InfiniteVLError, as `load_video` would, for what holds no whole video; nothing is decoded."""
+    name = name or f"video {describe(source)}"
+    with open_source(source, name, "video") as file, _damage_named(name):
+        read_track(file, name)
+
+
+@contextmanager
+def _damage_named(name: str) -> Iterator[None]:
+    """What FFmpeg raises for damaged bytes, as an InfiniteVLError."""
+    try:
+        yield
+    except InfiniteVLError:
+        raise
+    except (av.error.FFmpegError, EOFError, ValueError, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InfiniteVLError(f"{name} cannot be decoded: {reason}", DAMAGED) from error
 
 
 def load_video(
@@ -92,133 +144,106 @@ def load_video(
     """
     name = name or f"video {describe(source)}"
 
-    def resize(image: Image.Image, frames: int) -> np.ndarray:
-        height, width = options.frame_size(*(size or (image.height, image.width)), frames)
-        return np.asarray(image.resize((width, height), options.resample))
-
     if isinstance(source, str | Path | bytes | bytearray | memoryview):
-        return _decode(open_bytes(source, name, "video"), options, resize, name)
+        with open_source(source, name, "video") as file, _damage_named(name):
+            return _sample(file, options, size, name)
+    rate = exact(options.fps)
     if isinstance(source, list | tuple):
         if not source:
             raise InfiniteVLError(f"{name} is empty", "give at least one frame")
-        images: list[Image.Image] = []
-        for number, frame in enumerate(source):
-            images.append(load_image(frame, f"{name}, frame {number} ({describe(frame)})"))
-            if images[-1].size != images[0].size:
-                sizes = [f"{image.width} x {image.height}" for image in (images[-1], images[0])]
-                raise InfiniteVLError(
-                    f"{name}: frame {number} is {sizes[0]}, frame 0 is {sizes[1]} (width x height)",
-                    "resize or crop all frames of one video to one size",
-                )
+        images = _listed(source, name)
     elif hasattr(source, "shape") and hasattr(source, "dtype"):
-        images = [Image.fromarray(frame) for frame in check_array(source, name, "F, H, W, 3")]
+        source = check_array(source, name, "F, H, W, 3")
+        images = (Image.fromarray(frame) for frame in source)
     else:
-        raise InfiniteVLError(f"{name} cannot be a video", "pass a path, bytes, a list of images or a uint8 array [F, H, W, 3]")
-    frames = np.stack([resize(image, len(images)) for image in images])
-    return Video(frames, float(options.fps), np.arange(len(images)) / options.fps)
+        raise InfiniteVLError(
+            f"{name} cannot be a video",
+            "pass a path, bytes, a list of images or a uint8 array [F, H, W, 3]",
+        )
+    timed = ((k / rate, image) for k, image in enumerate(images))
+    frames, times = _resized(timed, len(source), options, size, name)
+    return Video(frames, rate, np.array([float(time) for time in times]))
 
 
-def _decode(file: bytes | Path, options: VideoOptions, resize: Callable[[Image.Image, int], np.ndarray], name: str) -> Video:
-    try:
-        start, duration, total = _time_line(file, name)
-        count = sample_count(duration, total, options)
-        targets = start + np.arange(count) * (duration / count) if count < total else None
-        frames, times = _pick(_frames(file), targets, lambda frame: resize(_upright(frame), count), name)
-    except InfiniteVLError:
-        raise
-    except (av.error.FFmpegError, EOFError, ValueError, OSError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InfiniteVLError(f"{name} cannot be decoded: {reason}", DAMAGED) from error
-    return Video(np.stack(frames), len(frames) / duration, np.asarray(times) - start)
+def _listed(source: Sequence, name: str) -> Iterator[Image.Image]:
+    """The pictures of a list, one after the other, all of one size."""
+    first = None
+    for number, frame in enumerate(source):
+        image = load_image(frame, f"{name}, frame {number} ({describe(frame)})")
+        first = first or image.size
+        if image.size != first:
+            sizes = ["{} x {}".format(*size) for size in (image.size, first)]
+            raise InfiniteVLError(
+                f"{name}: frame {number} is {sizes[0]}, frame 0 is {sizes[1]} (width x height)",
+                "resize or crop all frames of one video to one size",
+            )
+        yield image
 
 
-def _open(file: bytes | Path) -> av.container.InputContainer:
-    return av.open(io.BytesIO(file) if isinstance(file, bytes) else str(file))
-
-
-def _stamp(item: av.Packet | av.VideoFrame, stream: av.VideoStream, order: int) -> float:
-    """Presentation time in seconds; formats without one give decoding time, raw streams the position over the nominal rate."""
-    stamp = item.pts if item.pts is not None else item.dts
-    return float(stamp * stream.time_base) if stamp is not None else order / float(stream.average_rate or stream.guessed_rate or 25)
-
-
-def _time_line(file: bytes | Path, name: str) -> tuple[float, float, int]:
-    """First time stamp [s], duration [s] and number of frames, read from the packets without decoding."""
-    with _open(file) as container:
-        if not container.streams.video:
-            raise InfiniteVLError(f"{name} has no video stream", "pass a file with pictures in it (is this an audio file, or cut short?)")
-        stream = container.streams.video[0]
-        times, last_length, heard = [], 0.0, 0.0
-        for packet in container.demux():
-            if not packet.size or packet.is_discard:
-                continue
-            if packet.stream is not stream:
-                if packet.pts is not None and packet.time_base:
-                    heard = max(heard, float(packet.pts * packet.time_base))
-                continue
-            if packet.is_corrupt:
-                raise InfiniteVLError(f"{name} is damaged or cut short after {len(times)} of {stream.frames or 'its'} frames", DAMAGED)
-            times.append(_stamp(packet, stream, len(times)))
-            if times[-1] >= max(times[-16:]):
-                last_length = float((packet.duration or 0) * stream.time_base)
-        rate = float(stream.average_rate or stream.guessed_rate or 25)
-        # Other formats flag the packet that a cut falls into; Matroska just ends early.
-        told = (container.duration or 0) / av.time_base if "matroska" in container.format.name else 0.0
-    if not times:
-        raise InfiniteVLError(f"{name} holds no frames", DAMAGED)
-    start, end = min(times), max(times)
-    if max(end, heard) < 0.9 * told - 1:
-        raise InfiniteVLError(f"{name} is cut short after {max(end, heard):.1f} of {told:.1f} s", DAMAGED)
-    mean_gap = (end - start) / (len(times) - 1) if end > start else 1 / rate
-    return start, end - start + (last_length or mean_gap), len(times)
-
-
-def _frames(file: bytes | Path) -> Iterator[tuple[float, av.VideoFrame]]:
-    with _open(file) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        for order, frame in enumerate(container.decode(stream)):
-            yield _stamp(frame, stream, order), frame
-
-
-def _upright(frame: av.VideoFrame) -> Image.Image:
-    """RGB picture, turned as the file's display matrix says (phones film on their side)."""
-    image = frame.to_image()
-    turns = round(frame.rotation / 90) % 4
-    return (
-        image.transpose((Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)[turns - 1]) if turns else image
+def _sample(
+    file: BinaryIO, options: VideoOptions, size: tuple[int, int] | None, name: str
+) -> Video:
+    """Evenly spaced frames of a video file."""
+    track = read_track(file, name)
+    count, duration = sample_count(track.duration, len(track.times), options), track.duration
+    if options.num_frames is None and 0 < count - duration * exact(options.fps) <= _ROUNDED:
+        duration = count / exact(options.fps)  # the time stamps of the file are rounded
+    targets = (
+        track.times if count == len(track.times) else [k * duration / count for k in range(count)]
     )
+    chosen = nearest(decode(file, track, name), targets)
+    frames, times = _resized(chosen, count, options, size, name)
+    return Video(frames, count / duration, np.array([float(time) for time in times]))
 
 
-def _pick(
-    frames: Iterator[tuple[float, av.VideoFrame]], targets: np.ndarray | None, convert: Callable[[av.VideoFrame], np.ndarray], name: str
-) -> tuple[list[np.ndarray], list[float]]:
-    """For each target time the frame nearest to it (a tie takes the earlier); all frames where `targets` is None.
-
-    One walk over the decoder's output, holding two frames at a time: a film is never in memory whole.
-    """
-    pictures: list[np.ndarray] = []
-    times: list[float] = []
-    converted: tuple[av.VideoFrame, np.ndarray] | None = None
-
-    def keep(time: float, frame: av.VideoFrame) -> None:
-        nonlocal converted
-        if converted is None or converted[0] is not frame:
-            converted = frame, convert(frame)
-        times.append(time)
-        pictures.append(converted[1])
-
-    previous: tuple[float, av.VideoFrame] | None = None
-    for time, frame in frames:
-        if targets is None:
-            keep(time, frame)
+def _resized(
+    chosen: Iterator[tuple[Fraction, av.VideoFrame | Image.Image]],
+    count: int,
+    options: VideoOptions,
+    size: tuple[int, int] | None,
+    name: str,
+) -> tuple[np.ndarray, list[Fraction]]:
+    """`count` frames [F, H, W, 3] uint8, each resized as it comes and then dropped, and their times."""
+    frames, times, before = None, [], None
+    for k, (time, frame) in enumerate(chosen):
+        if frame is before:  # shown for longer than the step between two samples
+            frames[k] = frames[k - 1]
         else:
-            while len(times) < len(targets) and time >= targets[len(times)]:
-                target = targets[len(times)]
-                keep(*(previous if previous is not None and target - previous[0] <= time - target else (time, frame)))
-        previous = time, frame
-    if previous is None:
+            image = frame if isinstance(frame, Image.Image) else upright(frame)
+            if frames is None:
+                height, width = options.frame_size(*(size or (image.height, image.width)), count)
+                span = -(-count // options.temporal_patch_size) * options.temporal_patch_size
+                if span * height * width > MAX_PIXELS:
+                    raise InfiniteVLError(
+                        f"{name} is resized to {count:,} frames of {width:,} x {height:,} pixels, over the limit of {MAX_PIXELS:,} in all",
+                        "lower fps, max_frames, max_pixels, min_pixels or total_pixels, or pass fewer frames",
+                    )
+                frames = np.empty((count, height, width, 3), np.uint8)
+            frames[k] = np.asarray(image.resize((width, height), options.resample))
+        before = frame
+        times.append(time)
+    if frames is None:
         raise InfiniteVLError(f"{name} holds no decodable frames", DAMAGED)
-    while targets is not None and len(times) < len(targets):
-        keep(*previous)
-    return pictures, times
+    return frames, times
+
+
+def nearest(
+    frames: Iterator[tuple[Fraction, Frame]], targets: Sequence[Fraction]
+) -> Iterator[tuple[Fraction, Frame]]:
+    """For each of the ascending target times the frame nearest to it, an earlier one on a tie; nothing if there are no frames.
+
+    One walk over the decoder's output, holding two frames at a time: a video is never in memory whole.
+    """
+    previous, waiting = None, iter(targets)
+    target = next(waiting, None)
+    for time, frame in frames:
+        while target is not None and time >= target:
+            yield (
+                previous
+                if previous is not None and target - previous[0] <= time - target
+                else (time, frame)
+            )
+            target = next(waiting, None)
+        previous = time, frame
+    if previous is not None and target is not None:
+        yield from (previous for _ in chain((target,), waiting))

@@ -21,6 +21,7 @@ def good(tmp_path_factory):
     Image.new("RGB", (12, 12)).save(root / "fine.png")
     (root / "broken.png").write_bytes((root / "fine.png").read_bytes()[:40])
     (root / "words.mp4").write_text("not a film")
+    (root / "clip.mp4").write_bytes(b"\0\0\0\x18ftypisom\0\0\2\0isomiso2")  # as every MP4 begins
     (root / "empty").mkdir()
     return root
 
@@ -42,7 +43,9 @@ CASES = {
     "a folder as image": (["ask", "{root}/model", "Hi", "--image", "{root}/empty"], ["empty", "a folder"]),
     "a broken image": (["ask", "{root}/model", "Hi", "--image", "{root}/fine.png", "--image", "{root}/broken.png"], ["broken.png"]),
     "no such video": (["ask", "{root}/model", "Hi", "--video", "{root}/no.mp4"], ["no.mp4", "not there"]),
-    "a broken video": (["ask", "{root}/model", "Hi", "--video", "{root}/words.mp4"], ["words.mp4", "cannot be decoded"]),
+    "a broken video": (["ask", "{root}/model", "Hi", "--video", "{root}/words.mp4"], ["words.mp4", "not a video in a format"]),
+    "a film as image": (["ask", "{root}/model", "Hi", "--image", "{root}/clip.mp4"], ["clip.mp4", "not a picture but a video", "--video"]),
+    "an image as video": (["ask", "{root}/model", "Hi", "--video", "{root}/fine.png"], ["fine.png", "not a video", "--image"]),
     "an image for a text model": (["ask", "{root}/text", "Hi", "--image", "{root}/fine.png"], ["text model", "fine.png"]),
     "a placeholder in the question": (["ask", "{root}/model", "<|image_pad|>?"], ["<|image_pad|>", "spells out"]),
     "a mesh without numbers": (["ask", "{root}/model", "Hi", "--mesh", "fsdp"], ["--mesh 'fsdp'", "fsdp=2,tensor=4"]),

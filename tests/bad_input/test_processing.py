@@ -3,6 +3,7 @@
 import io
 import json
 import tempfile
+from base64 import b64encode
 from pathlib import Path
 
 import av
@@ -33,10 +34,14 @@ def video(source, **options):
     return {"type": "video", "video": source, **options}
 
 
-def png():
+def picture(kind):
     file = io.BytesIO()
-    Image.fromarray(PIXELS).save(file, "PNG")
+    Image.fromarray(PIXELS).save(file, kind)
     return file.getvalue()
+
+
+def png():
+    return picture("PNG")
 
 
 def clip(suffix="mp4"):
@@ -94,6 +99,9 @@ IMAGES = [
     ("four_channel_array", lambda tmp: np.zeros((8, 8, 4), np.uint8), ["(8, 8, 4)", "[H, W, 3]"]),
     ("channels_first_array", lambda tmp: PIXELS.transpose(2, 0, 1), ["(3, 64, 96)", "channels last"]),
     ("array_without_pixels", lambda tmp: np.zeros((0, 8, 3), np.uint8), ["(0, 8, 3)", "empty"]),
+    ("film_as_image", write("clip.mp4", lambda: clip()), ["clip.mp4", "not a picture but a video", "--video"]),
+    ("matroska_as_image", lambda tmp: clip("mkv"), ["bytes in memory", "not a picture but a video", "--video"]),
+    ("film_in_a_data_url_as_image", lambda tmp: "data:video/mp4;base64," + b64encode(clip()).decode(), ["data URI", "--video"]),
     ("number_as_image", 7, ["type int", "cannot be an image"]),
     ("too_long_and_thin", lambda tmp: np.zeros((2, 600, 3), np.uint8), ["2 x 600", "aspect ratio of 300"]),
     ("float_pixels_in_pil", lambda tmp: Image.fromarray(PIXELS[..., 0].astype(np.float32)), ["mode F", "32-bit"]),
@@ -103,10 +111,10 @@ VIDEOS = [
     ("missing_video", lambda tmp: str(tmp / "none.mp4"), ["none.mp4", "does not exist"]),
     ("folder_as_video", lambda tmp: tmp, ["is a folder"]),
     ("empty_video_file", write("zero.mp4", b""), ["zero.mp4", "0 bytes"]),
-    ("text_as_video", write("notes.mp4", b"no video at all" * 40), ["notes.mp4", "cannot be decoded"]),
-    ("truncated_video", write("half.mp4", lambda: clip()[: len(clip()) * 2 // 3]), ["half.mp4", "cut short after", "of 80 frames"]),
-    ("truncated_matroska", write("half.mkv", lambda: clip("mkv")[: len(clip("mkv")) * 2 // 3]), ["half.mkv", "cut short", "of 8.0 s"]),
-    ("video_header_only", write("head.mp4", lambda: clip()[:40]), ["head.mp4", "no video stream"]),
+    ("text_as_video", write("notes.mp4", b"no video at all" * 40), ["notes.mp4", "not a video in a format that is read"]),
+    ("truncated_video", write("half.mp4", lambda: clip()[: len(clip()) * 2 // 3]), ["half.mp4", "cut short after", "bytes"]),
+    ("truncated_matroska", write("half.mkv", lambda: clip("mkv")[: len(clip("mkv")) * 2 // 3]), ["half.mkv", "cut short after", "bytes"]),
+    ("video_header_only", write("head.mp4", lambda: clip()[:40]), ["head.mp4", "cut short after 40 of", "bytes"]),
     ("corrupt_video", write("bad.mp4", lambda: scribbled(clip())), ["bad.mp4", "cannot be decoded"]),
     ("sound_as_video", write("song.wav", sound), ["song.wav", "no video stream"]),
     ("video_from_the_web", "http://example.org/a.mp4", ["http://example.org/a.mp4", "web address"]),
@@ -115,6 +123,9 @@ VIDEOS = [
     ("missing_frame_file", lambda tmp: [PIXELS, str(tmp / "f1.png")], ["frame 1", "f1.png"]),
     ("one_picture_as_video", lambda tmp: PIXELS, ["(64, 96, 3)", "[F, H, W, 3]"]),
     ("float_video_array", lambda tmp: np.zeros((4, 8, 8, 3), np.float32), ["float32", "uint8"]),
+    ("png_as_video", write("a.png", png), ["a.png", "is a picture, not a video", "--image"]),
+    ("jpeg_as_video", write("a.mp4", lambda: picture("JPEG")), ["a.mp4", "is a picture, not a video", "--image"]),
+    ("webp_as_video", lambda tmp: picture("WEBP"), ["is a picture, not a video", "--image"]),
     ("number_as_video", 3.5, ["type float", "cannot be a video"]),
 ]
 
@@ -129,12 +140,27 @@ CONVERSATIONS = [
     ("number_as_content", [{"role": "user", "content": 5}], ["messages[0]", "int"]),
     ("content_item_is_a_string", user("hi"), ["messages[0].content[0]", "'hi'"]),
     ("unknown_content_type", user({"type": "audio", "audio": "a.wav"}), ["content[0]", "audio", "image, video"]),
-    ("item_without_its_key", user({"type": "image", "path": "a.png"}), ["content[0]", "'image'", "path"]),
+    ("item_without_its_key", user({"type": "image", "file": "a.png"}), ["content[0]", "'image'", "file"]),
     ("misspelt_option", user(image(PIXELS, max_pixel=100)), ["content[0]", "max_pixel", "max_pixels"]),
     ("number_as_text", user(text(3)), ["content[0]", "int"]),
     ("image_token_in_text", user(text("see <|image_pad|> here")), ["content[0]", "<|image_pad|>"]),
     ("video_token_in_string", [{"role": "user", "content": "<|video_pad|>"}], ["messages[0]", "<|video_pad|>"]),
     ("image_token_beside_image", [user(image(PIXELS), text("<|image_pad|>"))], ["messages[0][0].content[1]", "<|image_pad|>"]),
+    ("type_that_is_a_list", user({"type": ["text"], "text": "x"}), ["content[0]", "unknown type ['text']"]),
+    ("role_that_is_a_list", [{"role": ["user"], "content": "x"}], ["messages[0]", "unknown role ['user']"]),
+    ("half_a_character", user(text("good morning \ud83d")), ["content[0]", "half of a character", "at place 13"]),
+    ("half_a_character_in_a_string", [{"role": "user", "content": "\udc00"}], ["messages[0]", "half of a character"]),
+    ("two_pictures_in_an_item", user({"type": "image", "image": PIXELS, "url": "a.png"}), ["content[0]", "image and url"]),
+    ("picture_by_web_address", user({"type": "image_url", "image_url": {"url": "https://x.org/a.png"}}), ["x.org/a.png", "web address"]),
+    ("detail_of_a_picture", user({"type": "image_url", "image_url": {"url": "a.png", "detail": "high"}}), ["'high'", "max_pixels"]),
+    ("unknown_key_of_a_url", user({"type": "image_url", "image_url": {"uri": "a.png"}}), ["content[0].image_url", "uri"]),
+    ("url_without_address", user({"type": "image_url", "image_url": {}}), ["content[0]", "image_url"]),
+    ("number_as_url", user({"type": "video", "url": 3}), ["content[0]", "url of type int"]),
+    ("huge_limit", user(image(PIXELS, min_pixels=10**9, max_pixels=10**9)), ["min_pixels is 1000000000", "16,777,216"]),
+    ("huge_size", user(image(PIXELS, resized_height=10**400, resized_width=56)), ["resized_height", "1,048,576"]),
+    ("endless_rate", user(video(PIXELS[None], fps=float("inf"))), ["content[0]", "fps is inf"]),
+    ("rate_that_is_a_list", user(video(PIXELS[None], fps=[2])), ["content[0]", "fps is [2]"]),
+    ("no_rate_at_all", user(video(PIXELS[None], fps=float("nan"))), ["content[0]", "fps is nan"]),
     ("limits_crossed", user(image(PIXELS, min_pixels=5000, max_pixels=4000)), ["content[0]", "5,000", "4,000"]),
     ("negative_limit", user(image(PIXELS, max_pixels=-1)), ["content[0]", "max_pixels is -1"]),
     ("half_a_size", user(image(PIXELS, resized_height=56)), ["content[0]", "resized_width"]),
@@ -253,6 +279,39 @@ LOAD = [
         {"preprocessor_config__json": {"min_pixels": 9, "max_pixels": 4}},
         ["preprocessor_config.json", "min_pixels 9"],
     ),
+    *(
+        (f"{file}_{key}_is_{value!r}"[:60], {f"{file}__json": {key: value}}, [f"{file}.json", key, words])
+        for file in ("preprocessor_config", "video_preprocessor_config")
+        for key, value, words in [
+            ("patch_size", 10**9, "14"),
+            ("patch_size", "14", "Expected `int"),
+            ("temporal_patch_size", 10**9, "8"),
+            ("merge_size", 0, ">= 1"),
+            ("merge_size", 2.5, "Expected `int"),
+            ("min_pixels", 10**9, "16,777,216"),
+            ("min_pixels", -1, ">= 1"),
+            ("max_pixels", 2**64, "1,099,511,627,776"),
+            ("max_pixels", True, "Expected `int"),
+            ("image_mean", [0.5, 0.5], "length 3"),
+            ("image_mean", 0.5, "Expected `array"),
+            ("image_std", [0.5, 0, 0.5], "image_std is"),
+            ("image_std", ["a", "b", "c"], "Expected `float"),
+            ("rescale_factor", 0, "rescale_factor is 0"),
+            ("rescale_factor", {}, "Expected `float"),
+            ("resample", 77, "resample is 77"),
+            ("size", [224], "Expected `int"),
+            ("size", {"shortest_edge": "a"}, "Expected `int"),
+            ("size", 224, "shortest_edge"),
+            ("do_resize", "no", "Expected `bool"),
+            ("do_rescale", False, "do_rescale is false"),
+            ("image_processor_type", 7, "Expected `str"),
+        ]
+    ),
+    ("rate_of_a_video_file", {"video_preprocessor_config__json": {"fps": 0}}, ["video_preprocessor_config.json", "fps is 0"]),
+    ("frames_of_a_video_file", {"video_preprocessor_config__json": {"max_frames": 10**9}}, ["max_frames is 1000000000"]),
+    ("section_that_is_no_object", {"processor_config__json": {"image_processor": 3}}, ["processor_config.json", "image_processor"]),
+    ("key_of_a_section", {"processor_config__json": {"video_processor": {"fps": "2"}}}, ["processor_config.json", "video_processor.fps"]),
+    ("geometry_that_is_no_number", {"config__json": {**VISION, "vision_config": {"patch_size": "14"}}}, ["config.json", "patch_size"]),
     ("template_that_is_no_text", {"chat_template__jinja": b"\xff\xfe\x00"}, ["chat_template.jinja"]),
 ]
 

@@ -1,5 +1,8 @@
 """Rotary positions, patch packing and the checks at the door, against the written rules."""
 
+import dataclasses
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
@@ -7,6 +10,7 @@ from infinitevl_jax.config.model import ModelConfig, TextConfig, VisionConfig
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.model.inputs import prepare
 from infinitevl_jax.model.patches import bucket, pack, window_order
+from infinitevl_jax.model.positions import VisionItem, vision_positions
 from infinitevl_jax.model.rope import decoder_angles
 
 IMAGE, VIDEO, START, END = 91, 92, 93, 94
@@ -63,6 +67,49 @@ def test_video_time_counts_and_text_goes_on_after_the_largest_axis(config):
 def test_half_second_steps_are_not_truncated(config):
     batch = batch_of(config, [[VIDEO] * 3], videos=[(3, 2, 2)], seconds=[0.75])
     assert prepare(config, **batch).inputs.positions[0, 0].tolist() == [0, 1, 3]  # floor(i * 1.5)
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, list])
+@pytest.mark.parametrize(
+    ("seconds", "rate", "want"),
+    [
+        (Fraction(1), 2, [0, 2, 4, 6]),
+        (Fraction(2, 3), 3, [0, 2, 4, 6]),  # as floats 1.9999999 a step
+        (Fraction(1, 3), 3, [0, 1, 2, 3]),
+        (Fraction(1, 7), 7, [0, 1, 2, 3]),
+        (Fraction(20, 30), 1.5, [0, 1, 2, 3]),
+        (Fraction(49, 50), 2, [0, 1, 3, 5]),  # a true 0.98 s a step
+    ],
+)
+def test_steps_of_time_are_exact(config, kind, seconds, rate, want):
+    config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, tokens_per_second=rate))
+    given = [float(seconds)] if kind is list else np.array([float(seconds)], kind)
+    batch = batch_of(config, [[VIDEO] * 4], videos=[(4, 2, 2)]) | {"second_per_grid_ts": given}
+    assert prepare(config, **batch).inputs.positions[0, 0].tolist() == want
+
+
+def test_a_long_video_keeps_exact_time(config):
+    item = VisionItem("video", (30_000, 1, 1), np.float64(1 / 3))
+    np.testing.assert_array_equal(vision_positions(item, 0, 3)[0], np.arange(30_000))
+
+
+@pytest.mark.parametrize("seconds", [np.nan, np.inf, -1.5, 1e30, 2.0**40, "a", None])
+def test_seconds_that_are_none_are_refused(config, seconds):
+    batch = batch_of(config, [[VIDEO] * 3], videos=[(3, 2, 2)], seconds=[seconds])
+    with pytest.raises(InfiniteVLError, match="second_per_grid_ts"):
+        prepare(config, **batch)
+
+
+@pytest.mark.parametrize("ids", [[[0.0, np.nan]], [[0.5, 1.5]], [[0, 2**40]], [[-1, 0]], [["a", "b"]]])
+def test_position_ids_that_are_none_are_refused(config, ids):
+    with pytest.raises(InfiniteVLError, match="position_ids"):
+        prepare(config, [[1, 2]], position_ids=np.array(ids))
+
+
+def test_position_ids_of_pads_do_not_matter(config):
+    own = np.array([[-7, 3, 4]])
+    positions = prepare(config, [[0, 1, 2]], attention_mask=[[0, 1, 1]], position_ids=own).inputs.positions
+    assert positions[:, 0, :2].tolist() == [[3, 4]] * 3
 
 
 def test_seconds_are_truncated_when_asked_for(config):

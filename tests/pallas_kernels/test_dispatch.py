@@ -41,16 +41,16 @@ def test_gradients_made_elsewhere_are_reported():
 def test_a_name_runs_or_fails():
     assert (Dispatch("op", options(), CPU, "any")(X) == 4).all()
     assert (Dispatch("op", options(), CPU, "elsewhere,any,narrow")(X[:, :2]) == 4).all()  # in the order given
-    with pytest.raises(ValueError, match=r"op cannot run on bfloat16\[2, 3\] on cpu\n  narrow: 3 columns\n  -> name another"):
+    with pytest.raises(ValueError, match=r"op cannot run on bfloat16\[2, 3\] on cpu: narrow: 3 columns\n  -> name another"):
         Dispatch("op", options(), CPU, "narrow")(X)
-    with pytest.raises(ValueError, match="op cannot run as asked\n  elsewhere: for Hopper GPUs, this is cpu"):
+    with pytest.raises(ValueError, match="op cannot run as asked: elsewhere: for Hopper GPUs, this is cpu"):
         Dispatch("op", options(), CPU, "elsewhere")
     with pytest.raises(ValueError, match="op has no implementation 'fast'\n  -> choose among elsewhere, narrow, any"):
         Dispatch("op", options(), CPU, "fast")
 
 
 def test_all_refusals_are_told():
-    with pytest.raises(ValueError, match="elsewhere: for Hopper.*\n  narrow: 3 columns\n  -> change the case"):
+    with pytest.raises(ValueError, match="elsewhere: for Hopper.*; narrow: 3 columns\n  -> change the case"):
         Dispatch("op", options()[:2], CPU)(X)
 
 
@@ -84,5 +84,5 @@ def test_operators_are_resolved_once_and_unknown_names_refused():
     assert resolve_ops() is resolve_ops()
     with pytest.raises(InfiniteVLError, match="gated_delta_rule has no implementation 'triton'\n  -> choose among"):
         resolve_ops(None, None, "triton")
-    with pytest.raises(InfiniteVLError, match="attend cannot run as asked\n  mosaic_tpu: for TPUs, this is cpu"):
+    with pytest.raises(InfiniteVLError, match="attend cannot run as asked: mosaic_tpu: for TPUs, this is cpu"):
         resolve_ops(None, "mosaic_tpu")

@@ -25,6 +25,13 @@ CUT = """
     spans.row, spans.shortest, spans.most = 2, 1, {most}
     matrix.main()
 """
+SEVERAL = """
+    from pallas_kernels.testing import matrix
+    from pallas_kernels.gated_delta_rule import mosaic_gpu_gradients
+
+    mosaic_gpu_gradients.MULTIPROCESSORS = 3  # blocks, so that each takes several chunks one after the other
+    matrix.main()
+"""
 RACE = """
     import jax, jax.numpy as jnp
     import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -68,6 +75,11 @@ def test_parity(operator):
 def test_parity_of_sequences_in_spans(most):
     arguments = "--implementation", "mosaic_gpu", "--operator", "gated_delta_rule", "--case", "^packed, 300"
     check(python("-c", textwrap.dedent(CUT.format(most=most)), *arguments))
+
+
+def test_parity_of_several_chunks_a_block():
+    arguments = "--implementation", "mosaic_gpu", "--operator", "gated_delta_rule", "--case", "^packed, 300"
+    check(python("-c", textwrap.dedent(SEVERAL), *arguments))
 
 
 def test_a_race_is_found():

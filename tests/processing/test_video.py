@@ -86,6 +86,13 @@ def test_a_video_that_starts_late_is_timed_from_its_first_frame(tmp_path):
     assert video.times[0] == 0 and video.fps == pytest.approx(2.0, rel=0.06)
 
 
+def test_a_duration_that_is_rounded_gives_the_rate_that_was_asked_for(tmp_path):
+    # Not quite steady, and 2 ms short of 10 s: 19.996 frames at 2 a second are 20, half a second apart.
+    path = make_video(tmp_path / "short.mkv", [*np.arange(60) / 10, *np.arange(60, 100) / 10 - 0.002], lambda i: i, rate=10)
+    video = load_video(path, VideoOptions(**SMALL))
+    assert len(video.frames) == 20 and video.fps == 2
+
+
 def test_frames_are_taken_as_sampled_already(tmp_path):
     array = np.random.default_rng(0).integers(0, 256, (5, 56, 84, 3), dtype=np.uint8)
     options = VideoOptions(**{**SMALL, "min_pixels": 56 * 84}, fps=4.0)

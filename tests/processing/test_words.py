@@ -206,7 +206,7 @@ WRONG = {
     ),
     "half an emoji": (
         lambda p: p([user("good morning \ud83d")]),
-        "messages[0] holds half a character, U+D83D",
+        "messages[0] holds half of a character, U+D83D",
     ),
     "half an emoji in an item": (
         lambda p: p([user([{"type": "text", "text": "\udc00"}])]),

@@ -1,0 +1,284 @@
+"""Video files: the moving picture among a file's streams, the times of its frames, upright frames.
+
+FFmpeg reads what it is handed as a Python file. Its formats are listed here, and it may open nothing
+else: playlists, session descriptions and references to other files or addresses are refused.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import BinaryIO, NoReturn
+
+import av
+import numpy as np
+from av.sidedata.sidedata import Type
+from av.stream import Disposition
+from PIL import Image
+
+from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.processing.completeness import stated_size
+from infinitevl_jax.processing.sources import OTHER, kind_of
+
+MAX_FRAME_PIXELS = 8192 * 4608  # of a stored frame: 8K; a decoder holds up to sixteen and more
+MAX_SECONDS = 366 * 86_400
+DAMAGED = "play it in a viewer; copy it again, or re-encode it: ffmpeg -i IN -c:v libx264 OUT.mp4"
+CUT_SHORT = "copy or download it again, or keep what there is: ffmpeg -i IN -c copy OUT.mkv"
+
+# FFmpeg's names of the formats that are read. Raw streams are timed by the rate that they state.
+_RAW = ("h264", "hevc", "m4v", "mpegvideo", "obu", "vvc")
+_FILMS = (
+    "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "ivf",
+    "mxf", "nut", "gif", "apng", "dv", "yuv4mpegpipe", *_RAW,
+)  # fmt: skip
+# Opened only to say that there is nothing to see.
+_SOUND = ("wav", "w64", "mp3", "flac", "aac", "aiff", "ac3", "amr")
+_STATES_DURATION = ("matroska,webm", "flv", "asf", "avi")
+_COVER_CODECS = ("mjpeg", "png", "bmp", "gif", "tiff", "webp", "jpeg2000", "jpegxl")
+_REORDERED = 16  # frames that may be shown after the one that is stored last
+_NO_FILM = Disposition.attached_pic | Disposition.timed_thumbnails
+
+# Display matrix: (axes exchanged, columns mirrored, rows mirrored) -> what PIL calls it.
+_TURNS = {
+    (False, True, False): Image.Transpose.FLIP_LEFT_RIGHT,
+    (False, False, True): Image.Transpose.FLIP_TOP_BOTTOM,
+    (False, True, True): Image.Transpose.ROTATE_180,
+    (True, False, False): Image.Transpose.TRANSPOSE,
+    (True, True, False): Image.Transpose.ROTATE_270,
+    (True, False, True): Image.Transpose.ROTATE_90,
+    (True, True, True): Image.Transpose.TRANSVERSE,
+}
+
+
+@dataclass(frozen=True)
+class Track:
+    """The moving picture of a file. Times are seconds from its first frame, exact.
+
+    `start` is the first time stamp in units of `tick` seconds, None where frames are only counted.
+    `rate` is the frames a second where they come steadily: the time stamps are then rounded to
+    ticks, and frame k stands at k / rate.
+    """
+
+    index: int
+    start: int | None
+    tick: Fraction
+    rate: Fraction | None
+    duration: Fraction
+    times: list[Fraction]  # of all frames, ascending
+
+    def time(self, stamp: int | None, order: int) -> Fraction:
+        """When a frame is shown, from its time stamp, or from its place in the decoder's output."""
+        if self.start is None or stamp is None:
+            return self.times[min(order, len(self.times) - 1)]
+        time = (stamp - self.start) * self.tick
+        return time if self.rate is None else round(time * self.rate) / self.rate
+
+
+def read_track(file: BinaryIO, name: str) -> Track:
+    """Find the moving picture and the times of its frames, from the packets, without decoding.
+
+    Raises:
+      InfiniteVLError: no listed format, no moving picture, a file that is cut short or damaged.
+    """
+    _check_whole(file, name)
+    with open_container(file, name) as container:
+        streams = {
+            stream.index: stream
+            for stream in container.streams.video
+            if stream.codec_context and not stream.disposition & _NO_FILM  # None: an unknown codec
+        }
+        packets: dict[int, list[tuple[int | None, int]]] = {index: [] for index in streams}
+        corrupt: dict[int, int] = {}  # stream -> its packets before the first damaged one
+        reached = Fraction(0)
+        for packet in container.demux():
+            if not packet.size:
+                continue
+            stamp = packet.pts if packet.pts is not None else packet.dts
+            if stamp is not None and packet.time_base:
+                reached = max(reached, (stamp + (packet.duration or 0)) * packet.time_base)
+            index = packet.stream.index
+            if index in packets and not packet.is_discard:
+                if packet.is_corrupt:
+                    corrupt.setdefault(index, len(packets[index]))
+                packets[index].append((stamp, packet.duration or 0))
+        stream = _moving(streams, packets, bool(container.streams.audio))
+        if stream is None:
+            raise InfiniteVLError(
+                f"{name} has no video stream that can be decoded (sound and cover pictures are none)",
+                "pass a file with moving pictures; a song's cover goes in as an image",
+            )
+        if stream.index in corrupt:
+            total = f"{stream.frames:,}" if stream.frames else "its"
+            raise InfiniteVLError(
+                f"{name} is damaged or cut short after {corrupt[stream.index]:,} of {total} frames",
+                DAMAGED,
+            )
+        told = (
+            Fraction(container.duration or 0, av.time_base)
+            if container.format.name in _STATES_DURATION
+            else 0
+        )
+        if told - reached > Fraction(1, 4) + told / 100:
+            raise InfiniteVLError(
+                f"{name} is cut short after {float(reached):.1f} of {float(told):.1f} s", CUT_SHORT
+            )
+        if (
+            not 0 < stream.width * stream.height <= MAX_FRAME_PIXELS
+        ):  # FFmpeg tells no size of what is over its limit
+            size = (
+                f"of {stream.width:,} x {stream.height:,} pixels"
+                if stream.width
+                else "of unknown size"
+            )
+            raise InfiniteVLError(
+                f"{name} has frames {size}: damaged, or over the limit of {MAX_FRAME_PIXELS:,} pixels",
+                "shrink it first: ffmpeg -i IN -vf scale=1920:-2 OUT.mp4",
+            )
+        track = _track(stream, packets[stream.index], container.format.name in _RAW, name)
+    if track.duration > MAX_SECONDS:
+        raise InfiniteVLError(
+            f"{name} spans {float(track.duration) / 86_400:,.0f} days by its time stamps", DAMAGED
+        )
+    return track
+
+
+def decode(file: BinaryIO, track: Track, name: str) -> Iterator[tuple[Fraction, av.VideoFrame]]:
+    """The frames of a track with their times, in the order in which they are shown.
+
+    Raises:
+      InfiniteVLError: the last frames are incomplete, as those of a raw stream that is cut short.
+    """
+    order, incomplete = 0, None
+    with open_container(file, name) as container:
+        stream = container.streams[track.index]
+        pixels = max(1, stream.width * stream.height)
+        stream.thread_type = "AUTO"
+        # Each thread holds a frame or two.
+        stream.codec_context.thread_count = max(
+            1, min(16, os.cpu_count() or 1, 4 * MAX_FRAME_PIXELS // pixels)
+        )
+        stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
+        for order, frame in enumerate(container.decode(stream)):
+            incomplete = order if frame.is_corrupt else incomplete
+            yield track.time(frame.pts if frame.pts is not None else frame.dts, order), frame
+    if incomplete is not None and order - incomplete < _REORDERED:
+        raise InfiniteVLError(
+            f"{name} is cut short or damaged in its last frames, after {float(track.duration):.1f} s",
+            CUT_SHORT,
+        )
+
+
+def upright(frame: av.VideoFrame) -> Image.Image:
+    """RGB picture, turned and mirrored by the file's display matrix, to the nearest quarter turn."""
+    image = frame.to_image()
+    side = frame.side_data.get(Type.DISPLAYMATRIX)
+    if side is None:
+        return image
+    # x' = a x + c y, y' = b x + d y
+    a, b, _, c, d = np.frombuffer(bytes(side), np.int32)[:5].tolist()
+    exchanged = abs(b) + abs(c) > abs(a) + abs(d)
+    turn = _TURNS.get((exchanged, c < 0, b < 0) if exchanged else (False, a < 0, d < 0))
+    return image if turn is None else image.transpose(turn)
+
+
+def open_container(file: BinaryIO, name: str) -> av.container.InputContainer:
+    """The container in `file`, by its content alone, if its format is listed."""
+    file.seek(0)
+    formats = ",".join((*_FILMS, *_SOUND))
+    try:
+        return av.open(
+            file,
+            options={"format_whitelist": formats, "max_pixels": str(MAX_FRAME_PIXELS)},
+            io_open=_open_nothing,
+            metadata_errors="replace",
+        )
+    except (av.error.FFmpegError, ValueError) as error:
+        file.seek(0)
+        if kind_of(file.read(400)) in ("image", "both"):
+            raise InfiniteVLError(f"{name} is a picture, not a video", OTHER["image"]) from error
+        raise InfiniteVLError(
+            f"{name} is not a video in a format that is read (MP4, MOV, Matroska, WebM, AVI, MPEG, "
+            "FLV, ASF, Ogg, GIF, ...)",
+            "play it in a viewer; convert it: ffmpeg -i IN -c:v libx264 OUT.mp4",
+        ) from error
+
+
+def _open_nothing(url: str, flags: int, options: dict) -> NoReturn:
+    raise PermissionError(f"refers to another file or address, {url!r}, which is not opened")
+
+
+def _check_whole(file: BinaryIO, name: str) -> None:
+    file.seek(0)
+    if kind_of(file.read(400)) == "image":
+        raise InfiniteVLError(f"{name} is a picture, not a video", OTHER["image"])
+    size, stated = file.seek(0, os.SEEK_END), stated_size(file)
+    if stated is not None and stated > size:
+        raise InfiniteVLError(f"{name} is cut short after {size:,} of {stated:,} bytes", CUT_SHORT)
+
+
+def _moving(
+    streams: dict[int, av.VideoStream], packets: dict[int, list], sound: bool
+) -> av.VideoStream | None:
+    """The stream that is the video: no preview, the default, the largest, the longest."""
+    counts = Counter({index: len(found) for index, found in packets.items() if found})
+    if not counts:
+        return None
+    most = max(counts.values())
+    if (
+        most == 1
+        and sound
+        and all(streams[index].codec_context.name in _COVER_CODECS for index in counts)
+    ):
+        return None  # a cover that is not marked as such
+    films = [
+        streams[index] for index, count in counts.items() if 10 * count > most
+    ]  # fewer frames: a preview
+    return max(
+        films,
+        key=lambda s: (
+            bool(s.disposition & Disposition.default),
+            s.width * s.height,
+            counts[s.index],
+            -s.index,
+        ),
+    )
+
+
+def _track(
+    stream: av.VideoStream, packets: list[tuple[int | None, int]], raw: bool, name: str
+) -> Track:
+    if raw or all(stamp is None for stamp, _ in packets):
+        rate = stream.codec_context.framerate
+        if not rate:
+            raise InfiniteVLError(
+                f"{name} is a raw stream that states no frame rate, so that nothing tells its time",
+                "put it into a container at its true rate: ffmpeg -framerate RATE -i IN -c copy OUT.mp4",
+            )
+        times = [k / rate for k in range(len(packets))]
+        return Track(stream.index, None, Fraction(1), rate, len(packets) / rate, times)
+    packets = sorted(
+        (packet for packet in packets if packet[0] is not None), key=lambda packet: packet[0]
+    )
+    tick, start = stream.time_base, packets[0][0]
+    times = [(stamp - start) * tick for stamp, _ in packets]
+    last = packets[-1][1] * tick
+    rate = stream.guessed_rate or stream.average_rate
+    steady = (
+        rate
+        and all(abs(time - k / rate) < tick for k, time in enumerate(times))
+        and (not last or abs(last - 1 / rate) < tick)
+    )
+    if steady:
+        return Track(
+            stream.index,
+            start,
+            tick,
+            rate,
+            len(times) / rate,
+            [k / rate for k in range(len(times))],
+        )
+    last = last or (
+        times[-1] / (len(times) - 1) if times[-1] else 1 / rate if rate else Fraction(1, 25)
+    )
+    return Track(stream.index, start, tick, None, times[-1] + last, times)
