@@ -80,8 +80,10 @@ def poison(x: np.ndarray, index: np.ndarray) -> np.ndarray:
 
 
 def compiler_options() -> dict | None:
-    """On a CPU most of a test's time is code generation: do without its optimiser (XLA's own passes run as ever)."""
-    return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    """Compile quickly: on a CPU without the optimiser of generated code (XLA's own passes run as ever), on a GPU without timing
+    several ways to multiply."""
+    options = {"cpu": {"xla_backend_optimization_level": 0}, "gpu": {"xla_gpu_autotune_level": 0}}
+    return options.get(jax.default_backend())
 
 
 def value_and_gradients(op: Callable) -> Callable:
