@@ -7,7 +7,7 @@ EXAMPLES = """examples:
   python train.py configs/easy_vqa.toml                                       train the small model, seven to ten minutes on two cores
   python train.py configs/easy_vqa.toml train.output=runs/two train.seed=2    another run beside it
   python train.py configs/easy_vqa.toml run.fsdp=4 run.tensor=2               on eight devices
-  python train.py configs/easy_vqa.toml run.gated_delta_rule=xla              with one implementation only (left out: the first that can)
+  python train.py configs/easy_vqa.toml run.ops.gated_delta_rule=xla          with one implementation only (left out: the first that can)
 Ctrl-C saves after the step at hand; the same command goes on from there."""
 
 

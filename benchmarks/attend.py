@@ -26,7 +26,8 @@ import numpy as np
 from benchmarks import cuda_graphs
 from benchmarks.record import add_commit, record, versions
 from benchmarks.timing import compiled, milliseconds, repeated, summary
-from pallas_kernels.attend import Mask, mosaic_gpu, reference, xla
+from pallas_kernels.attention import Mask, reference, xla
+from pallas_kernels.attention.hopper import attention as hopper
 from pallas_kernels.testing.parity import rel_rms
 
 
@@ -51,10 +52,10 @@ def draw(case: Case, length: int, seed: int = 0) -> tuple[jax.Array, ...]:
     return tuple(jax.random.normal(key, (1, length, n, case.width), jnp.bfloat16) for key, n in zip(keys, heads, strict=True))
 
 
-def ours(attend, case: Case, q, k, v):
+def ours(attention, case: Case, q, k, v):
     row = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
     index, segment = (row % case.segment, row // case.segment) if case.segment else (row, None)
-    return attend(q, k, v, index, index, segment, segment, case.mask, case.width**-0.5)[0]
+    return attention(q, k, v, index, index, segment, segment, case.mask, case.width**-0.5)[0]
 
 
 def cudnn(case: Case, q, k, v):
@@ -69,10 +70,10 @@ def tokamax(case: Case, q, k, v):
 
 
 IMPLEMENTATIONS = {
-    "mosaic_gpu": partial(ours, mosaic_gpu.attend),
+    "mosaic_gpu": partial(ours, hopper.attention),
     "cudnn": cudnn,
     "tokamax": tokamax,
-    "xla": partial(ours, xla.attend),
+    "xla": partial(ours, xla.attention),
 }
 
 
@@ -131,7 +132,7 @@ def errors(run, case: Case, length: int = 1500) -> dict[str, float]:
     case = case._replace(mask=dataclasses.replace(case.mask, window=min(case.mask.window, 400 if case.mask.causal else length)))
     inputs = draw(case, length)
     with jax.enable_x64(True):
-        exact = in_jax(partial(ours, reference.attend), case, *(x.astype(jnp.float64) for x in inputs))
+        exact = in_jax(partial(ours, reference.attention), case, *(x.astype(jnp.float64) for x in inputs))
     names = ("out", "d_q", "d_k", "d_v")
     return {n: round(rel_rms(np.asarray(a, np.float64), b), 5) for n, a, b in zip(names, run(case, *inputs), exact, strict=True)}
 

@@ -23,19 +23,20 @@ import jax.numpy as jnp
 from benchmarks.record import add_commit, record
 from benchmarks.timing import compiled, summary
 from benchmarks.trace import kernels
-from infinitevl_jax.model.attention import KeyValueRing, slot_index, write
-from pallas_kernels.attend import Mask, attend, merge
-from pallas_kernels.attend import decode as attend_decode
-from pallas_kernels.attend.implementations import STEPS as ATTEND_STEPS
-from pallas_kernels.causal_conv import causal_conv
+from infinitevl_jax.model.attention import slot_index, write
+from pallas_kernels.attention import KVCache, Mask, merge
+from pallas_kernels.attention.implementations import ATTENTION_STEP
+from pallas_kernels.attention.xla import attention
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.gated_delta_rule import decode as delta_decode
-from pallas_kernels.gated_delta_rule import gated_delta_rule
-from pallas_kernels.gated_delta_rule.implementations import STEPS as DELTA_STEPS
+from pallas_kernels.gated_delta_rule import DeltaState
+from pallas_kernels.gated_delta_rule.api import Inputs, Weights
+from pallas_kernels.gated_delta_rule.implementations import GATED_DELTA_RULE_STEP
+from pallas_kernels.gated_delta_rule.xla import gated_delta_rule
+from pallas_kernels.l2norm.xla import l2norm
+from pallas_kernels.short_conv.xla import short_conv
 from pallas_kernels.testing import matrix
-from pallas_kernels.testing.cases import Case, attend_step_case, gated_delta_step_case
+from pallas_kernels.testing.cases import Case, attention_step_case, gated_delta_rule_step_case
 from pallas_kernels.testing.steps import implementation_in_a_row
-from pallas_kernels.unit_heads import unit_heads
 
 HEADS, KEYS, VALUES, EPS = 16, 128, 256, 1e-5
 Q_HEADS, KEY_HEADS, WIDTH, WINDOW = 16, 2, 128, 8192
@@ -50,39 +51,37 @@ def delta_layers(inputs, weights, state, index, eps):
     index, batch = index[:, None], len(index)
     segment = jnp.zeros_like(index)
 
-    def convolve(x, weight, tail):
-        y, tail = causal_conv(x[:, None], weight, tail, index, segment)
-        return y, tail
+    def convolve(x, weight, conv_state):
+        return short_conv(x[:, None], weight, conv_state, index, segment)
 
-    q, q_tail = convolve(inputs.q, weights.q_conv, state.q_tail)
-    k, k_tail = convolve(inputs.k, weights.k_conv, state.k_tail)
-    v, v_tail = convolve(inputs.v, weights.v_conv, state.v_tail)
-    q, k = (unit_heads(q, HEADS, 1e-6) * KEYS**-0.5).astype(q.dtype), unit_heads(k, HEADS, 1e-6).astype(k.dtype)
+    q, q_conv_state = convolve(inputs.q, weights.q_conv, state.q_conv_state)
+    k, k_conv_state = convolve(inputs.k, weights.k_conv, state.k_conv_state)
+    v, v_conv_state = convolve(inputs.v, weights.v_conv, state.v_conv_state)
+    q, k = (l2norm(q, HEADS, 1e-6) * KEYS**-0.5).astype(q.dtype), l2norm(k, HEADS, 1e-6).astype(k.dtype)
     q, k, v = (x.reshape(batch, 1, HEADS, -1) for x in (q, k, v))
     a, b, rate, bias = (x.astype(jnp.float32) for x in (inputs.a, inputs.b, weights.A_log, weights.dt_bias))
     g = (-jnp.exp(rate) * jax.nn.softplus(a + bias))[:, None]
-    out, memory = gated_delta_rule(q, k, v, g, jax.nn.sigmoid(b)[:, None], state.memory, index, segment)
+    out, recurrent_state = gated_delta_rule(q, k, v, g, jax.nn.sigmoid(b)[:, None], state.recurrent_state, index, segment)
     wide = out.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps) * weights.norm.astype(jnp.float32)
     out = (wide.reshape(batch, -1) * jax.nn.silu(inputs.gate.astype(jnp.float32))).astype(out.dtype)
-    return out, delta_decode.State(memory, q_tail, k_tail, v_tail)
+    return out, DeltaState(recurrent_state, q_conv_state, k_conv_state, v_conv_state)
 
 
-def attend_layers(q, k, v, ring, index, window, scale):
+def attend_layers(q, k, v, kv_cache, index, window, scale):
     """The operations of `infinitevl_jax.model.attention`, one after the other."""
     index, length = index[:, None], jnp.maximum(index, 0)
     q, k, v = q[:, None], k[:, None], v[:, None]
     segment = jnp.zeros_like(index)
-    own = attend(q, k, v, index, index, segment, segment, mask=Mask(window=window, aligned=True), scale=scale)
-    held = slot_index(length, ring.k.shape[1])
-    cached = attend(q, ring.k, ring.v, index, held, None, None, mask=Mask(window=window), scale=scale)
-    ring = write(KeyValueRing(*ring), k, v, index)
-    return merge(*own, *cached)[0][:, 0], attend_decode.Ring(*ring)
+    own = attention(q, k, v, index, index, segment, segment, mask=Mask(window=window, aligned=True), scale=scale)
+    held = slot_index(length, kv_cache.k.shape[1])
+    cached = attention(q, kv_cache.k, kv_cache.v, index, held, mask=Mask(window=window), scale=scale)
+    return merge(*own, *cached)[0][:, 0], write(kv_cache, k, v, index)
 
 
 IMPLEMENTATIONS = {
-    "gated_delta_rule": {x.name: x.run for x in DELTA_STEPS} | {"layers": delta_layers},
-    "attend": {x.name: x.run for x in ATTEND_STEPS} | {"layers": attend_layers},
+    "gated_delta_rule": {x.name: x.run for x in GATED_DELTA_RULE_STEP.implementations} | {"layers": delta_layers},
+    "attend": {x.name: x.run for x in ATTENTION_STEP.implementations} | {"layers": attend_layers},
 }
 
 
@@ -95,11 +94,11 @@ def draw_delta(batch: int, seed: int):
         return (scale * jax.random.normal(next(keys), shape)).astype(dtype)
 
     widths = HEADS * KEYS, HEADS * KEYS, HEADS * VALUES
-    inputs = delta_decode.Inputs(*(normal(batch, n) for n in (*widths, HEADS * VALUES, HEADS, HEADS)))
+    inputs = Inputs(*(normal(batch, n) for n in (*widths, HEADS * VALUES, HEADS, HEADS)))
     convolutions = (normal(4, n, scale=0.5) for n in widths)
-    weights = delta_decode.Weights(*convolutions, normal(HEADS), normal(HEADS) - 4, 1 + normal(VALUES, scale=0.2))
-    memory = normal(batch, HEADS, KEYS, VALUES, dtype=jnp.float32, scale=0.3)
-    return inputs, weights, delta_decode.State(memory, *(normal(batch, 3, n) for n in widths))
+    weights = Weights(*convolutions, normal(HEADS), normal(HEADS) - 4, 1 + normal(VALUES, scale=0.2))
+    recurrent_state = normal(batch, HEADS, KEYS, VALUES, dtype=jnp.float32, scale=0.3)
+    return inputs, weights, DeltaState(recurrent_state, *(normal(batch, 3, n) for n in widths))
 
 
 @partial(jax.jit, static_argnames="batch")
@@ -108,20 +107,20 @@ def draw_attend(batch: int, seed: int):
     keys = iter(jax.random.split(jax.random.key(seed), 5))
     q, k, v = (jax.random.normal(next(keys), (batch, n, WIDTH), bf16) for n in (Q_HEADS, KEY_HEADS, KEY_HEADS))
     ring = (jax.random.normal(next(keys), (batch, WINDOW, KEY_HEADS, WIDTH), bf16) for _ in range(2))
-    return q, k, v, attend_decode.Ring(*ring)
+    return q, k, v, KVCache(*ring)
 
 
 def delta_cases(batch: int) -> list[Case]:
     """Two tokens in a row, every third sequence standing still."""
     tokens = [[-1 if i % 3 == 1 else token for i in range(batch)] for token in (5, 6)]
-    return [gated_delta_step_case("two tokens", tokens, HEADS, KEYS, VALUES)]
+    return [gated_delta_rule_step_case("two tokens", tokens, HEADS, KEYS, VALUES)]
 
 
 def attend_cases(batch: int) -> list[Case]:
     """Rings partly filled, about to be full and wrapped, some sequences still. A batch of one is tried with all lengths in turn."""
     lengths = [8192, 4000, -1, 8191, 8193, 20000, 100_000]
     rows = [[length] for length in lengths] if batch == 1 else [(lengths * batch)[:batch]]
-    return [attend_step_case("a token", [row], (Q_HEADS, KEY_HEADS), WIDTH, WINDOW, WINDOW) for row in rows]
+    return [attention_step_case("a token", [row], (Q_HEADS, KEY_HEADS), WIDTH, WINDOW, WINDOW) for row in rows]
 
 
 def with_erased_gates(inputs, weights, state, index, eps):
@@ -186,7 +185,7 @@ def attend_arguments(batch: int):
     return rings, q[0], k, v, jnp.full(batch, 9000, jnp.int32)
 
 
-CASES = {"gated_delta_rule": ("gated_delta_step", delta_cases), "attend": ("attend_step", attend_cases)}
+CASES = {"gated_delta_rule": ("gated_delta_rule_step", delta_cases), "attend": ("attention_step", attend_cases)}
 PROGRAMS = {"gated_delta_rule": (delta_program, delta_arguments), "attend": (attend_program, attend_arguments)}
 
 

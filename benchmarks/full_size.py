@@ -17,6 +17,7 @@ from benchmarks.record import add_commit, record
 from benchmarks.timing import summary
 from infinitevl_jax import InfiniteVL, Processor
 from infinitevl_jax.config.model import infinitevl_4b
+from infinitevl_jax.config.run import OpsConfig
 from infinitevl_jax.inference.sampling import Sampling
 from infinitevl_jax.model.cache import cache_bytes
 from infinitevl_jax.model.inputs import prepare
@@ -48,7 +49,8 @@ def main():
 
     config = infinitevl_4b()
     started = time.perf_counter()
-    model = InfiniteVL.random(config, dtype=jnp.bfloat16, ops=resolve_ops(None, args.attend, args.gated_delta_rule))
+    ops = resolve_ops(None, OpsConfig(attention=args.attend, gated_delta_rule=args.gated_delta_rule))
+    model = InfiniteVL.random(config, dtype=jnp.bfloat16, ops=ops)
     jax.block_until_ready(model.params)
     result = {
         "parameters": model.parameter_count,

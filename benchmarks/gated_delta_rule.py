@@ -24,7 +24,8 @@ import numpy as np
 from benchmarks import cuda_graphs
 from benchmarks.record import add_commit, record, versions
 from benchmarks.timing import compiled, milliseconds, repeated, summary
-from pallas_kernels.gated_delta_rule import mosaic_gpu, reference, xla
+from pallas_kernels.gated_delta_rule import reference, xla
+from pallas_kernels.gated_delta_rule.hopper import gated_delta_rule as hopper
 from pallas_kernels.testing.parity import GATES, rel_rms, unit
 
 HEADS, KEY, VALUE = 16, 128, 256
@@ -116,7 +117,7 @@ class Fla:
         return cuda_graphs.milliseconds(call, calls_of(*inputs[0].shape[:2]))
 
 
-JAX = {"mosaic_gpu": mosaic_gpu.gated_delta_rule, "xla": xla.gated_delta_rule}
+JAX = {"mosaic_gpu": hopper.gated_delta_rule, "xla": xla.gated_delta_rule}
 ERRORS = [(gates, repeated) for gates in ("mild", "spread", "keep") for repeated in (False, True)]
 
 

@@ -23,7 +23,7 @@ from benchmarks.timing import summary  # noqa: E402
 from benchmarks.trace import collective_share, kernels, table  # noqa: E402
 from benchmarks.train_flops import step_flops  # noqa: E402
 from infinitevl_jax.config.model import ModelConfig, infinitevl_4b  # noqa: E402
-from infinitevl_jax.config.run import RunConfig  # noqa: E402
+from infinitevl_jax.config.run import OpsConfig, RunConfig  # noqa: E402
 from infinitevl_jax.config.train import OptimizerConfig  # noqa: E402
 from infinitevl_jax.data.batch import TrainBatch  # noqa: E402
 from infinitevl_jax.model.ops import resolve_ops  # noqa: E402
@@ -111,7 +111,7 @@ class Training:
         """
         run = RunConfig(
             **{"fsdp": 1, **axes}, dtype=setting.dtype, remat=setting.remat, scan=LAYERS[setting.layers],
-            attend=setting.attend, gated_delta_rule=setting.gated_delta_rule,
+            ops=OpsConfig(attention=setting.attend, gated_delta_rule=setting.gated_delta_rule),
         )  # fmt: skip
         self.setting, self.mesh = setting, make_mesh(run)
         self.at_once = setting.at_once or setting.rows
@@ -126,7 +126,7 @@ class Training:
         self.flops = sum(step_flops(setting.config, names, joined(first)).values()) if setting.train in TRAIN else None
         part = joined(first[: self.at_once])
         self._step, self.state, self.figures = compile_step(setting.config, run, self.mesh, optimizer, names, begin, part)
-        ops = resolve_ops(self.mesh, run.attend, run.gated_delta_rule, run.causal_conv)
+        ops = resolve_ops(self.mesh, run.ops)
         self.figures["ran"] = ops.report()
         self.losses, self.norms, self.times = [], [], []
 

@@ -17,6 +17,7 @@ from benchmarks.full_size import timed
 from benchmarks.record import add_commit, record
 from infinitevl_jax import InfiniteVL
 from infinitevl_jax.config.model import infinitevl_4b
+from infinitevl_jax.config.run import OpsConfig
 from infinitevl_jax.model.inputs import prepare
 from infinitevl_jax.model.ops import resolve_ops
 from pallas_kernels.testing.parity import rel_rms
@@ -33,10 +34,10 @@ def main() -> None:
     config, rng = infinitevl_4b(), np.random.default_rng(0)
     prompts = {n: [prepare(config, rng.integers(0, 150_000, (1, n))) for _ in range(4)] for n in args.lengths}
     params = InfiniteVL.random(config, dtype=jnp.bfloat16).params
-    exact = InfiniteVL(config, params, dtype=jnp.float32, ops=resolve_ops(None, "xla", "xla"))
+    exact = InfiniteVL(config, params, dtype=jnp.float32, ops=resolve_ops(None, OpsConfig(attention="xla", gated_delta_rule="xla")))
     right = {n: np.asarray(exact.prefill(prompts[n][0], exact.init_cache(1))[0], np.float64) for n in args.lengths}
     for allowed in args.allowed:
-        ops = resolve_ops(None, allowed, allowed)
+        ops = resolve_ops(None, OpsConfig(attention=allowed, gated_delta_rule=allowed))
         model = InfiniteVL(config, params, dtype=jnp.bfloat16, ops=ops)
         fresh, before = model.init_cache(1), set(ops.report())
         for length in args.lengths:

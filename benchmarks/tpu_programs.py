@@ -15,14 +15,16 @@ from infinitevl_jax.model.deltanet import GatedDeltaNet
 from infinitevl_jax.model.keys import Keys
 from infinitevl_jax.model.ops import Ops
 from infinitevl_jax.model.span import Span
-from pallas_kernels.causal_conv import mosaic_tpu as causal_conv_tpu
-from pallas_kernels.gated_delta_rule import mosaic_tpu, xla
-from pallas_kernels.gated_delta_rule.mosaic_tpu_backward import backward
-from pallas_kernels.gated_delta_rule.mosaic_tpu_gates import ROWS
-from pallas_kernels.gated_delta_rule.mosaic_tpu_inverse import inverse
-from pallas_kernels.gated_delta_rule.mosaic_tpu_walk import walk
-from pallas_kernels.tuning import TPUDelta, XLADelta
-from pallas_kernels.unit_heads import unit_heads_by_products
+from pallas_kernels.gated_delta_rule import xla
+from pallas_kernels.gated_delta_rule.tpu import gated_delta_rule as delta_tpu
+from pallas_kernels.gated_delta_rule.tpu.backward import backward
+from pallas_kernels.gated_delta_rule.tpu.chunk_scan import chunk_scan
+from pallas_kernels.gated_delta_rule.tpu.gates import ROWS
+from pallas_kernels.gated_delta_rule.tpu.inverse import inverse
+from pallas_kernels.gated_delta_rule.tuning import TPU as TPUDelta
+from pallas_kernels.gated_delta_rule.tuning import XLA as XLADelta
+from pallas_kernels.l2norm import products
+from pallas_kernels.short_conv.tpu import short_conv as short_conv_tpu
 
 f32, i32 = jnp.float32, jnp.int32
 
@@ -32,7 +34,7 @@ def gdn_kernels(
 ) -> tuple[Callable, tuple]:
     """Kernels of the gated delta rule ("inverse", "walk", "backward") as they run for one sequence, with all that training needs
     (`save`) or without; each for itself, in one program."""
-    size = mosaic_tpu._chunk_size(length)
+    size = delta_tpu._chunk_size(length)
     chunks, (key, value) = -(-length // size), widths
 
     def chunked(*shape, kind=dtype):
@@ -41,14 +43,14 @@ def gdn_kernels(
     keys, values = (jax.ShapeDtypeStruct((1, chunks * size, heads * width), dtype) for width in widths)
     t, rows = chunked(size, size), chunked(ROWS, size, kind=f32)
     state = jax.ShapeDtypeStruct((1, heads, key, value), f32)
-    block = mosaic_tpu._heads(heads, key, value, dtype)
+    block = delta_tpu._heads(heads, key, value, dtype)
     states = jax.ShapeDtypeStruct((-(-chunks // 2), 1, heads, key, value), dtype)
     parts = [t, t] if dtype == "bfloat16" else [t]
     known = {
         "inverse": (lambda *x: inverse(*x, block, save, False), (keys, rows)),
-        "walk": (lambda *x: walk(*x, block, save, False), (keys, keys, values, t, rows, state)),
+        "walk": (lambda *x: chunk_scan(*x, block, save, False), (keys, keys, values, t, rows, state)),
         "backward": (
-            lambda *x: backward(*x, mosaic_tpu._heads(heads, key, value, dtype, TPUDelta.backward), False),
+            lambda *x: backward(*x, delta_tpu._heads(heads, key, value, dtype, TPUDelta.backward), False),
             (keys, keys, values, parts, rows, states, values, state),
         ),
     }
@@ -57,11 +59,11 @@ def gdn_kernels(
 
 
 def conv_kernels(length: int = 8192, channels: int = 4096, dtype: str = "bfloat16") -> tuple[Callable, tuple]:
-    """The causal convolution of one packed sequence, forward and backward."""
+    """The short convolution of one packed sequence, forward and backward."""
     x, token = jax.ShapeDtypeStruct((1, length, channels), dtype), jax.ShapeDtypeStruct((1, length), i32)
 
     def both(x, weight, index, segment, ct):
-        out, pull = jax.vjp(lambda *inputs: causal_conv_tpu.causal_conv(*inputs, None, index, segment)[0], x, weight)
+        out, pull = jax.vjp(lambda *inputs: short_conv_tpu.short_conv(*inputs, None, index, segment)[0], x, weight)
         return out, pull(ct)
 
     return both, (x, jax.ShapeDtypeStruct((4, channels), dtype), token, token, x)
@@ -91,9 +93,9 @@ def gdn_layer(implementation: str, gradient: bool, length: int = 8192, heads: in
     """A whole Gated DeltaNet layer in bfloat16, projections, convolutions and norms with it, for one packed sequence; K 128, V 256. With
     gradients in its parameters and its input if asked. implementation: as for `gdn_op`."""
     config = TextConfig(hidden_size=width, num_linear_heads=heads, linear_head_dim=128, expand_v=2.0, layer_types=("linear_attention",))
-    ops = Ops(gated_delta_rule=_operator(implementation), unit_heads=unit_heads_by_products)
+    ops = Ops(gated_delta_rule=_operator(implementation), l2norm=products.l2norm)
     if implementation == "mosaic_tpu":
-        ops = dataclasses.replace(ops, causal_conv=causal_conv_tpu.causal_conv)
+        ops = dataclasses.replace(ops, short_conv=short_conv_tpu.short_conv)
     graphdef, params = nnx.split(nnx.eval_shape(lambda: GatedDeltaNet(config, ops, Keys(jax.random.key(0)))))
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16), params)
     x, token = jax.ShapeDtypeStruct((1, length, width), jnp.bfloat16), jax.ShapeDtypeStruct((1, length), i32)
@@ -112,7 +114,7 @@ def _operator(implementation: str) -> Callable:
     def scan_and_solve(q, k, v, g, beta, initial_state, index, segment):
         return _scan_and_solve(q, k, v, *xla._start(k, v, g, beta, initial_state), index, segment)
 
-    return {"mosaic_tpu": mosaic_tpu.gated_delta_rule, "xla": xla.gated_delta_rule, "scan_and_solve": scan_and_solve}[implementation]
+    return {"mosaic_tpu": delta_tpu.gated_delta_rule, "xla": xla.gated_delta_rule, "scan_and_solve": scan_and_solve}[implementation]
 
 
 @jax.custom_vjp
@@ -127,7 +129,7 @@ def _scan_and_solve_forward(q, k, v, g, beta, initial_state, index, segment):
 
     how = xla._products(q, k, v)
     chunks = xla._prepare(q, k, v, g, beta, index, segment, how, XLADelta.chunk, invert)
-    states, last = xla._walk(chunks, initial_state, how)
+    states, last = xla._chunk_scan(chunks, initial_state, how)
     out, _ = xla._outputs(chunks, states, how)
     results = xla._join(out.astype(v.dtype), k.shape[1]), xla._kept(initial_state, last, index)
     return results, (q, k, v, g, beta, index, segment, chunks.inverse, states)

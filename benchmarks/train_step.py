@@ -36,7 +36,7 @@ from benchmarks.timing import summary  # noqa: E402
 from benchmarks.trace import kernels, table  # noqa: E402
 from benchmarks.train_flops import step_flops  # noqa: E402
 from infinitevl_jax.config.model import ModelConfig, infinitevl_4b  # noqa: E402
-from infinitevl_jax.config.run import REMATS, RunConfig  # noqa: E402
+from infinitevl_jax.config.run import REMATS, OpsConfig, RunConfig  # noqa: E402
 from infinitevl_jax.config.train import OptimizerConfig  # noqa: E402
 from infinitevl_jax.data.batch import TrainBatch  # noqa: E402
 from infinitevl_jax.model.inputs import prepare  # noqa: E402
@@ -84,7 +84,7 @@ def compile_step(config: ModelConfig, run: RunConfig, mesh: Mesh, optimizer, nam
         state = jax.jit(first, out_shardings=places, donate_argnums=0)(params)
         del params
         started = time.perf_counter()
-        model = model_of(config, run, resolve_ops(mesh, run.attend, run.gated_delta_rule, run.causal_conv))
+        model = model_of(config, run, resolve_ops(mesh, run.ops))
         step = jax.jit(partial(train_step, model, optimizer), donate_argnums=0, out_shardings=(places, None))
         step = step.lower(state, put_batch(batch, mesh)).compile()
     line["compile_s"] = round(time.perf_counter() - started, 1)
@@ -121,7 +121,8 @@ def measure(
 
     begin: gives fresh parameters on the device, the same at each call.
     """
-    run = RunConfig(fsdp=1, dtype=dtype, remat=remat, scan=scan, attend=attend, gated_delta_rule=gated_delta_rule)
+    ops = OpsConfig(attention=attend, gated_delta_rule=gated_delta_rule)
+    run = RunConfig(fsdp=1, dtype=dtype, remat=remat, scan=scan, ops=ops)
     mesh = make_mesh(run, jax.devices()[:1])
     optimizer = make_optimizer(OptimizerConfig(peak_lr=1e-4, warmup=0.0), 1000)
     rng = np.random.default_rng(0)
@@ -154,7 +155,7 @@ def measure(
         line["peak_GB_so_far"] = round(stats.get("peak_bytes_in_use", 0) / 1e9, 2)  # of the whole process: it cannot be set back
         line["loss"] = [round(loss, 4) for loss in (losses[0], losses[len(losses) // 2], losses[-1])]
         line["loss_finite"], line["loss_fell"] = bool(np.isfinite(losses).all()), losses[-1] < losses[0]
-        line["ran"] = resolve_ops(mesh, attend, gated_delta_rule).report()
+        line["ran"] = resolve_ops(mesh, ops).report()
         if profile:
             with jax.profiler.trace(profile):
                 for _ in range(2):

@@ -1,15 +1,16 @@
-"""Which implementation of an operator runs: the one asked for by name, or the first that takes the case on this device."""
+"""Operators, their implementations, and the choice among them: by name, or the first that can run."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import jax
 import numpy as np
 
+from pallas_kernels.partition import OperatorMesh
+
 
 class Refusal(ValueError):
-    """No implementation that is allowed takes a case, or there is none of that name."""
+    """No allowed implementation takes a call, or there is none of that name."""
 
     def __init__(self, culprit: str, cure: str):
         super().__init__(f"{culprit}\n  -> {cure}")
@@ -20,10 +21,13 @@ class Refusal(ValueError):
 class Implementation:
     """One way to compute an operator.
 
-    run: the operator's contract. device: why not on this device, or None. supports: why not these arguments (arrays or their
-    shapes, as `run` takes them), or None. gradients_by: the name of the one whose gradients they get, or None if its own.
-    unordered: results and gradients ("d_q") that are summed in no fixed order, so that two calls differ in rounding. All others
-    of its results are the same bit for bit in each call.
+    run: takes the operator's arguments by name and returns its results.
+    device: returns the reason it cannot run on the device, else None.
+    supports: returns the reason it does not take these arguments (arrays, or shapes with dtypes), else
+        None.
+    gradients_by: returns the name of the implementation that computes its gradients, None for its own.
+    unordered: results and gradients ("d_q") that are summed in no fixed order, so that two calls may
+        differ in rounding. All others are equal bit for bit in every call.
     """
 
     name: str
@@ -35,78 +39,94 @@ class Implementation:
 
 
 @dataclass(eq=False)
+class Operator:
+    """An operator: contract, implementations in order of preference, partitioning.
+
+    arguments: takes a call's arguments, fills in the defaults, raises ValueError where shapes do not
+        fit, and returns all of them by name.
+    partition: takes an implementation of the contract and an OperatorMesh, and returns the operator
+        over the arrays of the whole mesh.
+    """
+
+    name: str
+    arguments: Callable[..., dict]
+    partition: Callable[[Callable, OperatorMesh], Callable]
+    implementations: tuple[Implementation, ...]
+
+    def register(self, implementation: Implementation, before: str | None = None) -> None:
+        """Add an implementation in front of the one named `before`, by default in front of all."""
+        names = [i.name for i in self.implementations]
+        if implementation.name in names:
+            raise ValueError(f"{self.name} has an implementation {implementation.name!r} already\n  -> give another name")
+        if before is not None and before not in names:
+            raise Refusal(f"{self.name} has no implementation {before!r}", f"choose among {', '.join(names)}")
+        place = 0 if before is None else names.index(before)
+        self.implementations = (*self.implementations[:place], implementation, *self.implementations[place:])
+
+    def __call__(self, *args, implementation: str | None = None, **kwargs):
+        """Run on this process's first device. implementation: as `Dispatch.names`."""
+        return Dispatch(self, jax.devices()[0], implementation)(*args, **kwargs)
+
+
+@dataclass(eq=False)
 class Dispatch:
     """An operator on one kind of device, called by its contract.
 
-    implementations: in order of preference. names: the only ones allowed, in order, such as "mosaic_gpu" or "mosaic_gpu,xla"; None
-    allows all. ran: what was chosen, by case, and why not those before it; filled while programs are traced.
+    names: the implementations allowed, in order, such as "mosaic_gpu" or "mosaic_gpu,xla"; None allows
+        all of them.
+    ran: what was chosen, by case, with the reasons of those before it. Filled while programs are traced.
     """
 
-    operator: str
-    implementations: Sequence[Implementation]
+    operator: Operator
     device: jax.Device
     names: str | None = None
     ran: dict[str, str] = field(default_factory=dict)
+    allowed: Sequence[Implementation] = field(init=False)
 
     def __post_init__(self):
+        self.allowed = self.operator.implementations
         if self.names is None:
             return
-        known = {i.name: i for i in self.implementations}
-        for name in self.names.split(","):
-            if name not in known:
-                raise Refusal(f"{self.operator} has no implementation {name!r}", f"choose among {', '.join(known)}")
-        self.implementations = [known[name] for name in self.names.split(",")]
-        reasons = [f"{i.name}: {i.device(self.device)}" for i in self.implementations]
-        if all(i.device(self.device) for i in self.implementations):
-            raise Refusal(f"{self.operator} cannot run as asked: " + "; ".join(reasons), "name another implementation, or none")
+        known, name = {i.name: i for i in self.allowed}, self.operator.name
+        for asked in self.names.split(","):
+            if asked not in known:
+                raise Refusal(f"{name} has no implementation {asked!r}", f"choose among {', '.join(known)}")
+        self.allowed = [known[asked] for asked in self.names.split(",")]
+        if all(i.device(self.device) for i in self.allowed):
+            reasons = "; ".join(f"{i.name}: {i.device(self.device)}" for i in self.allowed)
+            raise Refusal(f"{name} cannot run as asked: {reasons}", "name another implementation, or none")
 
     def choose(self, *args, **kwargs) -> tuple[Implementation, list[str]]:
         """The implementation for these arguments, and the reasons of those passed over.
 
-        Raises Refusal where every one allowed refuses; the message holds the reasons.
+        Raises Refusal, with all reasons, where every allowed implementation refuses.
         """
+        return self._choose(self.operator.arguments(*args, **kwargs))
+
+    def __call__(self, *args, **kwargs):
+        call = self.operator.arguments(*args, **kwargs)
+        option, reasons = self._choose(call)
+        other = option.gradients_by(**call)
+        by = option.name + (f", gradients by {other}" if other else "")
+        self.ran[self._case(call)] = by + (f" ({'; '.join(reasons)})" if reasons else "")
+        return option.run(**call)
+
+    def report(self) -> list[str]:
+        """A line for each case so far: what ran, and why nothing preferred to it did."""
+        return [f"{self.operator.name} of {case}: {what}" for case, what in self.ran.items()]
+
+    def _choose(self, call: dict) -> tuple[Implementation, list[str]]:
         reasons = []
-        for option in self.implementations:
-            reason = option.device(self.device) or option.supports(*args, **kwargs)
+        for option in self.allowed:
+            reason = option.device(self.device) or option.supports(**call)
             if reason is None:
                 return option, reasons
             reasons.append(f"{option.name}: {reason}")
         cure = 'name another as well ("NAME,xla"), or none to take the first that can' if self.names else "change the case"
-        raise Refusal(f"{self.operator} cannot run on {self._case(args, kwargs)}: " + "; ".join(reasons), cure)
+        raise Refusal(f"{self.operator.name} cannot run on {self._case(call)}: " + "; ".join(reasons), cure)
 
-    def __call__(self, *args, **kwargs):
-        option, reasons = self.choose(*args, **kwargs)
-        other = option.gradients_by(*args, **kwargs)
-        by = option.name + (f", gradients by {other}" if other else "")
-        self.ran[self._case(args, kwargs)] = by + (f" ({'; '.join(reasons)})" if reasons else "")
-        return option.run(*args, **kwargs)
-
-    def report(self) -> list[str]:
-        """A line for each case met so far: what ran, and why nothing preferred to it."""
-        return [f"{self.operator} of {case}: {what}" for case, what in self.ran.items()]
-
-    def _case(self, args, kwargs) -> str:
-        shapes = [f"{np.dtype(x.dtype).name}{list(x.shape)}" for x in args[:3] if x is not None]
-        rule = [f", {x}" for name, x in kwargs.items() if name == "mask"]
-        return f"{', '.join(shapes)}{''.join(rule)} on {self.device.device_kind}"
-
-
-def hopper(device: jax.Device) -> str | None:
-    """The devices of Mosaic GPU kernels that use wgmma: compute capability 9.0."""
-    return None if _capability(device) == "9.0" else f"for Hopper GPUs, this is {device.device_kind}"
-
-
-def ampere(device: jax.Device) -> str | None:
-    """The devices of cuDNN's flash attention: NVIDIA GPUs of compute capability 8.0 or more."""
-    capability = _capability(device)
-    return None if re.fullmatch(r"([89]|\d\d)\.\d", capability) else f"for NVIDIA GPUs since Ampere, this is {device.device_kind}"
-
-
-def _capability(device: jax.Device) -> str:
-    """A GPU's compute capability, "9.0" say; empty for what is no GPU."""
-    return getattr(device, "compute_capability", "") if device.platform == "gpu" else ""
-
-
-def tpu(device: jax.Device) -> str | None:
-    """The devices of Mosaic TPU kernels."""
-    return None if device.platform == "tpu" else f"for TPUs, this is {device.device_kind}"
+    def _case(self, call: dict) -> str:
+        arrays = [x for x in jax.tree.leaves(list(call.values())) if hasattr(x, "dtype")][:3]
+        shapes = [f"{np.dtype(x.dtype).name}{list(x.shape)}" for x in arrays]
+        mask = f", {call['mask']}" if "mask" in call else ""
+        return f"{', '.join(shapes)}{mask} on {self.device.device_kind}"

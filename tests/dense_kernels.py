@@ -3,26 +3,29 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attend import mosaic_gpu_backward as attend_gpu_backward
-from pallas_kernels.attend import mosaic_gpu_forward as attend_gpu_forward
-from pallas_kernels.gated_delta_rule import mosaic_gpu_backward, mosaic_gpu_chunks, mosaic_gpu_forward, xla
+from pallas_kernels.attention.hopper import backward as hopper_attention_backward
+from pallas_kernels.attention.hopper import forward as hopper_attention_forward
+from pallas_kernels.gated_delta_rule import xla
+from pallas_kernels.gated_delta_rule.hopper import backward as hopper_delta_backward
+from pallas_kernels.gated_delta_rule.hopper import chunks
+from pallas_kernels.gated_delta_rule.hopper import forward as hopper_delta_forward
 
 
 def replace(monkeypatch):
     """Until the test ends."""
-    monkeypatch.setattr(attend_gpu_forward, "forward", attend_forward)
-    monkeypatch.setattr(attend_gpu_backward, "backward", attend_backward)
-    monkeypatch.setattr(mosaic_gpu_forward, "forward", delta_forward)
-    monkeypatch.setattr(mosaic_gpu_backward, "backward", delta_backward)
+    monkeypatch.setattr(hopper_attention_forward, "forward", attention_forward)
+    monkeypatch.setattr(hopper_attention_backward, "backward", attention_backward)
+    monkeypatch.setattr(hopper_delta_forward, "forward", delta_forward)
+    monkeypatch.setattr(hopper_delta_backward, "backward", delta_backward)
 
 
-def attend_forward(q, k, v, first, last, scale):
+def attention_forward(q, k, v, first, last, scale):
     scores, weights, lse = _dense(q, k, first, last, scale)
     v = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2).astype(jnp.float32)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v).astype(q.dtype), lse
 
 
-def attend_backward(q, k, v, d_out, lse, shift, first, last, scale):
+def attention_backward(q, k, v, d_out, lse, shift, first, last, scale):
     group = q.shape[2] // k.shape[2]
     q, k, v, d_out = (x.astype(jnp.float32) for x in (q, k, v, d_out))
     k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
@@ -48,12 +51,12 @@ def _dense(q, k, first, last, scale):
 
 def delta_forward(q, k, v, g, beta, starts, initial_state, keep):
     batch, length, heads, width = k.shape
-    assert length % mosaic_gpu_chunks.CHUNK == 0
+    assert length % chunks.CHUNK == 0
     g, beta = g.swapaxes(1, 2), beta.swapaxes(1, 2)
-    segment = None if starts is None else jnp.cumsum(starts, axis=1)
+    segment_ids = None if starts is None else jnp.cumsum(starts, axis=1)
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, width, v.shape[3]))
-    (out, last), (inverse, states) = xla._run(q, k, v, g, beta, initial_state, None, segment)
+    (out, last), (inverse, states) = xla._run(q, k, v, g, beta, initial_state, None, segment_ids)
     return out, last, jnp.moveaxis(inverse, 0, 2).astype(jnp.bfloat16), jnp.moveaxis(states, 0, 2) if keep else None
 
 

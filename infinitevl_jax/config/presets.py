@@ -15,6 +15,13 @@ from infinitevl_jax.config.run import RunConfig
 from infinitevl_jax.config.train import TrainConfig
 from infinitevl_jax.errors import InfiniteVLError
 
+# keys of presets of earlier versions -> their names now
+RENAMED = {
+    "run.attend": "run.ops.attention",
+    "run.gated_delta_rule": "run.ops.gated_delta_rule",
+    "run.causal_conv": "run.ops.short_conv",
+}
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -86,6 +93,8 @@ def parse(kind: type, tree: Any, key: str, where: str) -> Any:
     for name in tree:
         if name not in fields:
             full = _join(key, name)
+            if full in RENAMED:
+                raise InfiniteVLError(f"{where}: {full} has a new name", f"write {RENAMED[full]}")
             near = difflib.get_close_matches(name, fields, n=3, cutoff=0.5) or [n for n in _everywhere() if n.rsplit(".", 1)[-1] == name]
             near = [n if "." in n else _join(key, n) for n in near]
             raise InfiniteVLError(

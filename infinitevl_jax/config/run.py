@@ -1,12 +1,25 @@
 """How a run is carried out: mesh, precision, rematerialisation. None of it changes what is computed, only where and how exactly."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from infinitevl_jax.errors import InfiniteVLError
 
 AXES = ("data", "fsdp", "tensor", "context")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "dots", "full")
+
+
+@dataclass(frozen=True)
+class OpsConfig:
+    """The implementation of each operator that must run ("mosaic_gpu", "mosaic_tpu", "xla"), or several in
+    order ("mosaic_gpu,xla"). None: the first that can run.
+    """
+
+    attention: str | None = None
+    gated_delta_rule: str | None = None
+    short_conv: str | None = None
+    attention_step: str | None = None
+    gated_delta_rule_step: str | None = None
 
 
 @dataclass(frozen=True)
@@ -20,8 +33,7 @@ class RunConfig:
     and what the mixers' operators return ("dots"), or "full".
     scan: whether equal layers are one loop, which compiles in a time that does not follow the depth, or each stands by itself, which
     spares a GPU the copies into and out of the stacks.
-    attend, gated_delta_rule, causal_conv: the implementation that must run ("mosaic_gpu", "mosaic_tpu", "xla"), or several in order
-    ("mosaic_gpu,xla"); left out, the first that can.
+    ops: the implementations that are allowed of each operator.
     """
 
     data: int = 1
@@ -31,9 +43,7 @@ class RunConfig:
     dtype: str = "float32"
     remat: str = "none"
     scan: bool = True
-    attend: str | None = None
-    gated_delta_rule: str | None = None
-    causal_conv: str | None = None
+    ops: OpsConfig = field(default_factory=OpsConfig)
 
     def __post_init__(self):
         for name, known in (("dtype", DTYPES), ("remat", REMATS)):

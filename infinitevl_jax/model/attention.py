@@ -4,7 +4,6 @@ One mixer is every softmax layer of the family: full attention keeps everything,
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from infinitevl_jax.model.ops import Ops
 from infinitevl_jax.model.rope import rotate
 from infinitevl_jax.model.span import Span
 from infinitevl_jax.sharding import constrain
-from pallas_kernels.attend import Mask, merge
+from pallas_kernels.attention import KVCache, Mask, merge
 
 
 @dataclass(frozen=True)
@@ -35,13 +34,6 @@ class Retention:
         return min(self.window, max_length)
 
 
-class KeyValueRing(NamedTuple):
-    """The last keys (after rotary embedding) and values; token i lives in slot i mod capacity."""
-
-    k: Array  # [batch, capacity, kv_heads, head_dim]
-    v: Array
-
-
 def slot_index(length: Array, capacity: int) -> Array:
     """[batch] tokens seen -> [batch, capacity] ordinal of the token in each slot, -1 where the slot is empty."""
     last = length[:, None] - 1
@@ -49,13 +41,13 @@ def slot_index(length: Array, capacity: int) -> Array:
     return jnp.where((held >= 0) & (last >= 0), held, -1)
 
 
-def write(ring: KeyValueRing, k: Array, v: Array, index: Array) -> KeyValueRing:
+def write(kv_cache: KVCache, k: Array, v: Array, index: Array) -> KVCache:
     """Put new tokens in their slots. Pads, and tokens that this same call already pushes out of the ring, are dropped."""
-    capacity = ring.k.shape[1]
+    capacity = kv_cache.k.shape[1]
     newest = jnp.max(index, axis=1, keepdims=True)
     slot = jnp.where((index >= 0) & (index > newest - capacity), index % capacity, capacity)  # capacity = out of range = dropped
     put = jax.vmap(lambda old, slot, new: old.at[slot].set(new, mode="drop", unique_indices=False))
-    return KeyValueRing(put(ring.k, slot, k.astype(ring.k.dtype)), put(ring.v, slot, v.astype(ring.v.dtype)))
+    return KVCache(put(kv_cache.k, slot, k.astype(kv_cache.k.dtype)), put(kv_cache.v, slot, v.astype(kv_cache.v.dtype)))
 
 
 class SoftmaxAttention(nnx.Module):
@@ -70,12 +62,12 @@ class SoftmaxAttention(nnx.Module):
         self.v_proj = Linear(width, self.kv_heads * self.head_dim, bias=True, keys=keys)
         self.o_proj = Linear(self.heads * self.head_dim, width, keys=keys)
 
-    def state_spec(self, batch: int, max_length: int | None, dtype) -> KeyValueRing:
+    def state_spec(self, batch: int, max_length: int | None, dtype) -> KVCache:
         """Shapes and dtypes of this layer's cache."""
         shape = (batch, self.retention.capacity(max_length), self.kv_heads, self.head_dim)
-        return KeyValueRing(*[jax.ShapeDtypeStruct(shape, dtype)] * 2)
+        return KVCache(*[jax.ShapeDtypeStruct(shape, dtype)] * 2)
 
-    def __call__(self, x: Array, state: KeyValueRing | None, span: Span) -> tuple[Array, KeyValueRing | None]:
+    def __call__(self, x: Array, state: KVCache | None, span: Span) -> tuple[Array, KVCache | None]:
         """x [batch, length, width] -> the same shape, and the new state (None in training)."""
 
         def heads(y):
@@ -86,14 +78,13 @@ class SoftmaxAttention(nnx.Module):
         v = heads(self.v_proj(x))
         scale = self.head_dim**-0.5
         window = self.retention.window
-        out, lse = self.ops.attend(
-            q, k, v, span.index, span.index, span.segment, span.segment, mask=Mask(window=window, aligned=True), scale=scale
-        )
+        tokens = span.index, span.index, span.segment, span.segment
+        out, lse = self.ops.attention(q, k, v, *tokens, mask=Mask(window=window, aligned=True), scale=scale)
         if state is not None:
 
             def with_cache():
                 held = slot_index(span.length, state.k.shape[1])
-                cached = self.ops.attend(q, state.k, state.v, span.index, held, None, None, mask=Mask(window=window), scale=scale)
+                cached = self.ops.attention(q, state.k, state.v, span.index, held, mask=Mask(window=window), scale=scale)
                 return merge(out, lse, *cached)[0]
 
             # an empty cache (the first chunk of a prompt) is not worth reading; a single token nearly always has a past

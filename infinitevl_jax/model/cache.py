@@ -17,7 +17,7 @@ from infinitevl_jax.sharding import constrain
 class Cache(NamedTuple):
     """The state of `batch` sequences."""
 
-    layers: tuple  # one state a layer: KeyValueRing or DeltaState
+    layers: tuple  # one state a layer: KVCache or DeltaState
     length: Array  # [batch] int32 tokens seen
     next_position: Array  # [batch] int32 rotary position of the next text token: the largest so far + 1
 

@@ -3,8 +3,6 @@
 No biases and no positional encoding. The state of a head, [head_dim, value_dim], stays f32 whatever the activations are.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -17,15 +15,7 @@ from infinitevl_jax.model.layers import Linear
 from infinitevl_jax.model.ops import Ops
 from infinitevl_jax.model.span import Span
 from infinitevl_jax.sharding import constrain
-
-
-class DeltaState(NamedTuple):
-    """What a layer remembers of a sequence."""
-
-    memory: Array  # [batch, heads, head_dim, value_dim] f32
-    q_tail: Array  # [batch, conv_size - 1, channels] the last inputs of the convolutions
-    k_tail: Array
-    v_tail: Array
+from pallas_kernels.gated_delta_rule import DeltaState
 
 
 class CausalConv(nnx.Module):
@@ -35,8 +25,8 @@ class CausalConv(nnx.Module):
         self.ops = ops
         self.weight = nnx.Param(jnp.zeros((taps, channels)).at[-1].set(1.0))
 
-    def __call__(self, x: Array, tail: Array | None, span: Span) -> tuple[Array, Array]:
-        return self.ops.causal_conv(x, self.weight[...], tail, span.index, span.segment)
+    def __call__(self, x: Array, conv_state: Array | None, span: Span) -> tuple[Array, Array]:
+        return self.ops.short_conv(x, self.weight[...], conv_state, span.index, span.segment)
 
 
 class GatedNorm(nnx.Module):
@@ -49,7 +39,7 @@ class GatedNorm(nnx.Module):
     def __call__(self, x: Array, gate: Array) -> Array:
         """x, gate [batch, length, heads * value_dim] -> the same shape."""
         width = len(self.weight[...])
-        normed = self.ops.unit_heads(x, self.heads, width * self.eps) * width**0.5
+        normed = self.ops.l2norm(x, self.heads, width * self.eps) * width**0.5
         weight = jnp.tile(self.weight[...].astype(jnp.float32), self.heads)
         return (normed * weight * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
 
@@ -90,16 +80,16 @@ class GatedDeltaNet(nnx.Module):
         def heads(y):
             return constrain(rearrange(y, "b t (h d) -> b t h d", h=self.heads), "batch", "length", "heads", None)
 
-        q, q_tail = self.q_conv1d(self.q_proj(x), past.q_tail, span)
-        k, k_tail = self.k_conv1d(self.k_proj(x), past.k_tail, span)
-        v, v_tail = self.v_conv1d(self.v_proj(x), past.v_tail, span)
-        q = (self.ops.unit_heads(q, self.heads, 1e-6) * self.head_dim**-0.5).astype(x.dtype)
-        k = self.ops.unit_heads(k, self.heads, 1e-6).astype(x.dtype)
+        q, q_conv_state = self.q_conv1d(self.q_proj(x), past.q_conv_state, span)
+        k, k_conv_state = self.k_conv1d(self.k_proj(x), past.k_conv_state, span)
+        v, v_conv_state = self.v_conv1d(self.v_proj(x), past.v_conv_state, span)
+        q = (self.ops.l2norm(q, self.heads, 1e-6) * self.head_dim**-0.5).astype(x.dtype)
+        k = self.ops.l2norm(k, self.heads, 1e-6).astype(x.dtype)
 
         beta = jax.nn.sigmoid(self.b_proj(x).astype(jnp.float32))  # [batch, length, heads]
         rate = jnp.exp(self.A_log[...].astype(jnp.float32))
         g = -rate * jax.nn.softplus(self.a_proj(x).astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
-        out, memory = self.ops.gated_delta_rule(heads(q), heads(k), heads(v), g, beta, past.memory, span.index, span.segment)
+        out, recurrent_state = self.ops.gated_delta_rule(heads(q), heads(k), heads(v), g, beta, past.recurrent_state, span.index, span.segment)
 
         out = self.o_norm(rearrange(out, "b t h d -> b t (h d)"), self.g_proj(x))
-        return self.o_proj(out), None if state is None else DeltaState(memory, q_tail, k_tail, v_tail)
+        return self.o_proj(out), None if state is None else DeltaState(recurrent_state, q_conv_state, k_conv_state, v_conv_state)

@@ -20,7 +20,7 @@ from infinitevl_jax.model.rope import rotate, vision_angles
 from infinitevl_jax.model.span import VisionSpan
 from infinitevl_jax.model.stack import Stack
 from infinitevl_jax.sharding import constrain
-from pallas_kernels.attend import Mask
+from pallas_kernels.attention import Mask
 
 WINDOW, SLICE = "window", "slice"
 
@@ -46,7 +46,7 @@ class VisionAttention(nnx.Module):
         # a segment has at most `reach` patches in a row, so keys further away need not be looked at
         segment, reach = (span.window, self.window_patches) if self.kind == WINDOW else (span.slice, span.slice_reach)
         mask = Mask(causal=False, window=reach, aligned=True)
-        out, _ = self.ops.attend(q, k, v, span.index, span.index, segment, segment, mask=mask, scale=self.head_dim**-0.5)
+        out, _ = self.ops.attention(q, k, v, span.index, span.index, segment, segment, mask=mask, scale=self.head_dim**-0.5)
         return self.proj(rearrange(out, "r n h d -> r n (h d)"))
 
 

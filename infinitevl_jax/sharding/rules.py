@@ -11,6 +11,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from infinitevl_jax.errors import InfiniteVLError
+from pallas_kernels.partition import OperatorMesh
 
 # logical axis -> mesh axes that split it
 AXES: dict[str | None, tuple[str, ...]] = {
@@ -50,6 +51,11 @@ def check_mesh(mesh: Mesh) -> None:
             "the mesh has explicit axes, the model leaves sharding to the compiler",
             "make it with axis_types=(jax.sharding.AxisType.Auto,) * axes, or use sharding.make_mesh",
         )
+
+
+def operator_mesh(mesh: Mesh) -> OperatorMesh:
+    """The mesh as operators see it: which axes split their batch and their heads."""
+    return OperatorMesh(mesh, AXES["batch"], AXES["heads"])
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> PartitionSpec:

@@ -1,6 +1,7 @@
 """The training loop, read from top to bottom: prepare, restore or start, step, measure, save, plot."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -17,7 +18,8 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from infinitevl_jax.checkpoints.manager import Checkpoints, abstract_state
-from infinitevl_jax.config.presets import Preset, differences, to_tree
+from infinitevl_jax.config.presets import RENAMED, Preset, differences, to_tree
+from infinitevl_jax.config.run import OpsConfig
 from infinitevl_jax.data.batch import TrainBatch
 from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.pipeline import count_steps, held_out_batches, train_batches
@@ -32,7 +34,8 @@ from infinitevl_jax.training.setup import prepare_start
 from infinitevl_jax.training.step import TrainState, evaluate_batch, init_state, model_of, put_batch, state_shardings, train_step
 
 # what may change between a run and its continuation
-FREE = ("run.data", "run.fsdp", "run.tensor", "run.remat", "run.scan", "run.attend", "run.gated_delta_rule", "run.causal_conv")
+FREE = ("run.data", "run.fsdp", "run.tensor", "run.remat", "run.scan", "run.ops", *RENAMED)
+FREE += tuple(f"run.ops.{operator.name}" for operator in dataclasses.fields(OpsConfig))
 FREE += ("train.output", "train.log_every", "train.checkpoint_every", "train.evaluate_every", "train.keep", "train.data.folder")
 
 
@@ -57,7 +60,7 @@ def train(preset: Preset, say=print) -> Outcome:
             "train with one process; the devices of one host form the mesh",
         )
     mesh = make_mesh(preset.run)
-    ops = resolve_ops(mesh, preset.run.attend, preset.run.gated_delta_rule, preset.run.causal_conv)
+    ops = resolve_ops(mesh, preset.run.ops)
     run = claim_folder(preset)
     source = Source(config.data.name, config.data.folder, config.data.train)
     start = prepare_start(preset.model, source, run, config.seed)

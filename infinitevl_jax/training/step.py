@@ -22,7 +22,7 @@ from infinitevl_jax.model.patches import Patches
 from infinitevl_jax.model.vlm import VLM
 from infinitevl_jax.sharding import parameter_shardings, spec
 from infinitevl_jax.training.losses import Tally, answer_loss
-from pallas_kernels import attend, gated_delta_rule
+from pallas_kernels import attention, gated_delta_rule
 
 REMAT: dict[str, Callable] = {
     "none": lambda layer: layer,
@@ -30,7 +30,7 @@ REMAT: dict[str, Callable] = {
         jax.checkpoint,
         policy=jax.checkpoint_policies.save_from_both_policies(
             jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-            jax.checkpoint_policies.save_only_these_names(*attend.KEPT, *gated_delta_rule.KEPT),
+            jax.checkpoint_policies.save_only_these_names(*attention.RESIDUAL_NAMES, *gated_delta_rule.RESIDUAL_NAMES),
         ),
     ),
     "full": jax.checkpoint,

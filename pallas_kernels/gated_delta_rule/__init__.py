@@ -1,8 +1,6 @@
-"""Gated delta rule: a linear attention whose state forgets by a gate and corrects itself by the delta rule."""
+"""Gated delta rule: linear attention whose state decays by a gate and is corrected by the delta rule."""
 
-from pallas_kernels.gated_delta_rule.xla import gated_delta_rule
+from pallas_kernels.gated_delta_rule.api import RESIDUAL_NAMES, gated_delta_rule, gated_delta_rule_step
+from pallas_kernels.gated_delta_rule.state import DeltaState
 
-# names, in every implementation, of the result and of what the backward pass keeps besides the inputs: for policies of rematerialisation
-KEPT = ("gdn_out", "gdn_inverse", "gdn_states")
-
-__all__ = ["KEPT", "gated_delta_rule"]
+__all__ = ["RESIDUAL_NAMES", "DeltaState", "gated_delta_rule", "gated_delta_rule_step"]

@@ -1,27 +1,25 @@
-"""The implementations of the gated delta rule and of its layer's token step, in order of preference."""
+"""The implementations of the gated delta rule and of its one-token step, in order of preference.
 
-from pallas_kernels.dispatch import Implementation, hopper, tpu
-from pallas_kernels.gated_delta_rule import decode, decode_mosaic_gpu, mosaic_gpu, mosaic_tpu, xla
+On a TPU the kernels come first by static score (benchmarks/results/tpu_scores.jsonl). On Hopper they come
+first because the whole model is faster with them (benchmarks/results/prefill.jsonl, train_step.jsonl).
+"""
 
+from pallas_kernels.dispatch import Implementation, Operator
+from pallas_kernels.gated_delta_rule import step, xla
+from pallas_kernels.gated_delta_rule.api import arguments, step_arguments
+from pallas_kernels.gated_delta_rule.hopper import gated_delta_rule as hopper_rule
+from pallas_kernels.gated_delta_rule.hopper import step as hopper_step
+from pallas_kernels.gated_delta_rule.partition import partition_gated_delta_rule, partition_gated_delta_rule_step
+from pallas_kernels.gated_delta_rule.tpu import gated_delta_rule as tpu_rule
+from pallas_kernels.hardware import hopper, tpu
 
-def _on_tpu(q, k, v, *others, **named):
-    return mosaic_tpu.supports(q, k, v)
-
-
-def _step_on_hopper(inputs, weights, state, index, eps):
-    return decode_mosaic_gpu.supports(inputs, weights, state)
-
-
-# On a TPU the kernels come first by static score (benchmarks/results/tpu_scores.jsonl), for no chip was at hand; on Hopper because the
-# whole model is faster with them (benchmarks/results/prefill.jsonl and train_step.jsonl).
-IMPLEMENTATIONS = (
-    Implementation("mosaic_tpu", mosaic_tpu.gated_delta_rule, tpu, _on_tpu),
-    Implementation("mosaic_gpu", mosaic_gpu.gated_delta_rule, hopper, mosaic_gpu.supports),
+GATED_DELTA_RULE = Operator("gated_delta_rule", arguments, partition_gated_delta_rule, (
+    Implementation("mosaic_tpu", tpu_rule.gated_delta_rule, tpu, tpu_rule.supports),
+    Implementation("mosaic_gpu", hopper_rule.gated_delta_rule, hopper, hopper_rule.supports),
     Implementation("xla", xla.gated_delta_rule),
-)
+))  # fmt: skip
 
-# What `decode.step` says.
-STEPS = (
-    Implementation("mosaic_gpu", decode_mosaic_gpu.step, hopper, _step_on_hopper),
-    Implementation("xla", decode.step),
-)
+GATED_DELTA_RULE_STEP = Operator("gated_delta_rule_step", step_arguments, partition_gated_delta_rule_step, (
+    Implementation("mosaic_gpu", hopper_step.step, hopper, hopper_step.supports),
+    Implementation("xla", step.step),
+))  # fmt: skip

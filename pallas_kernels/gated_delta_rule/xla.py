@@ -26,8 +26,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.runs import sequence_runs
-from pallas_kernels.tuning import XLADelta
+from pallas_kernels.gated_delta_rule.api import check, repeat_key_heads
+from pallas_kernels.gated_delta_rule.tuning import XLA as XLADelta
+from pallas_kernels.segments import segment_numbers
 
 FLOOR = -200.0  # below it exp and its derivative are 0 in float32; above it sums of 128 coarse gates are exact
 COARSE = 256.0  # gates are split into a multiple of 1/COARSE and a rest
@@ -42,57 +43,18 @@ def gated_delta_rule(
     g: jax.Array,
     beta: jax.Array,
     initial_state: jax.Array | None = None,
-    index: jax.Array | None = None,
-    segment: jax.Array | None = None,
+    token_index: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Run `S = exp(g) S; u = beta (v - k^T S); S = S + k u^T; out = q^T S` over every token of every head.
-
-    Args:
-        q: [batch, length, heads, K], L2-normalised and scaled.
-        k: [batch, length, heads, K], L2-normalised.
-        v: [batch, length, heads, V].
-        g: [batch, length, heads] float32, log of the decay, <= 0 (-inf forgets all).
-        beta: [batch, length, heads] float32.
-        initial_state: [batch, heads, K, V] float32, state of the sequence that the first valid token continues; None is
-            zeros.
-        index: [batch, length] int, -1 marks a pad (anywhere in the row); None if there is none.
-        segment: [batch, length] int, sequence of each token. S starts from zero where it changes between one valid token
-            and the next.
-
-    Returns:
-        out [batch, length, heads, V] in v's dtype, zero at pads, and the last state [batch, heads, K, V] float32. A row
-        without valid tokens returns its state bit for bit. What pads hold (NaN included) reaches neither results nor
-        gradients.
-
-    Differentiable in the first six. The backward pass keeps the inputs and two tensors that a remat policy may name,
-    "gdn_inverse" (T) and "gdn_states" (the state before each chunk); with both kept, and "gdn_out" (out) for what reads it,
-    nothing sequential is done again.
-
-    With float32 inputs all products are in full float32. With bfloat16 inputs products with the state take
-    bfloat16 operands, what a chunk adds to the state float32 ones (`Precision.HIGH`), and "gdn_states" is kept in bfloat16
-    (the state that is carried on is float32 all the same).
-
-    Raises ValueError for shapes that do not fit together.
-    """
+    """The contract of `pallas_kernels.gated_delta_rule.gated_delta_rule`."""
     check(q, k, v, g, beta, initial_state)
+    q, k = (repeat_key_heads(x, v.shape[2]) for x in (q, k))
     g, beta, initial_state = _start(k, v, g, beta, initial_state)
     if not k.size:
         return jnp.zeros_like(v), initial_state
     if k.shape[1] == 1:
-        return _step(q, k, v, g, beta, initial_state, index)
-    return _delta_rule(q, k, v, g, beta, initial_state, index, segment)
-
-
-def check(q, k, v, g, beta, initial_state):
-    """Raise ValueError unless all shapes follow from k's and v's width."""
-    batch, length, heads, width = k.shape
-    wanted = {"q": (q, k.shape), "v": (v, (*k.shape[:3], v.shape[3])), "g": (g, k.shape[:3]), "beta": (beta, k.shape[:3])}
-    if initial_state is not None:
-        wanted["initial_state"] = initial_state, (batch, heads, width, v.shape[3])
-    for name, (x, shape) in wanted.items():
-        if x.shape != shape:
-            cure = f"give it {list(shape)}: as many heads, tokens and rows as k, which is {list(k.shape)}"
-            raise ValueError(f"gated_delta_rule: {name} is {list(x.shape)}\n  -> {cure}")
+        return _step(q, k, v, g, beta, initial_state, token_index)
+    return _delta_rule(q, k, v, g, beta, initial_state, token_index, segment_ids)
 
 
 def _start(k, v, g, beta, initial_state):
@@ -104,9 +66,9 @@ def _start(k, v, g, beta, initial_state):
     return g.astype(f32), beta.astype(f32), initial_state.astype(f32)
 
 
-def _step(q, k, v, g, beta, state, index):
+def _step(q, k, v, g, beta, state, token_index):
     """One token: the definition, but the state is read once for both k^T S and q^T S. One token meets no change of segment."""
-    valid = None if index is None else index[:, 0] >= 0
+    valid = None if token_index is None else token_index[:, 0] >= 0
     q, k, v_, g, beta = (_without_pads(x[:, 0], valid) for x in (q, k, v, g, beta))
     q, k, v_ = (x.astype(f32) for x in (q, k, v_))
     decay = jnp.exp(g)[..., None]  # [B, H, 1]
@@ -192,11 +154,11 @@ def _join(x, length):
     return x.transpose(1, 0, 3, 2, 4).reshape(batch, chunks * size, heads, width)[:, :length]
 
 
-def _run_masks(index, segment, length, size):
+def _run_masks(token_index, segment_ids, length, size):
     """Which pairs of tokens share a sequence [chunks, batch, 1, C, C], which tokens share that of the state before [..., C]."""
-    if segment is None:
+    if segment_ids is None:
         return None, None
-    run = sequence_runs(index, segment)
+    run = segment_numbers(token_index, segment_ids)
     run = jnp.concatenate([run, jnp.repeat(run[:, -1:], -length % size, axis=1)], axis=1)  # what fills up is like pads
     run = _split(run[:, :, None], size)  # [N, B, 1, C]
     before = jnp.pad(run[:-1, ..., -1:], ((1, 0), (0, 0), (0, 0), (0, 0)))  # the first chunk's state belongs to run 0
@@ -299,12 +261,12 @@ class Chunks(NamedTuple):
     decay: jax.Array  # d_C [1, 1]
 
 
-def _prepare(q, k, v, g, beta, index, segment, how: Products, size, invert=_unit_lower_inverse) -> Chunks:
+def _prepare(q, k, v, g, beta, token_index, segment_ids, how: Products, size, invert=_unit_lower_inverse) -> Chunks:
     """Everything inside chunks of `size` tokens; `invert` makes T of A, or gives it where it is known."""
     length = k.shape[1]
-    valid = None if index is None else index >= 0
+    valid = None if token_index is None else token_index >= 0
     q, k, v, g, beta = (_split(_without_pads(x, valid), size).astype(f32) for x in (q, k, v, g, beta))
-    between, since = _decays(jnp.maximum(g, FLOOR), *_run_masks(index, segment, length, size), how.chunk)
+    between, since = _decays(jnp.maximum(g, FLOOR), *_run_masks(token_index, segment_ids, length, size), how.chunk)
     a = jnp.tril(beta[..., None] * _matmul(k, k.mT, how.gram) * between, -1)
     inverse = _known_inverse(a, checkpoint_name(invert(a), "gdn_inverse"), how.chunk)
     return Chunks(
@@ -321,7 +283,7 @@ def _prepare(q, k, v, g, beta, index, segment, how: Products, size, invert=_unit
 # --- over the chunks --------------------------------------------------------------------------------------------------
 
 
-def _walk(chunks: Chunks, state, how: Products):
+def _chunk_scan(chunks: Chunks, state, how: Products):
     """The state before each chunk [chunks, batch, heads, K, V] in the dtype of its products, and the last one in float32."""
     dtype = how.state.forward[0]
 
@@ -341,7 +303,7 @@ def _outputs(chunks: Chunks, states, how: Products):
     return out, chunks.decay * states + _matmul(chunks.keys, new, how.update)
 
 
-def _walk_back(chunks: Chunks, ct_out, ct_last, how: Products):
+def _chunk_scan_backward(chunks: Chunks, ct_out, ct_last, how: Products):
     """Gradient in the state after each chunk [chunks, batch, heads, K, V] and in the initial one (float32)."""
     dtype = how.state.backward[0]
     readers = jnp.concatenate([chunks.queries, -chunks.w], axis=-2).mT.astype(dtype)  # [K, 2 C]
@@ -358,28 +320,28 @@ def _walk_back(chunks: Chunks, ct_out, ct_last, how: Products):
     return cts, first
 
 
-def _run(q, k, v, g, beta, initial_state, index, segment):
+def _run(q, k, v, g, beta, initial_state, token_index, segment_ids):
     how = _products(q, k, v)
-    chunks = _prepare(q, k, v, g, beta, index, segment, how, _chunk_size(k.shape[1]))
-    states, last = _walk(chunks, initial_state, how)
+    chunks = _prepare(q, k, v, g, beta, token_index, segment_ids, how, _chunk_size(k.shape[1]))
+    states, last = _chunk_scan(chunks, initial_state, how)
     states = checkpoint_name(states, "gdn_states")
     out, _ = _outputs(chunks, states, how)
-    return (_join(out.astype(v.dtype), k.shape[1]), _kept(initial_state, last, index)), (chunks.inverse, states)
+    return (_join(out.astype(v.dtype), k.shape[1]), _kept(initial_state, last, token_index)), (chunks.inverse, states)
 
 
-def _kept(initial_state, last, index):
+def _kept(initial_state, last, token_index):
     """The last state, but of rows without valid tokens the initial one: adding zero would have turned -0 into 0."""
-    return last if index is None else jnp.where((index >= 0).any(1)[:, None, None, None], last, initial_state)
+    return last if token_index is None else jnp.where((token_index >= 0).any(1)[:, None, None, None], last, initial_state)
 
 
 @jax.custom_vjp
-def _delta_rule(q, k, v, g, beta, initial_state, index, segment):
-    return _run(q, k, v, g, beta, initial_state, index, segment)[0]
+def _delta_rule(q, k, v, g, beta, initial_state, token_index, segment_ids):
+    return _run(q, k, v, g, beta, initial_state, token_index, segment_ids)[0]
 
 
-def _delta_rule_forward(q, k, v, g, beta, initial_state, index, segment):
-    results, (inverse, states) = _run(q, k, v, g, beta, initial_state, index, segment)
-    return (checkpoint_name(results[0], "gdn_out"), results[1]), (q, k, v, g, beta, index, segment, inverse, states)
+def _delta_rule_forward(q, k, v, g, beta, initial_state, token_index, segment_ids):
+    results, (inverse, states) = _run(q, k, v, g, beta, initial_state, token_index, segment_ids)
+    return (checkpoint_name(results[0], "gdn_out"), results[1]), (q, k, v, g, beta, token_index, segment_ids, inverse, states)
 
 
 def _delta_rule_backward(residuals, cts):
@@ -388,14 +350,14 @@ def _delta_rule_backward(residuals, cts):
 
 def _backward(residuals, cts, size):
     """Gradients in `_delta_rule`'s arguments, in chunks of `size` tokens."""
-    q, k, v, g, beta, index, segment, inverse, states = residuals
+    q, k, v, g, beta, token_index, segment_ids, inverse, states = residuals
     ct_out, ct_last = cts
     how = _products(q, k, v)
-    ct_out = _split(_without_pads(ct_out, None if index is None else index >= 0), size).astype(f32)
+    ct_out = _split(_without_pads(ct_out, None if token_index is None else token_index >= 0), size).astype(f32)
 
-    chunks, pull = jax.vjp(lambda *inputs: _prepare(*inputs, index, segment, how, size, lambda a: inverse), q, k, v, g, beta)
+    chunks, pull = jax.vjp(lambda *inputs: _prepare(*inputs, token_index, segment_ids, how, size, lambda a: inverse), q, k, v, g, beta)
     _, pull_outputs = jax.vjp(lambda chunks: _outputs(chunks, states, how), chunks)
-    ct_states, ct_initial = _walk_back(chunks, ct_out, ct_last.astype(f32), how)
+    ct_states, ct_initial = _chunk_scan_backward(chunks, ct_out, ct_last.astype(f32), how)
     return *pull(*pull_outputs((ct_out, ct_states.astype(f32)))), ct_initial, None, None
 
 

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pallas_kernels.attend import Mask
-from pallas_kernels.attend.decode import Ring
-from pallas_kernels.gated_delta_rule.decode import Inputs, State, Weights
+from pallas_kernels.attention import Mask
+from pallas_kernels.attention.state import KVCache
+from pallas_kernels.gated_delta_rule.api import Inputs, Weights
+from pallas_kernels.gated_delta_rule.state import DeltaState
 from pallas_kernels.testing.parity import GATES, alike, fresh_gates, packing, padding, unit
 
 
@@ -33,10 +34,10 @@ class Case:
 
 
 RESULTS = {
-    "attend": ("out", "lse"),
+    "attention": ("out", "lse"),
     "gated_delta_rule": ("out", "state"),
-    "attend_step": ("out", "ring_k", "ring_v"),
-    "gated_delta_step": ("out", "memory", "q_tail", "k_tail", "v_tail"),
+    "attention_step": ("out", "k_cache", "v_cache"),
+    "gated_delta_rule_step": ("out", "recurrent_state", "q_conv_state", "k_conv_state", "v_conv_state"),
 }
 
 
@@ -61,7 +62,7 @@ def mesh_pieces(tokens: int, packed: bool) -> tuple[int, ...]:
     return (tokens // 3, 1, tokens // 2) if packed else (tokens,)
 
 
-def attend_cases(longest: int) -> Iterator[Case]:
+def attention_cases(longest: int) -> Iterator[Case]:
     """16 query heads on 2 key heads would only repeat 4 on 2; widths of the decoder (128), the tower (80) and a small model (64)."""
 
     def case(name, length, mask, heads=(4, 2), width=128, pieces=(), pads=(0,), cached=0, batch=1, keys_alike=False, **how):
@@ -70,13 +71,13 @@ def attend_cases(longest: int) -> Iterator[Case]:
         def make():
             rng = np.random.default_rng(length + width)
             (q_heads, k_heads), keys = heads, length + cached
-            index, segment = padding([length - pads[row % len(pads)] for row in range(batch)], length), None
+            token_index, segment_ids = padding([length - pads[row % len(pads)] for row in range(batch)], length), None
             if pieces:
-                index, segment = (np.tile(x, (batch, 1)) for x in packing(pieces, length))
-            q_index, k_index = np.where(index < 0, -1, index + cached).astype(np.int32), index
+                token_index, segment_ids = (np.tile(x, (batch, 1)) for x in packing(pieces, length))
+            q_token_index, k_token_index = np.where(token_index < 0, -1, token_index + cached).astype(np.int32), token_index
             if cached:  # a ring holds its tokens in any order, and some slots not yet
-                ring = np.stack([np.where(rng.random(cached) < 0.1, -1, rng.permutation(cached)) for _ in range(batch)])
-                k_index = np.concatenate([ring.astype(np.int32), q_index], 1)
+                cached_index = np.stack([np.where(rng.random(cached) < 0.1, -1, rng.permutation(cached)) for _ in range(batch)])
+                k_token_index = np.concatenate([cached_index.astype(np.int32), q_token_index], 1)
             shapes = {"q": (length, q_heads), "k": (keys, k_heads), "v": (keys, k_heads)}
             inputs = {n: rng.standard_normal((batch, *s, width)) for n, s in shapes.items()}
             if keys_alike:
@@ -85,9 +86,9 @@ def attend_cases(longest: int) -> Iterator[Case]:
             return Problem(
                 inputs,
                 {"out": d_out, "lse": np.float32(d_lse)},
-                {"q_index": q_index, "k_index": k_index, "q_segment": segment, "k_segment": segment},
+                {"q_token_index": q_token_index, "k_token_index": k_token_index, "q_segment_ids": segment_ids, "k_segment_ids": segment_ids},
                 {"mask": mask, "scale": width**-0.5},
-                {"q": "q_index", "k": "k_index", "v": "k_index", "out": "q_index", "lse": "q_index"},
+                {"q": "q_token_index", "k": "k_token_index", "v": "k_token_index", "out": "q_token_index", "lse": "q_token_index"},
                 {},
             )
 
@@ -155,15 +156,15 @@ def gated_delta_rule_cases(longest: int) -> Iterator[Case]:
             inputs["initial_state"][:, 0, 0, 0] = -0.0  # which a sum with 0 would lose
             if not start:
                 del inputs["initial_state"]
-            index, segment = (padding(counts, length) if counts else None), None
+            token_index, segment_ids = (padding(counts, length) if counts else None), None
             if pieces:
-                index, segment = (np.tile(x, (batch, 1)) for x in packing(pieces, length))
-            tokens = {name: x for name, x in (("index", index), ("segment", segment)) if x is not None}
+                token_index, segment_ids = (np.tile(x, (batch, 1)) for x in packing(pieces, length))
+            tokens = {name: x for name, x in (("token_index", token_index), ("segment_ids", segment_ids)) if x is not None}
             cotangents = {"out": rng.standard_normal((*lead, 256)), "state": np.float32(rng.standard_normal((batch, heads, 128, 256)))}
-            if index is None:
+            if token_index is None:
                 return Problem(inputs, cotangents, tokens, {}, {}, {})
-            pads = dict.fromkeys(("q", "k", "v", "g", "beta", "out"), "index")
-            return Problem(inputs, cotangents, tokens, {}, pads, {"state": (index < 0).all(axis=1)})
+            pads = dict.fromkeys(("q", "k", "v", "g", "beta", "out"), "token_index")
+            return Problem(inputs, cotangents, tokens, {}, pads, {"state": (token_index < 0).all(axis=1)})
 
         return Case(f"{name}, {length}", make, **how)
 
@@ -196,7 +197,7 @@ def gated_delta_rule_cases(longest: int) -> Iterator[Case]:
             )
 
 
-def attend_step_case(
+def attention_step_case(
     name: str,
     ordinals: Sequence[Sequence[int]],
     heads: tuple[int, int] = (16, 2),
@@ -209,54 +210,54 @@ def attend_step_case(
 
     def make():
         q_heads, k_heads = heads
-        index = np.asarray(ordinals, np.int32)
-        tokens, batch = index.shape
+        token_index = np.asarray(ordinals, np.int32)
+        tokens, batch = token_index.shape
         rng = np.random.default_rng(capacity + batch)
         qkv = tuple(rng.standard_normal((tokens, batch, n, width)) for n in (q_heads, k_heads, k_heads))
-        ring = Ring(*(rng.standard_normal((batch, capacity, k_heads, width)) for _ in range(2)))
+        kv_cache = KVCache(*(rng.standard_normal((batch, capacity, k_heads, width)) for _ in range(2)))
         if keys_alike:
             q, k, v = qkv
-            direction = ring.k[:, :1]
-            qkv, ring = (q, alike(rng, direction[:, 0], k.shape), v), Ring(alike(rng, direction, ring.k.shape), ring.v)
+            direction = kv_cache.k[:, :1]
+            qkv, kv_cache = (q, alike(rng, direction[:, 0], k.shape), v), KVCache(alike(rng, direction, kv_cache.k.shape), kv_cache.v)
         return Problem(
-            {"inputs": qkv, "weights": (), "state": ring},
+            {"inputs": qkv, "weights": (), "state": kv_cache},
             {},
-            {"index": index},
+            {"token_index": token_index},
             {"window": window, "scale": width**-0.5},
-            {"inputs": "index"},
-            {"out": index < 0, "ring_k": True, "ring_v": True},
+            {"inputs": "token_index"},
+            {"out": token_index < 0, "k_cache": True, "v_cache": True},
         )
 
     return Case(f"{name}, {len(ordinals[0])} x {capacity}", make)
 
 
-def attend_step_cases(longest: int) -> Iterator[Case]:
+def attention_step_cases(longest: int) -> Iterator[Case]:
     """Rings at every stage: empty, around the ends of Hopper's blocks of 128 slots, about to be full, full, wrapped. Those of a case are
     about as full: the outputs of short ones are so much larger that errors of long ones would vanish beside them."""
     for length in (0, 5, 255, 256, 100_000):
-        yield attend_step_case(f"a sequence of {length}", [[length]])
-    yield attend_step_case("still", [[-1]])
-    yield attend_step_case("short", [[0, 5, -1, 1]])
+        yield attention_step_case(f"a sequence of {length}", [[length]])
+    yield attention_step_case("still", [[-1]])
+    yield attention_step_case("short", [[0, 5, -1, 1]])
     lengths = [256, -1, 127, 128, 129, 254, 255, 257, 1000, 100_000]
     after = [257, -1, 128, 129, -1, 255, 256, 258, 1001, 100_001]
-    yield attend_step_case("two tokens", [lengths, after])
-    yield attend_step_case("window of 100", [lengths], window=100)
-    yield attend_step_case("window of 1", [lengths], window=1)
-    yield attend_step_case("window longer than the ring", [lengths], window=8192)
-    yield attend_step_case("one block", [[127, 0, 128, -1, 100]], capacity=128)
-    yield attend_step_case("one key head", [lengths], heads=(8, 1), capacity=384)
-    yield attend_step_case("16 query heads a key head", [lengths], heads=(32, 2))
-    yield attend_step_case("more blocks than buffers", [[511, 512, 300, -1] * 4], heads=(64, 8), capacity=512)
-    yield attend_step_case("narrow heads", [[7, -1, 300]], width=64)
-    yield attend_step_case("small groups", [[7, -1, 300]], heads=(4, 2))
-    yield attend_step_case("an odd ring", [[7, -1, 300]], capacity=100)
-    yield attend_step_case("keys alike", [lengths, after], keys_alike=True)
-    yield attend_step_case("keys alike, small groups", [[7, -1, 300]], heads=(4, 2), keys_alike=True)
+    yield attention_step_case("two tokens", [lengths, after])
+    yield attention_step_case("window of 100", [lengths], window=100)
+    yield attention_step_case("window of 1", [lengths], window=1)
+    yield attention_step_case("window longer than the ring", [lengths], window=8192)
+    yield attention_step_case("one block", [[127, 0, 128, -1, 100]], capacity=128)
+    yield attention_step_case("one key head", [lengths], heads=(8, 1), capacity=384)
+    yield attention_step_case("16 query heads a key head", [lengths], heads=(32, 2))
+    yield attention_step_case("more blocks than buffers", [[511, 512, 300, -1] * 4], heads=(64, 8), capacity=512)
+    yield attention_step_case("narrow heads", [[7, -1, 300]], width=64)
+    yield attention_step_case("small groups", [[7, -1, 300]], heads=(4, 2))
+    yield attention_step_case("an odd ring", [[7, -1, 300]], capacity=100)
+    yield attention_step_case("keys alike", [lengths, after], keys_alike=True)
+    yield attention_step_case("keys alike, small groups", [[7, -1, 300]], heads=(4, 2), keys_alike=True)
     if longest >= 8192:
-        yield attend_step_case("published sizes", [[8192, -1, 4000, 8191, 8193, 100_000]], capacity=8192, window=8192)
+        yield attention_step_case("published sizes", [[8192, -1, 4000, 8191, 8193, 100_000]], capacity=8192, window=8192)
 
 
-def gated_delta_step_case(
+def gated_delta_rule_step_case(
     name: str,
     ordinals: Sequence[Sequence[int]],
     heads: int = 16,
@@ -269,8 +270,8 @@ def gated_delta_step_case(
     """ordinals: a row for each token, of its ordinal in each sequence. extreme: gates open or shut. fresh: a state of zeros."""
 
     def make():
-        index = np.asarray(ordinals, np.int32)
-        tokens, batch = index.shape
+        token_index = np.asarray(ordinals, np.int32)
+        tokens, batch = token_index.shape
         rng = np.random.default_rng(tokens + batch)
         widths = heads * keys, heads * keys, heads * values
 
@@ -282,50 +283,50 @@ def gated_delta_step_case(
         convolutions = (0.5 * rng.standard_normal((4, n)) for n in widths)
         rates = rng.standard_normal(heads), rng.standard_normal(heads) - 4
         weights = Weights(*convolutions, *rates, 1 + 0.2 * rng.standard_normal(values))
-        memory, *tails = (rng.standard_normal(s) for s in ((batch, heads, keys, values), *((batch, 3, n) for n in widths)))
-        state = State(np.float32(0.3 * memory), *tails)
-        state.memory[:, 0, 0, 0] = -0.0  # which a sum with 0 would lose
+        recurrent_state, *tails = (rng.standard_normal(s) for s in ((batch, heads, keys, values), *((batch, 3, n) for n in widths)))
+        state = DeltaState(np.float32(0.3 * recurrent_state), *tails)
+        state.recurrent_state[:, 0, 0, 0] = -0.0  # which a sum with 0 would lose
         if keys_alike:
-            direction = state.k_tail[:, :1]
+            direction = state.k_conv_state[:, :1]
             inputs[1] = alike(rng, direction[:, 0], inputs[1].shape)
-            state = state._replace(k_tail=alike(rng, direction, state.k_tail.shape))
+            state = state._replace(k_conv_state=alike(rng, direction, state.k_conv_state.shape))
         if fresh:
-            state = State(*map(np.zeros_like, state))
+            state = DeltaState(*map(np.zeros_like, state))
         return Problem(
             {"inputs": (Inputs(*inputs, gates(40.0), gates(20.0)),), "weights": (weights,), "state": state},
             {},
-            {"index": index},
+            {"token_index": token_index},
             {"eps": 1e-5},
-            {"inputs": "index"},
-            {"out": index < 0, "memory": (index < 0).all(axis=0), "q_tail": True, "k_tail": True, "v_tail": True},
+            {"inputs": "token_index"},
+            {"out": token_index < 0, "recurrent_state": (token_index < 0).all(axis=0), "q_conv_state": True, "k_conv_state": True, "v_conv_state": True},
         )
 
     return Case(f"{name}, {len(ordinals[0])}", make)
 
 
-def gated_delta_step_cases(longest: int) -> Iterator[Case]:
+def gated_delta_rule_step_cases(longest: int) -> Iterator[Case]:
     """The published sizes; most of two tokens in a row."""
     several = [5, -1, 0, 9, -1, 7]
     rows = [several, [6, -1, 1, 10, 0, -1]]
-    yield gated_delta_step_case("one token", [[5]])
-    yield gated_delta_step_case("still", [[-1]])
-    yield gated_delta_step_case("one token", [several])
-    yield gated_delta_step_case("two tokens", [[5], [6]])
-    yield gated_delta_step_case("two tokens", rows)
-    yield gated_delta_step_case("extreme gates", rows, extreme=True)
-    yield gated_delta_step_case("fresh state", [[0] * 3, [1] * 3], fresh=True)
-    yield gated_delta_step_case("extreme gates, fresh state", [[0] * 3, [1] * 3], extreme=True, fresh=True)
-    yield gated_delta_step_case("keys alike", [*rows, [7, 6, 2, 11, 1, 8]], keys_alike=True)
-    yield gated_delta_step_case("extreme gates, keys alike", rows, extreme=True, keys_alike=True)
-    yield gated_delta_step_case("values 64 wide", rows, values=64)
-    yield gated_delta_step_case("values 80 wide", rows, values=80)
-    yield gated_delta_step_case("keys 64 wide", rows, keys=64)
-    yield gated_delta_step_case("three heads", rows, heads=3)
+    yield gated_delta_rule_step_case("one token", [[5]])
+    yield gated_delta_rule_step_case("still", [[-1]])
+    yield gated_delta_rule_step_case("one token", [several])
+    yield gated_delta_rule_step_case("two tokens", [[5], [6]])
+    yield gated_delta_rule_step_case("two tokens", rows)
+    yield gated_delta_rule_step_case("extreme gates", rows, extreme=True)
+    yield gated_delta_rule_step_case("fresh state", [[0] * 3, [1] * 3], fresh=True)
+    yield gated_delta_rule_step_case("extreme gates, fresh state", [[0] * 3, [1] * 3], extreme=True, fresh=True)
+    yield gated_delta_rule_step_case("keys alike", [*rows, [7, 6, 2, 11, 1, 8]], keys_alike=True)
+    yield gated_delta_rule_step_case("extreme gates, keys alike", rows, extreme=True, keys_alike=True)
+    yield gated_delta_rule_step_case("values 64 wide", rows, values=64)
+    yield gated_delta_rule_step_case("values 80 wide", rows, values=80)
+    yield gated_delta_rule_step_case("keys 64 wide", rows, keys=64)
+    yield gated_delta_rule_step_case("three heads", rows, heads=3)
 
 
 CASES = {
-    "attend": attend_cases,
+    "attention": attention_cases,
     "gated_delta_rule": gated_delta_rule_cases,
-    "attend_step": attend_step_cases,
-    "gated_delta_step": gated_delta_step_cases,
+    "attention_step": attention_step_cases,
+    "gated_delta_rule_step": gated_delta_rule_step_cases,
 }

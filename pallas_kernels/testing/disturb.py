@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.dispatch import hopper
+from pallas_kernels.hardware import hopper
 
 WIDTH = 4096  # of the matrices that are multiplied: 32 MB each in bfloat16
 NAN = -1  # whose bits, all set, are NaN in every floating dtype

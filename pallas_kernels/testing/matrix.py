@@ -1,4 +1,4 @@
-"""Every implementation of attend and of the gated delta rule against the float64 reference, value and gradient, on the same cases; their
+"""Every implementation of attention and of the gated delta rule against the float64 reference, value and gradient, on the same cases; their
 token steps too, of which there are values alone.
 
     python -m pallas_kernels.testing.matrix                     # what this machine runs; kernels for TPUs interpreted on a CPU
@@ -36,14 +36,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attend import decode as attend_decode
-from pallas_kernels.attend import implementations as attend_implementations
-from pallas_kernels.attend import reference as attend_reference
+from pallas_kernels.attention import reference as attention_reference
+from pallas_kernels.attention import step as attention_step
+from pallas_kernels.attention.implementations import ATTENTION, ATTENTION_STEP
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.gated_delta_rule import decode as delta_decode
-from pallas_kernels.gated_delta_rule import implementations as delta_implementations
 from pallas_kernels.gated_delta_rule import reference as delta_reference
-from pallas_kernels.testing import disturb, mosaic_gpu_interpreter
+from pallas_kernels.gated_delta_rule import step as delta_step
+from pallas_kernels.gated_delta_rule.implementations import GATED_DELTA_RULE, GATED_DELTA_RULE_STEP
+from pallas_kernels.testing import cudnn_attention, disturb, mosaic_gpu_interpreter
 from pallas_kernels.testing.cases import CASES, RESULTS, Case, Problem
 from pallas_kernels.testing.judge import judge
 from pallas_kernels.testing.parity import poison, value_and_gradients
@@ -52,18 +52,18 @@ from pallas_kernels.testing.record import Record
 from pallas_kernels.testing.steps import implementation_in_a_row, in_a_row
 
 IMPLEMENTATIONS = {
-    "attend": attend_implementations.IMPLEMENTATIONS,
-    "gated_delta_rule": delta_implementations.IMPLEMENTATIONS,
-    "attend_step": tuple(map(implementation_in_a_row, attend_implementations.STEPS)),
-    "gated_delta_step": tuple(map(implementation_in_a_row, delta_implementations.STEPS)),
+    "attention": (*ATTENTION.implementations, cudnn_attention.CUDNN),
+    "gated_delta_rule": GATED_DELTA_RULE.implementations,
+    "attention_step": tuple(map(implementation_in_a_row, ATTENTION_STEP.implementations)),
+    "gated_delta_rule_step": tuple(map(implementation_in_a_row, GATED_DELTA_RULE_STEP.implementations)),
 }
 REFERENCES = {
-    "attend": attend_reference.attend,
+    "attention": attention_reference.attention,
     "gated_delta_rule": delta_reference.gated_delta_rule,
-    "attend_step": in_a_row(attend_decode.step),
-    "gated_delta_step": in_a_row(delta_decode.step),
+    "attention_step": in_a_row(attention_step.step),
+    "gated_delta_rule_step": in_a_row(delta_step.step),
 }
-ROWS_ALONE = "attend", "gated_delta_rule"  # all arrays begin with the axis of rows, which have nothing to do with each other
+ROWS_ALONE = "attention", "gated_delta_rule"  # all arrays begin with the axis of rows, which have nothing to do with each other
 HEADS_AT_ONCE = 16  # of a reference in float64: what it keeps for gradients grows with them
 ALLOWED = {name: 5e-3 for results in RESULTS.values() for name in results}
 ALLOWED |= {f"d_{name}": 8e-3 for name in ("q", "k", "v", "initial_state")}
@@ -275,10 +275,10 @@ def _runnable(operator: str, implementation: Implementation, device) -> tuple[Ca
     if reason and device.platform == "cpu" and implementation.name == "mosaic_tpu":
         return partial(implementation.run, interpret=INTERPRETED), nullcontext, None
     if reason and device.platform == "cpu" and implementation.name == "mosaic_gpu":
-        if operator == "gated_delta_step":
+        if operator == "gated_delta_rule_step":
             return implementation.run, nullcontext, "for Hopper GPUs; not interpreted, for its blocks write into each other's memory"
         # a block of the other step writes the slot that another may be reading, which then leaves it out of the window
-        inside = partial(mosaic_gpu_interpreter.interpreted, races=operator != "attend_step")
+        inside = partial(mosaic_gpu_interpreter.interpreted, races=operator != "attention_step")
         return implementation.run, inside, mosaic_gpu_interpreter.refusal()
     return implementation.run, nullcontext, reason
 

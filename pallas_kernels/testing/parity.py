@@ -67,15 +67,15 @@ def padding(counts: Sequence[int], length: int) -> np.ndarray:
 def packing(pieces: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:
     """index and segment [1, length] of one row that holds sequences of those lengths one after the other, then pads."""
     used = sum(pieces)
-    index = np.concatenate([np.arange(n) for n in pieces] + [np.full(length - used, -1)])
-    segment = np.repeat(np.arange(len(pieces) + 1), [*pieces, length - used])
-    return index[None].astype(np.int32), segment[None].astype(np.int32)
+    token_index = np.concatenate([np.arange(n) for n in pieces] + [np.full(length - used, -1)])
+    segment_ids = np.repeat(np.arange(len(pieces) + 1), [*pieces, length - used])
+    return token_index[None].astype(np.int32), segment_ids[None].astype(np.int32)
 
 
-def poison(x: np.ndarray, index: np.ndarray) -> np.ndarray:
+def poison(x: np.ndarray, token_index: np.ndarray) -> np.ndarray:
     """x [batch, length, ...] with NaN wherever index is -1."""
     x = np.array(x)
-    x[np.asarray(index) < 0] = np.nan
+    x[np.asarray(token_index) < 0] = np.nan
     return x
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 TOOLS = "racecheck", "initcheck", "synccheck", "memcheck"
 CONTROLS = {"racecheck": "race", "initcheck": "uninitialised"}  # what `wrong_kernels` has for a tool
 CELLS = (
-    "^(attend mosaic_gpu bfloat16 (window, 65|packed, 300|ring, 65 x 128)"
+    "^(attention mosaic_gpu bfloat16 (window, 65|packed, 300|ring, 65 x 128)"
     "|gated_delta_rule mosaic_gpu bfloat16 (gates spread, 65|gates mild, alike|packed, 300)"
     "|attend_step mosaic_gpu bfloat16 two tokens|gated_delta_step mosaic_gpu bfloat16 two tokens, 6)"
 )

@@ -15,10 +15,10 @@ def in_a_row(step: Callable) -> Callable:
     All arrays of `inputs`, index and out have a leading axis of tokens; the state comes in before the first and goes out after the last.
     """
 
-    def run(inputs, weights, state, index, **rule):
+    def run(inputs, weights, state, token_index, **rule):
         outs = []
-        for token in range(len(index)):
-            out, state = step(*_token(inputs, token), *weights, state, index[token], **rule)
+        for token in range(len(token_index)):
+            out, state = step(*_token(inputs, token), *weights, state, token_index[token], **rule)
             outs.append(out)
         return jnp.stack(outs), state
 
@@ -28,8 +28,8 @@ def in_a_row(step: Callable) -> Callable:
 def implementation_in_a_row(implementation: Implementation) -> Implementation:
     """Likewise of a token step's implementation, which takes what it would of the first token."""
 
-    def supports(inputs, weights, state, index, **rule):
-        return implementation.supports(*_token(inputs, 0), *weights, state, index[0], **rule)
+    def supports(inputs, weights, state, token_index, **rule):
+        return implementation.supports(*_token(inputs, 0), *weights, state, token_index[0], **rule)
 
     return dataclasses.replace(implementation, run=in_a_row(implementation.run), supports=supports)
 

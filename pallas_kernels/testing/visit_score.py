@@ -90,8 +90,9 @@ def _compile(chip, folder, length, heads, key_heads, width, window, causal=True,
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from pallas_kernels.attend import Mask, mosaic_tpu
-    from pallas_kernels.attend.mosaic_tpu_plan import DIAGONAL, FLAG_BITS, WHOLE, reach, visits
+    from pallas_kernels.attention import Mask
+    from pallas_kernels.attention.tpu import attention as attention_tpu
+    from pallas_kernels.attention.tpu.plan import DIAGONAL, FLAG_BITS, WHOLE, reach, visits
 
     devices = topologies.get_topology_desc(TOPOLOGIES[chip], platform="tpu").devices
     mesh = Mesh(np.array(devices[:1]), ("one",))
@@ -102,7 +103,7 @@ def _compile(chip, folder, length, heads, key_heads, width, window, causal=True,
 
     def run(q, k, v, index, d_out, d_lse):
         packed = (index, index) if segment else (None, None)
-        outputs, pull = jax.vjp(lambda *x: mosaic_tpu.attend(*x, index, index, *packed, mask, width**-0.5), q, k, v)
+        outputs, pull = jax.vjp(lambda *x: attention_tpu.attention(*x, index, index, *packed, mask, width**-0.5), q, k, v)
         return outputs, pull((d_out, d_lse))
 
     q, k = array(length, heads, width), array(length, key_heads, width)
@@ -111,12 +112,12 @@ def _compile(chip, folder, length, heads, key_heads, width, window, causal=True,
 
     index = np.arange(length, dtype=np.int32)[None]
     segments = index // segment if segment else None
-    tuning = mosaic_tpu.tuned(length, length, mask, jnp.bfloat16)
+    tuning = attention_tpu.tuned(length, length, mask, jnp.bfloat16)
     found = []
     for name, block in zip(KERNELS, (tuning.forward, tuning.queries, tuning.keys), strict=True):
         by_key = name == KERNELS[2]
-        static = mosaic_tpu._Static(mask, 1.0, None, tuning)
-        who, options = mosaic_tpu._call(q, k, reach(index, index, segments, segments, mask), block, static)
+        static = attention_tpu._Static(mask, 1.0, None, tuning)
+        who, options = attention_tpu._call(q, k, reach(index, index, segments, segments, mask), block, static)
         walk = jax.jit(visits, static_argnums=(1, 2, 3, 4))(who, mask, block.rows, block.keys, by_key)
         count = int(walk.count)
         outer, inner = np.asarray(walk.outer)[:count], np.asarray(walk.inner)[:count]

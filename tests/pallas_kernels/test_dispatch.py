@@ -6,14 +6,20 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from infinitevl_jax.config.run import OpsConfig
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.model.ops import resolve_ops
-from pallas_kernels.attend import Mask
-from pallas_kernels.attend.implementations import IMPLEMENTATIONS
-from pallas_kernels.dispatch import Dispatch, Implementation, hopper, tpu
+from pallas_kernels.attention import Mask
+from pallas_kernels.attention.implementations import ATTENTION
+from pallas_kernels.dispatch import Dispatch, Implementation, Operator
+from pallas_kernels.hardware import hopper, tpu
 
 CPU = jax.devices("cpu")[0]
 X = jnp.ones((2, 3), jnp.bfloat16)
+
+
+def operator(*options):
+    return Operator("op", lambda x: {"x": x}, lambda run, mesh: run, options)
 
 
 def options():
@@ -25,7 +31,7 @@ def options():
 
 
 def test_the_first_that_can_runs_and_is_reported():
-    op = Dispatch("op", options(), CPU)
+    op = Dispatch(operator(*options()), CPU)
     assert (op(X) == 4).all() and (op(X[:, :2]) == 3).all()
     first, second = op.report()
     assert first == "op of bfloat16[2, 3] on cpu: any (elsewhere: for Hopper GPUs, this is cpu; narrow: 3 columns)"
@@ -33,25 +39,25 @@ def test_the_first_that_can_runs_and_is_reported():
 
 
 def test_gradients_made_elsewhere_are_reported():
-    op = Dispatch("op", [Implementation("half", lambda x: x, gradients_by=lambda x: "any")], CPU)
+    op = Dispatch(operator(Implementation("half", lambda x: x, gradients_by=lambda x: "any")), CPU)
     op(X)
     assert op.report() == ["op of bfloat16[2, 3] on cpu: half, gradients by any"]
 
 
 def test_a_name_runs_or_fails():
-    assert (Dispatch("op", options(), CPU, "any")(X) == 4).all()
-    assert (Dispatch("op", options(), CPU, "elsewhere,any,narrow")(X[:, :2]) == 4).all()  # in the order given
+    assert (Dispatch(operator(*options()), CPU, "any")(X) == 4).all()
+    assert (Dispatch(operator(*options()), CPU, "elsewhere,any,narrow")(X[:, :2]) == 4).all()  # in the order given
     with pytest.raises(ValueError, match=r"op cannot run on bfloat16\[2, 3\] on cpu: narrow: 3 columns\n  -> name another"):
-        Dispatch("op", options(), CPU, "narrow")(X)
+        Dispatch(operator(*options()), CPU, "narrow")(X)
     with pytest.raises(ValueError, match="op cannot run as asked: elsewhere: for Hopper GPUs, this is cpu"):
-        Dispatch("op", options(), CPU, "elsewhere")
+        Dispatch(operator(*options()), CPU, "elsewhere")
     with pytest.raises(ValueError, match="op has no implementation 'fast'\n  -> choose among elsewhere, narrow, any"):
-        Dispatch("op", options(), CPU, "fast")
+        Dispatch(operator(*options()), CPU, "fast")
 
 
 def test_all_refusals_are_told():
     with pytest.raises(ValueError, match="elsewhere: for Hopper.*; narrow: 3 columns\n  -> change the case"):
-        Dispatch("op", options()[:2], CPU)(X)
+        Dispatch(operator(*options()[:2]), CPU)(X)
 
 
 def test_devices():
@@ -64,25 +70,25 @@ def test_a_hopper_gpu_takes_its_kernel_where_it_can():
     device = SimpleNamespace(platform="gpu", device_kind="H100", compute_capability="9.0")
     q, k, rows = (jax.ShapeDtypeStruct(s, d) for s, d in (((1, 8, 4, 128), X.dtype), ((1, 8, 2, 128), X.dtype), ((1, 8), jnp.int32)))
     case = q, k, k, rows, rows, None, None
-    free = Dispatch("attend", IMPLEMENTATIONS, device)
+    free = Dispatch(ATTENTION, device)
     assert free.choose(*case, mask=Mask(window=4, aligned=True), scale=0.1)[0].name == "mosaic_gpu"
     sinks = {"mask": Mask(window=4, sinks=1), "scale": 0.1}
     chosen, reasons = free.choose(*case, **sinks)
     assert chosen.name == "xla" and "mosaic_gpu: sinks outside the window" in reasons[-1]
     with pytest.raises(ValueError, match="mosaic_gpu: sinks outside the window"):
-        Dispatch("attend", IMPLEMENTATIONS, device, "mosaic_gpu").choose(*case, **sinks)
+        Dispatch(ATTENTION, device, "mosaic_gpu").choose(*case, **sinks)
 
 
 def test_a_hopper_gpu_takes_the_towers_heads():
     device = SimpleNamespace(platform="gpu", device_kind="H100", compute_capability="9.0")
     rows, rule = jax.ShapeDtypeStruct((1, 8), jnp.int32), {"mask": Mask(causal=False, aligned=True), "scale": 0.1}
     x = jax.ShapeDtypeStruct((1, 8, 2, 80), X.dtype)
-    assert Dispatch("attend", IMPLEMENTATIONS, device).choose(x, x, x, rows, rows, rows, rows, **rule)[0].name == "mosaic_gpu"
+    assert Dispatch(ATTENTION, device).choose(x, x, x, rows, rows, rows, rows, **rule)[0].name == "mosaic_gpu"
 
 
 def test_operators_are_resolved_once_and_unknown_names_refused():
     assert resolve_ops() is resolve_ops()
     with pytest.raises(InfiniteVLError, match="gated_delta_rule has no implementation 'triton'\n  -> choose among"):
-        resolve_ops(None, None, "triton")
-    with pytest.raises(InfiniteVLError, match="attend cannot run as asked: mosaic_tpu: for TPUs, this is cpu"):
-        resolve_ops(None, "mosaic_tpu")
+        resolve_ops(None, OpsConfig(gated_delta_rule="triton"))
+    with pytest.raises(InfiniteVLError, match="attention cannot run as asked: mosaic_tpu: for TPUs, this is cpu"):
+        resolve_ops(None, OpsConfig(attention="mosaic_tpu"))

@@ -7,7 +7,9 @@ import pytest
 import torch
 from transformers.models.qwen3_next import modeling_qwen3_next as theirs
 
-from pallas_kernels.gated_delta_rule import gated_delta_rule, mosaic_gpu, mosaic_tpu, reference, xla
+from pallas_kernels.gated_delta_rule import gated_delta_rule, reference, xla
+from pallas_kernels.gated_delta_rule.hopper import gated_delta_rule as delta_hopper
+from pallas_kernels.gated_delta_rule.tpu import gated_delta_rule as delta_tpu
 from pallas_kernels.testing import parity
 from pallas_kernels.testing.matrix import ALLOWED
 from pallas_kernels.testing.parity import GATES, LENGTHS, poison, rel_rms, unit
@@ -83,10 +85,10 @@ def test_equals_torch(length):
 
 def test_packed_equals_unpacked():
     pieces, length = (37, 1, 64, 2, 70), 190
-    index, segment = parity.packing(pieces, length)
+    token_index, segment_ids = parity.packing(pieces, length)
     inputs, cotangents = case(length, "spread")
-    packed = chunked(inputs, cotangents, {"index": index, "segment": segment})
-    assert_close(packed, truth(inputs, cotangents, {"index": index, "segment": segment}))
+    packed = chunked(inputs, cotangents, {"token_index": token_index, "segment_ids": segment_ids})
+    assert_close(packed, truth(inputs, cotangents, {"token_index": token_index, "segment_ids": segment_ids}))
 
     starts = np.cumsum([0, *pieces[:-1]])
     rows = np.stack([np.minimum(start + np.arange(70), length - 1) for start in starts])
@@ -94,7 +96,7 @@ def test_packed_equals_unpacked():
     state, ct_state = (np.zeros((len(pieces), *x.shape[1:]), np.float32) for x in (inputs[5], cotangents[1]))
     state[0], ct_state[-1] = inputs[5][0], cotangents[1][0]
     unpacked_index = parity.padding(pieces, 70)
-    results, gradients = chunked((*apart, state), (cotangents[0][0][rows], ct_state), {"index": unpacked_index})
+    results, gradients = chunked((*apart, state), (cotangents[0][0][rows], ct_state), {"token_index": unpacked_index})
 
     def join(x):
         return np.concatenate([row[:n] for row, n in zip(x, pieces, strict=True)])[None]
@@ -109,16 +111,16 @@ def test_packed_equals_unpacked():
 def test_pads_anywhere_and_returning_segments():
     inputs, cotangents = case(150, "spread", batch=3)
     rng = np.random.default_rng(1)
-    index = np.where(rng.random((3, 150)) < 0.3, -1, 0).astype(np.int32)
-    index[0, :70], index[1] = -1, -1
-    segment = rng.choice([0, 1], (3, 150), p=[0.9, 0.1]).astype(np.int32)
-    others = {"index": index, "segment": segment}
+    token_index = np.where(rng.random((3, 150)) < 0.3, -1, 0).astype(np.int32)
+    token_index[0, :70], token_index[1] = -1, -1
+    segment_ids = rng.choice([0, 1], (3, 150), p=[0.9, 0.1]).astype(np.int32)
+    others = {"token_index": token_index, "segment_ids": segment_ids}
     got = chunked(inputs, cotangents, others)
     assert_close(got, truth(inputs, cotangents, others))
     assert got[0][1][1].tobytes() == inputs[5][1].tobytes()
 
-    ruined = [poison(x, index) for x in inputs[:5]]
-    again = chunked((*ruined, inputs[5]), (poison(cotangents[0], index), cotangents[1]), others)
+    ruined = [poison(x, token_index) for x in inputs[:5]]
+    again = chunked((*ruined, inputs[5]), (poison(cotangents[0], token_index), cotangents[1]), others)
     for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(got), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -128,10 +130,10 @@ def test_only_pads_leave_the_state_bit_identical(length):
     inputs, cotangents = case(length, "spread", batch=2)
     state = inputs[5].copy()
     state[0, 0, 0, :3] = -0.0, 1e-42, 1e30
-    index = np.full((2, length), -1, np.int32)
-    index[1, 0] = 0
-    ruined = [poison(x, index) for x in inputs[:5]]
-    (out, last), gradients = chunked((*ruined, state), cotangents, {"index": index})
+    token_index = np.full((2, length), -1, np.int32)
+    token_index[1, 0] = 0
+    ruined = [poison(x, token_index) for x in inputs[:5]]
+    (out, last), gradients = chunked((*ruined, state), cotangents, {"token_index": token_index})
     assert last[0].tobytes() == state[0].tobytes() and not out[0].any()
     assert not np.array_equal(last[1], state[1])
     np.testing.assert_array_equal(gradients[5][0], cotangents[1][0])
@@ -160,7 +162,7 @@ def test_state_carries_over_any_split():
     assert rel_rms(np.concatenate(outs, 1), whole) <= TOLERANCE and rel_rms(state, last) <= TOLERANCE
 
 
-@pytest.mark.parametrize("implementation", (xla, mosaic_gpu, mosaic_tpu))
+@pytest.mark.parametrize("implementation", (xla, delta_hopper, delta_tpu))
 def test_shapes_that_do_not_fit_are_told_by_all(implementation):
     wide, gates = jnp.zeros((1, 70, 2, 128), jnp.bfloat16), jnp.zeros((1, 70, 2))
     state = jnp.zeros((1, 2, 128, 128))
@@ -213,7 +215,7 @@ def test_remat_policy_can_keep_the_sequential_parts():
     assert loops(kept) == 3
 
 
-@pytest.mark.parametrize("implementation", (xla, mosaic_tpu, mosaic_gpu))
+@pytest.mark.parametrize("implementation", (xla, delta_tpu, delta_hopper))
 def test_what_the_backward_pass_keeps_grows_linearly(implementation):
     """No state for each token: of 32,768 numbers a head, what is kept for a token is less than one in twenty."""
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attend import decode as attend_decode
-from pallas_kernels.attend import xla
+from pallas_kernels.attention import step as attention_step
+from pallas_kernels.attention import xla
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.gated_delta_rule import decode as delta_decode
+from pallas_kernels.gated_delta_rule import step as delta_step
 from pallas_kernels.testing import disturb, matrix
 from pallas_kernels.testing.cases import CASES, mesh_shapes
 from pallas_kernels.testing.judge import judge
@@ -30,7 +30,7 @@ def run(monkeypatch, *arguments, **functions):
         return end.code
 
 
-@pytest.mark.parametrize(("operator", "case"), [("attend", "^(ring, 65 x 64|pads only|rows of)"), ("gated_delta_rule", "^pads")])
+@pytest.mark.parametrize(("operator", "case"), [("attention", "^(ring, 65 x 64|pads only|rows of)"), ("gated_delta_rule", "^pads")])
 def test_interpreted_kernels_pass(monkeypatch, capsys, operator, case):
     assert run(monkeypatch, "--operator", operator, "--case", case) is None
     lines = capsys.readouterr().out.splitlines()
@@ -39,7 +39,10 @@ def test_interpreted_kernels_pass(monkeypatch, capsys, operator, case):
     assert all("of what is allowed" in line or "no: " in line for line in lines[1:]), lines
 
 
-STEPS = {"attend_step": "^(short|still|a seq|two|window of 100|small|an odd)", "gated_delta_step": "^(still|two|extreme|fresh|keys)"}
+STEPS = {
+    "attention_step": "^(short|still|a seq|two|window of 100|small|an odd)",
+    "gated_delta_rule_step": "^(still|two|extreme|fresh|keys)",
+}
 
 
 @pytest.mark.parametrize("operator", STEPS)
@@ -52,62 +55,62 @@ def test_token_steps_pass(monkeypatch, capsys, operator):
 
 
 def test_a_wrong_result_fails(monkeypatch, capsys):
-    def attend(*args, **kwargs):
-        out, lse = xla.attend(*args, **kwargs)
+    def attention(*args, **kwargs):
+        out, lse = xla.attention(*args, **kwargs)
         return out * 1.01, lse
 
-    assert run(monkeypatch, "--operator", "attend", "--case", "window, 63", attend=attend)
+    assert run(monkeypatch, "--operator", "attention", "--case", "window, 63", attention=attention)
     assert "100.00 of what is allowed out" in capsys.readouterr().out  # float32 may have 0.01 %
 
 
 def test_a_race_fails(monkeypatch, capsys):
-    def attend(*args, **kwargs):
+    def attention(*args, **kwargs):
         print("RACE DETECTED")
-        return xla.attend(*args, **kwargs)
+        return xla.attention(*args, **kwargs)
 
-    assert run(monkeypatch, "--operator", "attend", "--case", "window, 63", attend=attend)
+    assert run(monkeypatch, "--operator", "attention", "--case", "window, 63", attention=attention)
     assert "inf of what is allowed race" in capsys.readouterr().out
 
 
 def test_a_pad_that_is_read_fails(monkeypatch, capsys):
-    def attend(q, k, v, **rest):
-        out, lse = xla.attend(q, k, v, **rest)
+    def attention(q, k, v, **rest):
+        out, lse = xla.attention(q, k, v, **rest)
         return out + 0 * v.sum(), lse
 
-    assert run(monkeypatch, "--operator", "attend", "--case", "no window, 300", attend=attend)
+    assert run(monkeypatch, "--operator", "attention", "--case", "no window, 300", attention=attention)
     assert "nan of what is allowed" in capsys.readouterr().out
 
 
 def test_a_cotangent_of_a_pad_that_is_read_fails(monkeypatch, capsys):
-    def attend(q, k, v, k_index, **rest):
-        out, lse = xla.attend(q, k, v, k_index=k_index, **rest)
-        return out + 0 * jnp.where(k_index[:, :, None, None] >= 0, v, 0).sum(), lse
+    def attention(q, k, v, k_token_index, **rest):
+        out, lse = xla.attention(q, k, v, k_token_index=k_token_index, **rest)
+        return out + 0 * jnp.where(k_token_index[:, :, None, None] >= 0, v, 0).sum(), lse
 
-    assert run(monkeypatch, "--operator", "attend", "--case", "no window, 300", attend=attend)
+    assert run(monkeypatch, "--operator", "attention", "--case", "no window, 300", attention=attention)
     assert "nan of what is allowed" in capsys.readouterr().out
 
 
-def louder_ring(*args, **rule):
-    out, ring = attend_decode.step(*args, **rule)
-    return out, ring._replace(k=ring.k * (1 + 2**-20))
+def louder_cache(*args, **rule):
+    out, kv_cache = attention_step.step(*args, **rule)
+    return out, kv_cache._replace(k=kv_cache.k * (1 + 2**-20))
 
 
 def no_negative_zero(*args, **rule):
-    out, state = delta_decode.step(*args, **rule)
-    return out, state._replace(memory=jnp.where(state.memory == 0, 0, state.memory))
+    out, state = delta_step.step(*args, **rule)
+    return out, state._replace(recurrent_state=jnp.where(state.recurrent_state == 0, 0, state.recurrent_state))
 
 
-def still_ones_speak(inputs, weights, state, index, eps):
-    out, state = delta_decode.step(inputs, weights, state, index, eps)
-    return jnp.where(index[:, None] < 0, 1e-9, out), state
+def still_ones_speak(inputs, weights, state, token_index, eps):
+    out, state = delta_step.step(inputs, weights, state, token_index, eps)
+    return jnp.where(token_index[:, None] < 0, 1e-9, out), state
 
 
 @pytest.mark.parametrize(
     ("operator", "step", "result"),
     [
-        ("attend_step", louder_ring, "ring_k"),
-        ("gated_delta_step", no_negative_zero, "memory"),
-        ("gated_delta_step", still_ones_speak, "out"),
+        ("attention_step", louder_cache, "k_cache"),
+        ("gated_delta_rule_step", no_negative_zero, "recurrent_state"),
+        ("gated_delta_rule_step", still_ones_speak, "out"),
     ],
 )
 def test_what_must_be_exact_and_is_not_fails(monkeypatch, capsys, operator, step, result):
@@ -120,14 +123,14 @@ def test_nothing_to_run_is_no_success(monkeypatch):
 
 
 def now_and_then(change, unordered=()):
-    """XLA's attend, but of every third call the gradient in q is another, as a race would make it."""
+    """XLA's attention, but of every third call the gradient in q is another, as a race would make it."""
     calls = itertools.count(1)
 
-    def attend(q, *args, **kwargs):
+    def attention(q, *args, **kwargs):
         third = jax.pure_callback(lambda: np.bool_(next(calls) % 3 == 0), jax.ShapeDtypeStruct((), bool))
-        return xla.attend(change(q, third), *args, **kwargs)
+        return xla.attention(change(q, third), *args, **kwargs)
 
-    return Implementation("xla", attend, unordered=unordered)
+    return Implementation("xla", attention, unordered=unordered)
 
 
 @jax.custom_vjp
@@ -156,9 +159,9 @@ def times(factor):
     ],
 )
 def test_a_result_that_differs_now_and_then_fails(monkeypatch, capsys, tmp_path, implementation, passes):
-    monkeypatch.setitem(matrix.IMPLEMENTATIONS, "attend", (implementation,))
+    monkeypatch.setitem(matrix.IMPLEMENTATIONS, "attention", (implementation,))
     record = tmp_path / "record.jsonl"
-    arguments = "--operator", "attend", "--case", "^window, 63", "--only", "float32", "--repeats", "7", "--record", str(record)
+    arguments = "--operator", "attention", "--case", "^window, 63", "--only", "float32", "--repeats", "7", "--record", str(record)
     assert (run(monkeypatch, *arguments) is None) == passes
     (cell,) = map(json.loads, record.read_text().splitlines())
     assert cell["passed"] == passes and cell["repeats"] == 7
@@ -180,10 +183,10 @@ def test_every_operator_meets_keys_that_are_alike(operator):
     assert alike
     problem = next(case for case in alike if "1024" not in case.name).make()
     k = {
-        "attend": lambda: problem.inputs["k"][0, :, 0],
+        "attention": lambda: problem.inputs["k"][0, :, 0],
         "gated_delta_rule": lambda: problem.inputs["k"][0, :, 0],
-        "attend_step": lambda: problem.inputs["state"].k[0, :, 0],
-        "gated_delta_step": lambda: problem.inputs["inputs"][0].k[:, 0],
+        "attention_step": lambda: problem.inputs["state"].k[0, :, 0],
+        "gated_delta_rule_step": lambda: problem.inputs["inputs"][0].k[:, 0],
     }[operator]()
     k = k / np.linalg.norm(k, axis=-1, keepdims=True)
     assert (k @ k.T).min() > 0.98
@@ -191,37 +194,37 @@ def test_every_operator_meets_keys_that_are_alike(operator):
 
 def test_a_record_is_gone_on_with(monkeypatch, capsys, tmp_path):
     record = tmp_path / "record.jsonl"
-    arguments = "--operator", "attend", "--case", "^window, (63|65)", "--only", "float32", "--record", str(record)
+    arguments = "--operator", "attention", "--case", "^window, (63|65)", "--only", "float32", "--record", str(record)
 
     def wrong_at_65(q, *args, **kwargs):
-        out, lse = xla.attend(q, *args, **kwargs)
+        out, lse = xla.attention(q, *args, **kwargs)
         return out * (1 + (q.shape[1] == 65)), lse
 
-    assert run(monkeypatch, *arguments, "--minutes", "0", attend=xla.attend) == 3  # nothing begun, nothing wrong
+    assert run(monkeypatch, *arguments, "--minutes", "0", attention=xla.attention) == 3  # nothing begun, nothing wrong
     assert "2 cases are left" in capsys.readouterr().err
-    assert run(monkeypatch, *arguments, attend=wrong_at_65) == 1
+    assert run(monkeypatch, *arguments, attention=wrong_at_65) == 1
     said = capsys.readouterr()
     assert "window, 65" in said.err and "window, 63" not in said.err
-    assert run(monkeypatch, *arguments, attend=xla.attend) is None
+    assert run(monkeypatch, *arguments, attention=xla.attention) is None
     said = capsys.readouterr()
     assert "window, 65" in said.out and "window, 63" not in said.out  # only what failed ran again
     assert [json.loads(line)["passed"] for line in record.read_text().splitlines()] == [True, False, True]
-    assert run(monkeypatch, *arguments, attend=wrong_at_65) is None  # all of it passed before
+    assert run(monkeypatch, *arguments, attention=wrong_at_65) is None  # all of it passed before
 
 
 def test_what_raises_is_a_cell_that_fails(monkeypatch, capsys):
-    def attend(q, *args, **kwargs):
+    def attention(q, *args, **kwargs):
         if q.shape[1] == 63:
             raise MemoryError("no room")
-        return xla.attend(q, *args, **kwargs)
+        return xla.attention(q, *args, **kwargs)
 
-    assert run(monkeypatch, "--operator", "attend", "--case", "^window, (63|65)", "--only", "float32", attend=attend) == 1
+    assert run(monkeypatch, "--operator", "attention", "--case", "^window, (63|65)", "--only", "float32", attention=attention) == 1
     wrong, right = capsys.readouterr().out.splitlines()[1:]
     assert "raised: MemoryError: no room" in wrong and "0.0" in right
 
 
 def test_programs_are_compiled_ahead(monkeypatch, capsys):
-    arguments = "--operator", "attend", "--case", "^window, (63|65)", "--only", "xla", "--repeats", "2"
+    arguments = "--operator", "attention", "--case", "^window, (63|65)", "--only", "xla", "--repeats", "2"
     assert run(monkeypatch, *arguments, "--workers", "2") is None
     ahead = capsys.readouterr().out
     assert run(monkeypatch, *arguments) is None

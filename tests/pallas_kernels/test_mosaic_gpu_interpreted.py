@@ -14,22 +14,22 @@ import pytest
 from pallas_kernels.testing.mosaic_gpu_interpreter import THREADS, VERSION, refusal
 
 CASES = {
-    "attend": "^(window, 300 x (64|128)|packed|ring, 65 x 128|tower, windows)",
+    "attention": "^(window, 300 x (64|128)|packed|ring, 65 x 128|tower, windows)",
     "gated_delta_rule": "^(packed, 300|pads|gates spread, 65|gates mild, repeated|no initial)",
-    "attend_step": "^(short|two|window of 100|one key)",
+    "attention_step": "^(short|two|window of 100|one key)",
 }
 CUT = """
     from pallas_kernels.testing import matrix
-    from pallas_kernels.tuning import HopperDeltaSpans as spans
+    from pallas_kernels.gated_delta_rule.tuning import HopperSpans as spans
 
     spans.row, spans.shortest, spans.most = 2, 1, {most}
     matrix.main()
 """
 SEVERAL = """
     from pallas_kernels.testing import matrix
-    from pallas_kernels.gated_delta_rule import mosaic_gpu_gradients
+    from pallas_kernels.gated_delta_rule.hopper import gradients
 
-    mosaic_gpu_gradients.MULTIPROCESSORS = 3  # blocks, so that each takes several chunks one after the other
+    gradients.HOPPER_MULTIPROCESSORS = 3  # blocks, so that each takes several chunks one after the other
     matrix.main()
 """
 RACE = """

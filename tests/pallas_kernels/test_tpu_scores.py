@@ -27,7 +27,7 @@ def test_gated_delta_rule(chip):
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_causal_conv(chip):
-    assert score(conv_kernels, chip).milliseconds <= MARGIN * recorded("causal_conv", "forward + backward", chip)
+    assert score(conv_kernels, chip).milliseconds <= MARGIN * recorded("short_conv", "forward + backward", chip)
 
 
 @pytest.mark.parametrize("names", ({"length": 17, "channels": 128}, {"length": 700, "channels": 640, "dtype": "float32"}))

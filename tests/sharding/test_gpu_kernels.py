@@ -15,14 +15,15 @@ import token_steps
 from jax.sharding import NamedSharding, PartitionSpec
 
 from infinitevl_jax.config.run import RunConfig
-from infinitevl_jax.sharding import make_mesh
-from infinitevl_jax.sharding.kernels import shard_attend, shard_attend_step, shard_gated_delta_rule, shard_gated_delta_step
-from pallas_kernels.attend import Mask
-from pallas_kernels.attend import decode_mosaic_gpu as attend_step_gpu
-from pallas_kernels.attend import mosaic_gpu as attend_gpu
-from pallas_kernels.gated_delta_rule import decode_mosaic_gpu as delta_step_gpu
-from pallas_kernels.gated_delta_rule import mosaic_gpu as delta_gpu
-from pallas_kernels.testing.cases import attend_step_case, gated_delta_step_case
+from infinitevl_jax.sharding import make_mesh, operator_mesh
+from pallas_kernels.attention import Mask
+from pallas_kernels.attention.hopper import attention as attention_hopper
+from pallas_kernels.attention.hopper import step as attention_step_hopper
+from pallas_kernels.attention.partition import partition_attention, partition_attention_step
+from pallas_kernels.gated_delta_rule.hopper import gated_delta_rule as delta_hopper
+from pallas_kernels.gated_delta_rule.hopper import step as delta_step_hopper
+from pallas_kernels.gated_delta_rule.partition import partition_gated_delta_rule, partition_gated_delta_rule_step
+from pallas_kernels.testing.cases import attention_step_case, gated_delta_rule_step_case
 from pallas_kernels.testing.parity import GATES, packing, padding, poison, rel_rms, unit, with_gradients
 
 MESHES = RunConfig(data=2, fsdp=2, tensor=2), RunConfig(fsdp=2, tensor=4)  # the second with more shards than key heads
@@ -33,43 +34,43 @@ MOVES = r"stablehlo\.(all_gather|all_reduce|all_to_all|reduce_scatter|collective
 def tokens():
     """Index and segment of packed rows, a full one and an empty one."""
     packed = packing([17, 3, 40], LENGTH), packing([66, 2], LENGTH)
-    index, segment = (np.concatenate(x) for x in zip(*packed, strict=True))
+    token_index, segment_ids = (np.concatenate(x) for x in zip(*packed, strict=True))
     alone = padding([LENGTH, 0], LENGTH)
-    return np.concatenate([index, alone]), np.concatenate([segment, np.zeros_like(alone)])
+    return np.concatenate([token_index, alone]), np.concatenate([segment_ids, np.zeros_like(alone)])
 
 
-def attend_case():
+def attention_case():
     rng = np.random.default_rng(0)
-    index, segment = tokens()
-    q, d_out = (rng.normal(size=(*index.shape, 8, 128)) for _ in range(2))
-    k, v = (rng.normal(size=(*index.shape, 2, 128)) for _ in range(2))
-    inputs = [jnp.asarray(poison(x, index), jnp.bfloat16) for x in (q, k, v)]
-    cotangents = jnp.asarray(d_out, jnp.bfloat16), np.float32(rng.normal(size=(*index.shape, 8)))
-    everyone = {"q_index": index, "k_index": index, "q_segment": segment, "k_segment": segment}
-    return attend_gpu.attend, shard_attend, inputs, cotangents, everyone, {"mask": Mask(window=9, aligned=True), "scale": 0.1}
+    token_index, segment_ids = tokens()
+    q, d_out = (rng.normal(size=(*token_index.shape, 8, 128)) for _ in range(2))
+    k, v = (rng.normal(size=(*token_index.shape, 2, 128)) for _ in range(2))
+    inputs = [jnp.asarray(poison(x, token_index), jnp.bfloat16) for x in (q, k, v)]
+    cotangents = jnp.asarray(d_out, jnp.bfloat16), np.float32(rng.normal(size=(*token_index.shape, 8)))
+    everyone = {"q_token_index": token_index, "k_token_index": token_index, "q_segment_ids": segment_ids, "k_segment_ids": segment_ids}
+    return attention_hopper.attention, partition_attention, inputs, cotangents, everyone, {"mask": Mask(window=9, aligned=True), "scale": 0.1}
 
 
 def delta_case():
     rng = np.random.default_rng(0)
-    index, segment = tokens()
-    lead = (*index.shape, 4)
-    wide = [poison(x, index) for x in (unit(rng, (*lead, 128)), unit(rng, (*lead, 128)), rng.normal(size=(*lead, 64)))]
-    rest = poison(GATES["mild"](rng, lead), index), poison(rng.random(lead), index), rng.normal(size=(4, 4, 128, 64))
+    token_index, segment_ids = tokens()
+    lead = (*token_index.shape, 4)
+    wide = [poison(x, token_index) for x in (unit(rng, (*lead, 128)), unit(rng, (*lead, 128)), rng.normal(size=(*lead, 64)))]
+    rest = poison(GATES["mild"](rng, lead), token_index), poison(rng.random(lead), token_index), rng.normal(size=(4, 4, 128, 64))
     inputs = [*(jnp.asarray(x, jnp.bfloat16) for x in wide), *map(np.float32, rest)]
     cotangents = jnp.asarray(rng.normal(size=(*lead, 64)), jnp.bfloat16), np.float32(rng.normal(size=(4, 4, 128, 64)))
-    return delta_gpu.gated_delta_rule, shard_gated_delta_rule, inputs, cotangents, {"index": index, "segment": segment}, {}
+    return delta_hopper.gated_delta_rule, partition_gated_delta_rule, inputs, cotangents, {"token_index": token_index, "segment_ids": segment_ids}, {}
 
 
-OPERATORS = "attend", "gated_delta_rule"
+OPERATORS = "attention", "gated_delta_rule"
 
 
-@pytest.mark.parametrize(("case", "meshes"), [(attend_case, MESHES), (delta_case, MESHES[:1])], ids=OPERATORS)
+@pytest.mark.parametrize(("case", "meshes"), [(attention_case, MESHES), (delta_case, MESHES[:1])], ids=OPERATORS)
 def test_frame(case, meshes, monkeypatch):
     dense_kernels.replace(monkeypatch)
     function, spread, inputs, cotangents, tokens, rule = case()
     whole = with_gradients(partial(function, **rule))(inputs, cotangents, tokens)
     for run in meshes:
-        parts = with_gradients(partial(spread(function, make_mesh(run)), **rule))(inputs, cotangents, tokens)
+        parts = with_gradients(partial(spread(function, operator_mesh(make_mesh(run))), **rule))(inputs, cotangents, tokens)
         for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
             finite = np.isfinite(b)
             np.testing.assert_array_equal(a[~finite], b[~finite])
@@ -79,12 +80,12 @@ def test_frame(case, meshes, monkeypatch):
             assert rel_rms(a[finite], b[finite]) <= allowed
 
 
-@pytest.mark.parametrize(("case", "kernels"), [(attend_case, 2), (delta_case, 4)], ids=OPERATORS)
+@pytest.mark.parametrize(("case", "kernels"), [(attention_case, 2), (delta_case, 4)], ids=OPERATORS)
 def test_lowers_for_cuda(case, kernels):
     """Each kernel once, on a device's own rows and heads, and nothing moves between devices."""
     function, spread, inputs, _, tokens, rule = case()
     mesh = make_mesh(MESHES[0])
-    sharded = partial(spread(function, mesh), **rule)
+    sharded = partial(spread(function, operator_mesh(mesh)), **rule)
 
     def place(x, heads=None):
         split = PartitionSpec(("data", "fsdp"), *("tensor" if axis == heads else None for axis in range(1, x.ndim)))
@@ -110,21 +111,21 @@ def kernel_calls(run, *shapes):
 
 
 @pytest.mark.parametrize(("run", "heads"), zip(MESHES, [(16, 2), (64, 2)], strict=True), ids=["one key head each", "shared key heads"])
-def test_attend_step_lowers_for_cuda(run, heads):
+def test_attention_step_lowers_for_cuda(run, heads):
     """On one or two of four rows, and a key head."""
     mesh, batch = make_mesh(run), 4 // (run.data * run.fsdp)
-    arrays, rule = token_steps.first_token(attend_step_case("", [[3, -1, 200, 128]], heads, capacity=128), jnp.bfloat16)
-    step = partial(shard_attend_step(attend_step_gpu.step, mesh), **rule)
-    attend, merge = kernel_calls(step, *token_steps.placed(arrays, token_steps.ATTEND, mesh))
-    own, ring = f"tensor<{batch}x{heads[0] // mesh.shape['tensor']}x128xbf16>", f"tensor<{batch}x128x1x128xbf16>"
-    assert attend.startswith(f"({own}, tensor<{batch}x1x128xbf16>, ") and attend.count(ring) >= 2
+    arrays, rule = token_steps.first_token(attention_step_case("", [[3, -1, 200, 128]], heads, capacity=128), jnp.bfloat16)
+    step = partial(partition_attention_step(attention_step_hopper.step, operator_mesh(mesh)), **rule)
+    attention, merge = kernel_calls(step, *token_steps.placed(arrays, token_steps.ATTENTION, mesh))
+    own, kv_cache = f"tensor<{batch}x{heads[0] // mesh.shape['tensor']}x128xbf16>", f"tensor<{batch}x128x1x128xbf16>"
+    assert attention.startswith(f"({own}, tensor<{batch}x1x128xbf16>, ") and attention.count(kv_cache) >= 2
     assert merge.endswith(f"-> {own}")
 
 
 def test_gated_delta_step_lowers_for_cuda():
     """On one of four rows, and two of four heads."""
     mesh = make_mesh(MESHES[0])
-    arrays, rule = token_steps.first_token(gated_delta_step_case("", [[3, -1, 0, 5]], heads=4), jnp.bfloat16)
-    step = partial(shard_gated_delta_step(delta_step_gpu.step, mesh), **rule)
+    arrays, rule = token_steps.first_token(gated_delta_rule_step_case("", [[3, -1, 0, 5]], heads=4), jnp.bfloat16)
+    step = partial(partition_gated_delta_rule_step(delta_step_hopper.step, operator_mesh(mesh)), **rule)
     (call,) = kernel_calls(step, *token_steps.placed(arrays, token_steps.DELTA, mesh))
     assert call.startswith("(tensor<1x256xbf16>, ") and "tensor<1x2x128x256xf32>" in call

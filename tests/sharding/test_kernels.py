@@ -10,13 +10,14 @@ import pytest
 import token_steps
 
 from infinitevl_jax.config.run import RunConfig
-from infinitevl_jax.sharding import make_mesh
-from infinitevl_jax.sharding.kernels import shard_attend, shard_attend_step, shard_gated_delta_rule, shard_gated_delta_step
-from pallas_kernels.attend import Mask, attend
-from pallas_kernels.attend import decode as attend_decode
-from pallas_kernels.gated_delta_rule import decode as delta_decode
+from infinitevl_jax.sharding import make_mesh, operator_mesh
+from pallas_kernels.attention import Mask, attention
+from pallas_kernels.attention import step as attention_step
+from pallas_kernels.attention.partition import partition_attention, partition_attention_step
 from pallas_kernels.gated_delta_rule import gated_delta_rule
-from pallas_kernels.testing.cases import attend_step_case, gated_delta_step_case
+from pallas_kernels.gated_delta_rule import step as delta_step
+from pallas_kernels.gated_delta_rule.partition import partition_gated_delta_rule, partition_gated_delta_rule_step
+from pallas_kernels.testing.cases import attention_step_case, gated_delta_rule_step_case
 from pallas_kernels.testing.parity import packing, padding, rel_rms, unit, with_gradients
 
 MESHES = {
@@ -30,7 +31,7 @@ TOKEN = [3, -1, 20, 8]  # ordinals
 def compare(function, spread, inputs, cotangents, others, **rule):
     whole = jax.tree.leaves(with_gradients(partial(function, **rule))(inputs, cotangents, others))
     for name, run in MESHES.items():
-        sharded = with_gradients(partial(spread(function, make_mesh(run)), **rule))
+        sharded = with_gradients(partial(spread(function, operator_mesh(make_mesh(run))), **rule))
         for a, b in zip(jax.tree.leaves(sharded(inputs, cotangents, others)), whole, strict=True):
             finite = np.isfinite(b)
             np.testing.assert_array_equal(np.isfinite(a), finite, err_msg=name)
@@ -42,7 +43,7 @@ def compare_step(step, spread, case):
     arguments, rule = token_steps.first_token(case)
     whole = jax.jit(partial(step, **rule))(*arguments)
     for name, run in MESHES.items():
-        sharded = jax.jit(partial(spread(step, make_mesh(run)), **rule))(*arguments)
+        sharded = jax.jit(partial(spread(step, operator_mesh(make_mesh(run))), **rule))(*arguments)
         for a, b in zip(jax.tree.leaves(sharded), jax.tree.leaves(whole), strict=True):
             for part in a.addressable_shards:
                 assert rel_rms(part.data, b[part.index]) <= 1e-6, name
@@ -55,17 +56,17 @@ def moved(lowered):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_attend(packed):
+def test_attention(packed):
     rng = np.random.default_rng(0)
     batch, length = 4, 40
     q, d_out = (np.float32(rng.normal(size=(batch, length, 8, 16))) for _ in range(2))
     k, v = (np.float32(rng.normal(size=(batch, length, 2, 16))) for _ in range(2))
-    index, segment = padding([40, 3, 0, 17], length), None
+    token_index, segment_ids = padding([40, 3, 0, 17], length), None
     if packed:
-        index, segment = (np.tile(x, (batch, 1)) for x in packing([17, 3, 15], length))
-    tokens = {"q_index": index, "k_index": index, "q_segment": segment, "k_segment": segment}
+        token_index, segment_ids = (np.tile(x, (batch, 1)) for x in packing([17, 3, 15], length))
+    tokens = {"q_token_index": token_index, "k_token_index": token_index, "q_segment_ids": segment_ids, "k_segment_ids": segment_ids}
     cotangents = d_out, np.float32(rng.normal(size=(batch, length, 8)))
-    compare(attend, shard_attend, (q, k, v), cotangents, tokens, mask=Mask(window=9, aligned=True), scale=0.25)
+    compare(attention, partition_attention, (q, k, v), cotangents, tokens, mask=Mask(window=9, aligned=True), scale=0.25)
 
 
 def test_gated_delta_rule():
@@ -74,57 +75,57 @@ def test_gated_delta_rule():
     inputs = (unit(rng, (*lead, 8)), unit(rng, (*lead, 8)), rng.normal(size=(*lead, 16)), -rng.random(lead), rng.random(lead))
     inputs = tuple(np.float32(x) for x in (*inputs, rng.normal(size=(4, 4, 8, 16))))
     cotangents = np.float32(rng.normal(size=(*lead, 16))), np.float32(rng.normal(size=(4, 4, 8, 16)))
-    index, segment = (np.tile(x, (4, 1)) for x in packing([37, 2, 25], 70))
-    compare(gated_delta_rule, shard_gated_delta_rule, inputs, cotangents, {"index": index, "segment": segment})
-    compare(gated_delta_rule, shard_gated_delta_rule, inputs[:5], cotangents, {})
+    token_index, segment_ids = (np.tile(x, (4, 1)) for x in packing([37, 2, 25], 70))
+    compare(gated_delta_rule, partition_gated_delta_rule, inputs, cotangents, {"token_index": token_index, "segment_ids": segment_ids})
+    compare(gated_delta_rule, partition_gated_delta_rule, inputs[:5], cotangents, {})
 
 
 @pytest.mark.parametrize("heads", [(8, 2), (6, 3)], ids=str)
-def test_attend_step(heads):
+def test_attention_step(heads):
     """8 heads on 2: with 4 shards two use each key head. 6 on 3: 2 shards would have queries of two key heads each."""
-    case = attend_step_case("", [TOKEN], heads, 16, capacity=8, window=5)
-    compare_step(attend_decode.step, shard_attend_step, case)
+    case = attention_step_case("", [TOKEN], heads, 16, capacity=8, window=5)
+    compare_step(attention_step.step, partition_attention_step, case)
 
 
 def test_gated_delta_step():
-    compare_step(delta_decode.step, shard_gated_delta_step, gated_delta_step_case("", [TOKEN], heads=4, keys=8, values=16))
+    compare_step(delta_step.step, partition_gated_delta_rule_step, gated_delta_rule_step_case("", [TOKEN], heads=4, keys=8, values=16))
 
 
 def test_a_mesh_of_one_axis():
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     q, k = np.ones((8, 5, 4, 8), np.float32), np.ones((8, 5, 2, 8), np.float32)
-    index = np.tile(np.arange(5, dtype=np.int32), (8, 1))
-    arguments = q, k, k, index, index, None, None, Mask(aligned=True), 1.0
-    ours, wanted = (jax.jit(run, static_argnums=(7, 8))(*arguments) for run in (shard_attend(attend, mesh), attend))
+    token_index = np.tile(np.arange(5, dtype=np.int32), (8, 1))
+    arguments = q, k, k, token_index, token_index, None, None, Mask(aligned=True), 1.0
+    ours, wanted = (jax.jit(run, static_argnums=(7, 8))(*arguments) for run in (partition_attention(attention, operator_mesh(mesh)), attention))
     np.testing.assert_allclose(ours[0], wanted[0])
 
 
 def test_nothing_is_gathered():
     """Heads and rows stay where they are: no collective but for the key heads that shards share in the gradient."""
     mesh = make_mesh(RunConfig(data=2, fsdp=2, tensor=2))
-    sharded = shard_attend(attend, mesh)
+    sharded = partition_attention(attention, operator_mesh(mesh))
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp"), None, "tensor", None))
     q, k = (jax.ShapeDtypeStruct((4, 64, n, 16), jnp.float32, sharding=place) for n in (8, 2))
-    index = jnp.tile(jnp.arange(64), (4, 1))
+    token_index = jnp.tile(jnp.arange(64), (4, 1))
 
     def gradients(q, k, v):
-        out = lambda *a: sharded(*a, index, index, None, None, Mask(window=9, aligned=True), 0.25)[0].sum()  # noqa: E731
+        out = lambda *a: sharded(*a, token_index, token_index, None, None, Mask(window=9, aligned=True), 0.25)[0].sum()  # noqa: E731
         return jax.grad(out, (0, 1, 2))(q, k, v)
 
     assert not moved(jax.jit(gradients, out_shardings=place).lower(q, k, k))
 
 
-def test_nothing_of_an_attend_step_is_gathered():
+def test_nothing_of_an_attention_step_is_gathered():
     """Nor where shards share key heads: the ring lies whole on each."""
-    arrays, rule = token_steps.first_token(attend_step_case("", [TOKEN], (8, 2), 16, capacity=8))
+    arrays, rule = token_steps.first_token(attention_step_case("", [TOKEN], (8, 2), 16, capacity=8))
     for run in (RunConfig(data=2, fsdp=2, tensor=2), RunConfig(fsdp=2, tensor=4)):
         mesh = make_mesh(run)
-        step = partial(shard_attend_step(attend_decode.step, mesh), **rule)
-        assert not moved(jax.jit(step).lower(*token_steps.placed(arrays, token_steps.ATTEND, mesh)))
+        step = partial(partition_attention_step(attention_step.step, operator_mesh(mesh)), **rule)
+        assert not moved(jax.jit(step).lower(*token_steps.placed(arrays, token_steps.ATTENTION, mesh)))
 
 
 def test_nothing_of_a_gated_delta_step_is_gathered():
-    arrays, rule = token_steps.first_token(gated_delta_step_case("", [TOKEN], heads=4, keys=8, values=16))
+    arrays, rule = token_steps.first_token(gated_delta_rule_step_case("", [TOKEN], heads=4, keys=8, values=16))
     mesh = make_mesh(RunConfig(data=2, fsdp=2, tensor=2))
-    step = partial(shard_gated_delta_step(delta_decode.step, mesh), **rule)
+    step = partial(partition_gated_delta_rule_step(delta_step.step, operator_mesh(mesh)), **rule)
     assert not moved(jax.jit(step).lower(*token_steps.placed(arrays, token_steps.DELTA, mesh)))

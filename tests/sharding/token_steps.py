@@ -6,17 +6,18 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from infinitevl_jax.sharding import spec
-from pallas_kernels.attend.decode import Ring
-from pallas_kernels.gated_delta_rule.decode import Inputs, State, Weights
+from pallas_kernels.attention import KVCache
+from pallas_kernels.gated_delta_rule import DeltaState
+from pallas_kernels.gated_delta_rule.api import Inputs, Weights
 
-HEADS, TAILS, TAPS = ("batch", "heads", None), ("batch", None, "heads"), (None, "heads")
-RING = ("batch", None, "heads", None)
+HEADS, CONV_STATES, TAPS = ("batch", "heads", None), ("batch", None, "heads"), (None, "heads")
+CACHE = ("batch", None, "heads", None)
 # logical axes of all arrays
-ATTEND = (HEADS, HEADS, HEADS, Ring(RING, RING), ("batch",))
+ATTENTION = (HEADS, HEADS, HEADS, KVCache(CACHE, CACHE), ("batch",))
 DELTA = (
     Inputs(*[("batch", "heads")] * 6),
     Weights(TAPS, TAPS, TAPS, A_log=("heads",), dt_bias=("heads",), norm=(None,)),
-    State(("batch", "heads", None, None), TAILS, TAILS, TAILS),
+    DeltaState(("batch", "heads", None, None), CONV_STATES, CONV_STATES, CONV_STATES),
     ("batch",),
 )
 
@@ -25,7 +26,7 @@ def first_token(case, dtype=jnp.float32):
     """Arrays of a case's first token, and the rule. Those in float64 become `dtype`."""
     problem = case.make()
     inputs, weights, state = problem.inputs.values()
-    arrays = *jax.tree.map(lambda x: x[0], inputs), *weights, state, problem.tokens["index"][0]
+    arrays = *jax.tree.map(lambda x: x[0], inputs), *weights, state, problem.tokens["token_index"][0]
     return jax.tree.map(lambda x: jnp.asarray(x, dtype if x.dtype == np.float64 else x.dtype), arrays), problem.rule
 
 

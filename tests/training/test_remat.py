@@ -7,23 +7,23 @@ import jax.numpy as jnp
 import pytest
 
 from infinitevl_jax.training.step import REMAT
-from pallas_kernels.attend import Mask
-from pallas_kernels.attend import mosaic_gpu as attend_gpu
-from pallas_kernels.gated_delta_rule import mosaic_gpu as delta_gpu
+from pallas_kernels.attention import Mask
+from pallas_kernels.attention.hopper import attention as attention_hopper
+from pallas_kernels.gated_delta_rule.hopper import gated_delta_rule as delta_hopper
 
 ROWS = jax.ShapeDtypeStruct((1, 128), jnp.int32)
 
 
-def attention(x, index):
+def attention(x, token_index):
     heads = jnp.sin(x.reshape(1, 128, 4, 128))
-    out, _ = attend_gpu.attend(heads, heads[:, :, :2], heads[:, :, 2:], index, index, None, None, Mask(window=64, aligned=True), 0.1)
+    out, _ = attention_hopper.attention(heads, heads[:, :, :2], heads[:, :, 2:], token_index, token_index, None, None, Mask(window=64, aligned=True), 0.1)
     return jnp.sin(out).sum()
 
 
-def delta_rule(x, index):
+def delta_rule(x, token_index):
     heads = jnp.sin(x.reshape(1, 128, 2, 256))
     gates = -jnp.exp(heads[..., 0].astype(jnp.float32))
-    out, _ = delta_gpu.gated_delta_rule(heads[..., :128], heads[..., 128:], heads, gates, jnp.exp(gates), index=index)
+    out, _ = delta_hopper.gated_delta_rule(heads[..., :128], heads[..., 128:], heads, gates, jnp.exp(gates), token_index=token_index)
     return jnp.sin(out).sum()
 
 
@@ -32,7 +32,7 @@ def delta_rule(x, index):
 def test_dots_keeps_what_kernels_made(layer, forward, backward, remat, again):
     """Sines stand for what surrounds a mixer: their gradients ask for its inputs and its result again."""
     x = jax.ShapeDtypeStruct((1, 128, 512), jnp.bfloat16)
-    step = jax.value_and_grad(lambda x, index: REMAT[remat](partial(layer, index=index))(x))
+    step = jax.value_and_grad(lambda x, token_index: REMAT[remat](partial(layer, token_index=token_index))(x))
     text = jax.jit(step).trace(x, ROWS).lower(lowering_platforms=("cuda",)).as_text()
     calls = count(text, "@main", {})
     assert calls == forward * (1 + again) + backward

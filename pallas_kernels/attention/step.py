@@ -1,0 +1,53 @@
+"""Attention of one new token of each sequence to itself and a ring of earlier ones: the definition, and the portable
+implementation."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.attention.state import KVCache
+
+
+def step(q: Array, k: Array, v: Array, kv_cache: KVCache, token_index: Array, window: int | None = None, scale: float | None = None) -> tuple[Array, KVCache]:
+    """out = softmax(scale q k^T) v over the last `window` tokens, the new one among them; then the new one joins the ring.
+
+    Args:
+        q: [batch, query heads, D]; key head j serves the j-th run of query heads.
+        k, v: [batch, key heads, D] of the new token.
+        ring: holds the tokens before it; empty slots hold any finite numbers.
+        index: [batch] int, the new token's ordinal, which is the number of tokens before it; -1 for a sequence that
+            stands still.
+        window: how many tokens back the new one sees, itself included; None, and more than the ring's capacity, mean all
+            that the ring holds once the new token has taken the place of the oldest.
+
+    Returns:
+        out [batch, query heads, D] in q's dtype, and the ring with the new token in place of the oldest. Where index is
+        -1, out is 0 and the ring comes back bit for bit, whatever q, k and v hold.
+    """
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    batch, capacity, key_heads, width = kv_cache.k.shape
+    window = min(window or capacity, capacity)
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    precise = {"preferred_element_type": wide, "precision": "highest" if q.dtype.itemsize >= 4 else None}
+    real = token_index >= 0
+    slot = token_index % capacity
+    age = (slot[:, None] - jnp.arange(capacity) - 1) % capacity + 1  # [batch, capacity] how many tokens ago: 1 to capacity
+    seen = real[:, None] & (age <= token_index[:, None]) & (age < window)
+
+    q, k, v = (jnp.where(real[:, None, None], x, 0) for x in (q, k, v))
+    grouped = q.reshape(batch, key_heads, -1, width)
+    scores = jnp.einsum("bhgd,bkhd->bhgk", grouped, kv_cache.k, **precise) * scale
+    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+    own = jnp.einsum("bhgd,bhd->bhg", grouped, k, **precise)[..., None] * scale
+    weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1), axis=-1)
+    past, own = weights[..., :capacity].astype(q.dtype), weights[..., capacity:]
+    out = jnp.einsum("bhgk,bkhd->bhgd", past, kv_cache.v, **precise) + own * v[:, :, None]
+    return out.reshape(q.shape).astype(q.dtype), append(kv_cache, k, v, token_index)
+
+
+def append(kv_cache: KVCache, k: Array, v: Array, token_index: Array) -> KVCache:
+    """The ring with the new token of each sequence in place of the oldest, as `step` returns it."""
+    batch, capacity = kv_cache.k.shape[:2]
+    place = jnp.where(token_index >= 0, token_index % capacity, capacity)  # out of range = dropped
+    row = jnp.arange(batch)
+    return KVCache(*(old.at[row, place].set(x.astype(old.dtype), mode="drop") for old, x in zip(kv_cache, (k, v), strict=True)))

@@ -1,0 +1,129 @@
+"""The gated delta rule on Hopper GPUs (H100, H200): the contract of xla.py, by Mosaic GPU kernels.
+
+The kernels know chunks of 64 tokens, and packed sequences as numbered runs; here rows are filled up to whole chunks and pads erased.
+Figures and peers: benchmarks/results/gated_delta_rule.jsonl.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from pallas_kernels.gated_delta_rule import xla
+from pallas_kernels.gated_delta_rule.api import check
+from pallas_kernels.gated_delta_rule.hopper import backward, forward
+from pallas_kernels.gated_delta_rule.hopper.chunks import CHUNK, KEY
+from pallas_kernels.gated_delta_rule.hopper.spans import WIDTH
+from pallas_kernels.segments import segment_numbers
+
+FLOOR = -90.0  # of log decays: e^-90 is no normal float32, and sums of 64 of these keep four decimals
+
+f32 = jnp.float32
+
+
+def supports(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    g: jax.Array,
+    beta: jax.Array,
+    initial_state: jax.Array | None = None,
+    token_index: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+) -> str | None:
+    """Why these arrays (or shapes with dtypes) are not for this implementation, or None if they are."""
+    if any(x.dtype != jnp.bfloat16 for x in (q, k, v)):
+        return f"dtypes {q.dtype}, {k.dtype} and {v.dtype}: bfloat16 only"
+    if k.shape[3] != KEY:
+        return f"keys {k.shape[3]} wide: {KEY} only"
+    if not v.shape[3] or v.shape[3] % WIDTH:
+        return f"values {v.shape[3]} wide: multiples of {WIDTH} only"
+    if k.shape[2] != v.shape[2]:
+        return f"{k.shape[2]} key heads for {v.shape[2]} value heads: as many of each"
+    if not all(k.shape[:3]):
+        return "no tokens"
+    if k.shape[1] == 1:
+        return "a single token, which fills no chunk"
+    return None
+
+
+def gated_delta_rule(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    g: jax.Array,
+    beta: jax.Array,
+    initial_state: jax.Array | None = None,
+    token_index: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The contract of `xla.gated_delta_rule`, names of what the backward pass keeps included ("gdn_inverse" T and "gdn_states").
+
+    Both are kept in bfloat16, T as two that add up to it. Raises ValueError where `xla.check` does or `supports` objects.
+    """
+    check(q, k, v, g, beta, initial_state)
+    if reason := supports(q, k, v, g, beta, initial_state, token_index, segment_ids):
+        raise ValueError(f"the gated delta rule on Hopper does not take {reason}\n  -> use the implementation xla")
+    if initial_state is not None:
+        initial_state = initial_state.astype(f32)
+    return _delta_rule(q, k, v, g.astype(f32), beta.astype(f32), initial_state, token_index, segment_ids)
+
+
+def _run(q, k, v, g, beta, initial_state, token_index, segment_ids, keep):
+    length = k.shape[1]
+    q, k, v, g, beta, token_index, segment_ids = _whole_chunks(q, k, v, g, beta, token_index, segment_ids)
+    valid = None if token_index is None else token_index >= 0
+    q, k, v, g, beta = (xla._without_pads(x, valid) for x in (q, k, v, g, beta))
+    g, beta = jnp.maximum(g, FLOOR).swapaxes(1, 2), beta.swapaxes(1, 2)
+    starts = None if segment_ids is None else _starts(token_index, segment_ids)
+    out, last, inverse, states = forward.forward(q, k, v, g, beta, starts, initial_state, keep)
+    if token_index is not None:  # also where nothing was added, 1 * S + 0 turns -0 into 0
+        before = jnp.zeros_like(last) if initial_state is None else initial_state
+        last = jnp.where((token_index >= 0).any(1)[:, None, None, None], last, before)
+    return (out[:, :length], last), (inverse, states)
+
+
+def _starts(token_index, segment_ids):
+    """[B, T] float32: 1 for the first token of each sequence but a row's first, else 0."""
+    runs = segment_numbers(token_index, segment_ids)
+    return jnp.diff(runs, axis=1, prepend=0).astype(f32)
+
+
+def _whole_chunks(q, k, v, g, beta, token_index, segment_ids):
+    """Rows filled up to whole chunks by tokens that change nothing."""
+
+    def fill(x, **how):
+        return x if x is None else jnp.pad(x, [(0, 0), (0, -x.shape[1] % CHUNK)] + [(0, 0)] * (x.ndim - 2), **how)
+
+    if k.shape[1] % CHUNK == 0:
+        return q, k, v, g, beta, token_index, segment_ids
+    tokens = (fill(x) for x in (q, k, v, g, beta))
+    return *tokens, fill(token_index, constant_values=-1), fill(segment_ids, mode="edge")
+
+
+@jax.custom_vjp
+def _delta_rule(q, k, v, g, beta, initial_state, token_index, segment_ids):
+    return _run(q, k, v, g, beta, initial_state, token_index, segment_ids, keep=False)[0]
+
+
+def _delta_rule_forward(q, k, v, g, beta, initial_state, token_index, segment_ids):
+    results, (inverse, states) = _run(q, k, v, g, beta, initial_state, token_index, segment_ids, keep=True)
+    kept = checkpoint_name(inverse, "gdn_inverse"), checkpoint_name(states, "gdn_states")
+    return (checkpoint_name(results[0], "gdn_out"), results[1]), (q, k, v, g, beta, initial_state, token_index, segment_ids, *kept)
+
+
+def _delta_rule_backward(residuals, cts):
+    q, k, v, g, beta, initial_state, token_index, segment_ids, inverse, states = residuals
+    length = k.shape[1]
+    d_out = jnp.pad(cts[0], [(0, 0), (0, -length % CHUNK), (0, 0), (0, 0)])
+    q, k, v, g, beta, token_index, segment_ids = _whole_chunks(q, k, v, g, beta, token_index, segment_ids)
+    valid = None if token_index is None else token_index >= 0
+    q, k, v, g, beta, d_out = (xla._without_pads(x, valid) for x in (q, k, v, g, beta, d_out))
+    g, beta = jnp.maximum(g, FLOOR).swapaxes(1, 2), beta.swapaxes(1, 2)
+    runs = None if segment_ids is None else segment_numbers(token_index, segment_ids)
+    found = backward.backward(q, k, v, g, beta, runs, inverse, states, d_out, cts[1].astype(f32))
+    *wide, d_g, d_beta, d_initial = found
+    d_g, d_beta = (xla._without_pads(x.swapaxes(1, 2), valid) for x in (d_g, d_beta))
+    return *(x[:, :length] for x in (*wide, d_g, d_beta)), None if initial_state is None else d_initial, None, None
+
+
+_delta_rule.defvjp(_delta_rule_forward, _delta_rule_backward)

@@ -1,0 +1,54 @@
+"""What the TPU kernels of the gated delta rule know of gates: five numbers a token, and the decays between tokens made of them.
+
+A sequence that starts inside a row is a gate too: a log decay of RESET, of which exp is exactly 0, at its first token. It makes
+the decay across the boundary exactly 0 both between tokens and from the state before, so that kernels need no masks.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.gated_delta_rule import xla
+from pallas_kernels.segments import segment_numbers
+
+RESET = -256.0  # exp(-256 + 127 gates) is 0 in float32, and sums of 128 of them are exact
+ROWS = 8  # float32 rows of a tile; three are spare
+f32 = jnp.float32
+
+
+def gate_rows(g: jax.Array, beta: jax.Array, token_index: jax.Array | None, segment_ids: jax.Array | None, size: int) -> jax.Array:
+    """g, beta [batch, length, heads] float32 -> [chunks, batch, heads, ROWS, size]: for each token the running sum of the gates in
+    its chunk in two parts (coarse, fine), beta, the decay since the state before the chunk, the decay until the chunk's end."""
+    valid = None if token_index is None else token_index >= 0
+    g, beta = (xla._without_pads(x, valid) for x in (jnp.maximum(g, xla.FLOOR), beta))
+    if segment_ids is not None:
+        run = segment_numbers(token_index, segment_ids)
+        g = jnp.where(jnp.diff(run, axis=1, prepend=0)[..., None] > 0, RESET, g)
+    g, beta = (xla._split(x, size) for x in (g, beta))  # [N, B, H, C]
+    coarse, fine = xla._running_sums(g)
+    until = jnp.exp((coarse[..., -1:] - coarse) + (fine[..., -1:] - fine))
+    rows = jnp.stack([coarse, fine, beta, jnp.exp(coarse + fine), until], axis=-2)
+    return jnp.pad(rows, [(0, 0)] * 3 + [(0, ROWS - rows.shape[-2]), (0, 0)])
+
+
+class Gates:
+    """One head's rows [ROWS, C] inside a kernel, as rows [1, C] and as columns [C, 1].
+
+    `exact` keeps the two parts of the running sums apart. Added up they lose 2^-10 in the decays after sums of -16000 (and nothing that
+    matters after mild ones), which is below the rounding of bfloat16 operands.
+    """
+
+    def __init__(self, rows, exact: bool):
+        if not exact:
+            rows = jnp.concatenate([rows[0:1] + rows[1:2], rows[1:]])
+        columns = rows.T
+        self._sums = [(columns[:, i : i + 1], rows[i : i + 1]) for i in range(2 if exact else 1)]
+        self.beta, self.since, self.until = (columns[:, i : i + 1] for i in (2, 3, 4))
+        self.whole = rows[3:4, -1:]  # decay over the whole chunk [1, 1]
+        self.size = rows.shape[1]
+
+    def between(self):
+        """[C, C]: at [i, j] the decay from token j to token i >= j, 0 above the diagonal."""
+        exponent = sum(column - row for column, row in self._sums)
+        row, column = (lax.broadcasted_iota(jnp.int32, (self.size, self.size), axis) for axis in (0, 1))
+        return jnp.where(row >= column, jnp.exp(exponent), 0.0)  # a choice, not a product: what is not chosen may be inf

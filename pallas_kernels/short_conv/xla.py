@@ -1,0 +1,133 @@
+"""The causal convolution as four shifted multiply-adds that XLA fuses into one pass."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.segments import segment_numbers
+
+TAPS = 4
+
+
+def short_conv(
+    x: jax.Array,
+    weight: jax.Array,
+    conv_state: jax.Array | None = None,
+    token_index: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The contract of `pallas_kernels.short_conv.short_conv`."""
+    return _short_conv(x, weight, start(x, conv_state), token_index, segment_ids)
+
+
+def start(x, conv_state):
+    """The inputs before this call, [B, 3, C] in x's dtype."""
+    if conv_state is None:
+        return jnp.repeat(jnp.zeros_like(x[:, :1]), TAPS - 1, axis=1)  # zeros that are sharded as x is
+    return conv_state.astype(x.dtype)
+
+
+def new_conv_state(x, conv_state, token_index, segment_ids):
+    """The inputs before the next call, [B, 3, C]."""
+    inputs, valid, run = _inputs(x, conv_state, token_index, segment_ids)
+    rows = _tail_rows(inputs, valid)
+    last = inputs[:, 1 - TAPS :] if valid is None else jnp.take_along_axis(inputs, rows[..., None], axis=1)
+    return jnp.where(_in_last_run(run, rows), last, 0)
+
+
+def _inputs(x, conv_state, token_index, segment_ids):
+    """Old tail and new tokens in one array [B, 3 + T, C], which tokens are valid [B, T], and the run of each input [B, 3 + T]."""
+    valid = None if token_index is None else token_index >= 0
+    if valid is not None:
+        x = jnp.where(valid[..., None], x, 0)
+    if x.shape[1] == 1:
+        # else XLA for GPU draws the projection that made x into the concatenation, as one serial dot product a channel (0.6 ms)
+        x = jax.lax.optimization_barrier(x)
+    run = None
+    if segment_ids is not None:  # the tail belongs to run 0
+        run = jnp.pad(segment_numbers(token_index, segment_ids), ((0, 0), (TAPS - 1, 0)))
+    return jnp.concatenate([conv_state, x], axis=1), valid, run
+
+
+def _reaches(inputs, run):
+    """What each tap sees of every token, f32 [B, T, C], zero beyond the token's sequence."""
+    length = inputs.shape[1] - TAPS + 1
+    for tap in range(TAPS):
+        seen = inputs[:, tap : tap + length].astype(jnp.float32)
+        if run is not None and tap < TAPS - 1:
+            seen = jnp.where((run[:, tap : tap + length] == run[:, TAPS - 1 :])[..., None], seen, 0)
+        yield seen
+
+
+def _compute(x, weight, conv_state, token_index, segment_ids):
+    inputs, valid, run = _inputs(x, conv_state, token_index, segment_ids)
+    total = sum(seen * w for seen, w in zip(_reaches(inputs, run), weight.astype(jnp.float32), strict=True))
+    out = jax.nn.silu(total).astype(x.dtype)
+    if valid is not None:
+        out = jnp.where(valid[..., None], out, 0)
+    return out, new_conv_state(x, conv_state, token_index, segment_ids)
+
+
+def _tail_rows(inputs, valid):
+    """Which inputs [B, 3] are the new tail: the last three of the old tail and the valid tokens."""
+    batch, count, _ = inputs.shape
+    if valid is None:
+        return jnp.broadcast_to(jnp.arange(count - TAPS + 1, count), (batch, TAPS - 1))
+    seen = jnp.pad(valid, ((0, 0), (TAPS - 1, 0)), constant_values=True).astype(jnp.int32)
+    left = jnp.cumsum(seen[:, ::-1], axis=1)[:, ::-1]  # valid rows from here to the end
+    return (left[:, None, :] >= jnp.arange(TAPS - 1, 0, -1)[:, None]).sum(-1) - 1
+
+
+def _in_last_run(run, rows):
+    """[B, 3, 1] or True: whether a row of the new tail is of the last token's sequence; what is not becomes zero."""
+    if run is None:
+        return True
+    kept = jnp.take_along_axis(run, rows, axis=1)
+    return (kept == kept[:, -1:])[..., None]
+
+
+@jax.custom_vjp
+def _short_conv(x, weight, conv_state, token_index, segment_ids):
+    return _compute(x, weight, conv_state, token_index, segment_ids)
+
+
+def _short_conv_forward(x, weight, conv_state, token_index, segment_ids):
+    return _compute(x, weight, conv_state, token_index, segment_ids), (x, weight, conv_state, token_index, segment_ids)
+
+
+def _short_conv_backward(residuals, cts):
+    """By hand: autodiff keeps four float32 copies of x, and scatters the new tail's gradient into an array of zeros as large as x."""
+    x, weight, conv_state, token_index, segment_ids = residuals
+    d_out, d_new_tail = cts
+    inputs, valid, run = _inputs(x, conv_state, token_index, segment_ids)
+    wide = weight.astype(jnp.float32)
+    reaches = list(_reaches(inputs, run))
+    total = sum(seen * w for seen, w in zip(reaches, wide, strict=True))
+    gate = jax.nn.sigmoid(total)
+    slope = gate * (1 + total * (1 - gate))
+    if valid is not None:
+        d_out = jnp.where(valid[..., None], d_out, 0)
+    d_total = d_out.astype(jnp.float32) * slope
+    d_weight = jnp.stack([jnp.sum(d_total * seen, axis=(0, 1)) for seen in reaches]).astype(weight.dtype)
+
+    # an input was seen by the token `TAPS - 1 - tap` after it, through that tap
+    count, edge = inputs.shape[1], TAPS - 1
+    later = jnp.pad(d_total, ((0, 0), (edge, edge), (0, 0)))
+    later_run = None if run is None else jnp.pad(run, ((0, 0), (0, edge)), constant_values=-1)
+    d_inputs = 0.0
+    for tap in range(TAPS):
+        back = later[:, edge - tap : edge - tap + count] * wide[tap]
+        if run is not None and tap < edge:
+            back = jnp.where((later_run[:, edge - tap : edge - tap + count] == run)[..., None], back, 0)
+        d_inputs = d_inputs + back
+    rows = _tail_rows(inputs, valid)
+    d_new_tail = jnp.where(_in_last_run(run, rows), d_new_tail, 0).astype(jnp.float32)
+    for row, part in zip(jnp.moveaxis(rows, 1, 0), jnp.moveaxis(d_new_tail, 1, 0), strict=True):
+        d_inputs += jnp.where((jnp.arange(count) == row[:, None])[..., None], part[:, None], 0)
+    d_inputs = d_inputs.astype(x.dtype)
+    d_x = d_inputs[:, edge:]
+    if valid is not None:
+        d_x = jnp.where(valid[..., None], d_x, 0)
+    return d_x, d_weight, d_inputs[:, :edge], None, None
+
+
+_short_conv.defvjp(_short_conv_forward, _short_conv_backward)
