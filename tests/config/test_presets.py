@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from infinitevl_jax.config.presets import Preset, differences, load_preset, to_tree
+from infinitevl_jax.config.presets import RENAMED, Preset, differences, load_preset, to_tree
+from infinitevl_jax.errors import InfiniteVLError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,6 +34,23 @@ def test_values_and_overrides(tmp_path):
     assert (preset.run.tensor, preset.train.output, preset.train.trainable) == (2, "a/b c", ("layers.*",))
     assert preset.train.data.batch == 64
     assert preset.train.optimizer.beta2 == 0.999  # what the preset leaves out keeps its default
+
+
+def test_implementations_of_operators(tmp_path):
+    text = '[run]\nops = {attention = "mosaic_gpu,xla", gated_delta_rule = "xla"}\n'
+    ops = load_preset(minimal(tmp_path, text), ["run.ops.attention=xla", "run.ops.short_conv=mosaic_tpu"]).run.ops
+    assert (ops.attention, ops.gated_delta_rule, ops.short_conv, ops.attention_step) == ("xla", "xla", "mosaic_tpu", None)
+    with pytest.raises(InfiniteVLError, match="unknown key 'run.ops.atention'\n  -> did you mean run.ops.attention"):
+        load_preset(minimal(tmp_path), ["run.ops.atention=xla"])
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_keys_of_earlier_presets_name_the_new_key(tmp_path, old):
+    key = old.removeprefix("run.")
+    for path, changes in ((minimal(tmp_path), [f"{old}=xla"]), (minimal(tmp_path, f'[run]\n{key} = "xla"\n'), [])):
+        with pytest.raises(InfiniteVLError, match=f"{old} has a new name\n  -> write {RENAMED[old]}$"):
+            load_preset(path, changes)
+    assert load_preset(minimal(tmp_path), [f"{RENAMED[old]}=xla"])
 
 
 def test_differences_name_the_keys(tmp_path):

@@ -15,6 +15,8 @@ from pallas_kernels.dispatch import Dispatch, Implementation, Operator
 from pallas_kernels.hardware import hopper, tpu
 
 CPU = jax.devices("cpu")[0]
+HOPPER = SimpleNamespace(platform="gpu", device_kind="H100", compute_capability="9.0")
+TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5p")
 X = jnp.ones((2, 3), jnp.bfloat16)
 
 
@@ -61,29 +63,26 @@ def test_all_refusals_are_told():
 
 
 def test_devices():
-    gpu = SimpleNamespace(platform="gpu", device_kind="H100", compute_capability="9.0")
-    assert hopper(gpu) is None and "A100" in hopper(SimpleNamespace(platform="gpu", device_kind="A100", compute_capability="8.0"))
-    assert tpu(SimpleNamespace(platform="tpu", device_kind="TPU v5p")) is None and "H100" in tpu(gpu)
+    assert hopper(HOPPER) is None and "A100" in hopper(SimpleNamespace(platform="gpu", device_kind="A100", compute_capability="8.0"))
+    assert tpu(TPU) is None and "H100" in tpu(HOPPER)
 
 
 def test_a_hopper_gpu_takes_its_kernel_where_it_can():
-    device = SimpleNamespace(platform="gpu", device_kind="H100", compute_capability="9.0")
     q, k, rows = (jax.ShapeDtypeStruct(s, d) for s, d in (((1, 8, 4, 128), X.dtype), ((1, 8, 2, 128), X.dtype), ((1, 8), jnp.int32)))
     case = q, k, k, rows, rows, None, None
-    free = Dispatch(ATTENTION, device)
+    free = Dispatch(ATTENTION, HOPPER)
     assert free.choose(*case, mask=Mask(window=4, aligned=True), scale=0.1)[0].name == "mosaic_gpu"
     sinks = {"mask": Mask(window=4, sinks=1), "scale": 0.1}
     chosen, reasons = free.choose(*case, **sinks)
     assert chosen.name == "xla" and "mosaic_gpu: sinks outside the window" in reasons[-1]
     with pytest.raises(ValueError, match="mosaic_gpu: sinks outside the window"):
-        Dispatch(ATTENTION, device, "mosaic_gpu").choose(*case, **sinks)
+        Dispatch(ATTENTION, HOPPER, "mosaic_gpu").choose(*case, **sinks)
 
 
 def test_a_hopper_gpu_takes_the_towers_heads():
-    device = SimpleNamespace(platform="gpu", device_kind="H100", compute_capability="9.0")
     rows, rule = jax.ShapeDtypeStruct((1, 8), jnp.int32), {"mask": Mask(causal=False, aligned=True), "scale": 0.1}
     x = jax.ShapeDtypeStruct((1, 8, 2, 80), X.dtype)
-    assert Dispatch(ATTENTION, device).choose(x, x, x, rows, rows, rows, rows, **rule)[0].name == "mosaic_gpu"
+    assert Dispatch(ATTENTION, HOPPER).choose(x, x, x, rows, rows, rows, rows, **rule)[0].name == "mosaic_gpu"
 
 
 def test_operators_are_resolved_once_and_unknown_names_refused():

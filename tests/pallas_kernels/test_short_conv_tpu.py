@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_causal_conv import assert_close, case, truth
+from test_short_conv import assert_close, case, truth
 
 from pallas_kernels.short_conv.tpu import short_conv as short_conv_tpu
 from pallas_kernels.short_conv.tuning import TPU as TPUShortConv
