@@ -1,4 +1,5 @@
-"""Operators, their implementations, and the choice among them: by name, or the first that can run."""
+"""Operators, their implementations, and the choice among them: by name, or the first that can
+run."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,11 +24,12 @@ class Implementation:
 
     run: takes the operator's arguments by name and returns its results.
     device: returns the reason it cannot run on the device, else None.
-    supports: returns the reason it does not take these arguments (arrays, or shapes with dtypes), else
-        None.
-    gradients_by: returns the name of the implementation that computes its gradients, None for its own.
-    unordered: results and gradients ("d_q") that are summed in no fixed order, so that two calls may
-        differ in rounding. All others are equal bit for bit in every call.
+    supports: returns the reason it does not take these arguments (arrays, or shapes with dtypes),
+        else None.
+    gradients_by: returns the name of the implementation that computes its gradients, None for its
+        own.
+    unordered: results and gradients ("d_q") that are summed in no fixed order, so that two calls
+        may differ in rounding. All others are equal bit for bit in every call.
     """
 
     name: str
@@ -42,8 +44,8 @@ class Implementation:
 class Operator:
     """An operator: contract, implementations in order of preference, partitioning.
 
-    arguments: takes a call's arguments, fills in the defaults, raises ValueError where shapes do not
-        fit, and returns all of them by name.
+    arguments: takes a call's arguments, fills in the defaults, raises ValueError where shapes do
+        not fit, and returns all of them by name.
     partition: takes an implementation of the contract and an OperatorMesh, and returns the operator
         over the arrays of the whole mesh.
     """
@@ -57,11 +59,19 @@ class Operator:
         """Add an implementation in front of the one named `before`, by default in front of all."""
         names = [i.name for i in self.implementations]
         if implementation.name in names:
-            raise ValueError(f"{self.name} has an implementation {implementation.name!r} already\n  -> give another name")
+            raise ValueError(
+                f"{self.name} has an implementation {implementation.name!r} already\n  -> give another name"
+            )
         if before is not None and before not in names:
-            raise Refusal(f"{self.name} has no implementation {before!r}", f"choose among {', '.join(names)}")
+            raise Refusal(
+                f"{self.name} has no implementation {before!r}", f"choose among {', '.join(names)}"
+            )
         place = 0 if before is None else names.index(before)
-        self.implementations = (*self.implementations[:place], implementation, *self.implementations[place:])
+        self.implementations = (
+            *self.implementations[:place],
+            implementation,
+            *self.implementations[place:],
+        )
 
     def __call__(self, *args, implementation: str | None = None, **kwargs):
         """Run on this process's first device. implementation: as `Dispatch.names`."""
@@ -72,9 +82,10 @@ class Operator:
 class Dispatch:
     """An operator on one kind of device, called by its contract.
 
-    names: the implementations allowed, in order, such as "mosaic_gpu" or "mosaic_gpu,xla"; None allows
-        all of them.
-    ran: what was chosen, by case, with the reasons of those before it. Filled while programs are traced.
+    names: the implementations allowed, in order, such as "mosaic_gpu" or "mosaic_gpu,xla"; None
+        allows all of them.
+    ran: what was chosen, by case, with the reasons of those before it. Filled while programs are
+        traced.
     """
 
     operator: Operator
@@ -90,11 +101,15 @@ class Dispatch:
         known, name = {i.name: i for i in self.allowed}, self.operator.name
         for asked in self.names.split(","):
             if asked not in known:
-                raise Refusal(f"{name} has no implementation {asked!r}", f"choose among {', '.join(known)}")
+                raise Refusal(
+                    f"{name} has no implementation {asked!r}", f"choose among {', '.join(known)}"
+                )
         self.allowed = [known[asked] for asked in self.names.split(",")]
         if all(i.device(self.device) for i in self.allowed):
             reasons = "; ".join(f"{i.name}: {i.device(self.device)}" for i in self.allowed)
-            raise Refusal(f"{name} cannot run as asked: {reasons}", "name another implementation, or none")
+            raise Refusal(
+                f"{name} cannot run as asked: {reasons}", "name another implementation, or none"
+            )
 
     def choose(self, *args, **kwargs) -> tuple[Implementation, list[str]]:
         """The implementation for these arguments, and the reasons of those passed over.
@@ -122,8 +137,14 @@ class Dispatch:
             if reason is None:
                 return option, reasons
             reasons.append(f"{option.name}: {reason}")
-        cure = 'name another as well ("NAME,xla"), or none to take the first that can' if self.names else "change the case"
-        raise Refusal(f"{self.operator.name} cannot run on {self._case(call)}: " + "; ".join(reasons), cure)
+        cure = (
+            'name another as well ("NAME,xla"), or none to take the first that can'
+            if self.names
+            else "change the case"
+        )
+        raise Refusal(
+            f"{self.operator.name} cannot run on {self._case(call)}: " + "; ".join(reasons), cure
+        )
 
     def _case(self, call: dict) -> str:
         arrays = [x for x in jax.tree.leaves(list(call.values())) if hasattr(x, "dtype")][:3]

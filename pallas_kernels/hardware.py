@@ -1,4 +1,5 @@
-"""Devices that kernels are written for. A predicate returns None for its devices, else the reason."""
+"""Devices that kernels are written for. A predicate returns None for its devices, else the
+reason."""
 
 import re
 

@@ -1,4 +1,5 @@
-"""What the Mosaic GPU kernels for Hopper share: products in the background, vectors and layouts in registers."""
+"""Shared helpers of the Mosaic GPU kernels for Hopper: asynchronous products, vectors and
+layouts in registers."""
 
 import jax
 import jax.experimental.pallas as pl
@@ -10,28 +11,30 @@ NEW = jax.__version_info__ >= (0, 11)
 
 
 class Products:
-    """Matrix products of one warpgroup (wgmma), which run in the background until they are waited for.
+    """Matrix products of one warpgroup (wgmma), which run in the background until they are waited
+    for.
 
-    Every wgmma of the kernels is issued here. A left factor in registers has to stay in them until its
-    product is done, which LLVM does not know: `wait` uses it once more, after the wait.
+    Every wgmma of the kernels is issued here. A left factor in registers has to stay in them until
+    its product is done, which LLVM does not know: `wait` uses it once more, after the wait.
 
-    A left factor in registers must depend on data in each of its elements. Where ptxas (13.0) knows the
-    value of one, it may set that register between two products that both read it, so that the first
-    reads what was there before (seen on an H100: a triangle of ones whose corners are the same for all
-    threads; gradients of gates were wrong at random, up to NaN). `testing/sass.py` finds this in the
-    machine code.
+    A left factor in registers must depend on data in each of its elements. Where ptxas (13.0) knows
+    the value of one, it may set that register between two products that both read it, so that the
+    first reads what was there before (seen on an H100: a triangle of ones whose corners are the
+    same for all threads; gradients of gates were wrong at random, up to NaN). `testing/sass.py`
+    finds this in the machine code.
 
     A wait covers the products of the warp that waits. Before a kernel overwrites a tile in shared
     memory that these products read, all warps of the warpgroup have to meet: a store through a
-    reference (`ref[...] = x`) does so by itself, before and after, and so does `commit_smem`; a copy
-    from another warpgroup has to wait at a barrier that this one arrives at.
+    reference (`ref[...] = x`) does so by itself, before and after, and so does `commit_smem`; a
+    copy from another warpgroup has to wait at a barrier that this one arrives at.
     """
 
     def __init__(self):
         self._left = []  # of the products that may still run, in the order of issue; None: in shared memory
 
     def add(self, acc, left: jax.Array | object, right: object) -> None:
-        """Start acc += left @ right. left: an array (registers) or a reference to shared memory; right: a reference."""
+        """Start acc += left @ right. left: an array (registers) or a reference to shared memory;
+        right: a reference."""
         plgpu.wgmma(acc, left, right)
         self._left.append(left if isinstance(left, jax.Array) else None)
 
@@ -60,11 +63,14 @@ def multiply(start: jax.Array | tuple[int, int], *factors: tuple) -> jax.Array:
             products.add(acc, left, right)
         return products.wait(acc)
 
-    return lax.optimization_barrier(pl.run_scoped(run, plgpu.ACC(start.shape if seeded else start, jnp.float32)))
+    return lax.optimization_barrier(
+        pl.run_scoped(run, plgpu.ACC(start.shape if seeded else start, jnp.float32))
+    )
 
 
 def load(ref, layout, optimized: bool = False) -> jax.Array:
-    """A vector in registers. (From global memory, no transfer of these layouts counts as optimized.)"""
+    """A vector in registers. (From global memory, no transfer of these layouts counts as
+    optimized.)"""
     index = () if NEW else ((),)
     return plgpu.load(ref, *index, layout=layout, optimized=optimized)
 
@@ -90,8 +96,11 @@ def transposed(ref):
 
 
 def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """float32 x as the sum of two that bfloat16 holds, the first exactly: its lower bits are cut off, which is cheaper than rounding."""
-    high = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536), jnp.float32)
+    """float32 x as the sum of two that bfloat16 holds, the first exactly: its lower bits are cut
+    off, which is cheaper than rounding."""
+    high = lax.bitcast_convert_type(
+        lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536), jnp.float32
+    )
     return high, x - high
 
 

@@ -48,10 +48,18 @@ class OperatorMesh:
 
     def shard_map(self, local: Callable, in_specs, out_specs) -> Callable:
         """`local` on each device's parts."""
-        return jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return jax.shard_map(
+            local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
 
-    def run(self, operator: Callable, arguments: dict[str, tuple[Array | None, PartitionSpec]], out_specs):
-        """`operator(**arguments)`, each an array with its PartitionSpec; what is None is left out."""
+    def run(
+        self,
+        operator: Callable,
+        arguments: dict[str, tuple[Array | None, PartitionSpec]],
+        out_specs,
+    ):
+        """`operator(**arguments)`, each an array with its PartitionSpec; what is None is left
+        out."""
         given = {name: pair for name, pair in arguments.items() if pair[0] is not None}
         arrays, specs = zip(*given.values(), strict=True)
 

@@ -35,7 +35,10 @@ def attention_backward(q, k, v, d_out, lse, shift, first, last, scale):
     weights = jnp.where(seen[:, None], jnp.exp(scores - lse[:, :, None]), 0)
     d_scores = weights * (jnp.einsum("bqhd,bkhd->bhkq", d_out, v) - shift[:, :, None]) * scale
     d_q = jnp.einsum("bhkq,bkhd->bqhd", d_scores, k)
-    d_k, d_v = jnp.einsum("bhkq,bqhd->bkhd", d_scores, q), jnp.einsum("bhkq,bqhd->bkhd", weights, d_out)
+    d_k, d_v = (
+        jnp.einsum("bhkq,bqhd->bkhd", d_scores, q),
+        jnp.einsum("bhkq,bqhd->bkhd", weights, d_out),
+    )
     return d_q, *(x.reshape(*x.shape[:2], -1, group, x.shape[3]).sum(axis=3) for x in (d_k, d_v))
 
 
@@ -57,7 +60,12 @@ def delta_forward(q, k, v, g, beta, starts, initial_state, keep):
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, width, v.shape[3]))
     (out, last), (inverse, states) = xla._run(q, k, v, g, beta, initial_state, None, segment_ids)
-    return out, last, jnp.moveaxis(inverse, 0, 2).astype(jnp.bfloat16), jnp.moveaxis(states, 0, 2) if keep else None
+    return (
+        out,
+        last,
+        jnp.moveaxis(inverse, 0, 2).astype(jnp.bfloat16),
+        jnp.moveaxis(states, 0, 2) if keep else None,
+    )
 
 
 def delta_backward(q, k, v, g, beta, runs, inverse, states, d_out, d_last):

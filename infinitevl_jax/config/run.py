@@ -48,11 +48,20 @@ class RunConfig:
     def __post_init__(self):
         for name, known in (("dtype", DTYPES), ("remat", REMATS)):
             if getattr(self, name) not in known:
-                raise InfiniteVLError(f"run.{name} is {getattr(self, name)!r}", f"choose one of {', '.join(known)}")
+                raise InfiniteVLError(
+                    f"run.{name} is {getattr(self, name)!r}", f"choose one of {', '.join(known)}"
+                )
         sizes = {axis: getattr(self, axis) for axis in AXES}
         if bad := [axis for axis, size in sizes.items() if size < 1 and size != -1]:
-            raise InfiniteVLError(f"run.{bad[0]} is {sizes[bad[0]]}", "a mesh axis has 1 or more parts, or -1 for all devices left over")
+            raise InfiniteVLError(
+                f"run.{bad[0]} is {sizes[bad[0]]}",
+                "a mesh axis has 1 or more parts, or -1 for all devices left over",
+            )
         if list(sizes.values()).count(-1) > 1:
-            raise InfiniteVLError(f"the mesh {sizes} leaves more than one axis open", "give -1 to one axis only")
+            raise InfiniteVLError(
+                f"the mesh {sizes} leaves more than one axis open", "give -1 to one axis only"
+            )
         if self.context != 1:
-            raise InfiniteVLError(f"run.context is {self.context}", "the context axis is reserved: leave it at 1")
+            raise InfiniteVLError(
+                f"run.context is {self.context}", "the context axis is reserved: leave it at 1"
+            )

@@ -45,16 +45,25 @@ def write(kv_cache: KVCache, k: Array, v: Array, index: Array) -> KVCache:
     """Put new tokens in their slots. Pads, and tokens that this same call already pushes out of the ring, are dropped."""
     capacity = kv_cache.k.shape[1]
     newest = jnp.max(index, axis=1, keepdims=True)
-    slot = jnp.where((index >= 0) & (index > newest - capacity), index % capacity, capacity)  # capacity = out of range = dropped
+    slot = jnp.where(
+        (index >= 0) & (index > newest - capacity), index % capacity, capacity
+    )  # capacity = out of range = dropped
     put = jax.vmap(lambda old, slot, new: old.at[slot].set(new, mode="drop", unique_indices=False))
-    return KVCache(put(kv_cache.k, slot, k.astype(kv_cache.k.dtype)), put(kv_cache.v, slot, v.astype(kv_cache.v.dtype)))
+    return KVCache(
+        put(kv_cache.k, slot, k.astype(kv_cache.k.dtype)),
+        put(kv_cache.v, slot, v.astype(kv_cache.v.dtype)),
+    )
 
 
 class SoftmaxAttention(nnx.Module):
     """Grouped-query attention with M-RoPE: q, k, v with bias, o without."""
 
     def __init__(self, config: TextConfig, retention: Retention, ops: Ops, keys: Keys):
-        self.head_dim, self.kv_heads, self.heads = config.head_dim, config.num_key_value_heads, config.num_attention_heads
+        self.head_dim, self.kv_heads, self.heads = (
+            config.head_dim,
+            config.num_key_value_heads,
+            config.num_attention_heads,
+        )
         self.retention, self.ops = retention, ops
         width = config.hidden_size
         self.q_proj = Linear(width, self.heads * self.head_dim, bias=True, keys=keys)
@@ -71,7 +80,13 @@ class SoftmaxAttention(nnx.Module):
         """x [batch, length, width] -> the same shape, and the new state (None in training)."""
 
         def heads(y):
-            return constrain(rearrange(y, "b t (h d) -> b t h d", d=self.head_dim), "batch", "length", "heads", None)
+            return constrain(
+                rearrange(y, "b t (h d) -> b t h d", d=self.head_dim),
+                "batch",
+                "length",
+                "heads",
+                None,
+            )
 
         q = rotate(heads(self.q_proj(x)), span.cos, span.sin)
         k = rotate(heads(self.k_proj(x)), span.cos, span.sin)
@@ -79,15 +94,23 @@ class SoftmaxAttention(nnx.Module):
         scale = self.head_dim**-0.5
         window = self.retention.window
         tokens = span.index, span.index, span.segment, span.segment
-        out, lse = self.ops.attention(q, k, v, *tokens, mask=Mask(window=window, aligned=True), scale=scale)
+        out, lse = self.ops.attention(
+            q, k, v, *tokens, mask=Mask(window=window, aligned=True), scale=scale
+        )
         if state is not None:
 
             def with_cache():
                 held = slot_index(span.length, state.k.shape[1])
-                cached = self.ops.attention(q, state.k, state.v, span.index, held, mask=Mask(window=window), scale=scale)
+                cached = self.ops.attention(
+                    q, state.k, state.v, span.index, held, mask=Mask(window=window), scale=scale
+                )
                 return merge(out, lse, *cached)[0]
 
             # an empty cache (the first chunk of a prompt) is not worth reading; a single token nearly always has a past
-            out = with_cache() if x.shape[1] == 1 else jax.lax.cond(jnp.any(span.length > 0), with_cache, lambda: out)
+            out = (
+                with_cache()
+                if x.shape[1] == 1
+                else jax.lax.cond(jnp.any(span.length > 0), with_cache, lambda: out)
+            )
             state = write(state, k, v, span.index)
         return self.o_proj(rearrange(out, "b t h d -> b t (h d)")), state

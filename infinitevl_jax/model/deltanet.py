@@ -48,9 +48,17 @@ class GatedDeltaNet(nnx.Module):
     """Linear attention with a gated delta rule (infinitevl.md's tensors: q, k, v, a, b, g, o projections, three convolutions)."""
 
     def __init__(self, config: TextConfig, ops: Ops, keys: Keys):
-        self.heads, self.head_dim, self.value_dim = config.num_linear_heads, config.linear_head_dim, config.linear_value_dim
+        self.heads, self.head_dim, self.value_dim = (
+            config.num_linear_heads,
+            config.linear_head_dim,
+            config.linear_value_dim,
+        )
         self.taps, self.ops = config.conv_size, ops
-        width, key_width, value_width = config.hidden_size, self.heads * self.head_dim, self.heads * self.value_dim
+        width, key_width, value_width = (
+            config.hidden_size,
+            self.heads * self.head_dim,
+            self.heads * self.value_dim,
+        )
         self.q_proj = Linear(width, key_width, keys=keys)
         self.k_proj = Linear(width, key_width, keys=keys)
         self.v_proj = Linear(width, value_width, keys=keys)
@@ -62,23 +70,37 @@ class GatedDeltaNet(nnx.Module):
         self.k_conv1d = CausalConv(key_width, self.taps, ops)
         self.v_conv1d = CausalConv(value_width, self.taps, ops)
         # decay rates 1..16 and step sizes 1e-3..0.1, log-uniform: heads start with memories from ten to thousands of tokens
-        step = jnp.exp(jax.random.uniform(keys(), (self.heads,), minval=jnp.log(1e-3), maxval=jnp.log(0.1)))
-        self.A_log = nnx.Param(jnp.log(jax.random.uniform(keys(), (self.heads,), minval=1.0, maxval=16.0)))
+        step = jnp.exp(
+            jax.random.uniform(keys(), (self.heads,), minval=jnp.log(1e-3), maxval=jnp.log(0.1))
+        )
+        self.A_log = nnx.Param(
+            jnp.log(jax.random.uniform(keys(), (self.heads,), minval=1.0, maxval=16.0))
+        )
         self.dt_bias = nnx.Param(step + jnp.log(-jnp.expm1(-step)))  # inverse softplus
         self.o_norm = GatedNorm(self.value_dim, self.heads, config.norm_eps, ops)
 
     def state_spec(self, batch: int, max_length: int | None, dtype) -> DeltaState:
         """Shapes and dtypes of this layer's cache: the same for any length."""
         keys, values = self.heads * self.head_dim, self.heads * self.value_dim
-        tail = [jax.ShapeDtypeStruct((batch, self.taps - 1, channels), dtype) for channels in (keys, keys, values)]
-        return DeltaState(jax.ShapeDtypeStruct((batch, self.heads, self.head_dim, self.value_dim), jnp.float32), *tail)
+        tail = [
+            jax.ShapeDtypeStruct((batch, self.taps - 1, channels), dtype)
+            for channels in (keys, keys, values)
+        ]
+        return DeltaState(
+            jax.ShapeDtypeStruct((batch, self.heads, self.head_dim, self.value_dim), jnp.float32),
+            *tail,
+        )
 
-    def __call__(self, x: Array, state: DeltaState | None, span: Span) -> tuple[Array, DeltaState | None]:
+    def __call__(
+        self, x: Array, state: DeltaState | None, span: Span
+    ) -> tuple[Array, DeltaState | None]:
         """x [batch, length, width] -> the same shape, and the new state (None in training)."""
         past = state or DeltaState(None, None, None, None)
 
         def heads(y):
-            return constrain(rearrange(y, "b t (h d) -> b t h d", h=self.heads), "batch", "length", "heads", None)
+            return constrain(
+                rearrange(y, "b t (h d) -> b t h d", h=self.heads), "batch", "length", "heads", None
+            )
 
         q, q_conv_state = self.q_conv1d(self.q_proj(x), past.q_conv_state, span)
         k, k_conv_state = self.k_conv1d(self.k_proj(x), past.k_conv_state, span)
@@ -88,8 +110,14 @@ class GatedDeltaNet(nnx.Module):
 
         beta = jax.nn.sigmoid(self.b_proj(x).astype(jnp.float32))  # [batch, length, heads]
         rate = jnp.exp(self.A_log[...].astype(jnp.float32))
-        g = -rate * jax.nn.softplus(self.a_proj(x).astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
-        out, recurrent_state = self.ops.gated_delta_rule(heads(q), heads(k), heads(v), g, beta, past.recurrent_state, span.index, span.segment)
+        g = -rate * jax.nn.softplus(
+            self.a_proj(x).astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32)
+        )
+        out, recurrent_state = self.ops.gated_delta_rule(
+            heads(q), heads(k), heads(v), g, beta, past.recurrent_state, span.index, span.segment
+        )
 
         out = self.o_norm(rearrange(out, "b t h d -> b t (h d)"), self.g_proj(x))
-        return self.o_proj(out), None if state is None else DeltaState(recurrent_state, q_conv_state, k_conv_state, v_conv_state)
+        return self.o_proj(out), None if state is None else DeltaState(
+            recurrent_state, q_conv_state, k_conv_state, v_conv_state
+        )

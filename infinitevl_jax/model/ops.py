@@ -49,18 +49,26 @@ def resolve_ops(mesh: Mesh | None = None, config: OpsConfig | None = None) -> Op
     """
     from pallas_kernels.operators import OPERATORS  # imports the kernels' compilers
 
-    return _resolve(mesh, config or OpsConfig(), tuple((operator, operator.implementations) for operator in OPERATORS))
+    return _resolve(
+        mesh,
+        config or OpsConfig(),
+        tuple((operator, operator.implementations) for operator in OPERATORS),
+    )
 
 
 @cache
-def _resolve(mesh: Mesh | None, config: OpsConfig, operators: tuple[tuple[Operator, tuple], ...]) -> Ops:
+def _resolve(
+    mesh: Mesh | None, config: OpsConfig, operators: tuple[tuple[Operator, tuple], ...]
+) -> Ops:
     """`operators` with what is registered for them now, which is part of the cache's key."""
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     names = {field.name for field in fields(config)}
     run, dispatches = {}, []
     for operator, _ in operators:
         try:
-            dispatch = Dispatch(operator, device, getattr(config, operator.name) if operator.name in names else None)
+            dispatch = Dispatch(
+                operator, device, getattr(config, operator.name) if operator.name in names else None
+            )
         except Refusal as refusal:
             raise InfiniteVLError(refusal.culprit, refusal.cure) from None
         dispatches.append(dispatch)

@@ -1,7 +1,8 @@
 """The implementations of attention and of its one-token step, in order of preference.
 
-On a TPU the kernels come first by static score (benchmarks/results/tpu_scores.jsonl). On Hopper they come
-first because the whole model is faster with them (benchmarks/results/prefill.jsonl, train_step.jsonl).
+On a TPU the kernels come first by static score (benchmarks/results/tpu_scores.jsonl). On Hopper
+they come first because the whole model is faster with them (benchmarks/results/prefill.jsonl,
+train_step.jsonl).
 """
 
 from pallas_kernels.attention import step, xla

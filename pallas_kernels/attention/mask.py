@@ -1,4 +1,4 @@
-"""Which keys a query may see: by order in the sequence, never by position or by row."""
+"""Which keys a query may see: by order in the sequence, not by rotary position or row."""
 
 import dataclasses
 
@@ -8,13 +8,16 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """The rule between the ordinal of a query and the ordinal of a key, both counted in tokens of one sequence.
+    """Which keys a query sees, by the token index of both, counted within one sequence.
 
     causal: a query sees keys at or before itself.
-    window: a query sees keys less than `window` tokens away (when causal: itself, window - 1 before). None: no limit.
+    window: a query sees keys less than `window` tokens away (when causal: itself, window - 1
+        before).
+        None: no limit.
     sinks: the first `sinks` keys of a sequence are always within the window (but still causal).
-    aligned: a promise, not a rule: query row t and key row t are the same token, rows are right-padded, and each
-        segment is one run of rows with the ordinal rising by one a row. Blocks that can never meet are then left out.
+    aligned: a promise, not a rule: query row t and key row t are the same token, rows are
+        right-padded, and each segment is one range of rows whose token index rises by one a row.
+        Blocks that can never meet are then skipped.
     """
 
     causal: bool = True
@@ -24,7 +27,9 @@ class Mask:
 
     def __post_init__(self):
         if self.window is not None and self.window < 1:
-            raise ValueError(f"Mask: window is {self.window}\n  -> give 1 or more, or None for no limit")
+            raise ValueError(
+                f"Mask: window is {self.window}\n  -> give 1 or more, or None for no limit"
+            )
         if self.sinks < 0:
             raise ValueError(f"Mask: sinks is {self.sinks}\n  -> give 0 or more")
 
@@ -35,7 +40,8 @@ class Mask:
         q_segment_ids: jax.Array | None,
         k_segment_ids: jax.Array | None,
     ) -> jax.Array:
-        """Booleans [B, Tq, Tk] from ordinals (-1 is a pad) and segments [B, Tq] and [B, Tk]."""
+        """Booleans [B, Tq, Tk] from token indices (-1 is a pad) and segments, [B, Tq] and [B,
+        Tk]."""
         q, k = q_token_index[:, :, None], k_token_index[:, None, :]
         seen = (q >= 0) & (k >= 0)
         if q_segment_ids is not None:

@@ -1,8 +1,8 @@
 """Attention and its one-token step on a mesh.
 
-Rows go over the batch axes and heads over the head axes. With fewer key/value heads than head shards,
-each shard takes the key head of its queries. The cache is then replicated, and each shard writes the
-same keys.
+Rows go over the batch axes and heads over the head axes. With fewer key/value heads than head
+shards, each shard takes the key head of its queries. The cache is then replicated, and each shard
+writes the same keys.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,9 @@ def partition_attention(attention: Callable, mesh: OperatorMesh) -> Callable:
         call = complete(*args, **kwargs)
         batch = mesh.rows(call.q.shape[0])
         query_heads, key_heads, own = _grouped(call.q.shape[2], call.k.shape[2], mesh)
-        queries, keys = (PartitionSpec(batch, None, heads, None) for heads in (query_heads, key_heads))
+        queries, keys = (
+            PartitionSpec(batch, None, heads, None) for heads in (query_heads, key_heads)
+        )
         rows = PartitionSpec(batch, None)
 
         def local(k, v, **others):
@@ -54,18 +56,29 @@ def partition_attention_step(step: Callable, mesh: OperatorMesh) -> Callable:
 
         queries, keys = (PartitionSpec(batch, heads, None) for heads in (query_heads, key_heads))
         slots = KVCache(*[PartitionSpec(batch, None, key_heads, None)] * 2)
-        run_local = mesh.shard_map(local, (queries, keys, keys, slots, PartitionSpec(batch)), (queries, slots))
+        run_local = mesh.shard_map(
+            local, (queries, keys, keys, slots, PartitionSpec(batch)), (queries, slots)
+        )
         return run_local(q, k, call["v"], kv_cache, call["token_index"])
 
     return run
 
 
-def _grouped(query_heads: int, key_heads: int, mesh: OperatorMesh) -> tuple[Axes, Axes, Callable[[Array, int], Array]]:
-    """Axes of query heads, axes of key heads, and the function that takes a shard's key heads on an axis."""
+def _grouped(
+    query_heads: int, key_heads: int, mesh: OperatorMesh
+) -> tuple[Axes, Axes, Callable[[Array, int], Array]]:
+    """Axes of query heads, axes of key heads, and the function that takes a shard's key heads on
+    an axis."""
     queries, keys = mesh.heads(query_heads), mesh.heads(key_heads)
     if queries == keys:
         return queries, keys, lambda x, axis: x
     group, each = query_heads // key_heads, query_heads // mesh.head_shards
     if group % each:  # a shard would have queries of several key heads
         return None, None, lambda x, axis: x
-    return queries, None, lambda x, axis: lax.dynamic_slice_in_dim(x, mesh.head_shard() * each // group, 1, axis=axis)
+    return (
+        queries,
+        None,
+        lambda x, axis: lax.dynamic_slice_in_dim(
+            x, mesh.head_shard() * each // group, 1, axis=axis
+        ),
+    )

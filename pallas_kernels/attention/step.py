@@ -1,5 +1,4 @@
-"""Attention of one new token of each sequence to itself and a ring of earlier ones: the definition, and the portable
-implementation."""
+"""The one-token step of attention: the definition, and the portable implementation."""
 
 import jax
 import jax.numpy as jnp
@@ -8,30 +7,47 @@ from jax import Array
 from pallas_kernels.attention.state import KVCache
 
 
-def step(q: Array, k: Array, v: Array, kv_cache: KVCache, token_index: Array, window: int | None = None, scale: float | None = None) -> tuple[Array, KVCache]:
-    """out = softmax(scale q k^T) v over the last `window` tokens, the new one among them; then the new one joins the ring.
+def step(
+    q: Array,
+    k: Array,
+    v: Array,
+    kv_cache: KVCache,
+    token_index: Array,
+    window: int | None = None,
+    scale: float | None = None,
+) -> tuple[Array, KVCache]:
+    """out = softmax(scale q k^T) v over the last `window` tokens, the new one among them; adds the
+    new one to the cache.
 
     Args:
-        q: [batch, query heads, D]; key head j serves the j-th run of query heads.
-        k, v: [batch, key heads, D] of the new token.
-        ring: holds the tokens before it; empty slots hold any finite numbers.
-        index: [batch] int, the new token's ordinal, which is the number of tokens before it; -1 for a sequence that
-            stands still.
-        window: how many tokens back the new one sees, itself included; None, and more than the ring's capacity, mean all
-            that the ring holds once the new token has taken the place of the oldest.
+        q: [batch, query_heads, D]. Query head h reads key head h // (query_heads / kv_heads).
+        k: [batch, kv_heads, D] of the new token.
+        v: [batch, kv_heads, D] of the new token.
+        kv_cache: the tokens before it. Empty slots hold any finite numbers.
+        token_index: [batch] int, the number of tokens before the new one; -1 for a sequence without
+            a new token.
+        window: tokens that the new one sees, itself included. None, or more than the cache's
+            capacity: all that the cache holds once the new token has replaced the oldest.
+        scale: factor of the scores. None: D ** -0.5.
 
     Returns:
-        out [batch, query heads, D] in q's dtype, and the ring with the new token in place of the oldest. Where index is
-        -1, out is 0 and the ring comes back bit for bit, whatever q, k and v hold.
+        out [batch, query_heads, D] in q's dtype, and the cache with the new token in place of the
+        oldest. Where token_index is -1, out is 0 and the cache is returned bit for bit, whatever q,
+        k and v hold.
     """
     scale = q.shape[2] ** -0.5 if scale is None else scale
     batch, capacity, key_heads, width = kv_cache.k.shape
     window = min(window or capacity, capacity)
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    precise = {"preferred_element_type": wide, "precision": "highest" if q.dtype.itemsize >= 4 else None}
+    precise = {
+        "preferred_element_type": wide,
+        "precision": "highest" if q.dtype.itemsize >= 4 else None,
+    }
     real = token_index >= 0
     slot = token_index % capacity
-    age = (slot[:, None] - jnp.arange(capacity) - 1) % capacity + 1  # [batch, capacity] how many tokens ago: 1 to capacity
+    age = (
+        slot[:, None] - jnp.arange(capacity) - 1
+    ) % capacity + 1  # [batch, capacity] how many tokens ago: 1 to capacity
     seen = real[:, None] & (age <= token_index[:, None]) & (age < window)
 
     q, k, v = (jnp.where(real[:, None, None], x, 0) for x in (q, k, v))
@@ -46,8 +62,14 @@ def step(q: Array, k: Array, v: Array, kv_cache: KVCache, token_index: Array, wi
 
 
 def append(kv_cache: KVCache, k: Array, v: Array, token_index: Array) -> KVCache:
-    """The ring with the new token of each sequence in place of the oldest, as `step` returns it."""
+    """The cache with the new token of each sequence in place of the oldest, as `step` returns
+    it."""
     batch, capacity = kv_cache.k.shape[:2]
     place = jnp.where(token_index >= 0, token_index % capacity, capacity)  # out of range = dropped
     row = jnp.arange(batch)
-    return KVCache(*(old.at[row, place].set(x.astype(old.dtype), mode="drop") for old, x in zip(kv_cache, (k, v), strict=True)))
+    return KVCache(
+        *(
+            old.at[row, place].set(x.astype(old.dtype), mode="drop")
+            for old, x in zip(kv_cache, (k, v), strict=True)
+        )
+    )

@@ -1,8 +1,9 @@
-"""Sizes of the attention kernels that were chosen by measurement, each with the benchmark that chose it.
+"""Sizes of the attention kernels that were chosen by measurement, each with the benchmark that
+chose it.
 
-A change is measured with that benchmark again. Sizes that the hardware or the mathematics fixes stay with
-their kernel. Hopper: milliseconds on an H100. TPU: static scores. XLA: milliseconds on an H100, time and
-memory on a CPU.
+A change is measured with that benchmark again. Sizes that the hardware or the mathematics fixes
+stay with their kernel. Hopper: milliseconds on an H100. TPU: static scores. XLA: milliseconds on an
+H100, time and memory on a CPU.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ class HopperForward:
 class HopperBackward:
     """python -m benchmarks.attend"""
 
-    heads = 2  # query heads that a thread block walks through
+    heads = 2  # query heads that a thread block loops over
     stages = 2  # query blocks in shared memory
     registers = 240, 24
 
@@ -34,7 +35,7 @@ class HopperStep:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """What a step of a kernel of attention takes: rows of queries, rows of keys, query heads (at most)."""
+    """What a grid step takes: rows of queries, rows of keys, query heads (at most)."""
 
     rows: int
     keys: int

@@ -1,4 +1,5 @@
-"""The rows that each row sees: one run among tokens that attend to themselves, and one among cached keys once these are in order."""
+"""Visible ranges: the contiguous rows that each row sees, among tokens that attend to themselves
+or among sorted cached keys."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +7,11 @@ import jax.numpy as jnp
 from pallas_kernels.attention.mask import Mask
 
 
-def visible_ranges(token_index: jax.Array, segment_ids: jax.Array | None, mask: Mask) -> tuple[jax.Array, ...]:
-    """Four [B, T] int32: the first and the last key row that each query row sees, and the first and the last query row
-    that sees each key row; 0 and -1 for pads."""
+def visible_ranges(
+    token_index: jax.Array, segment_ids: jax.Array | None, mask: Mask
+) -> tuple[jax.Array, ...]:
+    """Four [B, T] int32: the first and the last key row that each query row sees, and the first
+    and the last query row that sees each key row; 0 and -1 for pads."""
     real = token_index >= 0
     length = token_index.shape[1]
     row = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), token_index.shape)
@@ -22,23 +25,37 @@ def visible_ranges(token_index: jax.Array, segment_ids: jax.Array | None, mask: 
         stop = jax.lax.cummin(jnp.where(stops, row, length), axis=1, reverse=True)
     before, after = start, stop
     if mask.window is not None:
-        far = min(mask.window, length) - 1  # a window may be as wide as an int32, a row number plus it not
+        far = (
+            min(mask.window, length) - 1
+        )  # a window may be as wide as an int32, a row number plus it not
         before, after = jnp.maximum(start, row - far), jnp.minimum(stop, row + far)
     if mask.causal:
         ends = before, row, row, after
     else:
         ends = before, after, before, after
-    return tuple(jnp.where(real, x, nothing) for x, nothing in zip(ends, (0, -1, 0, -1), strict=True))
+    return tuple(
+        jnp.where(real, x, nothing) for x, nothing in zip(ends, (0, -1, 0, -1), strict=True)
+    )
 
 
-def cached_visible_ranges(q_token_index: jax.Array, k_token_index: jax.Array, mask: Mask) -> tuple[jax.Array, jax.Array]:
-    """Two [B, Tq] int32: the first and the last key row that each query sees after the keys were sorted by ordinal (pads, -1, come
-    first); 0 and -1 for none. For causal masks without sinks; k_token_index [B, Tk] may come in any order."""
+def cached_visible_ranges(
+    q_token_index: jax.Array, k_token_index: jax.Array, mask: Mask
+) -> tuple[jax.Array, jax.Array]:
+    """Two [B, Tq] int32: the first and last key row that each query sees once keys are sorted by
+    token index.
 
-    def up_to(ordinal):
-        return jnp.sum(k_token_index[:, None, :] <= ordinal[:, :, None], axis=2, dtype=jnp.int32)
+    Pads (-1) are sorted to the front. 0 and -1 for none. For causal masks without sinks;
+    k_token_index [B, Tk] may be in any order.
+    """
+
+    def up_to(last):
+        return jnp.sum(k_token_index[:, None, :] <= last[:, :, None], axis=2, dtype=jnp.int32)
 
     last = up_to(q_token_index) - 1
-    first = up_to(jnp.maximum(q_token_index - mask.window, -1) if mask.window is not None else jnp.full_like(q_token_index, -1))
+    first = up_to(
+        jnp.maximum(q_token_index - mask.window, -1)
+        if mask.window is not None
+        else jnp.full_like(q_token_index, -1)
+    )
     some = (q_token_index >= 0) & (first <= last)
     return jnp.where(some, first, 0), jnp.where(some, last, -1)

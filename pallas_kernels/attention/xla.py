@@ -1,8 +1,10 @@
-"""Attention in blocks with one pass over the keys, forward and backward, in plain XLA: runs on every backend.
+"""Attention in blocks with one pass over the keys, forward and backward, in plain XLA: runs on
+every backend.
 
-Each step makes softmax attention between a slice of the queries and a slice of the keys, and merges it into what the
-earlier steps found, so no score outlives its step: memory is linear in length, and so is time under a window. The
-backward pass makes the scores again from the saved log-sum-exp (Dao et al., FlashAttention-2, arXiv 2307.08691).
+Each step computes softmax attention between a slice of the queries and a slice of the keys, and
+merges it into the result of the earlier steps. No score outlives its step: memory is linear in
+length, and so is time under a window. The backward pass recomputes the scores from the saved
+log-sum-exp (Dao et al., FlashAttention-2, arXiv 2307.08691).
 """
 
 from functools import partial
@@ -31,15 +33,21 @@ def attention(
     scale: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The contract of `pallas_kernels.attention.attention`."""
-    call = complete(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, mask, scale)
+    call = complete(
+        q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, mask, scale
+    )
     if not (q.size and k.size):
-        return jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
+        return jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype), jnp.full(
+            q.shape[:3], -jnp.inf, jnp.float32
+        )
     return _attention(*call)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(7, 8))
 def _attention(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, mask, scale):
-    return _forward(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, mask, scale)[0]
+    return _forward(
+        q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, mask, scale
+    )[0]
 
 
 def _forward(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, mask, scale):
@@ -66,21 +74,37 @@ def _forward(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids
         (out, lse), _ = lax.scan(step, nothing, jnp.asarray(steps.starts))
     out = out[:, : q.shape[1]].reshape(*q.shape[:3], v.shape[-1]).astype(q.dtype)
     lse = lse[:, : q.shape[1]].reshape(q.shape[:3])
-    out, lse = checkpoint_name(out, "attend_out"), checkpoint_name(lse, "attend_lse")
-    return (out, lse), (q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, out, lse)
+    out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
+    return (out, lse), (
+        q,
+        k,
+        v,
+        q_token_index,
+        k_token_index,
+        q_segment_ids,
+        k_segment_ids,
+        out,
+        lse,
+    )
 
 
 def _backward(mask, scale, kept, cotangents):
     q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, out, lse = kept
     d_out, d_lse = cotangents
-    live = lse != -jnp.inf  # the other queries saw nothing: nothing comes back through them, whatever their rows hold
+    live = (
+        lse != -jnp.inf
+    )  # the other queries saw nothing: nothing comes back through them, whatever their rows hold
     d_out = jnp.where(live[..., None], d_out, 0)
     # d score = p (d p - sum(out * d out) + d lse): the last two are one number a row.
     shift = jnp.where(live, jnp.sum(d_out.astype(jnp.float32) * out, axis=-1) - d_lse, 0)
     lse = jnp.where(live, lse, 0)
 
     steps = plan(q.shape[1], k.shape[1], mask, q_segment_ids is not None)
-    queries = (*(_by_group(x, k) for x in (_erase(q, q_token_index), d_out, lse, shift)), q_token_index, q_segment_ids)
+    queries = (
+        *(_by_group(x, k) for x in (_erase(q, q_token_index), d_out, lse, shift)),
+        q_token_index,
+        q_segment_ids,
+    )
     queries = _pad(queries, 0, steps.q_total)
     keys = _pad((k, v, k_token_index, k_segment_ids), steps.k_front, steps.k_total)
 
@@ -104,14 +128,18 @@ def _backward(mask, scale, kept, cotangents):
         nothing = _filled(queries[0], 0), tuple(_filled(x, 0) for x in keys[:2])
         (d_q, d_kv), _ = lax.scan(step, nothing, jnp.asarray(steps.starts))
     d_q = d_q[:, : q.shape[1]].reshape(q.shape).astype(q.dtype)
-    d_k, d_v = (x[:, steps.k_front :][:, : k.shape[1]].astype(y.dtype) for x, y in zip(d_kv, (k, v), strict=True))
+    d_k, d_v = (
+        x[:, steps.k_front :][:, : k.shape[1]].astype(y.dtype)
+        for x, y in zip(d_kv, (k, v), strict=True)
+    )
     return d_q, d_k, d_v, None, None, None, None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-# One tile. Letters: b batch (times blocks), t queries, s keys, h key heads, g query heads of each, d and e widths.
+# One tile. Letters: b batch (times blocks), t queries, s keys, h key heads, g query heads of each,
+# d and e widths.
 
 
 def _softmax(q, k, v, seen, scale):
@@ -127,7 +155,8 @@ def _softmax(q, k, v, seen, scale):
 
 
 def _softmax_backward(q, k, v, seen, scale, d_out, lse, shift):
-    """Gradients of q, k and v, float32, from d_out [b, t, h, g, e] and the row numbers lse and shift [b, t, h, g]."""
+    """Gradients of q, k and v, float32, from d_out [b, t, h, g, e] and the row numbers lse and
+    shift [b, t, h, g]."""
     lse, shift = (x.swapaxes(1, 2)[..., None] for x in (lse, shift))
     weights = jnp.exp(_scores(q, k, seen, scale) - lse)  # [b, h, t, g, s], 0 where unseen
     d_v = _product("bhtgs,bthge->bshe", weights.astype(d_out.dtype), d_out)
@@ -162,7 +191,9 @@ def _erase(x: jax.Array, token_index: jax.Array) -> jax.Array:
 
 
 def _filled(x: jax.Array, value: float, shape: tuple[int, ...] | None = None) -> jax.Array:
-    return lax.full_like(x, value, jnp.float32, shape)  # "like" also in how it varies over a mesh, inside shard_map
+    return lax.full_like(
+        x, value, jnp.float32, shape
+    )  # "like" also in how it varies over a mesh, inside shard_map
 
 
 def _pad(tree: Any, front: int, total: int) -> Any:
@@ -178,7 +209,9 @@ def _cut(tree: Any, start: jax.Array, rows: int) -> Any:
 
 
 def _paste(tree: Any, part: Any, start: jax.Array) -> Any:
-    return jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, start, axis=1), tree, part)
+    return jax.tree.map(
+        lambda x, y: lax.dynamic_update_slice_in_dim(x, y, start, axis=1), tree, part
+    )
 
 
 def _split(tree: Any, steps: Plan) -> Any:
@@ -191,12 +224,16 @@ def _join(tree: Any, steps: Plan) -> Any:
 
 
 def _gather(tree: Any, steps: Plan) -> Any:
-    """[b, k_rows, ...] -> [b * count, reach, ...]: the key rows of each query block. Neighbours share rows."""
+    """[b, k_rows, ...] -> [b * count, reach, ...]: the key rows of each query block. Neighbours
+    share rows."""
     if steps.count == 1:
         return tree
 
     def gather(x):
-        blocks = [_split(x[:, at : at + steps.q_rows], steps) for at in range(0, steps.reach, steps.q_block)]
+        blocks = [
+            _split(x[:, at : at + steps.q_rows], steps)
+            for at in range(0, steps.reach, steps.q_block)
+        ]
         return jnp.concatenate(blocks, axis=1)
 
     return jax.tree.map(gather, tree)

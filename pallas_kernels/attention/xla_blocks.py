@@ -1,4 +1,4 @@
-"""The static plan of blockwise attention: which slices of queries meet which slices of keys."""
+"""The static plan of blockwise attention: which blocks of queries meet which blocks of keys."""
 
 import dataclasses
 
@@ -10,11 +10,14 @@ from pallas_kernels.attention.tuning import XLA as XLAAttention
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Steps of attention. At a step, `count` query blocks of `q_block` rows in a row each meet the `reach` key rows
-    that begin with (query block j of the step: j * q_block rows after) the step's first key row.
+    """Steps of attention. At a step, `count` query blocks of `q_block` rows in a row each meet the
+    `reach` key rows that begin with (query block j of the step: j * q_block rows after) the step's
+    first key row.
 
-    q_total, k_front, k_total: rows of the queries once padded, key pads put in front, rows of the keys once padded.
-    starts: first query row and first key row (both counted in padded rows) of each step, [steps, 2].
+    q_total, k_front, k_total: rows of the queries once padded, key pads put in front, rows of the
+        keys once padded.
+    starts: first query row and first key row (both counted in padded rows) of each step, [steps,
+        2].
     """
 
     q_block: int
@@ -35,16 +38,26 @@ class Plan:
 
 
 def plan(q_length: int, k_length: int, mask: Mask, packed: bool) -> Plan:
-    """The steps that cover every pair of a query row and a key row that can meet. packed: segments are in use."""
-    if mask.aligned and mask.window is not None and mask.window <= XLAAttention.band and not mask.sinks and q_length > XLAAttention.band:
+    """The steps that cover every pair of a query row and a key row that can meet. packed:
+    segments are in use."""
+    if (
+        mask.aligned
+        and mask.window is not None
+        and mask.window <= XLAAttention.band
+        and not mask.sinks
+        and q_length > XLAAttention.band
+    ):
         return _band(q_length, mask)
     return _pairs(q_length, k_length, mask, packed)
 
 
 def _band(length: int, mask: Mask) -> Plan:
-    """A narrow window: each small query block and the few key blocks around it, many of them batched in one step."""
+    """A narrow window: each small query block and the few key blocks around it, many of them
+    batched in one step."""
     block = 64 if mask.window <= 64 else 128
-    back = -(-(mask.window - 1) // block)  # key blocks before the query's own that are in the window
+    back = -(
+        -(mask.window - 1) // block
+    )  # key blocks before the query's own that are in the window
     wide = back + 1 + (0 if mask.causal else back)
     blocks = -(-length // block)
     steps = -(-blocks * block * wide * block // XLAAttention.band_area)
@@ -65,7 +78,9 @@ def _pairs(q_length: int, k_length: int, mask: Mask, packed: bool) -> Plan:
     """Pairs of one query block and one key block, less those that alignment rules out."""
     side = XLAAttention.side
     if mask.aligned and mask.window is not None:
-        side = min(XLAAttention.side, max(256, mask.window // 2))  # larger blocks would mostly hold keys out of reach
+        side = min(
+            XLAAttention.side, max(256, mask.window // 2)
+        )  # larger blocks would mostly hold keys out of reach
     q_block, q_count = _share(q_length, side)
     k_block, k_count = _share(k_length, side if mask.aligned else XLAAttention.area // q_block)
     q_start, k_start = np.arange(q_count) * q_block, np.arange(k_count) * k_block

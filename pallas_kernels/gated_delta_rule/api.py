@@ -8,7 +8,8 @@ from jax import Array
 from pallas_kernels.gated_delta_rule.state import DeltaState
 
 RESIDUAL_NAMES = ("gdn_out", "gdn_inverse", "gdn_states")
-"""Names, in every implementation, of the result and of what the backward pass saves besides the inputs (for remat policies)."""
+"""Names, in every implementation, of the result and of what the backward pass saves besides the
+inputs (for remat policies)."""
 
 
 def gated_delta_rule(
@@ -23,7 +24,8 @@ def gated_delta_rule(
     *,
     implementation: str | None = None,
 ) -> tuple[Array, Array]:
-    """Run `S = exp(g) S; u = beta (v - k^T S); S = S + k u^T; out = q^T S` over every token of every head.
+    """Run `S = exp(g) S; u = beta (v - k^T S); S = S + k u^T; out = q^T S` over every token of
+    every head.
 
     Args:
         q: [batch, length, key_heads, K], L2-normalised and scaled. Value head h reads key head
@@ -32,30 +34,33 @@ def gated_delta_rule(
         v: [batch, length, value_heads, V].
         g: [batch, length, value_heads] float32, log of the decay, <= 0 (-inf forgets all).
         beta: [batch, length, value_heads] float32.
-        initial_state: [batch, value_heads, K, V] float32, state of the sequence that the first valid token
-            continues. None: zeros.
+        initial_state: [batch, value_heads, K, V] float32, state of the sequence that the first
+            valid token continues. None: zeros.
         token_index: [batch, length] int, -1 marks a pad (anywhere in the row). None: no pads.
-        segment_ids: [batch, length] int. S starts from zero where it changes between one valid token and
-            the next. None: one segment.
-        implementation: a name, or several in order ("mosaic_gpu,xla"). None: the first that can run.
+        segment_ids: [batch, length] int. S starts from zero where it changes between one valid
+            token and the next. None: one segment.
+        implementation: a name, or several in order ("mosaic_gpu,xla"). None: the first that can
+            run.
 
     Returns:
         out [batch, length, value_heads, V] in v's dtype, zero at pads, and the last state
-        [batch, value_heads, K, V] float32. A row without valid tokens returns its state bit for bit. What
-        pads hold (NaN included) reaches neither results nor gradients.
+        [batch, value_heads, K, V] float32. A row without valid tokens returns its state bit for
+        bit. What pads hold (NaN included) reaches neither results nor gradients.
 
-    Differentiable in the first six. The backward pass saves the inputs and two tensors that a remat policy
-    may name: "gdn_inverse" (T) and "gdn_states" (the state before each chunk). With both saved, and "gdn_out"
-    (out) for its readers, nothing sequential is recomputed.
+    Differentiable in the first six. The backward pass saves the inputs and two tensors that a remat
+    policy may name: "gdn_inverse" (T) and "gdn_states" (the state before each chunk). With both
+    saved, and "gdn_out" (out) for its readers, nothing sequential is recomputed.
 
-    With float32 inputs all products are in full float32. With bfloat16 inputs, products with the state take
-    bfloat16 operands, what a chunk adds to the state float32 ones (`Precision.HIGH`), and "gdn_states" is
-    bfloat16; the carried state is float32 all the same.
+    With float32 inputs all products are in full float32. With bfloat16 inputs, products with the
+    state take bfloat16 operands, what a chunk adds to the state float32 ones (`Precision.HIGH`),
+    and "gdn_states" is bfloat16; the carried state is float32 all the same.
 
-    Raises ValueError for shapes that do not fit together; Refusal where no allowed implementation takes the
-    call.
+    Raises ValueError for shapes that do not fit together; Refusal where no allowed implementation
+    takes the call.
     """
-    from pallas_kernels.gated_delta_rule.implementations import GATED_DELTA_RULE  # imports the kernels' compilers
+    from pallas_kernels.gated_delta_rule.implementations import (
+        GATED_DELTA_RULE,
+    )  # imports the kernels' compilers
 
     call = q, k, v, g, beta, initial_state, token_index, segment_ids
     return GATED_DELTA_RULE(*call, implementation=implementation)
@@ -77,7 +82,9 @@ def gated_delta_rule_step(
     """
     from pallas_kernels.gated_delta_rule.implementations import GATED_DELTA_RULE_STEP
 
-    return GATED_DELTA_RULE_STEP(inputs, weights, state, token_index, eps, implementation=implementation)
+    return GATED_DELTA_RULE_STEP(
+        inputs, weights, state, token_index, eps, implementation=implementation
+    )
 
 
 class Inputs(NamedTuple):
@@ -111,24 +118,40 @@ def arguments(q, k, v, g, beta, initial_state=None, token_index=None, segment_id
     }  # fmt: skip
 
 
-def step_arguments(inputs: Inputs, weights: Weights, state: DeltaState, token_index: Array, eps: float) -> dict:
+def step_arguments(
+    inputs: Inputs, weights: Weights, state: DeltaState, token_index: Array, eps: float
+) -> dict:
     """The arguments of `gated_delta_rule_step` by name."""
-    return {"inputs": inputs, "weights": weights, "state": state, "token_index": token_index, "eps": eps}
+    return {
+        "inputs": inputs,
+        "weights": weights,
+        "state": state,
+        "token_index": token_index,
+        "eps": eps,
+    }
 
 
 def check(q, k, v, g, beta, initial_state) -> None:
-    """Raise ValueError unless all shapes follow from k's, the number of value heads and their width."""
+    """Raise ValueError unless all shapes follow from k's, the number of value heads and their
+    width."""
     batch, length, key_heads, width = k.shape
     grouped = key_heads and v.shape[2] % key_heads == 0
     heads = v.shape[2] if grouped else key_heads
     gates = batch, length, heads
-    wanted = {"q": (q, k.shape), "v": (v, (*gates, v.shape[3])), "g": (g, gates), "beta": (beta, gates)}
+    wanted = {
+        "q": (q, k.shape),
+        "v": (v, (*gates, v.shape[3])),
+        "g": (g, gates),
+        "beta": (beta, gates),
+    }
     if initial_state is not None:
         wanted["initial_state"] = initial_state, (batch, heads, width, v.shape[3])
     for name, (x, shape) in wanted.items():
         if x.shape != shape:
             fit = f"as many heads, tokens and rows as k, which is {list(k.shape)} (v, g and beta: or a multiple of its heads)"
-            raise ValueError(f"gated_delta_rule: {name} is {list(x.shape)}\n  -> give it {list(shape)}: {fit}")
+            raise ValueError(
+                f"gated_delta_rule: {name} is {list(x.shape)}\n  -> give it {list(shape)}: {fit}"
+            )
 
 
 def repeat_key_heads(x: Array, heads: int, axis: int = 2) -> Array:

@@ -1,7 +1,8 @@
 """The implementations of the gated delta rule and of its one-token step, in order of preference.
 
-On a TPU the kernels come first by static score (benchmarks/results/tpu_scores.jsonl). On Hopper they come
-first because the whole model is faster with them (benchmarks/results/prefill.jsonl, train_step.jsonl).
+On a TPU the kernels come first by static score (benchmarks/results/tpu_scores.jsonl). On Hopper
+they come first because the whole model is faster with them (benchmarks/results/prefill.jsonl,
+train_step.jsonl).
 """
 
 from pallas_kernels.dispatch import Implementation, Operator
@@ -9,7 +10,10 @@ from pallas_kernels.gated_delta_rule import step, xla
 from pallas_kernels.gated_delta_rule.api import arguments, step_arguments
 from pallas_kernels.gated_delta_rule.hopper import gated_delta_rule as hopper_rule
 from pallas_kernels.gated_delta_rule.hopper import step as hopper_step
-from pallas_kernels.gated_delta_rule.partition import partition_gated_delta_rule, partition_gated_delta_rule_step
+from pallas_kernels.gated_delta_rule.partition import (
+    partition_gated_delta_rule,
+    partition_gated_delta_rule_step,
+)
 from pallas_kernels.gated_delta_rule.tpu import gated_delta_rule as tpu_rule
 from pallas_kernels.hardware import hopper, tpu
 

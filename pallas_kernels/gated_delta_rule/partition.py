@@ -1,4 +1,5 @@
-"""The gated delta rule and its one-token step on a mesh: rows over the batch axes, heads over the head axes."""
+"""The gated delta rule and its one-token step on a mesh: rows over the batch axes, heads over
+the head axes."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +16,10 @@ def partition_gated_delta_rule(gated_delta_rule: Callable, mesh: OperatorMesh) -
 
     def run(*args, **kwargs):
         call = arguments(*args, **kwargs)
-        batch, split = mesh.rows(call["q"].shape[0]), mesh.heads(call["k"].shape[2], call["v"].shape[2])
+        batch, split = (
+            mesh.rows(call["q"].shape[0]),
+            mesh.heads(call["k"].shape[2], call["v"].shape[2]),
+        )
         heads, gates = PartitionSpec(batch, None, split, None), PartitionSpec(batch, None, split)
         rows, state = PartitionSpec(batch, None), PartitionSpec(batch, split, None, None)
         specs = heads, heads, heads, gates, gates, state, rows, rows
@@ -35,8 +39,12 @@ def partition_gated_delta_rule_step(step: Callable, mesh: OperatorMesh) -> Calla
         batch, heads = mesh.rows(len(inputs.q)), mesh.heads(inputs.q.shape[1] // width, value_heads)
         channels, conv_states = PartitionSpec(batch, heads), PartitionSpec(batch, None, heads)
         taps, numbers = PartitionSpec(None, heads), PartitionSpec(heads)
-        states = DeltaState(PartitionSpec(batch, heads, None, None), conv_states, conv_states, conv_states)
-        weights = Weights(taps, taps, taps, A_log=numbers, dt_bias=numbers, norm=PartitionSpec(None))
+        states = DeltaState(
+            PartitionSpec(batch, heads, None, None), conv_states, conv_states, conv_states
+        )
+        weights = Weights(
+            taps, taps, taps, A_log=numbers, dt_bias=numbers, norm=PartitionSpec(None)
+        )
         specs = Inputs(*[channels] * len(inputs)), weights, states, PartitionSpec(batch)
         run_local = mesh.shard_map(partial(step, eps=call["eps"]), specs, (channels, states))
         return run_local(inputs, call["weights"], state, call["token_index"])

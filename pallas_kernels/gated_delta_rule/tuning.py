@@ -1,8 +1,9 @@
-"""Sizes of the gated delta rule kernels that were chosen by measurement, each with the benchmark that chose it.
+"""Sizes of the gated delta rule kernels that were chosen by measurement, each with the benchmark
+that chose it.
 
-A change is measured with that benchmark again. Sizes that the hardware or the mathematics fixes stay with
-their kernel. Hopper: milliseconds on an H100. TPU: static scores. XLA: milliseconds on an H100, time and
-memory on a CPU.
+A change is measured with that benchmark again. Sizes that the hardware or the mathematics fixes
+stay with their kernel. Hopper: milliseconds on an H100. TPU: static scores. XLA: milliseconds on an
+H100, time and memory on a CPU.
 """
 
 
@@ -18,7 +19,7 @@ class HopperSpans:
     row = 64  # chunks of a row that is cut: a kernel more, and the products between spans, take as long as some chunks
     shortest = 16  # chunks of a span
     most = 8  # spans: the products between them go one after the other
-    two = 128  # most chunks of a row in two spans, which won 6 % there; longer rows, and the walk back, were only timed whole
+    two = 128  # most chunks of a row in two spans, which won 6 % there; longer rows, and the backward scan, were only timed whole
 
 
 class HopperSpanTransitions:
@@ -31,14 +32,20 @@ class HopperSpanTransitions:
 class HopperChunkScan:
     """python -m benchmarks.gated_delta_rule"""
 
-    stages, out_stages = 2, 2  # chunks in shared memory: of what the carrying warpgroup reads, and of what the one that puts out reads
+    stages, out_stages = (
+        2,
+        2,
+    )  # chunks in shared memory: of what the carrying warpgroup reads, and of what the one that puts out reads
     registers = 240, 152, 24
 
 
 class HopperChunkScanBackward:
     """python -m benchmarks.gated_delta_rule"""
 
-    ahead, stages = 2, 3  # chunks in shared memory: of what one warpgroup reads early, and of what is held longer
+    ahead, stages = (
+        2,
+        3,
+    )  # chunks in shared memory: of what one warpgroup reads early, and of what is held longer
     registers = 240, 24
 
 

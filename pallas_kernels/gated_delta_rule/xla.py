@@ -1,20 +1,21 @@
-"""The gated delta rule in chunks: everything inside a chunk at once for all chunks, then one short walk over the chunks.
+"""The gated delta rule in chunks: everything inside a chunk for all chunks in parallel, then a scan
+over the chunks.
 
 Notation for one head and one chunk of C tokens, with S the state before it:
 
-    D_ij = exp(g_(j+1) + ... + g_i) for i >= j, 0 above the diagonal     decay from token j to token i
-    d_i  = exp(g_1 + ... + g_i)                                          decay from the state before the chunk to token i
-    A    = strictly lower part of (beta_i k_i.k_j D_ij),  T = (I + A)^-1
-    u    = T (beta V),  w = T (beta d K),  new = u - w S                 what each token adds to the state
-    out  = (d Q) S + (Q K^T * D) new
-    S'   = d_C S + (D_C K)^T new                                         D_C: the last row of D
+    D_ij = exp(g_(j+1) + ... + g_i) for i >= j, 0 above the diagonal     decay from token j to token
+    i d_i  = exp(g_1 + ... + g_i)                                          decay from the state
+    before the chunk to token i A    = strictly lower part of (beta_i k_i.k_j D_ij),  T = (I + A)^-1
+    u    = T (beta V),  w = T (beta d K),  new = u - w S                 what each token adds to the
+    state out  = (d Q) S + (Q K^T * D) new S'   = d_C S + (D_C K)^T new
+    D_C: the last row of D
 
-Sequences packed in one row are kept apart by D and d alone: D_ij is 0 between tokens of different sequences, and d_i is
-0 for a token that does not belong to the sequence of S. A reset is therefore exact. A pad has q, k, v, beta and g zero,
-so it changes nothing.
+Sequences packed in one row are kept apart by D and d alone: D_ij is 0 between tokens of different
+sequences, and d_i is 0 for a token that does not belong to the sequence of S. A reset is therefore
+exact. A pad has q, k, v, beta and g zero, so it changes nothing.
 
-Gates, beta, d, D, T and S are float32. Arrays are [chunks, batch, heads, C, ...] throughout: the walk takes slices of
-the leading axis.
+Gates, beta, d, D, T and S are float32. Arrays are [chunks, batch, heads, C, ...] throughout: the
+scan takes slices of the leading axis.
 """
 
 import math
@@ -67,7 +68,8 @@ def _start(k, v, g, beta, initial_state):
 
 
 def _step(q, k, v, g, beta, state, token_index):
-    """One token: the definition, but the state is read once for both k^T S and q^T S. One token meets no change of segment."""
+    """One token: the definition, but the state is read once for both k^T S and q^T S. One token
+    meets no change of segment."""
     valid = None if token_index is None else token_index[:, 0] >= 0
     q, k, v_, g, beta = (_without_pads(x[:, 0], valid) for x in (q, k, v, g, beta))
     q, k, v_ = (x.astype(f32) for x in (q, k, v_))
@@ -81,7 +83,8 @@ def _step(q, k, v, g, beta, state, token_index):
     return out[:, None].astype(v.dtype), new
 
 
-# --- products ---------------------------------------------------------------------------------------------------------
+# --- products
+# ---------------------------------------------------------------------------------------------------------
 
 
 class How(NamedTuple):
@@ -102,8 +105,9 @@ def _products(*inputs) -> Products:
     full = (f32, lax.Precision.HIGHEST)
     if any(x.dtype != jnp.bfloat16 for x in inputs):
         return Products(*[How(full, full)] * 4)
-    # One bfloat16 pass is exact for products of bfloat16 inputs. What is derived from them inside a chunk needs more bits,
-    # or gate gradients go wrong; so does what is added to the state, where one key comes again and again.
+    # One bfloat16 pass is exact for products of bfloat16 inputs. What is derived from them inside a
+    # chunk needs more bits, or gate gradients go wrong; so does what is added to the state, where
+    # one key comes again and again.
     once, more = (jnp.bfloat16, lax.Precision.DEFAULT), (f32, lax.Precision.HIGH)
     return Products(gram=How(once, more), chunk=How(more, more), state=How(once, once), update=How(more, more))
 
@@ -115,7 +119,8 @@ def _dot(a, b, operands):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _matmul(a, b, how: How):
-    """a @ b over equal leading axes, float32 out. The derivative is spelt out to give cotangents their operand dtype."""
+    """a @ b over equal leading axes, float32 out. The derivative is spelt out to give cotangents
+    their operand dtype."""
     return _dot(a, b, how.forward)
 
 
@@ -127,7 +132,8 @@ def _matmul_backward(how, operands, ct):
 _matmul.defvjp(lambda a, b, how: (_dot(a, b, how.forward), (a, b)), _matmul_backward)
 
 
-# --- inside a chunk ---------------------------------------------------------------------------------------------------
+# --- inside a chunk
+# ---------------------------------------------------------------------------------------------------
 
 
 def _without_pads(x, valid):
@@ -154,14 +160,15 @@ def _join(x, length):
     return x.transpose(1, 0, 3, 2, 4).reshape(batch, chunks * size, heads, width)[:, :length]
 
 
-def _run_masks(token_index, segment_ids, length, size):
-    """Which pairs of tokens share a sequence [chunks, batch, 1, C, C], which tokens share that of the state before [..., C]."""
+def _segment_masks(token_index, segment_ids, length, size):
+    """Which pairs of tokens share a sequence [chunks, batch, 1, C, C], which tokens share that
+    of the state before [..., C]."""
     if segment_ids is None:
         return None, None
     run = segment_numbers(token_index, segment_ids)
     run = jnp.concatenate([run, jnp.repeat(run[:, -1:], -length % size, axis=1)], axis=1)  # what fills up is like pads
     run = _split(run[:, :, None], size)  # [N, B, 1, C]
-    before = jnp.pad(run[:-1, ..., -1:], ((1, 0), (0, 0), (0, 0), (0, 0)))  # the first chunk's state belongs to run 0
+    before = jnp.pad(run[:-1, ..., -1:], ((1, 0), (0, 0), (0, 0), (0, 0)))  # the first chunk's state belongs to segment 0
     return run[..., :, None] == run[..., None, :], run == before
 
 
@@ -172,8 +179,8 @@ def _lower(size, dtype=f32):
 def _running_sums(g):
     """g [..., C] -> [2, ..., C], whose sum over the leading axis is g's running sum.
 
-    Differences of a plain running sum would lose 1e-4 at sums of -2000. Coarse gates sum without rounding, and the fine rest stays
-    small.
+    Differences of a plain running sum would lose 1e-4 at sums of -2000. Coarse gates sum without
+    rounding, and the fine rest stays small.
     """
     coarse = jnp.round(g * COARSE) / COARSE
     return jnp.matmul(jnp.stack([coarse, g - coarse]), _lower(g.shape[-1]).T, precision=lax.Precision.HIGHEST)
@@ -181,7 +188,8 @@ def _running_sums(g):
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _decays(g, pairs, carried, how: How):
-    """g [..., C] -> D [..., C, C] and d [..., C] of the module's docstring; `pairs` and `carried` are `_run_masks`."""
+    """g [..., C] -> D [..., C, C] and d [..., C] of the module's docstring; `pairs` and
+    `carried` are `_segment_masks`."""
     size = g.shape[-1]
     sums = _running_sums(g)
     exponent = sum(sums[..., :, None] - sums[..., None, :])
@@ -200,8 +208,9 @@ def _decays_forward(g, pairs, carried, how):
 
 
 def _decays_backward(how, decays, ct):
-    # g_t stands in D_ij for i >= t > j and in d_i for i >= t. Adding up just those terms, not the difference of row and
-    # column sums, keeps the gradient exact where it is far smaller than its terms (gates of e^-30).
+    # g_t stands in D_ij for i >= t > j and in d_i for i >= t. Adding up just those terms, not the
+    # difference of row and column sums, keeps the gradient exact where it is far smaller than its
+    # terms (gates of e^-30).
     between, since = decays
     size = since.shape[-1]
     strict = _lower(size, bool) & ~jnp.eye(size, dtype=bool)
@@ -219,9 +228,10 @@ _decays.defvjp(_decays_forward, _decays_backward)
 def _unit_lower_inverse(a):
     """(I + a)^-1 for strictly lower a [..., C, C], C a power of two.
 
-    Diagonal blocks are inverted exactly, and doubled in size until one is left: [[X, 0], [Y, Z]]^-1 = [[X', 0], [-Z' Y X', Z']], which
-    for all blocks at once is X - X S X with S the part of a that joins their halves. No power of a is ever formed: they can overflow
-    where the inverse is tame. Whole matrices throughout: small slices are slow to run and, on TPU, very slow to compile.
+    Diagonal blocks are inverted exactly, and doubled in size until one is left: [[X, 0], [Y, Z]]^-1
+    = [[X', 0], [-Z' Y X', Z']], which for all blocks at once is X - X S X with S the part of a that
+    joins their halves. No power of a is ever formed: they can overflow where the inverse is tame.
+    Whole matrices throughout: small slices are slow to run and, on TPU, very slow to compile.
     """
     size = a.shape[-1]
     multiply = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
@@ -262,11 +272,12 @@ class Chunks(NamedTuple):
 
 
 def _prepare(q, k, v, g, beta, token_index, segment_ids, how: Products, size, invert=_unit_lower_inverse) -> Chunks:
-    """Everything inside chunks of `size` tokens; `invert` makes T of A, or gives it where it is known."""
+    """Everything inside chunks of `size` tokens; `invert` makes T of A, or gives it where it is
+    known."""
     length = k.shape[1]
     valid = None if token_index is None else token_index >= 0
     q, k, v, g, beta = (_split(_without_pads(x, valid), size).astype(f32) for x in (q, k, v, g, beta))
-    between, since = _decays(jnp.maximum(g, FLOOR), *_run_masks(token_index, segment_ids, length, size), how.chunk)
+    between, since = _decays(jnp.maximum(g, FLOOR), *_segment_masks(token_index, segment_ids, length, size), how.chunk)
     a = jnp.tril(beta[..., None] * _matmul(k, k.mT, how.gram) * between, -1)
     inverse = _known_inverse(a, checkpoint_name(invert(a), "gdn_inverse"), how.chunk)
     return Chunks(
@@ -280,11 +291,13 @@ def _prepare(q, k, v, g, beta, token_index, segment_ids, how: Products, size, in
     )
 
 
-# --- over the chunks --------------------------------------------------------------------------------------------------
+# --- over the chunks
+# --------------------------------------------------------------------------------------------------
 
 
 def _chunk_scan(chunks: Chunks, state, how: Products):
-    """The state before each chunk [chunks, batch, heads, K, V] in the dtype of its products, and the last one in float32."""
+    """The state before each chunk [chunks, batch, heads, K, V] in the dtype of its products, and
+    the last one in float32."""
     dtype = how.state.forward[0]
 
     def chunk(state, x):
@@ -304,7 +317,8 @@ def _outputs(chunks: Chunks, states, how: Products):
 
 
 def _chunk_scan_backward(chunks: Chunks, ct_out, ct_last, how: Products):
-    """Gradient in the state after each chunk [chunks, batch, heads, K, V] and in the initial one (float32)."""
+    """Gradient in the state after each chunk [chunks, batch, heads, K, V] and in the initial one
+    (float32)."""
     dtype = how.state.backward[0]
     readers = jnp.concatenate([chunks.queries, -chunks.w], axis=-2).mT.astype(dtype)  # [K, 2 C]
     ct_new = _dot(chunks.scores.mT, ct_out, how.chunk.backward)  # [C, V], lacks what comes through the state after
@@ -330,7 +344,8 @@ def _run(q, k, v, g, beta, initial_state, token_index, segment_ids):
 
 
 def _kept(initial_state, last, token_index):
-    """The last state, but of rows without valid tokens the initial one: adding zero would have turned -0 into 0."""
+    """The last state, but of rows without valid tokens the initial one: adding zero would have
+    turned -0 into 0."""
     return last if token_index is None else jnp.where((token_index >= 0).any(1)[:, None, None, None], last, initial_state)
 
 

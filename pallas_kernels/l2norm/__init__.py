@@ -1,4 +1,5 @@
-"""Per-head L2 normalisation of [..., heads * dim], used by queries, keys and the gated norm of Gated DeltaNet."""
+"""Per-head L2 normalisation of [..., heads * dim], used by queries, keys and the gated norm of
+Gated DeltaNet."""
 
 from pallas_kernels.l2norm.api import l2norm
 

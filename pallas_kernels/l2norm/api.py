@@ -6,8 +6,8 @@ from jax import Array
 def l2norm(x: Array, heads: int, eps: float, *, implementation: str | None = None) -> Array:
     """x / sqrt(sum of x^2 over the head + eps).
 
-    x: [..., heads * dim]. Returns the same shape in float32 (float64 for float64). implementation: a name,
-    or several in order; None: the first that can run.
+    x: [..., heads * dim]. Returns the same shape in float32 (float64 for float64). implementation:
+    a name, or several in order; None: the first that can run.
     """
     from pallas_kernels.l2norm.implementations import L2NORM
 

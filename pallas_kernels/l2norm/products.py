@@ -1,7 +1,7 @@
 """Per-head L2 normalisation by products with a 0/1 matrix of which channel belongs to which head.
 
-For TPUs: there [..., heads, dim] has another memory layout, and XLA would copy x to it and back. Products
-leave x in place.
+For TPUs: there [..., heads, dim] has another memory layout, and XLA would copy x to it and back.
+Products leave x in place.
 """
 
 import jax

@@ -1,11 +1,12 @@
-"""The causal convolution as it is defined, one token after the other, in whatever precision the inputs have."""
+"""Reference: the short convolution as it is defined, token by token, in the precision of the
+inputs."""
 
 import jax
 import jax.numpy as jnp
 
 
 def short_conv(x, weight, conv_state=None, token_index=None, segment_ids=None):
-    """Same arguments and results as the public function; here pads may stand anywhere."""
+    """The contract of `pallas_kernels.short_conv.short_conv`; here pads may stand anywhere."""
     batch, length, channels = x.shape
     valid = jnp.ones((batch, length), bool) if token_index is None else token_index >= 0
     segment_ids = jnp.zeros((batch, length), jnp.int32) if segment_ids is None else segment_ids
@@ -16,10 +17,18 @@ def short_conv(x, weight, conv_state=None, token_index=None, segment_ids=None):
         x, valid, segment_ids = now
         here = valid[:, None]
         reset = (valid & started & (segment_ids != last))[:, None, None]
-        seen = jnp.concatenate([jnp.where(reset, 0, conv_state), jnp.where(here, x, 0)[:, None]], axis=1)  # [B, 4, C]
+        seen = jnp.concatenate(
+            [jnp.where(reset, 0, conv_state), jnp.where(here, x, 0)[:, None]], axis=1
+        )  # [B, 4, C]
         out = jnp.where(here, jax.nn.silu(jnp.sum(seen * weight, axis=1)), 0)
-        return (jnp.where(here[..., None], seen[:, 1:], conv_state), started | valid, jnp.where(valid, segment_ids, last)), out
+        return (
+            jnp.where(here[..., None], seen[:, 1:], conv_state),
+            started | valid,
+            jnp.where(valid, segment_ids, last),
+        ), out
 
     start = (conv_state, jnp.zeros(batch, bool), jnp.zeros(batch, segment_ids.dtype))
-    (conv_state, _, _), out = jax.lax.scan(token, start, [jnp.moveaxis(a, 1, 0) for a in (x, valid, segment_ids)])
+    (conv_state, _, _), out = jax.lax.scan(
+        token, start, [jnp.moveaxis(a, 1, 0) for a in (x, valid, segment_ids)]
+    )
     return jnp.moveaxis(out, 0, 1), conv_state

@@ -1,4 +1,4 @@
-"""The causal convolution as four shifted multiply-adds that XLA fuses into one pass."""
+"""The short convolution as four shifted multiply-adds that XLA fuses into one pass."""
 
 import jax
 import jax.numpy as jnp
@@ -22,53 +22,67 @@ def short_conv(
 def start(x, conv_state):
     """The inputs before this call, [B, 3, C] in x's dtype."""
     if conv_state is None:
-        return jnp.repeat(jnp.zeros_like(x[:, :1]), TAPS - 1, axis=1)  # zeros that are sharded as x is
+        return jnp.repeat(
+            jnp.zeros_like(x[:, :1]), TAPS - 1, axis=1
+        )  # zeros that are sharded as x is
     return conv_state.astype(x.dtype)
 
 
 def new_conv_state(x, conv_state, token_index, segment_ids):
     """The inputs before the next call, [B, 3, C]."""
-    inputs, valid, run = _inputs(x, conv_state, token_index, segment_ids)
-    rows = _tail_rows(inputs, valid)
-    last = inputs[:, 1 - TAPS :] if valid is None else jnp.take_along_axis(inputs, rows[..., None], axis=1)
-    return jnp.where(_in_last_run(run, rows), last, 0)
+    inputs, valid, segment = _inputs(x, conv_state, token_index, segment_ids)
+    rows = _state_rows(inputs, valid)
+    last = (
+        inputs[:, 1 - TAPS :]
+        if valid is None
+        else jnp.take_along_axis(inputs, rows[..., None], axis=1)
+    )
+    return jnp.where(_in_last_segment(segment, rows), last, 0)
 
 
 def _inputs(x, conv_state, token_index, segment_ids):
-    """Old tail and new tokens in one array [B, 3 + T, C], which tokens are valid [B, T], and the run of each input [B, 3 + T]."""
+    """Old conv_state and new tokens in one array [B, 3 + T, C], which tokens are valid [B, T],
+    and the segment number of each input [B, 3 + T]."""
     valid = None if token_index is None else token_index >= 0
     if valid is not None:
         x = jnp.where(valid[..., None], x, 0)
     if x.shape[1] == 1:
-        # else XLA for GPU draws the projection that made x into the concatenation, as one serial dot product a channel (0.6 ms)
+        # else XLA for GPU draws the projection that made x into the concatenation, as one serial
+        # dot product a channel (0.6 ms)
         x = jax.lax.optimization_barrier(x)
-    run = None
-    if segment_ids is not None:  # the tail belongs to run 0
-        run = jnp.pad(segment_numbers(token_index, segment_ids), ((0, 0), (TAPS - 1, 0)))
-    return jnp.concatenate([conv_state, x], axis=1), valid, run
+    segment = None
+    if segment_ids is not None:  # conv_state belongs to segment 0
+        segment = jnp.pad(segment_numbers(token_index, segment_ids), ((0, 0), (TAPS - 1, 0)))
+    return jnp.concatenate([conv_state, x], axis=1), valid, segment
 
 
-def _reaches(inputs, run):
+def _reaches(inputs, segment):
     """What each tap sees of every token, f32 [B, T, C], zero beyond the token's sequence."""
     length = inputs.shape[1] - TAPS + 1
     for tap in range(TAPS):
         seen = inputs[:, tap : tap + length].astype(jnp.float32)
-        if run is not None and tap < TAPS - 1:
-            seen = jnp.where((run[:, tap : tap + length] == run[:, TAPS - 1 :])[..., None], seen, 0)
+        if segment is not None and tap < TAPS - 1:
+            seen = jnp.where(
+                (segment[:, tap : tap + length] == segment[:, TAPS - 1 :])[..., None], seen, 0
+            )
         yield seen
 
 
 def _compute(x, weight, conv_state, token_index, segment_ids):
-    inputs, valid, run = _inputs(x, conv_state, token_index, segment_ids)
-    total = sum(seen * w for seen, w in zip(_reaches(inputs, run), weight.astype(jnp.float32), strict=True))
+    inputs, valid, segment = _inputs(x, conv_state, token_index, segment_ids)
+    total = sum(
+        seen * w
+        for seen, w in zip(_reaches(inputs, segment), weight.astype(jnp.float32), strict=True)
+    )
     out = jax.nn.silu(total).astype(x.dtype)
     if valid is not None:
         out = jnp.where(valid[..., None], out, 0)
     return out, new_conv_state(x, conv_state, token_index, segment_ids)
 
 
-def _tail_rows(inputs, valid):
-    """Which inputs [B, 3] are the new tail: the last three of the old tail and the valid tokens."""
+def _state_rows(inputs, valid):
+    """Which inputs [B, 3] are the new conv_state: the last three of the old conv_state and the
+    valid tokens."""
     batch, count, _ = inputs.shape
     if valid is None:
         return jnp.broadcast_to(jnp.arange(count - TAPS + 1, count), (batch, TAPS - 1))
@@ -77,11 +91,12 @@ def _tail_rows(inputs, valid):
     return (left[:, None, :] >= jnp.arange(TAPS - 1, 0, -1)[:, None]).sum(-1) - 1
 
 
-def _in_last_run(run, rows):
-    """[B, 3, 1] or True: whether a row of the new tail is of the last token's sequence; what is not becomes zero."""
-    if run is None:
+def _in_last_segment(segment, rows):
+    """[B, 3, 1] or True: whether a row of the new conv_state is of the last token's sequence;
+    what is not becomes zero."""
+    if segment is None:
         return True
-    kept = jnp.take_along_axis(run, rows, axis=1)
+    kept = jnp.take_along_axis(segment, rows, axis=1)
     return (kept == kept[:, -1:])[..., None]
 
 
@@ -91,37 +106,50 @@ def _short_conv(x, weight, conv_state, token_index, segment_ids):
 
 
 def _short_conv_forward(x, weight, conv_state, token_index, segment_ids):
-    return _compute(x, weight, conv_state, token_index, segment_ids), (x, weight, conv_state, token_index, segment_ids)
+    return _compute(x, weight, conv_state, token_index, segment_ids), (
+        x,
+        weight,
+        conv_state,
+        token_index,
+        segment_ids,
+    )
 
 
 def _short_conv_backward(residuals, cts):
-    """By hand: autodiff keeps four float32 copies of x, and scatters the new tail's gradient into an array of zeros as large as x."""
+    """By hand: autodiff keeps four float32 copies of x, and scatters the new conv_state's
+    gradient into an array of zeros as large as x."""
     x, weight, conv_state, token_index, segment_ids = residuals
-    d_out, d_new_tail = cts
-    inputs, valid, run = _inputs(x, conv_state, token_index, segment_ids)
+    d_out, d_new_state = cts
+    inputs, valid, segment = _inputs(x, conv_state, token_index, segment_ids)
     wide = weight.astype(jnp.float32)
-    reaches = list(_reaches(inputs, run))
+    reaches = list(_reaches(inputs, segment))
     total = sum(seen * w for seen, w in zip(reaches, wide, strict=True))
     gate = jax.nn.sigmoid(total)
     slope = gate * (1 + total * (1 - gate))
     if valid is not None:
         d_out = jnp.where(valid[..., None], d_out, 0)
     d_total = d_out.astype(jnp.float32) * slope
-    d_weight = jnp.stack([jnp.sum(d_total * seen, axis=(0, 1)) for seen in reaches]).astype(weight.dtype)
+    d_weight = jnp.stack([jnp.sum(d_total * seen, axis=(0, 1)) for seen in reaches]).astype(
+        weight.dtype
+    )
 
     # an input was seen by the token `TAPS - 1 - tap` after it, through that tap
     count, edge = inputs.shape[1], TAPS - 1
     later = jnp.pad(d_total, ((0, 0), (edge, edge), (0, 0)))
-    later_run = None if run is None else jnp.pad(run, ((0, 0), (0, edge)), constant_values=-1)
+    later_segment = (
+        None if segment is None else jnp.pad(segment, ((0, 0), (0, edge)), constant_values=-1)
+    )
     d_inputs = 0.0
     for tap in range(TAPS):
         back = later[:, edge - tap : edge - tap + count] * wide[tap]
-        if run is not None and tap < edge:
-            back = jnp.where((later_run[:, edge - tap : edge - tap + count] == run)[..., None], back, 0)
+        if segment is not None and tap < edge:
+            back = jnp.where(
+                (later_segment[:, edge - tap : edge - tap + count] == segment)[..., None], back, 0
+            )
         d_inputs = d_inputs + back
-    rows = _tail_rows(inputs, valid)
-    d_new_tail = jnp.where(_in_last_run(run, rows), d_new_tail, 0).astype(jnp.float32)
-    for row, part in zip(jnp.moveaxis(rows, 1, 0), jnp.moveaxis(d_new_tail, 1, 0), strict=True):
+    rows = _state_rows(inputs, valid)
+    d_new_state = jnp.where(_in_last_segment(segment, rows), d_new_state, 0).astype(jnp.float32)
+    for row, part in zip(jnp.moveaxis(rows, 1, 0), jnp.moveaxis(d_new_state, 1, 0), strict=True):
         d_inputs += jnp.where((jnp.arange(count) == row[:, None])[..., None], part[:, None], 0)
     d_inputs = d_inputs.astype(x.dtype)
     d_x = d_inputs[:, edge:]

@@ -1,4 +1,5 @@
-"""The cases that every implementation of an operator runs: the sizes of the published model, and what breaks such operators."""
+"""The cases that every implementation of an operator runs: the sizes of the published model, and
+what breaks such operators."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from pallas_kernels.testing.parity import GATES, alike, fresh_gates, packing, pa
 
 
 class Problem(NamedTuple):
-    """Arrays of one call, and which rows of which are pads. Those in float64 take the dtype of a cell, the others keep their own."""
+    """Arrays of one call, and which rows of which are pads. Those in float64 take the dtype of a
+    cell, the others keep their own."""
 
     inputs: dict[str, Any]  # arrays and tuples of them; what gradients are taken in
     cotangents: dict[str, np.ndarray]  # of the results; none where there is a forward pass only
@@ -48,8 +50,9 @@ MESH_SHAPES = {
     8192: {16: 1, 8: 2, 4: 1, 2: 8},
     16384: {16: 1, 8: 1, 4: 2, 2: 8},
 }
-"""Rows of a batch by tokens and by heads, as presets and the shards of meshes have them: every pair of values occurs. How many
-thread blocks a kernel starts, and so which of them run beside each other, depends on all three. In bfloat16, what these train in."""
+"""Rows of a batch by tokens and by heads, as presets and the shards of meshes have them: every
+pair of values occurs. How many thread blocks a kernel starts, and so which of them run beside
+each other, depends on all three. In bfloat16, what these train in."""
 
 
 def mesh_shapes(longest: int) -> Iterator[tuple[int, int, int]]:
@@ -63,7 +66,8 @@ def mesh_pieces(tokens: int, packed: bool) -> tuple[int, ...]:
 
 
 def attention_cases(longest: int) -> Iterator[Case]:
-    """16 query heads on 2 key heads would only repeat 4 on 2; widths of the decoder (128), the tower (80) and a small model (64)."""
+    """16 query heads on 2 key heads would only repeat 4 on 2; widths of the decoder (128), the
+    tower (80) and a small model (64)."""
 
     def case(name, length, mask, heads=(4, 2), width=128, pieces=(), pads=(0,), cached=0, batch=1, keys_alike=False, **how):
         """pads: how many end a row, for each row in turn."""
@@ -86,7 +90,12 @@ def attention_cases(longest: int) -> Iterator[Case]:
             return Problem(
                 inputs,
                 {"out": d_out, "lse": np.float32(d_lse)},
-                {"q_token_index": q_token_index, "k_token_index": k_token_index, "q_segment_ids": segment_ids, "k_segment_ids": segment_ids},
+                {
+                    "q_token_index": q_token_index,
+                    "k_token_index": k_token_index,
+                    "q_segment_ids": segment_ids,
+                    "k_segment_ids": segment_ids,
+                },
                 {"mask": mask, "scale": width**-0.5},
                 {"q": "q_token_index", "k": "k_token_index", "v": "k_token_index", "out": "q_token_index", "lse": "q_token_index"},
                 {},
@@ -134,7 +143,8 @@ def attention_cases(longest: int) -> Iterator[Case]:
 
 
 def gated_delta_rule_cases(longest: int) -> Iterator[Case]:
-    """K = 128, V = 256, 2 heads; every kind of gate, with random keys, with one key again and again, and with keys like each other."""
+    """K = 128, V = 256, 2 heads; every kind of gate, with random keys, with one key again and
+    again, and with keys like each other."""
 
     def case(name, length, gates="mild", keys="random", pieces=(), counts=(), start=True, heads=2, rows=1, **how):
         def make():
@@ -232,8 +242,9 @@ def attention_step_case(
 
 
 def attention_step_cases(longest: int) -> Iterator[Case]:
-    """Rings at every stage: empty, around the ends of Hopper's blocks of 128 slots, about to be full, full, wrapped. Those of a case are
-    about as full: the outputs of short ones are so much larger that errors of long ones would vanish beside them."""
+    """Rings at every stage: empty, around the ends of Hopper's blocks of 128 slots, about to be
+    full, full, wrapped. Those of a case are about as full: the outputs of short ones are so much
+    larger that errors of long ones would vanish beside them."""
     for length in (0, 5, 255, 256, 100_000):
         yield attention_step_case(f"a sequence of {length}", [[length]])
     yield attention_step_case("still", [[-1]])
@@ -267,7 +278,8 @@ def gated_delta_rule_step_case(
     fresh: bool = False,
     keys_alike: bool = False,
 ) -> Case:
-    """ordinals: a row for each token, of its ordinal in each sequence. extreme: gates open or shut. fresh: a state of zeros."""
+    """ordinals: a row for each token, of its ordinal in each sequence. extreme: gates open or
+    shut. fresh: a state of zeros."""
 
     def make():
         token_index = np.asarray(ordinals, np.int32)
@@ -298,7 +310,13 @@ def gated_delta_rule_step_case(
             {"token_index": token_index},
             {"eps": 1e-5},
             {"inputs": "token_index"},
-            {"out": token_index < 0, "recurrent_state": (token_index < 0).all(axis=0), "q_conv_state": True, "k_conv_state": True, "v_conv_state": True},
+            {
+                "out": token_index < 0,
+                "recurrent_state": (token_index < 0).all(axis=0),
+                "q_conv_state": True,
+                "k_conv_state": True,
+                "v_conv_state": True,
+            },
         )
 
     return Case(f"{name}, {len(ordinals[0])}", make)

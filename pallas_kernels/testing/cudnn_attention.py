@@ -1,11 +1,12 @@
 """Attention by cuDNN's flash kernels, as `jax.nn.dot_product_attention` calls them, for comparison.
 
-It follows the contract of `attention` for one sequence a row. A model cannot use it: the model's calls have
-segments. It was not faster than the Hopper kernels at 4K to 128K tokens (benchmarks/results/attend.jsonl).
+It follows the contract of `attention` for one sequence a row. A model cannot use it: the model's
+calls have segments. It was not faster than the Hopper kernels at 4K to 128K tokens
+(benchmarks/results/attend.jsonl).
 
-JAX returns cuDNN's log-sum-exp as bfloat16, too coarse for merging. The one returned here is that of
-`xla.attention`, and so are its gradients; where nobody uses it, it is not computed. Under rematerialisation
-the forward pass runs again: what cuDNN's backward pass saves has no name.
+JAX returns cuDNN's log-sum-exp as bfloat16, too coarse for merging. The one returned here is that
+of `xla.attention`, and so are its gradients; where nobody uses it, it is not computed. Under
+rematerialisation the forward pass runs again: what cuDNN's backward pass saves has no name.
 """
 
 from functools import partial
@@ -20,8 +21,10 @@ from pallas_kernels.dispatch import Implementation
 from pallas_kernels.hardware import ampere
 
 
-def supports(q: jax.Array, k: jax.Array, v: jax.Array, *__, q_segment_ids=None, mask: Mask, **_) -> str | None:
-    """Why these arrays (or shapes with dtypes) are not for this implementation, or None if they are."""
+def supports(
+    q: jax.Array, k: jax.Array, v: jax.Array, *__, q_segment_ids=None, mask: Mask, **_
+) -> str | None:
+    """Returns the reason it does not take these arrays (or shapes with dtypes), else None."""
     if not mask.aligned:
         return "keys other than the queries' own"
     if q_segment_ids is not None:
@@ -51,22 +54,36 @@ def attention(
     scale: float | None = None,
     implementation: str = "cudnn",
 ) -> tuple[jax.Array, jax.Array]:
-    """The contract of `pallas_kernels.attention.attention`; raises ValueError where `supports` objects.
+    """The contract of `pallas_kernels.attention.attention`; raises ValueError where `supports`
+    objects.
 
     implementation: "xla" has `jax.nn` make the same call without cuDNN, for tests on other devices.
     """
-    call = complete(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, mask, scale)
+    call = complete(
+        q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, mask, scale
+    )
     if reason := supports(**call._asdict()):
-        raise ValueError(f"attention by cuDNN does not take {reason}\n  -> use the implementation xla")
+        raise ValueError(
+            f"attention by cuDNN does not take {reason}\n  -> use the implementation xla"
+        )
     q_token_index, mask, scale = call.q_token_index, call.mask, call.scale
     _, lse = xla.attention(*call)
     real = (q_token_index >= 0)[:, :, None, None]
     count = jnp.sum(q_token_index >= 0, axis=1, dtype=jnp.int32)
-    run = partial(jax.nn.dot_product_attention, is_causal=mask.causal, scale=scale, implementation=implementation)
+    run = partial(
+        jax.nn.dot_product_attention,
+        is_causal=mask.causal,
+        scale=scale,
+        implementation=implementation,
+    )
     window = None if mask.window is None else (mask.window - 1, 0)
     length, odd = q.shape[1], q.shape[1] % 2  # of odd lengths it gives no gradients
-    q, k, v = (jnp.pad(jnp.where(real, x, 0), [(0, 0), (0, odd), (0, 0), (0, 0)]) for x in (q, k, v))
-    out = run(q, k, v, query_seq_lengths=count, key_value_seq_lengths=count, local_window_size=window)
+    q, k, v = (
+        jnp.pad(jnp.where(real, x, 0), [(0, 0), (0, odd), (0, 0), (0, 0)]) for x in (q, k, v)
+    )
+    out = run(
+        q, k, v, query_seq_lengths=count, key_value_seq_lengths=count, local_window_size=window
+    )
     return jnp.where(real, out[:, :length], 0), lse
 
 

@@ -1,7 +1,9 @@
-"""What runs between two calls of a kernel that must give the same: it leaves NaN wherever the next call may find memory of nobody.
+"""What runs between two calls of a kernel that must give the same: it leaves NaN wherever the next
+call may find memory of nobody.
 
-The allocator hands freed memory to the next program that asks for as much, so buffers of the sizes of a program's results and
-temporaries, filled and freed, are what its next call gets. Shared memory keeps what the last kernel on a multiprocessor left there.
+The allocator hands freed memory to the next program that asks for as much, so buffers of the sizes
+of a program's results and temporaries, filled and freed, are what its next call gets. Shared memory
+keeps what the last kernel on a multiprocessor left there.
 """
 
 from collections.abc import Sequence
@@ -22,15 +24,21 @@ BLOCKS = 1024  # several times as many as a GPU has multiprocessors, each of whi
 
 
 def sizes(program: jax.stages.Compiled) -> tuple[int, ...]:
-    """Bytes of the buffers that a compiled program asks for: its results, and one for all its temporaries."""
+    """Bytes of the buffers that a compiled program asks for: its results, and one for all its
+    temporaries."""
     results = [x.size * x.dtype.itemsize for x in jax.tree.leaves(program.out_info)]
     memory = program.memory_analysis()
     return *results, *([] if memory is None else [memory.temp_size_in_bytes])
 
 
 def work(sizes: Sequence[int], device: jax.Device):
-    """The function of no arguments to compile and call between calls; its results are to be dropped. The same for the same sizes."""
-    return _work(tuple(sorted(n for n in sizes if n)), hopper(device) is None, 256 if device.platform == "cpu" else WIDTH)
+    """The function of no arguments to compile and call between calls; its results are to be
+    dropped. The same for the same sizes."""
+    return _work(
+        tuple(sorted(n for n in sizes if n)),
+        hopper(device) is None,
+        256 if device.platform == "cpu" else WIDTH,
+    )
 
 
 @cache

@@ -1,22 +1,27 @@
-"""Every implementation of attention and of the gated delta rule against the float64 reference, value and gradient, on the same cases; their
-token steps too, of which there are values alone.
+"""Every implementation of attention and of the gated delta rule against the float64 reference,
+value and gradient, on the same cases; their token steps too, of which there are values alone.
 
-    python -m pallas_kernels.testing.matrix                     # what this machine runs; kernels for TPUs interpreted on a CPU
-    NPROC=64 python -m pallas_kernels.testing.matrix           # those for Hopper too, with JAX 0.11.2: see `mosaic_gpu_interpreter`
-    python -m pallas_kernels.testing.matrix --longest 100000 --record matrix.jsonl --minutes 9    # on a GPU; again, until it says done
-    python -m pallas_kernels.testing.matrix --operator gated_delta_rule --case 'repeated|packed'
-    python -m pallas_kernels.testing.matrix --only 'gated_delta_rule mosaic_gpu bfloat16 .*alike'
+    python -m pallas_kernels.testing.matrix                     # what this machine runs; kernels
+    for TPUs interpreted on a CPU NPROC=64 python -m pallas_kernels.testing.matrix           # those
+    for Hopper too, with JAX 0.11.2: see `mosaic_gpu_interpreter` python -m
+    pallas_kernels.testing.matrix --longest 100000 --record matrix.jsonl --minutes 9    # on a GPU;
+    again, until it says done python -m pallas_kernels.testing.matrix --operator gated_delta_rule
+    --case 'repeated|packed' python -m pallas_kernels.testing.matrix --only 'gated_delta_rule
+    mosaic_gpu bfloat16 .*alike'
 
-Prints one line a case and implementation: the largest of its errors in shares of what is allowed, or why it does not take the case.
-Ends with an error where one is too large. Relative root-mean-square errors; float32 may have 1e-4, bfloat16 what `ALLOWED` says. A result
-of which something must be exact and is not has an infinite error.
+Prints one line a case and implementation: the largest of its errors in shares of what is allowed,
+or why it does not take the case. Ends with an error where one is too large. Relative
+root-mean-square errors; float32 may have 1e-4, bfloat16 what `ALLOWED` says. A result of which
+something must be exact and is not has an infinite error.
 
-Each cell is computed `--repeats` times: 20 on a GPU, once where kernels are interpreted. Between two times other work runs, which leaves
-NaN in the memory that the next one gets (see `disturb`). Each time must be within what is allowed, and all of them equal bit for bit, but
-for what an implementation declares to be `unordered`; a cell that is not equal has an infinite error "repeats".
+Each cell is computed `--repeats` times: 20 on a GPU, once where kernels are interpreted. Between
+two times other work runs, which leaves NaN in the memory that the next one gets (see `disturb`).
+Each time must be within what is allowed, and all of them equal bit for bit, but for what an
+implementation declares to be `unordered`; a cell that is not equal has an infinite error "repeats".
 
-References are computed in float64 on the same device by XLA, for so many rows at once as hold 16 heads. With `--record` a cell that
-passed there is not computed again (start a new record for changed code), and the summary is of the whole record.
+References are computed in float64 on the same device by XLA, for so many rows at once as hold 16
+heads. With `--record` a cell that passed there is not computed again (start a new record for
+changed code), and the summary is of the whole record.
 """
 
 import argparse
@@ -78,8 +83,8 @@ PROGRAMS = Programs()
 class Cell(NamedTuple):
     """What an implementation made of a case: its errors by name, or why it did not take it.
 
-    differing: by the name of a result, in how many calls it was not that of the first. seconds: of all calls, and, in the first
-    cell of a case, of the reference.
+    differing: by the name of a result, in how many calls it was not that of the first. seconds: of
+    all calls, and, in the first cell of a case, of the reference.
     """
 
     operator: str
@@ -127,7 +132,8 @@ class Group(NamedTuple):
 
 
 def groups(operator: str, longest: int, wanted: Callable[[Implementation, str, str], bool]) -> Iterator[Group]:
-    """All cells of an operator's matrix, of which `wanted(implementation, dtype, name of the case)` says that they are to run."""
+    """All cells of an operator's matrix, of which `wanted(implementation, dtype, name of the
+    case)` says that they are to run."""
     for case in CASES[operator](longest):
         for dtype in case.dtypes:
             if chosen := tuple(i for i in IMPLEMENTATIONS[operator] if wanted(i, dtype, case.name)):
@@ -212,7 +218,8 @@ def _parts(operator: str, problem: Problem) -> list[Problem]:
 
 
 def _errors(operator: str, runs: Callable, inside: Callable, problem: Problem, want: list, repeats: int) -> tuple[dict, dict]:
-    """By the name of a result, the worst of its errors in so many calls, and how many of these differ from the first."""
+    """By the name of a result, the worst of its errors in so many calls, and how many of these
+    differ from the first."""
     raced, exact = {"race": float("inf")}, _exact(operator, problem)
     try:
         with inside(), redirect_stdout(StringIO()) as said:  # the TPU interpreter only prints that it found a race
@@ -260,7 +267,8 @@ def _poisoned(problem: Problem) -> Problem:
 
 
 def _with_each(problem: Problem, change: Callable) -> Problem:
-    """The problem with `change(name, array)` in the place of each array of its inputs and cotangents."""
+    """The problem with `change(name, array)` in the place of each array of its inputs and
+    cotangents."""
 
     def changed(arrays):
         return {name: jax.tree.map(partial(change, name), x) for name, x in arrays.items()}
@@ -270,14 +278,16 @@ def _with_each(problem: Problem, change: Callable) -> Problem:
 
 @cache
 def _runnable(operator: str, implementation: Implementation, device) -> tuple[Callable, Callable[[], AbstractContextManager], str | None]:
-    """The function to call here, inside what, and why there is none: on a CPU, kernels are interpreted."""
+    """The function to call here, inside what, and why there is none: on a CPU, kernels are
+    interpreted."""
     reason = implementation.device(device)
     if reason and device.platform == "cpu" and implementation.name == "mosaic_tpu":
         return partial(implementation.run, interpret=INTERPRETED), nullcontext, None
     if reason and device.platform == "cpu" and implementation.name == "mosaic_gpu":
         if operator == "gated_delta_rule_step":
             return implementation.run, nullcontext, "for Hopper GPUs; not interpreted, for its blocks write into each other's memory"
-        # a block of the other step writes the slot that another may be reading, which then leaves it out of the window
+        # a block of the other step writes the slot that another may be reading, which then leaves
+        # it out of the window
         inside = partial(mosaic_gpu_interpreter.interpreted, races=operator != "attention_step")
         return implementation.run, inside, mosaic_gpu_interpreter.refusal()
     return implementation.run, nullcontext, reason

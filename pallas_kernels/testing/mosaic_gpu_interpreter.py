@@ -1,11 +1,14 @@
-"""Mosaic GPU kernels interpreted on a CPU, races detected, by JAX's own interpreter and the three operations of Hopper that it lacks.
+"""Mosaic GPU kernels interpreted on a CPU, races detected, by JAX's own interpreter and the three
+operations of Hopper that it lacks.
 
-The interpreter of JAX 0.11.2 has no wgmma whose left operand lies in registers, no store into an accumulator and no copy that adds, and
-takes it for an error when a kernel ends before each thread has waited for the last phase of a barrier. That of JAX 0.10.2 has no transposed
-operands either: `refusal` says so. These are private parts of JAX, touched here alone and put back afterwards.
+The interpreter of JAX 0.11.2 has no wgmma whose left operand lies in registers, no store into an
+accumulator and no copy that adds, and takes it for an error when a kernel ends before each thread
+has waited for the last phase of a barrier. That of JAX 0.10.2 has no transposed operands either:
+`refusal` says so. These are private parts of JAX, touched here alone and put back afterwards.
 
-Each warpgroup of each thread block is a thread that waits in a callback, so XLA needs as many of them: start the process with the
-environment variable NPROC, which XLA reads, at a few dozen, or kernels of several warpgroups wait for good.
+Each warpgroup of each thread block is a thread that waits in a callback, so XLA needs as many of
+them: start the process with the environment variable NPROC, which XLA reads, at a few dozen, or
+kernels of several warpgroups wait for good.
 """
 
 import os
@@ -31,35 +34,53 @@ def refusal() -> str | None:
     if jax.__version_info__ != VERSION:
         return f"for Hopper GPUs; interpreted by JAX {'.'.join(map(str, VERSION))} alone, this is {jax.__version__}"
     if int(os.environ.get("NPROC", "0")) < THREADS:
-        return f"for Hopper GPUs; interpreted in a process that was started with NPROC={2 * THREADS}"
+        return (
+            f"for Hopper GPUs; interpreted in a process that was started with NPROC={2 * THREADS}"
+        )
     return None
 
 
 @contextmanager
 def interpreted(races: bool = True) -> Iterator[None]:
-    """Inside, Mosaic GPU kernels that are traced run on the CPU, and must be waited for. Raises Raced at the end if one did and `races`
-    are looked for."""
+    """Inside, Mosaic GPU kernels that are traced run on the CPU, and must be waited for. Raises
+    Raced at the end if one did and `races` are looked for."""
     from jax._src import callback
     from jax._src.pallas.mosaic_gpu import primitives
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call, jaxpr_interpret, params, shared_memory
+    from jax._src.pallas.mosaic_gpu.interpret import (
+        gpu_callbacks,
+        interpret_pallas_call,
+        jaxpr_interpret,
+        params,
+        shared_memory,
+    )
 
     interpreter = jaxpr_interpret.JaxprInterpreter
-    with_both_in_memory, deallocate = interpreter._interpret_wgmma_ref_p, shared_memory.Barrier.deallocate
+    with_both_in_memory, deallocate = (
+        interpreter._interpret_wgmma_ref_p,
+        shared_memory.Barrier.deallocate,
+    )
     plain_copy, adding = gpu_callbacks.copy_smem_to_gmem, Lock()
 
     def call(self, eqn, function, token, **arrays):
         run = partial(gpu_callbacks.fail_on_exception(function), source_info=eqn.source_info)
         place = {"mesh_location": self.mesh_location, "thread": self.thread}
-        return callback.io_callback(run, gpu_callbacks.TOKEN_SHAPE_DTYPE, token=token, **place, **arrays), []
+        return callback.io_callback(
+            run, gpu_callbacks.TOKEN_SHAPE_DTYPE, token=token, **place, **arrays
+        ), []
 
     def access(key, transforms, mesh_location, thread, source_info):
         """The memory, a buffer's key, what part of it is meant, and who asks."""
-        memory, key = gpu_callbacks._get_shared_memory(), gpu_callbacks.HostAllocationKey.from_array(key)
+        memory, key = (
+            gpu_callbacks._get_shared_memory(),
+            gpu_callbacks.HostAllocationKey.from_array(key),
+        )
         transforms = jax.tree.map(int, gpu_callbacks._remove_noop_transforms(transforms))
         asks = gpu_callbacks.memory.GPULoggingInfo(mesh_location, thread, source_info)
         return memory, key, memory.access(key, transforms), {"logging_info": asks}
 
-    def multiply(*, token, mesh_location, thread, acc, acc_transforms, a, b, b_transforms, source_info):
+    def multiply(
+        *, token, mesh_location, thread, acc, acc_transforms, a, b, b_transforms, source_info
+    ):
         memory, key, part, asks = access(b, b_transforms, mesh_location, thread, source_info)
         right, _, _ = memory.get_buffer_content(key, part, thread, **asks)
         memory, key, part, asks = access(acc, acc_transforms, mesh_location, thread, source_info)
@@ -72,11 +93,22 @@ def interpreted(races: bool = True) -> Iterator[None]:
         if hasattr(eqn.invars[1].aval, "inner_aval"):
             return with_both_in_memory(self, eqn, token, get_values)
         acc, a, b, *leaves = get_values()
-        trees = (eqn.params[f"{name}_transforms_tree"] or jax.tree.structure([]) for name in ("acc", "a", "b"))
-        acc_transforms, _, b_transforms = jax.tree.unflatten(jax.tree_util.treedef_tuple(tuple(trees)), leaves)
+        trees = (
+            eqn.params[f"{name}_transforms_tree"] or jax.tree.structure([])
+            for name in ("acc", "a", "b")
+        )
+        acc_transforms, _, b_transforms = jax.tree.unflatten(
+            jax.tree_util.treedef_tuple(tuple(trees)), leaves
+        )
         acc, acc_transforms = jaxpr_interpret.resolve_ref(eqn.invars[0].aval, acc, acc_transforms)
         b, b_transforms = jaxpr_interpret.resolve_ref(eqn.invars[2].aval, b, b_transforms)
-        arrays = {"acc": acc, "acc_transforms": acc_transforms, "a": a, "b": b, "b_transforms": b_transforms}
+        arrays = {
+            "acc": acc,
+            "acc_transforms": acc_transforms,
+            "a": a,
+            "b": b,
+            "b_transforms": b_transforms,
+        }
         return call(self, eqn, multiply, token, **arrays)
 
     def put(*, token, mesh_location, thread, acc, value, source_info):
@@ -93,25 +125,53 @@ def interpreted(races: bool = True) -> Iterator[None]:
         def __call__(self, engine):
             memory, asks = gpu_callbacks._get_shared_memory(), {"logging_info": self.logging_info}
             self.pre_read(engine, memory)
-            value, _, _ = memory.get_buffer_content(self.src_allocation_key, self.src_access, self.thread, **asks)
+            value, _, _ = memory.get_buffer_content(
+                self.src_allocation_key, self.src_access, self.thread, **asks
+            )
             self.clock.inc(engine)
             self.write_clock = self.clock.copy()
             with adding:
-                total, _, _ = memory.get_buffer_content(self.dst_allocation_key, self.dst_access, self.thread, **asks)
-                memory.store_buffer_content(self.dst_allocation_key, self.dst_access, total + value, self.thread, **asks)
+                total, _, _ = memory.get_buffer_content(
+                    self.dst_allocation_key, self.dst_access, self.thread, **asks
+                )
+                memory.store_buffer_content(
+                    self.dst_allocation_key, self.dst_access, total + value, self.thread, **asks
+                )
             self.post_write(engine, memory)
 
     def copy(*, reduction_op, **arguments):
         return (plain_copy if reduction_op is None else add)(reduction_op=reduction_op, **arguments)
 
-    def add(*, token, mesh_location, thread, source_info, reduction_op, predicate, commit_group, **places):
+    def add(
+        *,
+        token,
+        mesh_location,
+        thread,
+        source_info,
+        reduction_op,
+        predicate,
+        commit_group,
+        **places,
+    ):
         if reduction_op != "add" or predicate is not None:
-            raise ValueError(f"a copy that combines by {reduction_op} or under a predicate is not interpreted\n  -> check it on a GPU")
+            raise ValueError(
+                f"a copy that combines by {reduction_op} or under a predicate is not interpreted\n  -> check it on a GPU"
+            )
         ends = {}
         for end, name in (("src", "src_allocation_key"), ("dst", "dst_allocation_key")):
             key, transforms = places[f"{name}_as_array"], places[f"{end}_transforms"]
-            memory, ends[name], ends[f"{end}_access"], _ = access(key, transforms, mesh_location, thread, source_info)
-        memory.execute_async_task(Addition(mesh_location, thread, **ends, source_info=source_info, clock=memory.incr_clock(thread)))
+            memory, ends[name], ends[f"{end}_access"], _ = access(
+                key, transforms, mesh_location, thread, source_info
+            )
+        memory.execute_async_task(
+            Addition(
+                mesh_location,
+                thread,
+                **ends,
+                source_info=source_info,
+                clock=memory.incr_clock(thread),
+            )
+        )
         return token
 
     def end(self, *args, **kwargs):

@@ -1,6 +1,8 @@
-"""Compare an operator with its float64 reference, in value and gradient, on the cases that break such operators.
+"""Compare an operator with its float64 reference, in value and gradient, on the cases that break
+such operators.
 
-Errors are relative root-mean-square: `rel_rms(got, want)`. Cases come from a numpy Generator, so that a seed names them.
+Errors are relative root-mean-square: `rel_rms(got, want)`. Cases come from a numpy Generator, so
+that a seed names them.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,13 +25,15 @@ GATES: dict[str, Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]] =
 
 
 def fresh_gates(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Log decays of a layer that has not learned: A from 1 to 16 and steps from 0.001 to 0.1 over the heads, the last axis."""
+    """Log decays of a layer that has not learned: A from 1 to 16 and steps from 0.001 to 0.1
+    over the heads, the last axis."""
     steps = np.exp(np.linspace(np.log(1e-3), np.log(0.1), shape[-1]))
     return -np.linspace(1, 16, shape[-1]) * steps * np.exp(0.3 * rng.standard_normal(shape))
 
 
 def rel_rms(got, want) -> float:
-    """Root mean square of got - want over that of want (over 1 if want is all zero). NaN in either gives NaN."""
+    """Root mean square of got - want over that of want (over 1 if want is all zero). NaN in
+    either gives NaN."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     if got.shape != want.shape:
         raise ValueError(f"shapes differ: {got.shape} and {want.shape}")
@@ -45,9 +49,11 @@ def unit(rng: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
 
 
 def alike(rng: np.random.Generator, direction: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """Vectors of one direction but for 5 %, as keys are after the convolution and SiLU of real text.
+    """Vectors of one direction but for 5 %, as keys are after the convolution and SiLU of real
+    text.
 
-    direction: normal numbers of a shape that broadcasts to `shape`, such as [batch, 1, heads, width].
+    direction: normal numbers of a shape that broadcasts to `shape`, such as [batch, 1, heads,
+        width].
     """
     return direction + 0.05 * rng.standard_normal(shape)
 
@@ -65,7 +71,8 @@ def padding(counts: Sequence[int], length: int) -> np.ndarray:
 
 
 def packing(pieces: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """index and segment [1, length] of one row that holds sequences of those lengths one after the other, then pads."""
+    """index and segment [1, length] of one row that holds sequences of those lengths one after
+    the other, then pads."""
     used = sum(pieces)
     token_index = np.concatenate([np.arange(n) for n in pieces] + [np.full(length - used, -1)])
     segment_ids = np.repeat(np.arange(len(pieces) + 1), [*pieces, length - used])
@@ -80,14 +87,15 @@ def poison(x: np.ndarray, token_index: np.ndarray) -> np.ndarray:
 
 
 def compiler_options() -> dict | None:
-    """Compile quickly: on a CPU without the optimiser of generated code (XLA's own passes run as ever), on a GPU without timing
-    several ways to multiply."""
+    """Compile quickly: on a CPU without the optimiser of generated code (XLA's own passes run as
+    ever), on a GPU without timing several ways to multiply."""
     options = {"cpu": {"xla_backend_optimization_level": 0}, "gpu": {"xla_gpu_autotune_level": 0}}
     return options.get(jax.default_backend())
 
 
 def value_and_gradients(op: Callable) -> Callable:
-    """`(inputs, cotangents, others) -> results and gradients in inputs` for `op(*inputs, **others)`, to be compiled.
+    """`(inputs, cotangents, others) -> results and gradients in inputs` for `op(*inputs,
+    **others)`, to be compiled.
 
     Inputs and results may be trees. Without cotangents there are no gradients: `()`.
     """
@@ -96,7 +104,9 @@ def value_and_gradients(op: Callable) -> Callable:
         if not cotangents:
             return op(*inputs, **others), ()
         results, pull = jax.vjp(lambda *args: op(*args, **others), *inputs)
-        return results, pull(jax.tree.map(lambda ct, out: ct.astype(out.dtype), cotangents, results))
+        return results, pull(
+            jax.tree.map(lambda ct, out: ct.astype(out.dtype), cotangents, results)
+        )
 
     return run
 
@@ -110,13 +120,16 @@ def with_gradients(op: Callable) -> Callable:
         return jax.jit(run, compiler_options=compiler_options())
 
     def call(inputs, cotangents, others=None):
-        return jax.tree.map(np.asarray, compiled()(tuple(inputs), tuple(cotangents), dict(others or {})))
+        return jax.tree.map(
+            np.asarray, compiled()(tuple(inputs), tuple(cotangents), dict(others or {}))
+        )
 
     return call
 
 
 def in_float64(run: Callable) -> Callable:
-    """The same call with every floating array as float64 (`run` from `with_gradients`, of a reference)."""
+    """The same call with every floating array as float64 (`run` from `with_gradients`, of a
+    reference)."""
 
     def widen(x):
         x = np.asarray(x)

@@ -1,4 +1,5 @@
-"""Compile a program for a TPU pod on a machine without one: libtpu's compiler runs on any CPU (`pip install libtpu`)."""
+"""Compile a program for a TPU pod on a machine without one: libtpu's compiler runs on any CPU
+(`pip install libtpu`)."""
 
 import tempfile
 from collections.abc import Callable
@@ -27,7 +28,8 @@ class PodReport(NamedTuple):
 
 
 def pod_mesh(topology: str, sizes: dict[str, int]) -> Mesh:
-    """A mesh over the abstract devices of a topology such as "v5p:4x4x4" or "v6e:8x8"; `sizes` by axis name, -1 for the rest."""
+    """A mesh over the abstract devices of a topology such as "v5p:4x4x4" or "v6e:8x8"; `sizes`
+    by axis name, -1 for the rest."""
     described = topologies.get_topology_desc(topology, platform="tpu")
     count = len(described.devices)
     fixed = 1
@@ -35,19 +37,31 @@ def pod_mesh(topology: str, sizes: dict[str, int]) -> Mesh:
         fixed *= 1 if size == -1 else size
     shape = tuple(count // fixed if size == -1 else size for size in sizes.values())
     # as jax.make_mesh does: else an axis of 2 finds no place in a torus of 4 x 4 x 4
-    devices = mesh_utils.create_device_mesh(shape, described.devices, allow_split_physical_axes=True)
+    devices = mesh_utils.create_device_mesh(
+        shape, described.devices, allow_split_physical_axes=True
+    )
     return Mesh(devices, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def compile_for_pod(function: Callable, mesh: Mesh, *arguments, text: bool = False, **jit_options) -> PodReport:
-    """Compile `function` for the mesh's devices; arguments are ShapeDtypeStructs with shardings. `text` keeps the program as HLO."""
+def compile_for_pod(
+    function: Callable, mesh: Mesh, *arguments, text: bool = False, **jit_options
+) -> PodReport:
+    """Compile `function` for the mesh's devices; arguments are ShapeDtypeStructs with shardings.
+    `text` keeps the program as HLO."""
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
-        # the compiler's own dump: asked for its text, a program with some asynchronous copies fails a check of XLA's
+        # the compiler's own dump: asked for its text, a program with some asynchronous copies fails
+        # a check of XLA's
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if text else None
-        compiled = jax.jit(function, **jit_options).lower(*arguments).compile(compiler_options=options)
-        hlo = "".join(path.read_text("utf-8") for path in Path(folder).glob("*.after_optimizations.txt"))
+        compiled = (
+            jax.jit(function, **jit_options).lower(*arguments).compile(compiler_options=options)
+        )
+        hlo = "".join(
+            path.read_text("utf-8") for path in Path(folder).glob("*.after_optimizations.txt")
+        )
     if text and not hlo:
-        raise RuntimeError("the compiler left no text of the program\n  -> see what its dump is called in this libtpu")
+        raise RuntimeError(
+            "the compiler left no text of the program\n  -> see what its dump is called in this libtpu"
+        )
     memory = compiled.memory_analysis()
     return PodReport(
         arguments=memory.argument_size_in_bytes,

@@ -1,4 +1,5 @@
-"""Programs compiled ahead of their use, several at a time: on a GPU most of the parity matrix's time would be compilation."""
+"""Programs compiled ahead of their use, several at a time: on a GPU most of the parity matrix's
+time would be compilation."""
 
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -16,7 +17,8 @@ Result = TypeVar("Result")
 
 
 class Programs:
-    """Compiles `function(*args)` for the shapes and dtypes of `args`, once, whichever thread asks first.
+    """Compiles `function(*args)` for the shapes and dtypes of `args`, once, whichever thread asks
+    first.
 
     The key of a program is the function itself: hand the same object for the same computation.
     """
@@ -26,8 +28,8 @@ class Programs:
         self._found: dict[Hashable, Future] = {}
 
     def __call__(self, function: Callable, *args) -> Callable:
-        """The compiled program. args: arrays or their shapes, in trees; with float64 among them it is compiled, and is to be
-        called, under `jax.enable_x64(True)`.
+        """The compiled program. args: arrays or their shapes, in trees; with float64 among them it
+        is compiled, and is to be called, under `jax.enable_x64(True)`.
 
         Raises what the compilation raised, for each that asks.
         """
@@ -46,8 +48,11 @@ class Programs:
         return future.result()
 
 
-def ahead(items: Iterable[Item], prepare: Callable[[Item], Result], workers: int) -> Iterator[tuple[Item, Result]]:
-    """Each item with what `prepare` made of it, in order; prepared by so many threads, as many ahead.
+def ahead(
+    items: Iterable[Item], prepare: Callable[[Item], Result], workers: int
+) -> Iterator[tuple[Item, Result]]:
+    """Each item with what `prepare` made of it, in order; prepared by so many threads, as many
+    ahead.
 
     workers: 0 prepares an item when it is asked for, in the caller's thread.
     """

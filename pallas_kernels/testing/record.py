@@ -1,4 +1,5 @@
-"""The parity matrix's results as lines of JSON, written as they come, so that several calls of the command make one record."""
+"""The parity matrix's results as lines of JSON, written as they come, so that several calls of
+the command make one record."""
 
 import json
 from collections.abc import Mapping
@@ -6,7 +7,8 @@ from pathlib import Path
 
 
 class Record:
-    """Cells by name, of a file that later cells are appended to; the last line of a cell counts. Without a path it only remembers."""
+    """Cells by name, of a file that later cells are appended to; the last line of a cell counts.
+    Without a path it only remembers."""
 
     def __init__(self, path: Path | None = None):
         self.path = path

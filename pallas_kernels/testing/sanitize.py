@@ -1,13 +1,18 @@
-"""NVIDIA's compute-sanitizer on a few small cells of the parity matrix, for the Hopper kernels alone.
+"""NVIDIA's compute-sanitizer on a few small cells of the parity matrix, for the Hopper kernels
+alone.
 
-    python -m pallas_kernels.testing.sanitize                                # racecheck and initcheck
-    python -m pallas_kernels.testing.sanitize --tool memcheck --tool synccheck --sanitizer /usr/local/cuda/bin/compute-sanitizer
+    python -m pallas_kernels.testing.sanitize                                # racecheck and
+    initcheck python -m pallas_kernels.testing.sanitize --tool memcheck --tool synccheck --sanitizer
+    /usr/local/cuda/bin/compute-sanitizer
 
-First a control for each tool: kernels that are wrong on purpose (`wrong_kernels`). Where a tool finds nothing in them it does not see what
-Mosaic GPU compiles to, and its silence about the others says nothing: then the command ends with an error. It prints each kind of finding
-once with its count, then a line a tool; it ends with an error if there are findings. Everything a tool said goes to `--log`.
+First a control for each tool: kernels that are wrong on purpose (`wrong_kernels`). Where a tool
+finds nothing in them it does not see what Mosaic GPU compiles to, and its silence about the others
+says nothing: then the command ends with an error. It prints each kind of finding once with its
+count, then a line a tool; it ends with an error if there are findings. Everything a tool said goes
+to `--log`.
 
-compute-sanitizer comes with CUDA, or by `pip install nvidia-cuda-sanitizer-api`. Programs run tens to hundreds of times slower in it.
+compute-sanitizer comes with CUDA, or by `pip install nvidia-cuda-sanitizer-api`. Programs run tens
+to hundreds of times slower in it.
 """
 
 import argparse
@@ -20,11 +25,14 @@ from collections import Counter
 from pathlib import Path
 
 TOOLS = "racecheck", "initcheck", "synccheck", "memcheck"
-CONTROLS = {"racecheck": "race", "initcheck": "uninitialised"}  # what `wrong_kernels` has for a tool
+CONTROLS = {
+    "racecheck": "race",
+    "initcheck": "uninitialised",
+}  # what `wrong_kernels` has for a tool
 CELLS = (
     "^(attention mosaic_gpu bfloat16 (window, 65|packed, 300|ring, 65 x 128)"
     "|gated_delta_rule mosaic_gpu bfloat16 (gates spread, 65|gates mild, alike|packed, 300)"
-    "|attend_step mosaic_gpu bfloat16 two tokens|gated_delta_step mosaic_gpu bfloat16 two tokens, 6)"
+    "|attention_step mosaic_gpu bfloat16 two tokens|gated_delta_rule_step mosaic_gpu bfloat16 two tokens, 6)"
 )
 OPTIONS = {  # that newer versions have
     "--check-exit-code": "no",  # the matrix's own says something else
@@ -41,25 +49,39 @@ XLA = {
 
 
 def command(sanitizer: str, tool: str, known: str, python: list[str]) -> list[str]:
-    """The command line that runs Python under a tool. known: what the sanitizer's --help says, for options that not all have."""
-    options = [f"--tool={tool}", "--kernel-name=kns=mosaic_gpu", "--print-limit=1000", "--target-processes=application-only"]
-    mine = {name: value for name, value in OPTIONS.items() if not name.startswith("--initcheck") or tool == "initcheck"}
+    """The command line that runs Python under a tool. known: what the sanitizer's --help says,
+    for options that not all have."""
+    options = [
+        f"--tool={tool}",
+        "--kernel-name=kns=mosaic_gpu",
+        "--print-limit=1000",
+        "--target-processes=application-only",
+    ]
+    mine = {
+        name: value
+        for name, value in OPTIONS.items()
+        if not name.startswith("--initcheck") or tool == "initcheck"
+    }
     options += [f"{name}={value}" for name, value in mine.items() if name in known]
     return [sanitizer, *options, sys.executable, *python]
 
 
 def findings(said: str) -> tuple[int | None, Counter]:
-    """How many findings a tool counts in its summary, None if it came to none, and the lines that tell of them by their kind."""
+    """How many findings a tool counts in its summary, None if it came to none, and the lines
+    that tell of them by their kind."""
     totals = re.findall(r"SUMMARY: (\d+) (?:hazard|error)", said)
     kinds = Counter()
     for line in said.splitlines():
-        if found := re.match(r"=+ ((?:Error|Warning|Invalid|Uninitialized|Barrier|Potential)\b.*)", line):
+        if found := re.match(
+            r"=+ ((?:Error|Warning|Invalid|Uninitialized|Barrier|Potential)\b.*)", line
+        ):
             kinds[re.sub(r"0x[0-9a-f]+|\b\d+\b", "_", found[1])] += 1
     return (sum(map(int, totals)) if totals else None), kinds
 
 
 def wrong_kernels(kind: str) -> None:
-    """Runs a kernel in which two warpgroups write one place ("race"), or one that reads memory which nobody wrote ("uninitialised")."""
+    """Runs a kernel in which two warpgroups write one place ("race"), or one that reads memory
+    which nobody wrote ("uninitialised")."""
     import jax
     import jax.numpy as jnp
     from jax import lax
@@ -89,16 +111,24 @@ def wrong_kernels(kind: str) -> None:
     def run():
         if kind == "race":
             return plgpu.kernel(race, out_type=rows, kernel_name="race", **how)()
-        return plgpu.kernel(double, out_type=rows, **how)(plgpu.kernel(half, out_type=rows, kernel_name="half", **how)())
+        return plgpu.kernel(double, out_type=rows, **how)(
+            plgpu.kernel(half, out_type=rows, kernel_name="half", **how)()
+        )
 
     print(jax.block_until_ready(jax.jit(run)()))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tool", action="append", choices=TOOLS, help="default: racecheck and initcheck")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tool", action="append", choices=TOOLS, help="default: racecheck and initcheck"
+    )
     parser.add_argument("--only", default=CELLS, help="cells of the matrix, as its own --only")
-    parser.add_argument("--sanitizer", default="compute-sanitizer", help="the program, if it is not on the path")
+    parser.add_argument(
+        "--sanitizer", default="compute-sanitizer", help="the program, if it is not on the path"
+    )
     parser.add_argument("--seconds", type=float, default=240, help="at most so long for a tool")
     parser.add_argument("--log", type=Path, default=Path("sanitize.log"))
     parser.add_argument("--wrong", choices=sorted(CONTROLS.values()), help=argparse.SUPPRESS)
@@ -106,16 +136,23 @@ def main() -> None:
     if args.wrong:
         return wrong_kernels(args.wrong)
     if not (sanitizer := shutil.which(args.sanitizer)):
-        sys.exit(f"{args.sanitizer} is not there\n  -> pip install nvidia-cuda-sanitizer-api, or name it by --sanitizer")
+        sys.exit(
+            f"{args.sanitizer} is not there\n  -> pip install nvidia-cuda-sanitizer-api, or name it by --sanitizer"
+        )
     known, bad = subprocess.run([sanitizer, "--help"], capture_output=True, text=True).stdout, False
 
     def run(tool: str, *python: str) -> tuple[int | None, Counter]:
         line = command(sanitizer, tool, known, ["-m", *python])
         try:
-            done = subprocess.run(line, env=os.environ | XLA, capture_output=True, text=True, timeout=args.seconds)
+            done = subprocess.run(
+                line, env=os.environ | XLA, capture_output=True, text=True, timeout=args.seconds
+            )
             said = done.stdout + done.stderr
         except subprocess.TimeoutExpired as error:
-            said = "".join((x or b"").decode(errors="replace") for x in (error.stdout, error.stderr)) + f"\nnot done after {args.seconds} s"
+            said = (
+                "".join((x or b"").decode(errors="replace") for x in (error.stdout, error.stderr))
+                + f"\nnot done after {args.seconds} s"
+            )
         with args.log.open("a", encoding="utf-8") as log:
             log.write(f"$ {' '.join(line)}\n{said}\n")
         return findings(said)
@@ -124,11 +161,26 @@ def main() -> None:
         if tool in CONTROLS:
             total, _ = run(tool, "pallas_kernels.testing.sanitize", "--wrong", CONTROLS[tool])
             bad |= not total
-            verdict = {None: f"it did not run, see {args.log}", 0: "BLIND: it finds nothing in a wrong kernel"}
+            verdict = {
+                None: f"it did not run, see {args.log}",
+                0: "BLIND: it finds nothing in a wrong kernel",
+            }
             print(f"{tool}, control: {verdict.get(total, 'it finds what is wrong')}", flush=True)
-        total, kinds = run(tool, "pallas_kernels.testing.matrix", "--repeats", "1", "--workers", "0", "--only", args.only)
+        total, kinds = run(
+            tool,
+            "pallas_kernels.testing.matrix",
+            "--repeats",
+            "1",
+            "--workers",
+            "0",
+            "--only",
+            args.only,
+        )
         bad |= total != 0
-        print(f"{tool}: {f'it came to no summary, see {args.log}' if total is None else f'{total} findings'}", flush=True)
+        print(
+            f"{tool}: {f'it came to no summary, see {args.log}' if total is None else f'{total} findings'}",
+            flush=True,
+        )
         for kind, count in kinds.most_common():
             print(f"  {count:5} x {kind}", flush=True)
     sys.exit(bad)

@@ -1,14 +1,16 @@
-"""Hopper machine code of the kernels: are the registers of products left alone while the tensor cores read them?
+"""Hopper machine code of the kernels: are the registers of products left alone while the tensor
+cores read them?
 
     mkdir ptx; export MOSAIC_GPU_DUMP_TO=ptx MOSAIC_GPU_DUMP_PTX=1
     python -m pallas_kernels.testing.matrix --implementation mosaic_gpu    # on a GPU
-    python -m pallas_kernels.testing.sass ptx/*.ptx                        # with ptxas and nvdisasm of CUDA
+    python -m pallas_kernels.testing.sass ptx/*.ptx                        # with ptxas and nvdisasm
+    of CUDA
 
 A wgmma (HGMMA) may take its left factor from registers and reads them some time after it is issued.
 `overwritten` finds the instructions that write such a register before the wait for the product.
-ptxas 13.0 makes them itself: where elements of the factor are known when it compiles, it may set the
-register of such a constant only between two products that both read it, so that the first one reads
-whatever was there before.
+ptxas 13.0 makes them itself: where elements of the factor are known when it compiles, it may set
+the register of such a constant only between two products that both read it, so that the first one
+reads whatever was there before.
 """
 
 import argparse
@@ -44,15 +46,36 @@ class Overwritten(NamedTuple):
 
 _LINE = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 # Instructions whose first operand is no register that they write.
-_NO_RESULT = "ST", "RED", "BAR", "BRA", "BSSY", "BSYNC", "EXIT", "SYNCS", "UTMA", "WARP", "MEMBAR", "FENCE", "CCTL", "NANOSLEEP"
+_NO_RESULT = (
+    "ST",
+    "RED",
+    "BAR",
+    "BRA",
+    "BSSY",
+    "BSYNC",
+    "EXIT",
+    "SYNCS",
+    "UTMA",
+    "WARP",
+    "MEMBAR",
+    "FENCE",
+    "CCTL",
+    "NANOSLEEP",
+)
 
 
 def disassemble(ptx: Path) -> str:
     """The machine code of a PTX file for sm_90a as nvdisasm prints it."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
-        subprocess.run(["ptxas", "-arch=sm_90a", "-O3", str(ptx), "-o", str(cubin)], check=True, capture_output=True)
-        return subprocess.run(["nvdisasm", "-c", str(cubin)], check=True, capture_output=True, text=True).stdout
+        subprocess.run(
+            ["ptxas", "-arch=sm_90a", "-O3", str(ptx), "-o", str(cubin)],
+            check=True,
+            capture_output=True,
+        )
+        return subprocess.run(
+            ["nvdisasm", "-c", str(cubin)], check=True, capture_output=True, text=True
+        ).stdout
 
 
 def instructions(sass: str) -> list[Instruction]:
@@ -62,7 +85,8 @@ def instructions(sass: str) -> list[Instruction]:
 
 
 def left_factor(product: Instruction) -> frozenset[int]:
-    """Numbers of the four registers of an HGMMA's left factor; none if it comes from shared memory."""
+    """Numbers of the four registers of an HGMMA's left factor; none if it comes from shared
+    memory."""
     match = re.fullmatch(r"R(\d+)(?:\.reuse)?", product.operands[1])
     return frozenset(range(int(match[1]), int(match[1]) + 4)) if match else frozenset()
 
@@ -72,16 +96,27 @@ def written(instruction: Instruction) -> frozenset[int]:
     if instruction.opcode.startswith(_NO_RESULT):
         return frozenset()
     match = next((m for x in instruction.operands[:2] if (m := re.fullmatch(r"R(\d+)", x))), None)
-    if match is None or (instruction.operands[0] != match[0] and not instruction.operands[0].startswith(("P", "UP"))):
+    if match is None or (
+        instruction.operands[0] != match[0] and not instruction.operands[0].startswith(("P", "UP"))
+    ):
         return frozenset()
     modifiers = instruction.opcode.split(".")
-    wide = 4 if "128" in modifiers or "4" in modifiers else 2 if {"64", "WIDE", "2"} & set(modifiers) else 1
+    wide = (
+        4
+        if "128" in modifiers or "4" in modifiers
+        else 2
+        if {"64", "WIDE", "2"} & set(modifiers)
+        else 1
+    )
     return frozenset(range(int(match[1]), int(match[1]) + wide))
 
 
 def overwritten(code: list[Instruction]) -> list[Overwritten]:
-    """Registers of left factors that are written before the wait that covers their product, in straight-line order."""
-    groups: list[list[Instruction]] = [[]]  # products by the group that a wait counts; the last one is still open
+    """Registers of left factors that are written before the wait that covers their product, in
+    straight-line order."""
+    groups: list[list[Instruction]] = [
+        []
+    ]  # products by the group that a wait counts; the last one is still open
     found = []
     for instruction in code:
         if instruction.opcode.startswith("HGMMA"):
@@ -93,13 +128,20 @@ def overwritten(code: list[Instruction]) -> list[Overwritten]:
         else:
             touched = written(instruction)
             for product in (p for group in groups for p in group):
-                found += [Overwritten(f"R{n}", product, instruction) for n in sorted(touched & left_factor(product))]
+                found += [
+                    Overwritten(f"R{n}", product, instruction)
+                    for n in sorted(touched & left_factor(product))
+                ]
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ptx", type=Path, nargs="+", help="PTX files, as MOSAIC_GPU_DUMP_PTX=1 leaves them")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "ptx", type=Path, nargs="+", help="PTX files, as MOSAIC_GPU_DUMP_PTX=1 leaves them"
+    )
     bad = 0
     for path in parser.parse_args().ptx:
         code = instructions(disassemble(path))
@@ -107,7 +149,9 @@ def main() -> None:
         from_registers = sum(bool(left_factor(p)) for p in products)
         problems = overwritten(code)
         bad += len(problems)
-        print(f"{path.name}: {len(products)} products, {from_registers} with a register factor, {len(problems)} overwritten")
+        print(
+            f"{path.name}: {len(products)} products, {from_registers} with a register factor, {len(problems)} overwritten"
+        )
         for problem in problems:
             print(f"  {problem}")
     if bad:

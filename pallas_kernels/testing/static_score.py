@@ -1,15 +1,19 @@
-"""Score a program for TPU without one: libtpu compiles it on any CPU and tells what the chip would execute.
+"""Score a program for TPU without one: libtpu compiles it on any CPU and tells what the chip would
+execute.
 
     score = sum over programs of max(cycles / clock, bytes / HBM rate)
 
-A program is one Pallas kernel or one of XLA's fusions and copies. A kernel's cycles are its instruction bundles (one a cycle) times
-its grid steps, prologue and epilogue counted in every step; its bytes are the blocks that its grid fetches and writes, a block that
-stays in place counted once. An XLA program's cycles are the compiler's own estimate; its bytes are its operands and results in HBM,
-of an operand that it only slices the slice. Both times how often a loop runs it, where the loop counts to a constant. No stall on
-memory or DMA is seen, and custom calls of XLA's own count by their bytes alone: an estimate.
+A program is one Pallas kernel or one of XLA's fusions and copies. A kernel's cycles are its
+instruction bundles (one a cycle) times its grid steps, prologue and epilogue counted in every step;
+its bytes are the blocks that its grid fetches and writes, a block that stays in place counted once.
+An XLA program's cycles are the compiler's own estimate; its bytes are its operands and results in
+HBM, of an operand that it only slices the slice. Both times how often a loop runs it, where the
+loop counts to a constant. No stall on memory or DMA is seen, and custom calls of XLA's own count by
+their bytes alone: an estimate.
 
-A loop inside a kernel counts once: unroll it, or pass it as a grid dimension. Compile in a process of its own, because the compiler
-takes its dump flags once: `score` does so for a function that can be imported.
+A loop inside a kernel counts once: unroll it, or pass it as a grid dimension. Compile in a process
+of its own, because the compiler takes its dump flags once: `score` does so for a function that can
+be imported.
 """
 
 import dataclasses
@@ -47,7 +51,8 @@ NO_OFFLOAD = "--xla_tpu_offload_gather_to_sparsecore=false"
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """`cycles` and `bytes` of all its trips; `bundles` and `spills` (stores of registers to memory) of one, None for XLA's."""
+    """`cycles` and `bytes` of all its trips; `bundles` and `spills` (stores of registers to
+    memory) of one, None for XLA's."""
 
     name: str
     cycles: int
@@ -76,29 +81,50 @@ class Score:
 
 
 def score(build: Callable, chip: str, *places, **names) -> Score:
-    """Score `function` for one device of `chip` ("v5e", "v5p", "v6e", "tpu7x") where `function, shapes = build(*places, **names)`.
+    """Score `function` for one device of `chip` ("v5e", "v5p", "v6e", "tpu7x") where `function,
+    shapes = build(*places, **names)`.
 
-    `build` is a function of a module (not of __main__); arguments are JSON values; shapes are jax.ShapeDtypeStruct (or trees of them),
-    one for each argument of the function. RuntimeError with the compiler's last words where it fails.
+    `build` is a function of a module (not of __main__); arguments are JSON values; shapes are
+    jax.ShapeDtypeStruct (or trees of them), one for each argument of the function. RuntimeError
+    with the compiler's last words where it fails.
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with tempfile.TemporaryDirectory() as folder:
-        environment |= {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true {NO_OFFLOAD}", "JAX_PLATFORMS": "cpu"}
-        environment |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_ENABLE_COMPILATION_CACHE": "false"}
-        work = {"module": build.__module__, "build": build.__qualname__, "chip": chip, "places": places, "names": names, "folder": folder}
+        environment |= {
+            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true {NO_OFFLOAD}",
+            "JAX_PLATFORMS": "cpu",
+        }
+        environment |= {
+            "TPU_SKIP_MDS_QUERY": "1",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "JAX_ENABLE_COMPILATION_CACHE": "false",
+        }
+        work = {
+            "module": build.__module__,
+            "build": build.__qualname__,
+            "chip": chip,
+            "places": places,
+            "names": names,
+            "folder": folder,
+        }
         command = [sys.executable, "-m", "pallas_kernels.testing.static_score", json.dumps(work)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         result = Path(folder) / "score.json"
         if not result.exists():
-            raise RuntimeError(f"{build.__qualname__} does not compile for {chip}: {places} {names}\n{done.stderr[-3000:]}")
+            raise RuntimeError(
+                f"{build.__qualname__} does not compile for {chip}: {places} {names}\n{done.stderr[-3000:]}"
+            )
         programs = json.loads(result.read_text())
     return Score(chip, tuple(Program(**program) for program in programs))
 
 
-# --- in the process that compiles -------------------------------------------------------------------------------------
+# --- in the process that compiles
+# -------------------------------------------------------------------------------------
 
 
-def _compile_and_read(module: str, build: str, chip: str, places: list, names: dict, folder: str) -> list[Program]:
+def _compile_and_read(
+    module: str, build: str, chip: str, places: list, names: dict, folder: str
+) -> list[Program]:
     import jax
     import numpy as np
     from jax.experimental import topologies
@@ -115,7 +141,9 @@ def _compile_and_read(module: str, build: str, chip: str, places: list, names: d
     kernels = {}
     for kernel in _kernels(traced.jaxpr.jaxpr):
         if kernels.setdefault((kernel["name"], kernel["results"]), kernel) != kernel:
-            raise ValueError(f"two kernels are called {kernel['name']} and differ in grid or blocks alone: rename one")
+            raise ValueError(
+                f"two kernels are called {kernel['name']} and differ in grid or blocks alone: rename one"
+            )
     return read_hlo(hlo, kernels, folder)
 
 
@@ -128,16 +156,24 @@ def _kernels(jaxpr):
             mapping = equation.params["grid_mapping"]
             traffic = sum(_block_traffic(block, mapping.grid) for block in mapping.block_mappings)
             results = tuple(tuple(x.aval.shape) for x in equation.outvars)
-            yield {"name": equation.params["name"], "results": results, "trips": math.prod(mapping.grid), "bytes": traffic}
+            yield {
+                "name": equation.params["name"],
+                "results": results,
+                "trips": math.prod(mapping.grid),
+                "bytes": traffic,
+            }
             continue
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+        for inner in jax.tree.leaves(
+            list(equation.params.values()),
+            is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"),
+        ):
             if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
                 yield from _kernels(getattr(inner, "jaxpr", inner))
 
 
 def _block_traffic(block, grid) -> int:
-    """Bytes of a block times how often it changes along the grid; of an array without blocks, or with blocks that depend on data,
-    the whole array's."""
+    """Bytes of a block times how often it changes along the grid; of an array without blocks, or
+    with blocks that depend on data, the whole array's."""
     import jax
     import numpy as np
 
@@ -146,22 +182,42 @@ def _block_traffic(block, grid) -> int:
     if block.has_trivial_window() or len(index_map.in_avals) != len(grid):
         return array.size * array.dtype.itemsize
     steps = np.indices(grid, dtype=np.int32).reshape(len(grid), -1)
-    places = jax.vmap(lambda *at: jax.numpy.stack(jax.core.eval_jaxpr(index_map.jaxpr, index_map.consts, *at)))(*steps)
+    places = jax.vmap(
+        lambda *at: jax.numpy.stack(jax.core.eval_jaxpr(index_map.jaxpr, index_map.consts, *at))
+    )(*steps)
     moves = 1 + int(np.any(np.diff(np.asarray(places), axis=0), axis=1).sum())
     return moves * math.prod(block.block_aval.shape) * array.dtype.itemsize
 
 
-INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(?P<name>\S+) = (?P<type>\(.*?\)|\S+) (?P<op>[\w-]+)\((?P<operands>.*?)\)(?P<rest>.*)$")
+INSTRUCTION = re.compile(
+    r"^\s+(?:ROOT )?%(?P<name>\S+) = (?P<type>\(.*?\)|\S+) (?P<op>[\w-]+)\((?P<operands>.*?)\)(?P<rest>.*)$"
+)
 ARRAY = re.compile(r"(?P<dtype>[a-z]+\d*)\[(?P<shape>[\d,]*)\](?:\{(?P<layout>[^}]*)\})?")
 BITS = {"pred": 8, "s4": 4, "u4": 4}
-FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "while", "call", "conditional", "copy-done", "slice-done"}
+FREE = {
+    "parameter",
+    "constant",
+    "bitcast",
+    "tuple",
+    "get-tuple-element",
+    "while",
+    "call",
+    "conditional",
+    "copy-done",
+    "slice-done",
+}
 
 
 def read_hlo(hlo: str, kernels: dict, folder: str) -> list[Program]:
     """The programs of a compiled module, its kernels with the bundles found in `folder`."""
     computations = _computations(hlo)
     found, calls = [], {}
-    for instruction in (x for table in computations.values() for x in table.values() if "tpu_custom_call" in x["rest"]):
+    for instruction in (
+        x
+        for table in computations.values()
+        for x in table.values()
+        if "tpu_custom_call" in x["rest"]
+    ):
         calls.setdefault(_kernel_key(instruction, kernels), []).append(instruction["name"])
 
     def visit(name, trips):
@@ -170,13 +226,19 @@ def read_hlo(hlo: str, kernels: dict, folder: str) -> list[Program]:
             rest = instruction["rest"]
             if instruction["op"] == "while":
                 bounds = computations[re.search(r"condition=%([\w.<>-]+)", rest)[1]].values()
-                bounds = [int(x["operands"]) for x in bounds if x["op"] == "constant" and x["type"].startswith("s32")]
+                bounds = [
+                    int(x["operands"])
+                    for x in bounds
+                    if x["op"] == "constant" and x["type"].startswith("s32")
+                ]
                 visit(re.search(r"body=%([\w.<>-]+)", rest)[1], trips * max(bounds, default=1))
             elif instruction["op"] == "call":
                 visit(re.search(r"to_apply=%([\w.-]+)", rest)[1], trips)
             elif "tpu_custom_call" in rest:
                 key = _kernel_key(instruction, kernels)
-                found.append(_kernel_program(kernels[key], [instruction["name"], *calls[key]], trips, folder))
+                found.append(
+                    _kernel_program(kernels[key], [instruction["name"], *calls[key]], trips, folder)
+                )
             elif instruction["op"] not in FREE:
                 cycles = re.search(r'"estimated_cycles":"(\d+)"', rest)
                 moved = _hbm_bytes(instruction, table, computations)
@@ -191,21 +253,33 @@ def read_hlo(hlo: str, kernels: dict, folder: str) -> list[Program]:
 def _kernel_key(instruction, kernels: dict) -> tuple:
     """Name and shapes of results of the kernel that an instruction calls."""
     path = re.search(r'op_name="([^"]*)"', instruction["rest"])[1]
-    results = tuple(tuple(int(n) for n in found["shape"].split(",") if n) for found in ARRAY.finditer(instruction["type"]))
+    results = tuple(
+        tuple(int(n) for n in found["shape"].split(",") if n)
+        for found in ARRAY.finditer(instruction["type"])
+    )
     (key,) = (key for key in kernels if re.search(rf"\b{key[0]}\b", path) and key[1] == results)
     return key
 
 
 def _kernel_program(kernel: dict, names: list[str], trips: int, folder: str) -> Program:
-    """names: of the instruction and of those that call the same kernel, for the compiler writes down equal programs once."""
+    """names: of the instruction and of those that call the same kernel, for the compiler writes
+    down equal programs once."""
     tail = "-[0-9][0-9]-final_hlo-static-per-bundle-utilization.txt"
-    file = next(file for name in names for file in glob.glob(f"{glob.escape(folder)}/*-{glob.escape(name)}{tail}"))
+    file = next(
+        file
+        for name in names
+        for file in glob.glob(f"{glob.escape(folder)}/*-{glob.escape(name)}{tail}")
+    )
     head, table = Path(file).read_text().split("== UTILIZATION:")
-    columns = [column.strip() for column in head.split(":", 1)[1].strip().splitlines()[0].split(",")]
+    columns = [
+        column.strip() for column in head.split(":", 1)[1].strip().splitlines()[0].split(",")
+    ]
     rows = [line.split() for line in table.splitlines() if re.fullmatch(r"[\d ]+", line)]
     spills = sum(int(row[columns.index("VSTORE:SPILL")]) for row in rows)
     steps = kernel["trips"] * trips
-    return Program(kernel["name"], len(rows) * steps, kernel["bytes"] * trips, steps, len(rows), spills)
+    return Program(
+        kernel["name"], len(rows) * steps, kernel["bytes"] * trips, steps, len(rows), spills
+    )
 
 
 def _computations(hlo: str) -> dict[str, dict[str, dict]]:
@@ -237,7 +311,9 @@ def _hbm_bytes(instruction, table, computations) -> int:
     result = sum(_sizes(instruction["type"]))
     operands = [sum(_sizes(table[name]["type"])) for name in _names(instruction)]
     op = instruction["op"]
-    if op.endswith("-start"):  # (to, from, flag) or ((from), to, flag): one side in HBM, or what is moved between two places there
+    if op.endswith(
+        "-start"
+    ):  # (to, from, flag) or ((from), to, flag): one side in HBM, or what is moved between two places there
         return max(_sizes(re.sub(r"S\(1\)", "", instruction["type"]))[1:2], default=0)
     if op in ("dynamic-slice", "slice", "gather"):
         return 2 * result
@@ -255,7 +331,8 @@ def _hbm_bytes(instruction, table, computations) -> int:
 
 
 def _touched(parameter: str, inside: dict, computations: dict) -> float:
-    """Bytes of a fusion's parameter that its instructions read: what slices take, or all of it (infinite)."""
+    """Bytes of a fusion's parameter that its instructions read: what slices take, or all of it
+    (infinite)."""
     total, names = 0, {parameter}
     for name, inner in inside.items():
         used = [place for place, operand in enumerate(_names(inner)) if operand in names]
@@ -267,7 +344,9 @@ def _touched(parameter: str, inside: dict, computations: dict) -> float:
             total += sum(_sizes(inner["type"]))
         elif inner["op"] == "fusion":
             nested = computations[re.search(r"calls=%([\w.<>-]+)", inner["rest"])[1]]
-            parameters = {int(x["operands"]): x["name"] for x in nested.values() if x["op"] == "parameter"}
+            parameters = {
+                int(x["operands"]): x["name"] for x in nested.values() if x["op"] == "parameter"
+            }
             total += sum(_touched(parameters[place], nested, computations) for place in used)
         elif not (inner["op"] == "dynamic-update-slice" and used == [0]):
             return math.inf
@@ -277,4 +356,6 @@ def _touched(parameter: str, inside: dict, computations: dict) -> float:
 if __name__ == "__main__":
     work = json.loads(sys.argv[1])
     programs = _compile_and_read(**work)
-    Path(work["folder"], "score.json").write_text(json.dumps([dataclasses.asdict(program) for program in programs]))
+    Path(work["folder"], "score.json").write_text(
+        json.dumps([dataclasses.asdict(program) for program in programs])
+    )

@@ -1,4 +1,5 @@
-"""Token steps as operators of the parity matrix: of tokens one after the other, so that each has to do with what the last one left."""
+"""Token steps as operators of the parity matrix: of tokens one after the other, so that each has
+to do with what the last one left."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,9 +11,11 @@ from pallas_kernels.dispatch import Implementation
 
 
 def in_a_row(step: Callable) -> Callable:
-    """`step(*inputs, *weights, state, index, **rule) -> out, state` for several tokens of each sequence.
+    """`step(*inputs, *weights, state, index, **rule) -> out, state` for several tokens of each
+    sequence.
 
-    All arrays of `inputs`, index and out have a leading axis of tokens; the state comes in before the first and goes out after the last.
+    All arrays of `inputs`, index and out have a leading axis of tokens; the state comes in before
+    the first and goes out after the last.
     """
 
     def run(inputs, weights, state, token_index, **rule):

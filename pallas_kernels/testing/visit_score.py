@@ -1,12 +1,15 @@
-"""Score the attention kernels for TPU without one: libtpu compiles them on any CPU and tells what the chip would execute.
+"""Score the attention kernels for TPU without one: libtpu compiles them on any CPU and tells what
+the chip would execute.
 
     score = max(cycles / clock, bytes / HBM rate)
 
-The steps of these kernels differ: some begin or end a row of blocks, some need no mask, and each loops over heads. So the bundles
-(one a cycle) are counted by region of the compiled program: the loops that multiply, first the one without a mask, then the one with
-it, then the one for the diagonal; other large regions, which run once a row of blocks; and the rest, which runs in every step. Regions
-are weighed with how often they run, taken from the list of visits. Bytes are the blocks that change between steps. No stall on memory
-or DMA is seen: an estimate. One core is counted: a v5p has two, and the blocks of heads spread over them.
+The steps of these kernels differ: some begin or end a row of blocks, some need no mask, and each
+loops over heads. So the bundles (one a cycle) are counted by region of the compiled program: the
+loops that multiply, first the one without a mask, then the one with it, then the one for the
+diagonal; other large regions, which run once a row of blocks; and the rest, which runs in every
+step. Regions are weighed with how often they run, taken from the list of visits. Bytes are the
+blocks that change between steps. No stall on memory or DMA is seen: an estimate. One core is
+counted: a v5p has two, and the blocks of heads spread over them.
 
 Compiling happens in a process of its own, because the compiler takes its dump flags once.
 """
@@ -23,8 +26,10 @@ from pathlib import Path
 
 from pallas_kernels.testing.static_score import CHIPS, TOPOLOGIES
 
-KERNELS = ("attend_forward", "attend_backward_queries", "attend_backward_keys")
-SMALL = 300  # bundles: smaller regions without products (waits for copies, mostly) count in every step
+KERNELS = ("attention_forward", "attention_backward_queries", "attention_backward_keys")
+SMALL = (
+    300  # bundles: smaller regions without products (waits for copies, mostly) count in every step
+)
 DELAY = 5  # bundles from a jump to the first that it may skip
 BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|0)\s+([A-Z]{2}(?:/[A-Z]{2})*)?\s*:([ >]*)\{")
 JUMP = re.compile(r"sbr\.rel \(!?%p\w+\) target")
@@ -32,8 +37,9 @@ JUMP = re.compile(r"sbr\.rel \(!?%p\w+\) target")
 
 @dataclasses.dataclass(frozen=True)
 class Bundles:
-    """Of one head in a step without a mask, with one, and on the diagonal (0: there is none); of the masks; of one head, and of what is
-    not for each head, where a row of blocks begins and ends; of every step."""
+    """Of one head in a step without a mask, with one, and on the diagonal (0: there is none); of
+    the masks; of one head, and of what is not for each head, where a row of blocks begins and
+    ends; of every step."""
 
     whole: int
     masked: int
@@ -47,7 +53,8 @@ class Bundles:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """spills: stores of registers to memory, in all bundles. visits: steps for each block of heads. cycles, bytes: of a call."""
+    """spills: stores of registers to memory, in all bundles. visits: steps for each block of
+    heads. cycles, bytes: of a call."""
 
     chip: str
     kernel: str
@@ -59,11 +66,14 @@ class Score:
 
     @property
     def milliseconds(self) -> float:
-        return 1e3 * max(self.cycles / CHIPS[self.chip].clock, self.bytes / CHIPS[self.chip].bandwidth)
+        return 1e3 * max(
+            self.cycles / CHIPS[self.chip].clock, self.bytes / CHIPS[self.chip].bandwidth
+        )
 
 
 def scores(chip: str, **case) -> list[Score]:
-    """The three kernels at a case: length, heads, key_heads, width, window, causal, segment (length of each, or None).
+    """The three kernels at a case: length, heads, key_heads, width, window, causal, segment (length
+    of each, or None).
 
     RuntimeError with the compiler's last words where it fails.
     """
@@ -71,19 +81,36 @@ def scores(chip: str, **case) -> list[Score]:
     with tempfile.TemporaryDirectory() as folder:
         dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final"
         environment |= {"LIBTPU_INIT_ARGS": dump, "JAX_PLATFORMS": "cpu"}
-        environment |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_ENABLE_COMPILATION_CACHE": "false"}
-        command = [sys.executable, "-m", "pallas_kernels.testing.visit_score", json.dumps({"chip": chip, "folder": folder, **case})]
+        environment |= {
+            "TPU_SKIP_MDS_QUERY": "1",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "JAX_ENABLE_COMPILATION_CACHE": "false",
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "pallas_kernels.testing.visit_score",
+            json.dumps({"chip": chip, "folder": folder, **case}),
+        ]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         result = Path(folder) / "scores.json"
         if not result.exists():
-            raise RuntimeError(f"attention does not compile for {chip}: {case}\n{done.stderr[-3000:]}")
-        return [Score(**{**x, "bundles": Bundles(**x["bundles"])}) for x in json.loads(result.read_text())]
+            raise RuntimeError(
+                f"attention does not compile for {chip}: {case}\n{done.stderr[-3000:]}"
+            )
+        return [
+            Score(**{**x, "bundles": Bundles(**x["bundles"])})
+            for x in json.loads(result.read_text())
+        ]
 
 
-# --- in the process that compiles -------------------------------------------------------------------------------------
+# --- in the process that compiles
+# -------------------------------------------------------------------------------------
 
 
-def _compile(chip, folder, length, heads, key_heads, width, window, causal=True, segment=None) -> list[Score]:
+def _compile(
+    chip, folder, length, heads, key_heads, width, window, causal=True, segment=None
+) -> list[Score]:
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -99,16 +126,25 @@ def _compile(chip, folder, length, heads, key_heads, width, window, causal=True,
     mask = Mask(causal, window, aligned=True)
 
     def array(*shape, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct((1, *shape), dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+        return jax.ShapeDtypeStruct(
+            (1, *shape), dtype, sharding=NamedSharding(mesh, PartitionSpec())
+        )
 
     def run(q, k, v, index, d_out, d_lse):
         packed = (index, index) if segment else (None, None)
-        outputs, pull = jax.vjp(lambda *x: attention_tpu.attention(*x, index, index, *packed, mask, width**-0.5), q, k, v)
+        outputs, pull = jax.vjp(
+            lambda *x: attention_tpu.attention(*x, index, index, *packed, mask, width**-0.5),
+            q,
+            k,
+            v,
+        )
         return outputs, pull((d_out, d_lse))
 
     q, k = array(length, heads, width), array(length, key_heads, width)
     with jax.set_mesh(mesh):
-        jax.jit(run).lower(q, k, k, array(length, dtype=jnp.int32), q, array(length, heads, dtype=jnp.float32)).compile()
+        jax.jit(run).lower(
+            q, k, k, array(length, dtype=jnp.int32), q, array(length, heads, dtype=jnp.float32)
+        ).compile()
 
     index = np.arange(length, dtype=np.int32)[None]
     segments = index // segment if segment else None
@@ -117,8 +153,12 @@ def _compile(chip, folder, length, heads, key_heads, width, window, causal=True,
     for name, block in zip(KERNELS, (tuning.forward, tuning.queries, tuning.keys), strict=True):
         by_key = name == KERNELS[2]
         static = attention_tpu._Static(mask, 1.0, None, tuning)
-        who, options = attention_tpu._call(q, k, reach(index, index, segments, segments, mask), block, static)
-        walk = jax.jit(visits, static_argnums=(1, 2, 3, 4))(who, mask, block.rows, block.keys, by_key)
+        who, options = attention_tpu._call(
+            q, k, reach(index, index, segments, segments, mask), block, static
+        )
+        walk = jax.jit(visits, static_argnums=(1, 2, 3, 4))(
+            who, mask, block.rows, block.keys, by_key
+        )
         count = int(walk.count)
         outer, inner = np.asarray(walk.outer)[:count], np.asarray(walk.inner)[:count]
         bundles, spills = read(folder, name)
@@ -127,11 +167,21 @@ def _compile(chip, folder, length, heads, key_heads, width, window, causal=True,
         rows = len(set(outer >> FLAG_BITS))
         whole, diagonal = (int(np.sum(outer & kind != 0)) for kind in (WHOLE, DIAGONAL))
         masked = count - whole - diagonal
-        cycles = heads * (whole * bundles.whole + masked * bundles.masked + diagonal * bundles.diagonal)
-        cycles += groups * (masked * bundles.mask + diagonal * bundles.diagonal_mask + count * bundles.step)
+        cycles = heads * (
+            whole * bundles.whole + masked * bundles.masked + diagonal * bundles.diagonal
+        )
+        cycles += groups * (
+            masked * bundles.mask + diagonal * bundles.diagonal_mask + count * bundles.step
+        )
         cycles += groups * rows * (bundles.row + options["heads"][by_key] * bundles.row_head)
-        moved = (rows, 1 + int(np.sum(np.diff(inner) != 0)))  # blocks of the side that stays, and of the other
-        query, key = 2 * 128 * heads * block.rows, 2 * 128 * block.keys * options["heads"][1] * groups
+        moved = (
+            rows,
+            1 + int(np.sum(np.diff(inner) != 0)),
+        )  # blocks of the side that stays, and of the other
+        query, key = (
+            2 * 128 * heads * block.rows,
+            2 * 128 * block.keys * options["heads"][1] * groups,
+        )
         if by_key:  # k, v, dk, dv; q and d_out
             traffic = moved[0] * key * 4 + moved[1] * query * 2
         else:  # q and out, or q, d_out and dq; k and v
@@ -142,12 +192,20 @@ def _compile(chip, folder, length, heads, key_heads, width, window, causal=True,
 
 def read(folder: str, name: str) -> tuple[Bundles, int]:
     """Bundles and spills of one kernel, from the compiler's dump."""
-    # JAX adds to the kernel's name: jvp_attend_forward_.1
+    # JAX adds to the kernel's name: jvp_attention_forward_.1
     (program,) = glob.glob(f"{glob.escape(folder)}/*{name}_*-[0-9][0-9]-final_bundles.txt")
-    (table,) = glob.glob(f"{glob.escape(folder)}/*{name}_*-[0-9][0-9]-final_hlo-static-per-bundle-utilization.txt")
+    (table,) = glob.glob(
+        f"{glob.escape(folder)}/*{name}_*-[0-9][0-9]-final_hlo-static-per-bundle-utilization.txt"
+    )
     head, body = Path(table).read_text().split("== UTILIZATION:")
-    columns = [column.strip() for column in head.split(":", 1)[1].strip().splitlines()[0].split(",")]
-    use = [dict(zip(columns, map(int, x.split()), strict=True)) for x in body.splitlines() if re.fullmatch(r"[\d ]+", x)]
+    columns = [
+        column.strip() for column in head.split(":", 1)[1].strip().splitlines()[0].split(",")
+    ]
+    use = [
+        dict(zip(columns, map(int, x.split()), strict=True))
+        for x in body.splitlines()
+        if re.fullmatch(r"[\d ]+", x)
+    ]
     regions, loops = _regions(Path(program).read_text())
 
     def products(region):
@@ -161,10 +219,16 @@ def read(folder: str, name: str) -> tuple[Bundles, int]:
 
     multiply = [x for x in loops if products(x)]
     if len(multiply) not in (2, 3):
-        raise ValueError(f"{name}: {len(multiply)} loops that multiply, not without a mask, with one, and perhaps on the diagonal")
-    around = [min((x for x in regions if inside(x, [y])), key=lambda x: x[1] - x[0]) for y in multiply]
+        raise ValueError(
+            f"{name}: {len(multiply)} loops that multiply, not without a mask, with one, and perhaps on the diagonal"
+        )
+    around = [
+        min((x for x in regions if inside(x, [y])), key=lambda x: x[1] - x[0]) for y in multiply
+    ]
     loop_sizes = [size([x]) for x in multiply] + [0] * (3 - len(multiply))
-    masks = [size([x]) - size([y]) for x, y in zip(around, multiply, strict=True)][1:] + [0] * (3 - len(multiply))
+    masks = [size([x]) - size([y]) for x, y in zip(around, multiply, strict=True)][1:] + [0] * (
+        3 - len(multiply)
+    )
     rows = [x for x in regions if not products(x) and (x[1] - x[0] > SMALL or inside(x, loops))]
     rows = [x for x in rows if not any(inside(y, [x]) for y in rows)]
     row_heads = [x for y in rows for x in inside(y, loops)]
@@ -174,7 +238,8 @@ def read(folder: str, name: str) -> tuple[Bundles, int]:
 
 
 def _regions(text: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Regions of bundles that a jump may skip, and loops inside the loop over the grid's steps (with no jumps in them)."""
+    """Regions of bundles that a jump may skip, and loops inside the loop over the grid's steps
+    (with no jumps in them)."""
     open_regions, regions, loops, start = [], [], [], None
     for line in text.splitlines():
         if not (found := BUNDLE.match(line)):
@@ -185,7 +250,9 @@ def _regions(text: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         if "PF" in label and open_regions:
             regions.append((open_regions.pop(), at))
         if JUMP.search(line):
-            if start is not None:  # what follows a loop may already run in the last bundles of its body
+            if (
+                start is not None
+            ):  # what follows a loop may already run in the last bundles of its body
                 loops.append((start, at + DELAY))
                 start = None
             else:
@@ -196,4 +263,6 @@ def _regions(text: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
 if __name__ == "__main__":
     work = json.loads(sys.argv[1])
     found = _compile(**work)
-    Path(work["folder"], "scores.json").write_text(json.dumps([dataclasses.asdict(x) for x in found]))
+    Path(work["folder"], "scores.json").write_text(
+        json.dumps([dataclasses.asdict(x) for x in found])
+    )

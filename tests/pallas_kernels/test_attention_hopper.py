@@ -21,10 +21,16 @@ CASES = {
     "window": Case(457, Mask(window=100, aligned=True), (4, 2), 128, batch=2),
     "window longer than the row": Case(130, Mask(window=8192, aligned=True), (4, 1), 128, pads=5),
     "packed": Case(400, Mask(window=70, aligned=True), (2, 1), 128, segments=(3, 200, 1, 140)),
-    "packed, not causal": Case(300, Mask(causal=False, aligned=True), (2, 1), 128, segments=(64, 129, 50)),
-    "window, not causal": Case(300, Mask(causal=False, window=33, aligned=True), (4, 2), 128, pads=40),
+    "packed, not causal": Case(
+        300, Mask(causal=False, aligned=True), (2, 1), 128, segments=(64, 129, 50)
+    ),
+    "window, not causal": Case(
+        300, Mask(causal=False, window=33, aligned=True), (4, 2), 128, pads=40
+    ),
     "narrow": Case(200, Mask(window=64, aligned=True), (4, 2), 64),
-    "tower": Case(300, Mask(causal=False, window=64, aligned=True), (3, 3), 80, segments=(64, 64, 32, 100)),
+    "tower": Case(
+        300, Mask(causal=False, window=64, aligned=True), (3, 3), 80, segments=(64, 64, 32, 100)
+    ),
     "three on one": Case(200, Mask(window=64, aligned=True), (3, 1), 128),
 }
 CACHED = {
@@ -39,11 +45,13 @@ def compare(case, out_tolerance=5e-3, gradient_tolerance=8e-3):
     rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in case.tensors()]
     *qkv, d_out, d_lse = rounded
     calls = {"mask": case.mask, "scale": case.scale}
-    wanted, gradients = in_float64(with_gradients(lambda *a, **t: reference.attention(*a, **t, **calls)))(
-        qkv, (d_out, d_lse), tokens
-    )
+    wanted, gradients = in_float64(
+        with_gradients(lambda *a, **t: reference.attention(*a, **t, **calls))
+    )(qkv, (d_out, d_lse), tokens)
     places = tokens["q_token_index"], tokens["k_token_index"], tokens["k_token_index"]
-    poisoned = [jnp.asarray(poison(x, place), jnp.bfloat16) for x, place in zip(qkv, places, strict=True)]
+    poisoned = [
+        jnp.asarray(poison(x, place), jnp.bfloat16) for x, place in zip(qkv, places, strict=True)
+    ]
     ours, d_ours = with_gradients(lambda *a, **t: attention_hopper.attention(*a, **t, **calls))(
         poisoned, (jnp.asarray(d_out), jnp.asarray(d_lse)), tokens
     )
@@ -54,7 +62,10 @@ def compare(case, out_tolerance=5e-3, gradient_tolerance=8e-3):
         np.testing.assert_array_equal(np.isinf(a), np.isinf(b), err_msg=name)
         real = np.isfinite(b)
         error = rel_rms(a[real], b[real])
-        assert error <= (gradient_tolerance if name.startswith("d_") else out_tolerance), (name, error)
+        assert error <= (gradient_tolerance if name.startswith("d_") else out_tolerance), (
+            name,
+            error,
+        )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -63,17 +74,26 @@ def test_runs_are_the_mask(name):
     tokens = case.tokens()
     token_index, segment_ids = tokens["q_token_index"], tokens["q_segment_ids"]
     seen = np.asarray(case.mask.visible(token_index, token_index, segment_ids, segment_ids))
-    first, last, seen_first, seen_last = (np.asarray(x) for x in attention_hopper.visible_ranges(token_index, segment_ids, case.mask))
+    first, last, seen_first, seen_last = (
+        np.asarray(x) for x in attention_hopper.visible_ranges(token_index, segment_ids, case.mask)
+    )
     row = np.arange(case.length)
     np.testing.assert_array_equal((row >= first[:, :, None]) & (row <= last[:, :, None]), seen)
-    np.testing.assert_array_equal((row >= seen_first[:, :, None]) & (row <= seen_last[:, :, None]), seen.swapaxes(1, 2))
+    np.testing.assert_array_equal(
+        (row >= seen_first[:, :, None]) & (row <= seen_last[:, :, None]), seen.swapaxes(1, 2)
+    )
 
 
 @pytest.mark.parametrize("name", CACHED)
 def test_runs_among_sorted_keys_are_the_mask(name):
     case = CACHED[name]
     tokens = case.tokens()
-    first, last = (np.asarray(x) for x in attention_hopper.cached_visible_ranges(tokens["q_token_index"], tokens["k_token_index"], case.mask))
+    first, last = (
+        np.asarray(x)
+        for x in attention_hopper.cached_visible_ranges(
+            tokens["q_token_index"], tokens["k_token_index"], case.mask
+        )
+    )
     k_token_index = np.sort(tokens["k_token_index"], axis=1)
     seen = np.asarray(case.mask.visible(tokens["q_token_index"], k_token_index, None, None))
     row = np.arange(k_token_index.shape[1])
@@ -85,12 +105,16 @@ def test_runs_among_sorted_keys_are_the_mask(name):
 def test_blocks_cover_what_is_seen(name, strict):
     case, rows, keys = CASES[name], 64, 32
     tokens = case.tokens()
-    first, last, *_ = attention_hopper.visible_ranges(tokens["q_token_index"], tokens["q_segment_ids"], case.mask)
+    first, last, *_ = attention_hopper.visible_ranges(
+        tokens["q_token_index"], tokens["q_segment_ids"], case.mask
+    )
     first, last = attention_hopper._pad(first, 0), attention_hopper._pad(last, -1)
     length = first.shape[1]
     column = np.arange(length)
     seen = (column >= first[:, :, None]) & (column <= last[:, :, None])
-    seen = seen.reshape(-1, length // rows, rows, length // keys, keys).swapaxes(2, 3)  # [b, tile, block, row, key]
+    seen = seen.reshape(-1, length // rows, rows, length // keys, keys).swapaxes(
+        2, 3
+    )  # [b, tile, block, row, key]
     real = np.asarray(first <= last).reshape(-1, length // rows, 1, rows, 1)
     bounds = np.asarray(attention_forward.tile_blocks(first, last, rows, keys, strict))
     begin, whole, broken, end = np.moveaxis(bounds, 2, 0)[..., None]
@@ -113,14 +137,19 @@ def test_frame_of_cached_keys(name, monkeypatch):
     compare(CACHED[name])
 
 
-@pytest.mark.parametrize(("name", "kernels"), [("window", 2), ("packed", 2), ("narrow", 2), ("ring", 1), ("tower", 2), ("three on one", 2)])
+@pytest.mark.parametrize(
+    ("name", "kernels"),
+    [("window", 2), ("packed", 2), ("narrow", 2), ("ring", 1), ("tower", 2), ("three on one", 2)],
+)
 def test_lowers_for_cuda(name, kernels):
     case = (CASES | CACHED)[name]
     q, k, v = (jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in case.tensors()[:3])
     tokens = {name: x if x is None else jnp.asarray(x) for name, x in case.tokens().items()}
 
     def run(q, k, v):
-        outputs, pull = jax.vjp(lambda *a: attention_hopper.attention(*a, **tokens, mask=case.mask, scale=0.1), q, k, v)
+        outputs, pull = jax.vjp(
+            lambda *a: attention_hopper.attention(*a, **tokens, mask=case.mask, scale=0.1), q, k, v
+        )
         return outputs, pull(outputs)
 
     text = jax.jit(run).trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
@@ -132,8 +161,12 @@ def test_refuses_by_name():
     mask = Mask(window=8, aligned=True)
 
     def reason(mask=mask, scale=1.0, dtype=jnp.bfloat16, segments=False, **changed):
-        arrays = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in (shapes | changed).items()}
-        return attention_hopper.supports(**arrays, mask=mask, scale=scale, q_segment_ids=0 if segments else None)
+        arrays = {
+            name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in (shapes | changed).items()
+        }
+        return attention_hopper.supports(
+            **arrays, mask=mask, scale=scale, q_segment_ids=0 if segments else None
+        )
 
     assert reason() is None
     assert reason(Mask(window=8), k=(1, 65, 2, 128), v=(1, 65, 2, 128)) is None

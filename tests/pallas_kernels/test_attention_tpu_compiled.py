@@ -12,7 +12,9 @@ from pallas_kernels.testing.pods import compile_for_pod, pod_mesh
 TOPOLOGIES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
 
 
-def compiled(topology, mask, tokens, keys, heads, width, segments, dtype=jnp.bfloat16, gradients=True):
+def compiled(
+    topology, mask, tokens, keys, heads, width, segments, dtype=jnp.bfloat16, gradients=True
+):
     mesh = Mesh(pod_mesh(topology, {"data": -1}).devices[:1], ("data",))  # one chip
     alike = NamedSharding(mesh, PartitionSpec())
 
@@ -23,7 +25,9 @@ def compiled(topology, mask, tokens, keys, heads, width, segments, dtype=jnp.bfl
         packed = (q_token_index, k_token_index) if segments else (None, None)
 
         def op(q, k, v):
-            return attention_tpu.attention(q, k, v, q_token_index, k_token_index, *packed, mask, width**-0.5)
+            return attention_tpu.attention(
+                q, k, v, q_token_index, k_token_index, *packed, mask, width**-0.5
+            )
 
         if not gradients:
             return op(q, k, v)
@@ -32,7 +36,9 @@ def compiled(topology, mask, tokens, keys, heads, width, segments, dtype=jnp.bfl
 
     q, k = array(tokens, heads[0], width), array(keys, heads[1], width)
     indices = array(tokens, dtype=jnp.int32), array(keys, dtype=jnp.int32)
-    return compile_for_pod(run, mesh, q, k, k, *indices, q, array(tokens, heads[0], dtype=jnp.float32))
+    return compile_for_pod(
+        run, mesh, q, k, k, *indices, q, array(tokens, heads[0], dtype=jnp.float32)
+    )
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
@@ -59,11 +65,20 @@ def test_over_a_mesh():
     """Sequences and heads spread, each chip with the kernels on its own, under shard_map's own checks."""
     mesh = pod_mesh("v5p:2x2x1", {"data": 2, "tensor": 2})
     spec = PartitionSpec("data", None, "tensor")
-    q, k = (jax.ShapeDtypeStruct((2, 1024, heads, 128), jnp.bfloat16, sharding=NamedSharding(mesh, spec)) for heads in (16, 2))
-    token_index = jax.ShapeDtypeStruct((2, 1024), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec("data")))
+    q, k = (
+        jax.ShapeDtypeStruct(
+            (2, 1024, heads, 128), jnp.bfloat16, sharding=NamedSharding(mesh, spec)
+        )
+        for heads in (16, 2)
+    )
+    token_index = jax.ShapeDtypeStruct(
+        (2, 1024), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec("data"))
+    )
 
     def local(q, k, v, token_index):
-        return attention_tpu.attention(q, k, v, token_index, token_index, None, None, Mask(window=512, aligned=True), 0.1)
+        return attention_tpu.attention(
+            q, k, v, token_index, token_index, None, None, Mask(window=512, aligned=True), 0.1
+        )
 
     def run(q, k, v, token_index):
         specs = (spec, spec, spec, PartitionSpec("data"))

@@ -36,7 +36,10 @@ def case(length, gates="mild", keys="random", batch=1, heads=2, key_dim=16, valu
         beta,
         rng.standard_normal((batch, heads, key_dim, value_dim)),
     )
-    cotangents = rng.standard_normal((*lead, value_dim)), rng.standard_normal((batch, heads, key_dim, value_dim))
+    cotangents = (
+        rng.standard_normal((*lead, value_dim)),
+        rng.standard_normal((batch, heads, key_dim, value_dim)),
+    )
     return tuple(np.float32(x) for x in inputs), tuple(np.float32(x) for x in cotangents)
 
 
@@ -46,7 +49,10 @@ EXACT = dict.fromkeys(NAMES, TOLERANCE)
 
 def assert_close(got, want, allowed=EXACT):
     """Both are (results, gradients)."""
-    errors = {name: rel_rms(a, b) for name, a, b in zip(NAMES, (*got[0], *got[1]), (*want[0], *want[1]), strict=True)}
+    errors = {
+        name: rel_rms(a, b)
+        for name, a, b in zip(NAMES, (*got[0], *got[1]), (*want[0], *want[1]), strict=True)
+    }
     assert all(error <= allowed[name] for name, error in errors.items()), errors
 
 
@@ -73,14 +79,22 @@ def test_gates_beyond_float32_range():
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_equals_torch(length):
-    for name, gates in (("recurrent", "spread"), ("recurrent", "forget"), ("chunk", "mild"), ("chunk", "keep")):
+    for name, gates in (
+        ("recurrent", "spread"),
+        ("recurrent", "forget"),
+        ("chunk", "mild"),
+        ("chunk", "keep"),
+    ):
         (q, k, v, g, beta, state), cotangents = case(length, gates)
         function = getattr(theirs, f"torch_{name}_gated_delta_rule")
         arrays = (torch.from_numpy(np.array(x)) for x in (q, k, v, g, beta))
         want = function(*arrays, initial_state=torch.from_numpy(state), output_final_state=True)
         scaled = q * np.float32(q.shape[-1] ** -0.5)  # theirs scales q itself
         got, _ = chunked((scaled, k, v, g, beta, state), cotangents)
-        assert max(rel_rms(a, b.numpy()) for a, b in zip(got, want, strict=True)) <= TOLERANCE, (name, gates)
+        assert max(rel_rms(a, b.numpy()) for a, b in zip(got, want, strict=True)) <= TOLERANCE, (
+            name,
+            gates,
+        )
 
 
 def test_packed_equals_unpacked():
@@ -88,23 +102,35 @@ def test_packed_equals_unpacked():
     token_index, segment_ids = parity.packing(pieces, length)
     inputs, cotangents = case(length, "spread")
     packed = chunked(inputs, cotangents, {"token_index": token_index, "segment_ids": segment_ids})
-    assert_close(packed, truth(inputs, cotangents, {"token_index": token_index, "segment_ids": segment_ids}))
+    assert_close(
+        packed, truth(inputs, cotangents, {"token_index": token_index, "segment_ids": segment_ids})
+    )
 
     starts = np.cumsum([0, *pieces[:-1]])
     rows = np.stack([np.minimum(start + np.arange(70), length - 1) for start in starts])
     apart = [x[0][rows] for x in inputs[:5]]  # one sequence a row
-    state, ct_state = (np.zeros((len(pieces), *x.shape[1:]), np.float32) for x in (inputs[5], cotangents[1]))
+    state, ct_state = (
+        np.zeros((len(pieces), *x.shape[1:]), np.float32) for x in (inputs[5], cotangents[1])
+    )
     state[0], ct_state[-1] = inputs[5][0], cotangents[1][0]
     unpacked_index = parity.padding(pieces, 70)
-    results, gradients = chunked((*apart, state), (cotangents[0][0][rows], ct_state), {"token_index": unpacked_index})
+    results, gradients = chunked(
+        (*apart, state), (cotangents[0][0][rows], ct_state), {"token_index": unpacked_index}
+    )
 
     def join(x):
         return np.concatenate([row[:n] for row, n in zip(x, pieces, strict=True)])[None]
 
     used = sum(pieces)
     assert not any(np.any(x[:, used:]) for x in (packed[0][0], *packed[1][:5]))
-    trimmed = (packed[0][0][:, :used], packed[0][1]), (*(x[:, :used] for x in packed[1][:5]), packed[1][5])
-    joined = (join(results[0]), results[1][-1:]), (*(join(x) for x in gradients[:5]), gradients[5][:1])
+    trimmed = (
+        (packed[0][0][:, :used], packed[0][1]),
+        (*(x[:, :used] for x in packed[1][:5]), packed[1][5]),
+    )
+    joined = (
+        (join(results[0]), results[1][-1:]),
+        (*(join(x) for x in gradients[:5]), gradients[5][:1]),
+    )
     assert_close(trimmed, joined)
 
 
@@ -120,7 +146,9 @@ def test_pads_anywhere_and_returning_segments():
     assert got[0][1][1].tobytes() == inputs[5][1].tobytes()
 
     ruined = [poison(x, token_index) for x in inputs[:5]]
-    again = chunked((*ruined, inputs[5]), (poison(cotangents[0], token_index), cotangents[1]), others)
+    again = chunked(
+        (*ruined, inputs[5]), (poison(cotangents[0], token_index), cotangents[1]), others
+    )
     for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(got), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -148,18 +176,25 @@ def test_state_carries_over_any_split():
 
     step = jax.jit(
         lambda state, tokens: jax.lax.scan(
-            lambda s, x: gated_delta_rule(*(a[:, None] for a in x), s)[::-1], state, [jnp.moveaxis(a, 1, 0) for a in tokens]
+            lambda s, x: gated_delta_rule(*(a[:, None] for a in x), s)[::-1],
+            state,
+            [jnp.moveaxis(a, 1, 0) for a in tokens],
         )
     )
     stepped, out = step(state, inputs[:5])
-    assert rel_rms(jnp.moveaxis(out[:, :, 0], 0, 1), whole) <= TOLERANCE and rel_rms(stepped, last) <= TOLERANCE
+    assert (
+        rel_rms(jnp.moveaxis(out[:, :, 0], 0, 1), whole) <= TOLERANCE
+        and rel_rms(stepped, last) <= TOLERANCE
+    )
 
     run, outs, start = jax.jit(gated_delta_rule), [], 0
     for n in (48, 1, 17, 40, 44):  # each call of `size` rows, the rest of them pads
         rows = np.minimum(np.arange(start, start + size), length - 1)
         out, state = run(*(x[:, rows] for x in inputs[:5]), state, parity.padding([n], size))
         outs, start = [*outs, out[:, :n]], start + n
-    assert rel_rms(np.concatenate(outs, 1), whole) <= TOLERANCE and rel_rms(state, last) <= TOLERANCE
+    assert (
+        rel_rms(np.concatenate(outs, 1), whole) <= TOLERANCE and rel_rms(state, last) <= TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("implementation", (xla, delta_hopper, delta_tpu))
@@ -167,7 +202,13 @@ def test_shapes_that_do_not_fit_are_told_by_all(implementation):
     wide, gates = jnp.zeros((1, 70, 2, 128), jnp.bfloat16), jnp.zeros((1, 70, 2))
     state = jnp.zeros((1, 2, 128, 128))
     right = {"q": wide, "k": wide, "v": wide, "g": gates, "beta": gates, "initial_state": state}
-    wrong = {"q": wide[:, :, :1], "v": wide[:, :69], "g": gates[:, :, :1], "beta": gates[:, :, None], "initial_state": state[..., :64]}
+    wrong = {
+        "q": wide[:, :, :1],
+        "v": wide[:, :69],
+        "g": gates[:, :, :1],
+        "beta": gates[:, :, None],
+        "initial_state": state[..., :64],
+    }
     for name, x in wrong.items():
         with pytest.raises(ValueError, match=rf"{name} is \[.*\n  -> give it \[1, "):
             implementation.gated_delta_rule(**right | {name: x})
@@ -198,7 +239,9 @@ def test_bfloat16(keys):
         assert [x.dtype for x in got[0]] == [jnp.bfloat16, np.float32]
         assert [x.dtype for x in got[1]] == [jnp.bfloat16] * 3 + [np.float32] * 3
         rounded = np.asarray(jnp.asarray(cotangents[0], jnp.bfloat16).astype(jnp.float32))
-        want = truth((*(x.astype(np.float32) for x in narrow), *inputs[3:]), (rounded, cotangents[1]))
+        want = truth(
+            (*(x.astype(np.float32) for x in narrow), *inputs[3:]), (rounded, cotangents[1])
+        )
         assert_close(got, want, {name: min(ALLOWED[name], 1e-2) for name in NAMES})
 
 
@@ -221,7 +264,11 @@ def test_what_the_backward_pass_keeps_grows_linearly(implementation):
 
     def kept(length):
         lead = 1, length, 2
-        shapes = [((*lead, 128), jnp.bfloat16)] * 2 + [((*lead, 256), jnp.bfloat16)] + [(lead, jnp.float32)] * 2
+        shapes = (
+            [((*lead, 128), jnp.bfloat16)] * 2
+            + [((*lead, 256), jnp.bfloat16)]
+            + [(lead, jnp.float32)] * 2
+        )
         inputs = [jax.ShapeDtypeStruct(*x) for x in shapes]
         pull = jax.eval_shape(lambda *x: jax.vjp(implementation.gated_delta_rule, *x)[1], *inputs)
         return sum(x.size for x in jax.tree.leaves(pull))

@@ -13,11 +13,24 @@ import pytest
 from pallas_kernels.gated_delta_rule import reference
 from pallas_kernels.gated_delta_rule.hopper import chunks
 from pallas_kernels.gated_delta_rule.hopper import gated_delta_rule as delta_hopper
-from pallas_kernels.testing.parity import GATES, in_float64, packing, padding, poison, rel_rms, unit, with_gradients
+from pallas_kernels.testing.parity import (
+    GATES,
+    in_float64,
+    packing,
+    padding,
+    poison,
+    rel_rms,
+    unit,
+    with_gradients,
+)
 
 INPUTS = ("q", "k", "v", "g", "beta", "initial_state")
 RESULTS = ("out", "state")
-ALLOWED = dict.fromkeys((*RESULTS,), 5e-3) | dict.fromkeys(("q", "k", "v", "initial_state"), 8e-3) | dict.fromkeys(("g", "beta"), 2e-2)
+ALLOWED = (
+    dict.fromkeys((*RESULTS,), 5e-3)
+    | dict.fromkeys(("q", "k", "v", "initial_state"), 8e-3)
+    | dict.fromkeys(("g", "beta"), 2e-2)
+)
 truth = in_float64(with_gradients(reference.gated_delta_rule))
 ours = with_gradients(delta_hopper.gated_delta_rule)
 
@@ -31,11 +44,18 @@ def case(length, batch=1, heads=2, value=64, gates="spread", seed=0):
     """Inputs and cotangents in float32; what is bfloat16 to the kernels holds such numbers."""
     rng = np.random.default_rng(seed)
     lead = batch, length, heads
-    wide = unit(rng, (*lead, 128)) * 128**-0.5, unit(rng, (*lead, 128)), rng.standard_normal((*lead, value))
+    wide = (
+        unit(rng, (*lead, 128)) * 128**-0.5,
+        unit(rng, (*lead, 128)),
+        rng.standard_normal((*lead, value)),
+    )
     state, cotangent = rng.standard_normal((2, batch, heads, 128, value))
     rest = GATES[gates](rng, lead), 1 / (1 + np.exp(-2 * rng.standard_normal(lead))), state
     out = rng.standard_normal((*lead, value))
-    return [*(rounded(x) for x in wide), *(np.float32(x) for x in rest)], [rounded(out), np.float32(cotangent)]
+    return [*(rounded(x) for x in wide), *(np.float32(x) for x in rest)], [
+        rounded(out),
+        np.float32(cotangent),
+    ]
 
 
 def rounded(x):
@@ -50,16 +70,23 @@ def tokens(length):
     """Rows that are packed, padded and empty."""
     token_index, segment_ids = packing((3, 64, 1, length - 80), length)
     more = padding([length // 2, 0], length)
-    return {"token_index": np.concatenate([token_index, more]), "segment_ids": np.concatenate([segment_ids, np.zeros_like(more)])}
+    return {
+        "token_index": np.concatenate([token_index, more]),
+        "segment_ids": np.concatenate([segment_ids, np.zeros_like(more)]),
+    }
 
 
 @pytest.mark.parametrize(("length", "others"), [(65, {}), (64, {}), (150, tokens(150))])
 def test_frame(length, others, dense):
     inputs, cotangents = case(length, batch=3 if others else 1)
     want = truth(inputs, cotangents, others)
-    poisoned = [*(poison(x, others["token_index"]) for x in inputs[:5]), inputs[5]] if others else inputs
+    poisoned = (
+        [*(poison(x, others["token_index"]) for x in inputs[:5]), inputs[5]] if others else inputs
+    )
     got = ours(as_given(poisoned), cotangents, others)
-    for name, a, b in zip((*RESULTS, *INPUTS), (*got[0], *got[1]), (*want[0], *want[1]), strict=True):
+    for name, a, b in zip(
+        (*RESULTS, *INPUTS), (*got[0], *got[1]), (*want[0], *want[1]), strict=True
+    ):
         error = rel_rms(a, b)
         assert error <= ALLOWED[name], (name, error)
     if others:
@@ -92,13 +119,21 @@ def test_joins_tile_the_lower_triangle():
     row, column = np.mgrid[:64, :64]
     levels = [np.asarray(chunks.joins(row, column, level)) for level in range(6)]
     np.testing.assert_array_equal(sum(levels), column < row)
-    assert all(level.reshape(64 >> i + 1, 2 << i, 64 >> i + 1, 2 << i).any((0, 2)).sum() == 4**i for i, level in enumerate(levels))
+    assert all(
+        level.reshape(64 >> i + 1, 2 << i, 64 >> i + 1, 2 << i).any((0, 2)).sum() == 4**i
+        for i, level in enumerate(levels)
+    )
 
 
 def test_halves_carry_sixteen_bits():
     x = jnp.asarray(np.random.default_rng(0).standard_normal(1000), jnp.float32)
     high, low = chunks.rounded_halves(x)
-    assert float(jnp.abs(high.astype(jnp.float32) + low.astype(jnp.float32) - x).max() / jnp.abs(x).max()) < 2**-15
+    assert (
+        float(
+            jnp.abs(high.astype(jnp.float32) + low.astype(jnp.float32) - x).max() / jnp.abs(x).max()
+        )
+        < 2**-15
+    )
 
 
 @pytest.mark.parametrize("batch", [1, 12])
@@ -115,13 +150,15 @@ def test_lowers_for_cuda(batch, backward):
         return pull(results)
 
     text = jax.jit(run).trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("gdn_chunks") and text.count("gdn_walk")
+    assert text.count("gdn_chunks") and text.count("gdn_chunk_scan")
 
 
 def test_refuses_by_name():
     def reason(length=64, key=128, value=256, dtype=jnp.bfloat16):
         wide = [jax.ShapeDtypeStruct((1, length, 2, width), dtype) for width in (key, key, value)]
-        return delta_hopper.supports(*wide, *[jax.ShapeDtypeStruct((1, length, 2), jnp.float32)] * 2)
+        return delta_hopper.supports(
+            *wide, *[jax.ShapeDtypeStruct((1, length, 2), jnp.float32)] * 2
+        )
 
     assert reason() is None and reason(value=64) is None and reason(length=2) is None
     assert "float32" in reason(dtype=jnp.float32)
@@ -130,4 +167,6 @@ def test_refuses_by_name():
     assert "single token" in reason(length=1)
     assert "no tokens" in reason(length=0)
     with pytest.raises(ValueError, match="use the implementation xla"):
-        delta_hopper.gated_delta_rule(*[jnp.zeros((1, 64, 1, 64))] * 3, *[jnp.zeros((1, 64, 1))] * 2)
+        delta_hopper.gated_delta_rule(
+            *[jnp.zeros((1, 64, 1, 64))] * 3, *[jnp.zeros((1, 64, 1))] * 2
+        )

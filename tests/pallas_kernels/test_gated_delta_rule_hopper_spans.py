@@ -11,34 +11,53 @@ import pytest
 
 from pallas_kernels.gated_delta_rule import reference
 from pallas_kernels.gated_delta_rule.hopper import gated_delta_rule as delta_hopper
-from pallas_kernels.gated_delta_rule.hopper.spans import KEY, compose, cut, passages_of, place, spans_of
+from pallas_kernels.gated_delta_rule.hopper.spans import (
+    KEY,
+    compose,
+    cut,
+    place,
+    spans_of,
+    transition_blocks,
+)
 from pallas_kernels.gated_delta_rule.tuning import HopperSpans as HopperDeltaSpans
 from pallas_kernels.hardware import HOPPER_MULTIPROCESSORS
 from pallas_kernels.testing.parity import rel_rms, unit
 
 
 def test_cut_where_multiprocessors_are_idle():
-    for walks, parts, count in itertools.product((1, 2, 3, 4, 8, 16, 20, 33, 200), (1, 2, 4), (1, 16, 31, 32, 33, 100, 128, 2048)):
+    for walks, parts, count in itertools.product(
+        (1, 2, 3, 4, 8, 16, 20, 33, 200), (1, 2, 4), (1, 16, 31, 32, 33, 100, 128, 2048)
+    ):
         spans = spans_of(walks, parts, count)
         lengths = [int(cut(count, spans, span)[1]) for span in range(spans)]
         assert sum(lengths) == count and min(lengths) > 0
         if spans > 1:
-            assert walks * spans * parts <= HOPPER_MULTIPROCESSORS and walks * passages_of(spans, parts) <= HOPPER_MULTIPROCESSORS
+            assert (
+                walks * spans * parts <= HOPPER_MULTIPROCESSORS
+                and walks * transition_blocks(spans, parts) <= HOPPER_MULTIPROCESSORS
+            )
             assert lengths[0] >= HopperDeltaSpans.shortest and count >= HopperDeltaSpans.row
     assert [spans_of(heads, 4, 128) for heads in (32, 16, 8, 4, 1)] == [1, 2, 4, 6, 8]
-    assert spans_of(16, 4, 128, back=True) == spans_of(16, 4, 129) == 1 and spans_of(8, 4, 129, back=True) == 4
+    assert (
+        spans_of(16, 4, 128, back=True) == spans_of(16, 4, 129) == 1
+        and spans_of(8, 4, 129, back=True) == 4
+    )
 
 
 @pytest.mark.parametrize(("count", "spans"), [(10, 3), (9, 3), (7, 1), (64, 7)])
 def test_spans_follow_each_other(count, spans):
     placed = [cut(count, spans, span) for span in range(spans)]
-    assert [n for first, number in placed for n in range(int(first), int(first + number))] == list(range(count))
+    assert [n for first, number in placed for n in range(int(first), int(first + number))] == list(
+        range(count)
+    )
 
 
 @pytest.mark.parametrize(("spans", "parts"), [(2, 4), (3, 1), (8, 2)])
 def test_each_block_has_its_own_columns(spans, parts):
-    span, part = place(jnp.arange(passages_of(spans, parts)), parts)
-    wanted = [(0, p) for p in range(parts)] + [(s, p) for s in range(1, spans - 1) for p in range(parts + KEY // 64)]
+    span, part = place(jnp.arange(transition_blocks(spans, parts)), parts)
+    wanted = [(0, p) for p in range(parts)] + [
+        (s, p) for s in range(1, spans - 1) for p in range(parts + KEY // 64)
+    ]
     assert list(zip(span.tolist(), part.tolist(), strict=True)) == wanted
 
 
@@ -53,7 +72,9 @@ def test_states_between_spans(backward):
     nothing, identity = np.zeros_like(first), np.broadcast_to(np.eye(KEY), (1, heads, KEY, KEY))
 
     def forward(state, values, at):
-        return reference.gated_delta_rule(q[:, at], k[:, at], values[:, at], g[:, at], beta[:, at], state)
+        return reference.gated_delta_rule(
+            q[:, at], k[:, at], values[:, at], g[:, at], beta[:, at], state
+        )
 
     def chunk_scan(state, share, at):
         """The state after some tokens, or the gradient of the state before them from that of the state after."""
@@ -65,9 +86,17 @@ def test_states_between_spans(backward):
         return pull((jnp.asarray(cotangent), state))[0]
 
     with jax.enable_x64(True):
-        tokens = [(int(a), int(a + n)) for a, n in (cut(count, spans, span) for span in range(spans))][:: -1 if backward else 1]
+        tokens = [
+            (int(a), int(a + n)) for a, n in (cut(count, spans, span) for span in range(spans))
+        ][:: -1 if backward else 1]
         passed = [jnp.concatenate([chunk_scan(jnp.asarray(first), 1, tokens[0]), identity], 3)]
-        passed += [jnp.concatenate([chunk_scan(jnp.asarray(nothing), 1, at), chunk_scan(jnp.asarray(identity), 0, at)], 3) for at in tokens[1:-1]]
+        passed += [
+            jnp.concatenate(
+                [chunk_scan(jnp.asarray(nothing), 1, at), chunk_scan(jnp.asarray(identity), 0, at)],
+                3,
+            )
+            for at in tokens[1:-1]
+        ]
         got = compose(jnp.asarray(first), jnp.stack(passed, 2))
         want = first
         for span, at in enumerate(tokens):
@@ -85,5 +114,5 @@ def test_cut_walks_lower_for_cuda(backward):
         return pull(results) if backward else results
 
     text = jax.jit(run).trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
-    kernels = ["gdn_passages"] + ["gdn_passages_back"] * backward
+    kernels = ["gdn_span_transitions"] + ["gdn_span_transitions_backward"] * backward
     assert spans_of(2, 4, 65) == 4 and all(name in text for name in kernels)

@@ -36,7 +36,10 @@ def case(length, gates="mild", keys="random", batch=1, heads=2, key_dim=128, val
         1 / (1 + np.exp(-2 * rng.standard_normal(lead))),
         rng.standard_normal((batch, heads, key_dim, value_dim)),
     )
-    cotangents = rng.standard_normal((*lead, value_dim)), rng.standard_normal((batch, heads, key_dim, value_dim))
+    cotangents = (
+        rng.standard_normal((*lead, value_dim)),
+        rng.standard_normal((batch, heads, key_dim, value_dim)),
+    )
     return tuple(np.float32(x) for x in inputs), tuple(np.float32(x) for x in cotangents)
 
 
@@ -46,7 +49,10 @@ def narrow(x):
 
 def errors(got, want):
     """Both are (results, gradients)."""
-    return {name: rel_rms(a, b) for name, a, b in zip(NAMES, (*got[0], *got[1]), (*want[0], *want[1]), strict=True)}
+    return {
+        name: rel_rms(a, b)
+        for name, a, b in zip(NAMES, (*got[0], *got[1]), (*want[0], *want[1]), strict=True)
+    }
 
 
 def assert_close(got, want, tolerance=F32):
@@ -67,16 +73,24 @@ def test_bfloat16(length):
     for gates in GATES:
         for keys in ("random", "repeated"):
             inputs, cotangents = case(length, gates, keys, value_dim=256)
-            inputs, cotangents = (*map(narrow, inputs[:3]), *inputs[3:]), (narrow(cotangents[0]), cotangents[1])
+            inputs, cotangents = (
+                (*map(narrow, inputs[:3]), *inputs[3:]),
+                (narrow(cotangents[0]), cotangents[1]),
+            )
             want = truth(inputs, cotangents)
             got = ours(inputs, cotangents)
-            assert [x.dtype for x in (*got[0], *got[1])] == [jnp.bfloat16, np.float32] + [jnp.bfloat16] * 3 + [np.float32] * 3
+            assert [x.dtype for x in (*got[0], *got[1])] == [jnp.bfloat16, np.float32] + [
+                jnp.bfloat16
+            ] * 3 + [np.float32] * 3
             assert_close(got, want, ALLOWED)
 
 
 def test_blocks_of_heads_and_an_odd_number_of_chunks():
     inputs, cotangents = case(260, batch=2, heads=6, value_dim=384)
-    assert delta_tpu._heads(6, 128, 384, jnp.float32, TPUDelta.backward) == 1 and delta_tpu._heads(6, 128, 384, jnp.float32) == 2
+    assert (
+        delta_tpu._heads(6, 128, 384, jnp.float32, TPUDelta.backward) == 1
+        and delta_tpu._heads(6, 128, 384, jnp.float32) == 2
+    )
     assert_close(ours(inputs, cotangents), truth(inputs, cotangents))
 
 
@@ -94,7 +108,10 @@ def test_packed_rows(kind):
     others = {"token_index": token_index, "segment_ids": segment_ids}
     inputs, cotangents = case(260, "mild")
     if kind == "bfloat16":
-        inputs, cotangents = (*map(narrow, inputs[:3]), *inputs[3:]), (narrow(cotangents[0]), cotangents[1])
+        inputs, cotangents = (
+            (*map(narrow, inputs[:3]), *inputs[3:]),
+            (narrow(cotangents[0]), cotangents[1]),
+        )
     got = ours(inputs, cotangents, others)
     assert_close(got, truth(inputs, cotangents, others), F32 if kind == "float32" else ALLOWED)
     assert not any(np.any(x[:, 238:]) for x in (got[0][0], *got[1][:5]))
@@ -136,10 +153,17 @@ def test_refusals():
             for width, kind in ((key_dim, dtype), (key_dim, dtype), (value_dim, other or dtype))
         )
 
-    assert delta_tpu.supports(*arrays()) is None and delta_tpu.supports(*arrays(dtype=jnp.float32)) is None
+    assert (
+        delta_tpu.supports(*arrays()) is None
+        and delta_tpu.supports(*arrays(dtype=jnp.float32)) is None
+    )
     assert "values 192 wide" in delta_tpu.supports(*arrays(value_dim=192))
     assert "keys 64 wide" in delta_tpu.supports(*arrays(key_dim=64))
     assert "rows of 1 tokens" in delta_tpu.supports(*arrays(length=1))
     assert "float32" in delta_tpu.supports(*arrays(other=jnp.float32))
     with pytest.raises(ValueError, match="use the implementation xla"):
-        jax.eval_shape(delta_tpu.gated_delta_rule, *arrays(key_dim=64), *[jax.ShapeDtypeStruct((1, 8, 2), jnp.float32)] * 2)
+        jax.eval_shape(
+            delta_tpu.gated_delta_rule,
+            *arrays(key_dim=64),
+            *[jax.ShapeDtypeStruct((1, 8, 2), jnp.float32)] * 2,
+        )

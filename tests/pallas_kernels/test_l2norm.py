@@ -34,20 +34,30 @@ def results(function, x, ct):
 @pytest.mark.parametrize("function", (l2norm, products.l2norm))
 def test_matches_float64(function, dtype):
     x, ct = drawn(dtype)
-    exact = in_float64(with_gradients(lambda x: (by_definition(x),)))((x.astype(np.float64),), (ct.astype(np.float64),), {})
+    exact = in_float64(with_gradients(lambda x: (by_definition(x),)))(
+        (x.astype(np.float64),), (ct.astype(np.float64),), {}
+    )
     (out, d_x), (want, want_d_x) = results(function, x, ct), jax.tree.leaves(exact)
     assert function(x, HEADS, EPS).dtype == jnp.float32
     assert rel_rms(out, want) <= 1e-6
-    assert rel_rms(d_x, want_d_x) <= (1e-5 if dtype == jnp.float32 else 4e-3)  # the gradient of x is rounded to bfloat16
+    assert rel_rms(d_x, want_d_x) <= (
+        1e-5 if dtype == jnp.float32 else 4e-3
+    )  # the gradient of x is rounded to bfloat16
     assert not out[0, 0, :WIDTH].any()
 
 
 def by_definition(x):
     heads = [x[..., WIDTH * h : WIDTH * (h + 1)] for h in range(HEADS)]
-    return jnp.concatenate([y / jnp.sqrt(jnp.sum(y**2, axis=-1, keepdims=True) + EPS) for y in heads], axis=-1)
+    return jnp.concatenate(
+        [y / jnp.sqrt(jnp.sum(y**2, axis=-1, keepdims=True) + EPS) for y in heads], axis=-1
+    )
 
 
-@pytest.mark.parametrize("run", (RunConfig(data=2, fsdp=2, tensor=2), RunConfig(fsdp=2, tensor=4)), ids=("heads split", "heads whole"))
+@pytest.mark.parametrize(
+    "run",
+    (RunConfig(data=2, fsdp=2, tensor=2), RunConfig(fsdp=2, tensor=4)),
+    ids=("heads split", "heads whole"),
+)
 def test_on_a_mesh_each_device_has_its_own_heads(run):
     x, ct = drawn(jnp.float32)
     for function in (l2norm, products.l2norm):

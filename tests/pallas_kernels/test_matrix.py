@@ -30,7 +30,10 @@ def run(monkeypatch, *arguments, **functions):
         return end.code
 
 
-@pytest.mark.parametrize(("operator", "case"), [("attention", "^(ring, 65 x 64|pads only|rows of)"), ("gated_delta_rule", "^pads")])
+@pytest.mark.parametrize(
+    ("operator", "case"),
+    [("attention", "^(ring, 65 x 64|pads only|rows of)"), ("gated_delta_rule", "^pads")],
+)
 def test_interpreted_kernels_pass(monkeypatch, capsys, operator, case):
     assert run(monkeypatch, "--operator", operator, "--case", case) is None
     lines = capsys.readouterr().out.splitlines()
@@ -51,7 +54,9 @@ def test_token_steps_pass(monkeypatch, capsys, operator):
     _, *lines = capsys.readouterr().out.splitlines()
     assert {line.split()[0] for line in lines} == {"mosaic_gpu", "xla"}
     for line in lines:
-        assert ("no: for Hopper GPUs" if line.split()[0] == "mosaic_gpu" else "of what is allowed") in line
+        assert (
+            "no: for Hopper GPUs" if line.split()[0] == "mosaic_gpu" else "of what is allowed"
+        ) in line
 
 
 def test_a_wrong_result_fails(monkeypatch, capsys):
@@ -77,7 +82,9 @@ def test_a_pad_that_is_read_fails(monkeypatch, capsys):
         out, lse = xla.attention(q, k, v, **rest)
         return out + 0 * v.sum(), lse
 
-    assert run(monkeypatch, "--operator", "attention", "--case", "no window, 300", attention=attention)
+    assert run(
+        monkeypatch, "--operator", "attention", "--case", "no window, 300", attention=attention
+    )
     assert "nan of what is allowed" in capsys.readouterr().out
 
 
@@ -86,7 +93,9 @@ def test_a_cotangent_of_a_pad_that_is_read_fails(monkeypatch, capsys):
         out, lse = xla.attention(q, k, v, k_token_index=k_token_index, **rest)
         return out + 0 * jnp.where(k_token_index[:, :, None, None] >= 0, v, 0).sum(), lse
 
-    assert run(monkeypatch, "--operator", "attention", "--case", "no window, 300", attention=attention)
+    assert run(
+        monkeypatch, "--operator", "attention", "--case", "no window, 300", attention=attention
+    )
     assert "nan of what is allowed" in capsys.readouterr().out
 
 
@@ -97,7 +106,9 @@ def louder_cache(*args, **rule):
 
 def no_negative_zero(*args, **rule):
     out, state = delta_step.step(*args, **rule)
-    return out, state._replace(recurrent_state=jnp.where(state.recurrent_state == 0, 0, state.recurrent_state))
+    return out, state._replace(
+        recurrent_state=jnp.where(state.recurrent_state == 0, 0, state.recurrent_state)
+    )
 
 
 def still_ones_speak(inputs, weights, state, token_index, eps):
@@ -114,7 +125,9 @@ def still_ones_speak(inputs, weights, state, token_index, eps):
     ],
 )
 def test_what_must_be_exact_and_is_not_fails(monkeypatch, capsys, operator, step, result):
-    assert run(monkeypatch, "--operator", operator, "--case", "two tokens", **{operator: in_a_row(step)})
+    assert run(
+        monkeypatch, "--operator", operator, "--case", "two tokens", **{operator: in_a_row(step)}
+    )
     assert f"inf of what is allowed {result}" in capsys.readouterr().out
 
 
@@ -127,7 +140,9 @@ def now_and_then(change, unordered=()):
     calls = itertools.count(1)
 
     def attention(q, *args, **kwargs):
-        third = jax.pure_callback(lambda: np.bool_(next(calls) % 3 == 0), jax.ShapeDtypeStruct((), bool))
+        third = jax.pure_callback(
+            lambda: np.bool_(next(calls) % 3 == 0), jax.ShapeDtypeStruct((), bool)
+        )
         return xla.attention(change(q, third), *args, **kwargs)
 
     return Implementation("xla", attention, unordered=unordered)
@@ -152,16 +167,32 @@ def times(factor):
     ("implementation", "passes"),
     [
         (now_and_then(times(1.0)), True),
-        (now_and_then(times(1 + 2**-20)), False),  # a hundredth of what is allowed, but claimed to be the same each time
+        (
+            now_and_then(times(1 + 2**-20)),
+            False,
+        ),  # a hundredth of what is allowed, but claimed to be the same each time
         (now_and_then(times(1 + 2**-20), ("d_q",)), True),
         (now_and_then(times(1 + 2**-20), ("d_k",)), False),
         (now_and_then(times(1.01), ("d_q",)), False),  # too far in some of the calls
     ],
 )
-def test_a_result_that_differs_now_and_then_fails(monkeypatch, capsys, tmp_path, implementation, passes):
+def test_a_result_that_differs_now_and_then_fails(
+    monkeypatch, capsys, tmp_path, implementation, passes
+):
     monkeypatch.setitem(matrix.IMPLEMENTATIONS, "attention", (implementation,))
     record = tmp_path / "record.jsonl"
-    arguments = "--operator", "attention", "--case", "^window, 63", "--only", "float32", "--repeats", "7", "--record", str(record)
+    arguments = (
+        "--operator",
+        "attention",
+        "--case",
+        "^window, 63",
+        "--only",
+        "float32",
+        "--repeats",
+        "7",
+        "--record",
+        str(record),
+    )
     assert (run(monkeypatch, *arguments) is None) == passes
     (cell,) = map(json.loads, record.read_text().splitlines())
     assert cell["passed"] == passes and cell["repeats"] == 7
@@ -171,7 +202,9 @@ def test_every_pair_of_tokens_heads_and_rows_occurs():
     shapes = list(mesh_shapes(16384))
     for first, second in itertools.combinations(range(3), 2):
         seen = {(shape[first], shape[second]) for shape in shapes}
-        assert seen == set(itertools.product(*({shape[i] for shape in shapes} for i in (first, second))))
+        assert seen == set(
+            itertools.product(*({shape[i] for shape in shapes} for i in (first, second)))
+        )
     tokens, heads, rows = map(set, zip(*shapes, strict=True))
     assert (tokens, heads, rows) == ({1024, 2048, 4096, 8192, 16384}, {16, 8, 4, 2}, {1, 2, 8})
     assert max(tokens for tokens, _, _ in mesh_shapes(5000)) == 4096
@@ -194,13 +227,24 @@ def test_every_operator_meets_keys_that_are_alike(operator):
 
 def test_a_record_is_gone_on_with(monkeypatch, capsys, tmp_path):
     record = tmp_path / "record.jsonl"
-    arguments = "--operator", "attention", "--case", "^window, (63|65)", "--only", "float32", "--record", str(record)
+    arguments = (
+        "--operator",
+        "attention",
+        "--case",
+        "^window, (63|65)",
+        "--only",
+        "float32",
+        "--record",
+        str(record),
+    )
 
     def wrong_at_65(q, *args, **kwargs):
         out, lse = xla.attention(q, *args, **kwargs)
         return out * (1 + (q.shape[1] == 65)), lse
 
-    assert run(monkeypatch, *arguments, "--minutes", "0", attention=xla.attention) == 3  # nothing begun, nothing wrong
+    assert (
+        run(monkeypatch, *arguments, "--minutes", "0", attention=xla.attention) == 3
+    )  # nothing begun, nothing wrong
     assert "2 cases are left" in capsys.readouterr().err
     assert run(monkeypatch, *arguments, attention=wrong_at_65) == 1
     said = capsys.readouterr()
@@ -208,7 +252,11 @@ def test_a_record_is_gone_on_with(monkeypatch, capsys, tmp_path):
     assert run(monkeypatch, *arguments, attention=xla.attention) is None
     said = capsys.readouterr()
     assert "window, 65" in said.out and "window, 63" not in said.out  # only what failed ran again
-    assert [json.loads(line)["passed"] for line in record.read_text().splitlines()] == [True, False, True]
+    assert [json.loads(line)["passed"] for line in record.read_text().splitlines()] == [
+        True,
+        False,
+        True,
+    ]
     assert run(monkeypatch, *arguments, attention=wrong_at_65) is None  # all of it passed before
 
 
@@ -218,13 +266,34 @@ def test_what_raises_is_a_cell_that_fails(monkeypatch, capsys):
             raise MemoryError("no room")
         return xla.attention(q, *args, **kwargs)
 
-    assert run(monkeypatch, "--operator", "attention", "--case", "^window, (63|65)", "--only", "float32", attention=attention) == 1
+    assert (
+        run(
+            monkeypatch,
+            "--operator",
+            "attention",
+            "--case",
+            "^window, (63|65)",
+            "--only",
+            "float32",
+            attention=attention,
+        )
+        == 1
+    )
     wrong, right = capsys.readouterr().out.splitlines()[1:]
     assert "raised: MemoryError: no room" in wrong and "0.0" in right
 
 
 def test_programs_are_compiled_ahead(monkeypatch, capsys):
-    arguments = "--operator", "attention", "--case", "^window, (63|65)", "--only", "xla", "--repeats", "2"
+    arguments = (
+        "--operator",
+        "attention",
+        "--case",
+        "^window, (63|65)",
+        "--only",
+        "xla",
+        "--repeats",
+        "2",
+    )
     assert run(monkeypatch, *arguments, "--workers", "2") is None
     ahead = capsys.readouterr().out
     assert run(monkeypatch, *arguments) is None
@@ -246,7 +315,12 @@ def test_programs_are_compiled_ahead(monkeypatch, capsys):
 def test_errors_on_the_device(got, want, exact, error):
     got = jnp.asarray(got, jnp.float32)
     with jax.enable_x64(True):
-        found, differs = judge([got + 1], [got], [jnp.asarray(want, jnp.float64)], [exact if exact is None else np.asarray(exact)])
+        found, differs = judge(
+            [got + 1],
+            [got],
+            [jnp.asarray(want, jnp.float64)],
+            [exact if exact is None else np.asarray(exact)],
+        )
     np.testing.assert_allclose(found, [error], rtol=1e-12)
     assert differs.tolist() == [True]
 

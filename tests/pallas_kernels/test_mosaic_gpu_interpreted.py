@@ -50,7 +50,12 @@ RACE = """
 
 
 def python(*arguments):
-    return subprocess.run([sys.executable, *arguments], env=os.environ | {"NPROC": str(2 * THREADS)}, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | {"NPROC": str(2 * THREADS)},
+        capture_output=True,
+        text=True,
+    )
 
 
 def check(done):
@@ -62,7 +67,10 @@ def check(done):
         assert all("of what is allowed" in line for line in lines), lines
     else:
         assert "nothing ran" in done.stderr
-        assert all("no: for Hopper GPUs; interpreted by JAX 0.11.2 alone, this is" in line for line in lines), lines
+        assert all(
+            "no: for Hopper GPUs; interpreted by JAX 0.11.2 alone, this is" in line
+            for line in lines
+        ), lines
 
 
 @pytest.mark.parametrize("operator", CASES)
@@ -73,12 +81,26 @@ def test_parity(operator):
 
 @pytest.mark.parametrize("most", [2, 3, 8])
 def test_parity_of_sequences_in_spans(most):
-    arguments = "--implementation", "mosaic_gpu", "--operator", "gated_delta_rule", "--case", "^packed, 300"
+    arguments = (
+        "--implementation",
+        "mosaic_gpu",
+        "--operator",
+        "gated_delta_rule",
+        "--case",
+        "^packed, 300",
+    )
     check(python("-c", textwrap.dedent(CUT.format(most=most)), *arguments))
 
 
 def test_parity_of_several_chunks_a_block():
-    arguments = "--implementation", "mosaic_gpu", "--operator", "gated_delta_rule", "--case", "^packed, 300"
+    arguments = (
+        "--implementation",
+        "mosaic_gpu",
+        "--operator",
+        "gated_delta_rule",
+        "--case",
+        "^packed, 300",
+    )
     check(python("-c", textwrap.dedent(SEVERAL), *arguments))
 
 

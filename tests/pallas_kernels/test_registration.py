@@ -53,13 +53,21 @@ def test_it_is_chosen_refused_with_its_reason_and_reported(toys):
     ops, (q, k, v, cache) = resolve_ops(), arrays()
     plain, _ = xla.attention(q, k, v)
     np.testing.assert_array_equal(ops.attention(q, k, v)[0], plain + 1)
-    np.testing.assert_array_equal(ops.attention(q, k, v, mask=Mask(sinks=2, window=1))[0], xla.attention(q, k, v, mask=Mask(sinks=2, window=1))[0])
+    np.testing.assert_array_equal(
+        ops.attention(q, k, v, mask=Mask(sinks=2, window=1))[0],
+        xla.attention(q, k, v, mask=Mask(sinks=2, window=1))[0],
+    )
     token = q[:, 0], k[:, 0], v[:, 0], cache, np.int32([3, 4])
     np.testing.assert_array_equal(ops.attention_step(*token)[0], step.step(*token)[0] + 1)
     first, second, third = ops.report()
-    assert first.startswith("attention of float32[2, 5, 4, 8], float32[2, 5, 2, 8]") and first.endswith("on cpu: toy")
+    assert first.startswith(
+        "attention of float32[2, 5, 4, 8], float32[2, 5, 2, 8]"
+    ) and first.endswith("on cpu: toy")
     assert "on cpu: xla (toy: sinks; mosaic_tpu: for TPUs" in second
-    assert third.startswith("attention_step of float32[2, 4, 8]") and "toy (mosaic_gpu: for Hopper" in third
+    assert (
+        third.startswith("attention_step of float32[2, 4, 8]")
+        and "toy (mosaic_gpu: for Hopper" in third
+    )
 
 
 def test_it_runs_by_name_or_fails(toys):
@@ -78,7 +86,9 @@ def test_it_is_partitioned_as_the_others_are(toys):
     """By the operator's own rule: it knows nothing of meshes."""
     q, k, v, _ = arrays()
     ops = resolve_ops(make_mesh(RunConfig(fsdp=2, tensor=4)))
-    np.testing.assert_allclose(jax.jit(ops.attention)(q, k, v)[0], xla.attention(q, k, v)[0] + 1, atol=1e-6)
+    np.testing.assert_allclose(
+        jax.jit(ops.attention)(q, k, v)[0], xla.attention(q, k, v)[0] + 1, atol=1e-6
+    )
     assert any("float32[1, 5, 1, 8]" in line and line.endswith("toy") for line in ops.report())
 
 
@@ -91,10 +101,15 @@ def test_it_is_gone_afterwards():
 
 
 def test_a_device_may_be_the_reason(toys):
-    ATTENTION.register(Implementation("blackwell", toy_attention, lambda device: "for Blackwell GPUs"), before="mosaic_gpu")
+    ATTENTION.register(
+        Implementation("blackwell", toy_attention, lambda device: "for Blackwell GPUs"),
+        before="mosaic_gpu",
+    )
     names = [i.name for i in ATTENTION.implementations]
     assert names == ["toy", "mosaic_tpu", "blackwell", "mosaic_gpu", "xla"]
-    with pytest.raises(InfiniteVLError, match="attention cannot run as asked: blackwell: for Blackwell GPUs"):
+    with pytest.raises(
+        InfiniteVLError, match="attention cannot run as asked: blackwell: for Blackwell GPUs"
+    ):
         resolve_ops(None, OpsConfig(attention="blackwell"))
     assert hopper(SimpleNamespace(platform="gpu", compute_capability="10.0", device_kind="B200"))
 
@@ -102,7 +117,9 @@ def test_a_device_may_be_the_reason(toys):
 def test_registering_is_checked(toys):
     with pytest.raises(ValueError, match="attention has an implementation 'toy' already"):
         ATTENTION.register(Implementation("toy", toy_attention))
-    with pytest.raises(Refusal, match="attention has no implementation 'nobody'\n  -> choose among toy, mosaic_tpu"):
+    with pytest.raises(
+        Refusal, match="attention has no implementation 'nobody'\n  -> choose among toy, mosaic_tpu"
+    ):
         ATTENTION.register(Implementation("other", toy_attention), before="nobody")
 
 
@@ -110,10 +127,18 @@ def test_optional_arguments_are_optional():
     """Without ordinals, segments, mask and scale: causal attention of full rows."""
     q, k, v, cache = arrays()
     index, zeros = jnp.tile(jnp.arange(5), (2, 1)), jnp.zeros((2, 5), jnp.int32)
-    for found, want in zip(attention(q, k, v), xla.attention(q, k, v, index, index, zeros, zeros, Mask(), 8**-0.5), strict=True):
+    for found, want in zip(
+        attention(q, k, v),
+        xla.attention(q, k, v, index, index, zeros, zeros, Mask(), 8**-0.5),
+        strict=True,
+    ):
         np.testing.assert_array_equal(found, want)
     token = q[:, 0], k[:, 0], v[:, 0], cache, np.int32([3, 4])
-    for found, want in zip(jax.tree.leaves(attention_step(*token)), jax.tree.leaves(step.step(*token, None, 8**-0.5)), strict=True):
+    for found, want in zip(
+        jax.tree.leaves(attention_step(*token)),
+        jax.tree.leaves(step.step(*token, None, 8**-0.5)),
+        strict=True,
+    ):
         np.testing.assert_array_equal(found, want)
 
 

@@ -17,14 +17,23 @@ truth = parity.in_float64(parity.with_gradients(reference.short_conv))
 def case(length, batch=2, channels=5, seed=0):
     """(x, weight, tail) and the cotangents of (out, tail), float32."""
     rng = np.random.default_rng(seed)
-    shapes = ((batch, length, channels), (4, channels), (batch, 3, channels), (batch, length, channels), (batch, 3, channels))
+    shapes = (
+        (batch, length, channels),
+        (4, channels),
+        (batch, 3, channels),
+        (batch, length, channels),
+        (batch, 3, channels),
+    )
     arrays = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
     return tuple(arrays[:3]), tuple(arrays[3:])
 
 
 def assert_close(got, want, tolerance=TOLERANCE):
     names = ("out", "tail", "gradient of x", "gradient of weight", "gradient of tail")
-    errors = {name: rel_rms(a, b) for name, a, b in zip(names, (*got[0], *got[1]), (*want[0], *want[1]), strict=True)}
+    errors = {
+        name: rel_rms(a, b)
+        for name, a, b in zip(names, (*got[0], *got[1]), (*want[0], *want[1]), strict=True)
+    }
     assert all(error <= tolerance for error in errors.values()), errors
 
 
@@ -56,7 +65,9 @@ def test_packed_rows(pieces):
     start = 0
     for number, n in enumerate(pieces):  # each sequence alone
         conv_state = inputs[2] if number == 0 else None
-        out, conv_state = jax.jit(short_conv)(inputs[0][:, start : start + n], inputs[1], conv_state)
+        out, conv_state = jax.jit(short_conv)(
+            inputs[0][:, start : start + n], inputs[1], conv_state
+        )
         assert rel_rms(got[0][0][:, start : start + n], out) <= TOLERANCE
         start += n
     np.testing.assert_array_equal(got[0][1], conv_state)
@@ -65,7 +76,10 @@ def test_packed_rows(pieces):
 def test_packed_without_index_and_returning_segments():
     inputs, cotangents = case(12)
     segment_ids = np.int32([[0, 0, 0, 1, 0, 0, 0, 2, 2, 2, 2, 3], [5] * 12])
-    assert_close(ours(inputs, cotangents, {"segment_ids": segment_ids}), truth(inputs, cotangents, {"segment_ids": segment_ids}))
+    assert_close(
+        ours(inputs, cotangents, {"segment_ids": segment_ids}),
+        truth(inputs, cotangents, {"segment_ids": segment_ids}),
+    )
 
 
 def test_pads_between_sequences():
@@ -82,7 +96,11 @@ def test_poisoned_pads_reach_nothing():
     (x, weight, conv_state), (ct_out, ct_tail) = inputs, cotangents
     got = ours(inputs, cotangents, {"token_index": token_index})
     assert_close(got, truth(inputs, cotangents, {"token_index": token_index}))
-    ruined = ours((poison(x, token_index), weight, conv_state), (poison(ct_out, token_index), ct_tail), {"token_index": token_index})
+    ruined = ours(
+        (poison(x, token_index), weight, conv_state),
+        (poison(ct_out, token_index), ct_tail),
+        {"token_index": token_index},
+    )
     for a, b in zip(jax.tree.leaves(ruined), jax.tree.leaves(got), strict=True):
         np.testing.assert_array_equal(a, b)
     (out, new_conv_state), (ct_x, _, ct_old) = got
@@ -116,12 +134,19 @@ def test_packed_row_split_inside_and_between_sequences():
     token_index = np.zeros((1, 24), np.int32)
     whole, last = run(x, weight, conv_state, token_index, segment_ids)
     for cut in range(1, 24):
-        first, middle = run(x, weight, conv_state, np.where(np.arange(24) < cut, token_index, -1), segment_ids)
+        first, middle = run(
+            x, weight, conv_state, np.where(np.arange(24) < cut, token_index, -1), segment_ids
+        )
         if segment_ids[0, cut] != segment_ids[0, cut - 1]:
             middle = np.zeros_like(middle)
-        rest = [np.roll(a, -cut, axis=1) for a in (x, np.where(np.arange(24) < cut, -1, token_index), segment_ids)]
+        rest = [
+            np.roll(a, -cut, axis=1)
+            for a in (x, np.where(np.arange(24) < cut, -1, token_index), segment_ids)
+        ]
         second, end = run(rest[0], weight, middle, *rest[1:])
-        np.testing.assert_array_equal(np.concatenate([first[:, :cut], second[:, : 24 - cut]], 1), whole)
+        np.testing.assert_array_equal(
+            np.concatenate([first[:, :cut], second[:, : 24 - cut]], 1), whole
+        )
         np.testing.assert_array_equal(end, last)
 
 

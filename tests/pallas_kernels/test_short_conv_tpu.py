@@ -35,7 +35,10 @@ def test_packed_rows_with_poisoned_pads(pieces):
     token_index, segment_ids = parity.packing(pieces, length)
     inputs, cotangents = case(length, batch=1, channels=128)
     others = {"token_index": token_index, "segment_ids": segment_ids}
-    dirty = [(poison(inputs[0], token_index), *inputs[1:]), (poison(cotangents[0], token_index), cotangents[1])]
+    dirty = [
+        (poison(inputs[0], token_index), *inputs[1:]),
+        (poison(cotangents[0], token_index), cotangents[1]),
+    ]
     assert_close(ours(*dirty, others), truth(inputs, cotangents, others))
 
 

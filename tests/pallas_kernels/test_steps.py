@@ -46,7 +46,13 @@ def span(token_index, seed=0):
     token_index = jnp.asarray(token_index, jnp.int32)
     angles = normal(len(token_index), 1, CONFIG.head_dim // 2, seed=seed)
     segment_ids = jnp.zeros((len(token_index), 1), jnp.int32)
-    return Span(token_index[:, None], segment_ids, jnp.maximum(token_index, 0), jnp.cos(angles), jnp.sin(angles))
+    return Span(
+        token_index[:, None],
+        segment_ids,
+        jnp.maximum(token_index, 0),
+        jnp.cos(angles),
+        jnp.sin(angles),
+    )
 
 
 def filled(spec, seed):
@@ -65,10 +71,21 @@ def test_delta_step_is_the_layer(dtype):
     @nnx.jit
     def run(layer, x, state):
         past = jax.tree.map(lambda s: s, state)
-        projections = (layer.q_proj, layer.k_proj, layer.v_proj, layer.g_proj, layer.a_proj, layer.b_proj)
+        projections = (
+            layer.q_proj,
+            layer.k_proj,
+            layer.v_proj,
+            layer.g_proj,
+            layer.a_proj,
+            layer.b_proj,
+        )
         inputs = api.Inputs(*(projection(x)[:, 0] for projection in projections))
-        convolutions = (conv.weight[...] for conv in (layer.q_conv1d, layer.k_conv1d, layer.v_conv1d))
-        weights = api.Weights(*convolutions, layer.A_log[...], layer.dt_bias[...], layer.o_norm.weight[...])
+        convolutions = (
+            conv.weight[...] for conv in (layer.q_conv1d, layer.k_conv1d, layer.v_conv1d)
+        )
+        weights = api.Weights(
+            *convolutions, layer.A_log[...], layer.dt_bias[...], layer.o_norm.weight[...]
+        )
         poisoned = jax.tree.map(lambda y: y.at[1].set(jnp.nan), inputs)
         out, new = delta_step.step(poisoned, weights, past, now.index[:, 0], layer.o_norm.eps)
         return layer(x, state, now), (layer.o_proj(out[:, None]), new)
@@ -79,24 +96,38 @@ def test_delta_step_is_the_layer(dtype):
     assert rel_rms(state_.recurrent_state, want_state.recurrent_state) <= tolerance
     for name in ("q_conv_state", "k_conv_state", "v_conv_state"):
         np.testing.assert_array_equal(getattr(state_, name), getattr(want_state, name))
-    jax.tree.map(lambda old, new: np.testing.assert_array_equal(old[1], new[1]), tuple(state), tuple(state_))
+    jax.tree.map(
+        lambda old, new: np.testing.assert_array_equal(old[1], new[1]), tuple(state), tuple(state_)
+    )
     np.testing.assert_array_equal(np.asarray(got[1], np.float32), 0)
 
 
 @pytest.mark.parametrize("window", (CAPACITY, 5))
 def test_attention_step_is_the_layer(window):
     layer = SoftmaxAttention(CONFIG, Retention(window), Ops(), Keys(jax.random.key(0)))
-    token_index = [0, 3, -1, CAPACITY - 1, CAPACITY, 29]  # empty, partly filled, still, about to be full, wrapped
+    token_index = [
+        0,
+        3,
+        -1,
+        CAPACITY - 1,
+        CAPACITY,
+        29,
+    ]  # empty, partly filled, still, about to be full, wrapped
     now = span(token_index)
     x = normal(len(token_index), 1, CONFIG.hidden_size, seed=2)
     kv_cache = KVCache(*filled(layer.state_spec(len(token_index), None, jnp.float32), seed=3))
 
     @nnx.jit
     def run(layer, x, kv_cache):
-        q, k, v = (p(x).reshape(len(token_index), 1, -1, CONFIG.head_dim) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+        q, k, v = (
+            p(x).reshape(len(token_index), 1, -1, CONFIG.head_dim)
+            for p in (layer.q_proj, layer.k_proj, layer.v_proj)
+        )
         q, k = (rotate(y, now.cos, now.sin) for y in (q, k))
         q, k, v = (y[:, 0].at[2].set(jnp.nan) for y in (q, k, v))
-        out, new = attention_step.step(q, k, v, kv_cache, now.index[:, 0], window, CONFIG.head_dim**-0.5)
+        out, new = attention_step.step(
+            q, k, v, kv_cache, now.index[:, 0], window, CONFIG.head_dim**-0.5
+        )
         return layer(x, kv_cache, now), (layer.o_proj(out.reshape(len(token_index), 1, -1)), new)
 
     (want, want_ring), (got, new) = run(layer, x, kv_cache)
@@ -117,7 +148,9 @@ def test_attention_step_takes_a_window_shorter_than_the_ring():
     np.testing.assert_array_equal(out, same)
     for window in (None, 100):  # no more than the ring holds
         all_, _ = attention_step.step(q, k, v, kv_cache, token_index, window, 1.0)
-        np.testing.assert_array_equal(all_, attention_step.step(q, k, v, kv_cache, token_index, CAPACITY, 1.0)[0])
+        np.testing.assert_array_equal(
+            all_, attention_step.step(q, k, v, kv_cache, token_index, CAPACITY, 1.0)[0]
+        )
 
 
 def shaped(shape, dtype=jnp.bfloat16):
@@ -128,7 +161,9 @@ def delta_shapes(batch, heads=16, keys=128, values=256, dtype=jnp.bfloat16):
     q, v, h = ((batch, heads * n) for n in (keys, values, 1))
     inputs = api.Inputs(*(shaped(s, dtype) for s in (q, q, v, v, h, h)))
     widths = (heads * keys, heads * keys, heads * values)
-    weights = api.Weights(*(shaped((4, n)) for n in widths), shaped((heads,)), shaped((heads,)), shaped((values,)))
+    weights = api.Weights(
+        *(shaped((4, n)) for n in widths), shaped((heads,)), shaped((heads,)), shaped((values,))
+    )
     recurrent_state = shaped((batch, heads, keys, values), jnp.float32)
     state = DeltaState(recurrent_state, *(shaped((batch, 3, n), dtype) for n in widths))
     return inputs, weights, state
@@ -136,11 +171,20 @@ def delta_shapes(batch, heads=16, keys=128, values=256, dtype=jnp.bfloat16):
 
 def attention_shapes(batch, heads=16, key_heads=2, width=128, capacity=8192, dtype=jnp.bfloat16):
     kv_cache = KVCache(*[shaped((batch, capacity, key_heads, width), dtype)] * 2)
-    return shaped((batch, heads, width), dtype), *[shaped((batch, key_heads, width), dtype)] * 2, kv_cache
+    return (
+        shaped((batch, heads, width), dtype),
+        *[shaped((batch, key_heads, width), dtype)] * 2,
+        kv_cache,
+    )
 
 
 def lowered(function, *shapes, donate):
-    return jax.jit(function, donate_argnums=donate).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    return (
+        jax.jit(function, donate_argnums=donate)
+        .trace(*shapes)
+        .lower(lowering_platforms=("cuda",))
+        .as_text()
+    )
 
 
 @pytest.mark.parametrize(("batch", "values"), [(1, 256), (64, 64)])
@@ -154,8 +198,12 @@ def test_delta_kernel_lowers_for_cuda(batch, values):
 
 @pytest.mark.parametrize(("batch", "capacity"), [(1, 8192), (64, 256)])
 def test_attention_kernels_lower_for_cuda(batch, capacity):
-    run = lambda q, k, v, kv_cache, token_index: attention_step_hopper.step(q, k, v, kv_cache, token_index, capacity, 0.1)  # noqa: E731
-    text = lowered(run, *attention_shapes(batch, capacity=capacity), shaped((batch,), jnp.int32), donate=3)
+    def run(q, k, v, kv_cache, token_index):
+        return attention_step_hopper.step(q, k, v, kv_cache, token_index, capacity, 0.1)
+
+    text = lowered(
+        run, *attention_shapes(batch, capacity=capacity), shaped((batch,), jnp.int32), donate=3
+    )
     assert text.count("@mosaic_gpu_v2") == 2
     assert text.count("output_operand_alias<") == 2
 
@@ -170,7 +218,9 @@ def test_delta_kernel_refuses_by_name():
     assert "512 wide" in reason(values=512)
     assert "bfloat16" in reason(dtype=jnp.float32)
     inputs, weights, state = delta_shapes(2)
-    assert "float32 only" in delta_step_hopper.supports(inputs, weights, state._replace(recurrent_state=shaped((2, 16, 128, 256))))
+    assert "float32 only" in delta_step_hopper.supports(
+        inputs, weights, state._replace(recurrent_state=shaped((2, 16, 128, 256)))
+    )
     wide = weights._replace(q_conv=shaped((3, 2048)))
     assert "3 taps" in delta_step_hopper.supports(inputs, wide, state)
     with pytest.raises(ValueError, match="use decode.step"):
@@ -179,7 +229,9 @@ def test_delta_kernel_refuses_by_name():
 
 def test_attention_kernel_refuses_by_name():
     def reason(window=8192, scale=1.0, **changed):
-        return attention_step_hopper.supports(*attention_shapes(2, **changed), window=window, scale=scale)
+        return attention_step_hopper.supports(
+            *attention_shapes(2, **changed), window=window, scale=scale
+        )
 
     assert reason() is None
     assert "bfloat16" in reason(dtype=jnp.float32)
@@ -189,4 +241,6 @@ def test_attention_kernel_refuses_by_name():
     assert reason(window=None) is None
     assert "positive" in reason(scale=0.0)
     with pytest.raises(ValueError, match="use decode.step"):
-        attention_step_hopper.step(*attention_shapes(2, width=64), shaped((2,), jnp.int32), 8192, 1.0)
+        attention_step_hopper.step(
+            *attention_shapes(2, width=64), shaped((2,), jnp.int32), 8192, 1.0
+        )

@@ -22,11 +22,25 @@ from pallas_kernels.attention.hopper import step as attention_step_hopper
 from pallas_kernels.attention.partition import partition_attention, partition_attention_step
 from pallas_kernels.gated_delta_rule.hopper import gated_delta_rule as delta_hopper
 from pallas_kernels.gated_delta_rule.hopper import step as delta_step_hopper
-from pallas_kernels.gated_delta_rule.partition import partition_gated_delta_rule, partition_gated_delta_rule_step
+from pallas_kernels.gated_delta_rule.partition import (
+    partition_gated_delta_rule,
+    partition_gated_delta_rule_step,
+)
 from pallas_kernels.testing.cases import attention_step_case, gated_delta_rule_step_case
-from pallas_kernels.testing.parity import GATES, packing, padding, poison, rel_rms, unit, with_gradients
+from pallas_kernels.testing.parity import (
+    GATES,
+    packing,
+    padding,
+    poison,
+    rel_rms,
+    unit,
+    with_gradients,
+)
 
-MESHES = RunConfig(data=2, fsdp=2, tensor=2), RunConfig(fsdp=2, tensor=4)  # the second with more shards than key heads
+MESHES = (
+    RunConfig(data=2, fsdp=2, tensor=2),
+    RunConfig(fsdp=2, tensor=4),
+)  # the second with more shards than key heads
 LENGTH = 70
 MOVES = r"stablehlo\.(all_gather|all_reduce|all_to_all|reduce_scatter|collective_\w+)"
 
@@ -45,36 +59,74 @@ def attention_case():
     q, d_out = (rng.normal(size=(*token_index.shape, 8, 128)) for _ in range(2))
     k, v = (rng.normal(size=(*token_index.shape, 2, 128)) for _ in range(2))
     inputs = [jnp.asarray(poison(x, token_index), jnp.bfloat16) for x in (q, k, v)]
-    cotangents = jnp.asarray(d_out, jnp.bfloat16), np.float32(rng.normal(size=(*token_index.shape, 8)))
-    everyone = {"q_token_index": token_index, "k_token_index": token_index, "q_segment_ids": segment_ids, "k_segment_ids": segment_ids}
-    return attention_hopper.attention, partition_attention, inputs, cotangents, everyone, {"mask": Mask(window=9, aligned=True), "scale": 0.1}
+    cotangents = (
+        jnp.asarray(d_out, jnp.bfloat16),
+        np.float32(rng.normal(size=(*token_index.shape, 8))),
+    )
+    everyone = {
+        "q_token_index": token_index,
+        "k_token_index": token_index,
+        "q_segment_ids": segment_ids,
+        "k_segment_ids": segment_ids,
+    }
+    return (
+        attention_hopper.attention,
+        partition_attention,
+        inputs,
+        cotangents,
+        everyone,
+        {"mask": Mask(window=9, aligned=True), "scale": 0.1},
+    )
 
 
 def delta_case():
     rng = np.random.default_rng(0)
     token_index, segment_ids = tokens()
     lead = (*token_index.shape, 4)
-    wide = [poison(x, token_index) for x in (unit(rng, (*lead, 128)), unit(rng, (*lead, 128)), rng.normal(size=(*lead, 64)))]
-    rest = poison(GATES["mild"](rng, lead), token_index), poison(rng.random(lead), token_index), rng.normal(size=(4, 4, 128, 64))
+    wide = [
+        poison(x, token_index)
+        for x in (unit(rng, (*lead, 128)), unit(rng, (*lead, 128)), rng.normal(size=(*lead, 64)))
+    ]
+    rest = (
+        poison(GATES["mild"](rng, lead), token_index),
+        poison(rng.random(lead), token_index),
+        rng.normal(size=(4, 4, 128, 64)),
+    )
     inputs = [*(jnp.asarray(x, jnp.bfloat16) for x in wide), *map(np.float32, rest)]
-    cotangents = jnp.asarray(rng.normal(size=(*lead, 64)), jnp.bfloat16), np.float32(rng.normal(size=(4, 4, 128, 64)))
-    return delta_hopper.gated_delta_rule, partition_gated_delta_rule, inputs, cotangents, {"token_index": token_index, "segment_ids": segment_ids}, {}
+    cotangents = (
+        jnp.asarray(rng.normal(size=(*lead, 64)), jnp.bfloat16),
+        np.float32(rng.normal(size=(4, 4, 128, 64))),
+    )
+    return (
+        delta_hopper.gated_delta_rule,
+        partition_gated_delta_rule,
+        inputs,
+        cotangents,
+        {"token_index": token_index, "segment_ids": segment_ids},
+        {},
+    )
 
 
 OPERATORS = "attention", "gated_delta_rule"
 
 
-@pytest.mark.parametrize(("case", "meshes"), [(attention_case, MESHES), (delta_case, MESHES[:1])], ids=OPERATORS)
+@pytest.mark.parametrize(
+    ("case", "meshes"), [(attention_case, MESHES), (delta_case, MESHES[:1])], ids=OPERATORS
+)
 def test_frame(case, meshes, monkeypatch):
     dense_kernels.replace(monkeypatch)
     function, spread, inputs, cotangents, tokens, rule = case()
     whole = with_gradients(partial(function, **rule))(inputs, cotangents, tokens)
     for run in meshes:
-        parts = with_gradients(partial(spread(function, operator_mesh(make_mesh(run))), **rule))(inputs, cotangents, tokens)
+        parts = with_gradients(partial(spread(function, operator_mesh(make_mesh(run))), **rule))(
+            inputs, cotangents, tokens
+        )
         for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
             finite = np.isfinite(b)
             np.testing.assert_array_equal(a[~finite], b[~finite])
-            allowed = 1e-6 if a.dtype == np.float32 else 1e-4  # in bfloat16 a few numbers are rounded the other way
+            allowed = (
+                1e-6 if a.dtype == np.float32 else 1e-4
+            )  # in bfloat16 a few numbers are rounded the other way
             if a.ndim == 4 and a.shape[2] < run.tensor:
                 allowed = 4e-3  # gradients of keys that shards share: a sum of parts that are rounded to bfloat16
             assert rel_rms(a[finite], b[finite]) <= allowed
@@ -88,7 +140,9 @@ def test_lowers_for_cuda(case, kernels):
     sharded = partial(spread(function, operator_mesh(mesh)), **rule)
 
     def place(x, heads=None):
-        split = PartitionSpec(("data", "fsdp"), *("tensor" if axis == heads else None for axis in range(1, x.ndim)))
+        split = PartitionSpec(
+            ("data", "fsdp"), *("tensor" if axis == heads else None for axis in range(1, x.ndim))
+        )
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, split))
 
     def run(inputs, tokens):
@@ -96,10 +150,15 @@ def test_lowers_for_cuda(case, kernels):
         return results, pull(results)
 
     heads = (2, 2, 2, 2, 2, 1)  # the axis of heads in q, k, v, g, beta, initial_state
-    placed = [place(x, axis) for x, axis in zip(inputs, heads, strict=False)], {name: place(x) for name, x in tokens.items()}
+    placed = (
+        [place(x, axis) for x, axis in zip(inputs, heads, strict=False)],
+        {name: place(x) for name, x in tokens.items()},
+    )
     calls = kernel_calls(run, *placed)
     assert len(calls) == kernels
-    q, k = ("x".join(map(str, (1, 128, x.shape[2] // 2, 128))) for x in inputs[:2])  # 70 tokens are filled up to 128
+    q, k = (
+        "x".join(map(str, (1, 128, x.shape[2] // 2, 128))) for x in inputs[:2]
+    )  # 70 tokens are filled up to 128
     assert all(call.startswith(f"(tensor<{q}xbf16>, tensor<{k}xbf16>, ") for call in calls), calls
 
 
@@ -110,22 +169,40 @@ def kernel_calls(run, *shapes):
     return [line.rsplit(" : ", 1)[1] for line in text.splitlines() if "@mosaic_gpu_v2" in line]
 
 
-@pytest.mark.parametrize(("run", "heads"), zip(MESHES, [(16, 2), (64, 2)], strict=True), ids=["one key head each", "shared key heads"])
+@pytest.mark.parametrize(
+    ("run", "heads"),
+    zip(MESHES, [(16, 2), (64, 2)], strict=True),
+    ids=["one key head each", "shared key heads"],
+)
 def test_attention_step_lowers_for_cuda(run, heads):
     """On one or two of four rows, and a key head."""
     mesh, batch = make_mesh(run), 4 // (run.data * run.fsdp)
-    arrays, rule = token_steps.first_token(attention_step_case("", [[3, -1, 200, 128]], heads, capacity=128), jnp.bfloat16)
-    step = partial(partition_attention_step(attention_step_hopper.step, operator_mesh(mesh)), **rule)
+    arrays, rule = token_steps.first_token(
+        attention_step_case("", [[3, -1, 200, 128]], heads, capacity=128), jnp.bfloat16
+    )
+    step = partial(
+        partition_attention_step(attention_step_hopper.step, operator_mesh(mesh)), **rule
+    )
     attention, merge = kernel_calls(step, *token_steps.placed(arrays, token_steps.ATTENTION, mesh))
-    own, kv_cache = f"tensor<{batch}x{heads[0] // mesh.shape['tensor']}x128xbf16>", f"tensor<{batch}x128x1x128xbf16>"
-    assert attention.startswith(f"({own}, tensor<{batch}x1x128xbf16>, ") and attention.count(kv_cache) >= 2
+    own, kv_cache = (
+        f"tensor<{batch}x{heads[0] // mesh.shape['tensor']}x128xbf16>",
+        f"tensor<{batch}x128x1x128xbf16>",
+    )
+    assert (
+        attention.startswith(f"({own}, tensor<{batch}x1x128xbf16>, ")
+        and attention.count(kv_cache) >= 2
+    )
     assert merge.endswith(f"-> {own}")
 
 
 def test_gated_delta_step_lowers_for_cuda():
     """On one of four rows, and two of four heads."""
     mesh = make_mesh(MESHES[0])
-    arrays, rule = token_steps.first_token(gated_delta_rule_step_case("", [[3, -1, 0, 5]], heads=4), jnp.bfloat16)
-    step = partial(partition_gated_delta_rule_step(delta_step_hopper.step, operator_mesh(mesh)), **rule)
+    arrays, rule = token_steps.first_token(
+        gated_delta_rule_step_case("", [[3, -1, 0, 5]], heads=4), jnp.bfloat16
+    )
+    step = partial(
+        partition_gated_delta_rule_step(delta_step_hopper.step, operator_mesh(mesh)), **rule
+    )
     (call,) = kernel_calls(step, *token_steps.placed(arrays, token_steps.DELTA, mesh))
     assert call.startswith("(tensor<1x256xbf16>, ") and "tensor<1x2x128x256xf32>" in call

@@ -16,7 +16,10 @@ from pallas_kernels.attention import step as attention_step
 from pallas_kernels.attention.partition import partition_attention, partition_attention_step
 from pallas_kernels.gated_delta_rule import gated_delta_rule
 from pallas_kernels.gated_delta_rule import step as delta_step
-from pallas_kernels.gated_delta_rule.partition import partition_gated_delta_rule, partition_gated_delta_rule_step
+from pallas_kernels.gated_delta_rule.partition import (
+    partition_gated_delta_rule,
+    partition_gated_delta_rule_step,
+)
 from pallas_kernels.testing.cases import attention_step_case, gated_delta_rule_step_case
 from pallas_kernels.testing.parity import packing, padding, rel_rms, unit, with_gradients
 
@@ -52,7 +55,11 @@ def compare_step(step, spread, case):
 def moved(lowered):
     """Collectives of a compiled program."""
     text = lowered.compile().as_text()
-    return [line for line in text.splitlines() if re.search("= .*(all-gather|all-to-all|collective-permute|all-reduce)", line)]
+    return [
+        line
+        for line in text.splitlines()
+        if re.search("= .*(all-gather|all-to-all|collective-permute|all-reduce)", line)
+    ]
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -64,19 +71,47 @@ def test_attention(packed):
     token_index, segment_ids = padding([40, 3, 0, 17], length), None
     if packed:
         token_index, segment_ids = (np.tile(x, (batch, 1)) for x in packing([17, 3, 15], length))
-    tokens = {"q_token_index": token_index, "k_token_index": token_index, "q_segment_ids": segment_ids, "k_segment_ids": segment_ids}
+    tokens = {
+        "q_token_index": token_index,
+        "k_token_index": token_index,
+        "q_segment_ids": segment_ids,
+        "k_segment_ids": segment_ids,
+    }
     cotangents = d_out, np.float32(rng.normal(size=(batch, length, 8)))
-    compare(attention, partition_attention, (q, k, v), cotangents, tokens, mask=Mask(window=9, aligned=True), scale=0.25)
+    compare(
+        attention,
+        partition_attention,
+        (q, k, v),
+        cotangents,
+        tokens,
+        mask=Mask(window=9, aligned=True),
+        scale=0.25,
+    )
 
 
 def test_gated_delta_rule():
     rng = np.random.default_rng(0)
     lead = 4, 70, 4
-    inputs = (unit(rng, (*lead, 8)), unit(rng, (*lead, 8)), rng.normal(size=(*lead, 16)), -rng.random(lead), rng.random(lead))
+    inputs = (
+        unit(rng, (*lead, 8)),
+        unit(rng, (*lead, 8)),
+        rng.normal(size=(*lead, 16)),
+        -rng.random(lead),
+        rng.random(lead),
+    )
     inputs = tuple(np.float32(x) for x in (*inputs, rng.normal(size=(4, 4, 8, 16))))
-    cotangents = np.float32(rng.normal(size=(*lead, 16))), np.float32(rng.normal(size=(4, 4, 8, 16)))
+    cotangents = (
+        np.float32(rng.normal(size=(*lead, 16))),
+        np.float32(rng.normal(size=(4, 4, 8, 16))),
+    )
     token_index, segment_ids = (np.tile(x, (4, 1)) for x in packing([37, 2, 25], 70))
-    compare(gated_delta_rule, partition_gated_delta_rule, inputs, cotangents, {"token_index": token_index, "segment_ids": segment_ids})
+    compare(
+        gated_delta_rule,
+        partition_gated_delta_rule,
+        inputs,
+        cotangents,
+        {"token_index": token_index, "segment_ids": segment_ids},
+    )
     compare(gated_delta_rule, partition_gated_delta_rule, inputs[:5], cotangents, {})
 
 
@@ -88,7 +123,11 @@ def test_attention_step(heads):
 
 
 def test_gated_delta_step():
-    compare_step(delta_step.step, partition_gated_delta_rule_step, gated_delta_rule_step_case("", [TOKEN], heads=4, keys=8, values=16))
+    compare_step(
+        delta_step.step,
+        partition_gated_delta_rule_step,
+        gated_delta_rule_step_case("", [TOKEN], heads=4, keys=8, values=16),
+    )
 
 
 def test_a_mesh_of_one_axis():
@@ -96,7 +135,10 @@ def test_a_mesh_of_one_axis():
     q, k = np.ones((8, 5, 4, 8), np.float32), np.ones((8, 5, 2, 8), np.float32)
     token_index = np.tile(np.arange(5, dtype=np.int32), (8, 1))
     arguments = q, k, k, token_index, token_index, None, None, Mask(aligned=True), 1.0
-    ours, wanted = (jax.jit(run, static_argnums=(7, 8))(*arguments) for run in (partition_attention(attention, operator_mesh(mesh)), attention))
+    ours, wanted = (
+        jax.jit(run, static_argnums=(7, 8))(*arguments)
+        for run in (partition_attention(attention, operator_mesh(mesh)), attention)
+    )
     np.testing.assert_allclose(ours[0], wanted[0])
 
 
@@ -104,13 +146,15 @@ def test_nothing_is_gathered():
     """Heads and rows stay where they are: no collective but for the key heads that shards share in the gradient."""
     mesh = make_mesh(RunConfig(data=2, fsdp=2, tensor=2))
     sharded = partition_attention(attention, operator_mesh(mesh))
-    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp"), None, "tensor", None))
+    place = jax.sharding.NamedSharding(
+        mesh, jax.sharding.PartitionSpec(("data", "fsdp"), None, "tensor", None)
+    )
     q, k = (jax.ShapeDtypeStruct((4, 64, n, 16), jnp.float32, sharding=place) for n in (8, 2))
     token_index = jnp.tile(jnp.arange(64), (4, 1))
 
     def gradients(q, k, v):
-        out = lambda *a: sharded(*a, token_index, token_index, None, None, Mask(window=9, aligned=True), 0.25)[0].sum()  # noqa: E731
-        return jax.grad(out, (0, 1, 2))(q, k, v)
+        rest = token_index, token_index, None, None, Mask(window=9, aligned=True), 0.25
+        return jax.grad(lambda *a: sharded(*a, *rest)[0].sum(), (0, 1, 2))(q, k, v)
 
     assert not moved(jax.jit(gradients, out_shardings=place).lower(q, k, k))
 
@@ -121,11 +165,15 @@ def test_nothing_of_an_attention_step_is_gathered():
     for run in (RunConfig(data=2, fsdp=2, tensor=2), RunConfig(fsdp=2, tensor=4)):
         mesh = make_mesh(run)
         step = partial(partition_attention_step(attention_step.step, operator_mesh(mesh)), **rule)
-        assert not moved(jax.jit(step).lower(*token_steps.placed(arrays, token_steps.ATTENTION, mesh)))
+        assert not moved(
+            jax.jit(step).lower(*token_steps.placed(arrays, token_steps.ATTENTION, mesh))
+        )
 
 
 def test_nothing_of_a_gated_delta_step_is_gathered():
-    arrays, rule = token_steps.first_token(gated_delta_rule_step_case("", [TOKEN], heads=4, keys=8, values=16))
+    arrays, rule = token_steps.first_token(
+        gated_delta_rule_step_case("", [TOKEN], heads=4, keys=8, values=16)
+    )
     mesh = make_mesh(RunConfig(data=2, fsdp=2, tensor=2))
     step = partial(partition_gated_delta_rule_step(delta_step.step, operator_mesh(mesh)), **rule)
     assert not moved(jax.jit(step).lower(*token_steps.placed(arrays, token_steps.DELTA, mesh)))

@@ -26,14 +26,23 @@ def first_token(case, dtype=jnp.float32):
     """Arrays of a case's first token, and the rule. Those in float64 become `dtype`."""
     problem = case.make()
     inputs, weights, state = problem.inputs.values()
-    arrays = *jax.tree.map(lambda x: x[0], inputs), *weights, state, problem.tokens["token_index"][0]
-    return jax.tree.map(lambda x: jnp.asarray(x, dtype if x.dtype == np.float64 else x.dtype), arrays), problem.rule
+    arrays = (
+        *jax.tree.map(lambda x: x[0], inputs),
+        *weights,
+        state,
+        problem.tokens["token_index"][0],
+    )
+    return jax.tree.map(
+        lambda x: jnp.asarray(x, dtype if x.dtype == np.float64 else x.dtype), arrays
+    ), problem.rule
 
 
 def placed(arrays, axes, mesh):
     """Shapes of the arrays, split over the mesh as the rules say."""
 
     def place(x, axes):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec(axes, x.shape, mesh)))
+        return jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, spec(axes, x.shape, mesh))
+        )
 
     return jax.tree.map(place, arrays, axes)

@@ -16,7 +16,9 @@ ROWS = jax.ShapeDtypeStruct((1, 128), jnp.int32)
 
 def attention(x, token_index):
     heads = jnp.sin(x.reshape(1, 128, 4, 128))
-    out, _ = attention_hopper.attention(heads, heads[:, :, :2], heads[:, :, 2:], token_index, token_index, None, None, Mask(window=64, aligned=True), 0.1)
+    out, _ = attention_hopper.attention(
+        heads, heads[:, :, :2], heads[:, :, 2:], token_index, token_index, None, None, Mask(window=64, aligned=True), 0.1
+    )
     return jnp.sin(out).sum()
 
 

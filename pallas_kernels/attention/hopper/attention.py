@@ -1,8 +1,9 @@
-"""Attention on Hopper GPUs (H100, H200): the contract of `attend`, by Mosaic GPU kernels.
+"""Attention on Hopper GPUs (H100, H200), by Mosaic GPU kernels.
 
-An aligned mask leaves each row one contiguous run of rows to see, whatever the mix of causal order, window, packed
-segments and pads; so does a causal one among cached keys, once these are sorted by ordinal. The kernels know nothing but
-these runs. Figures and peers: benchmarks/results/attend.jsonl.
+With an aligned mask each query sees one contiguous range of key rows, whatever the mix of causal
+order, window, packed segments and pads. With a causal mask over cached keys so does each query once
+the keys are sorted by token index. The kernels take only these ranges. Measurements and other
+libraries: benchmarks/results/attend.jsonl.
 """
 
 from functools import partial
@@ -21,8 +22,10 @@ BLOCK = 128  # lengths are padded to a multiple of this
 WIDTHS = 64, 128  # heads are filled up to one of these
 
 
-def supports(q: jax.Array, k: jax.Array, v: jax.Array, *_, q_segment_ids=None, mask: Mask, scale: float, **__) -> str | None:
-    """Why these arrays (or shapes with dtypes) are not for this implementation, or None if they are."""
+def supports(
+    q: jax.Array, k: jax.Array, v: jax.Array, *_, q_segment_ids=None, mask: Mask, scale: float, **__
+) -> str | None:
+    """Returns the reason it does not take these arrays (or shapes with dtypes), else None."""
     if not mask.aligned and (q_segment_ids is not None or not mask.causal):
         return "keys other than the queries' own, and these with packed segments or a mask that is not causal"
     if q.shape[1] == 1:
@@ -51,14 +54,20 @@ def attention(
     mask: Mask | None = None,
     scale: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The contract of `pallas_kernels.attend.attend`. Of an aligned mask's ordinals, only which are pads matters.
+    """The contract of `pallas_kernels.attention.attention`.
 
-    Heads are filled up with zeros to 64 or 128, for gradients always to 128. Gradients with cached keys are those of `xla.attend`
-    (`gradients_by` says so). Raises ValueError where `check` does or `supports` objects.
+    With an aligned mask, token indices only say which tokens are pads. Heads are padded with zeros
+    to 64 or 128, for gradients always to 128. Gradients with cached keys are those of
+    `xla.attention` (`gradients_by` says so). Raises ValueError where `complete` does or `supports`
+    gives a reason.
     """
-    call = complete(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, mask, scale)
+    call = complete(
+        q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, mask, scale
+    )
     if reason := supports(**call._asdict()):
-        raise ValueError(f"attention on Hopper does not take {reason}\n  -> use the implementation xla")
+        raise ValueError(
+            f"attention on Hopper does not take {reason}\n  -> use the implementation xla"
+        )
     width = next(n for n in WIDTHS if max(q.shape[3], v.shape[3]) <= n)
     wide = (_widen(x, width) for x in call[:3])
     out, lse = _attention(*wide, *call[3:])
@@ -66,13 +75,15 @@ def attention(
 
 
 def gradients_by(*_, mask: Mask, **__) -> str | None:
-    """The implementation that makes the gradients, where it is another one."""
+    """The implementation that computes the gradients, where it is another one."""
     return None if mask.aligned else "xla"
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(7, 8))
 def _attention(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, mask, scale):
-    return _forward(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, mask, scale)[0]
+    return _forward(
+        q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, mask, scale
+    )[0]
 
 
 def _forward(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, mask, scale):
@@ -86,8 +97,18 @@ def _forward(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids
     rows = _pad((q, *keys), 0) + (_pad(first, 0), _pad(last, -1))
     out, lse = forward.forward(*rows, scale)
     out, lse = out[:, :length], lse.swapaxes(1, 2)[:, :length]
-    out, lse = checkpoint_name(out, "attend_out"), checkpoint_name(lse, "attend_lse")
-    return (out, lse), (q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, out, lse)
+    out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
+    return (out, lse), (
+        q,
+        k,
+        v,
+        q_token_index,
+        k_token_index,
+        q_segment_ids,
+        k_segment_ids,
+        out,
+        lse,
+    )
 
 
 def _backward(mask, scale, kept, cotangents):
@@ -103,7 +124,10 @@ def _backward(mask, scale, kept, cotangents):
     _, _, first, last = visible_ranges(q_token_index, q_segment_ids, mask)
     rows = _erase(q, q_token_index), _erase(k, k_token_index), _erase(v, k_token_index), d_out
     rows = _pad(tuple(_widen(x, backward.WIDTH) for x in rows), 0)
-    rows += tuple(_pad(x, 0).swapaxes(1, 2) for x in (lse, shift)) + (_pad(first, 0), _pad(last, -1))
+    rows += tuple(_pad(x, 0).swapaxes(1, 2) for x in (lse, shift)) + (
+        _pad(first, 0),
+        _pad(last, -1),
+    )
     gradients = backward.backward(*rows, scale)
     return *(x[:, :length, :, :width].astype(q.dtype) for x in gradients), None, None, None, None
 

@@ -1,18 +1,22 @@
-"""The forward kernel of attention for Hopper GPUs, in Pallas Mosaic GPU.
+"""Forward kernel of attention for Hopper GPUs, in Pallas Mosaic GPU.
 
-Computes out = softmax(scale q k^T) v and the log-sum-exp of the scores, where query row t sees the key rows
-first[t] to last[t] and no other: one rule for causal order, windows, packed sequences and pads.
+Computes out = softmax(scale q k^T) v and the log-sum-exp of the scores, where query row t sees the
+key rows first[t] to last[t] and no other: one rule for causal order, windows, packed sequences and
+pads.
 
-Tiling: a thread block takes 64 query rows of two query heads that share a key head, or, where an odd number of them shares
-it, 128 query rows of one head. Two warpgroups compute, one head or half the rows each; a third only starts copies (TMA) of
-key and value blocks of `keys` rows, `stages` deep, which both read. Key blocks that no row of the tile sees are never
-loaded; only those that some row sees in part are masked. A warpgroup issues the scores of key block j together with
-(weights of block j - 1) @ v, and works out the softmax of block j while the tensor cores run. The two take turns in
-issuing, so that one computes softmax while the other multiplies (the schedule of FlashAttention-3, Shah et al.,
-arXiv 2407.08608). Tiles start with the last rows, whose runs are longest.
+Tiling: a thread block takes 64 query rows of two query heads that share a key head; with an odd
+number of query heads a key head, 128 query rows of one head. Two warpgroups compute, one head or
+half the rows each. A third only starts copies (TMA) of key and value blocks of `keys` rows,
+`stages` deep, which both read. Key blocks that no row of the tile sees are not loaded; only those
+that some row sees in part are masked. A warpgroup issues the scores of key block j together with
+(weights of block j - 1) @ v, and computes the softmax of block j while the tensor cores run. The
+two take turns in issuing, so that one computes softmax while the other multiplies (the schedule of
+FlashAttention-3, Shah et al., arXiv 2407.08608). Tiles start with the last rows, whose ranges are
+longest.
 
-Traffic: q and out once, k and v once per 128 rows of (query, head) from the L2 cache. Floor: 4 D operations for each
-(query, head, visible key), at 989 Tflop/s: with 16 heads, D 128 and a window of 8192, 0.28 ms at 8K, 1.95 at 32K.
+Traffic: q and out once, k and v once per 128 rows of (query, head) from the L2 cache. Floor: 4 D
+operations for each (query, head, visible key), at 989 Tflop/s: with 16 heads, D 128 and a window of
+8192, 0.28 ms at 8K, 1.95 at 32K.
 """
 
 import math
@@ -32,11 +36,14 @@ LOWEST = -1e30  # running maximum before the first key: finite, so that -inf - L
 
 
 @partial(jax.jit, static_argnames="scale")  # a model's layers share one compiled kernel
-def forward(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
+def forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array]:
     """out [B, T, Hq, D] in the dtype of q and lse [B, Hq, T] float32.
 
     q: [B, T, Hq, D]; k, v: [B, Tk, Hkv, D], D 64 or 128, T a multiple of 128, Tk of Tuning.keys.
-    first, last: [B, T] int32, the key rows that each query row sees; first > last for none (out 0, lse -inf).
+    first, last: [B, T] int32, the key rows that each query row sees; first > last for none (out 0,
+        lse -inf).
     """
     batch, length, q_heads, width = q.shape
     alone = q_heads // k.shape[2] % 2  # heads that find no second one for their key head
@@ -73,12 +80,16 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: ja
             plgpu.barrier_wait(q_ready.at[group])
 
             def hide(scores, j):
-                key = plgpu.broadcasted_iota(jnp.int32, (ROWS, keys), 1, layout=plgpu.Layout.WGMMA) + j * keys
+                key = (
+                    plgpu.broadcasted_iota(jnp.int32, (ROWS, keys), 1, layout=plgpu.Layout.WGMMA)
+                    + j * keys
+                )
                 seen = (key >= spread(low, keys)) & (key <= spread(high, keys))
                 return jnp.where(seen, scores, -jnp.inf)
 
             def soften(scores, top):
-                """Weights, their sum, the new maximum and the factor for what was weighed by the old one."""
+                """Weights, their sum, the new maximum and the factor for what was weighed by the
+                old one."""
                 new = jnp.maximum(top, scores.max(axis=1) * log2_scale)
                 weights = jnp.exp2(scores * log2_scale - spread(new, keys))
                 return weights, weights.sum(axis=1), new, jnp.exp2(top - new)
@@ -92,11 +103,18 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: ja
                     plgpu.barrier_arrive(turn.at[1 - group])
                     return products.wait(scores_ref)
 
-                scores = lax.optimization_barrier(pl.run_scoped(run, plgpu.ACC((ROWS, keys), jnp.float32)))
+                scores = lax.optimization_barrier(
+                    pl.run_scoped(run, plgpu.ACC((ROWS, keys), jnp.float32))
+                )
                 plgpu.barrier_arrive(k_free.at[slot(j)])
                 plgpu.barrier_wait(v_ready.at[slot(j)])
                 weights, total, top, _ = soften(hide(scores, j), full((ROWS,), LOWEST, by_row))
-                return full((ROWS, width), 0, plgpu.Layout.WGMMA), top, total, weights.astype(q.dtype)
+                return (
+                    full((ROWS, width), 0, plgpu.Layout.WGMMA),
+                    top,
+                    total,
+                    weights.astype(q.dtype),
+                )
 
             def step(j, carry, masked):
                 acc, top, total, weights = carry
@@ -113,8 +131,9 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: ja
                     plgpu.barrier_arrive(k_free.at[slot(j)])
                     softened = soften(hide(scores, j) if masked else scores, top)
                     softened = lax.optimization_barrier(softened)
-                    # Wait here for what the next step needs: the compiler moves no work past the loop of this wait, but
-                    # it would move the softmax past the wait for the product that it is to run beside.
+                    # Wait here for what the next step needs: the compiler moves no work past the
+                    # loop of this wait, but it would move the softmax past the wait for the product
+                    # that it is to run beside.
                     plgpu.barrier_wait(v_ready.at[slot(j)])
                     done = lax.optimization_barrier((products.wait(acc_ref), *softened))
                     plgpu.barrier_arrive(v_free.at[slot(j - 1)])
@@ -122,9 +141,15 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: ja
 
                 refs = plgpu.ACC((ROWS, keys), jnp.float32), plgpu.ACC((ROWS, width), jnp.float32)
                 acc, weights, more, top, factor = pl.run_scoped(run, *refs)
-                # Narrow the weights only now: ptxas makes every wgmma wait for the last if the operand registers of one
-                # are written while another is in flight (its message C7513).
-                return acc * spread(factor, width), top, total * factor + more, weights.astype(q.dtype)
+                # Narrow the weights only now: ptxas makes every wgmma wait for the last if the
+                # operand registers of one are written while another is in flight (its message
+                # C7513).
+                return (
+                    acc * spread(factor, width),
+                    top,
+                    total * factor + more,
+                    weights.astype(q.dtype),
+                )
 
             def finish(carry):
                 acc, top, total, weights = carry
@@ -134,7 +159,9 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: ja
                 inverse = jnp.where(real, 1 / total, 0.0)
                 lse = top * math.log(2) + jnp.log(total)
                 lse_smem[group] = jnp.where(real, lse, -jnp.inf)
-                mine[...] = jnp.where(spread(real, width), acc * spread(inverse, width), 0.0).astype(q.dtype)
+                mine[...] = jnp.where(
+                    spread(real, width), acc * spread(inverse, width), 0.0
+                ).astype(q.dtype)
 
             pl.when((group == 1) & (begin < end))(lambda: plgpu.barrier_arrive(turn.at[0]))
 
@@ -142,8 +169,12 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: ja
             def _():
                 carry = start(begin)
                 carry = lax.fori_loop(begin + 1, whole, lambda j, c: step(j, c, True), carry)
-                carry = lax.fori_loop(jnp.maximum(begin + 1, whole), broken, lambda j, c: step(j, c, False), carry)
-                carry = lax.fori_loop(jnp.maximum(begin + 1, broken), end, lambda j, c: step(j, c, True), carry)
+                carry = lax.fori_loop(
+                    jnp.maximum(begin + 1, whole), broken, lambda j, c: step(j, c, False), carry
+                )
+                carry = lax.fori_loop(
+                    jnp.maximum(begin + 1, broken), end, lambda j, c: step(j, c, True), carry
+                )
                 finish(carry)
 
             @pl.when(begin >= end)
@@ -166,7 +197,10 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: ja
             def _(j):
                 block = b, pl.ds(j * keys, keys), head
                 reused = j >= begin + stages
-                for source, target, ready, free in (k_ref, k_smem, k_ready, k_free), (v_ref, v_smem, v_ready, v_free):
+                for source, target, ready, free in (
+                    (k_ref, k_smem, k_ready, k_free),
+                    (v_ref, v_smem, v_ready, v_free),
+                ):
                     pl.when(reused)(lambda free=free: plgpu.barrier_wait(free.at[slot(j)]))
                     plgpu.copy_gmem_to_smem(source.at[block], target.at[slot(j)], ready.at[slot(j)])
 
@@ -202,14 +236,17 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: ja
         num_threads=3,
         thread_name="group",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
-        kernel_name="attend_forward",
+        kernel_name="attention_forward",
     )(q, k, v, first, last, blocks)
 
 
-def tile_blocks(first: jax.Array, last: jax.Array, rows: int, keys: int, strict: bool = False) -> jax.Array:
-    """[B, tiles, 4] int32: begin, whole, broken, end. A tile of `rows` rows meets the blocks begin <= j < end of `keys`
-    columns; all its rows see all of those with whole <= j < broken. Rows that see nothing do not count, unless strict:
-    then a tile that has one has no whole blocks."""
+def tile_blocks(
+    first: jax.Array, last: jax.Array, rows: int, keys: int, strict: bool = False
+) -> jax.Array:
+    """[B, tiles, 4] int32: begin, whole, broken, end. A tile of `rows` rows meets the blocks
+    begin <= j < end of `keys` columns; all its rows see all of those with whole <= j < broken.
+    Rows that see nothing do not count, unless strict: then a tile that has one has no whole
+    blocks."""
     first, last = (x.reshape(x.shape[0], -1, rows) for x in (first, last))
     real = first <= last
     many = jnp.iinfo(jnp.int32).max // 2

@@ -1,22 +1,24 @@
-"""Attention of one new token of each sequence to a ring of earlier ones on Hopper GPUs, in Pallas Mosaic GPU.
-`decode.step` says what is computed.
+"""One-token step of attention on Hopper GPUs, in Pallas Mosaic GPU.
+`pallas_kernels.attention.step.step` says what is computed.
 
-Tiling: a thread block of one warpgroup walks over blocks of `keys` slots of one key head of one sequence, every
-`splits`-th of them, for all query heads of that key head; `splits` is such that the blocks about fill the GPU. Copies
-(TMA) of keys and values run `stages` blocks ahead; blocks of slots that are still empty are not read. Scores stand as
-[keys, heads], so that the tensor cores multiply 64 keys by 8 heads and not 64 heads of which 8 are real; the weights
-return to shared memory, from where v^T weights gives the output as [D, heads]. The first block of a key head begins with
-the new token, while its copies travel, and writes it into the ring; whatever another block reads in that slot is too old
-for the window. A second kernel, a block for each head, weighs its parts by their log-sum-exp: 8 D bytes read for each part, from the
-L2 cache, and 2 D written.
+Tiling: a thread block is one warpgroup. It loops over blocks of `keys` cache slots of one key head
+of one sequence, every `splits`-th of them, for all query heads of that key head; `splits` is chosen
+so that the thread blocks about fill the GPU. Copies (TMA) of keys and values run `stages` blocks
+ahead. Blocks of empty slots are not read. Scores are [keys, heads], so that the tensor cores
+multiply 64 keys by 8 heads instead of 64 heads of which 8 are used; the weights go through shared
+memory, and v^T weights gives the output as [D, heads]. The first thread block of a key head starts
+with the new token, while its copies are in flight, and writes it into the cache; what another
+thread block reads in that slot is outside the window. A second kernel, one thread block a head,
+merges the parts by their log-sum-exp: 8 D bytes read for each part, from the L2 cache, and 2 D
+written.
 
-A layer of the model calls it on turned queries and keys [batch, 1, heads, D] like this, `state` being its cache:
+A layer calls it on rotated queries and keys [batch, 1, heads, D]:
 
-    out, state = step(q[:, 0], k[:, 0], v[:, 0], Ring(*state), span.index[:, 0], window, scale)
+    out, kv_cache = step(q[:, 0], k[:, 0], v[:, 0], kv_cache, token_index, window, scale)
     y = o_proj(out.reshape(batch, 1, -1))
 
-Traffic: each live slot once, 4 D bytes a key head; the parts pass through the L2 cache. Floor: 8 MiB for 8192 slots of
-2 key heads 128 wide, 2.8 us at 3 TB/s, and 179 us for 64 sequences.
+Traffic: each filled slot once, 4 D bytes a key head; the parts pass through the L2 cache. Floor: 8
+MiB for 8192 slots of 2 key heads 128 wide, 2.8 us at 3 TB/s, and 179 us for 64 sequences.
 """
 
 import math
@@ -38,8 +40,16 @@ LOWEST = -1e30  # running maximum before the first key: finite, so that -inf - L
 f32 = jnp.float32
 
 
-def supports(q: jax.Array, k: jax.Array, v: jax.Array, kv_cache: KVCache, token_index=None, window: int | None = None, scale: float | None = None) -> str | None:
-    """Why these arrays (or shapes with dtypes) are not for this implementation, or None if they are."""
+def supports(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    kv_cache: KVCache,
+    token_index=None,
+    window: int | None = None,
+    scale: float | None = None,
+) -> str | None:
+    """Returns the reason it does not take these arrays (or shapes with dtypes), else None."""
     _, capacity, key_heads, width = kv_cache.k.shape
     group, odd = divmod(q.shape[1], key_heads)
     if any(x.dtype != jnp.bfloat16 for x in (q, k, v, *kv_cache)):
@@ -49,7 +59,7 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, kv_cache: KVCache, token_
     if odd or group % 8:
         return f"{q.shape[1]} query heads on {key_heads} key heads: a multiple of 8 on each"
     if capacity % Tuning.keys:
-        return f"a ring of {capacity} slots: a multiple of {Tuning.keys}"
+        return f"a cache of {capacity} slots: a multiple of {Tuning.keys}"
     if scale is not None and not scale > 0:
         return f"scale {scale}: positive only"
     return None
@@ -57,12 +67,23 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, kv_cache: KVCache, token_
 
 @partial(jax.jit, static_argnames=("window", "scale"))  # a model's layers share one compiled kernel
 def step(
-    q: jax.Array, k: jax.Array, v: jax.Array, kv_cache: KVCache, token_index: jax.Array, window: int | None = None, scale: float | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    kv_cache: KVCache,
+    token_index: jax.Array,
+    window: int | None = None,
+    scale: float | None = None,
 ) -> tuple[jax.Array, KVCache]:
-    """The contract of `decode.step`, for one layout of arrays. Under jit the ring is updated in place where its caller
-    gives it away (donates it). Raises ValueError where `supports` objects."""
+    """The contract of `pallas_kernels.attention.step.step`, for one layout of arrays.
+
+    Under jit the cache is updated in place where its caller donates it. Raises ValueError where
+    `supports` gives a reason.
+    """
     if reason := supports(q, k, v, kv_cache, token_index, window, scale):
-        raise ValueError(f"the token step on Hopper does not take {reason}\n  -> use decode.step")
+        raise ValueError(
+            f"the token step on Hopper does not take {reason}\n  -> use the implementation xla"
+        )
     scale = q.shape[2] ** -0.5 if scale is None else scale
     refs = KVCache(*(jax.new_ref(x) for x in kv_cache))
     window = min(window or kv_cache.k.shape[1], kv_cache.k.shape[1])
@@ -70,10 +91,10 @@ def step(
     return merge_parts(parts, token_index, q.dtype), KVCache(*(ref[...] for ref in refs))
 
 
-def attention_parts(q, k, v, kv_cache, ring_shape, token_index, window, scale):
-    """[batch, key heads, splits, 2, group, D] float32: what each split's keys alone give, and their log-sum-exp to base 2
-    in every column. Writes the new token into the ring."""
-    batch, capacity, key_heads, width = ring_shape
+def attention_parts(q, k, v, kv_cache, cache_shape, token_index, window, scale):
+    """[batch, key heads, splits, 2, group, D] float32: the output of each split's keys alone,
+    and their log-sum-exp to base 2 in every column. Writes the new token into the cache."""
+    batch, capacity, key_heads, width = cache_shape
     group, keys = q.shape[1] // key_heads, Tuning.keys
     tiles = capacity // keys
     splits = min(tiles, 1 << int(math.log2(max(1, Tuning.blocks // (batch * key_heads)))))
@@ -81,7 +102,9 @@ def attention_parts(q, k, v, kv_cache, ring_shape, token_index, window, scale):
     log2_scale = scale * math.log2(math.e)
     by_key, by_head = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
     # One head a warp, for the only product of this kernel that is not a matrix's.
-    heads_of_warps = plgpu.Layout.TILED(plgpu.Tiling(((4, 128), (4,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+    heads_of_warps = plgpu.Layout.TILED(
+        plgpu.Tiling(((4, 128), (4,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
+    )
     channels = heads_of_warps.reduce(0)
 
     def kernel(q_ref, k_ref, v_ref, index_ref, kv_cache, parts_ref, smem, barriers):
@@ -92,7 +115,9 @@ def attention_parts(q, k, v, kv_cache, ring_shape, token_index, window, scale):
         heads = pl.ds(key_head * group, group)
         token_index = index_ref[b]
         real = token_index >= 0
-        live = lax.div(jnp.clip(token_index, 0, capacity) + keys - 1, keys)  # blocks with a token in them
+        live = lax.div(
+            jnp.clip(token_index, 0, capacity) + keys - 1, keys
+        )  # blocks with a token in them
         count = lax.div(jnp.maximum(live - split, 0) + splits - 1, splits)
         slot = lax.rem(jnp.maximum(token_index, 0), capacity)
 
@@ -113,7 +138,10 @@ def attention_parts(q, k, v, kv_cache, ring_shape, token_index, window, scale):
             load(k_ref.at[b, key_head], channels),
             load(v_ref.at[b, key_head], channels),
         )
-        own = jnp.sum(q_rows.astype(f32) * spread(k_row.astype(f32), (group, width), 1, heads_of_warps), axis=1)
+        own = jnp.sum(
+            q_rows.astype(f32) * spread(k_row.astype(f32), (group, width), 1, heads_of_warps),
+            axis=1,
+        )
         own_smem[...] = own * log2_scale
         plgpu.commit_smem()
         first = (split == 0) & real
@@ -132,7 +160,7 @@ def attention_parts(q, k, v, kv_cache, ring_shape, token_index, window, scale):
         total = jnp.where(row == 0, mine, 0.0)
         plgpu.barrier_wait(q_ready)
 
-        def walk(i, carry):
+        def block(i, carry):
             acc, top, total = carry
             at = lax.rem(i, stages)
             plgpu.barrier_wait(k_ready.at[at])
@@ -151,15 +179,20 @@ def attention_parts(q, k, v, kv_cache, ring_shape, token_index, window, scale):
             pl.when(i > 0)(lambda: fetch(i - 1 + stages))  # all warps are done with the last block
             plgpu.barrier_wait(v_ready.at[at])
 
-            acc = multiply(acc * over_heads(factor, width), (transposed(v_smem.at[at]), transposed(weights_smem)))
+            acc = multiply(
+                acc * over_heads(factor, width),
+                (transposed(v_smem.at[at]), transposed(weights_smem)),
+            )
             return acc, new, total
 
-        acc, top, total = lax.fori_loop(0, count, walk, (acc, top, total))
+        acc, top, total = lax.fori_loop(0, count, block, (acc, top, total))
         total = jnp.sum(total, axis=0)
         lse = top + jnp.log2(total)
         inverse = jnp.where(total > 0, 1 / total, 0.0)
         for i, x in enumerate((acc * over_heads(inverse, width), over_heads(lse, width))):
-            transposed(parts_ref.at[b, key_head, split, i])[...] = plgpu.layout_cast(x, plgpu.Layout.WGMMA_TRANSPOSED)
+            transposed(parts_ref.at[b, key_head, split, i])[...] = plgpu.layout_cast(
+                x, plgpu.Layout.WGMMA_TRANSPOSED
+            )
 
     def entry(*refs):
         tiled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
@@ -176,30 +209,43 @@ def attention_parts(q, k, v, kv_cache, ring_shape, token_index, window, scale):
                 shared(group, keys),
                 plgpu.SMEM((group,), f32),
             ),
-            (plgpu.Barrier(), plgpu.Barrier(num_barriers=stages), plgpu.Barrier(num_barriers=stages)),
+            (
+                plgpu.Barrier(),
+                plgpu.Barrier(num_barriers=stages),
+                plgpu.Barrier(num_barriers=stages),
+            ),
         )
 
     out_type = jax.ShapeDtypeStruct((batch, key_heads, splits, 2, group, width), f32)
     mesh = plgpu.Mesh(grid=(batch * key_heads, splits), grid_names=("work", "split"))
     parameters = plgpu.CompilerParams(approx_math=True)
     # Not plgpu.kernel, which takes no references.
-    return pl.kernel(entry, out_type, mesh=mesh, compiler_params=parameters, name="attend_token")(q, k, v, token_index, kv_cache)
+    return pl.kernel(entry, out_type, mesh=mesh, compiler_params=parameters, name="attention_step")(
+        q, k, v, token_index, kv_cache
+    )
 
 
 def merge_parts(parts, token_index, dtype):
     """out [batch, heads, D] in dtype."""
     batch, key_heads, splits, _, group, width = parts.shape
     heads = key_heads * group
-    by_column = plgpu.Layout.TILED(plgpu.Tiling(((1, 128), (32,), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+    by_column = plgpu.Layout.TILED(
+        plgpu.Tiling(((1, 128), (32,), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
+    )
 
     def kernel(parts_ref, index_ref, out_ref):
         work = lax.axis_index("work")
         b, head = lax.div(work, heads), lax.rem(work, heads)
         if splits == 1:
-            merged = load(parts_ref.at[b, lax.div(head, group), 0, 0, lax.rem(head, group)], by_column.reduce(0)).astype(dtype)
+            merged = load(
+                parts_ref.at[b, lax.div(head, group), 0, 0, lax.rem(head, group)],
+                by_column.reduce(0),
+            ).astype(dtype)
         else:
             mine = b, lax.div(head, group), slice(None)
-            out, lse = (load(parts_ref.at[*mine, i, lax.rem(head, group)], by_column) for i in range(2))
+            out, lse = (
+                load(parts_ref.at[*mine, i, lax.rem(head, group)], by_column) for i in range(2)
+            )
             weights = jnp.exp2(lse - spread(lse.max(axis=0), (splits, width), 1, by_column))
             merged = (jnp.sum(weights * out, axis=0) / jnp.sum(weights, axis=0)).astype(dtype)
         real = index_ref[b] >= 0
@@ -218,7 +264,7 @@ def merge_parts(parts, token_index, dtype):
         grid=(batch * heads,),
         grid_names=("work",),
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        kernel_name="attend_token_merge",
+        kernel_name="attention_step_merge",
     )(parts, token_index)
 
 

@@ -1,11 +1,13 @@
-"""Attention on TPUs: the contract of `attend`, by Pallas kernels that visit only blocks in which some query sees some key.
+"""Attention on TPUs, by Pallas kernels that visit only pairs of blocks in which some query sees
+some key.
 
-The kernels know nothing of order, windows, segments and pads but ranges of numbers and a list of blocks, both made by
-mosaic_tpu_plan from the arrays themselves. They take rows of tokens with the heads side by side, 128 lanes each: for heads
-128 wide that is the memory of [B, T, H, D] as it stands; narrower ones are filled up with zeros.
+The kernels take ranges of numbers and a list of block pairs, both made by plan.py from the arrays;
+they know nothing of order, windows, segments and pads. Operands are rows of tokens with the heads
+side by side, 128 lanes each: for heads 128 wide this is the memory layout of [B, T, H, D]; narrower
+heads are padded with zeros.
 
-There are three kernels: values (mosaic_tpu_forward), gradient of the queries (mosaic_tpu_dq), gradients of keys and values
-(mosaic_tpu_dkv). Static scores: benchmarks/tpu_scores.py.
+There are three kernels: output (forward.py), gradient of the queries (backward_queries.py),
+gradients of keys and values (backward_keys.py). Static scores: benchmarks/tpu_scores.py.
 """
 
 import dataclasses
@@ -31,7 +33,7 @@ MOST_VISITS = 1 << 16  # pairs of blocks: the list lies in scalar memory, 8 byte
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """The steps of the three kernels."""
+    """Block sizes of the three kernels."""
 
     forward: Block
     queries: Block
@@ -39,17 +41,21 @@ class Tuning:
 
 
 def tuned(q_length: int, k_length: int, mask: Mask, dtype) -> Tuning:
-    """The steps for a case; by pallas_kernels.tuning."""
+    """The block sizes for a case, by tuning.py."""
     window = mask.window if mask.aligned and not mask.sinks else None
     block = TPUAttention.narrow if window is not None and window <= LANES else TPUAttention.wide
 
     def share(length, most):
         """Even shares of at most `most` rows, that fill registers."""
         if window is not None and window > LANES:
-            most = min(most, max(TPUAttention.least, up(window // 2, LANES)))  # larger blocks would mostly hold keys out of reach
+            most = min(
+                most, max(TPUAttention.least, up(window // 2, LANES))
+            )  # larger blocks would mostly hold keys out of reach
         return up(-(-length // -(-length // most)), LANES)
 
-    rows, keys = (max(LANES, most * 2 // jnp.dtype(dtype).itemsize) for most in (block.rows, block.keys))  # as many bytes
+    rows, keys = (
+        max(LANES, most * 2 // jnp.dtype(dtype).itemsize) for most in (block.rows, block.keys)
+    )  # as many bytes
     block = Block(share(q_length, rows), share(k_length, keys), block.heads)
     return Tuning(block, block, block)
 
@@ -58,8 +64,10 @@ def up(length: int, step: int) -> int:
     return -(-length // step) * step
 
 
-def supports(q: jax.Array, k: jax.Array, v: jax.Array, *__, mask: Mask, tuning: Tuning | None = None, **_) -> str | None:
-    """Why these arrays (or shapes with dtypes) are not for this implementation, or None if they are."""
+def supports(
+    q: jax.Array, k: jax.Array, v: jax.Array, *__, mask: Mask, tuning: Tuning | None = None, **_
+) -> str | None:
+    """Returns the reason it does not take these arrays (or shapes with dtypes), else None."""
     if any(x.dtype != q.dtype for x in (k, v)) or q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"dtypes {q.dtype}, {k.dtype} and {v.dtype}: all bfloat16 or all float32"
     if max(q.shape[3], v.shape[3]) > LANES:
@@ -71,7 +79,10 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, *__, mask: Mask, tuning: 
         pairs = q.shape[0] * -(-q.shape[1] // block.rows) * -(-k.shape[1] // block.keys)
         if mask.aligned and mask.window is not None and not mask.sinks:
             across = -(-mask.window // block.keys) + -(-block.rows // block.keys) + 1
-            pairs = min(pairs, q.shape[0] * -(-q.shape[1] // block.rows) * (across if mask.causal else 2 * across))
+            pairs = min(
+                pairs,
+                q.shape[0] * -(-q.shape[1] // block.rows) * (across if mask.causal else 2 * across),
+            )
         if pairs > MOST_VISITS:
             return f"{pairs} pairs of a query block and a key block: up to {MOST_VISITS}"
     return None
@@ -91,15 +102,19 @@ def attention(
     interpret: pltpu.InterpretParams | None = None,
     tuning: Tuning | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The contract of `pallas_kernels.attend.attend`.
+    """The contract of `pallas_kernels.attention.attention`.
 
     interpret: run the kernels in the TPU interpreter, on any machine; None compiles them for a TPU.
-    tuning: the steps of the kernels, if not those of the table; rows and keys are multiples of 128.
-    Raises ValueError where `check` does or `supports` objects.
+    tuning: block sizes of the kernels, if not those of tuning.py; rows and keys are multiples of
+    128. Raises ValueError where `complete` does or `supports` gives a reason.
     """
-    call = complete(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, mask, scale)
+    call = complete(
+        q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, mask, scale
+    )
     if reason := supports(**call._asdict(), tuning=tuning):
-        raise ValueError(f"attention on TPU does not take {reason}\n  -> use the implementation xla")
+        raise ValueError(
+            f"attention on TPU does not take {reason}\n  -> use the implementation xla"
+        )
     tuning = tuning or tuned(q.shape[1], k.shape[1], call.mask, q.dtype)
     return _attention(*call[:7], _Static(call.mask, call.scale, interpret, tuning))
 
@@ -123,29 +138,54 @@ def _forward(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids
     block = static.tuning.forward
     who = reach(q_token_index, k_token_index, q_segment_ids, k_segment_ids, static.mask)
     who, options = _call(q, k, who, block, static)
-    rows = _rows(q, block.rows), _rows(_erase(k, k_token_index), block.keys), _rows(_erase(v, k_token_index), block.keys)
+    rows = (
+        _rows(q, block.rows),
+        _rows(_erase(k, k_token_index), block.keys),
+        _rows(_erase(v, k_token_index), block.keys),
+    )
     walk = visits(who, static.mask, block.rows, block.keys)
     out, lse = forward(*rows, _columns(*who[:3]), _columns(*who[3:]).T, walk, **options)
     out = _tokens(out, q.shape[:3] + v.shape[3:])
     lse = lse.reshape(q.shape[2], q.shape[0], -1)[:, :, : q.shape[1]].transpose(1, 2, 0)
-    out, lse = checkpoint_name(out, "attend_out"), checkpoint_name(lse, "attend_lse")
-    return (out, lse), (q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, out, lse)
+    out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
+    return (out, lse), (
+        q,
+        k,
+        v,
+        q_token_index,
+        k_token_index,
+        q_segment_ids,
+        k_segment_ids,
+        out,
+        lse,
+    )
 
 
 def _backward(static, kept, cotangents):
     q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, out, lse = kept
     d_out, d_lse = cotangents
-    live = lse != -jnp.inf  # the other queries saw nothing: nothing comes back through them, whatever their rows hold
+    live = (
+        lse != -jnp.inf
+    )  # the other queries saw nothing: nothing comes back through them, whatever their rows hold
     d_out = jnp.where(live[..., None], d_out, 0)
     shift = jnp.where(live, jnp.sum(d_out.astype(jnp.float32) * out, axis=-1) - d_lse, 0)
-    lse = jnp.where(live, lse * math.log2(math.e), -jnp.finfo(jnp.float32).min)  # weights exp2(score - lse) are 0 there
+    lse = jnp.where(
+        live, lse * math.log2(math.e), -jnp.finfo(jnp.float32).min
+    )  # weights exp2(score - lse) are 0 there
     q, k, v = _erase(q, q_token_index), _erase(k, k_token_index), _erase(v, k_token_index)
     everyone = reach(q_token_index, k_token_index, q_segment_ids, k_segment_ids, static.mask)
 
     def arguments(block):
         who, options = _call(q, k, everyone, block, static)
-        rows = _rows(q, block.rows), _rows(k, block.keys), _rows(v, block.keys), _rows(d_out, block.rows)
-        numbers = (_pad(x, block.rows, 0).transpose(2, 0, 1).reshape(q.shape[2], -1) for x in (lse, shift))
+        rows = (
+            _rows(q, block.rows),
+            _rows(k, block.keys),
+            _rows(v, block.keys),
+            _rows(d_out, block.rows),
+        )
+        numbers = (
+            _pad(x, block.rows, 0).transpose(2, 0, 1).reshape(q.shape[2], -1) for x in (lse, shift)
+        )
         return (*rows, *numbers), _columns(*who[:3]), _columns(*who[3:]), who, options
 
     block = static.tuning.queries
@@ -166,7 +206,12 @@ def _call(q, k, who: Reach, block: Block, static: _Static):
     """The reach of padded rows, and what the kernels are told besides arrays."""
     fills = (0, BLIND, 0, NOBODY, 0)
     steps = (block.rows,) * 3 + (block.keys,) * 2
-    who = Reach(*(x if x is None else _pad(x, n, fill) for x, n, fill in zip(who, steps, fills, strict=True)))
+    who = Reach(
+        *(
+            x if x is None else _pad(x, n, fill)
+            for x, n, fill in zip(who, steps, fills, strict=True)
+        )
+    )
     groups = q.shape[2] // k.shape[2]
     if groups >= block.heads:
         heads = _divisor(groups, block.heads), 1
@@ -215,6 +260,9 @@ def _tokens(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def _columns(*numbers: jax.Array | None) -> jax.Array:
     """[B, T] each, or None -> [B * T, 8] int32"""
     shape = numbers[0].shape
-    columns = [jnp.zeros(shape, jnp.int32) if x is None else jnp.broadcast_to(x, shape).astype(jnp.int32) for x in numbers]
+    columns = [
+        jnp.zeros(shape, jnp.int32) if x is None else jnp.broadcast_to(x, shape).astype(jnp.int32)
+        for x in numbers
+    ]
     columns += [jnp.zeros(shape, jnp.int32)] * (8 - len(columns))
     return jnp.stack(columns, axis=-1).reshape(-1, 8)

@@ -1,17 +1,18 @@
 """The kernel for the gradients of keys and values, for TPUs, in Pallas.
 
-Computes dv = p^T d_out and dk = scale (p * (d_out v^T - shift))^T q, the weights p = exp(scale q k^T - lse) being made
-again; shift is sum(out * d_out) - d_lse, one number a query.
+Computes dv = p^T d_out and dk = scale (p * (d_out v^T - shift))^T q, the weights p = exp(scale q
+k^T - lse) being recomputed; shift is sum(out * d_out) - d_lse, one number a query.
 
-Tiling: the grid is (blocks of key heads) x (visits, all of one key block in a row) x (parts of the query heads that read
-them). Scores stand as [keys, rows], so that lse and shift are rows, and weights and their gradients feed the sums as they
-are; dk and dv stay in VMEM over the visits of one key block, and take up all query heads of a key head. On the diagonal,
-each part of the keys starts at its own first query; elsewhere parts gain nothing here.
+Tiling: the grid is (blocks of key heads) x (visits, all of one key block in a row) x (parts of the
+query heads that read them). Scores stand as [keys, rows], so that lse and shift are rows, and
+weights and their gradients feed the sums as they are; dk and dv stay in VMEM over the visits of one
+key block, and take up all query heads of a key head. On the diagonal, each part of the keys starts
+at its own first query; elsewhere parts gain nothing here.
 
-Traffic: k, v, dk and dv once; q and d_out once per block of `keys` keys. Floor: 8 D operations for each (query, head,
-visible key): 16 heads, D 128, 8192 tokens in a window as long: 2.8 ms on a v5e, 0.60 on a v6e (1.2 at the half of its
-units that heads 128 wide fill). Static score: 2.53 and 1.37 ms, on a v5e below the floor, for instruction bundles do not
-show how long a product keeps its unit.
+Traffic: k, v, dk and dv once; q and d_out once per block of `keys` keys. Floor: 8 D operations for
+each (query, head, visible key): 16 heads, D 128, 8192 tokens in a window as long: 2.8 ms on a v5e,
+0.60 on a v6e (1.2 at the half of its units that heads 128 wide fill). Static score: 2.53 and 1.37
+ms, on a v5e below the floor, for instruction bundles do not show how long a product keeps its unit.
 """
 
 import math
@@ -23,7 +24,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention.tpu.forward import LANES, PART, VMEM, dot, in_turn, lanes, like, see
-from pallas_kernels.attention.tpu.plan import DIAGONAL, FIRST, FLAG_BITS, LAST, MASKED, WHOLE, Visits
+from pallas_kernels.attention.tpu.plan import (
+    DIAGONAL,
+    FIRST,
+    FLAG_BITS,
+    LAST,
+    MASKED,
+    WHOLE,
+    Visits,
+)
 
 
 def backward_keys(
@@ -54,7 +63,19 @@ def backward_keys(
     parts = max(1, groups // q_heads)
     log2_scale = scale * math.log2(math.e)
 
-    def kernel(outer_ref, _, q_ref, k_ref, v_ref, do_ref, lse_ref, shift_ref, ranges_ref, numbers_ref, *results):
+    def kernel(
+        outer_ref,
+        _,
+        q_ref,
+        k_ref,
+        v_ref,
+        do_ref,
+        lse_ref,
+        shift_ref,
+        ranges_ref,
+        numbers_ref,
+        *results,
+    ):
         dk_ref, dv_ref, dk_acc, dv_acc = results
         flags = outer_ref[pl.program_id(1)]
         part = pl.program_id(2)
@@ -71,7 +92,9 @@ def backward_keys(
                 mine, theirs = lanes(h), lanes(at)
 
                 def weigh(part):
-                    scores = dot(k_ref[part, theirs], q_ref[reached(part), mine], (1, 1)) * log2_scale
+                    scores = (
+                        dot(k_ref[part, theirs], q_ref[reached(part), mine], (1, 1)) * log2_scale
+                    )
                     return scores, dot(v_ref[part, theirs], do_ref[reached(part), mine], (1, 1))
 
                 def add_up(part, products):
@@ -79,9 +102,13 @@ def backward_keys(
                     if seen is not None:
                         scores = jnp.where(seen[part, reached(part)], scores, -jnp.inf)
                     weights = jnp.exp2(scores - lse_ref[0, pl.ds(h, 1), reached(part)])
-                    dv_acc[at, part] += dot(weights.astype(do_ref.dtype), do_ref[reached(part), mine], (1, 0))
+                    dv_acc[at, part] += dot(
+                        weights.astype(do_ref.dtype), do_ref[reached(part), mine], (1, 0)
+                    )
                     d_scores = weights * (d_weights - shift_ref[0, pl.ds(h, 1), reached(part)])
-                    dk_acc[at, part] += dot(d_scores.astype(q_ref.dtype), q_ref[reached(part), mine], (1, 0))
+                    dk_acc[at, part] += dot(
+                        d_scores.astype(q_ref.dtype), q_ref[reached(part), mine], (1, 0)
+                    )
 
                 in_turn(weigh, add_up, keys, part_rows)
 
@@ -97,7 +124,11 @@ def backward_keys(
 
             @pl.when(flags & DIAGONAL != 0)
             def _diagonal():
-                add(see(ranges_ref, numbers_ref, sinks, segments, by_key=True), PART, lambda part: slice(part.start, rows))
+                add(
+                    see(ranges_ref, numbers_ref, sinks, segments, by_key=True),
+                    PART,
+                    lambda part: slice(part.start, rows),
+                )
 
         @pl.when((flags & LAST != 0) & (part == parts - 1))
         def _end():
@@ -108,9 +139,15 @@ def backward_keys(
 
     key_blocks = k.shape[1] // LANES // k_heads
     lse, shift = (x.reshape(key_blocks * parts, q_heads, -1) for x in (lse, shift))
-    query = pl.BlockSpec((rows, q_heads * LANES), lambda h, s, p, outer, inner: (inner[s], h * parts + p))
-    key = pl.BlockSpec((keys, k_heads * LANES), lambda h, s, p, outer, inner: (outer[s] >> FLAG_BITS, h))
-    number = pl.BlockSpec((1, q_heads, rows), lambda h, s, p, outer, inner: (h * parts + p, 0, inner[s]))
+    query = pl.BlockSpec(
+        (rows, q_heads * LANES), lambda h, s, p, outer, inner: (inner[s], h * parts + p)
+    )
+    key = pl.BlockSpec(
+        (keys, k_heads * LANES), lambda h, s, p, outer, inner: (outer[s] >> FLAG_BITS, h)
+    )
+    number = pl.BlockSpec(
+        (1, q_heads, rows), lambda h, s, p, outer, inner: (h * parts + p, 0, inner[s])
+    )
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -131,8 +168,10 @@ def backward_keys(
         ),
         out_shape=[like(k.shape, k.dtype, q, k, v, d_out), like(v.shape, v.dtype, q, k, v, d_out)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM, disable_bounds_checks=True
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=VMEM,
+            disable_bounds_checks=True,
         ),
         interpret=interpret if interpret is not None else False,
-        name="attend_backward_keys",
+        name="attention_backward_keys",
     )(visits.outer, visits.inner, q, k, v, d_out, lse, shift, ranges, numbers)

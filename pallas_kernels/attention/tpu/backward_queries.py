@@ -1,16 +1,17 @@
 """The kernel for the gradient of the queries, for TPUs, in Pallas.
 
-Computes dq = scale (p * (d_out v^T - shift)) k, the weights p = exp(scale q k^T - lse) being made again; shift is
-sum(out * d_out) - d_lse, one number a query.
+Computes dq = scale (p * (d_out v^T - shift)) k, the weights p = exp(scale q k^T - lse) being
+recomputed; shift is sum(out * d_out) - d_lse, one number a query.
 
-Tiling: as the forward kernel: (blocks of query heads) x (visits, all of one query block in a row), dq in VMEM over the
-visits of one query block, the same parts and the same three bodies. lse and shift arrive as rows, and are turned into
-columns that fill the lanes once for each query block.
+Tiling: as the forward kernel: (blocks of query heads) x (visits, all of one query block in a row),
+dq in VMEM over the visits of one query block, the same parts and the same three bodies. lse and
+shift arrive as rows, and are turned into columns that fill the lanes once for each query block.
 
-Traffic: q, d_out and dq once; k and v once per block of `rows` queries and of `heads` heads. Floor: 6 D operations for each
-(query, head, visible key): 16 heads, D 128, 8192 tokens in a window as long: 2.1 ms on a v5e, 0.45 on a v6e (0.9 at the
-half of its units that heads 128 wide fill). Static score: 2.02 and 1.08 ms, on a v5e below the floor, for instruction
-bundles do not show how long a product keeps its unit.
+Traffic: q, d_out and dq once; k and v once per block of `rows` queries and of `heads` heads. Floor:
+6 D operations for each (query, head, visible key): 16 heads, D 128, 8192 tokens in a window as
+long: 2.1 ms on a v5e, 0.45 on a v6e (0.9 at the half of its units that heads 128 wide fill). Static
+score: 2.02 and 1.08 ms, on a v5e below the floor, for instruction bundles do not show how long a
+product keeps its unit.
 """
 
 import math
@@ -22,7 +23,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention.tpu.forward import LANES, PART, VMEM, dot, in_turn, lanes, like, see
-from pallas_kernels.attention.tpu.plan import DIAGONAL, FIRST, FLAG_BITS, LAST, MASKED, WHOLE, Visits
+from pallas_kernels.attention.tpu.plan import (
+    DIAGONAL,
+    FIRST,
+    FLAG_BITS,
+    LAST,
+    MASKED,
+    WHOLE,
+    Visits,
+)
 
 
 def backward_queries(
@@ -47,14 +56,27 @@ def backward_queries(
 ) -> jax.Array:
     """dq [queries, Hq * 128] in the dtype of q. Arguments as of `forward`, and
 
-    d_out: as q. lse, shift: [Hq, queries] float32, finite; lse in units of log2, so large that p = 0 for queries that are
-    pads. No array may hold a NaN, in pads either.
+    d_out: as q. lse, shift: [Hq, queries] float32, finite; lse in units of log2, so large that p =
+    0 for queries that are pads. No array may hold a NaN, in pads either.
     """
     (q_heads, k_heads), (rows, keys) = heads, blocks
     query_heads = q.shape[1] // LANES
     log2_scale = scale * math.log2(math.e)
 
-    def kernel(outer_ref, _, q_ref, k_ref, v_ref, do_ref, lse_ref, shift_ref, ranges_ref, numbers_ref, dq_ref, *scratch):
+    def kernel(
+        outer_ref,
+        _,
+        q_ref,
+        k_ref,
+        v_ref,
+        do_ref,
+        lse_ref,
+        shift_ref,
+        ranges_ref,
+        numbers_ref,
+        dq_ref,
+        *scratch,
+    ):
         acc_ref, lse_columns, shift_columns = scratch
         flags = outer_ref[pl.program_id(1)]
 
@@ -73,7 +95,9 @@ def backward_queries(
                 mine, theirs = lanes(h), lanes(lax.div(h * k_heads, q_heads) if k_heads > 1 else 0)
 
                 def weigh(part):
-                    scores = dot(q_ref[part, mine], k_ref[reached(part), theirs], (1, 1)) * log2_scale
+                    scores = (
+                        dot(q_ref[part, mine], k_ref[reached(part), theirs], (1, 1)) * log2_scale
+                    )
                     return scores, dot(do_ref[part, mine], v_ref[reached(part), theirs], (1, 1))
 
                 def add_up(part, products):
@@ -83,7 +107,9 @@ def backward_queries(
                     wide = (1, scores.shape[1] // LANES)
                     weights = jnp.exp2(scores - jnp.tile(lse_columns[h, part], wide))
                     d_scores = weights * (d_weights - jnp.tile(shift_columns[h, part], wide))
-                    acc_ref[h, part] += dot(d_scores.astype(k_ref.dtype), k_ref[reached(part), theirs], (1, 0))
+                    acc_ref[h, part] += dot(
+                        d_scores.astype(k_ref.dtype), k_ref[reached(part), theirs], (1, 0)
+                    )
 
                 in_turn(weigh, add_up, rows, PART)
 
@@ -109,9 +135,16 @@ def backward_queries(
 
     steps = (query_heads // q_heads, visits.count)
     lse, shift = (x.reshape(steps[0], q_heads, -1) for x in (lse, shift))
-    query = pl.BlockSpec((rows, q_heads * LANES), lambda h, s, outer, inner: (outer[s] >> FLAG_BITS, h))
-    key = pl.BlockSpec((keys, k_heads * LANES), lambda h, s, outer, inner: (inner[s], lax.div(h * q_heads, groups * k_heads)))
-    number = pl.BlockSpec((1, q_heads, rows), lambda h, s, outer, inner: (h, 0, outer[s] >> FLAG_BITS))
+    query = pl.BlockSpec(
+        (rows, q_heads * LANES), lambda h, s, outer, inner: (outer[s] >> FLAG_BITS, h)
+    )
+    key = pl.BlockSpec(
+        (keys, k_heads * LANES),
+        lambda h, s, outer, inner: (inner[s], lax.div(h * q_heads, groups * k_heads)),
+    )
+    number = pl.BlockSpec(
+        (1, q_heads, rows), lambda h, s, outer, inner: (h, 0, outer[s] >> FLAG_BITS)
+    )
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -132,8 +165,10 @@ def backward_queries(
         ),
         out_shape=like(q.shape, q.dtype, q, k, v, d_out),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM, disable_bounds_checks=True
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=VMEM,
+            disable_bounds_checks=True,
         ),
         interpret=interpret if interpret is not None else False,
-        name="attend_backward_queries",
+        name="attention_backward_queries",
     )(visits.outer, visits.inner, q, k, v, d_out, lse, shift, ranges, numbers)

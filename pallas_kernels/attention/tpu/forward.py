@@ -1,21 +1,24 @@
 """The forward kernel of attention for TPUs, in Pallas.
 
-Computes out = softmax(scale q k^T) v and the log-sum-exp of the scores, where a query sees the keys whose number lies in
-its range (mosaic_tpu_plan).
+Computes out = softmax(scale q k^T) v and the log-sum-exp of the scores, where a query sees the keys
+whose number lies in its range (plan.py).
 
-Tiling: the grid is (blocks of query heads) x (visits): a visit is one block of query rows and one of key rows, from the
-list that the plan made, so no step is spent on blocks that do not meet. A step takes `heads` query heads, with the key
-heads that they read, one after the other: scores [rows, keys] in float32, new maximum, weights, weights @ v. It goes by
-parts of the rows, the product of the next part written before the softmax of this one, for the compiler runs side by side
-only what stands close together. Maximum, sum and weighted values stay in VMEM over the visits of one query block; all are
-as wide as a vector register, the maximum repeated, the sum spread over the lanes, so that only the maximum needs a
-reduction across lanes in each step. There are three bodies: blocks that are seen whole skip the mask; on the diagonal, each
-part of the rows stops at its own last key; all others are masked in full, the mask made once for all heads.
+Tiling: the grid is (blocks of query heads) x (visits): a visit is one block of query rows and one
+of key rows, from the list that the plan made, so no step is spent on blocks that do not meet. A
+step takes `heads` query heads, with the key heads that they read, one after the other: scores
+[rows, keys] in float32, new maximum, weights, weights @ v. It goes by parts of the rows, the
+product of the next part written before the softmax of this one, for the compiler runs side by side
+only what stands close together. Maximum, sum and weighted values stay in VMEM over the visits of
+one query block; all are as wide as a vector register, the maximum repeated, the sum spread over the
+lanes, so that only the maximum needs a reduction across lanes in each step. There are three bodies:
+blocks that are seen whole skip the mask; on the diagonal, each part of the rows stops at its own
+last key; all others are masked in full, the mask made once for all heads.
 
-Traffic: q and out once; k and v once per block of `rows` queries and of `heads` heads. Floor: 4 D operations for each
-(query, head, visible key): 16 heads, D 128, 8192 tokens in a window as long: 1.40 ms on a v5e (197 Tflop/s), 0.60 on a v5p
-(459), 0.30 on a v6e (918), where heads 128 wide fill half of a 256 x 256 unit, so 0.60; memory needs a tenth of that.
-Static score: 1.59 ms on a v5e, 0.86 on a v6e.
+Traffic: q and out once; k and v once per block of `rows` queries and of `heads` heads. Floor: 4 D
+operations for each (query, head, visible key): 16 heads, D 128, 8192 tokens in a window as long:
+1.40 ms on a v5e (197 Tflop/s), 0.60 on a v5p (459), 0.30 on a v6e (918), where heads 128 wide fill
+half of a 256 x 256 unit, so 0.60; memory needs a tenth of that. Static score: 1.59 ms on a v5e,
+0.86 on a v6e.
 """
 
 import math
@@ -27,7 +30,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention.tpu.plan import BLIND, DIAGONAL, FIRST, FLAG_BITS, LAST, MASKED, WHOLE, Visits
+from pallas_kernels.attention.tpu.plan import (
+    BLIND,
+    DIAGONAL,
+    FIRST,
+    FLAG_BITS,
+    LAST,
+    MASKED,
+    WHOLE,
+    Visits,
+)
 from pallas_kernels.attention.tuning import TPU as TPUAttention
 
 LANES = 128
@@ -53,19 +65,36 @@ def forward(
     diagonal: bool,
     interpret: pltpu.InterpretParams | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """out [queries, Hq * 128] in the dtype of q and lse [Hq, queries] float32; 0 and -inf for queries that see nothing.
+    """out [queries, Hq * 128] in the dtype of q and lse [Hq, queries] float32; 0 and -inf for
+    queries that see nothing.
 
-    q: [queries, Hq * 128], k, v: [keys, Hkv * 128]: rows of all sequences one after the other, heads side by side. Rows
-    of k and v that are pads hold no NaN.
+    q: [queries, Hq * 128], k, v: [keys, Hkv * 128]: rows of all sequences one after the other,
+    heads side by side. Rows of k and v that are pads hold no NaN.
     ranges: [queries, 8], numbers: [8, keys] int32: `side_by_side` of what the plan's reach says.
-    heads: query heads and key heads of a step. blocks: rows and keys of a block. groups: query heads of a key head.
-    sinks, segments: whether and how the mask uses them. diagonal: whether there are visits of that kind.
+    heads: query heads and key heads of a step. blocks: rows and keys of a block. groups: query
+        heads of a key head.
+    sinks, segments: whether and how the mask uses them. diagonal: whether there are visits of that
+        kind.
     """
     (q_heads, k_heads), (rows, keys) = heads, blocks
     query_heads = q.shape[1] // LANES
     log2_scale = scale * math.log2(math.e)
 
-    def kernel(outer_ref, _, q_ref, k_ref, v_ref, ranges_ref, numbers_ref, out_ref, lse_ref, acc_ref, top_ref, sum_ref, ends_ref):
+    def kernel(
+        outer_ref,
+        _,
+        q_ref,
+        k_ref,
+        v_ref,
+        ranges_ref,
+        numbers_ref,
+        out_ref,
+        lse_ref,
+        acc_ref,
+        top_ref,
+        sum_ref,
+        ends_ref,
+    ):
         flags = outer_ref[pl.program_id(1)]
 
         @pl.when(flags & FIRST != 0)
@@ -123,9 +152,14 @@ def forward(
                 total = jnp.where(live, total, 0)
                 some = total > 0
                 inverse = 1 / jnp.where(some, total, 1)
-                out_ref[:, lanes(h)] = jnp.where(some, acc_ref[h] * inverse, 0).astype(out_ref.dtype)
-                # one lane for each head's sum, and one for its maximum, so that all heads turn into rows at once
-                ends_ref[...] = jnp.where(lane == h, total, jnp.where(lane == LANES // 2 + h, top_ref[h], ends_ref[...]))
+                out_ref[:, lanes(h)] = jnp.where(some, acc_ref[h] * inverse, 0).astype(
+                    out_ref.dtype
+                )
+                # one lane for each head's sum, and one for its maximum, so that all heads turn into
+                # rows at once
+                ends_ref[...] = jnp.where(
+                    lane == h, total, jnp.where(lane == LANES // 2 + h, top_ref[h], ends_ref[...])
+                )
 
             ends = ends_ref[...].T
             total, top = ends[:q_heads], ends[LANES // 2 : LANES // 2 + q_heads]
@@ -136,7 +170,9 @@ def forward(
     def key_head(h):
         return lax.div(h * q_heads, groups * k_heads)
 
-    query = pl.BlockSpec((rows, q_heads * LANES), lambda h, s, outer, inner: (outer[s] >> FLAG_BITS, h))
+    query = pl.BlockSpec(
+        (rows, q_heads * LANES), lambda h, s, outer, inner: (outer[s] >> FLAG_BITS, h)
+    )
     key = pl.BlockSpec((keys, k_heads * LANES), lambda h, s, outer, inner: (inner[s], key_head(h)))
     out, lse = pl.pallas_call(
         kernel,
@@ -152,26 +188,32 @@ def forward(
             ],
             out_specs=[
                 query,
-                pl.BlockSpec((1, q_heads, rows), lambda h, s, outer, inner: (h, 0, outer[s] >> FLAG_BITS)),
+                pl.BlockSpec(
+                    (1, q_heads, rows), lambda h, s, outer, inner: (h, 0, outer[s] >> FLAG_BITS)
+                ),
             ],
-            scratch_shapes=[pltpu.VMEM((q_heads, rows, LANES), jnp.float32)] * 3 + [pltpu.VMEM((rows, LANES), jnp.float32)],
+            scratch_shapes=[pltpu.VMEM((q_heads, rows, LANES), jnp.float32)] * 3
+            + [pltpu.VMEM((rows, LANES), jnp.float32)],
         ),
         out_shape=[
             like(q.shape, q.dtype, q, k, v),
             like((steps[0], q_heads, q.shape[0]), jnp.float32, q, k, v),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM, disable_bounds_checks=True
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=VMEM,
+            disable_bounds_checks=True,
         ),
         interpret=interpret if interpret is not None else False,
-        name="attend_forward",
+        name="attention_forward",
     )(visits.outer, visits.inner, q, k, v, ranges, numbers)
     return out, lse.reshape(query_heads, -1)
 
 
 def in_turn(before: Callable, after: Callable, rows: int, part_rows: int) -> None:
-    """after(part, before(part)) for each part of the rows, in an order that lets the compiler run `before` of a part, which
-    is a product, beside `after` of the part before it, most of which is not: it keeps close to the order of the program."""
+    """after(part, before(part)) for each part of the rows, in an order that lets the compiler
+    run `before` of a part, which is a product, beside `after` of the part before it, most of
+    which is not: it keeps close to the order of the program."""
     parts = [slice(i, min(i + part_rows, rows)) for i in range(0, rows, part_rows)]
     ready = before(parts[0])
     for part, following in zip(parts, [*parts[1:], None], strict=True):
@@ -181,8 +223,8 @@ def in_turn(before: Callable, after: Callable, rows: int, part_rows: int) -> Non
 
 
 def see(ranges_ref, numbers_ref, sinks: int, segments: bool, by_key: bool = False) -> jax.Array:
-    """Who sees whom: [rows, keys] booleans, or by_key [keys, rows]. What leads is a reference [n, 8], with a column for
-    each item, the other one [8, n]."""
+    """Who sees whom: [rows, keys] booleans, or by_key [keys, rows]. What leads is a reference
+    [n, 8], with a column for each item, the other one [8, n]."""
 
     def items(ref, count, leads):
         return [ref[:, i : i + 1] if leads else ref[i : i + 1, :] for i in range(count)]
@@ -214,6 +256,8 @@ def like(shape, dtype, *arrays) -> jax.ShapeDtypeStruct:
     """A result that varies over a mesh as any of these arrays does (inside shard_map)."""
 
     def mix(*arrays):
-        return lax.full_like(sum(x.reshape(-1)[0].astype(jnp.float32) for x in arrays), 0, dtype, shape)
+        return lax.full_like(
+            sum(x.reshape(-1)[0].astype(jnp.float32) for x in arrays), 0, dtype, shape
+        )
 
     return jax.eval_shape(mix, *arrays)

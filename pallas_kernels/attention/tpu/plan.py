@@ -1,16 +1,19 @@
-"""What the attention kernels for TPU are told: who sees whom as a range of numbers, and which pairs of blocks to visit.
+"""What the attention kernels for TPU are told: who sees whom as a range of numbers, and which pairs
+of blocks to visit.
 
-`reach` turns order, windows, segments and pads into one rule. Each key has a number, each query a range of numbers:
+`reach` turns order, windows, segments and pads into one rule. Each key has a number, each query a
+range of numbers:
 
     seen = low <= number <= high        (sinks: keys numbered below `sinks` are seen from any `low`)
 
-For tokens that attend to themselves (an aligned mask) the number is the row and the range is one run of rows, segments
-and all. Otherwise the number is the ordinal, and segments, if any, are compared besides.
+For tokens that attend to themselves (an aligned mask) the number is the row and the range is one
+run of rows, segments and all. Otherwise the number is the token index, and segments, if any, are
+compared besides.
 
-`visits` lists the pairs of a query block and a key block of which some row sees some row, in the order in which a kernel
-walks over them. The list is made on the device from the numbers, and its length is the length of the kernel's grid, so
-that blocks outside windows, segments and the filled part of a cache cost nothing. The kernels find their blocks through
-scalar prefetch.
+`visits` lists the pairs of a query block and a key block of which some row sees some row, in the
+order in which a kernel visits them. The list is made on the device from the numbers, and its length
+is the length of the kernel's grid, so that blocks outside windows, segments and the filled part of
+a cache cost nothing. The kernels find their blocks through scalar prefetch.
 """
 
 from typing import NamedTuple
@@ -27,12 +30,17 @@ FAR = NOBODY - 1
 BLIND = -1  # `high` of a query that is a pad: before every key
 
 FIRST, LAST = 1, 2  # of a visit: begins or ends its row of blocks ...
-MASKED, DIAGONAL, WHOLE = 4, 8, 16  # ... some pairs are seen; some, none of them with a key below its query; all
+MASKED, DIAGONAL, WHOLE = (
+    4,
+    8,
+    16,
+)  # ... some pairs are seen; some, none of them with a key below its query; all
 FLAG_BITS = 5
 
 
 class Reach(NamedTuple):
-    """low, high, q_segment_ids: [B, Tq] int32; number, k_segment_ids: [B, Tk] int32; segments None if they need no comparing."""
+    """low, high, q_segment_ids: [B, Tq] int32; number, k_segment_ids: [B, Tk] int32; segments
+    None if they need no comparing."""
 
     low: jax.Array
     high: jax.Array
@@ -42,15 +50,21 @@ class Reach(NamedTuple):
 
 
 class Visits(NamedTuple):
-    """outer, inner: [most] int32, the blocks of each visit, counted through all sequences; outer << FLAG_BITS | flags. count: []
-    int32, the visits to make."""
+    """outer, inner: [most] int32, the blocks of each visit, counted through all sequences; outer
+    << FLAG_BITS | flags. count: [] int32, the visits to make."""
 
     outer: jax.Array
     inner: jax.Array
     count: jax.Array
 
 
-def reach(q_token_index: jax.Array, k_token_index: jax.Array, q_segment_ids: jax.Array | None, k_segment_ids: jax.Array | None, mask: Mask) -> Reach:
+def reach(
+    q_token_index: jax.Array,
+    k_token_index: jax.Array,
+    q_segment_ids: jax.Array | None,
+    k_segment_ids: jax.Array | None,
+    mask: Mask,
+) -> Reach:
     """Arguments as of `attend`."""
     dead = q_token_index < 0
     if mask.aligned and not (mask.sinks and mask.window is not None):
@@ -61,12 +75,16 @@ def reach(q_token_index: jax.Array, k_token_index: jax.Array, q_segment_ids: jax
         low, high = jnp.zeros_like(q_token_index), jnp.full_like(q_token_index, FAR)
         if mask.window is not None:
             low = jnp.maximum(q_token_index - (mask.window - 1), 0)
-            high = q_token_index + jnp.minimum(mask.window - 1, FAR - q_token_index)  # no further than int32 goes
+            high = q_token_index + jnp.minimum(
+                mask.window - 1, FAR - q_token_index
+            )  # no further than int32 goes
         if mask.causal:
             high = q_token_index
         number = k_token_index
         if mask.sinks and mask.window is not None and not mask.causal:
-            high = jnp.maximum(high, mask.sinks - 1)  # sinks ahead are in reach as well, and nothing between is not
+            high = jnp.maximum(
+                high, mask.sinks - 1
+            )  # sinks ahead are in reach as well, and nothing between is not
     return Reach(
         jnp.where(dead, 0, low).astype(jnp.int32),
         jnp.where(dead, BLIND, high).astype(jnp.int32),
@@ -77,8 +95,9 @@ def reach(q_token_index: jax.Array, k_token_index: jax.Array, q_segment_ids: jax
 
 
 def visits(reach: Reach, mask: Mask, rows: int, keys: int, by_key: bool = False) -> Visits:
-    """The pairs of blocks of `rows` queries and of `keys` keys to visit, all those of one query block in a row (by_key:
-    of one key block). Each block of that side is visited, if only once with no flag that says that anything is seen.
+    """The pairs of blocks of `rows` queries and of `keys` keys to visit, all those of one query
+    block in a row (by_key: of one key block). Each block of that side is visited, if only once with
+    no flag that says that anything is seen.
 
     The lengths in `reach` are multiples of `rows` and `keys`.
     """
@@ -104,13 +123,14 @@ def visits(reach: Reach, mask: Mask, rows: int, keys: int, by_key: bool = False)
 
 
 def has_diagonal(mask: Mask, rows: int, keys: int) -> bool:
-    """Whether some blocks have the same tokens as queries and as keys, of which none sees a later one."""
+    """Whether some blocks have the same tokens as queries and as keys, of which none sees a
+    later one."""
     return mask.aligned and mask.causal and rows == keys
 
 
 def _kinds(reach: Reach, sinks: int, rows: int, keys: int) -> jax.Array:
-    """[B, query blocks, key blocks]: MASKED, WHOLE or 0. Queries that are pads do not count; whole blocks have no key that
-    is one."""
+    """[B, query blocks, key blocks]: MASKED, WHOLE or 0. Queries that are pads do not count;
+    whole blocks have no key that is one."""
 
     def by_row(x):
         return x.reshape(x.shape[0], -1, rows)
@@ -122,7 +142,10 @@ def _kinds(reach: Reach, sinks: int, rows: int, keys: int) -> jax.Array:
     live, real = high != BLIND, number != NOBODY
     least, most = number.min(axis=2)[:, None], number.max(axis=2)[:, None]
     most_real = jnp.where(real, number, -1).max(axis=2)[:, None]
-    low_most, high_least = jnp.where(live, low, 0).max(axis=2), jnp.where(live, high, FAR).min(axis=2)
+    low_most, high_least = (
+        jnp.where(live, low, 0).max(axis=2),
+        jnp.where(live, high, FAR).min(axis=2),
+    )
     near = most_real >= jnp.where(live, low, NOBODY).min(axis=2)[:, :, None]
     some = (least <= high.max(axis=2)[:, :, None]) & (near | (least < sinks))
     every = (most <= high_least[:, :, None]) & ((least >= low_most[:, :, None]) | (most < sinks))
@@ -137,7 +160,8 @@ def _kinds(reach: Reach, sinks: int, rows: int, keys: int) -> jax.Array:
 
 
 def _possible(mask: Mask, q_blocks: int, k_blocks: int, rows: int, keys: int) -> np.ndarray:
-    """[query blocks, key blocks] booleans: False where an aligned mask says that nothing can be seen."""
+    """[query blocks, key blocks] booleans: False where an aligned mask says that nothing can be
+    seen."""
     possible = np.ones((q_blocks, k_blocks), bool)
     if not mask.aligned:
         return possible

@@ -1,16 +1,28 @@
 """All gradients of the gated delta rule, by the backward kernels for Hopper GPUs.
 
-mosaic_gpu_walk_back.py carries the gradient of the state through the chunks, last to first; mosaic_gpu_gradients.py then does every chunk
-at once. Between them lie 96 KiB for each chunk of each head, with V 256. Where few heads would leave multiprocessors idle, the walk back
-is cut into spans (mosaic_gpu_cut.py).
+chunk_scan_backward.py carries the gradient of the state through the chunks, last to first;
+gradients.py then computes all chunks in parallel. Between them are 96 KiB for each chunk of each
+head, with V 256. Where few heads would leave multiprocessors idle, the backward chunk scan is cut
+into spans (spans.py).
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.gated_delta_rule.hopper.chunk_scan_backward import CHUNK, SINCE, chunk_scan_backward, passages_back
-from pallas_kernels.gated_delta_rule.hopper.gradients import D_BETA, D_BETA_TOO, D_GATE, PRODUCT, gradients
+from pallas_kernels.gated_delta_rule.hopper.chunk_scan_backward import (
+    CHUNK,
+    SINCE,
+    chunk_scan_backward,
+    span_transitions_backward,
+)
+from pallas_kernels.gated_delta_rule.hopper.gradients import (
+    D_BETA,
+    D_BETA_TOO,
+    D_GATE,
+    PRODUCT,
+    gradients,
+)
 from pallas_kernels.gated_delta_rule.hopper.spans import WIDTH, compose, spans_of
 
 f32 = jnp.float32
@@ -23,28 +35,33 @@ def backward(
     v: jax.Array,
     g: jax.Array,
     beta: jax.Array,
-    runs: jax.Array | None,
+    segments: jax.Array | None,
     inverse: jax.Array,
     states: jax.Array,
     d_out: jax.Array,
     d_last: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """dq, dk, dv in bfloat16, dg and dbeta [B, H, T] float32, and the initial state's gradient [B, H, 128, V] float32.
+    """dq, dk, dv in bfloat16, dg and dbeta [B, H, T] float32, and the initial state's gradient [B,
+    H, 128, V] float32.
 
-    q, k: [B, T, H, 128], v, d_out: [B, T, H, V], bfloat16, zero at pads, T and V multiples of 64. g, beta: [B, H, T] float32, finite, zero
-    at pads. runs: [B, T] int32 from `sequence_runs`, None if no row is packed. inverse [B, H, N, 64, 64] bfloat16, T, or
-    [B, H, N, 2, 64, 64], two that add up to it, and states [B, H, N, 128, V] bfloat16: as kept by `forward`. d_last: [B, H, 128, V]
-    float32.
+    q, k: [B, T, H, 128], v, d_out: [B, T, H, V], bfloat16, zero at pads, T and V multiples of 64.
+    g, beta: [B, H, T] float32, finite, zero at pads. segments: [B, T] int32 from `segment_numbers`,
+    None if no row is packed. inverse [B, H, N, 64, 64] bfloat16, T, or [B, H, N, 2, 64, 64], two
+    that add up to it, and states [B, H, N, 128, V] bfloat16: as kept by `forward`. d_last: [B, H,
+    128, V] float32.
 
     At pads dg is not zero.
     """
     inverse = inverse.reshape(*inverse.shape[:3], -1, CHUNK, CHUNK)
-    vectors = gate_vectors(g, beta, runs)
+    vectors = gate_vectors(g, beta, segments)
     batch, length, heads, width = d_out.shape
-    # Two spans were not measured; they should save nothing, for the walk back is hardly faster without writing.
+    # Two spans were not measured; they should save nothing, for the backward scan is hardly faster
+    # without writing.
     spans = spans_of(batch * heads, width // WIDTH, length // CHUNK, back=True)
     if spans > 1:
-        d_ends = compose(d_last, passages_back(q, k, d_out, inverse, vectors, d_last, spans))
+        d_ends = compose(
+            d_last, span_transitions_backward(q, k, d_out, inverse, vectors, d_last, spans)
+        )
     else:
         d_ends = d_last[:, :, None]
     x, d_states, d_first = chunk_scan_backward(q, k, d_out, inverse, vectors, d_ends)
@@ -55,17 +72,20 @@ def backward(
     return dq, dk, dv, dg.reshape(g.shape), dbeta.reshape(beta.shape), d_first
 
 
-def gate_vectors(g: jax.Array, beta: jax.Array, runs: jax.Array | None) -> jax.Array:
-    """The chunks' vectors of `walk_back`, in the order of its constants, of g and beta [B, H, T]."""
+def gate_vectors(g: jax.Array, beta: jax.Array, segments: jax.Array | None) -> jax.Array:
+    """The chunks' vectors of `chunk_scan_backward`, in the order of its constants, of g and beta
+    [B, H, T]."""
     batch, heads, _ = g.shape
     g, beta = (x.reshape(batch, heads, -1, CHUNK) for x in (g, beta))
     sums = jnp.matmul(g, jnp.tri(CHUNK, dtype=f32).T, precision=lax.Precision.HIGHEST)
     since, until = jnp.exp(sums), jnp.exp(sums[..., -1:] - sums)
-    run = jnp.zeros_like(g)
-    if runs is not None:
-        runs = runs.reshape(batch, 1, -1, CHUNK)
-        before = jnp.pad(runs[:, :, :-1, -1:], ((0, 0), (0, 0), (1, 0), (0, 0)))  # the first chunk's state belongs to run 0
-        since = jnp.where(runs == before, since, 0)
-        until = jnp.where(runs == runs[..., -1:], until, 0)
-        run = jnp.broadcast_to(runs.astype(f32), g.shape)
-    return jnp.stack([sums, since, beta, until, run], axis=3)
+    segment = jnp.zeros_like(g)
+    if segments is not None:
+        segments = segments.reshape(batch, 1, -1, CHUNK)
+        before = jnp.pad(
+            segments[:, :, :-1, -1:], ((0, 0), (0, 0), (1, 0), (0, 0))
+        )  # the first chunk's state belongs to segment 0
+        since = jnp.where(segments == before, since, 0)
+        until = jnp.where(segments == segments[..., -1:], until, 0)
+        segment = jnp.broadcast_to(segments.astype(f32), g.shape)
+    return jnp.stack([sums, since, beta, until, segment], axis=3)

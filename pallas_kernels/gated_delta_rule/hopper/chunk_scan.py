@@ -1,22 +1,27 @@
-"""The walk over the chunks, with their outputs: the second of two forward kernels for Hopper GPUs, in Pallas Mosaic GPU.
+"""Chunk scan of the gated delta rule, with the outputs: the second of two forward kernels for
+Hopper GPUs, in Pallas Mosaic GPU.
 
-Computes, chunk after chunk and in the notation of xla.py, new = T beta (V - d K S), out = d Q S + (Q K^T * D) new and
-S' = d_C S + (D_C K)^T new, from the inputs and what mosaic_gpu_chunks.py makes of them.
+Computes, chunk after chunk and in the notation of xla.py, new = T beta (V - d K S), out = d Q S +
+(Q K^T * D) new and S' = d_C S + (D_C K)^T new, from the inputs and the results of chunks.py.
 
-Tiling: a thread block carries 64 columns of one head's state through the whole sequence, with three warpgroups. The first does nothing but
-what the next chunk waits for: k S, new and S'. There everything stands transposed, [V, tokens] and [V, K], so that the state is an
-accumulator that never leaves the registers and, rounded, the register operand of its own products; likewise `new`. It hands both, through
-shared memory, to the second warpgroup, which makes the outputs beside it. The third copies what is to come (TMA), some chunks ahead.
-Where these blocks would leave multiprocessors idle, the sequence is cut into spans that walk at the same time, each from a state that
-mosaic_gpu_passages.py found before.
+Tiling: a thread block carries 64 columns of one head's state through the whole sequence, with three
+warpgroups. The first computes only what the next chunk depends on: k S, new and S'. There
+everything is transposed, [V, tokens] and [V, K], so that the state is an accumulator that stays in
+the registers and, rounded, the register operand of its own products; likewise `new`. It passes
+both, through shared memory, to the second warpgroup, which computes the outputs in parallel. The
+third starts the copies (TMA), some chunks ahead. Where these blocks would leave multiprocessors
+idle, the sequence is cut into spans that are scanned in parallel, each from a state found by
+span_transitions.py.
 
-Rounding: sums and the carried state are float32, operands bfloat16. T, the scores and `new`, between which much cancels where keys repeat,
-are two bfloat16 each, of which two products are formed with T and K and three with the scores.
+Rounding: sums and the carried state are float32, operands bfloat16. T, the scores and `new`,
+between which much cancels where keys repeat, are two bfloat16 each, of which two products are
+formed with T and K and three with the scores.
 
-Traffic: for a chunk of a head 96 KiB read (k, q, T and scores by every slice, from the L2 cache but once) and 32 KiB written, and 64 KiB
-more where the states before each chunk are kept. Floor at 16 heads and 8,192 tokens: 0.09 ms for the memory at 3 TB/s, 0.12 ms for the
-tensor cores: with so few heads latency rules, 128 chunks, one after the other, of three dependent products, 1,664 clocks of tensor work
-a chunk and slice.
+Traffic: for a chunk of a head 96 KiB read (k, q, T and scores by every slice, from the L2 cache but
+once) and 32 KiB written, and 64 KiB more where the states before each chunk are saved. Floor at 16
+heads and 8,192 tokens: 0.09 ms for the memory at 3 TB/s, 0.12 ms for the tensor cores. With so few
+heads latency dominates: 128 chunks, one after the other, of three dependent products, 1,664 clocks
+of tensor work a chunk and slice.
 """
 
 from collections.abc import Callable
@@ -28,10 +33,27 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.gated_delta_rule.hopper.chunks import BETA, CHUNK, KEY, PARTS, SINCE, UNTIL, share
+from pallas_kernels.gated_delta_rule.hopper.chunks import (
+    BETA,
+    CHUNK,
+    KEY,
+    PARTS,
+    SINCE,
+    UNTIL,
+    share,
+)
 from pallas_kernels.gated_delta_rule.hopper.spans import WIDTH, cut
 from pallas_kernels.gated_delta_rule.tuning import HopperChunkScan as Tuning
-from pallas_kernels.mosaic_gpu import Products, across, full, load, multiply, rounded_halves, spread, transposed
+from pallas_kernels.mosaic_gpu import (
+    Products,
+    across,
+    full,
+    load,
+    multiply,
+    rounded_halves,
+    spread,
+    transposed,
+)
 
 HALVES = pl.ds(0, CHUNK), pl.ds(CHUNK, CHUNK)  # rows of the two parts that T and the scores come in
 
@@ -48,11 +70,12 @@ def chunk_scan(
     starts: jax.Array | None,
     keep: bool,
 ) -> tuple[jax.Array, ...]:
-    """out [B, T, H, V] bfloat16, the last state [B, H, 128, V] float32 and, if keep, those before each chunk [B, H, N, 128, V] bfloat16.
+    """out [B, T, H, V] bfloat16, the last state [B, H, 128, V] float32 and, if keep, those before
+    each chunk [B, H, N, 128, V] bfloat16.
 
     q, k: [B, T, H, 128] and v: [B, T, H, V], bfloat16, no NaN, T and V multiples of 64.
-    inverse, scores, vectors: from `chunks`. starts: [B, H, S, 128, V] float32, the state before each of the S spans that `cut` makes of the
-    chunks; None is one span, from zeros.
+    inverse, scores, vectors: from `chunks`. starts: [B, H, S, 128, V] float32, the state before
+    each of the S spans that `cut` makes of the chunks; None is one span, from zeros.
     """
     batch, length, heads, width = v.shape
     parts, odd = divmod(width, WIDTH)
@@ -68,8 +91,29 @@ def chunk_scan(
         q_ref, k_ref, v_ref, inverse_ref, scores_ref, vectors_ref, *refs = refs
         starts_ref = refs.pop(0) if started else None
         out_ref, last_ref, *states_ref = refs
-        q_smem, k_smem, v_smem, inverse_smem, scores_smem, state_smem, new_smem, out_smem, vectors_smem = smem
-        k_ready, v_ready, inverse_ready, q_ready, free, q_free, state_ready, state_free, new_ready, new_free = barriers
+        (
+            q_smem,
+            k_smem,
+            v_smem,
+            inverse_smem,
+            scores_smem,
+            state_smem,
+            new_smem,
+            out_smem,
+            vectors_smem,
+        ) = smem
+        (
+            k_ready,
+            v_ready,
+            inverse_ready,
+            q_ready,
+            free,
+            q_free,
+            state_ready,
+            state_free,
+            new_ready,
+            new_free,
+        ) = barriers
         work = lax.axis_index("work")
         me = lax.axis_index("group")
         part, span = lax.rem(work, parts), lax.rem(lax.div(work, parts), spans)
@@ -106,7 +150,20 @@ def chunk_scan(
                     share(new_smem, 0, new)
                     plgpu.barrier_arrive(new_ready)
 
-                chunk = Chunk(*(x.at[at] for x in (k_smem, v_smem, inverse_smem, vectors_smem, k_ready, v_ready, inverse_ready)))
+                chunk = Chunk(
+                    *(
+                        x.at[at]
+                        for x in (
+                            k_smem,
+                            v_smem,
+                            inverse_smem,
+                            vectors_smem,
+                            k_ready,
+                            v_ready,
+                            inverse_ready,
+                        )
+                    )
+                )
                 state = advance(state, chunk, hand_over, wait_for_new, hand_over_new)
                 plgpu.barrier_arrive(free.at[at])
                 return state
@@ -119,7 +176,9 @@ def chunk_scan(
             state = lax.fori_loop(0, mine, step, state)
             plgpu.barrier_wait(state_free)
             plgpu.barrier_wait(new_free)
-            transposed(last_ref.at[b, head, span, :, columns])[...] = plgpu.layout_cast(state, sideways)
+            transposed(last_ref.at[b, head, span, :, columns])[...] = plgpu.layout_cast(
+                state, sideways
+            )
 
         @pl.when(me == 1)
         def _put_out():
@@ -133,14 +192,22 @@ def chunk_scan(
                     products = Products()
                     plgpu.barrier_wait(q_ready.at[q_at])
                     plgpu.barrier_wait(state_ready)
-                    products.add(acc, q_smem.at[q_at], state_smem if keep else transposed(state_smem))
+                    products.add(
+                        acc, q_smem.at[q_at], state_smem if keep else transposed(state_smem)
+                    )
                     plgpu.barrier_wait(v_ready.at[at])
-                    since = lax.optimization_barrier(load(vectors_smem.at[at, SINCE], by_row, optimized=True))
+                    since = lax.optimization_barrier(
+                        load(vectors_smem.at[at, SINCE], by_row, optimized=True)
+                    )
                     if keep:
-                        plgpu.copy_smem_to_gmem(state_smem, states_ref[0].at[b, head, first + n, :, columns])
+                        plgpu.copy_smem_to_gmem(
+                            state_smem, states_ref[0].at[b, head, first + n, :, columns]
+                        )
                     return since, products.wait(acc)
 
-                since, out = lax.optimization_barrier(pl.run_scoped(read, accumulator(CHUNK, WIDTH)))
+                since, out = lax.optimization_barrier(
+                    pl.run_scoped(read, accumulator(CHUNK, WIDTH))
+                )
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(state_free)
                 plgpu.commit_smem()  # the vectors are read before a copy may replace them
@@ -148,7 +215,13 @@ def chunk_scan(
                 out = out * spread(since, WIDTH)
                 plgpu.barrier_wait(new_ready)
                 terms = (0, 0), (1, 0), (0, 1)
-                out = multiply(out, *((scores_smem.at[q_at, HALVES[i]], transposed(new_smem.at[j])) for i, j in terms))
+                out = multiply(
+                    out,
+                    *(
+                        (scores_smem.at[q_at, HALVES[i]], transposed(new_smem.at[j]))
+                        for i, j in terms
+                    ),
+                )
                 plgpu.barrier_arrive(new_free)
                 plgpu.barrier_arrive(q_free.at[q_at])
                 out_smem[...] = out.astype(bf16)
@@ -186,7 +259,11 @@ def chunk_scan(
 
     def entry(*refs):
         def shared(*shape):
-            return plgpu.SMEM(shape, bf16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+            return plgpu.SMEM(
+                shape,
+                bf16,
+                transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)),
+            )
 
         smem = (
             shared(out_stages, CHUNK, KEY),
@@ -206,24 +283,31 @@ def chunk_scan(
             plgpu.Barrier(num_barriers=out_stages),
             *(plgpu.Barrier() for _ in range(4)),
         )
-        pl.run_scoped(lambda *scratch: kernel(refs, *scratch), smem, barriers, collective_axes="group")
+        pl.run_scoped(
+            lambda *scratch: kernel(refs, *scratch), smem, barriers, collective_axes="group"
+        )
 
     kept = [jax.ShapeDtypeStruct((batch, heads, count, KEY, width), bf16)] if keep else []
     out, last, *states = plgpu.kernel(
         entry,
-        out_type=[jax.ShapeDtypeStruct(v.shape, bf16), jax.ShapeDtypeStruct((batch, heads, spans, KEY, width), f32), *kept],
+        out_type=[
+            jax.ShapeDtypeStruct(v.shape, bf16),
+            jax.ShapeDtypeStruct((batch, heads, spans, KEY, width), f32),
+            *kept,
+        ],
         grid=(batch * heads * spans * parts,),
         grid_names=("work",),
         num_threads=3,
         thread_name="group",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        kernel_name="gdn_walk",
+        kernel_name="gdn_chunk_scan",
     )(q, k, v, inverse, scores, vectors, *([starts] if started else []))
     return out, last[:, :, -1], *states
 
 
 class Chunk(NamedTuple):
-    """What the state needs of a chunk, in shared memory, and the barriers at which it arrives (the vectors with v)."""
+    """What the state needs of a chunk, in shared memory, and the barriers at which it arrives
+    (the vectors with v)."""
 
     k: Any
     v: Any
@@ -242,11 +326,12 @@ def advance(
     adding: Callable[[jax.Array], None],
     share_of_v: jax.Array | None = None,
 ) -> jax.Array:
-    """The state after a chunk, of the state before it, both transposed [64 columns, 128] float32 in a warpgroup's registers.
+    """The state after a chunk, of the state before it, both transposed [64 columns, 128] float32 in
+    a warpgroup's registers.
 
-    Called while a product runs: reading with the state before, rounded to bfloat16; before_new where `new` of the chunk before must have
-    been read by others; adding with `new` [64 columns, tokens]. share_of_v: 0 instead of 1 for what becomes of a state where no values
-    come.
+    Called while a product runs: reading with the state before, rounded to bfloat16; before_new
+    where `new` of the chunk before must have been read by others; adding with `new` [64 columns,
+    tokens]. share_of_v: 0 instead of 1 for what becomes of a state where no values come.
     """
 
     def vector(i):
@@ -269,11 +354,14 @@ def advance(
         factor = load(chunk.vectors.at[BETA], by_column, optimized=True)
         factor *= load(chunk.vectors.at[SINCE], by_column, optimized=True)
         values, factor = lax.optimization_barrier((values, factor))
-        # The compiler moves no work past the loop of this wait, but it would move this past the one for the product.
+        # The compiler moves no work past the loop of this wait, but it would move this past the one
+        # for the product.
         plgpu.barrier_wait(chunk.inverse_ready)
         return values, factor, products.wait(acc)
 
-    values, factor, known = lax.optimization_barrier(pl.run_scoped(read, plgpu.ACC((WIDTH, CHUNK), f32)))
+    values, factor, known = lax.optimization_barrier(
+        pl.run_scoped(read, plgpu.ACC((WIDTH, CHUNK), f32))
+    )
     rest = (values - across(factor, WIDTH) * known).astype(bf16)
 
     def correct(acc):
@@ -285,7 +373,9 @@ def advance(
         before_new()
         return decayed, until, products.wait(acc)
 
-    decayed, until, new = lax.optimization_barrier(pl.run_scoped(correct, plgpu.ACC((WIDTH, CHUNK), f32)))
+    decayed, until, new = lax.optimization_barrier(
+        pl.run_scoped(correct, plgpu.ACC((WIDTH, CHUNK), f32))
+    )
     high, low = rounded_halves(new * across(until, WIDTH))
 
     def add(acc):

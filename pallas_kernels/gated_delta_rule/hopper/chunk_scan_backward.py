@@ -1,26 +1,32 @@
-"""The walk back over the chunks: the first of two backward kernels for Hopper GPUs, in Pallas Mosaic GPU.
+"""Backward chunk scan of the gated delta rule: the first of two backward kernels for Hopper GPUs,
+in Pallas Mosaic GPU.
 
-Computes, from the last chunk to the first and in the notation of xla.py, with dS' the gradient of the state after the chunk,
+Computes, from the last chunk to the first and in the notation of xla.py, with dS' the gradient of
+the state after the chunk,
 
     d_new = (Q K^T * D)^T d_out + (D_C K) dS'
     x     = T^T d_new                             gradient of beta (V - d K S)
     dS    = d_C dS' + (d Q)^T d_out - (beta d K)^T x
 
-and writes x and dS', which are all that mosaic_gpu_gradients.py needs of what is sequential.
+and writes x and dS', the only sequential results that gradients.py needs.
 
-Tiling: a thread block takes 64 columns of one head's state. One warpgroup carries dS through the whole sequence: everything stands
-transposed, [V, tokens] and [V, K], so that dS is an accumulator that never leaves the registers and is, rounded, the register operand of
-its own products; likewise d_new and x. A second warpgroup is one chunk ahead with what depends on no state: the scores and d Q. A third
-starts the copies (TMA). Where these blocks would leave multiprocessors idle, the sequence is cut into spans (mosaic_gpu_cut.py) that walk
-at the same time; `passages_back` is the same walk before that, which writes nothing on its way: of q, k, d_out and T it reads as much, and
-leaves 192 KiB for a span of a head with V 256.
+Tiling: a thread block takes 64 columns of one head's state. One warpgroup carries dS through the
+whole sequence: everything is transposed, [V, tokens] and [V, K], so that dS is an accumulator that
+stays in the registers and, rounded, the register operand of its own products; likewise d_new and x.
+A second warpgroup is one chunk ahead with what depends on no state: the scores and d Q. A third
+starts the copies (TMA). Where these blocks would leave multiprocessors idle, the sequence is cut
+into spans (spans.py) that are scanned in parallel. `span_transitions_backward` is the same scan
+before that, without the per-chunk results: it reads as much of q, k, d_out and T, and writes 192
+KiB for a span of a head with V 256.
 
-Rounding: operands are bfloat16, sums and the carried gradient float32. d_new meets T as two bfloat16: where keys repeat, its rounding
-errors would grow (2 % of dv, 1.3 % with two). T in two parts halves that again (0.6 %).
+Rounding: operands are bfloat16, sums and the carried gradient float32. d_new is multiplied with T
+as two bfloat16: where keys repeat, its rounding errors would grow (2 % of dv, 1.3 % with two). T in
+two parts halves that again (0.6 %).
 
-Traffic: a chunk of a head is 32 KiB of d_out, and q, k and T once per 64 columns (160 KiB, from the L2 cache) read, 96 KiB written: 0.1 ms
-at 16 heads and 8,192 tokens. Floor: 0.1 ms too, for latency rules: 128 chunks, one after the other, of three dependent products, 1,150
-clocks of tensor core each (1,280 with T in two parts). Seen on an H100 with T in two parts: 0.25 ms, 2,900 clocks a chunk.
+Traffic: a chunk of a head is 32 KiB of d_out, and q, k and T once per 64 columns (160 KiB, from the
+L2 cache) read, 96 KiB written: 0.1 ms at 16 heads and 8,192 tokens. Floor: 0.1 ms too, by latency:
+128 chunks, one after the other, of three dependent products, 1,150 clocks of tensor core each
+(1,280 with T in two parts). Measured on an H100 with T in two parts: 0.25 ms, 2,900 clocks a chunk.
 """
 
 import jax
@@ -30,9 +36,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.gated_delta_rule.hopper.span_transitions import entering
-from pallas_kernels.gated_delta_rule.hopper.spans import KEY, WIDTH, cut, passages_of, place
+from pallas_kernels.gated_delta_rule.hopper.spans import KEY, WIDTH, cut, place, transition_blocks
 from pallas_kernels.gated_delta_rule.tuning import HopperChunkScanBackward as Tuning
-from pallas_kernels.mosaic_gpu import Products, across, load, multiply, rounded_halves, spread, transposed
+from pallas_kernels.mosaic_gpu import (
+    Products,
+    across,
+    load,
+    multiply,
+    rounded_halves,
+    spread,
+    transposed,
+)
 
 CHUNK = 64  # tokens of a chunk
 SUM, SINCE, BETA, UNTIL, RUN, ROWS = range(6)  # rows of a chunk's vectors
@@ -42,26 +56,39 @@ f32, bf16 = jnp.float32, jnp.bfloat16
 
 
 def chunk_scan_backward(
-    q: jax.Array, k: jax.Array, d_out: jax.Array, inverse: jax.Array, vectors: jax.Array, d_ends: jax.Array
+    q: jax.Array,
+    k: jax.Array,
+    d_out: jax.Array,
+    inverse: jax.Array,
+    vectors: jax.Array,
+    d_ends: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x [B, H, N, 64, V] bfloat16, the gradients of the states after each of the N chunks, transposed [B, H, N, V, 128] bfloat16, and
-    that of the initial state [B, H, 128, V] float32.
+    """x [B, H, N, 64, V] bfloat16, the gradients of the states after each of the N chunks,
+    transposed [B, H, N, V, 128] bfloat16, and that of the initial state [B, H, 128, V] float32.
 
-    q, k: [B, T, H, 128], d_out: [B, T, H, V], bfloat16, no NaN, T and V multiples of 64. inverse: [B, H, N, 1 or 2, 64, 64] bfloat16, T or
-    the two that add up to it.
-    vectors: [B, H, N, ROWS, 64] float32: running sum of g in the chunk, decay d from the state before it (0 for other sequences'
-    tokens), beta, decay to the chunk's last token (likewise), number of the token's sequence. d_ends: [B, H, S, 128, V] float32, the
-    gradient of the state after each of the S spans that `cut` makes of the chunks, the last span's first.
+    q, k: [B, T, H, 128], d_out: [B, T, H, V], bfloat16, no NaN, T and V multiples of 64. inverse:
+    [B, H, N, 1 or 2, 64, 64] bfloat16, T or the two that add up to it.
+    vectors: [B, H, N, ROWS, 64] float32: running sum of g in the chunk, decay d from the state
+    before it (0 for other sequences' tokens), beta, decay to the chunk's last token (likewise),
+    number of the token's sequence. d_ends: [B, H, S, 128, V] float32, the gradient of the state
+    after each of the S spans that `cut` makes of the chunks, the last span's first.
     """
     x, d_states, d_first = _chunk_scan_backward(q, k, d_out, inverse, vectors, d_ends, None)
     return x, d_states, d_first[:, :, -1]
 
 
-def passages_back(
-    q: jax.Array, k: jax.Array, d_out: jax.Array, inverse: jax.Array, vectors: jax.Array, d_last: jax.Array, spans: int
+def span_transitions_backward(
+    q: jax.Array,
+    k: jax.Array,
+    d_out: jax.Array,
+    inverse: jax.Array,
+    vectors: jax.Array,
+    d_last: jax.Array,
+    spans: int,
 ) -> jax.Array:
-    """What `chain` needs, spans counted from the last: [B, H, spans - 1, 128, V + 128] float32, as `passages` for the walk; d_last: [B, H,
-    128, V] float32, the rest as in `walk_back`."""
+    """What `compose` needs, spans counted from the last: [B, H, spans - 1, 128, V + 128]
+    float32, as `span_transitions` for the scan; d_last: [B, H, 128, V] float32, the rest as in
+    `chunk_scan_backward`."""
     (passed,) = _chunk_scan_backward(q, k, d_out, inverse, vectors, d_last[:, :, None], spans)
     return passed
 
@@ -73,7 +100,7 @@ def _chunk_scan_backward(q, k, d_out, inverse, vectors, d_ends, passed_spans):
     count, parts = length // CHUNK, inverse.shape[3]
     passing = passed_spans is not None
     spans = passed_spans if passing else d_ends.shape[2]
-    blocks = passages_of(spans, slices) if passing else spans * slices  # of a head
+    blocks = transition_blocks(spans, slices) if passing else spans * slices  # of a head
     wgmma, sideways = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA_TRANSPOSED
     by_row, by_column = wgmma.reduce(1), wgmma.reduce(0)
 
@@ -85,7 +112,9 @@ def _chunk_scan_backward(q, k, d_out, inverse, vectors, d_ends, passed_spans):
         work = lax.axis_index("work")
         block, head = lax.rem(work, blocks), lax.rem(lax.div(work, blocks), heads)
         b = lax.div(work, blocks * heads)
-        span, slice_ = place(block, slices) if passing else (lax.div(block, slices), lax.rem(block, slices))  # the last span is 0
+        span, slice_ = (
+            place(block, slices) if passing else (lax.div(block, slices), lax.rem(block, slices))
+        )  # the last span is 0
         first, chunks = cut(count, spans, spans - 1 - span)
         mine = pl.ds(slice_ * WIDTH, WIDTH)
         columns = pl.ds(jnp.minimum(slice_, slices - 1) * WIDTH, WIDTH)
@@ -104,14 +133,17 @@ def _chunk_scan_backward(q, k, d_out, inverse, vectors, d_ends, passed_spans):
                 k_, do_ = k_smem.at[late], do_smem.at[late]
 
                 def vector(which):
-                    return across(load(vectors_smem.at[late, which], by_column, optimized=True), CHUNK)
+                    return across(
+                        load(vectors_smem.at[late, which], by_column, optimized=True), CHUNK
+                    )
 
                 rounded = ds.astype(bf16)
                 plgpu.barrier_wait(k_ready.at[late])
                 plgpu.barrier_wait(made.at[early])
 
-                # What is not a product runs beside one. Only narrowing to bfloat16 does not: ptxas makes every wgmma wait for the last
-                # if the operand registers of one are written while another is in flight (its message C7513).
+                # What is not a product runs beside one. Only narrowing to bfloat16 does not: ptxas
+                # makes every wgmma wait for the last if the operand registers of one are written
+                # while another is in flight (its message C7513).
                 def gather(far_acc, near_acc):
                     products = Products()
                     products.add(far_acc, rounded, transposed(k_))
@@ -122,9 +154,13 @@ def _chunk_scan_backward(q, k, d_out, inverse, vectors, d_ends, passed_spans):
                         plgpu.commit_smem()
                         plgpu.copy_smem_to_gmem(ds_smem, ds_ref.at[b, head, n, mine])
                     decayed = ds * vectors_smem[late, SINCE, CHUNK - 1]
-                    decayed, until, factor = lax.optimization_barrier((decayed, vector(UNTIL), -vector(BETA) * vector(SINCE)))
+                    decayed, until, factor = lax.optimization_barrier(
+                        (decayed, vector(UNTIL), -vector(BETA) * vector(SINCE))
+                    )
                     far = products.wait(far_acc)
-                    return lax.optimization_barrier((far, products.take(near_acc), decayed, until, factor))
+                    return lax.optimization_barrier(
+                        (far, products.take(near_acc), decayed, until, factor)
+                    )
 
                 refs = plgpu.ACC((WIDTH, CHUNK), f32), plgpu.ACC((WIDTH, CHUNK), f32)
                 far, near, ds, until, factor = pl.run_scoped(gather, *refs)
@@ -142,7 +178,9 @@ def _chunk_scan_backward(q, k, d_out, inverse, vectors, d_ends, passed_spans):
                     x = products.wait(x_acc, running=1)
                     return lax.optimization_barrier((x, x * factor, products.wait(ds_acc)))
 
-                x, written, ds = pl.run_scoped(solve, plgpu.ACC((WIDTH, CHUNK), f32), plgpu.ACC((WIDTH, KEY), f32))
+                x, written, ds = pl.run_scoped(
+                    solve, plgpu.ACC((WIDTH, CHUNK), f32), plgpu.ACC((WIDTH, KEY), f32)
+                )
                 plgpu.barrier_arrive(used.at[early])
                 plgpu.barrier_arrive(t_free.at[early])
                 written = written.astype(bf16)
@@ -162,7 +200,9 @@ def _chunk_scan_backward(q, k, d_out, inverse, vectors, d_ends, passed_spans):
                 plgpu.barrier_arrive(k_free.at[late])
                 return ds
 
-            ds = load(transposed(ends_ref.at[b, head, 0 if passing else span, :, columns]), sideways)
+            ds = load(
+                transposed(ends_ref.at[b, head, 0 if passing else span, :, columns]), sideways
+            )
             ds = plgpu.layout_cast(ds, wgmma)
             if passing:
                 ds = entering(ds, span, slice_, slices)
@@ -173,7 +213,9 @@ def _chunk_scan_backward(q, k, d_out, inverse, vectors, d_ends, passed_spans):
         @pl.when(me == 1)
         def _prepare():
             plgpu.set_max_registers(Tuning.registers[0], action="increase")
-            row, column = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), i, layout=wgmma) for i in (0, 1))
+            row, column = (
+                plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), i, layout=wgmma) for i in (0, 1)
+            )
 
             @pl.loop(0, chunks)
             def _(i):
@@ -184,7 +226,9 @@ def _chunk_scan_backward(q, k, d_out, inverse, vectors, d_ends, passed_spans):
 
                 scores = multiply((CHUNK, CHUNK), (q_smem.at[early], transposed(k_smem.at[late])))
                 scores = (scores * decays(vector, row, column)).astype(bf16)
-                reads = q_smem.at[early][...].astype(f32) * spread(load(vector.at[SINCE], by_row), KEY)
+                reads = q_smem.at[early][...].astype(f32) * spread(
+                    load(vector.at[SINCE], by_row), KEY
+                )
                 pl.when(i >= AHEAD)(lambda: plgpu.barrier_wait(used.at[early]))
                 scores_smem.at[early][...] = scores
                 reads_smem.at[early][...] = reads.astype(bf16)
@@ -203,26 +247,40 @@ def _chunk_scan_backward(q, k, d_out, inverse, vectors, d_ends, passed_spans):
                 n = first + chunks - 1 - i
                 tokens = pl.ds(n * CHUNK, CHUNK)
                 pl.when(i >= STAGES)(lambda: plgpu.barrier_wait(k_free.at[late]))
-                plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, head], k_smem.at[late], k_ready.at[late])
+                plgpu.copy_gmem_to_smem(
+                    k_ref.at[b, tokens, head], k_smem.at[late], k_ready.at[late]
+                )
 
                 def copy_d_out(source):
                     plgpu.copy_gmem_to_smem(source, do_smem.at[late], k_ready.at[late])
 
                 if passing:
-                    pl.when(slice_ < slices)(lambda: copy_d_out(do_ref.at[b, tokens, head, columns]))
+                    pl.when(slice_ < slices)(
+                        lambda: copy_d_out(do_ref.at[b, tokens, head, columns])
+                    )
                     pl.when(slice_ >= slices)(lambda: copy_d_out(zeros_ref))
                 else:
                     copy_d_out(do_ref.at[b, tokens, head, columns])
-                plgpu.copy_gmem_to_smem(vectors_ref.at[b, head, n], vectors_smem.at[late], k_ready.at[late])
+                plgpu.copy_gmem_to_smem(
+                    vectors_ref.at[b, head, n], vectors_smem.at[late], k_ready.at[late]
+                )
                 pl.when(i >= AHEAD)(lambda: plgpu.barrier_wait(q_free.at[early]))
-                plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, head], q_smem.at[early], q_ready.at[early])
+                plgpu.copy_gmem_to_smem(
+                    q_ref.at[b, tokens, head], q_smem.at[early], q_ready.at[early]
+                )
                 pl.when(i >= AHEAD)(lambda: plgpu.barrier_wait(t_free.at[early]))
                 for p in range(parts):
-                    plgpu.copy_gmem_to_smem(inverse_ref.at[b, head, n, p], t_smem.at[early, p], t_ready.at[early])
+                    plgpu.copy_gmem_to_smem(
+                        inverse_ref.at[b, head, n, p], t_smem.at[early, p], t_ready.at[early]
+                    )
 
     def entry(*refs):
         def shared(*shape):
-            return plgpu.SMEM(shape, bf16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+            return plgpu.SMEM(
+                shape,
+                bf16,
+                transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)),
+            )
 
         smem = (
             shared(AHEAD, CHUNK, KEY),
@@ -244,7 +302,9 @@ def _chunk_scan_backward(q, k, d_out, inverse, vectors, d_ends, passed_spans):
             plgpu.Barrier(num_barriers=AHEAD),
             plgpu.Barrier(num_barriers=AHEAD),
         )
-        pl.run_scoped(lambda *scratch: kernel(refs, *scratch), smem, barriers, collective_axes="group")
+        pl.run_scoped(
+            lambda *scratch: kernel(refs, *scratch), smem, barriers, collective_axes="group"
+        )
 
     if passing:
         results = [jax.ShapeDtypeStruct((batch, heads, spans - 1, KEY, width + KEY), f32)]
@@ -263,14 +323,20 @@ def _chunk_scan_backward(q, k, d_out, inverse, vectors, d_ends, passed_spans):
         grid_names=("work",),
         num_threads=3,
         thread_name="group",
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        kernel_name="gdn_passages_back" if passing else "gdn_walk_back",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        kernel_name="gdn_span_transitions_backward" if passing else "gdn_chunk_scan_backward",
     )(q, k, d_out, inverse, vectors, d_ends, *others)
 
 
 def decays(vector, row, column):
     """D of a chunk, in registers, from its vectors in shared memory."""
     by_row, by_column = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-    exponent = spread(load(vector.at[SUM], by_row), CHUNK) - across(load(vector.at[SUM], by_column), CHUNK)
-    same = spread(load(vector.at[RUN], by_row), CHUNK) == across(load(vector.at[RUN], by_column), CHUNK)
+    exponent = spread(load(vector.at[SUM], by_row), CHUNK) - across(
+        load(vector.at[SUM], by_column), CHUNK
+    )
+    same = spread(load(vector.at[RUN], by_row), CHUNK) == across(
+        load(vector.at[RUN], by_column), CHUNK
+    )
     return jnp.exp(jnp.where((column <= row) & same, exponent, -jnp.inf))

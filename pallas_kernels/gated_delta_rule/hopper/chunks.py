@@ -1,19 +1,25 @@
-"""All that depends on no state, for every chunk at once: the first of two forward kernels for Hopper GPUs, in Pallas Mosaic GPU.
+"""What depends on no state, all chunks in parallel: the first of two forward kernels for Hopper
+GPUs, in Pallas Mosaic GPU.
 
-Computes, for a chunk of 64 tokens of one head and in the notation of xla.py, the decays D and d, the inverse
-T = (I + A)^-1 with A the strictly lower part of beta_i k_i.k_j D_ij, and the scores Q K^T * D.
+Computes, for a chunk of 64 tokens of one head and in the notation of xla.py, the decays D and d,
+the inverse T = (I + A)^-1 with A the strictly lower part of beta_i k_i.k_j D_ij, and the scores Q
+K^T * D.
 
-Tiling: three warpgroups a thread block and one block a multiprocessor; each warpgroup goes through chunks of its own and copies the next
-one's q and k (TMA) meanwhile, so that one's waits are filled by the others' work. The inverse starts from exact blocks of 2 x 2 and doubles
-them five times, X <- X - X S X, S the part of A that joins their halves: the whole of X A X is formed, of which only that part is taken,
-so that A is rounded once. Operands of these products are split into two bfloat16, of which three products are formed: 16 bits.
+Tiling: three warpgroups a thread block and one thread block a multiprocessor. Each warpgroup takes
+its own chunks and copies q and k of its next one (TMA) meanwhile, so that one warpgroup computes
+while another waits. The inverse starts from exact blocks of 2 x 2 and doubles them five times, X <-
+X - X S X, S the part of A that joins their halves: the whole of X A X is formed, of which only that
+part is taken, so that A is rounded once. Operands of these products are split into two bfloat16, of
+which three products are formed: 16 bits.
 
-Rounding: T and the scores are written as two bfloat16 each. With one, errors of out reach 1.2 % where keys repeat and nothing is forgotten:
-what the tokens add to a state then almost cancels, and errors do not. With two, no case of the tests has 0.35 %. The first of T is
-rounded to the nearest, for the gradients use it alone in places, where a bias would add up.
+Rounding: T and the scores are written as two bfloat16 each. With one, errors of out reach 1.2 %
+where keys repeat and nothing decays: what the tokens add to a state then almost cancels, and errors
+do not. With two, no test case has more than 0.35 %. The first of T is rounded to the nearest,
+because the gradients use it alone in places, where a bias would add up.
 
-Traffic: for a chunk of a head 32 KiB (q and k) read and 32 KiB written. Floor at 16 heads and 8,192 tokens: 128 MiB, 0.045 ms at 3 TB/s;
-the 136 wgmma of 64 x 64 x 16 a chunk take 4,352 clocks of a multiprocessor's tensor cores, 0.039 ms.
+Traffic: for a chunk of a head 32 KiB (q and k) read and 32 KiB written. Floor at 16 heads and 8,192
+tokens: 128 MiB, 0.045 ms at 3 TB/s; the 136 wgmma of 64 x 64 x 16 a chunk take 4,352 clocks of a
+multiprocessor's tensor cores, 0.039 ms.
 """
 
 import math
@@ -27,25 +33,40 @@ from jax import lax
 from pallas_kernels.gated_delta_rule.hopper.spans import KEY
 from pallas_kernels.gated_delta_rule.tuning import HopperChunks as Tuning
 from pallas_kernels.hardware import HOPPER_MULTIPROCESSORS
-from pallas_kernels.mosaic_gpu import across, load, multiply, nearest_halves, rounded_halves, spread, transposed
+from pallas_kernels.mosaic_gpu import (
+    across,
+    load,
+    multiply,
+    nearest_halves,
+    rounded_halves,
+    spread,
+    transposed,
+)
 
 CHUNK = 64
 GROUPS = Tuning.groups
 BETA, SINCE, UNTIL, PARTS = 0, 1, 2, 3  # rows of the chunk's vectors
 
-FAR = 1e6  # taken from the logarithm of a decay for each start of a sequence on the way: it becomes 0
+FAR = (
+    1e6  # taken from the logarithm of a decay for each start of a sequence on the way: it becomes 0
+)
 
 f32, bf16 = jnp.float32, jnp.bfloat16
 
 
-def chunks(q: jax.Array, k: jax.Array, g: jax.Array, beta: jax.Array, starts: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """T and scores [B, H, N, 128, 64] bfloat16 and vectors [B, H, N, 3, 64] float32 of all N chunks.
+def chunks(
+    q: jax.Array, k: jax.Array, g: jax.Array, beta: jax.Array, starts: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """T and scores [B, H, N, 128, 64] bfloat16 and vectors [B, H, N, 3, 64] float32 of all N
+    chunks.
 
-    T and the scores are the sum of rows 0 to 63 and rows 64 to 127. The vectors of a chunk are beta, the decay d from
-    the state before the chunk to each token (0 if the token belongs to another sequence) and the decay from each token to the chunk's last.
+    T and the scores are the sum of rows 0 to 63 and rows 64 to 127. The vectors of a chunk are
+    beta, the decay d from the state before the chunk to each token (0 if the token belongs to
+    another sequence) and the decay from each token to the chunk's last.
 
-    q, k: [B, T, H, 128] bfloat16, T a multiple of 64, no NaN. g, beta: [B, H, T] float32, finite. starts: [B, T] float32,
-    1 for a token before which the state is reset, else 0; None if there is none.
+    q, k: [B, T, H, 128] bfloat16, T a multiple of 64, no NaN. g, beta: [B, H, T] float32, finite.
+    starts: [B, T] float32, 1 for a token before which the state is reset, else 0; None if there is
+    none.
     """
     batch, length, heads, width = k.shape
     assert width == KEY and length % CHUNK == 0
@@ -75,10 +96,18 @@ def chunks(q: jax.Array, k: jax.Array, g: jax.Array, beta: jax.Array, starts: ja
             b, head, n = place(i)
             tokens = pl.ds(n * CHUNK, CHUNK)
             at = me, lax.rem(i, 2)
-            sources = [source.at[b, tokens, head, pl.ds(64 * half, 64)] for source in (q_ref, k_ref) for half in range(2)]
+            sources = [
+                source.at[b, tokens, head, pl.ds(64 * half, 64)]
+                for source in (q_ref, k_ref)
+                for half in range(2)
+            ]
             for j, source in enumerate(sources):
                 plgpu.copy_gmem_to_smem(source, all_tiles.at[*at, j], ready.at[*at])
-            steps = [beta_ref.at[b, head, tokens], g_ref.at[b, head, tokens], *[ref.at[b, tokens] for ref in starts_refs]]
+            steps = [
+                beta_ref.at[b, head, tokens],
+                g_ref.at[b, head, tokens],
+                *[ref.at[b, tokens] for ref in starts_refs],
+            ]
             for j, source in enumerate(steps):
                 plgpu.copy_gmem_to_smem(source, all_steps.at[*at, j], ready.at[*at])
 
@@ -89,46 +118,85 @@ def chunks(q: jax.Array, k: jax.Array, g: jax.Array, beta: jax.Array, starts: ja
         def _(i):
             b, head, n = place(i)
             at = me, lax.rem(i, 2)
-            tiles, (beta_smem, *summands) = all_tiles.at[*at], [all_steps.at[*at, j] for j in range(2 + len(starts_refs))]
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last chunk's results, out of the tiles that are filled next
+            tiles, (beta_smem, *summands) = (
+                all_tiles.at[*at],
+                [all_steps.at[*at, j] for j in range(2 + len(starts_refs))],
+            )
+            plgpu.wait_smem_to_gmem(
+                0, wait_read_only=True
+            )  # the last chunk's results, out of the tiles that are filled next
             pl.when(i + 1 < mine)(lambda: fetch(i + 1))
             plgpu.barrier_wait(ready.at[*at])
-            by_rows = [jnp.where(column <= row, across(load(x, by_column, optimized=True), CHUNK), 0.0).sum(axis=1) for x in summands]
+            by_rows = [
+                jnp.where(
+                    column <= row, across(load(x, by_column, optimized=True), CHUNK), 0.0
+                ).sum(axis=1)
+                for x in summands
+            ]
             for j, sums in enumerate(by_rows):
-                vectors_smem[SINCE + j] = sums  # a passage to the other layout
+                vectors_smem[SINCE + j] = sums  # a change to the other layout
             plgpu.commit_smem()
-            by_columns = [load(vectors_smem.at[SINCE + j], by_column, optimized=True) for j in range(len(summands))]
+            by_columns = [
+                load(vectors_smem.at[SINCE + j], by_column, optimized=True)
+                for j in range(len(summands))
+            ]
             totals = [vectors_smem[SINCE + j, CHUNK - 1] for j in range(len(summands))]
             vectors_smem[BETA] = load(beta_smem, by_column, optimized=True)
             vectors_smem[SINCE] = jnp.exp(exponent(*by_columns))
-            vectors_smem[UNTIL] = jnp.exp(exponent(*(x - y for x, y in zip(totals, by_columns, strict=True))))
-            between = exponent(*(spread(x, CHUNK) - across(y, CHUNK) for x, y in zip(by_rows, by_columns, strict=True)))
-            between = jnp.exp(jnp.where(column < row, between, -jnp.inf))  # masked before: exp would overflow above the diagonal
+            vectors_smem[UNTIL] = jnp.exp(
+                exponent(*(x - y for x, y in zip(totals, by_columns, strict=True)))
+            )
+            between = exponent(
+                *(
+                    spread(x, CHUNK) - across(y, CHUNK)
+                    for x, y in zip(by_rows, by_columns, strict=True)
+                )
+            )
+            between = jnp.exp(
+                jnp.where(column < row, between, -jnp.inf)
+            )  # masked before: exp would overflow above the diagonal
 
             def put(halves, first, target):
                 """Write the halves of a matrix through two tiles."""
                 tiles.at[first][...], tiles.at[first + 1][...] = halves
                 plgpu.commit_smem()
                 for half in range(2):
-                    plgpu.copy_smem_to_gmem(tiles.at[first + half], target.at[b, head, n, pl.ds(half * CHUNK, CHUNK)])
+                    plgpu.copy_smem_to_gmem(
+                        tiles.at[first + half], target.at[b, head, n, pl.ds(half * CHUNK, CHUNK)]
+                    )
 
-            scores = multiply(square, (tiles.at[0], transposed(tiles.at[2])), (tiles.at[1], transposed(tiles.at[3])))
+            scores = multiply(
+                square,
+                (tiles.at[0], transposed(tiles.at[2])),
+                (tiles.at[1], transposed(tiles.at[3])),
+            )
             put(rounded_halves(jnp.where(column == row, scores, scores * between)), 0, scores_ref)
             plgpu.copy_smem_to_gmem(vectors_smem, vectors_ref.at[b, head, n])
             gram = multiply(square, *[(tiles.at[j], transposed(tiles.at[j])) for j in (2, 3)])
-            a = spread(load(beta_smem, by_row, optimized=True), CHUNK) * gram * between  # 0 on and above the diagonal
+            a = (
+                spread(load(beta_smem, by_row, optimized=True), CHUNK) * gram * between
+            )  # 0 on and above the diagonal
             inverse = jnp.where(column == row, 1.0, jnp.where(joins(row, column, 0), -a, 0.0))
             a_high, a_low = rounded_halves(a)
 
             def double(level, inverse):
                 share(tiles, 2, inverse)
-                joined = multiply(square, (a_high, tiles.at[2]), (a_low, tiles.at[2]), (a_high, tiles.at[3]))
+                joined = multiply(
+                    square, (a_high, tiles.at[2]), (a_low, tiles.at[2]), (a_high, tiles.at[3])
+                )
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the scores
                 share(tiles, 0, joined)
-                joined = multiply(square, (tiles.at[2], tiles.at[0]), (tiles.at[3], tiles.at[0]), (tiles.at[2], tiles.at[1]))
+                joined = multiply(
+                    square,
+                    (tiles.at[2], tiles.at[0]),
+                    (tiles.at[3], tiles.at[0]),
+                    (tiles.at[2], tiles.at[1]),
+                )
                 return jnp.where(joins(row, column, level), -joined, inverse)
 
-            inverse = lax.fori_loop(1, CHUNK.bit_length() - 1, double, inverse)  # a loop: short code stays in its cache
+            inverse = lax.fori_loop(
+                1, CHUNK.bit_length() - 1, double, inverse
+            )  # a loop: short code stays in its cache
             put(nearest_halves(inverse), 2, inverse_ref)
 
         plgpu.wait_smem_to_gmem(0)
@@ -146,7 +214,8 @@ def chunks(q: jax.Array, k: jax.Array, g: jax.Array, beta: jax.Array, starts: ja
 
     return plgpu.kernel(
         entry,
-        out_type=[jax.ShapeDtypeStruct((*lead, 2 * CHUNK, CHUNK), bf16)] * 2 + [jax.ShapeDtypeStruct((*lead, PARTS, CHUNK), f32)],
+        out_type=[jax.ShapeDtypeStruct((*lead, 2 * CHUNK, CHUNK), bf16)] * 2
+        + [jax.ShapeDtypeStruct((*lead, PARTS, CHUNK), f32)],
         grid=(blocks,),
         grid_names=("work",),
         num_threads=GROUPS,
@@ -157,12 +226,14 @@ def chunks(q: jax.Array, k: jax.Array, g: jax.Array, beta: jax.Array, starts: ja
 
 
 def exponent(g, starts=None):
-    """Logarithm of a decay from sums of log decays, far below all others beyond the start of a sequence."""
+    """Logarithm of a decay from sums of log decays, far below all others beyond the start of a
+    sequence."""
     return g if starts is None else g - FAR * starts
 
 
 def joins(row, column, level):
-    """Where the two halves of each block of 2^(level + 1) meet below the diagonal: the lower half's rows, the upper half's columns."""
+    """Where the two halves of each block of 2^(level + 1) meet below the diagonal: the lower
+    half's rows, the upper half's columns."""
     row, column = row >> level, column >> level
     return ((row & 1) == 1) & (column == row - 1)
 

@@ -1,7 +1,8 @@
-"""The gated delta rule on Hopper GPUs (H100, H200): the contract of xla.py, by Mosaic GPU kernels.
+"""The gated delta rule on Hopper GPUs (H100, H200), by Mosaic GPU kernels.
 
-The kernels know chunks of 64 tokens, and packed sequences as numbered runs; here rows are filled up to whole chunks and pads erased.
-Figures and peers: benchmarks/results/gated_delta_rule.jsonl.
+The kernels take chunks of 64 tokens, and packed sequences as numbered segments. Here rows are
+padded to whole chunks and pads are zeroed. Measurements and other libraries:
+benchmarks/results/gated_delta_rule.jsonl.
 """
 
 import jax
@@ -15,7 +16,9 @@ from pallas_kernels.gated_delta_rule.hopper.chunks import CHUNK, KEY
 from pallas_kernels.gated_delta_rule.hopper.spans import WIDTH
 from pallas_kernels.segments import segment_numbers
 
-FLOOR = -90.0  # of log decays: e^-90 is no normal float32, and sums of 64 of these keep four decimals
+FLOOR = (
+    -90.0
+)  # of log decays: e^-90 is no normal float32, and sums of 64 of these keep four decimals
 
 f32 = jnp.float32
 
@@ -30,7 +33,7 @@ def supports(
     token_index: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
 ) -> str | None:
-    """Why these arrays (or shapes with dtypes) are not for this implementation, or None if they are."""
+    """Returns the reason it does not take these arrays (or shapes with dtypes), else None."""
     if any(x.dtype != jnp.bfloat16 for x in (q, k, v)):
         return f"dtypes {q.dtype}, {k.dtype} and {v.dtype}: bfloat16 only"
     if k.shape[3] != KEY:
@@ -56,21 +59,28 @@ def gated_delta_rule(
     token_index: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The contract of `xla.gated_delta_rule`, names of what the backward pass keeps included ("gdn_inverse" T and "gdn_states").
+    """The contract of `pallas_kernels.gated_delta_rule.gated_delta_rule`.
 
-    Both are kept in bfloat16, T as two that add up to it. Raises ValueError where `xla.check` does or `supports` objects.
+    The residuals "gdn_inverse" (T) and "gdn_states" are saved in bfloat16, T as two that add up to
+    it. Raises ValueError where `check` does or `supports` gives a reason.
     """
     check(q, k, v, g, beta, initial_state)
     if reason := supports(q, k, v, g, beta, initial_state, token_index, segment_ids):
-        raise ValueError(f"the gated delta rule on Hopper does not take {reason}\n  -> use the implementation xla")
+        raise ValueError(
+            f"the gated delta rule on Hopper does not take {reason}\n  -> use the implementation xla"
+        )
     if initial_state is not None:
         initial_state = initial_state.astype(f32)
-    return _delta_rule(q, k, v, g.astype(f32), beta.astype(f32), initial_state, token_index, segment_ids)
+    return _delta_rule(
+        q, k, v, g.astype(f32), beta.astype(f32), initial_state, token_index, segment_ids
+    )
 
 
 def _run(q, k, v, g, beta, initial_state, token_index, segment_ids, keep):
     length = k.shape[1]
-    q, k, v, g, beta, token_index, segment_ids = _whole_chunks(q, k, v, g, beta, token_index, segment_ids)
+    q, k, v, g, beta, token_index, segment_ids = _whole_chunks(
+        q, k, v, g, beta, token_index, segment_ids
+    )
     valid = None if token_index is None else token_index >= 0
     q, k, v, g, beta = (xla._without_pads(x, valid) for x in (q, k, v, g, beta))
     g, beta = jnp.maximum(g, FLOOR).swapaxes(1, 2), beta.swapaxes(1, 2)
@@ -84,15 +94,19 @@ def _run(q, k, v, g, beta, initial_state, token_index, segment_ids, keep):
 
 def _starts(token_index, segment_ids):
     """[B, T] float32: 1 for the first token of each sequence but a row's first, else 0."""
-    runs = segment_numbers(token_index, segment_ids)
-    return jnp.diff(runs, axis=1, prepend=0).astype(f32)
+    segments = segment_numbers(token_index, segment_ids)
+    return jnp.diff(segments, axis=1, prepend=0).astype(f32)
 
 
 def _whole_chunks(q, k, v, g, beta, token_index, segment_ids):
     """Rows filled up to whole chunks by tokens that change nothing."""
 
     def fill(x, **how):
-        return x if x is None else jnp.pad(x, [(0, 0), (0, -x.shape[1] % CHUNK)] + [(0, 0)] * (x.ndim - 2), **how)
+        return (
+            x
+            if x is None
+            else jnp.pad(x, [(0, 0), (0, -x.shape[1] % CHUNK)] + [(0, 0)] * (x.ndim - 2), **how)
+        )
 
     if k.shape[1] % CHUNK == 0:
         return q, k, v, g, beta, token_index, segment_ids
@@ -106,24 +120,45 @@ def _delta_rule(q, k, v, g, beta, initial_state, token_index, segment_ids):
 
 
 def _delta_rule_forward(q, k, v, g, beta, initial_state, token_index, segment_ids):
-    results, (inverse, states) = _run(q, k, v, g, beta, initial_state, token_index, segment_ids, keep=True)
+    results, (inverse, states) = _run(
+        q, k, v, g, beta, initial_state, token_index, segment_ids, keep=True
+    )
     kept = checkpoint_name(inverse, "gdn_inverse"), checkpoint_name(states, "gdn_states")
-    return (checkpoint_name(results[0], "gdn_out"), results[1]), (q, k, v, g, beta, initial_state, token_index, segment_ids, *kept)
+    return (checkpoint_name(results[0], "gdn_out"), results[1]), (
+        q,
+        k,
+        v,
+        g,
+        beta,
+        initial_state,
+        token_index,
+        segment_ids,
+        *kept,
+    )
 
 
 def _delta_rule_backward(residuals, cts):
     q, k, v, g, beta, initial_state, token_index, segment_ids, inverse, states = residuals
     length = k.shape[1]
     d_out = jnp.pad(cts[0], [(0, 0), (0, -length % CHUNK), (0, 0), (0, 0)])
-    q, k, v, g, beta, token_index, segment_ids = _whole_chunks(q, k, v, g, beta, token_index, segment_ids)
+    q, k, v, g, beta, token_index, segment_ids = _whole_chunks(
+        q, k, v, g, beta, token_index, segment_ids
+    )
     valid = None if token_index is None else token_index >= 0
     q, k, v, g, beta, d_out = (xla._without_pads(x, valid) for x in (q, k, v, g, beta, d_out))
     g, beta = jnp.maximum(g, FLOOR).swapaxes(1, 2), beta.swapaxes(1, 2)
-    runs = None if segment_ids is None else segment_numbers(token_index, segment_ids)
-    found = backward.backward(q, k, v, g, beta, runs, inverse, states, d_out, cts[1].astype(f32))
+    segments = None if segment_ids is None else segment_numbers(token_index, segment_ids)
+    found = backward.backward(
+        q, k, v, g, beta, segments, inverse, states, d_out, cts[1].astype(f32)
+    )
     *wide, d_g, d_beta, d_initial = found
     d_g, d_beta = (xla._without_pads(x.swapaxes(1, 2), valid) for x in (d_g, d_beta))
-    return *(x[:, :length] for x in (*wide, d_g, d_beta)), None if initial_state is None else d_initial, None, None
+    return (
+        *(x[:, :length] for x in (*wide, d_g, d_beta)),
+        None if initial_state is None else d_initial,
+        None,
+        None,
+    )
 
 
 _delta_rule.defvjp(_delta_rule_forward, _delta_rule_backward)

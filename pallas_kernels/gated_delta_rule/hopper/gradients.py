@@ -1,30 +1,36 @@
-"""The gradients of every chunk at once: the second of two backward kernels for Hopper GPUs, in Pallas Mosaic GPU.
+"""The gradients of every chunk at once: the second of two backward kernels for Hopper GPUs, in
+Pallas Mosaic GPU.
 
-In the notation of xla.py, with S the state before the chunk, dS' the gradient of the state after it and x that of beta (V - d K S), the
-last two from mosaic_gpu_walk_back.py, all that is left is sums over tokens of the chunk and over the state:
+In the notation of xla.py, with S the state before the chunk, dS' the gradient of the state after it
+and x that of beta (V - d K S), the last two from chunk_scan_backward.py, all that is left is sums
+over tokens of the chunk and over the state:
 
-    new = T beta (V - d K S)             dP = d_out new^T              dA = -x new^T below the diagonal
-    dv  = beta x                         dbeta = x.(V - d K S) + sum_j dA_ij k_i.k_j D_ij
-    dq  = d (d_out S^T) + (dP * D) K     dk = -beta d (x S^T) + D_C (new dS'^T) + (X + X^T) K + (dP * D)^T Q,  X = beta dA * D
-    dg_t = d_C S.dS' + the sum of all E_ij with i >= t > j (below), and of F_i = d q.(d_out S^T) - beta d k.(x S^T) with i >= t
+    new = T beta (V - d K S)             dP = d_out new^T              dA = -x new^T below the
+    diagonal dv  = beta x                         dbeta = x.(V - d K S) + sum_j dA_ij k_i.k_j D_ij
+    dq  = d (d_out S^T) + (dP * D) K     dk = -beta d (x S^T) + D_C (new dS'^T) + (X + X^T) K + (dP
+    * D)^T Q,  X = beta dA * D dg_t = d_C S.dS' + the sum of all E_ij with i >= t > j (below), and
+    of F_i = d q.(d_out S^T) - beta d k.(x S^T) with i >= t
 
-where E = dP * D * (Q K^T) + X * (K K^T), to whose last row D_C k.(new dS'^T) is added. No column and row sums are subtracted: dg is
-often far smaller than E. F stands in the last column of E, which is empty, and one product with a triangle of ones sums everything.
+where E = dP * D * (Q K^T) + X * (K K^T), to whose last row D_C k.(new dS'^T) is added. No column
+and row sums are subtracted: dg is often far smaller than E. F stands in the last column of E, which
+is empty, and one product with a triangle of ones sums everything.
 
-Tiling: a thread block takes chunk after chunk, the state 64 columns at a time. One warpgroup makes `new` and what belongs to queries (dP,
-d_out S^T, then dq), another what belongs to keys (dA, x S^T, new dS'^T, S.dS', then dk); a third starts the copies (TMA), the next chunk's
-included.
+Tiling: a thread block takes chunk after chunk, the state 64 columns at a time. One warpgroup makes
+`new` and what belongs to queries (dP, d_out S^T, then dq), another what belongs to keys (dA, x S^T,
+new dS'^T, S.dS', then dk); a third starts the copies (TMA), the next chunk's included.
 
-Rounding: operands are bfloat16, sums float32. E, `new` in dP and dA, and dP * D in dq are two bfloat16 each: where keys resemble each
-other these sums cancel and rounding errors do not (dq 2.4 % off with one, and T cut off rather than rounded; 0.5 % so). Both dP and
-dA take the same `new`, for dg is a difference of theirs.
+Rounding: operands are bfloat16, sums float32. E, `new` in dP and dA, and dP * D in dq are two
+bfloat16 each: where keys resemble each other these sums cancel and rounding errors do not (dq 2.4 %
+off with one, and T cut off rather than rounded; 0.5 % so). Both dP and dA take the same `new`, for
+dg is a difference of theirs.
 
-What is written goes through shared memory and the copy engine, and nobody waits for it but where the place is needed again: after a
-plain store to global memory the fence before the next product's operands lasts as long as the store (thousands of clocks).
+What is written goes through shared memory and the copy engine, and nobody waits for it but where
+the place is needed again: after a plain store to global memory the fence before the next product's
+operands lasts as long as the store (thousands of clocks).
 
-Traffic: a chunk of a head is 264 KiB read and 66 KiB written with V 256. Floor: that, 0.22 ms at 16 heads, 8,192 tokens and 3 TB/s; its
-77 products of 64 x 64 x 64 are 0.08 ms of tensor core. Seen on an H100: 0.39 ms, most of the rest of it waits for slices, of which only
-two fit.
+Traffic: a chunk of a head is 264 KiB read and 66 KiB written with V 256. Floor: that, 0.22 ms at 16
+heads, 8,192 tokens and 3 TB/s; its 77 products of 64 x 64 x 64 are 0.08 ms of tensor core. Measured
+on an H100: 0.39 ms, most of the rest of it waits for slices, of which only two fit.
 """
 
 import jax
@@ -56,11 +62,11 @@ def gradients(
     d_states: jax.Array,
     vectors: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """dq, dk [B, T, H, 128] and dv [B, T, H, V], bfloat16, and sums [B, H, N, SUMS, 64] float32: two parts of dbeta, dg but for d_C S.dS',
-    and 64 parts of S.dS'.
+    """dq, dk [B, T, H, 128] and dv [B, T, H, V], bfloat16, and sums [B, H, N, SUMS, 64] float32:
+    two parts of dbeta, dg but for d_C S.dS', and 64 parts of S.dS'.
 
-    q, k, v, d_out, inverse and vectors as in `walk_back`, x and d_states from there; states: [B, H, N, 128, V] bfloat16, that before
-    each chunk.
+    q, k, v, d_out, inverse and vectors as in `chunk_scan_backward`, x and d_states from there;
+    states: [B, H, N, 128, V] bfloat16, that before each chunk.
     """
     batch, length, heads, width = v.shape
     slices, odd = divmod(width, WIDTH)
@@ -169,7 +175,8 @@ def gradients(
                 dq = multiply(spread(since, KEY) * reads, (t_, k_), (work_smem, k_))
                 plgpu.barrier_arrive(k_read)
                 plgpu.barrier_wait(scores_read)
-                # In place of q, which is free once it is copied; nobody waits for that before the next chunk.
+                # In place of q, which is free once it is copied; nobody waits for that before the
+                # next chunk.
                 q_smem[...] = dq.astype(bf16)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(q_smem, dq_ref.at[b, tokens, head])
@@ -181,7 +188,8 @@ def gradients(
         def _keys():
             plgpu.set_max_registers(Tuning.registers[0], action="increase")
             row, column = (plgpu.broadcasted_iota(jnp.int32, square, i, layout=wgmma) for i in (0, 1))
-            # Not a constant: some elements of `later`, the register factor below, would be known to the compiler (`Products`).
+            # Not a constant: some elements of `later`, the register factor below, would be known to
+            # the compiler (`Products`).
             later = jnp.where(column >= row + zero_ref[0], 1.0, 0.0).astype(bf16)
 
             @pl.loop(0, mine)
@@ -299,7 +307,8 @@ def gradients(
                     for source, target in parts:
                         plgpu.copy_gmem_to_smem(source, target.at[here], slice_ready.at[here])
 
-                # Needed after all slices, and there is one place, which the last chunk's dq leaves while the first slice is worked on.
+                # Needed after all slices, and there is one place, which the last chunk's dq leaves
+                # while the first slice is worked on.
                 pl.when(j > 0)(lambda: plgpu.barrier_wait(q_free))
                 plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, head], q_smem, q_ready)
 

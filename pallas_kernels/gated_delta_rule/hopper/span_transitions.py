@@ -1,14 +1,18 @@
-"""What passing through spans of a sequence does to a state, for Hopper GPUs: the kernel before the walk where mosaic_gpu_cut.py cuts one.
+"""Transitions of the state through spans of a sequence, for Hopper GPUs: the kernel before the
+chunk scan where spans.py cuts the sequence.
 
-Computes, chunk after chunk and in the notation of xla.py, new = T beta (V - d K S) and S' = d_C S + (D_C K)^T new of all spans but the
-last: of the first from the known state, of the others once from zeros (B) and once from the identity without V (A).
+A span maps the state S to A S + B. Computes, chunk after chunk and in the notation of xla.py, new =
+T beta (V - d K S) and S' = d_C S + (D_C K)^T new of all spans but the last: of the first from the
+known state; of the others once from S = 0, which gives B, and once from the identity with V = 0,
+which gives A.
 
-Tiling: a thread block takes 64 columns through a span as in mosaic_gpu_walk.py, but nothing is handed over and nothing put out: one
-warpgroup carries, the other copies what is to come (TMA).
+Tiling: a thread block takes 64 columns through a span as in chunk_scan.py, but without outputs: one
+warpgroup carries the state, the other starts the copies (TMA).
 
-Traffic: for a chunk of a head k and T (32 KiB) by every 64 columns, from the L2 cache but once, and v; 192 KiB written for a span of a head
-with V 256, 12 MB or 4 us at 3 TB/s for 4 heads in 6 spans of 8,192 tokens. Floor: as there, latency, chunk after chunk of three
-dependent products, of as many chunks as a span has.
+Traffic: for a chunk of a head k and T (32 KiB) by every 64 columns, from the L2 cache but once, and
+v; 192 KiB written for a span of a head with V 256, 12 MB or 4 us at 3 TB/s for 4 heads in 6 spans
+of 8,192 tokens. Floor: latency, as for the chunk scan: the chunks of a span one after the other,
+three dependent products each.
 """
 
 import jax
@@ -19,24 +23,31 @@ from jax import lax
 
 from pallas_kernels.gated_delta_rule.hopper.chunk_scan import Chunk, advance
 from pallas_kernels.gated_delta_rule.hopper.chunks import CHUNK, KEY, PARTS
-from pallas_kernels.gated_delta_rule.hopper.spans import WIDTH, cut, passages_of, place
+from pallas_kernels.gated_delta_rule.hopper.spans import WIDTH, cut, place, transition_blocks
 from pallas_kernels.gated_delta_rule.tuning import HopperSpanTransitions as Tuning
 from pallas_kernels.mosaic_gpu import load, transposed
 
 f32, bf16 = jnp.float32, jnp.bfloat16
 
 
-def span_transitions(k: jax.Array, v: jax.Array, inverse: jax.Array, vectors: jax.Array, initial_state: jax.Array, spans: int) -> jax.Array:
-    """What `chain` needs: [B, H, spans - 1, 128, V + 128] float32, of the first span the state after it (and nothing in the last 128
-    columns), of the others, but not of the last one, B and A.
+def span_transitions(
+    k: jax.Array,
+    v: jax.Array,
+    inverse: jax.Array,
+    vectors: jax.Array,
+    initial_state: jax.Array,
+    spans: int,
+) -> jax.Array:
+    """What `compose` needs: [B, H, spans - 1, 128, V + 128] float32, of the first span the state
+    after it (and nothing in the last 128 columns), of the others, but not of the last one, B and A.
 
-    k: [B, T, H, 128] and v: [B, T, H, V], bfloat16, no NaN, T and V multiples of 64. inverse, vectors: from `chunks`. initial_state: [B, H,
-    128, V] float32.
+    k: [B, T, H, 128] and v: [B, T, H, V], bfloat16, no NaN, T and V multiples of 64. inverse,
+    vectors: from `chunks`. initial_state: [B, H, 128, V] float32.
     """
     batch, length, heads, width = v.shape
     parts, odd = divmod(width, WIDTH)
     assert k.shape[3] == KEY and length % CHUNK == 0 and not odd and spans > 1
-    count, blocks = length // CHUNK, passages_of(spans, parts)
+    count, blocks = length // CHUNK, transition_blocks(spans, parts)
     wgmma, sideways = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA_TRANSPOSED
 
     def kernel(refs, smem, barriers):
@@ -58,12 +69,29 @@ def span_transitions(k: jax.Array, v: jax.Array, inverse: jax.Array, vectors: ja
 
             def step(n, state):
                 at = lax.rem(n, Tuning.stages)
-                chunk = Chunk(*(x.at[at] for x in (k_smem, v_smem, inverse_smem, vectors_smem, k_ready, v_ready, inverse_ready)))
-                state = advance(state, chunk, lambda _: None, lambda: None, lambda _: None, share_of_v)
+                chunk = Chunk(
+                    *(
+                        x.at[at]
+                        for x in (
+                            k_smem,
+                            v_smem,
+                            inverse_smem,
+                            vectors_smem,
+                            k_ready,
+                            v_ready,
+                            inverse_ready,
+                        )
+                    )
+                )
+                state = advance(
+                    state, chunk, lambda _: None, lambda: None, lambda _: None, share_of_v
+                )
                 plgpu.barrier_arrive(free.at[at])
                 return state
 
-            known = plgpu.layout_cast(load(transposed(initial_ref.at[b, head, :, columns]), sideways), wgmma)
+            known = plgpu.layout_cast(
+                load(transposed(initial_ref.at[b, head, :, columns]), sideways), wgmma
+            )
             state = entering(known, span, part, parts)
             state = lax.fori_loop(0, mine, step, state)
             target = passed_ref.at[b, head, span, :, pl.ds(part * WIDTH, WIDTH)]
@@ -88,11 +116,25 @@ def span_transitions(k: jax.Array, v: jax.Array, inverse: jax.Array, vectors: ja
 
     def entry(*refs):
         def shared(*shape):
-            return plgpu.SMEM((Tuning.stages, *shape), bf16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+            return plgpu.SMEM(
+                (Tuning.stages, *shape),
+                bf16,
+                transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)),
+            )
 
-        smem = shared(CHUNK, KEY), shared(CHUNK, WIDTH), shared(2 * CHUNK, CHUNK), plgpu.SMEM((Tuning.stages, PARTS, CHUNK), f32)
-        barriers = tuple(plgpu.Barrier(num_arrivals=copies, num_barriers=Tuning.stages) for copies in (1, 2, 1, 1))
-        pl.run_scoped(lambda *scratch: kernel(refs, *scratch), smem, barriers, collective_axes="group")
+        smem = (
+            shared(CHUNK, KEY),
+            shared(CHUNK, WIDTH),
+            shared(2 * CHUNK, CHUNK),
+            plgpu.SMEM((Tuning.stages, PARTS, CHUNK), f32),
+        )
+        barriers = tuple(
+            plgpu.Barrier(num_arrivals=copies, num_barriers=Tuning.stages)
+            for copies in (1, 2, 1, 1)
+        )
+        pl.run_scoped(
+            lambda *scratch: kernel(refs, *scratch), smem, barriers, collective_axes="group"
+        )
 
     return plgpu.kernel(
         entry,
@@ -102,13 +144,18 @@ def span_transitions(k: jax.Array, v: jax.Array, inverse: jax.Array, vectors: ja
         num_threads=2,
         thread_name="group",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        kernel_name="gdn_passages",
+        kernel_name="gdn_span_transitions",
     )(k, v, inverse, vectors, initial_state)
 
 
 def entering(known, span, part, parts: int):
-    """The transposed state [64 columns, 128] that a block begins with: in the first span to be walked the known one, in others zeros, or
-    its columns of the identity."""
-    column, key = (plgpu.broadcasted_iota(jnp.int32, (WIDTH, KEY), i, layout=plgpu.Layout.WGMMA) for i in (0, 1))
-    identity = (key == column + (part - parts) * WIDTH).astype(f32)  # all zeros for the first `parts`
+    """The transposed state [64 columns, 128] that a block begins with: in the first span the
+    known one, in others zeros, or its columns of the identity."""
+    column, key = (
+        plgpu.broadcasted_iota(jnp.int32, (WIDTH, KEY), i, layout=plgpu.Layout.WGMMA)
+        for i in (0, 1)
+    )
+    identity = (key == column + (part - parts) * WIDTH).astype(
+        f32
+    )  # all zeros for the first `parts`
     return jnp.where(key < jnp.where(span == 0, KEY, 0), known, identity)

@@ -1,12 +1,14 @@
-"""How a sequence is cut into spans that walk at the same time, where one walk would leave a Hopper GPU idle: few heads, few rows.
+"""Cuts a sequence into spans that are scanned in parallel, where few heads and rows would leave
+multiprocessors of a Hopper GPU idle.
 
-Walked from zeros, a span of chunks leaves B; the 128 columns of the identity, walked through it without values, leave A; and from any
-state S it leaves A S + B. A kernel finds these for all spans at once (of the first to be walked, that starts from what is known, the state
-itself), the states between spans follow one from the other, and then all spans are walked again, with results. The walk back over the
-gradients is cut likewise: there spans count from the last.
+A span maps the state S to A S + B. B is the result from S = 0; A comes from running the 128 columns
+of the identity with V = 0. span_transitions.py finds both for all spans in parallel (for the first
+span the state itself, since its start is known). `compose` then gives the state before each span,
+and all spans are scanned again, with outputs. The backward scan is cut likewise; there spans count
+from the last.
 
-Seen on an H100, 8,192 tokens, K 128, V 256, forward: 16 heads in two spans 0.350 -> 0.329 ms; 8 heads in four 0.204, 4 in six 0.164,
-2 in eight 0.126 (benchmarks/results/gated_delta_rule.jsonl).
+Measured on an H100, 8,192 tokens, K 128, V 256, forward: 16 heads in two spans 0.350 -> 0.329 ms; 8
+heads in four 0.204, 4 in six 0.164, 2 in eight 0.126 (benchmarks/results/gated_delta_rule.jsonl).
 """
 
 import jax
@@ -20,36 +22,45 @@ WIDTH = 64  # columns of a state that a thread block carries
 KEY = 128  # width of keys, and so columns of the identity
 
 
-def spans_of(walks: int, parts: int, count: int, back: bool = False) -> int:
-    """How many spans to cut rows of `count` chunks into, for the walk or the walk back; walks is batch x heads, parts the blocks of each.
+def spans_of(rows: int, parts: int, count: int, back: bool = False) -> int:
+    """How many spans to cut rows of `count` chunks into, for the scan or the backward scan.
 
-    As many as leave a multiprocessor to each block of both kernels; two only where that was seen to win.
+    rows: batch x heads. parts: thread blocks of each.
     """
     fewest = 2 if count <= Tuning.two and not back else 3
 
     def blocks(spans):
-        return walks * max(spans * parts, passages_of(spans, parts))
+        return rows * max(spans * parts, transition_blocks(spans, parts))
 
     numbers = range(fewest, Tuning.most + 1) if count >= Tuning.row else ()
-    spans = max((n for n in numbers if blocks(n) <= HOPPER_MULTIPROCESSORS and n * Tuning.shortest <= count), default=1)
+    spans = max(
+        (
+            n
+            for n in numbers
+            if blocks(n) <= HOPPER_MULTIPROCESSORS and n * Tuning.shortest <= count
+        ),
+        default=1,
+    )
     return -(-count // -(-count // spans))  # none is empty
 
 
 def cut(count: int, spans: int, span) -> tuple:
-    """The first chunk of a span and its number of chunks: as many in each, but the last may have fewer."""
+    """The first chunk of a span and its number of chunks: as many in each, but the last may have
+    fewer."""
     each = -(-count // spans)
     assert (spans - 1) * each < count, "an empty span"
     first = span * each
     return first, each if each * spans == count else jnp.minimum(each, count - first)
 
 
-def passages_of(spans: int, parts: int) -> int:
-    """Blocks of one head that walk all spans but the last one."""
+def transition_blocks(spans: int, parts: int) -> int:
+    """Thread blocks of one head that scan all spans but the last one."""
     return parts + (spans - 2) * (parts + KEY // WIDTH)
 
 
 def place(block, parts: int) -> tuple:
-    """Which span (counted from where the walk begins) and which columns one of these blocks walks; parts and more are the identity's."""
+    """Which span (counted from where the scan begins) and which columns one of these blocks
+    scans; parts and more are the identity's."""
     rest = block - parts
     later = rest >= 0
     span = jnp.where(later, 1 + lax.div(rest, parts + KEY // WIDTH), 0)
@@ -57,8 +68,12 @@ def place(block, parts: int) -> tuple:
 
 
 def compose(first: jax.Array, passed: jax.Array) -> jax.Array:
-    """States before each span [B, H, S, 128, V] from that before the first [B, H, 128, V] and what the passages through all but the last
-    left [B, H, S - 1, 128, V + 128]: the state after the first, then B and A side by side. float32."""
+    """The state before each span, [B, H, S, 128, V] float32.
+
+    first: [B, H, 128, V], the state before the first span. passed: [B, H, S - 1, 128, V + 128], the
+    transitions of all spans but the last: for the first the state after it, for the others B and A
+    side by side.
+    """
     width = first.shape[3]
     states = [first, passed[:, :, 0, :, :width]]
     for span in range(1, passed.shape[2]):

@@ -1,30 +1,32 @@
-"""One token of a Gated DeltaNet layer on Hopper GPUs, from its projections to the input of its output projection, in
-one kernel of Pallas Mosaic GPU. `decode.step` says what is computed.
+"""One-token step of a Gated DeltaNet layer on Hopper GPUs, from its projections to the input of its
+output projection, in one kernel of Pallas Mosaic GPU. `pallas_kernels.gated_delta_rule.step.step`
+says what is computed.
 
-Tiling: a thread block of 128 threads owns 32 of the values of one head of one sequence, that is K x 32 numbers of its
-state, which stay in registers between their only reading and their only writing; a head's V / 32 blocks are a cluster.
-The state is asked for first. While it travels, each block makes the convolutions of its 32 values and, one channel a
-thread, of the head's whole q and k, which pass on through shared memory. With k^T S and q^T S summed side by side,
-out = decay q^T S + (q.k) u needs no second look at the new state. The norm of the head's output takes the one exchange
-between blocks: each writes its sum of squares into the shared memory of all, and passes the cluster's barrier when all have. The same
-barrier keeps the tails of q and k, which all blocks of a head read, from being written too early, and a block from ending while
-another may still write into it. It is the hardware's, by inline assembly: JAX's ClusterBarrier does not order stores into other
-blocks before it (a block then ended too early, now and then, and the launch failed), and a block cannot arrive at it
-again before all its warps have passed (else one waits for good).
+Tiling: a thread block of 128 threads owns 32 of the values of one head of one sequence: K x 32
+numbers of its state, which are read once, stay in registers and are written once. The V / 32 thread
+blocks of a head are a cluster. The state is requested first. Meanwhile each thread block computes
+the convolutions of its 32 values and, one channel a thread, of the head's whole q and k, which are
+shared through shared memory. With k^T S and q^T S summed together, out = decay q^T S + (q.k) u does
+not need the new state. The norm of the head's output needs one exchange between thread blocks: each
+writes its sum of squares into the shared memory of all, and passes the cluster's barrier when all
+have. The same barrier keeps the conv states of q and k, which all thread blocks of a head read,
+from being written too early, and a thread block from ending while another may still write into it.
+It is the hardware's barrier, by inline assembly: JAX's ClusterBarrier does not order stores into
+other thread blocks before it (a block then sometimes ended too early and the launch failed), and a
+block cannot arrive at it again before all its warps have passed (else one waits forever).
 
-A layer of the model calls it on x [batch, 1, width] like this, `state` being its cache (a tuple of the same four arrays):
+A layer calls it on x [batch, width]:
 
-    x = x[:, 0]
     inputs = Inputs(q_proj(x), k_proj(x), v_proj(x), g_proj(x), a_proj(x), b_proj(x))
-    weights = Weights(q_conv1d.weight, k_conv1d.weight, v_conv1d.weight, A_log, dt_bias, o_norm.weight)
-    out, state = step(inputs, weights, State(*state), span.index[:, 0], o_norm.eps)
-    y = o_proj(out)[:, None]
+    weights = Weights(q_conv1d.weight, k_conv1d.weight, v_conv1d.weight, A_log, dt_bias,
+    o_norm.weight) out, state = step(inputs, weights, state, token_index, o_norm.eps) y =
+    o_proj(out)[:, None]
 
-Traffic: the state once in each direction, 8 K V bytes a head; all else is 2 % of that. Floor: 4 MiB for 16 heads of
-128 x 256, 1.4 us at 3 TB/s, and 89 us for 64 sequences.
+Traffic: the state once in each direction, 8 K V bytes a head; all else is 2 % of that. Floor: 4 MiB
+for 16 heads of 128 x 256, 1.4 us at 3 TB/s, and 89 us for 64 sequences.
 
-JAX's interpreter knows no stores into other blocks: the parity matrix checks it on a GPU, and benchmarks/decode.py, which times it
-(benchmarks/results/decode.jsonl).
+JAX's interpreter does not support stores into other thread blocks. The parity matrix checks this
+kernel on a GPU, and benchmarks/decode.py times it (benchmarks/results/decode.jsonl).
 """
 
 from functools import partial
@@ -45,8 +47,11 @@ from pallas_kernels.mosaic_gpu import load
 KEYS = 128  # width of a key: one channel a thread
 COLUMNS = Tuning.columns
 
-# Four warps by four rows by eight groups of four columns: each row of the block is one line of memory.
-BLOCK = plgpu.Layout.TILED(plgpu.Tiling(((16, 32), (4, 32), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+# Four warps by four rows by eight groups of four columns: each row of the block is one line of
+# memory.
+BLOCK = plgpu.Layout.TILED(
+    plgpu.Tiling(((16, 32), (4, 32), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+)
 BY_ROW, BY_COLUMN = BLOCK.reduce(1), BLOCK.reduce(0)
 BY_THREAD = plgpu.Layout.WG_STRIDED((KEYS,), vec_size=1)
 
@@ -54,7 +59,7 @@ f32 = jnp.float32
 
 
 def supports(inputs: Inputs, weights: Weights, state: DeltaState, *_, **__) -> str | None:
-    """Why these arrays (or shapes with dtypes) are not for this implementation, or None if they are."""
+    """Returns the reason it does not take these arrays (or shapes with dtypes), else None."""
     _, heads, keys, values = state.recurrent_state.shape
     if inputs.q.shape[1] != heads * keys:
         return f"{inputs.q.shape[1] // keys} key heads for {heads} value heads: as many of each"
@@ -72,26 +77,39 @@ def supports(inputs: Inputs, weights: Weights, state: DeltaState, *_, **__) -> s
 
 
 @partial(jax.jit, static_argnames="eps")  # a model's layers share one compiled kernel
-def step(inputs: Inputs, weights: Weights, state: DeltaState, token_index: jax.Array, eps: float) -> tuple[jax.Array, DeltaState]:
-    """The contract of `decode.step`, for one layout of arrays. Under jit the state is updated in place where its caller
-    gives it away (donates it). Raises ValueError where `supports` objects."""
+def step(
+    inputs: Inputs, weights: Weights, state: DeltaState, token_index: jax.Array, eps: float
+) -> tuple[jax.Array, DeltaState]:
+    """The contract of `pallas_kernels.gated_delta_rule.step.step`, for one layout of arrays.
+
+    Under jit the state is updated in place where its caller donates it. Raises ValueError where
+    `supports` gives a reason.
+    """
     if reason := supports(inputs, weights, state):
-        raise ValueError(f"the token step on Hopper does not take {reason}\n  -> use decode.step")
+        raise ValueError(
+            f"the token step on Hopper does not take {reason}\n  -> use the implementation xla"
+        )
     batch, heads, keys, values = state.recurrent_state.shape
     parts = values // COLUMNS
     refs = DeltaState(*(jax.new_ref(x) for x in state))
 
-    def kernel(inputs, weights, index_ref, state, out_ref, memory_smem, unit_smem, sum_smem, arrived):
+    def kernel(
+        inputs, weights, index_ref, state, out_ref, memory_smem, unit_smem, sum_smem, arrived
+    ):
         work, part = lax.axis_index("work"), lax.axis_index("part")
         b, head = lax.div(work, heads), lax.rem(work, heads)
         whole = pl.ds(head * keys, keys)  # the head's channels of q and k
-        slice_ = pl.ds(head * values + part * COLUMNS, COLUMNS)  # this block's of v, the gate and the output
+        slice_ = pl.ds(
+            head * values + part * COLUMNS, COLUMNS
+        )  # this block's of v, the gate and the output
         columns = pl.ds(part * COLUMNS, COLUMNS)
         mine = state.recurrent_state.at[b, head, :, columns]
 
         def ask(x_ref, tail_ref, weight_ref, where, layout):
             """The four inputs of a convolution and their weights."""
-            rows = [load(tail_ref.at[b, tap, where], layout) for tap in range(3)] + [load(x_ref.at[b, where], layout)]
+            rows = [load(tail_ref.at[b, tap, where], layout) for tap in range(3)] + [
+                load(x_ref.at[b, where], layout)
+            ]
             return rows, [load(weight_ref.at[tap, where], layout) for tap in range(4)]
 
         def convolve(rows, taps):
@@ -101,10 +119,14 @@ def step(inputs: Inputs, weights: Weights, state: DeltaState, token_index: jax.A
         def unit(x, scale):
             return x * (lax.rsqrt(jnp.sum(x * x) + 1e-6) * scale)
 
-        # In this order, what takes longest is on its way first; the compiler moves nothing up past the branch.
+        # In this order, what takes longest is on its way first; the compiler moves nothing up past
+        # the branch.
         real = index_ref[b] >= 0
         v_rows, v_taps = ask(inputs.v, state.v_conv_state, weights.v_conv, slice_, BY_COLUMN)
-        gate, norm = load(inputs.gate.at[b, slice_], BY_COLUMN), load(weights.norm.at[columns], BY_COLUMN)
+        gate, norm = (
+            load(inputs.gate.at[b, slice_], BY_COLUMN),
+            load(weights.norm.at[columns], BY_COLUMN),
+        )
         scalars = inputs.a[b, head], inputs.b[b, head], weights.A_log[head], weights.dt_bias[head]
         pl.when(real)(lambda: plgpu.copy_gmem_to_smem(mine, memory_smem, arrived))
         q_rows, q_taps = ask(inputs.q, state.q_conv_state, weights.q_conv, whole, BY_THREAD)
@@ -137,8 +159,12 @@ def step(inputs: Inputs, weights: Weights, state: DeltaState, token_index: jax.A
             out_ref[b, slice_] = (out * lax.rsqrt(mean + eps) * scale).astype(out_ref.dtype)
             for tap in range(3):
                 state.v_conv_state[b, tap, slice_] = v_rows[tap + 1]
-                pl.when(part == 0)(lambda tap=tap: put(state.q_conv_state.at[b, tap, whole], q_rows[tap + 1]))
-                pl.when(part == parts - 1)(lambda tap=tap: put(state.k_conv_state.at[b, tap, whole], k_rows[tap + 1]))
+                pl.when(part == 0)(
+                    lambda tap=tap: put(state.q_conv_state.at[b, tap, whole], q_rows[tap + 1])
+                )
+                pl.when(part == parts - 1)(
+                    lambda tap=tap: put(state.k_conv_state.at[b, tap, whole], k_rows[tap + 1])
+                )
 
         @pl.when(jnp.logical_not(real))
         def _stand():
@@ -153,11 +179,19 @@ def step(inputs: Inputs, weights: Weights, state: DeltaState, token_index: jax.A
             plgpu.Barrier(),
         )
 
-    mesh = plgpu.Mesh(grid=(batch * heads,), grid_names=("work",), cluster=(parts,), cluster_names=("part",))
-    parameters = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True)
+    mesh = plgpu.Mesh(
+        grid=(batch * heads,), grid_names=("work",), cluster=(parts,), cluster_names=("part",)
+    )
+    parameters = plgpu.CompilerParams(
+        lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+    )
     # Not plgpu.kernel, which takes no references.
     run = pl.kernel(
-        entry, jax.ShapeDtypeStruct(inputs.v.shape, inputs.v.dtype), mesh=mesh, compiler_params=parameters, name="gated_delta_token"
+        entry,
+        jax.ShapeDtypeStruct(inputs.v.shape, inputs.v.dtype),
+        mesh=mesh,
+        compiler_params=parameters,
+        name="gated_delta_rule_step",
     )
     out = run(inputs, weights, token_index, refs)
     return out, DeltaState(*(ref[...] for ref in refs))
@@ -165,14 +199,27 @@ def step(inputs: Inputs, weights: Weights, state: DeltaState, token_index: jax.A
 
 @plgpu.inline_mgpu()
 def cluster_arrive(_):
-    """Each thread: what it has stored, also into other blocks of the cluster, is there for all that wait."""
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), [], "barrier.cluster.arrive.release;", "~{memory}", has_side_effects=True)
+    """Each thread: what it has stored, also into other blocks of the cluster, is there for all
+    that wait."""
+    llvm.inline_asm(
+        ir.Type.parse("!llvm.void"),
+        [],
+        "barrier.cluster.arrive.release;",
+        "~{memory}",
+        has_side_effects=True,
+    )
 
 
 @plgpu.inline_mgpu()
 def cluster_wait(_):
     """For all threads of the cluster to have arrived."""
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), [], "barrier.cluster.wait.acquire;", "~{memory}", has_side_effects=True)
+    llvm.inline_asm(
+        ir.Type.parse("!llvm.void"),
+        [],
+        "barrier.cluster.wait.acquire;",
+        "~{memory}",
+        has_side_effects=True,
+    )
 
 
 def put(ref, x):

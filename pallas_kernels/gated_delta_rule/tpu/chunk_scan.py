@@ -1,22 +1,28 @@
-"""The forward kernel of the gated delta rule for TPU: the walk over the chunks with the state in vector memory, in Pallas.
+"""The forward kernel of the gated delta rule for TPU: the chunk scan with the state in vector
+memory, in Pallas.
 
-For one head and one chunk, with S the state before it, T the inverse of `mosaic_tpu_inverse` and the decays of `xla`'s docstring:
+For one head and one chunk, with S the state before it, T the inverse of inverse.py and the decays
+of `xla`'s docstring:
 
     new = T (beta (V - d K S))                     what each token adds to the state
     out = d (Q S) + (Q K^T * D) new
-    S'  = d_C S + K^T (D_C new)                    D_C new as two bfloat16 numbers: one key again and again adds up their errors
+    S'  = d_C S + K^T (D_C new)                    D_C new as two bfloat16 numbers: one key again
+    and again adds up their errors
 
-From q, k, v and T the kernel makes all else itself: less to read than u, w and the weighted scores, and no program that writes them.
+From q, k, v and T the kernel makes all else itself: less to read than u, w and the weighted scores,
+and no program that writes them.
 
-Tiling: a grid step takes two chunks, one after the other, of all heads of a block, 8 where K = 128 and V = 256; the grid is batch x
-blocks of heads x pairs of chunks, the last in order. S stays in the block of the final state, float32, from the first pair to the
-last. Each product is issued for all heads of the block before the next one: products of one head wait for each other, and two MXU
-tiles are all that a [C, V] result keeps busy. The state before a pair is saved for the backward pass, which makes the one in its
-middle by itself: that halves what is kept, and the walk is bound by traffic.
+Tiling: a grid step takes two chunks, one after the other, of all heads of a block, 8 where K = 128
+and V = 256; the grid is batch x blocks of heads x pairs of chunks, the last in order. S stays in
+the block of the final state, float32, from the first pair to the last. Each product is issued for
+all heads of the block before the next one: products of one head wait for each other, and two MXU
+tiles are all that a [C, V] result keeps busy. The state before a pair is saved for the backward
+pass, which makes the one in its middle by itself: that halves what is kept, and the scan is bound
+by traffic.
 
-Traffic for a token of a head, in bfloat16: 2 (2 K + 2 V + C) bytes, gates of 32, and 2 K V / 2 C where states are saved. At 8192
-tokens, 16 heads, K 128, V 256: 277 MB, or 0.34 ms on v5e and 0.17 on v6e; products take 6.5 C K V multiplications a chunk, 0.21 ms
-on v5e at its peak.
+Traffic for a token of a head, in bfloat16: 2 (2 K + 2 V + C) bytes, gates of 32, and 2 K V / 2 C
+where states are saved. At 8192 tokens, 16 heads, K 128, V 256: 277 MB, or 0.34 ms on v5e and 0.17
+on v6e; products take 6.5 C K V multiplications a chunk, 0.21 ms on v5e at its peak.
 """
 
 import jax
@@ -32,18 +38,23 @@ PAIR = 2  # chunks of a step, and of a saved state
 VMEM = 32 * 2**20  # bytes
 
 
-def chunk_scan(q, k, v, inverse, rows, initial, heads: int, save: bool, interpret) -> tuple[jax.Array, ...]:
-    """out [batch, chunks * C, heads * V], last [batch, heads, K, V] float32 and, if `save`, the state before every second chunk
-    [ceil(chunks / 2), batch, heads, K, V] in the operands' dtype.
+def chunk_scan(
+    q, k, v, inverse, rows, initial, heads: int, save: bool, interpret
+) -> tuple[jax.Array, ...]:
+    """out [batch, chunks * C, heads * V], last [batch, heads, K, V] float32 and, if `save`, the
+    state before every second chunk [ceil(chunks / 2), batch, heads, K, V] in the operands' dtype.
 
-    q, k [batch, chunks * C, heads * K], v [..., heads * V], inverse [chunks, batch, heads, C, C], all of one dtype; rows from
-    `gate_rows`; initial [batch, heads, K, V] float32; `heads` of a block.
+    q, k [batch, chunks * C, heads * K], v [..., heads * V], inverse [chunks, batch, heads, C, C],
+    all of one dtype; rows from `gate_rows`; initial [batch, heads, K, V] float32; `heads` of a
+    block.
     """
     chunks, batch, all_heads, size, _ = inverse.shape
     _, _, key, value = initial.shape
     pairs, dtype, exact, block = pl.cdiv(chunks, PAIR), k.dtype, k.dtype == f32, range(heads)
 
-    def kernel(q_ref, k_ref, v_ref, inverse_ref, rows_ref, initial_ref, out_ref, state_ref, *saved_ref):
+    def kernel(
+        q_ref, k_ref, v_ref, inverse_ref, rows_ref, initial_ref, out_ref, state_ref, *saved_ref
+    ):
         @pl.when(pl.program_id(2) == 0)
         def _():
             mine = pl.ds(pl.program_id(0), 1), pl.ds(pl.program_id(1) * heads, heads)
@@ -56,14 +67,25 @@ def chunk_scan(q, k, v, inverse, rows, initial, heads: int, save: bool, interpre
             keys, values = ([tile(n, h, size, width) for h in block] for width in (key, value))
             gates = [Gates(rows_ref[n, h], exact) for h in block]
             states = [state_ref[0, h].astype(dtype) for h in block]
-            read = [dot(jnp.concatenate([k_ref[keys[h]], q_ref[keys[h]]]), states[h]) for h in block]  # [2 C, V]
+            read = [
+                dot(jnp.concatenate([k_ref[keys[h]], q_ref[keys[h]]]), states[h]) for h in block
+            ]  # [2 C, V]
             grams = [dot(q_ref[keys[h]], k_ref[keys[h]], (1, 1)) for h in block]
-            wrong = [gates[h].beta * (v_ref[values[h]].astype(f32) - gates[h].since * read[h][:size]) for h in block]
+            wrong = [
+                gates[h].beta * (v_ref[values[h]].astype(f32) - gates[h].since * read[h][:size])
+                for h in block
+            ]
             new = [dot(inverse_ref[n, h], wrong[h].astype(dtype)) for h in block]
             scores = [(grams[h] * gates[h].between()).astype(dtype) for h in block]
             inner = [dot(scores[h], new[h].astype(dtype)) for h in block]
             kept = [gates[h].until * new[h] for h in block]
-            added = [sum(dot(k_ref[keys[h]], part, (0, 0)) for part in ([kept[h]] if exact else halves(kept[h]))) for h in block]
+            added = [
+                sum(
+                    dot(k_ref[keys[h]], part, (0, 0))
+                    for part in ([kept[h]] if exact else halves(kept[h]))
+                )
+                for h in block
+            ]
             for h in block:
                 out_ref[values[h]] = (gates[h].since * read[h][size:] + inner[h]).astype(dtype)
                 state_ref[0, h] = gates[h].whole * state_ref[0, h] + added[h]
@@ -86,14 +108,23 @@ def chunk_scan(q, k, v, inverse, rows, initial, heads: int, save: bool, interpre
     return pl.pallas_call(
         kernel,
         grid=(batch, all_heads // heads, pairs),
-        in_specs=[tokens(key), tokens(key), tokens(value), spec(inverse, PAIR), spec(rows, PAIR), pl.BlockSpec(memory_space=pl.ANY)],
+        in_specs=[
+            tokens(key),
+            tokens(key),
+            tokens(value),
+            spec(inverse, PAIR),
+            spec(rows, PAIR),
+            pl.BlockSpec(memory_space=pl.ANY),
+        ],
         out_specs=[
             tokens(value),
             pl.BlockSpec((1, heads, *initial.shape[2:]), lambda b, h, n: (b, h, 0, 0)),
             *(spec(x, 1) for x in saved),
         ],
         out_shape=[out, last, *saved],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
+        ),
         interpret=interpret,
-        name="gdn_walk",
+        name="gdn_chunk_scan",
     )(q, k, v, inverse, rows, initial)

@@ -1,11 +1,12 @@
-"""The gated delta rule on TPU: the contract of `xla.gated_delta_rule`, with Pallas kernels for what XLA is slow at.
+"""The gated delta rule on TPU, with Pallas kernels for what XLA is slow at.
 
-Forward: `mosaic_tpu_inverse` makes T of every chunk, `mosaic_tpu_walk` walks over the chunks and writes the output. Backward:
-`mosaic_tpu_backward` walks back and writes all gradients. Chunks of 128 because an MXU is 128 or 256 wide and half as many states pass
-through memory; rows of up to 64 tokens are one chunk of 64.
+Forward: inverse.py computes T of every chunk, chunk_scan.py scans the chunks and writes the output.
+Backward: backward.py scans back and writes all gradients. Chunks are 128 tokens because an MXU is
+128 or 256 wide and half as many states pass through memory as with 64; rows of up to 64 tokens are
+one chunk of 64.
 
-Static scores (benchmarks.tpu_scores; an estimate by the compiler's own account) and the assumptions behind them:
-benchmarks/results/tpu_scores.jsonl.
+Static scores (benchmarks.tpu_scores; an estimate by the compiler's own account) and the assumptions
+behind them: benchmarks/results/tpu_scores.jsonl.
 """
 
 from functools import partial
@@ -27,7 +28,7 @@ f32 = jnp.float32
 
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, *_, **__) -> str | None:
-    """Why these arrays (or shapes with dtypes) are not for this implementation, or None if they are."""
+    """Returns the reason it does not take these arrays (or shapes with dtypes), else None."""
     dtypes = {x.dtype for x in (q, k, v)}
     if len(dtypes) > 1 or not dtypes <= {jnp.dtype(jnp.bfloat16), jnp.dtype(f32)}:
         return f"dtypes {q.dtype}, {k.dtype} and {v.dtype}: all bfloat16 or all float32"
@@ -56,14 +57,17 @@ def gated_delta_rule(
     *,
     interpret=False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Arguments, results and names of residuals as `xla.gated_delta_rule`; of "gdn_states", every second is kept, and "gdn_inverse"
-    is two bfloat16 arrays where the inputs are bfloat16. `interpret` (pltpu.InterpretParams) runs the kernels without a TPU.
+    """The contract of `pallas_kernels.gated_delta_rule.gated_delta_rule`.
 
-    Raises ValueError where `xla.check` does or `supports` objects.
+    Of "gdn_states" every second is saved, and "gdn_inverse" is two bfloat16 arrays where the inputs
+    are bfloat16. interpret: pltpu.InterpretParams runs the kernels without a TPU. Raises ValueError
+    where `check` does or `supports` gives a reason.
     """
     check(q, k, v, g, beta, initial_state)
     if reason := supports(q, k, v):
-        raise ValueError(f"gated_delta_rule on TPU does not take {reason}\n  -> use the implementation xla")
+        raise ValueError(
+            f"gated_delta_rule on TPU does not take {reason}\n  -> use the implementation xla"
+        )
     g, beta, initial_state = xla._start(k, v, g, beta, initial_state)
     return _delta_rule(q, k, v, g, beta, initial_state, token_index, segment_ids, interpret)
 
@@ -73,7 +77,8 @@ def _chunk_size(length: int) -> int:
 
 
 def _heads(heads: int, key: int, value: int, dtype, most: int = TPUDelta.forward) -> int:
-    """Heads of a block: as many as the vector memory takes with two buffers of everything, `most` at K 128, V 256 and bfloat16."""
+    """Heads of a block: as many as the vector memory takes with two buffers of everything,
+    `most` at K 128, V 256 and bfloat16."""
     most = max(1, most * 128 * 256 // (key * value) // (jnp.dtype(dtype).itemsize // 2))
     return max(n for n in range(1, most + 1) if heads % n == 0)
 
@@ -84,14 +89,23 @@ def _operands(token_index, size, *inputs):
 
 
 def _run(q, k, v, g, beta, initial_state, token_index, segment_ids, interpret, save):
-    length, size, heads = k.shape[1], _chunk_size(k.shape[1]), _heads(*k.shape[2:], v.shape[3], k.dtype)
+    length, size, heads = (
+        k.shape[1],
+        _chunk_size(k.shape[1]),
+        _heads(*k.shape[2:], v.shape[3], k.dtype),
+    )
     queries, keys, values = _operands(token_index, size, q, k, v)
     rows = gate_rows(g, beta, token_index, segment_ids, size)
     parts = inverse(keys, rows, heads, save, interpret)
     parts = [checkpoint_name(x, "gdn_inverse") for x in parts]
-    out, last, *states = chunk_scan(queries, keys, values, parts[0], rows, initial_state, heads, save, interpret)
+    out, last, *states = chunk_scan(
+        queries, keys, values, parts[0], rows, initial_state, heads, save, interpret
+    )
     states = [checkpoint_name(x, "gdn_states") for x in states]
-    return (split_heads(out, length, k.shape[2]), xla._kept(initial_state, last, token_index)), (parts, *states)
+    return (split_heads(out, length, k.shape[2]), xla._kept(initial_state, last, token_index)), (
+        parts,
+        *states,
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(8,))
@@ -100,8 +114,19 @@ def _delta_rule(q, k, v, g, beta, initial_state, token_index, segment_ids, inter
 
 
 def _forward(q, k, v, g, beta, initial_state, token_index, segment_ids, interpret):
-    results, kept = _run(q, k, v, g, beta, initial_state, token_index, segment_ids, interpret, save=True)
-    return (checkpoint_name(results[0], "gdn_out"), results[1]), (q, k, v, g, beta, token_index, segment_ids, *kept)
+    results, kept = _run(
+        q, k, v, g, beta, initial_state, token_index, segment_ids, interpret, save=True
+    )
+    return (checkpoint_name(results[0], "gdn_out"), results[1]), (
+        q,
+        k,
+        v,
+        g,
+        beta,
+        token_index,
+        segment_ids,
+        *kept,
+    )
 
 
 def _backward(interpret, residuals, cts):
@@ -111,10 +136,15 @@ def _backward(interpret, residuals, cts):
     queries, keys, values, ct_out = _operands(token_index, size, q, k, v, cts[0].astype(v.dtype))
     rows = gate_rows(g, beta, token_index, segment_ids, size)
     heads = _heads(*k.shape[2:], v.shape[3], k.dtype, TPUDelta.backward)
-    *ours, gates, ct_initial = backward(queries, keys, values, parts, rows, states, ct_out, cts[1].astype(f32), heads, interpret)
+    *ours, gates, ct_initial = backward(
+        queries, keys, values, parts, rows, states, ct_out, cts[1].astype(f32), heads, interpret
+    )
     gates = [xla._join(gates[..., i, :, None], length)[..., 0] for i in range(2)]
     valid = None if token_index is None else token_index >= 0
-    dq, dk, dv, dg, dbeta = (xla._without_pads(x, valid) for x in (*(split_heads(x, length, k.shape[2]) for x in ours), *gates))
+    dq, dk, dv, dg, dbeta = (
+        xla._without_pads(x, valid)
+        for x in (*(split_heads(x, length, k.shape[2]) for x in ours), *gates)
+    )
     return dq, dk, dv, jnp.where(g > xla.FLOOR, dg, 0), dbeta, ct_initial, None, None
 
 

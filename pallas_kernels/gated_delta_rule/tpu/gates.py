@@ -1,7 +1,9 @@
-"""What the TPU kernels of the gated delta rule know of gates: five numbers a token, and the decays between tokens made of them.
+"""Gates as the TPU kernels of the gated delta rule take them: five numbers a token, and the decays
+between tokens made of them.
 
-A sequence that starts inside a row is a gate too: a log decay of RESET, of which exp is exactly 0, at its first token. It makes
-the decay across the boundary exactly 0 both between tokens and from the state before, so that kernels need no masks.
+The start of a sequence inside a row is a gate too: a log decay of RESET, of which exp is exactly 0,
+at its first token. It makes the decay across the boundary exactly 0 both between tokens and from
+the state before, so that kernels need no masks.
 """
 
 import jax
@@ -16,9 +18,16 @@ ROWS = 8  # float32 rows of a tile; three are spare
 f32 = jnp.float32
 
 
-def gate_rows(g: jax.Array, beta: jax.Array, token_index: jax.Array | None, segment_ids: jax.Array | None, size: int) -> jax.Array:
-    """g, beta [batch, length, heads] float32 -> [chunks, batch, heads, ROWS, size]: for each token the running sum of the gates in
-    its chunk in two parts (coarse, fine), beta, the decay since the state before the chunk, the decay until the chunk's end."""
+def gate_rows(
+    g: jax.Array,
+    beta: jax.Array,
+    token_index: jax.Array | None,
+    segment_ids: jax.Array | None,
+    size: int,
+) -> jax.Array:
+    """g, beta [batch, length, heads] float32 -> [chunks, batch, heads, ROWS, size]: for each
+    token the running sum of the gates in its chunk in two parts (coarse, fine), beta, the decay
+    since the state before the chunk, the decay until the chunk's end."""
     valid = None if token_index is None else token_index >= 0
     g, beta = (xla._without_pads(x, valid) for x in (jnp.maximum(g, xla.FLOOR), beta))
     if segment_ids is not None:
@@ -34,8 +43,9 @@ def gate_rows(g: jax.Array, beta: jax.Array, token_index: jax.Array | None, segm
 class Gates:
     """One head's rows [ROWS, C] inside a kernel, as rows [1, C] and as columns [C, 1].
 
-    `exact` keeps the two parts of the running sums apart. Added up they lose 2^-10 in the decays after sums of -16000 (and nothing that
-    matters after mild ones), which is below the rounding of bfloat16 operands.
+    `exact` keeps the two parts of the running sums apart. Added up they lose 2^-10 in the decays
+    after sums of -16000 (and nothing that matters after mild ones), which is below the rounding of
+    bfloat16 operands.
     """
 
     def __init__(self, rows, exact: bool):
@@ -50,5 +60,9 @@ class Gates:
     def between(self):
         """[C, C]: at [i, j] the decay from token j to token i >= j, 0 above the diagonal."""
         exponent = sum(column - row for column, row in self._sums)
-        row, column = (lax.broadcasted_iota(jnp.int32, (self.size, self.size), axis) for axis in (0, 1))
-        return jnp.where(row >= column, jnp.exp(exponent), 0.0)  # a choice, not a product: what is not chosen may be inf
+        row, column = (
+            lax.broadcasted_iota(jnp.int32, (self.size, self.size), axis) for axis in (0, 1)
+        )
+        return jnp.where(
+            row >= column, jnp.exp(exponent), 0.0
+        )  # a choice, not a product: what is not chosen may be inf

@@ -1,7 +1,9 @@
-"""How operands of the gated delta rule lie in memory for its TPU kernels: [batch, tokens, heads * width], heads side by side.
+"""Memory layout of operands for the TPU kernels of the gated delta rule: [batch, tokens, heads *
+width], heads side by side.
 
-So projections write them, and there a head is a run of whole vector registers. [tokens, heads, width] would lie in another order, and XLA
-copy every operand and every result. What the kernels hand to each other is [chunks, batch, heads, ...].
+Projections write this layout, and a head is a whole number of vector registers in it. [tokens,
+heads, width] would have another layout, and XLA would copy every operand and every result. Arrays
+between kernels are [chunks, batch, heads, ...].
 """
 
 import jax
@@ -10,7 +12,8 @@ import jax.numpy as jnp
 
 
 def merge_heads(x: jax.Array, valid: jax.Array | None, size: int) -> jax.Array:
-    """[batch, length, heads, width] -> [batch, chunks * size, heads * width]: zeros at pads and beyond the end."""
+    """[batch, length, heads, width] -> [batch, chunks * size, heads * width]: zeros at pads and
+    beyond the end."""
     batch, length = x.shape[:2]
     x = x.reshape(batch, length, -1)
     if valid is not None:

@@ -1,17 +1,19 @@
-"""The causal convolution on TPU, forward and backward, in Pallas: the contract of `xla.short_conv`.
+"""The short convolution on TPU, forward and backward, in Pallas.
 
-Computes, for every channel, out[t] = silu(sum over d of w[3 - d] x[t - d]), d = 0..3, as far back as the token's sequence goes; backward,
-with s' the slope of silu at that sum, u[t] = d_out[t] s'[t], d_w[3 - d] = sum over t of u[t] x[t - d] and d_x[t] = sum over d of
-w[3 - d] u[t + d].
+Computes, for every channel, out[t] = silu(sum over d of w[3 - d] x[t - d]), d = 0..3, within the
+token's sequence; backward, with s' the slope of silu at that sum, u[t] = d_out[t] s'[t], d_w[3 - d]
+= sum over t of u[t] x[t - d] and d_x[t] = sum over d of w[3 - d] u[t + d].
 
-Tiling: a grid step takes up to 512 tokens and 512 channels of one row, 128 channels after the other, so that what belongs together is
-worked on together (it still fills more than the registers: 968 and 3,188 spills on v5e). Forward, the tokens before a block are a second
-view of x, the block of 16 rows that ends where the block begins; backward, the blocks go from the last to the first, and what the tokens
-after a block want of it waits in vector memory. Which taps reach a token of the same sequence is told by four rows of ones and zeros,
-made by XLA.
+Tiling: a grid step takes up to 512 tokens and 512 channels of one row, 128 channels after the
+other, so that values that are used together are computed together (it still spills registers: 968
+and 3,188 on v5e). Forward, the tokens before a block are a second view of x, the block of 16 rows
+that ends where the block begins. Backward, the blocks go from the last to the first, and the
+gradient that the tokens after a block contribute to it is kept in vector memory. Which taps reach a
+token of the same sequence is given by four rows of ones and zeros, made by XLA.
 
-Traffic: x and out once, forward; x, d_out and d_x once, backward, 2 bytes a number: 0.33 and 0.49 ms on v5e for the 8,192 channels of a
-layer and as many tokens. Floor: that; but v5e has to work on 32-bit numbers, some 40 operations forward and 80 backward for each.
+Traffic: x and out once, forward; x, d_out and d_x once, backward, 2 bytes a number: 0.33 and 0.49
+ms on v5e for the 8,192 channels of a layer and as many tokens. Floor: that; but v5e works on 32-bit
+numbers, some 40 operations forward and 80 backward for each.
 """
 
 from functools import partial
@@ -26,12 +28,22 @@ from pallas_kernels.short_conv import xla
 from pallas_kernels.short_conv.tuning import TPU as TPUShortConv
 from pallas_kernels.short_conv.xla import TAPS
 
-LANES, BEFORE, AFTER = 128, 16, 8  # channels of a register; rows of the smallest blocks of bfloat16, and of float32
+LANES, BEFORE, AFTER = (
+    128,
+    16,
+    8,
+)  # channels of a register; rows of the smallest blocks of bfloat16, and of float32
 f32 = jnp.float32
 
 
-def supports(x: jax.Array, weight: jax.Array, conv_state: jax.Array | None = None, token_index=None, segment_ids=None) -> str | None:
-    """Why these arrays (or shapes with dtypes) are not for this implementation, or None if they are."""
+def supports(
+    x: jax.Array,
+    weight: jax.Array,
+    conv_state: jax.Array | None = None,
+    token_index=None,
+    segment_ids=None,
+) -> str | None:
+    """Returns the reason it does not take these arrays (or shapes with dtypes), else None."""
     _, length, channels = x.shape
     if x.dtype not in (jnp.bfloat16, f32):
         return f"dtype {x.dtype}: bfloat16 or float32"
@@ -51,12 +63,15 @@ def short_conv(
     *,
     interpret=False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Arguments and results as `xla.short_conv`. `interpret` (pltpu.InterpretParams) runs the kernels without a TPU.
+    """The contract of `pallas_kernels.short_conv.short_conv`.
 
-    Raises ValueError where `supports` objects.
+    interpret: pltpu.InterpretParams runs the kernels without a TPU. Raises ValueError where
+    `supports` gives a reason.
     """
     if reason := supports(x, weight):
-        raise ValueError(f"short_conv on TPU does not take {reason}\n  -> use the implementation xla")
+        raise ValueError(
+            f"short_conv on TPU does not take {reason}\n  -> use the implementation xla"
+        )
     conv_state = xla.start(x, conv_state)
     length = x.shape[1]
     steps = -(-length // TPUShortConv.rows)
@@ -64,23 +79,40 @@ def short_conv(
     rows = -(-length // (steps * step)) * step  # even shares
     beyond = [(0, 0), (0, -length % rows), (0, 0)]
     before = jnp.pad(conv_state, [(0, 0), (BEFORE - conv_state.shape[1], 0), (0, 0)])
-    out = _convolve(jnp.pad(x, beyond), weight, before, _seen(token_index, segment_ids, x.shape[0], length, rows), rows, interpret)
+    out = _convolve(
+        jnp.pad(x, beyond),
+        weight,
+        before,
+        _seen(token_index, segment_ids, x.shape[0], length, rows),
+        rows,
+        interpret,
+    )
     return out[:, :length], xla.new_conv_state(x, conv_state, token_index, segment_ids)
 
 
 def _seen(token_index, segment_ids, batch: int, length: int, rows: int) -> jax.Array:
-    """[batch, 8, padded length] float32: row d is 1 where the token d before is one of the same sequence, and 0 at pads."""
+    """[batch, 8, padded length] float32: row d is 1 where the token d before is one of the same
+    sequence, and 0 at pads."""
     valid = jnp.ones((batch, length), bool) if token_index is None else token_index >= 0
-    run = jnp.zeros((batch, length), jnp.int32) if segment_ids is None else segment_numbers(token_index, segment_ids)
-    edge = [(0, 0), (TAPS - 1, 0)]  # the tail belongs to run 0
-    run, valid = jnp.pad(run, edge), jnp.pad(valid, edge, constant_values=True)
-    runs, valids = ([x[:, TAPS - 1 - d :][:, :length] for d in range(TAPS)] for x in (run, valid))  # of the token d before
-    taps = [(runs[d] == runs[0]) & valids[d] & valids[0] for d in range(TAPS)]
-    return jnp.pad(jnp.stack(taps, axis=1).astype(f32), [(0, 0), (0, 8 - TAPS), (0, -length % rows)])
+    segment = (
+        jnp.zeros((batch, length), jnp.int32)
+        if segment_ids is None
+        else segment_numbers(token_index, segment_ids)
+    )
+    edge = [(0, 0), (TAPS - 1, 0)]  # conv_state belongs to segment 0
+    segment, valid = jnp.pad(segment, edge), jnp.pad(valid, edge, constant_values=True)
+    segments, valids = (
+        [x[:, TAPS - 1 - d :][:, :length] for d in range(TAPS)] for x in (segment, valid)
+    )  # of the token d before
+    taps = [(segments[d] == segments[0]) & valids[d] & valids[0] for d in range(TAPS)]
+    return jnp.pad(
+        jnp.stack(taps, axis=1).astype(f32), [(0, 0), (0, 8 - TAPS), (0, -length % rows)]
+    )
 
 
 def _reaches(x_ref, past_ref, before_ref, seen, at, first):
-    """What each tap sees of every token of a block, [rows, LANES] float32 each, 0 beyond its sequence."""
+    """What each tap sees of every token of a block, [rows, LANES] float32 each, 0 beyond its
+    sequence."""
     past = jnp.where(first, before_ref[:, at], past_ref[:, at]).astype(f32)
     inputs = jnp.concatenate([past, x_ref[:, at].astype(f32)])
     shifted = [inputs if d == 0 else pltpu.roll(inputs, d, axis=0) for d in range(TAPS)]
@@ -93,13 +125,17 @@ def _flags(seen_ref) -> list:
 
 
 def _specs(x, rows: int, backwards: bool):
-    """Grid, and blocks of x, of the rows before them, of weights, of the tail, and of what is seen."""
+    """Grid, and blocks of x, of the rows before them, of weights, of conv_state, and of what is
+    seen."""
     batch, length, channels = x.shape
     lanes = max(n for n in range(LANES, TPUShortConv.lanes + 1, LANES) if channels % n == 0)
     steps = length // rows
     place = (lambda n: steps - 1 - n) if backwards else (lambda n: n)
     tokens = pl.BlockSpec((None, rows, lanes), lambda b, c, n: (b, place(n), c))
-    past = pl.BlockSpec((None, BEFORE, lanes), lambda b, c, n: (b, jnp.maximum(place(n) * (rows // BEFORE) - 1, 0), c))
+    past = pl.BlockSpec(
+        (None, BEFORE, lanes),
+        lambda b, c, n: (b, jnp.maximum(place(n) * (rows // BEFORE) - 1, 0), c),
+    )
     weights = pl.BlockSpec((TAPS, lanes), lambda b, c, n: (0, c))
     conv_state = pl.BlockSpec((None, BEFORE, lanes), lambda b, c, n: (b, 0, c))
     seen = pl.BlockSpec((None, 8, rows), lambda b, c, n: (b, 0, place(n)))
@@ -115,7 +151,10 @@ def _convolve(x, weight, before, seen, rows, interpret):
         for lane in range(0, lanes, LANES):
             at = pl.ds(lane, LANES)
             reaches = _reaches(x_ref, past_ref, before_ref, seen, at, first)
-            total = sum(y * weight_ref[TAPS - 1 - d : TAPS - d, at].astype(f32) for d, y in enumerate(reaches))
+            total = sum(
+                y * weight_ref[TAPS - 1 - d : TAPS - d, at].astype(f32)
+                for d, y in enumerate(reaches)
+            )
             out_ref[:, at] = jnp.where(seen[0], total * jax.nn.sigmoid(total), 0.0).astype(x.dtype)
 
     return pl.pallas_call(
@@ -139,7 +178,18 @@ def _backward(rows, interpret, kept, d_out):
     grid, lanes, tokens, past, weights, conv_state, flags = _specs(x, rows, True)
     batch, _, channels = x.shape
 
-    def kernel(x_ref, past_ref, weight_ref, before_ref, seen_ref, d_out_ref, d_x_ref, d_weight_ref, d_before_ref, after_ref):
+    def kernel(
+        x_ref,
+        past_ref,
+        weight_ref,
+        before_ref,
+        seen_ref,
+        d_out_ref,
+        d_x_ref,
+        d_weight_ref,
+        d_before_ref,
+        after_ref,
+    ):
         step = pl.program_id(2)
         seen, first = _flags(seen_ref), step == pl.num_programs(2) - 1
 
@@ -154,13 +204,19 @@ def _backward(rows, interpret, kept, d_out):
             taps = [weight_ref[TAPS - 1 - d : TAPS - d, at].astype(f32) for d in range(TAPS)]
             total = sum(y * w for y, w in zip(reaches, taps, strict=True))
             gate = jax.nn.sigmoid(total)
-            d_total = jnp.where(seen[0], d_out_ref[:, at].astype(f32), 0.0) * (gate * (1 + total * (1 - gate)))
+            d_total = jnp.where(seen[0], d_out_ref[:, at].astype(f32), 0.0) * (
+                gate * (1 + total * (1 - gate))
+            )
             d_x, d_past = jnp.zeros((rows, LANES), f32), jnp.zeros((AFTER, LANES), f32)
             for d in range(TAPS):
-                d_weight_ref[TAPS - 1 - d : TAPS - d, at] += jnp.sum(d_total * reaches[d], axis=0, keepdims=True)
+                d_weight_ref[TAPS - 1 - d : TAPS - d, at] += jnp.sum(
+                    d_total * reaches[d], axis=0, keepdims=True
+                )
                 back = jnp.where(seen[d], d_total, 0.0) * taps[d]
                 d_x += _ahead(jnp.concatenate([back, after_ref[d, :, at]]), d)[:rows]
-                d_past += _ahead(jnp.concatenate([jnp.zeros((AFTER, LANES), f32), back[:AFTER]]), d)[:AFTER]
+                d_past += _ahead(
+                    jnp.concatenate([jnp.zeros((AFTER, LANES), f32), back[:AFTER]]), d
+                )[:AFTER]
                 after_ref[d, :, at] = back[:AFTER]
             d_x_ref[:, at] = d_x.astype(x.dtype)
             d_before_ref[:, at] = d_past  # what the first block leaves stays
@@ -176,7 +232,9 @@ def _backward(rows, interpret, kept, d_out):
             *[jax.ShapeDtypeStruct((batch, AFTER, channels), f32)] * 2,
         ],
         scratch_shapes=[pltpu.VMEM((TAPS, AFTER, lanes), f32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary")
+        ),
         interpret=interpret,
         name="causal_conv_backward",
     )(x, x, weight, before, seen, d_out)
