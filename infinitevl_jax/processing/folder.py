@@ -1,6 +1,7 @@
 """What a checkpoint folder says about pictures: sizes, limits, normalisation. Written by many versions of many tools."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -166,3 +167,20 @@ def override(options: ImageOptions, values: dict, where: str) -> ImageOptions:
         return dataclasses.replace(options, **values) if values else options
     except InfiniteVLError as error:
         raise InfiniteVLError(f"{where}: {error.culprit}", error.cure) from error
+
+
+def write_pixel_limits(folder: Path, limits: dict[str, int]) -> None:
+    """Change the image settings of a folder: `limits` holds min_pixels, max_pixels or both.
+
+    Raises InfiniteVLError if the settings and the limits do not go together.
+    """
+    path, entries = _entries(folder, "image_processor", "preprocessor_config.json")
+    edges = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+    size = entries.get("size")
+    if isinstance(size, dict) and size:
+        entries["size"] = size | {edges[name] if edges[name] in size else name: value for name, value in limits.items()}
+    entries |= limits
+    whole = read_json(path)
+    whole = whole | {"image_processor": entries} if path.name == "processor_config.json" else entries
+    path.write_text(json.dumps(whole, indent=2) + "\n", "utf-8")
+    image_options(folder)
