@@ -20,7 +20,8 @@ Width = Annotated[int, Meta(ge=1, le=2**20)]  # channels, hidden units
 Heads = Annotated[int, Meta(ge=1, le=4096)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Base = Annotated[float, Meta(gt=0, le=1e15)]  # of rotary angles
-Name = Annotated[str, Meta(max_length=4096, pattern=r"^[^\0]*$")]  # of a file or folder, or a pattern
+Folder = Annotated[str, Meta(min_length=1, max_length=4096, pattern=r"^[^\0]*$")]
+Name = Annotated[str, Meta(max_length=4096, pattern=r"^[^\0]*$")]  # or a pattern, or nothing
 
 
 def check_ranges(config: Any) -> None:

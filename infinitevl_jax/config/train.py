@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from infinitevl_jax.config.ranges import INT32, Count, Name, Positive, Seed, Share, check_ranges
+from infinitevl_jax.config.ranges import INT32, Count, Folder, Name, Positive, Seed, Share, check_ranges
 from infinitevl_jax.errors import InfiniteVLError
 
 TOKENS = 2**26  # of a batch: its arrays take 1 GB
@@ -32,7 +32,7 @@ class DataConfig:
     """
 
     name: Name = "easy_vqa"
-    folder: Name = "data"
+    folder: Folder = "data"
     train: Name = "train[:90%]"
     held_out: Name = "train[90%:]"
     batch: Annotated[int, Meta(ge=1, le=2**20)] = 16
@@ -93,7 +93,7 @@ class TrainConfig:
     keep: newest checkpoints kept on disk.
     """
 
-    output: Annotated[str, Meta(min_length=1, max_length=4096, pattern=r"^[^\0]*$")] = "runs/train"
+    output: Folder = "runs/train"
     seed: Seed = 0
     steps: Count = 0
     epochs: Annotated[float, Meta(ge=0, le=1e9)] = 1.0
