@@ -81,14 +81,15 @@ def sync_tree(folder: Path) -> None:
         sync(Path(root))
 
 
-def keep_aside(path: Path) -> Path:
-    """Rename a file or folder to the first free NAME.1, NAME.2, ... (before the suffix of a file), and return that."""
-    stem, suffix = (path.name, "") if path.is_dir() else (path.stem, path.suffix)
-    number = 1
-    while os.path.lexists(free := path.with_name(f"{stem}.{number}{suffix}")):
+def keep_aside(path: Path, to: Path | None = None) -> Path:
+    """Rename a file or folder to a name that is free: `to`, or it with .1, .2, ... before the suffix. Returns that name."""
+    to = to or path
+    free, number = to, 0
+    while os.path.lexists(free):
         number += 1
+        free = to.with_name(f"{to.stem}.{number}{to.suffix}")
     os.rename(path, free)
-    sync(path.parent)
+    sync(free.parent)
     return free
 
 

@@ -35,10 +35,11 @@ class Skipped:
                 raise row
             shown = [f"row {index}: {reason}" for index, reason in list(self.reasons.items())[-5:]]
             if len(self.reasons) > len(shown):
-                shown.append(f"and {len(self.reasons) - len(shown)} more, named above")
-            culprit = f"{row.source}: {len(self.reasons)} of {self.rows:,} rows cannot be used, {self.limit} may be"
+                shown.append(f"and {len(self.reasons) - len(shown)} more")
             raise InfiniteVLError(
-                "\n  ".join([culprit, *shown]), f"{row.cure}; or skip more of them: train.data.max_skipped={self._next_share():g}"
+                f"{row.source}: {len(self.reasons)} of {self.rows:,} rows cannot be used, {self.limit} may be:",
+                f"{row.cure}; or let more be skipped: train.data.max_skipped={self._next_share():g}",
+                shown,
             )
 
     def news(self) -> list[str]:

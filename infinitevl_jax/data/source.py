@@ -90,7 +90,7 @@ def _texts(values: Sequence) -> list[str]:
 
 
 def _builder(name: str, folder: str | Path) -> tfds.core.DatasetBuilder:
-    """One of this package's builders, or the files of a prepared data set. Nothing is looked up elsewhere, least of all over the network."""
+    """One of this package's builders, or the files of a prepared data set: on this disk, never over the network."""
     made_here = {builder.name: builder for builder in BUILDERS}
     if "://" in str(folder):
         raise InfiniteVLError(f"train.data.folder is {str(folder)!r}", "name a folder on this machine")
