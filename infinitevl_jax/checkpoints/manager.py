@@ -6,6 +6,7 @@ config.json, the processor's files and the manifest, so that STEP can be exporte
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 
+from infinitevl_jax.checkpoints.quiet import report_once
 from infinitevl_jax.conversion.files import MANIFEST, copy_side_files, side_files
 from infinitevl_jax.conversion.manifest import Manifest
 from infinitevl_jax.errors import InfiniteVLError
@@ -37,6 +39,7 @@ class Checkpoints:
         """
         self.folder, self.files, self.manifest = run.absolute() / "checkpoints", files, manifest
         self.keep, self.say = keep, say
+        report_once()
         # Older steps are removed here, once the new one is on the disk.
         options = ocp.CheckpointManagerOptions(max_to_keep=None, enable_async_checkpointing=False, create=True)
         handlers = {"params": ocp.StandardCheckpointHandler(), "optimizer": ocp.StandardCheckpointHandler()}
@@ -73,6 +76,7 @@ class Checkpoints:
             )
             try:
                 with storage(f"checkpoint {self.path(step)}"):
+                    self._check_room(state)
                     self._manager.save(step, args=items, force=True)
                     self._manager.wait_until_finished()
                     sync_tree(self.path(step))
@@ -182,9 +186,22 @@ class Checkpoints:
         sync(self.folder)
 
     def _remove_unfinished(self) -> None:
-        """Remove what a killed or failed save left."""
-        for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(path, ignore_errors=True)
+        """Remove what a killed or failed save left. Threads of a failed one may still write for a moment."""
+        for _ in range(20):
+            left = list(self.folder.glob("*.orbax-checkpoint-tmp*"))
+            for path in left:
+                shutil.rmtree(path, ignore_errors=True)
+            if not left:
+                return
+            time.sleep(0.1)
+
+    def _check_room(self, state: TrainState) -> None:
+        needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise StorageError(
+                f"no space left for a checkpoint of {needed / 1e9:.2f} GB in {self.folder}, where {free / 1e9:.2f} GB are free",
+                "free some space",
+            )
 
 
 def abstract_state(state: TrainState, shardings: TrainState) -> TrainState:
