@@ -63,15 +63,17 @@ def describe(hint: Any) -> str:
     if typing.get_origin(kind) is tuple:
         kind, length = tuple, len(typing.get_args(kind)) if Ellipsis not in typing.get_args(kind) else None
         words = "a list" + (f" of {length}" if length else "")
+    elif typing.get_origin(kind) is typing.Literal:
+        words = "one of " + ", ".join(typing.get_args(kind))
     else:
-        words = _WORDS.get(kind, "another value")
+        words = _WORDS[kind]
     bounds = []
     for meta in getattr(_given(hint), "__metadata__", ()):
         unit = {str: " characters", tuple: " items"}.get(kind, "")
-        bounds += [f"{low:g} or more" for low in (meta.ge,) if low is not None]
-        bounds += [f"more than {low:g}" for low in (meta.gt,) if low is not None]
-        bounds += [f"{low}{unit} or more" for low in (meta.min_length,) if low is not None]
-        bounds += [f"at most {high}{unit}" for high in (meta.le, meta.max_length) if high is not None]
+        bounds += [f"{low:,.15g} or more" for low in (meta.ge,) if low is not None]
+        bounds += [f"more than {low:,.15g}" for low in (meta.gt,) if low is not None]
+        bounds += [f"{low:,}{unit} or more" for low in (meta.min_length,) if low is not None]
+        bounds += [f"at most {high:,.15g}{unit}" for high in (meta.le, meta.max_length) if high is not None]
         bounds += ["without a NUL character" for pattern in (meta.pattern,) if pattern is not None]
     return ", ".join([words, *bounds])
 

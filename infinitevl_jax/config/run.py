@@ -1,7 +1,7 @@
 """How a run is carried out: mesh, precision, rematerialisation. None of it changes what is computed, only where and how exactly."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
@@ -33,8 +33,8 @@ class RunConfig:
     fsdp: Parts = -1
     tensor: Parts = 1
     context: Parts = 1
-    dtype: str = "float32"
-    remat: str = "none"
+    dtype: Literal[DTYPES] = "float32"
+    remat: Literal[REMATS] = "none"
     scan: bool = True
     attend: Name | None = None
     gated_delta_rule: Name | None = None
@@ -42,9 +42,6 @@ class RunConfig:
 
     def __post_init__(self):
         check_ranges(self)
-        for name, known in (("dtype", DTYPES), ("remat", REMATS)):
-            if getattr(self, name) not in known:
-                raise InfiniteVLError(f"run.{name} is {getattr(self, name)!r}", f"choose one of {', '.join(known)}")
         sizes = {axis: getattr(self, axis) for axis in AXES}
         if bad := [axis for axis, size in sizes.items() if size < 1 and size != -1]:
             raise InfiniteVLError(f"run.{bad[0]} is {sizes[bad[0]]}", "a mesh axis has 1 or more parts, or -1 for all devices left over")

@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,7 +64,7 @@ def train(preset: Preset, say=print) -> Outcome:
         encoder = Encoder(source, start.processor, start.config)
         skipped = Skipped(len(source), config.data.max_skipped)
         batches = train_batches(encoder, start.config, config.data, config.seed, skipped)
-        steps = config.steps or count_steps(encoder, config.data, config.epochs, config.seed, partial(tqdm, desc="counting tokens"))
+        steps = config.steps or count_steps(encoder, config.data, config.epochs, config.seed, _counting)
         if steps > INT32:
             raise InfiniteVLError(f"train.epochs = {config.epochs:g} are {steps:,} steps", f"at most {INT32:,} are counted")
         optimizer = make_optimizer(config.optimizer, steps)
@@ -161,6 +162,10 @@ def _devices(mesh: Mesh) -> str:
 def _is_due(every: int, step: int, steps: int) -> bool:
     """Whether what is done every so many steps (0: only at the end) is done after this one."""
     return step == steps or (step > 0 and every > 0 and step % every == 0)
+
+
+def _counting(rows: Iterable[int]) -> Iterable[int]:
+    return tqdm(rows, desc="counting tokens", leave=False, dynamic_ncols=True, disable=None)
 
 
 def _above_the_bar(say, text: str) -> None:
