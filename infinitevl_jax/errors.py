@@ -7,7 +7,8 @@ class InfiniteVLError(ValueError):
     """Input, file or setting that cannot work. The message names the culprit, then the cure; it fits on one screen.
 
     culprit, cure: one line each. items: what the culprit consists of, a line each under it.
-    All quote what came from outside: control characters and lone surrogates are escaped, long text is cut in the middle.
+    All quote what came from outside: control characters and lone surrogates are escaped, long text
+      is cut in the middle.
     """
 
     def __init__(self, culprit: str, cure: str, items: Sequence[str] = ()):

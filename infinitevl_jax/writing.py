@@ -1,4 +1,5 @@
-"""Files that are written here: whole and on the disk when they count, and an error that names them when the storage fails."""
+"""Files that are written here: whole and on the disk when they count, and an error that names them
+when the storage fails."""
 
 import contextlib
 import errno
@@ -11,7 +12,9 @@ from pathlib import Path
 from infinitevl_jax.errors import InfiniteVLError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_SAYS_FULL = re.compile("|".join([*(os.strerror(code) for code in _FULL), "RESOURCE_EXHAUSTED"]), re.IGNORECASE)
+_SAYS_FULL = re.compile(
+    "|".join([*(os.strerror(code) for code in _FULL), "RESOURCE_EXHAUSTED"]), re.IGNORECASE
+)
 
 
 class StorageError(InfiniteVLError):
@@ -30,7 +33,9 @@ def storage(path: Path | str, cure: str = "") -> Iterator[None]:
         yield
     except InfiniteVLError:
         raise
-    except Exception as error:  # of orbax and tensorstore too, which raise ValueError and bare Exception
+    except (
+        Exception
+    ) as error:  # of orbax and tensorstore too, which raise ValueError and bare Exception
         if not isinstance(error, OSError | ValueError) and type(error) is not Exception:
             raise
         raise failure(path, error, cure) from error
@@ -40,9 +45,14 @@ def failure(path: Path | str, error: Exception, cure: str = "") -> StorageError:
     """The error that says what is wrong with the files at `path`."""
     more = f"; {cure}" if cure else ""
     if getattr(error, "errno", None) in _FULL or _SAYS_FULL.search(str(error)):
-        return StorageError(f"no space left for {path}, on a disk with {_free(path)}", f"free some space, or choose another disk{more}")
+        return StorageError(
+            f"no space left for {path}, on a disk with {_free(path)}",
+            f"free some space, or choose another disk{more}",
+        )
     if isinstance(error, OSError) and error.strerror:
-        return StorageError(f"{path}: {error.strerror}", f"check the path and its permissions{more}")
+        return StorageError(
+            f"{path}: {error.strerror}", f"check the path and its permissions{more}"
+        )
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
     return StorageError(f"{path}: {reason}", f"check the disk{more}")
 
@@ -82,7 +92,8 @@ def sync_tree(folder: Path) -> None:
 
 
 def keep_aside(path: Path, to: Path | None = None) -> Path:
-    """Rename a file or folder to a name that is free: `to`, or it with .1, .2, ... before the suffix. Returns that name."""
+    """Rename a file or folder to a name that is free: `to`, or it with .1, .2, ... before the
+    suffix. Returns that name."""
     to = to or path
     free, number = to, 0
     while os.path.lexists(free):
@@ -93,11 +104,16 @@ def keep_aside(path: Path, to: Path | None = None) -> Path:
     return free
 
 
+def megabytes(size: int) -> str:
+    """A number of bytes in words."""
+    return f"{size / 1e6:,.1f} MB"
+
+
 def _free(path: Path | str) -> str:
     """What is free where a file is to be."""
     path = Path(path)
     try:
         there = next(p for p in (path, *path.absolute().parents) if p.exists())
-        return f"{shutil.disk_usage(there).free / 1e9:.2f} GB free"
+        return f"{megabytes(shutil.disk_usage(there).free)} free"
     except OSError:
         return "an unknown size"

@@ -35,7 +35,9 @@ def test_a_link_leads_to_the_same_lock(tmp_path):
 def test_a_lock_ends_with_its_process(tmp_path):
     """The file is left behind, and says nothing any more."""
     path = tmp_path / ".lock"
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(InfiniteVLError, match=f"process {holder.pid} on"):
         Lock(path, "it")
@@ -54,11 +56,16 @@ def test_a_folder_that_is_replaced_is_no_longer_held(tmp_path):
         with pytest.raises(InfiniteVLError, match="removed or replaced"):
             lock.check()
         folder.mkdir()
-        with Lock(folder / ".lock", "it"), pytest.raises(InfiniteVLError, match="removed or replaced"):
+        with (
+            Lock(folder / ".lock", "it"),
+            pytest.raises(InfiniteVLError, match="removed or replaced"),
+        ):
             lock.check()
 
 
-@pytest.mark.parametrize("make", [lambda p: p.mkdir(), lambda p: p.symlink_to("/dev/null"), lambda p: p.parent.rmdir()])
+@pytest.mark.parametrize(
+    "make", [lambda p: p.mkdir(), lambda p: p.symlink_to("/dev/null"), lambda p: p.parent.rmdir()]
+)
 def test_what_cannot_be_locked(tmp_path, make):
     (tmp_path / "run").mkdir()
     path = tmp_path / "run" / ".lock"

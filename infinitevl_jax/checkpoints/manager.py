@@ -20,7 +20,15 @@ from infinitevl_jax.conversion.files import MANIFEST, copy_side_files, side_file
 from infinitevl_jax.conversion.manifest import Manifest
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.training.step import TrainState
-from infinitevl_jax.writing import StorageError, failure, keep_aside, storage, sync, sync_tree
+from infinitevl_jax.writing import (
+    StorageError,
+    failure,
+    keep_aside,
+    megabytes,
+    storage,
+    sync,
+    sync_tree,
+)
 
 
 class _Unusable(InfiniteVLError):
@@ -30,7 +38,14 @@ class _Unusable(InfiniteVLError):
 class Checkpoints:
     """Writes and reads them; keeps the newest `keep`."""
 
-    def __init__(self, run: Path, files: Path, manifest: Manifest, keep: int, say: Callable[[str], None] = print):
+    def __init__(
+        self,
+        run: Path,
+        files: Path,
+        manifest: Manifest,
+        keep: int,
+        say: Callable[[str], None] = print,
+    ):
         """
         Args:
           run: the run's folder.
@@ -41,12 +56,19 @@ class Checkpoints:
         self.keep, self.say = keep, say
         report_once()
         # Older steps are removed here, once the new one is on the disk.
-        options = ocp.CheckpointManagerOptions(max_to_keep=None, enable_async_checkpointing=False, create=True)
-        handlers = {"params": ocp.StandardCheckpointHandler(), "optimizer": ocp.StandardCheckpointHandler()}
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None, enable_async_checkpointing=False, create=True
+        )
+        handlers = {
+            "params": ocp.StandardCheckpointHandler(),
+            "optimizer": ocp.StandardCheckpointHandler(),
+        }
         handlers["data"] = ocp.JsonCheckpointHandler()
         with storage(self.folder):
             self._remove_unfinished()
-            self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+            self._manager = ocp.CheckpointManager(
+                self.folder, options=options, item_handlers=handlers
+            )
 
     @property
     def steps(self) -> list[int]:
@@ -63,7 +85,8 @@ class Checkpoints:
         return self.folder / str(step)
 
     def save(self, state: TrainState, place: Mapping[str, Any]) -> Path:
-        """Write the state after a step, and `place` (JSON) in the data; on the disk and whole when this returns.
+        """Write the state after a step, and `place` (JSON) in the data; on the disk and whole when
+        this returns.
 
         Raises StorageError, which names the step to go back to, if it cannot be written.
         """
@@ -85,7 +108,9 @@ class Checkpoints:
                 self._remove_unfinished()  # the room is needed
                 self._manager.reload()
                 back = "begins anew" if self.last is None else f"goes on from step {self.last}"
-                raise StorageError(error.culprit, f"{error.cure}; then the same command {back}") from error
+                raise StorageError(
+                    error.culprit, f"{error.cure}; then the same command {back}"
+                ) from error
             for old in self.steps[self.keep :]:
                 self._manager.delete(old)
         return self.path(step)
@@ -97,9 +122,11 @@ class Checkpoints:
 
         Args:
           state: a TrainState of jax.ShapeDtypeStruct with shardings.
-          accept: takes the place in the data; what it raises makes the checkpoint one that cannot be read.
+          accept: takes the place in the data; what it raises makes the checkpoint one that cannot
+            be read.
 
-        Raises InfiniteVLError, for the newest, if none can be read: damaged, or of another model or choice of trainable parameters.
+        Raises InfiniteVLError, for the newest, if none can be read: damaged, or of another model or
+          choice of trainable parameters.
         """
         unusable: dict[int, InfiniteVLError] = {}
         for step in self.steps:
@@ -115,11 +142,14 @@ class Checkpoints:
             if unusable:
                 self._manager.reload()
             with storage(self.path(step)):
-                self._write_side_files(self.path(step))  # a run killed at the wrong moment lacks them
+                # a run killed at the wrong moment lacks them
+                self._write_side_files(self.path(step))
             return found
         raise next(iter(unusable.values()))
 
-    def _read(self, step: int, state: TrainState, accept: Callable[[dict[str, Any]], None]) -> TrainState:
+    def _read(
+        self, step: int, state: TrainState, accept: Callable[[dict[str, Any]], None]
+    ) -> TrainState:
         """A step's checkpoint. Raises _Unusable."""
         wanted = {**state.trainable, **state.frozen}
         items = ocp.args.Composite(
@@ -131,23 +161,32 @@ class Checkpoints:
             self._check(step, wanted)
             found = self._manager.restore(step, args=items)
             params, optimizer = found["params"], found["optimizer"]
-            trainable, frozen = ({name: params[name] for name in names} for names in (state.trainable, state.frozen))
+            trainable, frozen = (
+                {name: params[name] for name in names} for names in (state.trainable, state.frozen)
+            )
             if int(optimizer["step"]) != step:
                 raise ValueError(f"it holds step {int(optimizer['step'])}")
             accept(found["data"])
             return TrainState(trainable, frozen, optimizer["state"], optimizer["step"])
         except (_Unusable, MemoryError, jax.errors.JaxRuntimeError):
             raise
-        except Exception as error:  # orbax, tensorstore and JSON raise what they like, bare Exception included
+        except (
+            Exception
+        ) as error:  # orbax, tensorstore and JSON raise what they like, bare Exception included
             reason = failure("", error).culprit.removeprefix(": ")
         # here the arrays that were read so far are gone: the step before needs their memory
         raise _Unusable(
-            f"checkpoint {self.path(step)} is damaged, or of another choice of trainable parameters: {reason}", self._instead_of(step)
+            f"checkpoint {self.path(step)} is damaged, or of another choice of trainable parameters: {reason}",
+            self._instead_of(step),
         )
 
     def _instead_of(self, step: int) -> str:
         before = [other for other in self.steps if other < step]
-        return f"remove it to go on from step {before[0]}" if before else "put a copy of it there, or choose another train.output"
+        return (
+            f"remove it to go on from step {before[0]}"
+            if before
+            else "put a copy of it there, or choose another train.output"
+        )
 
     def close(self) -> None:
         """Release the manager's threads."""
@@ -160,8 +199,13 @@ class Checkpoints:
         wrong += [f"{name} is unknown here" for name in params if name not in wanted]
         for name, here in wanted.items():
             there = params.get(name)
-            if there is not None and (tuple(there.shape), str(there.dtype)) != (here.shape, str(here.dtype)):
-                wrong.append(f"{name} is {tuple(there.shape)} {there.dtype} there, {here.shape} {here.dtype} here")
+            if there is not None and (tuple(there.shape), str(there.dtype)) != (
+                here.shape,
+                str(here.dtype),
+            ):
+                wrong.append(
+                    f"{name} is {tuple(there.shape)} {there.dtype} there, {here.shape} {here.dtype} here"
+                )
         if wrong:
             more = [f"and {len(wrong) - 5} more"] if len(wrong) > 5 else []
             raise _Unusable(
@@ -171,7 +215,8 @@ class Checkpoints:
             )
 
     def _write_side_files(self, folder: Path) -> None:
-        """Configuration, processor and, last, the manifest: each appears whole, whatever was there."""
+        """Configuration, processor and, last, the manifest: each appears whole, whatever was
+        there."""
         aside = folder / ".side-files"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
@@ -186,7 +231,8 @@ class Checkpoints:
         sync(self.folder)
 
     def _remove_unfinished(self) -> None:
-        """Remove what a killed or failed save left. Threads of a failed one may still write for a moment."""
+        """Remove what a killed or failed save left. Threads of a failed one may still write for a
+        moment."""
         for _ in range(20):
             left = list(self.folder.glob("*.orbax-checkpoint-tmp*"))
             for path in left:
@@ -196,10 +242,13 @@ class Checkpoints:
             time.sleep(0.1)
 
     def _check_room(self, state: TrainState) -> None:
-        needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self.folder).free
+        needed, free = (
+            sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
+            shutil.disk_usage(self.folder).free,
+        )
         if free < needed:
             raise StorageError(
-                f"no space left for a checkpoint of {needed / 1e9:.2f} GB in {self.folder}, where {free / 1e9:.2f} GB are free",
+                f"no space left for a checkpoint of {megabytes(needed)} in {self.folder}, where {megabytes(free)} are free",
                 "free some space",
             )
 

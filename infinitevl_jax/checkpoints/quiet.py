@@ -1,4 +1,5 @@
-"""One message is enough: what orbax raises, its threads also log with a traceback each, and what they abandoned complains later."""
+"""One message is enough: what orbax raises, its threads also log with a traceback each, and what
+they abandoned complains later."""
 
 import logging
 import sys
@@ -7,7 +8,8 @@ from functools import cache
 
 @cache
 def report_once() -> None:
-    """Leave out, for the rest of the process, what is reported of a failed save or restore beside the exception itself.
+    """Leave out, for the rest of the process, what is reported of a failed save or restore beside
+    the exception itself.
 
     Everything else is passed on as before, from whatever thread.
     """
@@ -15,8 +17,12 @@ def report_once() -> None:
     before = sys.unraisablehook
 
     def hook(unraisable) -> None:
-        # a write that tensorstore abandoned tells an event loop of orbax's that has ended with the exception
-        if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+        # a write that tensorstore abandoned tells an event loop of orbax's that has ended with the
+        # exception
+        if not (
+            isinstance(unraisable.exc_value, RuntimeError)
+            and str(unraisable.exc_value) == "Event loop is closed"
+        ):
             before(unraisable)
 
     sys.unraisablehook = hook

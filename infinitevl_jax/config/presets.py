@@ -26,9 +26,11 @@ Pixels = Annotated[int, Meta(ge=1, le=INT32)]
 class ModelSource:
     """Where the model comes from: a checkpoint folder, or sizes and fresh weights.
 
-    from_ ("from" in the file): a folder of ours, or a Hugging Face one. Then sizes and tokenizer are the folder's.
+    from_ ("from" in the file): a folder of ours, or a Hugging Face one. Then sizes and tokenizer
+    are the folder's.
     tokenizer: with sizes, a folder that brings tokenizer and processor files; or "words" for one token a word of the training questions.
-    min_pixels, max_pixels: what pictures are resized to. Left out, what the folder says (with "words": 3136, 1003520).
+    min_pixels, max_pixels: what pictures are resized to. Left out, what the folder says (with
+      "words": 3136, 1003520).
     initializer_range: with sizes, standard deviation of fresh embeddings.
     text, vision: the sizes. With "words", vocab_size is the tokenizer's.
     """
@@ -143,7 +145,8 @@ def _everywhere(kind: type = Preset, key: str = "") -> list[str]:
 
 
 def _value(hint: Any, value: Any, key: str, where: str) -> Any:
-    """A value from TOML as the type of its field: tables become dataclasses, lists tuples, and whole numbers will do for fractions."""
+    """A value from TOML as the type of its field: tables become dataclasses, lists tuples, and
+    whole numbers will do for fractions."""
     kind = plain(hint)
     if dataclasses.is_dataclass(kind):
         return parse(kind, value, key, where)

@@ -1,4 +1,5 @@
-"""Ranges of settings: declared with their types, checked by msgspec wherever a configuration is built."""
+"""Ranges of settings: declared with their types, checked by msgspec wherever a configuration is
+built."""
 
 import functools
 import types
@@ -34,7 +35,8 @@ def check_ranges(config: Any) -> None:
 
 
 def check_value(value: Any, hint: Any, key: str) -> None:
-    """Raise InfiniteVLError, which names `key`, unless `value` is of the type and in the range that `hint` declares."""
+    """Raise InfiniteVLError, which names `key`, unless `value` is of the type and in the range that
+    `hint` declares."""
     try:
         msgspec.convert(value, hint)
     except (msgspec.ValidationError, ValueError, RecursionError) as error:
@@ -42,7 +44,9 @@ def check_value(value: Any, hint: Any, key: str) -> None:
         if place[1:-1].isdigit():
             value = value[int(place[1:-1])]
             hint = _item(hint)
-        raise InfiniteVLError(f"{key}{place} is {_shown(value)}", f"give {describe(hint)}") from None
+        raise InfiniteVLError(
+            f"{key}{place} is {_shown(value)}", f"give {describe(hint)}"
+        ) from None
 
 
 @functools.cache
@@ -61,7 +65,10 @@ def describe(hint: Any) -> str:
     """A declared type in words: "a whole number, 1 or more, at most 1024"."""
     kind = plain(hint)
     if typing.get_origin(kind) is tuple:
-        kind, length = tuple, len(typing.get_args(kind)) if Ellipsis not in typing.get_args(kind) else None
+        kind, length = (
+            tuple,
+            len(typing.get_args(kind)) if Ellipsis not in typing.get_args(kind) else None,
+        )
         words = "a list" + (f" of {length}" if length else "")
     elif typing.get_origin(kind) is typing.Literal:
         words = "one of " + ", ".join(typing.get_args(kind))
@@ -73,7 +80,9 @@ def describe(hint: Any) -> str:
         bounds += [f"{low:,.15g} or more" for low in (meta.ge,) if low is not None]
         bounds += [f"more than {low:,.15g}" for low in (meta.gt,) if low is not None]
         bounds += [f"{low:,}{unit} or more" for low in (meta.min_length,) if low is not None]
-        bounds += [f"at most {high:,.15g}{unit}" for high in (meta.le, meta.max_length) if high is not None]
+        bounds += [
+            f"at most {high:,.15g}{unit}" for high in (meta.le, meta.max_length) if high is not None
+        ]
         bounds += ["without a NUL character" for pattern in (meta.pattern,) if pattern is not None]
     return ", ".join([words, *bounds])
 

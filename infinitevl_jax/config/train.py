@@ -27,7 +27,8 @@ class DataConfig:
     opening: for the first `opening_steps` steps, a row that has questions which this regular expression finds is asked those alone.
     prefix_length, length: tokens of an image's prefix and of a question's branch (with questions = 0, length is that of a packed row).
     patches: with questions = 0, patches that the images of one row have room for.
-    max_skipped: the share of a split's rows that may be unusable (a damaged picture, too long for a batch): they are named and skipped.
+    max_skipped: the share of a split's rows that may be unusable (a damaged picture, too long for a
+      batch): they are named and skipped.
     One more ends the run. A few (`infinitevl_jax.data.skipping`) always may, unless this is 0.
     """
 
@@ -88,8 +89,10 @@ class TrainConfig:
     steps: how many, or 0 to count by epochs. epochs: passes over the training split.
     trainable: regular expressions; a parameter trains if one of them matches its dotted name whole.
     log_every, evaluate_every: in steps; 0 means only at the end.
-    checkpoint_every: in steps, 0 for none. checkpoint_minutes: minutes of training between checkpoints, 0 for none. Both may be given.
-    Beside these a run saves before it measures on held-out data, and before it ends, also on an error.
+    checkpoint_every: in steps, 0 for none. checkpoint_minutes: minutes of training between
+      checkpoints, 0 for none. Both may be given.
+    Beside these a run saves before it measures on held-out data, and before it ends, also on an
+    error.
     keep: newest checkpoints kept on disk.
     """
 

@@ -1,4 +1,5 @@
-"""The endless stream of training batches, and the held-out batches that only measure. Both depend on nothing but seed and position.
+"""The endless stream of training batches, and the held-out batches that only measure. Both depend
+on nothing but seed and position.
 
 Rows that cannot be used are left out of either; the others keep their order.
 """
@@ -58,7 +59,8 @@ def train_batches(encoder: Encoder, config: ModelConfig, data: DataConfig, seed:
     usable = grain.MapDataset.source(_UsableRows(encoder, skipped))
     rows = usable.seed(seed).shuffle()[jax.process_index() :: jax.process_count()].repeat()
     chosen = rows.map_with_index(_Chooser(encoder, data, seed, share))
-    # One thread ahead of the device is enough, and leaves the cores to it. Rows that are None are dropped here.
+    # One thread ahead of the device is enough, and leaves the cores to it. Rows that are None are
+    # dropped here.
     stream = chosen.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2 * share))
     return iter(stream.batch(share, drop_remainder=True, batch_fn=partial(_collate, config=config, data=data)))
 
@@ -170,7 +172,8 @@ class PackedBatches:
 
 
 def _add(packed: PackedRows, encoder: Encoder, number: int, skipped: Skipped) -> bool:
-    """Take a row's conversation, or leave it out if it cannot be used. False: there is no room left for it."""
+    """Take a row's conversation, or leave it out if it cannot be used. False: there is no room left
+    for it."""
     try:
         return packed.add(*encoder.conversation(number))
     except BadRow as row:
@@ -181,7 +184,8 @@ def _add(packed: PackedRows, encoder: Encoder, number: int, skipped: Skipped) ->
 def held_out_batches(
     encoder: Encoder, config: ModelConfig, data: DataConfig, skipped: Skipped | None = None
 ) -> Iterator[TrainBatch]:
-    """Every question of the split once, in batches of the training shape; the last one is filled up with padding.
+    """Every question of the split once, in batches of the training shape; the last one is filled up
+    with padding.
 
     skipped: counts the rows that cannot be used; left out, as `data` says.
     """

@@ -11,7 +11,8 @@ FEW = 3  # rows of a split that may always be unusable: in a small split a share
 class Skipped:
     """The unusable rows of one split that a run has met.
 
-    Which rows they are depends on the rows and the settings alone, so that a resumed run skips the same ones.
+    Which rows they are depends on the rows and the settings alone, so that a resumed run skips the
+    same ones.
     """
 
     def __init__(self, rows: int, share: float):
@@ -26,7 +27,8 @@ class Skipped:
         self._lock = threading.Lock()
 
     def add(self, row: BadRow) -> None:
-        """Count a row, once. Raises InfiniteVLError that lists the rows when there are more than may be, `row` itself where none may be."""
+        """Count a row, once. Raises InfiniteVLError that lists the rows when there are more than
+        may be, `row` itself where none may be."""
         with self._lock:
             self.reasons.setdefault(row.index, row.reason)
             if len(self.reasons) <= self.limit:
@@ -46,7 +48,10 @@ class Skipped:
         """A line for every row that was not told before."""
         with self._lock:
             told, self._said = self._said, len(self.reasons)
-            return [f"skipped row {index}: {reason}" for index, reason in list(self.reasons.items())[told:]]
+            return [
+                f"skipped row {index}: {reason}"
+                for index, reason in list(self.reasons.items())[told:]
+            ]
 
     def get_state(self) -> dict[str, str]:
         """The rows met so far, as JSON."""

@@ -13,23 +13,45 @@ from infinitevl_jax.reading import read_json
 from infinitevl_jax.writing import keep_aside, storage, write_text
 
 # what may change between a run and its continuation
-FREE = ("run.data", "run.fsdp", "run.tensor", "run.remat", "run.scan", "run.attend", "run.gated_delta_rule", "run.causal_conv")
-FREE += ("train.output", "train.log_every", "train.checkpoint_every", "train.checkpoint_minutes", "train.evaluate_every", "train.keep")
+FREE = (
+    "run.data",
+    "run.fsdp",
+    "run.tensor",
+    "run.remat",
+    "run.scan",
+    "run.attend",
+    "run.gated_delta_rule",
+    "run.causal_conv",
+)
+FREE += (
+    "train.output",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.checkpoint_minutes",
+    "train.evaluate_every",
+    "train.keep",
+)
 FREE += ("train.data.folder", "train.data.max_skipped")
 PRESET = "preset.json"
 
 
 def claim_folder(preset: Preset, say: Callable[[str], None] = print) -> tuple[Path, Lock]:
-    """The run's folder, with the preset written into it, and the lock that keeps other runs out until it is closed.
+    """The run's folder, with the preset written into it, and the lock that keeps other runs out
+    until it is closed.
 
-    What a run left that ended before its first checkpoint makes way; its log is kept by another name, which `say` is told.
+    What a run left that ended before its first checkpoint makes way; its log is kept by another
+    name, which `say` is told.
 
-    Raises InfiniteVLError if another run holds the folder, it belongs to another configuration, is no run's, or cannot be written.
+    Raises InfiniteVLError if another run holds the folder, it belongs to another configuration, is
+    no run's, or cannot be written.
     """
     run = Path(preset.train.output)
     with storage(run):
         if not (run / PRESET).exists() and not _steps(run) and _is_something_else(run):
-            raise InfiniteVLError(f"{run} exists and is not the folder of a run", "choose another train.output=..., or move it away")
+            raise InfiniteVLError(
+                f"{run} exists and is not the folder of a run",
+                "choose another train.output=..., or move it away",
+            )
         run.mkdir(parents=True, exist_ok=True)
         lock = Lock(run / ".lock", f"the run in {run}")
         try:
@@ -77,4 +99,6 @@ def _steps(run: Path) -> list[int]:
 
 
 def _is_something_else(run: Path) -> bool:
-    return os.path.lexists(run) and (not run.is_dir() or any(not p.name.startswith(".") for p in run.iterdir()))
+    return os.path.lexists(run) and (
+        not run.is_dir() or any(not p.name.startswith(".") for p in run.iterdir())
+    )

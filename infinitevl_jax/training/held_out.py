@@ -19,12 +19,25 @@ from infinitevl_jax.training.step import TrainState, put_batch
 class HeldOut:
     """A split that only measures."""
 
-    def __init__(self, data: DataConfig, start: Start, measure: Callable, mesh: Mesh, say: Callable[[str], None]):
+    def __init__(
+        self,
+        data: DataConfig,
+        start: Start,
+        measure: Callable,
+        mesh: Mesh,
+        say: Callable[[str], None],
+    ):
         """measure: parameters and a batch -> Tally. say: told of the rows that cannot be used."""
         source = Source(data.name, data.folder, data.held_out)
         self.encoder = Encoder(source, start.processor, start.config)
         self.skipped = Skipped(len(source), data.max_skipped)
-        self.data, self.config, self._measure, self.mesh, self.say = data, start.config, measure, mesh, say
+        self.data, self.config, self._measure, self.mesh, self.say = (
+            data,
+            start.config,
+            measure,
+            mesh,
+            say,
+        )
 
     def measure(self, state: TrainState, stop: Stop) -> dict[str, float] | None:
         """The figures for the log; None if the run was asked to stop meanwhile.
@@ -39,7 +52,9 @@ class HeldOut:
             jax.block_until_ready(tallies[-2:-1])  # so that a stop is heard
             if stop.asked:
                 return None
-        total = jax.tree.map(lambda *xs: float(np.sum([np.asarray(x) for x in xs], dtype=np.float64)), *tallies)
+        total = jax.tree.map(
+            lambda *xs: float(np.sum([np.asarray(x) for x in xs], dtype=np.float64)), *tallies
+        )
         return {
             "held_out_loss": total.loss / max(total.tokens, 1),
             "held_out_exact": total.exact / max(total.rows, 1),

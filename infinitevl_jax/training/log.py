@@ -15,12 +15,15 @@ class Log:
     def __init__(self, path: Path, step: int, say: Callable[[str], None] = print):
         """
         Args:
-          path: the log's file. step: of the checkpoint. say: told where a log with damaged lines is kept.
+          path: the log's file. step: of the checkpoint. say: told where a log with damaged lines is
+            kept.
         """
         self.path = path
         lines, damaged = _read(path)
         if damaged:
-            say(f"{damaged} damaged lines in {path}: it is kept as {keep_aside(path)}, the others go on")
+            say(
+                f"{damaged} damaged lines in {path}: it is kept as {keep_aside(path)}, the others go on"
+            )
         self.lines = [line for line in lines if line["step"] <= step]
         write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
         with storage(path):
@@ -55,7 +58,9 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     for number, text in enumerate(texts):
         try:
             line = json.loads(text)
-            if not isinstance(line, dict) or not all(isinstance(value, int | float) for value in line.values()):
+            if not isinstance(line, dict) or not all(
+                isinstance(value, int | float) for value in line.values()
+            ):
                 raise ValueError
             if type(line["step"]) is not int:
                 raise ValueError

@@ -1,4 +1,5 @@
-"""The training loop, read from top to bottom: prepare, restore or start, step, save, measure, plot."""
+"""The training loop, read from top to bottom: prepare, restore or start, step, save, measure,
+plot."""
 
 import contextlib
 import time
@@ -31,7 +32,15 @@ from infinitevl_jax.training.optimizer import make_optimizer, schedule, split_tr
 from infinitevl_jax.training.progress import Progress
 from infinitevl_jax.training.saving import Saver, Stop
 from infinitevl_jax.training.setup import prepare_start
-from infinitevl_jax.training.step import TrainState, evaluate_batch, init_state, model_of, put_batch, state_shardings, train_step
+from infinitevl_jax.training.step import (
+    TrainState,
+    evaluate_batch,
+    init_state,
+    model_of,
+    put_batch,
+    state_shardings,
+    train_step,
+)
 
 
 class Outcome(NamedTuple):
@@ -64,9 +73,14 @@ def train(preset: Preset, say=print) -> Outcome:
         encoder = Encoder(source, start.processor, start.config)
         skipped = Skipped(len(source), config.data.max_skipped)
         batches = train_batches(encoder, start.config, config.data, config.seed, skipped)
-        steps = config.steps or count_steps(encoder, config.data, config.epochs, config.seed, _counting)
+        steps = config.steps or count_steps(
+            encoder, config.data, config.epochs, config.seed, _counting
+        )
         if steps > INT32:
-            raise InfiniteVLError(f"train.epochs = {config.epochs:g} are {steps:,} steps", f"at most {INT32:,} are counted")
+            raise InfiniteVLError(
+                f"train.epochs = {config.epochs:g} are {steps:,} steps",
+                f"at most {INT32:,} are counted",
+            )
         optimizer = make_optimizer(config.optimizer, steps)
         rate = schedule(config.optimizer, steps)
 
@@ -74,7 +88,9 @@ def train(preset: Preset, say=print) -> Outcome:
         model = model_of(start.config, preset.run, ops)
         shapes = dict(abstract(start.config, scanned=True)[1])
         names, frozen = split_trainable(list(shapes), config.trainable)
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run, start.files, start.manifest, config.keep, say)))
+        checkpoints = stack.enter_context(
+            contextlib.closing(Checkpoints(run, start.files, start.manifest, config.keep, say))
+        )
 
         def set_place(place: dict[str, Any]) -> None:
             batches.set_state(place["rows"])
@@ -84,11 +100,18 @@ def train(preset: Preset, say=print) -> Outcome:
         first = int(state.step)
         log = stack.enter_context(contextlib.closing(Log(run / "log.jsonl", first, say)))
 
-        say(f"{steps} steps of {config.data.batch} rows on {len(source):,} rows of {config.data.name}, output in {run}")
-        say(f"device: {_devices(mesh)}; mesh: " + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
+        say(
+            f"{steps} steps of {config.data.batch} rows on {len(source):,} rows of {config.data.name}, output in {run}"
+        )
+        say(
+            f"device: {_devices(mesh)}; mesh: "
+            + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        )
         say("activations: " + preset.run.dtype)
         trained = sum(int(np.prod(shapes[n].shape)) for n in names)
-        say(f"parameters: {trained:,} trained, {sum(int(np.prod(shapes[n].shape)) for n in frozen):,} frozen")
+        say(
+            f"parameters: {trained:,} trained, {sum(int(np.prod(shapes[n].shape)) for n in frozen):,} frozen"
+        )
         if whole := kept_whole(shapes, mesh):
             say("\n  ".join(["on every device, whole:", *whole]))
         if first:
@@ -98,7 +121,9 @@ def train(preset: Preset, say=print) -> Outcome:
         step_fn = jax.jit(partial(train_step, model, optimizer), donate_argnums=0)
         held_out = None
         if config.data.held_out:
-            held_out = HeldOut(config.data, start, jax.jit(partial(evaluate_batch, model)), mesh, say)
+            held_out = HeldOut(
+                config.data, start, jax.jit(partial(evaluate_batch, model)), mesh, say
+            )
         stop = Stop()
         saver = Saver(checkpoints, lock, config, skipped, state, batches.get_state(), stop, say)
         del state  # the first step takes its memory
@@ -106,7 +131,11 @@ def train(preset: Preset, say=print) -> Outcome:
             tokens, since = 0, time.monotonic()
             while True:
                 step = saver.step
-                unmeasured = held_out and _is_due(config.evaluate_every, step, steps) and not log.has(step, "held_out_loss")
+                unmeasured = (
+                    held_out
+                    and _is_due(config.evaluate_every, step, steps)
+                    and not log.has(step, "held_out_loss")
+                )
                 if saver.due or unmeasured:
                     saver.save()
                 if unmeasured and (found := held_out.measure(saver.state, stop)):
@@ -127,19 +156,35 @@ def train(preset: Preset, say=print) -> Outcome:
                     line = {name: float(value) for name, value in saver.metrics._asdict().items()}
                     now = time.monotonic()
                     speed, since, tokens = tokens / (now - since), now, 0
-                    line |= {"lr": float(rate(step)), "tokens_per_second": round(speed, 1), "seconds": round(now - began, 2)}
+                    line |= {
+                        "lr": float(rate(step)),
+                        "tokens_per_second": round(speed, 1),
+                        "seconds": round(now - began, 2),
+                    }
                     log.write(step=saver.step, **line)
-                    bar.show(saver.step, [f"loss {line['loss']:.4f}", f"{line['accuracy']:.1%} right", f"{speed:,.0f} tokens/s"])
+                    bar.show(
+                        saver.step,
+                        [
+                            f"loss {line['loss']:.4f}",
+                            f"{line['accuracy']:.1%} right",
+                            f"{speed:,.0f} tokens/s",
+                        ],
+                    )
             path = saver.save()
         if finished := step == steps and not unmeasured:
             say(f"done: checkpoint {path}, log {run / 'log.jsonl'}, {_plot(run)}")
         else:
-            say(f"stopped at step {step} of {steps}; saved in {path}\nthe same command goes on from here")
+            say(
+                f"stopped at step {step} of {steps}; saved in {path}\nthe same command goes on from here"
+            )
         return Outcome(run, path, step, finished)
 
 
-def _state(checkpoints: Checkpoints, start, shapes, names, optimizer, mesh: Mesh, set_place) -> TrainState:
-    """The state of the newest checkpoint, whose place in the data `set_place` takes, or a fresh one."""
+def _state(
+    checkpoints: Checkpoints, start, shapes, names, optimizer, mesh: Mesh, set_place
+) -> TrainState:
+    """The state of the newest checkpoint, whose place in the data `set_place` takes, or a fresh
+    one."""
     begin = partial(init_state, trainable=names, optimizer=optimizer)
     if checkpoints.last is None:
         params = start.params(parameter_shardings(shapes, mesh))
@@ -151,7 +196,9 @@ def _state(checkpoints: Checkpoints, start, shapes, names, optimizer, mesh: Mesh
 
 def _count(batch: TrainBatch) -> int:
     """Decoder tokens of this process's part."""
-    return sum(int((part.index >= 0).sum()) for part in (batch.prefix, batch.branches) if part is not None)
+    return sum(
+        int((part.index >= 0).sum()) for part in (batch.prefix, batch.branches) if part is not None
+    )
 
 
 def _devices(mesh: Mesh) -> str:

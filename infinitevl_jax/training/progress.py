@@ -1,4 +1,5 @@
-"""What a run shows while it goes: a bar that fits the terminal, or, where there is none, a line now and then."""
+"""What a run shows while it goes: a bar that fits the terminal, or, where there is none, a line now
+and then."""
 
 import sys
 import time
@@ -12,7 +13,8 @@ _BAR = 8  # columns that a bar takes at least
 
 
 class Progress(tqdm):
-    """A bar of steps with figures. In a narrow terminal the bar goes first, then the times, then figures from the last on."""
+    """A bar of steps with figures. In a narrow terminal the bar goes first, then the times, then
+    figures from the last on."""
 
     def __init__(self, total: int, initial: int, file=None):
         """
@@ -23,7 +25,12 @@ class Progress(tqdm):
         self._told = time.monotonic()
         self._shown = (file or sys.stderr).isatty() and initial < total
         super().__init__(
-            total=total, initial=initial, file=file or sys.stderr, mininterval=0.5, dynamic_ncols=True, disable=not self._shown
+            total=total,
+            initial=initial,
+            file=file or sys.stderr,
+            mininterval=0.5,
+            dynamic_ncols=True,
+            disable=not self._shown,
         )
         self.steps = (initial, total)
 
@@ -34,7 +41,9 @@ class Progress(tqdm):
             self.refresh()
         elif step == self.steps[1] or time.monotonic() - self._told >= _EVERY:
             self._told = time.monotonic()
-            print(f"step {step} of {self.steps[1]}: {', '.join(figures)}", file=sys.stderr, flush=True)
+            print(
+                f"step {step} of {self.steps[1]}: {', '.join(figures)}", file=sys.stderr, flush=True
+            )
 
     def __str__(self) -> str:
         facts = self.format_dict
@@ -42,8 +51,12 @@ class Progress(tqdm):
         counts, times = "{percentage:3.0f}% {n_fmt}/{total_fmt}", " [{elapsed}<{remaining}]"
 
         def line(form: str, figures: Sequence[str]) -> str:
-            tail = "".join(f", {figure}".replace("{", "{{").replace("}", "}}") for figure in figures)
-            return self.format_meter(**(facts | {"bar_format": form + tail, "ncols": None, "postfix": None}))
+            tail = "".join(
+                f", {figure}".replace("{", "{{").replace("}", "}}") for figure in figures
+            )
+            return self.format_meter(
+                **(facts | {"bar_format": form + tail, "ncols": None, "postfix": None})
+            )
 
         if columns is None:
             return line(counts + times, self.figures)
@@ -51,8 +64,13 @@ class Progress(tqdm):
         if room > _BAR:
             done = min(self.n / self.total, 1) if self.total else 1
             filled = round(done * (room - 3))
-            return line(counts + f" |{'#' * filled}{' ' * (room - 3 - filled)}|" + times, self.figures)
-        for form, kept in [(counts + times, 0), *((counts, cut) for cut in range(len(self.figures) + 1))]:
+            return line(
+                counts + f" |{'#' * filled}{' ' * (room - 3 - filled)}|" + times, self.figures
+            )
+        for form, kept in [
+            (counts + times, 0),
+            *((counts, cut) for cut in range(len(self.figures) + 1)),
+        ]:
             text = line(form, self.figures[: len(self.figures) - kept])
             if disp_len(text) < columns:
                 return text

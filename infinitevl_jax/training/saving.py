@@ -20,7 +20,8 @@ from infinitevl_jax.training.step import TrainState
 
 
 class Stop(contextlib.AbstractContextManager):
-    """Ctrl-C, SIGTERM or a closed terminal set `asked`: the run finishes its step, saves and ends. A second Ctrl-C ends it at once."""
+    """Ctrl-C, SIGTERM or a closed terminal set `asked`: the run finishes its step, saves and ends.
+    A second Ctrl-C ends it at once."""
 
     def __init__(self):
         self.asked = False
@@ -48,7 +49,8 @@ class Stop(contextlib.AbstractContextManager):
 class Saver(contextlib.AbstractContextManager):
     """Holds a run's state together with its place in the data, and saves both.
 
-    As a context manager: an error that ends the block leaves the last good state saved, and says where.
+    As a context manager: an error that ends the block leaves the last good state saved, and says
+      where.
     """
 
     def __init__(
@@ -62,7 +64,8 @@ class Saver(contextlib.AbstractContextManager):
         stop: Stop,
         say: Callable[[str], None],
     ):
-        """place: in the data, as JSON, of the batch that follows `state`. say: told where the state is when an error ends the run."""
+        """place: in the data, as JSON, of the batch that follows `state`. say: told where the state
+        is when an error ends the run."""
         self.checkpoints, self.lock, self.config, self.skipped = checkpoints, lock, config, skipped
         self.stop, self.say = stop, say
         self.state, self.metrics = state, None
@@ -78,12 +81,14 @@ class Saver(contextlib.AbstractContextManager):
         self.step += 1
 
     def check(self) -> None:
-        """Wait for the last step. Raises InfiniteVLError if it went wrong; the state is then that before it."""
+        """Wait for the last step. Raises InfiniteVLError if it went wrong; the state is then that
+        before it."""
         for name in ("loss", "grad_norm") if self.metrics is not None else ():
             value = float(getattr(self.metrics, name))
             if not np.isfinite(value):
                 raise InfiniteVLError(
-                    f"the {name} of step {self.step} is {value}", "lower train.optimizer.peak_lr, or look for bad rows in the data"
+                    f"the {name} of step {self.step} is {value}",
+                    "lower train.optimizer.peak_lr, or look for bad rows in the data",
                 )
 
     @property
@@ -94,7 +99,8 @@ class Saver(contextlib.AbstractContextManager):
         return self.step > self._first and bool(late or (every and self.step % every == 0))
 
     def save(self) -> Path:
-        """The checkpoint of the state, written unless it is there. Raises InfiniteVLError if it cannot be."""
+        """The checkpoint of the state, written unless it is there. Raises InfiniteVLError if it
+        cannot be."""
         self.check()
         return self._save()
 
@@ -117,9 +123,12 @@ class Saver(contextlib.AbstractContextManager):
                 self.say(line)
 
     def _last_words(self, leave: bool) -> list[str]:
-        """Save the state, unless that is what failed or there is no time for it, and say what there is."""
+        """Save the state, unless that is what failed or there is no time for it, and say what there
+        is."""
         reason = ""
-        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):  # given to a step that failed
+        if any(
+            leaf.is_deleted() for leaf in jax.tree.leaves(self.state)
+        ):  # given to a step that failed
             reason = f"step {self.step} was lost with it"
         elif not self._saving and not leave:
             try:
@@ -128,4 +137,8 @@ class Saver(contextlib.AbstractContextManager):
             except Exception as error:  # the one that ends the run is told first
                 reason = f"step {self.step} could not be saved: {getattr(error, 'culprit', error)}"
         last = self.checkpoints.last
-        return [line for line in (reason, "no step is saved" if last is None else f"step {last} is saved") if line]
+        return [
+            line
+            for line in (reason, "no step is saved" if last is None else f"step {last} is saved")
+            if line
+        ]

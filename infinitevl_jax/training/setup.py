@@ -41,9 +41,11 @@ class Start:
 
 
 def prepare_start(model: ModelSource, source: Source, run: Path, seed: int) -> Start:
-    """Open the checkpoint folder that a preset names, or bring a fresh model's files into being in RUN/model.
+    """Open the checkpoint folder that a preset names, or bring a fresh model's files into being in
+    RUN/model.
 
-    Where the preset changes how a folder's pictures are resized, RUN/model holds the folder's files with that change.
+    Where the preset changes how a folder's pictures are resized, RUN/model holds the folder's files
+    with that change.
     """
     limits = {name: value for name in ("min_pixels", "max_pixels") if (value := getattr(model, name)) is not None}
     folder = run / "model" if limits or not model.from_ else Path(model.from_)

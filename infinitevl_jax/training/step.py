@@ -99,7 +99,8 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """Gradient of the mean loss over the answer tokens of the global batch, and the update.
 
-    The state stays as it is where loss or gradient is not finite: what was learnt so far is not lost.
+    The state stays as it is where loss or gradient is not finite: what was learnt so far is not
+      lost.
     """
 
     def loss(trainable):

@@ -1,4 +1,5 @@
-"""Checkpoints on disks that fail, and checkpoints of which something is lost: the step before is used, and that is said."""
+"""Checkpoints on disks that fail, and checkpoints of which something is lost: the step before is
+used, and that is said."""
 
 import json
 import os
@@ -24,7 +25,9 @@ HERE = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
 
 def state(step, size=64):
     values = jnp.arange(size, dtype=jnp.float32) + step
-    return TrainState({"a": values}, {"b": values * 2}, {"mu": {"a": values / 2}}, jnp.asarray(step, jnp.int32))
+    return TrainState(
+        {"a": values}, {"b": values * 2}, {"mu": {"a": values / 2}}, jnp.asarray(step, jnp.int32)
+    )
 
 
 def wanted(size=64):
@@ -107,7 +110,9 @@ DAMAGE = {
     "place in the data is empty": lambda step: (step / "data" / "metadata").write_text(""),
     "place in the data is {}": lambda step: (step / "data" / "metadata").write_text("{}"),
     "place in the data is a list": lambda step: (step / "data" / "metadata").write_text("[3]"),
-    "place in the data is not JSON": lambda step: (step / "data" / "metadata").write_bytes(b"\xff\xfe"),
+    "place in the data is not JSON": lambda step: (step / "data" / "metadata").write_bytes(
+        b"\xff\xfe"
+    ),
     "list of parameters is not JSON": lambda step: (step / "params" / "_METADATA").write_text("{"),
     "list of parameters is another": lambda step: (step / "params" / "_METADATA").write_text("{}"),
     "another step's files": lambda step: swap(step, step.with_name("2")),
@@ -132,7 +137,11 @@ def test_a_damaged_step_makes_way_for_the_one_before(case, opened, saved, tmp_pa
     assert step == 2 and places[-1] == 2
     np.testing.assert_array_equal(found.trainable["a"], state(2).trainable["a"])
     (said,) = opened.said
-    assert str(saved / "4") in said and f"kept as {tmp_path / 'run' / 'damaged-step-4'}" in said and said.endswith("going back to step 2")
+    assert (
+        str(saved / "4") in said
+        and f"kept as {tmp_path / 'run' / 'damaged-step-4'}" in said
+        and said.endswith("going back to step 2")
+    )
     assert len(said) < 1600 and said.count("\n") < 10
     again = opened()
     assert again.last == 2
@@ -145,7 +154,10 @@ def test_when_every_step_is_damaged_nothing_moves(opened, saved, tmp_path):
         largest(saved / step / "params" / "d").unlink()
     with pytest.raises(InfiniteVLError) as caught:
         restore(opened())
-    assert str(saved / "4") in caught.value.culprit and "remove it to go on from step 2" in caught.value.cure
+    assert (
+        str(saved / "4") in caught.value.culprit
+        and "remove it to go on from step 2" in caught.value.cure
+    )
     assert sorted(p.name for p in saved.iterdir()) == ["2", "4"] and opened.said == []
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoints"]
 
@@ -173,7 +185,9 @@ def test_side_files_cut_by_a_kill_heal(opened, saved, content, name):
     if content is not None:
         (saved / "4" / name).write_bytes(content)
     assert restore(opened())[0] == 4
-    assert (saved / "4" / name).read_bytes() == whole and Manifest.read(saved / "4") == Manifest.read(saved / "2")
+    assert (saved / "4" / name).read_bytes() == whole and Manifest.read(
+        saved / "4"
+    ) == Manifest.read(saved / "2")
     assert not list((saved / "4").glob(".*"))
 
 
@@ -203,13 +217,24 @@ checkpoints.close()
 @pytest.mark.parametrize("limit", [0, 300, 100_000])
 def test_a_full_disk(opened, saved, model, tmp_path, limit):
     """Files that may not grow stand for a disk without room, in a process of its own."""
-    command = [sys.executable, "-c", FULL, str(ROOT), str(Path(__file__).parent), str(tmp_path / "run"), str(model), str(limit)]
+    command = [
+        sys.executable,
+        "-c",
+        FULL,
+        str(ROOT),
+        str(Path(__file__).parent),
+        str(tmp_path / "run"),
+        str(model),
+        str(limit),
+    ]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     told = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     lines = told.stdout.splitlines()
     assert told.returncode == 0 and "Traceback" not in told.stderr, told.stderr[-3000:]
     assert lines[0].startswith(f"no space left for checkpoint {saved / '6'}"), lines
-    assert lines[1].strip().startswith("-> free some space") and lines[1].endswith("the same command goes on from step 4")
+    assert lines[1].strip().startswith("-> free some space") and lines[1].endswith(
+        "the same command goes on from step 4"
+    )
     checkpoints = opened()
     assert sorted(p.name for p in saved.iterdir()) == ["2", "4"]
     assert restore(checkpoints)[0] == 4
@@ -220,15 +245,27 @@ def test_a_full_disk(opened, saved, model, tmp_path, limit):
 def test_a_disk_with_too_little_room(opened, saved, monkeypatch):
     """It is not filled up first."""
     checkpoints = opened()
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 700, 700))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 700, 700)
+    )
     with pytest.raises(InfiniteVLError) as caught:
         checkpoints.save(state(6), {"rows": 6})
-    assert caught.value.culprit == f"no space left for a checkpoint of 0.00 GB in {saved}, where 0.00 GB are free"
+    assert (
+        caught.value.culprit
+        == f"no space left for a checkpoint of 0.0 MB in {saved}, where 0.0 MB are free"
+    )
     assert caught.value.cure == "free some space; then the same command goes on from step 4"
     assert sorted(p.name for p in saved.iterdir()) == ["2", "4"]
 
 
-@pytest.mark.parametrize("error", [ValueError("RESOURCE_EXHAUSTED: no room"), Exception("cannot write"), PermissionError(13, "no")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("RESOURCE_EXHAUSTED: no room"),
+        Exception("cannot write"),
+        PermissionError(13, "no"),
+    ],
+)
 def test_a_save_that_fails_says_where_to_go_on(opened, monkeypatch, error):
     checkpoints = opened()
 
@@ -238,7 +275,9 @@ def test_a_save_that_fails_says_where_to_go_on(opened, monkeypatch, error):
     monkeypatch.setattr(checkpoints._manager, "save", fails)
     with pytest.raises(InfiniteVLError) as caught:
         checkpoints.save(state(1), {})
-    assert "checkpoints/1" in caught.value.culprit and caught.value.cure.endswith("then the same command begins anew")
+    assert "checkpoints/1" in caught.value.culprit and caught.value.cure.endswith(
+        "then the same command begins anew"
+    )
 
 
 def test_nothing_older_is_removed_before_the_new_one_is_on_the_disk(opened, saved, monkeypatch):
@@ -257,4 +296,6 @@ def test_nothing_older_is_removed_before_the_new_one_is_on_the_disk(opened, save
 
 def test_places_are_json(opened, saved):
     assert json.loads((saved / "4" / "data" / "metadata").read_text()) == {"rows": 4}
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY  # the limit was another process's
+    assert (
+        resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+    )  # the limit was another process's

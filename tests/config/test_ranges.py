@@ -14,8 +14,42 @@ from infinitevl_jax.config.run import RunConfig
 from infinitevl_jax.config.train import DataConfig, OptimizerConfig, TrainConfig
 from infinitevl_jax.errors import InfiniteVLError
 
-BAD = [True, -1, 0, 1, 2**31, 2**64, 10**30, 1e308, -0.5, 0.5, math.nan, math.inf, "", "x", "1", [], [1], [[1]], ["a"], [-1], {}]
-BAD += [{"a": 1}, [{}], "a" * 5000, "\0", "\ud800", "(", [32, 32], ["sliding_attention"] * 10**5, [0.5], [math.nan], None]
+BAD = [
+    True,
+    -1,
+    0,
+    1,
+    2**31,
+    2**64,
+    10**30,
+    1e308,
+    -0.5,
+    0.5,
+    math.nan,
+    math.inf,
+    "",
+    "x",
+    "1",
+    [],
+    [1],
+    [[1]],
+    ["a"],
+    [-1],
+    {},
+]
+BAD += [
+    {"a": 1},
+    [{}],
+    "a" * 5000,
+    "\0",
+    "\ud800",
+    "(",
+    [32, 32],
+    ["sliding_attention"] * 10**5,
+    [0.5],
+    [math.nan],
+    None,
+]
 
 
 @pytest.mark.parametrize("key", _everywhere())
@@ -38,8 +72,16 @@ RANGES = {
     (TrainConfig, "seed", 2**32): "give a whole number, 0 or more, at most 4,294,967,295",
     (TrainConfig, "steps", 2**31): "give a whole number, 0 or more, at most 2,147,483,647",
     (TrainConfig, "epochs", math.nan): "give a number, 0 or more, at most 1,000,000,000",
-    (TrainConfig, "output", ""): "give a text, 1 characters or more, at most 4,096 characters, without a NUL character",
-    (TrainConfig, "output", "a\0b"): "give a text, 1 characters or more, at most 4,096 characters, without a NUL character",
+    (
+        TrainConfig,
+        "output",
+        "",
+    ): "give a text, 1 characters or more, at most 4,096 characters, without a NUL character",
+    (
+        TrainConfig,
+        "output",
+        "a\0b",
+    ): "give a text, 1 characters or more, at most 4,096 characters, without a NUL character",
     (TrainConfig, "keep", 0): "give a whole number, 1 or more, at most 2,147,483,647",
     (TrainConfig, "checkpoint_minutes", -1): "give a number, 0 or more, at most 2,147,483,647",
     (DataConfig, "balance", 2**31): "give a number, 0 or more, at most 10",
@@ -68,7 +110,10 @@ RANGES = {
 @pytest.mark.parametrize("case", RANGES, ids=lambda c: f"{c[0].__name__}.{c[1]}={str(c[2])[:20]}")
 def test_ranges_hold_however_a_configuration_is_built(case):
     kind, name, value = case
-    needed = {TextConfig: {"layer_types": ("full_attention",)}, ModelConfig: {"text": TextConfig(("full_attention",))}}.get(kind, {})
+    needed = {
+        TextConfig: {"layer_types": ("full_attention",)},
+        ModelConfig: {"text": TextConfig(("full_attention",))},
+    }.get(kind, {})
     needed = needed or ({"from_": "x"} if kind is ModelSource else {})
     with pytest.raises(InfiniteVLError) as caught:
         kind(**(needed | {name: value}))
@@ -107,7 +152,11 @@ def test_changes_that_cannot_be_read(tmp_path, value):
         load_preset(tmp_path / "p.toml", [f"train.steps={value}"])
 
 
-LARGE = [{"batch": 1024, "length": 2**17}, {"batch": 2**20, "questions": 64}, {"batch": 2**10, "patches": 2**12}]
+LARGE = [
+    {"batch": 1024, "length": 2**17},
+    {"batch": 2**20, "questions": 64},
+    {"batch": 2**10, "patches": 2**12},
+]
 
 
 @pytest.mark.parametrize("changes", LARGE)

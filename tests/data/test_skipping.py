@@ -1,4 +1,5 @@
-"""Rows that cannot be used: skipped by name up to a share, in an order that they do not change, also after a resume."""
+"""Rows that cannot be used: skipped by name up to a share, in an order that they do not change,
+also after a resume."""
 
 import dataclasses
 import json
@@ -35,7 +36,13 @@ class Rows:
         return row
 
     def readable(self):
-        return iter([self.source[i] for i in range(len(self)) if not isinstance(self.changed.get(i), Exception)])
+        return iter(
+            [
+                self.source[i]
+                for i in range(len(self))
+                if not isinstance(self.changed.get(i), Exception)
+            ]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +56,18 @@ def made(tmp_path_factory, tiny_data):
 def bad_rows(source):
     """A truncated picture, an answer that is too long, a record that cannot be read."""
     cut = source[4]._replace(image=source[4].image[:60])
-    return {4: cut, 9: Row(b"", ["is it red?"], ["red " * 90]), 13: BadRow("rows train", 13, "it cannot be read", "prepare it again")}
+    return {
+        4: cut,
+        9: Row(b"", ["is it red?"], ["red " * 90]),
+        13: BadRow("rows train", 13, "it cannot be read", "prepare it again"),
+    }
 
 
 def take(made, changed, count, questions=2, batch=3, **changes):
     data, start, source = made
-    data = dataclasses.replace(data, questions=questions, batch=batch, length=40, patches=64, **changes)
+    data = dataclasses.replace(
+        data, questions=questions, batch=batch, length=40, patches=64, **changes
+    )
     skipped = Skipped(len(source), data.max_skipped)
     encoder = Encoder(Rows(source, changed), start.processor, start.config)
     batches = train_batches(encoder, start.config, data, 5, skipped)
@@ -63,11 +76,16 @@ def take(made, changed, count, questions=2, batch=3, **changes):
 
 def questions_in_order(batches):
     """Targets of every branch, in the order that they come."""
-    return [t[w > 0].tolist() + t.tolist() for batch in batches for t, w in zip(batch.targets, batch.weights, strict=True)]
+    return [
+        t[w > 0].tolist() + t.tolist()
+        for batch in batches
+        for t, w in zip(batch.targets, batch.weights, strict=True)
+    ]
 
 
 def test_the_others_keep_their_order(made):
-    """18 rows in batches of 3, twice through: without the bad ones the same questions come, a little earlier."""
+    """18 rows in batches of 3, twice through: without the bad ones the same questions come, a
+    little earlier."""
     _, _, whole = take(made, {}, 12)
     _, skipped, batches = take(made, bad_rows(made[2]), 10)
     assert sorted(skipped.reasons) == [4, 9, 13] and "prefix_length" not in str(skipped.reasons)
@@ -105,8 +123,13 @@ def test_too_many_end_the_run_with_a_list(made, questions):
     with pytest.raises(InfiniteVLError) as caught:
         take(made, broken, 12, questions)
     error = caught.value
-    assert error.culprit == "rows train: 4 of 18 rows cannot be used, 3 may be:" and len(error.items) == 4
-    assert all(item == f"row {item.split()[1][:-1]}: reason {item.split()[1][:-1]}" for item in error.items)
+    assert (
+        error.culprit == "rows train: 4 of 18 rows cannot be used, 3 may be:"
+        and len(error.items) == 4
+    )
+    assert all(
+        item == f"row {item.split()[1][:-1]}: reason {item.split()[1][:-1]}" for item in error.items
+    )
     assert error.cure == "mend the rows; or let more be skipped: train.data.max_skipped=0.444444"
     _, skipped, _ = take(made, broken, 12, questions, max_skipped=0.444444)  # the cure works
     assert sorted(skipped.reasons) == list(range(5, 12))
@@ -132,16 +155,27 @@ def test_held_out_rows_are_skipped_alike(made, questions):
     def measure(changed, **changes):
         skipped = Skipped(len(source), dataclasses.replace(data, **changes).max_skipped)
         encoder = Encoder(Rows(source, changed), start.processor, start.config)
-        batches = list(held_out_batches(encoder, start.config, dataclasses.replace(data, **changes), skipped))
+        batches = list(
+            held_out_batches(encoder, start.config, dataclasses.replace(data, **changes), skipped)
+        )
         return sum(int((b.weights > 0).sum()) for b in batches), skipped.news()
 
     whole, none = measure({})
     less, news = measure(bad_rows(source))
-    answers = sum(2 * len(source[i].questions) for i in (4, 9, 13))  # a word and the end of turn each
+    answers = sum(
+        2 * len(source[i].questions) for i in (4, 9, 13)
+    )  # a word and the end of turn each
     assert none == [] and whole - less == answers
-    assert [line.split(":")[0] for line in news] == ["skipped row 4", "skipped row 9", "skipped row 13"]
+    assert [line.split(":")[0] for line in news] == [
+        "skipped row 4",
+        "skipped row 9",
+        "skipped row 13",
+    ]
     with pytest.raises(InfiniteVLError, match="cannot be used, 3 may be"):
-        measure({i: bad_rows(source)[13] for i in ()} | {i: BadRow("rows train", i, "gone", "mend") for i in range(4)})
+        measure(
+            {i: bad_rows(source)[13] for i in ()}
+            | {i: BadRow("rows train", i, "gone", "mend") for i in range(4)}
+        )
 
 
 def test_how_many_may_be():

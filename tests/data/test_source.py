@@ -1,4 +1,5 @@
-"""Data sets are files on this machine: nothing else is looked up, and what is wrong with a name or split is one message."""
+"""Data sets are files on this machine: nothing else is looked up, and what is wrong with a name or
+split is one message."""
 
 import socket
 
@@ -7,7 +8,17 @@ import pytest
 from infinitevl_jax.data.source import Source
 from infinitevl_jax.errors import InfiniteVLError
 
-NAMES = ["huggingface:squad", "huggingface:x/y", "kaggle:x", "mnist", "coco/2017", "gs://tfds-data/x", "../tiny_vqa", "/etc", "a b"]
+NAMES = [
+    "huggingface:squad",
+    "huggingface:x/y",
+    "kaggle:x",
+    "mnist",
+    "coco/2017",
+    "gs://tfds-data/x",
+    "../tiny_vqa",
+    "/etc",
+    "a b",
+]
 NAMES += ["", "a\nb", "tiny_vqa:9.9.9", "tiny_vqa/other", "x" * 5000]
 
 
@@ -34,7 +45,19 @@ def test_folders_elsewhere(no_network, folder):
         Source("tiny_vqa", folder, "train")
 
 
-SPLITS = ["train[5:3]", "train[:0%]", "train[30:]", "train[:1000%]", "train[a:b]", "learn", "", "train+", "[", "train[-1%]", "x" * 5000]
+SPLITS = [
+    "train[5:3]",
+    "train[:0%]",
+    "train[30:]",
+    "train[:1000%]",
+    "train[a:b]",
+    "learn",
+    "",
+    "train+",
+    "[",
+    "train[-1%]",
+    "x" * 5000,
+]
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=lambda s: s[:20])
@@ -44,9 +67,15 @@ def test_splits_without_rows(tiny_data, no_network, split):
     assert "train (24 rows)" in caught.value.cure
 
 
-@pytest.mark.parametrize("split, rows", [("train", 24), ("train[5:8]", 3), ("train[-2:]", 2), ("train[:25%]+train[75%:]", 12)])
+@pytest.mark.parametrize(
+    "split, rows",
+    [("train", 24), ("train[5:8]", 3), ("train[-2:]", 2), ("train[:25%]+train[75%:]", 12)],
+)
 def test_splits_with_rows(tiny_data, no_network, split, rows):
-    assert len(Source("tiny_vqa", tiny_data, split)) == rows and Source("tiny_vqa:1.0.0", tiny_data, split)[0].questions
+    assert (
+        len(Source("tiny_vqa", tiny_data, split)) == rows
+        and Source("tiny_vqa:1.0.0", tiny_data, split)[0].questions
+    )
 
 
 def test_rows_end_where_they_end(tiny_data):

@@ -33,7 +33,8 @@ def content(folder):
 
 @pytest.mark.parametrize("name", ["run", "link", "run/../run"])
 def test_two_runs_never_share_a_folder(preset, tmp_path, name):
-    """Also of another seed, also by another name of the folder; and the refused one changes nothing."""
+    """Also of another seed, also by another name of the folder; and the refused one changes
+    nothing."""
     (tmp_path / "link").symlink_to("run")
     (tmp_path / "run").mkdir()
     run, lock = claim_folder(preset(tmp_path / "run"), print)
@@ -56,7 +57,14 @@ def test_a_refused_run_lets_go(preset, tmp_path):
         with pytest.raises(InfiniteVLError, match="holds a run of another configuration") as caught:
             claim(preset(tmp_path / "run", "train.seed=1"))
     assert caught.value.items == ("train.seed: 0 there, 1 now",)
-    claim(preset(tmp_path / "run", "train.keep=7", "train.checkpoint_minutes=5", "train.data.max_skipped=0.5"))  # these may change
+    claim(
+        preset(
+            tmp_path / "run",
+            "train.keep=7",
+            "train.checkpoint_minutes=5",
+            "train.data.max_skipped=0.5",
+        )
+    )  # these may change
 
 
 def test_a_lost_run_s_log_is_kept(preset, tmp_path):
@@ -64,8 +72,12 @@ def test_a_lost_run_s_log_is_kept(preset, tmp_path):
         run, said = claim(preset(tmp_path / "run")), []
         (run / "log.jsonl").write_text(f'{{"step": {number}}}\n')
         claim(preset(run), said)
-        assert said == [f"a run that left no checkpoint was here: its log is kept as {run / f'log.{number}.jsonl'}"]
-        assert (run / f"log.{number}.jsonl").read_text() == f'{{"step": {number}}}\n' and not (run / "log.jsonl").exists()
+        assert said == [
+            f"a run that left no checkpoint was here: its log is kept as {run / f'log.{number}.jsonl'}"
+        ]
+        assert (run / f"log.{number}.jsonl").read_text() == f'{{"step": {number}}}\n' and not (
+            run / "log.jsonl"
+        ).exists()
 
 
 def test_what_a_killed_process_left_is_removed(preset, tmp_path):
@@ -76,7 +88,16 @@ def test_what_a_killed_process_left_is_removed(preset, tmp_path):
     assert sorted(os.listdir(run)) == [".lock", "preset.json"]
 
 
-DAMAGED = [b"", b"[]", b"3", b'{"model"', b"\xff\xfe", b"null", b"[" * 100_000, b'"' + b"x" * 5000 + b'"']
+DAMAGED = [
+    b"",
+    b"[]",
+    b"3",
+    b'{"model"',
+    b"\xff\xfe",
+    b"null",
+    b"[" * 100_000,
+    b'"' + b"x" * 5000 + b'"',
+]
 
 
 @pytest.mark.parametrize("text", DAMAGED, ids=range(len(DAMAGED)))
@@ -88,20 +109,28 @@ def test_a_damaged_preset_is_named_and_its_cure_works(preset, tmp_path, text):
     with pytest.raises(InfiniteVLError) as caught:
         claim(preset(run))
     assert str(run / "preset.json") in caught.value.culprit
-    assert caught.value.cure.startswith("remove it to go on from step 4 with the configuration that is given")
+    assert caught.value.cure.startswith(
+        "remove it to go on from step 4 with the configuration that is given"
+    )
     assert len(str(caught.value)) < 1600
     (run / "preset.json").unlink()
     said = []
     claim(preset(run), said)
     assert said == [f"{run} has no preset.json: taken for a run of this configuration"]
-    assert json.loads((run / "preset.json").read_text())["model"] == {"from": "somewhere", "tokenizer": "words", "initializer_range": 0.02}
+    assert json.loads((run / "preset.json").read_text())["model"] == {
+        "from": "somewhere",
+        "tokenizer": "words",
+        "initializer_range": 0.02,
+    }
 
 
 def test_stored_values_of_other_types_are_differences(preset, tmp_path):
     run = claim(preset(tmp_path / "run"))
     (run / "checkpoints" / "2").mkdir(parents=True)
     stored = json.loads((run / "preset.json").read_text())
-    (run / "preset.json").write_text(json.dumps(stored | {"train": [1], "run": None, "x": {"y": 1}}))
+    (run / "preset.json").write_text(
+        json.dumps(stored | {"train": [1], "run": None, "x": {"y": 1}})
+    )
     with pytest.raises(InfiniteVLError, match="another configuration"):
         claim(preset(run))
 
@@ -130,11 +159,15 @@ def test_outputs_that_cannot_be(preset, tmp_path, case):
     before = content(tmp_path)
     with pytest.raises(InfiniteVLError) as caught:
         loop.train(chosen, say=print)
-    assert str(OUTPUTS[case](tmp_path))[:100] in caught.value.culprit and len(str(caught.value)) < 5000
+    assert (
+        str(OUTPUTS[case](tmp_path))[:100] in caught.value.culprit and len(str(caught.value)) < 5000
+    )
     assert content(tmp_path) == before
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError(30, "Read-only file system")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), OSError(30, "Read-only file system")]
+)
 def test_a_disk_that_fails(preset, tmp_path, monkeypatch, error):
     with monkeypatch.context() as patch, pytest.raises(InfiniteVLError, match="preset.json"):
         patch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(error))

@@ -59,7 +59,9 @@ def test_without_a_terminal_there_are_plain_lines(capsys):
         for step in (1, 2, 3, 4):
             bar.update()
             bar.show(step, FIGURES)
-    assert capsys.readouterr().err == "step 4 of 4: loss 0.1234, 93.1% right, 1,234,567 tokens/s\n"  # the first come after a while
+    assert (
+        capsys.readouterr().err == "step 4 of 4: loss 0.1234, 93.1% right, 1,234,567 tokens/s\n"
+    )  # the first come after a while
     with Progress(4, 0) as bar:
         bar._told -= 31
         bar.show(2, FIGURES)

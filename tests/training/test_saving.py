@@ -38,7 +38,14 @@ def run(tmp_path):
             state = TrainState({"a": jnp.zeros(3)}, {}, {}, jnp.zeros((), jnp.int32))
             make.stop = Stop()
             return Saver(
-                checkpoints, lock, TrainConfig(**config), Skipped(100, 0.1), state, {"at": 0}, make.stop, make.said.append
+                checkpoints,
+                lock,
+                TrainConfig(**config),
+                Skipped(100, 0.1),
+                state,
+                {"at": 0},
+                make.stop,
+                make.said.append,
             )
 
         make.said, make.folder, make.checkpoints = [], tmp_path / "run" / "checkpoints", checkpoints
@@ -76,14 +83,22 @@ def test_an_error_says_where_the_run_is_saved(run, case):
     with pytest.raises(InfiniteVLError) as caught:
         go(run(), error)
     assert steps(run) == [3] and '"at": 3' in place(run, 3).replace('"at":3', '"at": 3')
-    assert caught.value.culprit == error.culprit and caught.value.items == (f"step 3 is saved in {run.folder / '3'}",)
+    assert caught.value.culprit == error.culprit and caught.value.items == (
+        f"step 3 is saved in {run.folder / '3'}",
+    )
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143), RuntimeError("a bug"), MemoryError()], ids=repr)
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), SystemExit(143), RuntimeError("a bug"), MemoryError()], ids=repr
+)
 def test_anything_else_passes_once_the_run_is_saved(run, error):
     with pytest.raises(type(error)) as caught:
         go(run(), error)
-    assert caught.value is error and steps(run) == [3] and run.said == [f"step 3 is saved in {run.folder / '3'}"]
+    assert (
+        caught.value is error
+        and steps(run) == [3]
+        and run.said == [f"step 3 is saved in {run.folder / '3'}"]
+    )
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
@@ -91,7 +106,9 @@ def test_the_state_before_a_step_that_went_wrong_is_kept(run, loss):
     saver = run()
     with pytest.raises(InfiniteVLError) as caught:
         go(saver, losses=(1.0, 1.0, loss, 1.0))
-    assert caught.value.culprit == f"the loss of step 3 is {loss}" and caught.value.items[0].startswith("step 2 is saved in ")
+    assert caught.value.culprit == f"the loss of step 3 is {loss}" and caught.value.items[
+        0
+    ].startswith("step 2 is saved in ")
     assert steps(run) == [2] and "2" in place(run, 2) and float(saver.state.trainable["a"][0]) == 2
 
 
@@ -106,7 +123,9 @@ def test_a_save_that_fails_is_not_tried_again(run, monkeypatch):
 
     def full(*args):
         tries.append(args)
-        raise StorageError("no space left for checkpoint 3", "free some space; then the same command begins anew")
+        raise StorageError(
+            "no space left for checkpoint 3", "free some space; then the same command begins anew"
+        )
 
     saver = run()
     monkeypatch.setattr(saver.checkpoints, "save", full)
@@ -119,7 +138,11 @@ def test_a_save_that_fails_is_not_tried_again(run, monkeypatch):
 
 def test_an_error_is_told_before_the_save_that_then_fails(run, monkeypatch):
     saver = run()
-    monkeypatch.setattr(saver.checkpoints, "save", lambda *_: (_ for _ in ()).throw(StorageError("no space left", "free some")))
+    monkeypatch.setattr(
+        saver.checkpoints,
+        "save",
+        lambda *_: (_ for _ in ()).throw(StorageError("no space left", "free some")),
+    )
     with pytest.raises(InfiniteVLError) as caught:
         go(saver, InfiniteVLError("the data is bad", "mend it"))
     assert caught.value.culprit == "the data is bad"
