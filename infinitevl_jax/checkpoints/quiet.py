@@ -13,7 +13,8 @@ def report_once() -> None:
 
     Everything else is passed on as before, from whatever thread.
     """
-    logging.getLogger("absl").addFilter(_is_news)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_news)
     before = sys.unraisablehook
 
     def hook(unraisable) -> None:
@@ -29,5 +30,6 @@ def report_once() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Not an exception that a thread of orbax hands on to its caller."""
-    return "_SignalingThread.run() raised an exception" not in record.getMessage()
+    """Not an exception that orbax hands on to its caller as well: of one of its threads, or of one of several reads."""
+    text = record.getMessage()
+    return not any(part in text for part in ("_SignalingThread.run() raised", "Future exception was never retrieved"))
