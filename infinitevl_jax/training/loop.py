@@ -28,6 +28,7 @@ from infinitevl_jax.sharding import kept_whole, make_mesh, parameter_shardings
 from infinitevl_jax.training.folder import claim_folder
 from infinitevl_jax.training.held_out import HeldOut
 from infinitevl_jax.training.log import Log, plot_log
+from infinitevl_jax.training.memory import check_memory
 from infinitevl_jax.training.optimizer import make_optimizer, schedule, split_trainable
 from infinitevl_jax.training.progress import Progress
 from infinitevl_jax.training.saving import Saver, Stop
@@ -88,6 +89,7 @@ def train(preset: Preset, say=print) -> Outcome:
         model = model_of(start.config, preset.run, ops)
         shapes = dict(abstract(start.config, scanned=True)[1])
         names, frozen = split_trainable(list(shapes), config.trainable)
+        check_memory(shapes, names, mesh)
         checkpoints = stack.enter_context(
             contextlib.closing(Checkpoints(run, start.files, start.manifest, config.keep, say))
         )
