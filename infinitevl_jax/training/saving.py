@@ -50,7 +50,7 @@ class Saver(contextlib.AbstractContextManager):
     """Holds a run's state together with its place in the data, and saves both.
 
     As a context manager: an error that ends the block leaves the last good state saved, and says
-      where.
+    where.
     """
 
     def __init__(
@@ -76,13 +76,16 @@ class Saver(contextlib.AbstractContextManager):
     def advance(self, step_fn: Callable, batch: Any, place: Any) -> None:
         """Take a step: state, metrics = step_fn(state, batch). place: of the batch that follows."""
         self.check()  # at most one step runs ahead of the host
-        self.state, self.metrics = step_fn(self.state, batch)
+        # first, so that whichever state an interruption leaves has its place
         self._places = {self.step: self._places[self.step], self.step + 1: place}
+        self.state, self.metrics = step_fn(self.state, batch)
         self.step += 1
 
     def check(self) -> None:
-        """Wait for the last step. Raises InfiniteVLError if it went wrong; the state is then that
-        before it."""
+        """Wait for the last step.
+
+        Raises InfiniteVLError if it went wrong; the state is then that before it.
+        """
         for name in ("loss", "grad_norm") if self.metrics is not None else ():
             value = float(getattr(self.metrics, name))
             if not np.isfinite(value):
@@ -99,8 +102,10 @@ class Saver(contextlib.AbstractContextManager):
         return self.step > self._first and bool(late or (every and self.step % every == 0))
 
     def save(self) -> Path:
-        """The checkpoint of the state, written unless it is there. Raises InfiniteVLError if it
-        cannot be."""
+        """The checkpoint of the state, written unless it is there.
+
+        Raises InfiniteVLError if the last step went wrong, or the checkpoint cannot be written.
+        """
         self.check()
         return self._save()
 
@@ -123,12 +128,10 @@ class Saver(contextlib.AbstractContextManager):
                 self.say(line)
 
     def _last_words(self, leave: bool) -> list[str]:
-        """Save the state, unless that is what failed or there is no time for it, and say what there
-        is."""
+        """Save the state, unless saving failed or there is no time for it, and say what there is."""
         reason = ""
-        if any(
-            leaf.is_deleted() for leaf in jax.tree.leaves(self.state)
-        ):  # given to a step that failed
+        # a step that failed may have taken its input's memory
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):
             reason = f"step {self.step} was lost with it"
         elif not self._saving and not leave:
             try:
@@ -137,8 +140,5 @@ class Saver(contextlib.AbstractContextManager):
             except Exception as error:  # the one that ends the run is told first
                 reason = f"step {self.step} could not be saved: {getattr(error, 'culprit', error)}"
         last = self.checkpoints.last
-        return [
-            line
-            for line in (reason, "no step is saved" if last is None else f"step {last} is saved")
-            if line
-        ]
+        there = "no step is saved" if last is None else f"step {last} is saved"
+        return [reason, there] if reason else [there]
