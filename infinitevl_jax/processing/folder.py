@@ -174,13 +174,13 @@ def write_pixel_limits(folder: Path, limits: dict[str, int]) -> None:
 
     Raises InfiniteVLError if the settings and the limits do not go together.
     """
-    path, entries = _entries(folder, "image_processor", "preprocessor_config.json")
-    edges = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
-    size = entries.get("size")
-    if isinstance(size, dict) and size:
-        entries["size"] = size | {edges[name] if edges[name] in size else name: value for name, value in limits.items()}
-    entries |= limits
+    image_options(folder)  # so that what is not valid is said of the file as it came
+    path, _ = _entries(folder, "image_processor", "preprocessor_config.json")
     whole = read_json(path)
-    whole = whole | {"image_processor": entries} if path.name == "processor_config.json" else entries
+    entries = whole if path.name == "preprocessor_config.json" else whole["image_processor"]
+    if isinstance(size := entries.get("size"), dict):
+        edges = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+        size |= {edges[n] if edges[n] in size else n: value for n, value in limits.items()}
+    entries |= limits
     path.write_text(json.dumps(whole, indent=2) + "\n", "utf-8")
     image_options(folder)
