@@ -1,12 +1,17 @@
 """How a run is carried out: mesh, precision, rematerialisation. None of it changes what is computed, only where and how exactly."""
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
+from msgspec import Meta
+
+from infinitevl_jax.config.ranges import Name, check_ranges
 from infinitevl_jax.errors import InfiniteVLError
 
 AXES = ("data", "fsdp", "tensor", "context")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "dots", "full")
+Parts = Annotated[int, Meta(ge=-1, le=2**20)]
 
 
 @dataclass(frozen=True)
@@ -24,21 +29,19 @@ class RunConfig:
     ("mosaic_gpu,xla"); left out, the first that can.
     """
 
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
-    context: int = 1
-    dtype: str = "float32"
-    remat: str = "none"
+    data: Parts = 1
+    fsdp: Parts = -1
+    tensor: Parts = 1
+    context: Parts = 1
+    dtype: Literal[DTYPES] = "float32"
+    remat: Literal[REMATS] = "none"
     scan: bool = True
-    attend: str | None = None
-    gated_delta_rule: str | None = None
-    causal_conv: str | None = None
+    attend: Name | None = None
+    gated_delta_rule: Name | None = None
+    causal_conv: Name | None = None
 
     def __post_init__(self):
-        for name, known in (("dtype", DTYPES), ("remat", REMATS)):
-            if getattr(self, name) not in known:
-                raise InfiniteVLError(f"run.{name} is {getattr(self, name)!r}", f"choose one of {', '.join(known)}")
+        check_ranges(self)
         sizes = {axis: getattr(self, axis) for axis in AXES}
         if bad := [axis for axis, size in sizes.items() if size < 1 and size != -1]:
             raise InfiniteVLError(f"run.{bad[0]} is {sizes[bad[0]]}", "a mesh axis has 1 or more parts, or -1 for all devices left over")
