@@ -93,21 +93,31 @@ def convert(tree: Any, kind: type[T], where: str) -> T:
 def plain_name(name: Any, where: str, suffix: str = "") -> str:
     """`name`, if it names a file directly inside a folder and no other place.
 
-    Raises InfiniteVLError for anything with a separator, "..", a leading dot, a NUL, or another suffix.
+    Raises InfiniteVLError for anything with a separator, "..", a leading dot, a character that
+    cannot be printed, or another suffix.
     """
-    bad = not isinstance(name, str) or not name or name.startswith(".") or set(name) & set("/\\\0")
-    if bad or not name.endswith(suffix) or len(os.fsencode(name)) > 255:
+    bad = not isinstance(name, str) or not name or name.startswith(".") or set(name) & set("/\\")
+    if bad or not name.endswith(suffix) or not name.isprintable() or len(name.encode()) > 255:
         wanted = f"a plain file name{f' that ends in {suffix}' if suffix else ''}"
         raise InfiniteVLError(f"{where}: {name!r} is not {wanted}", "get the folder from a source that you trust")
     return name
 
 
 def inside(folder: Path, name: str) -> Path:
-    """folder / name, if that lies inside the folder once links are followed; InfiniteVLError if not."""
+    """folder / name, if that lies inside the folder once links are followed; InfiniteVLError if not.
+
+    The cache of huggingface_hub links each file of REPO/snapshots/REVISION to REPO/blobs: that
+    counts as inside.
+    """
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        root, target = folder.resolve(), path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL
+        raise InfiniteVLError(f"{path} cannot be read: {error}", "put the file itself there") from None
+    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not any(target.is_relative_to(place) for place in roots):
         raise InfiniteVLError(
-            f"{path} leads out of its folder, to {path.resolve()}",
+            f"{path} leads out of its folder, to {target}",
             "put the file itself there, or get the folder from a source that you trust",
         )
     return path

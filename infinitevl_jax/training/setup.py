@@ -13,9 +13,10 @@ from infinitevl_jax import conversion
 from infinitevl_jax.config.huggingface import read_config, to_huggingface
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.config.presets import ModelSource
-from infinitevl_jax.conversion.files import copy_side_files, is_ours, new_folder
+from infinitevl_jax.conversion.destination import new_folder
+from infinitevl_jax.conversion.files import copy_side_files, side_files
+from infinitevl_jax.conversion.load import run_manifest
 from infinitevl_jax.conversion.manifest import Manifest
-from infinitevl_jax.conversion.source import open_source
 from infinitevl_jax.data.source import Source
 from infinitevl_jax.data.vocabulary import word_tokenizer, write_processor_files
 from infinitevl_jax.errors import InfiniteVLError
@@ -43,8 +44,8 @@ def prepare_start(model: ModelSource, source: Source, run: Path, seed: int) -> S
     if model.from_:
         folder = Path(model.from_)
         config = conversion.read_config(folder)
-        tied = config.text.tie_word_embeddings
-        manifest = Manifest.read(folder) if is_ours(folder) else Manifest.of(open_source(folder), tied)
+        side_files(folder)  # refuses now what could not be copied beside a checkpoint
+        manifest = run_manifest(folder, config)
 
         def load(shardings):
             return conversion.load_params(folder, scanned=True, shardings=shardings)[1]
