@@ -4,19 +4,18 @@ Leaves are written and read one at a time, so that neither direction holds the m
 """
 
 import contextlib
-import logging
 import math
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from jax.sharding import Sharding
 
 from infinitevl_jax.conversion.files import PARAMS
+from infinitevl_jax.conversion.source import FLOATS
 from infinitevl_jax.conversion.weights import Leaf, complain
 from infinitevl_jax.errors import InfiniteVLError
 
@@ -50,23 +49,6 @@ class _DeferredHandler(ocp.type_handlers.NumpyHandler):
         return []
 
 
-@contextlib.contextmanager
-def _quiet():
-    """One message is enough: orbax logs the traceback of what it then raises, and of the reads it abandons on the way."""
-    logger, hook = logging.getLogger("absl"), sys.unraisablehook
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook = lambda unraisable: None
-    try:
-        yield
-    except BaseException:
-        time.sleep(0.2)  # the abandoned ones end
-        raise
-    finally:
-        logger.setLevel(level)
-        sys.unraisablehook = hook
-
-
 def write_params(folder: Path, params: Mapping[str, Deferred | jax.Array]) -> None:
     """Write params/: Deferred leaves one at a time, jax arrays shard by shard from the processes that hold them."""
     handlers = ocp.type_handlers.create_type_handler_registry(
@@ -74,7 +56,7 @@ def write_params(folder: Path, params: Mapping[str, Deferred | jax.Array]) -> No
     )
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=handlers, use_compression=False)
     args = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK) for name in params}
-    with _quiet(), ocp.Checkpointer(handler) as checkpointer:
+    with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save((folder / PARAMS).absolute(), args=ocp.args.PyTreeSave(dict(params), save_args=args))
 
 
@@ -90,9 +72,26 @@ class Store:
         if not self.path.is_dir():
             raise InfiniteVLError(f"{folder} has no {PARAMS}/", "import or save the model again")
         self._checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-        tree = self._guard(lambda: dict(self._checkpointer.metadata(self.path).item_metadata.tree))
-        self.shapes = {name: tuple(leaf.shape) for name, leaf in tree.items()}
-        self.dtypes = {name: np.dtype(leaf.dtype) for name, leaf in tree.items()}
+        self._guard(self._open)
+        leaves = self._guard(self._metadata)
+        self.shapes = {name: shape for name, (shape, _) in leaves.items()}
+        self.dtypes = {name: dtype for name, (_, dtype) in leaves.items()}
+        if strange := [name for name, dtype in self.dtypes.items() if dtype not in FLOATS]:
+            raise InfiniteVLError(
+                f"{self.path}: {strange[0]} is {self.dtypes[strange[0]]}", "weights are bf16, f16 or f32: import or save the model again"
+            )
+
+    def _open(self) -> None:
+        """Look the database through once: orbax reads many leaves at once, and reports each that then fails."""
+        if (self.path / "manifest.ocdbt").exists():
+            files = {"driver": "file", "path": f"{self.path}/"}
+            tensorstore.KvStore.open({"driver": "ocdbt", "base": files}).result().list().result()
+
+    def _metadata(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        found = self._checkpointer.metadata(self.path).item_metadata
+        if found is None:
+            raise ValueError("it has no metadata")
+        return {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in dict(found.tree).items()}
 
     def check(self, expected: Sequence[Leaf], what: str) -> None:
         """Raise InfiniteVLError unless exactly these leaves are stored."""
@@ -110,8 +109,7 @@ class Store:
 
     def _guard(self, action: Callable):
         try:
-            with _quiet():
-                return action()
-        except (ValueError, OSError, KeyError, AttributeError, TypeError) as error:
+            return action()
+        except Exception as error:  # orbax does not say which it raises, and some are Exception itself
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise InfiniteVLError(f"{self.path} cannot be read: {reason}", "the checkpoint is damaged: copy or import it again") from error
