@@ -17,6 +17,7 @@ from infinitevl_jax.conversion.ours import Store
 from infinitevl_jax.conversion.reading import read_config
 from infinitevl_jax.conversion.safetensors_file import SafetensorsWriter
 from infinitevl_jax.conversion.source import check_finite, index_json, respell
+from infinitevl_jax.conversion.transformers_code import add_transformers_code
 from infinitevl_jax.conversion.weights import EMBEDDING, HEAD, complain, leaves, published
 from infinitevl_jax.errors import InfiniteVLError
 
@@ -75,6 +76,7 @@ def export_folder(
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=not progress)
     with bar, new_folder(dst, overwrite=overwrite, inputs=(src,), needs=total) as work, contextlib.ExitStack() as stack:
         copy_side_files(src, work)
+        add_transformers_code(work, config)
         writers: dict[str, tuple[SafetensorsWriter, str]] = {}
         for file, (metadata, names) in plan.items():
             entries = [(raw, tensors[name].dtype, tensors[name].shape) for raw, name in names]

@@ -188,7 +188,7 @@ ODD = (True, 0, -1, 0.5, 2**31, 2**63, HUGE, 1e308, "", "x", "32", [], [1], [[1]
 TEXT_KEYS = (
     "hidden_size num_attention_heads num_key_value_heads num_hidden_layers intermediate_size vocab_size head_dim sliding_window"
     " rms_norm_eps rope_theta rope_scaling rope_parameters layer_types tie_word_embeddings initializer_range conv_size expand_v"
-    " num_linear_heads num_linear_key_value_heads linear_head_dim norm_eps model_type architectures vision_config text_config eos_token_id pad_token_id"
+    " num_linear_heads num_linear_key_value_heads linear_head_dim norm_eps model_type architectures vision_config text_config eos_token_id"
     " image_token_id vision_start_token_id use_sliding_window max_window_layers hidden_act quantization_config num_experts"
 )
 VISION_KEYS = (
