@@ -2,17 +2,19 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from tiny_folder import full_attention_config, tiny_model
 from torch_folders import hybrid_folder, side_bytes
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, dynamic_module_utils
 
 from infinitevl_jax import InfiniteVL
-from infinitevl_jax.conversion import export_folder, import_folder, read_config, save_params
+from infinitevl_jax.conversion import export_folder, import_folder, load_params, read_config, save_params
 from infinitevl_jax.conversion.transformers_code import AUTO_MAP
 
 from tiny import conversation, hybrid  # isort: skip  (tiny_folder says where it lies)
@@ -50,31 +52,35 @@ def near(found, ours):
     assert np.abs(ours).max() > 1  # loud enough that 1e-4 means something
 
 
+class Exported:
+    """A hybrid without a past, its exported folder, and what we compute: text far past the window, an image and a video."""
+
+    def __init__(self, root):
+        self.model = hybrid()
+        self.folder = export(self.model, root)
+        self.batch = conversation(self.model.config, text=40)
+        self.logits = np.asarray(self.model(**self.batch).logits)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    return Exported(tmp_path_factory.mktemp("hybrid"))
+
+
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText])
-def test_logits(tmp_path, auto):
-    """Text far past the window, an image and a video, from a folder without a past."""
-    model = hybrid()
-    folder = export(model, tmp_path)
-    theirs, report = auto.from_pretrained(folder, output_loading_info=True, **TRUST)
+def test_logits(exported, auto):
+    theirs, report = auto.from_pretrained(exported.folder, output_loading_info=True, **TRUST)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(theirs).__module__.startswith("transformers_modules")
-    batch = conversation(model.config, text=60)
-    near(logits(theirs, batch), model(**batch).logits)
+    near(logits(theirs, exported.batch), exported.logits)
 
 
-@pytest.mark.parametrize("kind", ["own head", "live names", "nested", "text only", "flash-attn"])
-def test_kinds_of_checkpoints(tmp_path, kind):
-    model = hybrid(tie_word_embeddings=kind != "own head")
-    if kind == "text only":
-        text = dataclasses.replace(model.config.text, mrope_section=None)
-        config = dataclasses.replace(model.config, vision=None, text=text)
-        params = {name: p for name, p in model.params.items() if not name.startswith("visual.")}
-        model = InfiniteVL(config, params)
-    folder = export(model, tmp_path)
+@pytest.mark.parametrize("kind", ["live names", "nested", "flash-attn"])
+def test_kinds_of_checkpoints(exported, tmp_path, kind):
+    """What the same code has to open: the authors' spelling, newer writers' config.json, the trainer's attention."""
+    folder = shutil.copytree(exported.folder, tmp_path / "hf")
     content = json.loads((folder / "config.json").read_text())
-    if kind == "live names":  # as the authors' training code writes
-        from safetensors.numpy import load_file, save_file
-
+    if kind == "live names":
         old = load_file(folder / "model.safetensors")
         new = {f"model.{n}" if n.startswith("visual.") else n.replace("model.", "model.language_model.", 1): v for n, v in old.items()}
         assert new.keys() != old.keys()
@@ -87,60 +93,63 @@ def test_kinds_of_checkpoints(tmp_path, kind):
     if kind == "flash-attn":
         content["attn_implementation"] = "flash_attention_2"
     (folder / "config.json").write_text(json.dumps(content))
-    theirs = AutoModelForCausalLM.from_pretrained(folder, **TRUST)
-    batch = {"input_ids": np.random.default_rng(1).integers(1, 90, (1, 40))} if kind == "text only" else conversation(model.config)
-    near(logits(theirs, batch), model(**batch).logits)
+    near(logits(AutoModelForCausalLM.from_pretrained(folder, **TRUST), exported.batch), exported.logits)
 
 
-def test_batches_with_padding(tmp_path):
+@pytest.mark.parametrize("kind", ["own head", "text only"])
+def test_kinds_of_models(exported, tmp_path, kind):
+    config, params = exported.model.config, dict(exported.model.params)
+    if kind == "own head":
+        text = dataclasses.replace(config.text, tie_word_embeddings=False)
+        config, params["lm_head.kernel"] = dataclasses.replace(config, text=text), params["embed_tokens.embedding"][::-1].T
+    else:
+        text = dataclasses.replace(config.text, mrope_section=None)
+        config = dataclasses.replace(config, vision=None, text=text)
+        params = {name: p for name, p in params.items() if not name.startswith("visual.")}
+    model = InfiniteVL(config, params)
+    batch = {"input_ids": np.random.default_rng(1).integers(1, 90, (1, 40))}
+    near(logits(AutoModel.from_pretrained(export(model, tmp_path), **TRUST), batch), model(**batch).logits)
+
+
+def test_batches_with_padding(exported):
     """Left and right pads change nothing for the tokens beside them."""
-    model = hybrid()
-    theirs = AutoModel.from_pretrained(export(model, tmp_path), **TRUST)
+    theirs = AutoModel.from_pretrained(exported.folder, **TRUST)
     ids = np.random.default_rng(2).integers(1, 90, (3, 12))
     mask = np.ones_like(ids)
     mask[0, :5], mask[1, 8:] = 0, 0
     batch = {"input_ids": ids, "attention_mask": mask}
-    found, ours = logits(theirs, batch), np.asarray(model(**batch).logits)
+    found, ours = logits(theirs, batch), np.asarray(exported.model(**batch).logits)
     near(found[mask == 1], ours[mask == 1])
-    near(found[0, 5:], model(input_ids=ids[:1, 5:]).logits[0])
+    near(found[0, 5:], logits(theirs, {"input_ids": ids[:1, 5:]})[0])
 
 
-def test_generates_what_we_generate(tmp_path):
-    model = hybrid()
-    theirs = AutoModelForImageTextToText.from_pretrained(export(model, tmp_path), **TRUST)
-    batch = conversation(model.config, text=6)
-    found = theirs.generate(**tensors(batch), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
-    ids = batch["input_ids"]
-    for _ in range(8):  # by the definition
-        step = model(**batch | {"input_ids": ids}).logits[0, -1]
-        ids = np.append(ids, [[int(step.argmax())]], axis=1)
-    assert found.tolist() == ids.tolist()
+def test_generates_what_we_would(exported):
+    """Greedy: each new token is the one with our largest logit."""
+    theirs = AutoModelForImageTextToText.from_pretrained(exported.folder, **TRUST)
+    old = exported.batch["input_ids"].shape[1]
+    found = theirs.generate(**tensors(exported.batch), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0).numpy()
+    assert found.shape == (1, old + 8) and np.array_equal(found[:, :old], exported.batch["input_ids"])
+    ours = np.asarray(exported.model(**exported.batch | {"input_ids": found}).logits)[0]
+    assert found[0, old:].tolist() == ours[old - 1 : -1].argmax(-1).tolist()
 
 
-def test_saved_again_by_transformers(tmp_path):
+def test_saved_again_by_transformers(exported, tmp_path):
     """save_pretrained of the opened model is a checkpoint that we read back, bit for bit."""
-    model = hybrid()
-    theirs = AutoModel.from_pretrained(export(model, tmp_path), **TRUST)
-    theirs.save_pretrained(tmp_path / "saved")
-    again = InfiniteVL.from_pretrained(tmp_path / "saved")
-    assert again.config.text == model.config.text and again.config.vision == model.config.vision
-    assert all(np.array_equal(again.params[name], value) for name, value in model.params.items())
+    AutoModel.from_pretrained(exported.folder, **TRUST).save_pretrained(tmp_path / "saved")
+    config, params = load_params(tmp_path / "saved", scanned=False)
+    assert config.text == exported.model.config.text and config.vision == exported.model.config.vision
+    assert all(np.array_equal(params[name], value) for name, value in exported.model.params.items())
 
 
-def test_head_that_no_file_holds(tmp_path):
+def test_head_that_no_file_holds(exported, tmp_path):
     """InfiniteVL's files may come without a head though config.json says it is not tied."""
-    model = hybrid()
-    folder = export(model, tmp_path)
-    for path in folder.glob("*.py"):
-        path.unlink()
+    folder = shutil.copytree(exported.folder, tmp_path / "hf", ignore=shutil.ignore_patterns("*.py"))
     content = json.loads((folder / "config.json").read_text())
     del content["auto_map"]
     (folder / "config.json").write_text(json.dumps(content | {"tie_word_embeddings": False}))
-    import_folder(folder, tmp_path / "imported")
-    export_folder(tmp_path / "imported", tmp_path / "back")
-    theirs = AutoModel.from_pretrained(tmp_path / "back", **TRUST)
-    batch = {"input_ids": np.arange(1, 20)[None]}
-    near(logits(theirs, batch), model(**batch).logits)
+    import_folder(folder, tmp_path / "ours")
+    export_folder(tmp_path / "ours", tmp_path / "back")
+    near(logits(AutoModel.from_pretrained(tmp_path / "back", **TRUST), exported.batch), exported.logits)
 
 
 def test_whose_code(tmp_path):
