@@ -5,7 +5,9 @@ Leaves are written and read one at a time, so that neither direction holds the m
 
 import contextlib
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import jax
@@ -32,14 +34,46 @@ class Deferred:
         self.nbytes = self.size * self.dtype.itemsize
 
 
+def _to_its_end(action: Callable, stop: threading.Event):
+    """The result of `action`, from a thread of its own, whose end is awaited whatever happens here.
+
+    Ctrl-C and other signals are raised in the main thread. Inside orbax they would leave tasks and writes running behind
+    them; here they end the wait, and set `stop`.
+    """
+    outcome, running = Future(), threading.Lock()
+
+    def run() -> None:
+        with running:
+            if stop.is_set():  # the wait was over before this began
+                return
+            try:
+                outcome.set_result(action())
+            except BaseException as error:
+                outcome.set_exception(error)
+
+    try:
+        threading.Thread(target=run, name="orbax").start()
+        return outcome.result()
+    except BaseException:
+        stop.set()
+        with running:
+            raise
+
+
 class _DeferredHandler(ocp.type_handlers.NumpyHandler):
-    """Writes leaves a few at a time, as the numpy arrays that they become."""
+    """Writes leaves a few at a time, as the numpy arrays that they become, until told to stop."""
+
+    def __init__(self, stop: threading.Event):
+        super().__init__(deepcopy_host_arrays=False)
+        self._stop = stop
 
     async def serialize(self, values, infos, args=None):
         args = args or [ocp.SaveArgs()] * len(values)
         with contextlib.ExitStack() as writes:  # ends only when every write has, whatever failed: nothing runs on
             held = 0
             for value, info, arg in zip(values, infos, args, strict=True):
+                if self._stop.is_set():
+                    raise InterruptedError("stopped while writing")
                 for future in await super().serialize([value.load()], [info], [arg]):
                     writes.callback(future.result)
                 held += value.nbytes
@@ -51,13 +85,18 @@ class _DeferredHandler(ocp.type_handlers.NumpyHandler):
 
 def write_params(folder: Path, params: Mapping[str, Deferred | jax.Array]) -> None:
     """Write params/: Deferred leaves one at a time, jax arrays shard by shard from the processes that hold them."""
+    stop = threading.Event()
     handlers = ocp.type_handlers.create_type_handler_registry(
-        (Deferred, _DeferredHandler(deepcopy_host_arrays=False)), (jax.Array, ocp.type_handlers.ArrayHandler())
+        (Deferred, _DeferredHandler(stop)), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=handlers, use_compression=False)
     args = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK) for name in params}
-    with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save((folder / PARAMS).absolute(), args=ocp.args.PyTreeSave(dict(params), save_args=args))
+
+    def write() -> None:
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save((folder / PARAMS).absolute(), args=ocp.args.PyTreeSave(dict(params), save_args=args))
+
+    _to_its_end(write, stop)
 
 
 class Store:
@@ -109,7 +148,7 @@ class Store:
 
     def _guard(self, action: Callable):
         try:
-            return action()
+            return _to_its_end(action, threading.Event())
         except Exception as error:  # orbax does not say which it raises, and some are Exception itself
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise InfiniteVLError(f"{self.path} cannot be read: {reason}", "the checkpoint is damaged: copy or import it again") from error

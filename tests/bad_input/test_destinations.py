@@ -6,6 +6,9 @@ import importlib.util
 import json
 import resource
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -102,6 +105,35 @@ def test_interrupted(tmp_path, good, monkeypatch):
         with pytest.raises(type(stop)):
             import_folder(good / "hf", tmp_path / "dst")
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("leaf", [0, 20])
+def test_signal_while_orbax_writes(tmp_path, good, monkeypatch, stop, leaf):
+    """It is raised here, in the main thread; the writer has come to its end before the folder goes, and leaves none."""
+    main, read, begun, ended = threading.main_thread(), importer.read_leaf, [], []
+
+    def raises(*_):
+        raise stop
+
+    def interrupted(*args):
+        begun.append(threading.current_thread())
+        if len(begun) == leaf + 1:
+            signal.pthread_kill(main.ident, signal.SIGUSR1)
+            time.sleep(0.2)  # the main thread has raised, and would have removed the folder
+        ended.append(threading.current_thread())
+        return read(*args)
+
+    old = signal.signal(signal.SIGUSR1, raises)
+    try:
+        monkeypatch.setattr(importer, "read_leaf", interrupted)
+        with pytest.raises(stop):
+            import_folder(good / "hf", tmp_path / "dst")
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    assert begun == ended and main not in begun
+    assert len(begun) == leaf + 1  # and nothing was read in vain
+    assert not any(tmp_path.iterdir())
 
 
 # Our own folders.
