@@ -132,6 +132,6 @@ def _bytes(size: int | str | None) -> int | None:
     if size is None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(size).strip().upper())
-    if not found or found[2] not in _UNITS or float(found[1]) <= 0:
+    if not found or found[2] not in _UNITS or not 1 <= float(found[1]) * _UNITS[found[2]] < 2**63:
         raise InfiniteVLError(f"max_shard_size is {size!r}", "write a number of bytes, or for example 5GB or 500MB")
     return int(float(found[1]) * _UNITS[found[2]])
