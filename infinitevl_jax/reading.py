@@ -89,7 +89,7 @@ def decode_json(text: bytes | str, kind: type[T], where: str) -> T:
     except msgspec.ValidationError as error:
         try:
             tree = msgspec.json.decode(text)
-        except msgspec.ValidationError:  # a number that no type holds
+        except (msgspec.DecodeError, UnicodeError, RecursionError):  # damaged further on, too
             tree = None
         raise InfiniteVLError(f"{where}: {_at(error, tree)}", _MEND) from None
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
@@ -104,6 +104,8 @@ def convert(tree: Any, kind: type[T], where: str) -> T:
         raise InfiniteVLError(f"{where}: {_at(error, tree)}", _MEND) from None
     except RecursionError:
         raise InfiniteVLError(f"{where} is nested too deeply", _MEND) from None
+    except UnicodeError as error:
+        raise InfiniteVLError(f"{where}: {error}", _MEND) from None
 
 
 def plain_name(name: Any, where: str, suffix: str = "") -> str:

@@ -110,7 +110,8 @@ class Store:
         self.path = (folder / PARAMS).absolute()
         if not self.path.is_dir():
             raise InfiniteVLError(f"{folder} has no {PARAMS}/", "import or save the model again")
-        self._checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+        # The handler alone: a Checkpointer also looks for files of its own, which a training step lacks, and warns.
+        self._handler = ocp.PyTreeCheckpointHandler()
         self._guard(self._open)
         leaves = self._guard(self._metadata)
         self.shapes = {name: shape for name, (shape, _) in leaves.items()}
@@ -127,10 +128,8 @@ class Store:
             tensorstore.KvStore.open({"driver": "ocdbt", "base": files}).result().list().result()
 
     def _metadata(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        found = self._checkpointer.metadata(self.path).item_metadata
-        if found is None:
-            raise ValueError("it has no metadata")
-        return {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in dict(found.tree).items()}
+        found = self._handler.metadata(self.path).tree
+        return {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in dict(found).items()}
 
     def check(self, expected: Sequence[Leaf], what: str) -> None:
         """Raise InfiniteVLError unless exactly these leaves are stored."""
@@ -144,7 +143,7 @@ class Store:
             args = ocp.ArrayRestoreArgs(sharding=sharding, global_shape=self.shapes[name], dtype=dtype or self.dtypes[name])
         item = {name: jax.ShapeDtypeStruct(self.shapes[name], self.dtypes[name])}
         restore = ocp.args.PyTreeRestore(item=item, restore_args={name: args}, partial_restore=True)
-        return self._guard(lambda: self._checkpointer.restore(self.path, args=restore))[name]
+        return self._guard(lambda: self._handler.restore(self.path, args=restore))[name]
 
     def _guard(self, action: Callable):
         try:

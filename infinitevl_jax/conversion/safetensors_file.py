@@ -114,10 +114,11 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str], int]:
         raw = file.read(length)
 
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        msgspec.json.decode(raw)  # strict: no NaN, no half of a surrogate pair
+        header = json.loads(raw, object_pairs_hook=_unique)
     except InfiniteVLError as error:
         raise InfiniteVLError(f"{path}: {error.culprit}", _AGAIN) from None
-    except (ValueError, RecursionError):
+    except (msgspec.DecodeError, ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
         raise InfiniteVLError(f"{path}: the header is not a JSON object; not a safetensors file", _AGAIN)

@@ -190,6 +190,12 @@ def index_metadata(src, index):
     return index.name, "metadata"
 
 
+def index_damaged_twice(src, index):
+    """A wrong type, and no JSON further on."""
+    index.write_text('{"metadata": [1], "weight_map": {"a": NaN}}')
+    return (index.name,)
+
+
 def shards_without_end(src):
     (src / WEIGHTS).rename(src / "model-00001-of-999999999.safetensors")
     return ("model-00002-of-999999999.safetensors",)
@@ -293,6 +299,10 @@ SOURCES = {
     "dtype-a-list": header(set_entry("model.norm.weight", dtype=["BF16"]), "model.norm.weight"),
     "entry-null": header(lambda h: h.update({"model.norm.weight": None}), "model.norm.weight"),
     "header-deep": header(lambda h: "[" * 200_000, "not a JSON object"),
+    "header-half-a-surrogate": header(lambda h: json.dumps(h | {"\ud800": h["model.norm.weight"]}), "not a JSON object"),
+    "header-dtype-half-a-surrogate": header(set_entry("model.norm.weight", dtype="\ud800"), "not a JSON object"),
+    "header-nan": header(set_entry("model.norm.weight", shape=[float("nan")]), "not a JSON object"),
+    "index-damaged-twice": sharded(index_damaged_twice),
     "header-null": header(lambda h: "null", "not a JSON object"),
     "header-of-5000-digits": header(lambda h: '{"a": ' + "9" * 5000 + "}"),
     "header-over-the-limit": header(lambda h: json.dumps(h) + " " * HEADER_BYTES, f"{HEADER_BYTES:,} that are read"),
