@@ -6,7 +6,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from infinitevl_jax.conversion.files import copy_side_files, is_ours, new_folder
+from infinitevl_jax.conversion.destination import new_folder
+from infinitevl_jax.conversion.files import copy_side_files, is_ours
 from infinitevl_jax.conversion.manifest import Manifest
 from infinitevl_jax.conversion.ours import Deferred, write_params
 from infinitevl_jax.conversion.reading import leaf_dtype, open_model, read_leaf

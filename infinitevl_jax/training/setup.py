@@ -14,9 +14,10 @@ from infinitevl_jax import conversion
 from infinitevl_jax.config.huggingface import read_config, to_huggingface
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.config.presets import ModelSource
-from infinitevl_jax.conversion.files import copy_side_files, is_ours, new_folder
+from infinitevl_jax.conversion.destination import new_folder
+from infinitevl_jax.conversion.files import copy_side_files, side_files
+from infinitevl_jax.conversion.load import run_manifest
 from infinitevl_jax.conversion.manifest import Manifest
-from infinitevl_jax.conversion.source import open_source
 from infinitevl_jax.data.source import Source
 from infinitevl_jax.data.vocabulary import word_tokenizer, write_processor_files
 from infinitevl_jax.errors import InfiniteVLError
@@ -58,7 +59,9 @@ def prepare_start(model: ModelSource, source: Source, run: Path, seed: int) -> S
             if limits:
                 write_pixel_limits(work, limits)
     try:
-        config, processor = read_config(folder), Processor.from_pretrained(folder)
+        # The names of the weights decide what config.json leaves open.
+        config = conversion.read_config(model.from_) if model.from_ else read_config(folder)
+        processor = Processor.from_pretrained(folder)
     except InfiniteVLError as error:
         if folder == run / "model":  # nothing in it is of the user's own
             raise InfiniteVLError(error.culprit, f"remove {folder}: the same command writes it again") from error
@@ -68,7 +71,8 @@ def prepare_start(model: ModelSource, source: Source, run: Path, seed: int) -> S
         fresh = partial(initialize, config, jax.random.key(seed), scanned=True)
         return Start(config, processor, folder, Manifest(tie_word_embeddings=tied), lambda shardings: fresh(shardings=shardings))
     origin = Path(model.from_)
-    manifest = Manifest.read(origin) if is_ours(origin) else Manifest.of(open_source(origin), tied)
+    side_files(origin)  # refuses now what could not be copied beside a checkpoint
+    manifest = run_manifest(origin, config)
 
     def load(shardings):
         return conversion.load_params(origin, scanned=True, shardings=shardings)[1]
