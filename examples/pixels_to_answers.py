@@ -98,4 +98,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from infinitevl_jax.command import run
+
+    run(main)

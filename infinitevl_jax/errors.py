@@ -33,6 +33,10 @@ class BadRow(InfiniteVLError):
         return type(self), (self.source, self.index, self.reason, self.cure)
 
 
+class InfiniteVLWarning(UserWarning):
+    """Something works otherwise than a file asks for. One line, which names the file and what to do."""
+
+
 LONGEST = 2000  # characters of a culprit or a cure
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.interrupts import under_construction
 
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|old)-[a-z0-9_]{8}", re.DOTALL)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -50,6 +51,7 @@ def new_folder(
             stack.callback(os.close, handle)
             # After an exchange this is the old folder, after a rename nothing.
             stack.callback(shutil.rmtree, work, ignore_errors=True)
+            stack.enter_context(under_construction(work))
             work.chmod(0o755)
         with _full_disk_errors(dst, needs):
             yield work

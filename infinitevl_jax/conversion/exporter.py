@@ -73,7 +73,7 @@ def export_folder(
         tensors[HEAD] = _Tensor(HEAD, tensors[EMBEDDING].dtype, tensors[EMBEDDING].shape)
     plan = _plan(tensors, manifest, limit, src)
     total = sum(tensor.nbytes for tensor in tensors.values())
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=not progress)
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=None if progress else True)  # on a terminal
     with bar, new_folder(dst, overwrite=overwrite, inputs=(src,), needs=total) as work, contextlib.ExitStack() as stack:
         copy_side_files(src, work)
         add_transformers_code(work, config)

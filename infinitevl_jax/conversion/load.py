@@ -197,7 +197,7 @@ def save_params(
         if side is not None:
             copy_side_files(side, work, skip=() if same else ("config.json",))
         if not same:
-            spelled = {2: "bfloat16", 4: "float32"}[tree["norm.weight"].dtype.itemsize]
+            spelled = np.dtype(tree["norm.weight"].dtype).name
             (work / "config.json").write_text(json.dumps(to_huggingface(config) | {"torch_dtype": spelled}, indent=2) + "\n")
         manifest = _manifest(side, config)
         if unrolled:

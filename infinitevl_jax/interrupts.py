@@ -1,0 +1,100 @@
+"""Ctrl-C, SIGTERM and a closed terminal end a command at once: one line, nothing half-written, exit status 128 + signal.
+
+Nothing is raised for it. A KeyboardInterrupt appears wherever Python happens to be: inside a callback of the compiler or a
+finaliser, which abort the process or swallow it, or between threads of a library that each print a traceback. Instead a thread
+waits for signals, removes what is under construction and ends the process, whatever the main thread is doing. Everything that
+is meant to last is written under another name and renamed, so there is nothing else to clean up.
+
+Code that handles a signal itself for a while (signal.signal) has it to itself.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+_WORDS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "the terminal was closed"}
+_under_construction: set[Path] = set()
+_leaving = threading.Event()
+_terminal: list | None = None  # its settings, which readline changes while it waits for a line
+
+
+def install() -> None:
+    """From now on signals end this process as above. To be called in the main thread, first of all.
+
+    A signal that is ignored, or that somebody handles already, stays as it is.
+    """
+    global _terminal
+    if os.isatty(0):
+        import termios
+
+        _terminal = termios.tcgetattr(0)
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
+    for name in _WORDS:
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, _noticed)
+    threading.Thread(target=_watch, args=(reader,), daemon=True, name="signals").start()
+
+
+@contextlib.contextmanager
+def under_construction(folder: Path) -> Iterator[None]:
+    """Within, the folder is removed if a signal ends the process. It is to be renamed when it is whole."""
+    _under_construction.add(folder)
+    try:
+        yield
+    finally:
+        _under_construction.discard(folder)
+
+
+def wait_if_leaving() -> None:
+    """Before the main thread ends the process: let the thread that is ending it come first."""
+    while _leaving.is_set():
+        time.sleep(1)
+
+
+def _noticed(number, frame) -> None:
+    """Python's side of a signal: the thread has been woken already."""
+
+
+def _watch(reader: socket.socket) -> None:
+    while woken := reader.recv(1):
+        if signal.getsignal(woken[0]) is _noticed:
+            _leave(woken[0])
+
+
+def _leave(number: int) -> None:
+    _leaving.set()
+    line = _WORDS[signal.Signals(number).name]
+    with contextlib.suppress(OSError):
+        start = "\n" if os.isatty(2) else ""  # after ^C, or a bar
+        os.write(2, f"{start}{line}\n".encode())
+    if _terminal is not None and os.tcgetpgrp(0) == os.getpgrp():
+        import termios
+
+        termios.tcsetattr(0, termios.TCSANOW, _terminal)
+    # What other threads have to say about their folder's disappearance is of no interest.
+    silence = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(silence, descriptor)
+    for folder in list(_under_construction):
+        _remove(folder)
+    os._exit(128 + number)
+
+
+def _remove(folder: Path) -> None:
+    """Under another name first: from then on nobody renames it to where it would pass for whole, or writes into it by name."""
+    doomed = folder.with_name(f"{folder.name}.removed")
+    try:
+        os.rename(folder, doomed)
+    except OSError:  # it became what it was to be, a moment ago
+        return
+    for _ in range(3):  # files may still come from calls that were under way
+        shutil.rmtree(doomed, ignore_errors=True)
