@@ -5,7 +5,8 @@ finaliser, which abort the process or swallow it, or between threads of a librar
 waits for signals, removes what is under construction and ends the process, whatever the main thread is doing. Everything that
 is meant to last is written under another name and renamed, so there is nothing else to clean up.
 
-Code that handles a signal itself for a while (signal.signal) has it to itself.
+Code that has something to do first (finish a step and save it) says so by `postponed`. A handler that other code installs by
+signal.signal has its signal to itself; it must not put the former handler back from within, which would pass for ours.
 """
 
 import contextlib
@@ -15,11 +16,12 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _WORDS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "the terminal was closed"}
 _under_construction: set[Path] = set()
+_postponed: dict[int, Callable[[], None]] = {}
 _leaving = threading.Event()
 _terminal: list | None = None  # its settings, which readline changes while it waits for a line
 
@@ -54,6 +56,37 @@ def under_construction(folder: Path) -> Iterator[None]:
         _under_construction.discard(folder)
 
 
+@contextlib.contextmanager
+def postponed(action: Callable[[], None], *names: str) -> Iterator[None]:
+    """Within, these signals call `action`, once for each time, in place of what they do otherwise. A second SIGINT does that again.
+
+    Args:
+      action: sets a flag, say. It runs in another thread where `install` was called, else in the main thread; from any other
+        thread, which cannot listen for signals, nothing is changed.
+      names: "SIGINT" and others; one that is ignored stays so.
+    """
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    ours = [number for number in numbers if signal.getsignal(number) is _noticed]
+    usual = {}
+
+    def handle(number, frame) -> None:
+        if number == signal.SIGINT:
+            signal.signal(number, usual[number])
+        action()
+
+    _postponed.update(dict.fromkeys(ours, action))
+    if threading.current_thread() is threading.main_thread():
+        usual |= {number: signal.signal(number, handle) for number in numbers if number not in ours}
+    try:
+        yield
+    finally:
+        for number in ours:
+            _postponed.pop(number, None)
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
 def wait_if_leaving() -> None:
     """Before the main thread ends the process: let the thread that is ending it come first."""
     while _leaving.is_set():
@@ -66,8 +99,13 @@ def _noticed(number, frame) -> None:
 
 def _watch(reader: socket.socket) -> None:
     while woken := reader.recv(1):
-        if signal.getsignal(woken[0]) is _noticed:
-            _leave(woken[0])
+        number = woken[0]
+        # Decided here, in one thread: the main thread may be anywhere by now.
+        action = _postponed.pop(number, None) if number == signal.SIGINT else _postponed.get(number)
+        if action is not None:
+            action()
+        elif signal.getsignal(number) is _noticed:
+            _leave(number)
 
 
 def _leave(number: int) -> None:

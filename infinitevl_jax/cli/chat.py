@@ -1,9 +1,8 @@
 """A conversation at the terminal."""
 
 import contextlib
-import signal
 import sys
-from collections.abc import Callable, Iterator
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from infinitevl_jax import compilation
 from infinitevl_jax.cli.session import Place, Settings, answer, media, open_model, say
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.inference.conversation import Conversation
+from infinitevl_jax.interrupts import postponed
 from infinitevl_jax.processing import Processor
 
 HELP = """\
@@ -74,25 +74,9 @@ def _talk(conversation: Conversation, settings: Settings, sees: bool) -> None:
                 raise InfiniteVLError(f"there is no command {command}", "/help lists them")
             elif line:
                 content, shown = [*shown, {"type": "text", "text": line}], []
-                with _interrupts() as stopped:
-                    answer(conversation, content, settings, stopped)
+                pressed = threading.Event()
+                with postponed(pressed.set, "SIGINT"):
+                    answer(conversation, content, settings, pressed.is_set)
                 settings = replace(settings, seed=(settings.seed + 1) % 2**32)  # no two answers are drawn alike
         except InfiniteVLError as error:
             typer.echo(f"error: {error}", err=True)
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Within, the first Ctrl-C only makes the yielded function true; the second has its usual effect."""
-    pressed = False
-
-    def press(number, frame):
-        nonlocal pressed
-        pressed = True
-        signal.signal(signal.SIGINT, usual)
-
-    usual = signal.signal(signal.SIGINT, press)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, usual)
