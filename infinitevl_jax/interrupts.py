@@ -58,7 +58,7 @@ def under_construction(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def postponed(action: Callable[[], None], *names: str) -> Iterator[None]:
-    """Within, these signals call `action`, once for each time, in place of what they do otherwise. A second SIGINT does that again.
+    """Within, these signals call `action`, each time, in place of what they do otherwise; SIGINT only if it is the first of them.
 
     Args:
       action: sets a flag, say. It runs in another thread where `install` was called, else in the main thread; from any other
@@ -71,8 +71,8 @@ def postponed(action: Callable[[], None], *names: str) -> Iterator[None]:
     usual = {}
 
     def handle(number, frame) -> None:
-        if number == signal.SIGINT:
-            signal.signal(number, usual[number])
+        if signal.SIGINT in usual:
+            signal.signal(signal.SIGINT, usual[signal.SIGINT])
         action()
 
     _postponed.update(dict.fromkeys(ours, action))
@@ -101,8 +101,9 @@ def _watch(reader: socket.socket) -> None:
     while woken := reader.recv(1):
         number = woken[0]
         # Decided here, in one thread: the main thread may be anywhere by now.
-        action = _postponed.pop(number, None) if number == signal.SIGINT else _postponed.get(number)
+        action = _postponed.get(number)
         if action is not None:
+            _postponed.pop(signal.SIGINT, None)
             action()
         elif signal.getsignal(number) is _noticed:
             _leave(number)

@@ -105,7 +105,8 @@ class InfiniteVL:
         if mesh is not None:
             check_mesh(mesh)
             shardings = parameter_shardings(abstract(read_config(folder), scanned=False)[1], mesh)
-        config, params = load_params(folder, scanned=False, dtype=dtype, shardings=shardings, progress=progress)
+        with says_which_extra():  # some files need packages of their own
+            config, params = load_params(folder, scanned=False, dtype=dtype, shardings=shardings, progress=progress)
         return cls(config, params, dtype=dtype, mesh=mesh, ops=ops, defaults=defaults)
 
     @classmethod

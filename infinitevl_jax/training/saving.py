@@ -1,7 +1,6 @@
 """When a run saves: every so often, when told to, and before an error ends it."""
 
 import contextlib
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from infinitevl_jax.checkpoints.manager import Checkpoints
 from infinitevl_jax.config.train import TrainConfig
 from infinitevl_jax.data.skipping import Skipped
 from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.interrupts import postponed
 from infinitevl_jax.locking import Lock
 from infinitevl_jax.training.step import TrainState
 
@@ -25,25 +25,19 @@ class Stop(contextlib.AbstractContextManager):
 
     def __init__(self):
         self.asked = False
-        self._old: dict[int, Any] = {}
+        self._signals = postponed(self._ask, "SIGINT", "SIGTERM", "SIGHUP")
+
+    def _ask(self) -> None:
+        self.asked = True
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print("\nfinishing this step, then saving", file=sys.stderr)
 
     def __enter__(self) -> "Stop":
-        def ask(number, frame):
-            self.asked = True
-            signal.signal(signal.SIGINT, self._old[signal.SIGINT])
-            with contextlib.suppress(OSError):  # the terminal may be gone
-                print("\nfinishing this step, then saving", file=sys.stderr)
-
-        with contextlib.suppress(ValueError):  # only the main thread may listen for signals
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-                    self._old[number] = signal.signal(number, ask)
-            self._old.setdefault(signal.SIGINT, signal.getsignal(signal.SIGINT))
+        self._signals.__enter__()
         return self
 
     def __exit__(self, *exception) -> None:
-        for number, old in self._old.items():
-            signal.signal(number, old)
+        self._signals.__exit__(*exception)
 
 
 class Saver(contextlib.AbstractContextManager):
