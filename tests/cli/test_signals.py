@@ -132,7 +132,7 @@ def test_a_folder_under_construction_goes(tmp_path, number):
     (tmp_path / "dst").mkdir()
     (tmp_path / "dst" / "config.json").write_text("{}")
     process = program(f"""\
-    from infinitevl_jax.conversion.files import new_folder
+    from infinitevl_jax.conversion.destination import new_folder
     with new_folder({str(tmp_path / "dst")!r}, overwrite=True) as work:
         def fill():
             for i in range(10**6):
