@@ -2,6 +2,7 @@
 
 import configparser
 import email
+import os
 import re
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ SOURCES = ("infinitevl_jax", "pallas_kernels", "configs", "pyproject.toml", "REA
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def built(tmp_path_factory):
     """Built offline from a copy of the sources alone, so that the checkout stays as it was."""
     folder = tmp_path_factory.mktemp("wheel")
     for name in SOURCES:
@@ -30,7 +31,12 @@ def wheel(tmp_path_factory):
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (path,) = (folder / "dist").glob("*.whl")
-    with zipfile.ZipFile(path) as archive:
+    return path
+
+
+@pytest.fixture
+def wheel(built):
+    with zipfile.ZipFile(built) as archive:
         yield archive
 
 
@@ -77,3 +83,20 @@ def test_metadata_names_licence_and_extras(wheel):
     assert read(wheel, "/licenses/LICENSE") == (ROOT / "LICENSE").read_text("utf-8")
     assert metadata.get_all("Provides-Extra") == list(declared["optional-dependencies"])
     assert len(metadata.get_all("Project-URL")) == len(declared["urls"])
+
+
+def test_it_works_outside_the_checkout(built, tmp_path):
+    """Installed without its dependencies, which are those of this environment, and started from elsewhere."""
+    there = tmp_path / "installed"
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-compile", "--target", str(there), str(built)]
+    subprocess.run(command, check=True, capture_output=True)
+    code = (
+        "import infinitevl_jax, pallas_kernels; from infinitevl_jax.processing import Processor;"
+        "print(infinitevl_jax.__file__, pallas_kernels.__file__, bool(Processor()))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(there)}
+    for run in ([sys.executable, "-c", code], [str(there / "bin" / "infinitevl"), "--help"]):
+        done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert str(ROOT) not in done.stdout
+    assert "infinitevl" in done.stdout and (there / "share" / "infinitevl_jax" / "configs" / "easy_vqa.toml").is_file()
