@@ -1,6 +1,6 @@
 """The published size on one GPU: 4,408,381,536 random bf16 parameters, prefill, decode, an image question, peak memory.
 
-    python -m benchmarks.full_size                 # about 4 minutes on an H100; appends a JSON line to benchmarks/results/full_size.jsonl
+    python -m benchmarks.full_size                 # about 4 minutes on an H100; into benchmarks/results/full_size.jsonl
     python -m benchmarks.full_size --prompt 2048   # a shorter prompt
 
 Peers on the same card are in the project's notes; random weights make no sense of the answer, only of its speed.
