@@ -3,18 +3,20 @@
 python convert_torch.py import  InfiniteVL/ infinitevl-jax/           # Hugging Face -> ours
 python convert_torch.py import  Qwen2.5-VL-3B/ merged/ --adapter my-lora/
 python convert_torch.py export  infinitevl-jax/ InfiniteVL-again/     # ours, or a step of a training run -> Hugging Face
-python convert_torch.py export  runs/sft/step_1000/ tuned/ --max-shard-size 2GB
+python convert_torch.py export  runs/sft/checkpoints/1000/ tuned/ --max-shard-size 2GB
+python convert_torch.py export  runs/sft/ tuned/                      # a run: its newest step
 python convert_torch.py inspect InfiniteVL/
 """
 
 import argparse
 import os
 import sys
+from pathlib import Path
+
+from infinitevl_jax.command import run
+from infinitevl_jax.errors import InfiniteVLError
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed: leave the accelerator's memory alone
-
-from infinitevl_jax.conversion import export_folder, import_folder, inspect_folder  # noqa: E402
-from infinitevl_jax.errors import InfiniteVLError  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,7 +44,11 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     args = parser().parse_args(arguments)
+    from infinitevl_jax.conversion import export_folder, import_folder, inspect_folder
+    from infinitevl_jax.conversion.newest import checkpoint_folder
+
     try:
+        args.src = checkpoint_folder(Path(args.src))
         if args.command == "import":
             import_folder(args.src, args.dst, adapters=args.adapter, overwrite=args.overwrite, progress=True)
         elif args.command == "export":
@@ -57,4 +63,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

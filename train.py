@@ -2,6 +2,9 @@
 
 import argparse
 import sys
+from pathlib import Path
+
+from infinitevl_jax.command import run
 
 EXAMPLES = """examples:
   python train.py configs/easy_vqa.toml                                       train the small model, seven to ten minutes on two cores
@@ -12,22 +15,26 @@ Ctrl-C saves after the step at hand; the same command goes on from there."""
 
 
 def main() -> int:
+    """Train as the command line says; returns the exit status: 0, 2 after a mistake, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="a preset, such as configs/easy_vqa.toml")
+    parser.add_argument("config", nargs="?", help="a preset, such as configs/easy_vqa.toml")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="changes to it, such as train.optimizer.peak_lr=1e-4")
+    parser.add_argument("--no-compilation-cache", action="store_true", help="compile anew, and keep nothing in the user's cache folder")
     arguments = parser.parse_args()
-
-    from infinitevl_jax import InfiniteVLError
-
-    try:
-        from infinitevl_jax.config.presets import load_preset
-        from infinitevl_jax.training.loop import train
-
-        return 0 if train(load_preset(arguments.config, arguments.changes)).finished else 130
-    except InfiniteVLError as error:
-        print(f"error: {error}", file=sys.stderr)
+    if arguments.config is None:
+        parser.print_help(sys.stderr)
+        presets = sorted((Path(__file__).parent / "configs").glob("*.toml"))
+        print(f"\nerror: name a preset. Those that come along: {', '.join(f'configs/{p.name}' for p in presets)}", file=sys.stderr)
         return 2
+
+    from infinitevl_jax import compilation
+    from infinitevl_jax.config.presets import load_preset
+    from infinitevl_jax.training.loop import train
+
+    preset = load_preset(arguments.config, arguments.changes)
+    with compilation.kept(not arguments.no_compilation_cache, lambda text: print(text, file=sys.stderr)):
+        return 0 if train(preset).finished else 130
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

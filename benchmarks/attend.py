@@ -1,7 +1,7 @@
 """Window attention of a sequence with itself on one GPU: ours for Hopper, ours in XLA, and cuDNN through JAX; PyTorch's flex attention
 and tokamax's Mosaic GPU kernel where they import.
 
-    python -m benchmarks.attend                    # 4K to 256K tokens; appends to benchmarks/results/attend.jsonl
+    python -m benchmarks.attend                    # 4K to 256K tokens; into benchmarks/results/attend.jsonl
     python -m benchmarks.attend --lengths 4096 131072
     python -m benchmarks.attend --case tower_windows tower_slices --lengths 4096 16384
     ncu --metrics sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active -k regex:attend \\

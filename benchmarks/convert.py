@@ -3,7 +3,7 @@
     python -m benchmarks.convert --folder DISK_WITH_30_GB      # about 5 minutes on 2 cores
 
 Writes a synthetic InfiniteVL of 4.4 B random bf16 parameters in 4 safetensors shards (8.8 GB), runs `convert_torch.py import` and `export`
-as a user does, compares every tensor (name, dtype, shape, bytes), and appends one JSON line to benchmarks/results/convert.jsonl.
+as a user does, compares every tensor (name, dtype, shape, bytes), and records one line in benchmarks/results/convert.jsonl.
 """
 
 import argparse

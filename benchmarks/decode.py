@@ -1,7 +1,7 @@
 """One token of each sequence through the mixers alone, without their projections, on one GPU: ours for Hopper, its
 definition in XLA, and the separate operations that the layers are made of.
 
-    python -m benchmarks.decode                    # batches of 1, 8 and 64; appends to benchmarks/results/decode.jsonl
+    python -m benchmarks.decode                    # batches of 1, 8 and 64; into benchmarks/results/decode.jsonl
     python -m benchmarks.decode --batches 1 --ops attend
 
 Sizes of the 4.4 B model, bfloat16: 27 Gated DeltaNet layers, each with its own state, or 9 window layers with full rings,

@@ -1,7 +1,7 @@
 """Record finished runs of the main job, and print their mean.
 
     for seed in 0 1 2; do python examples/pixels_to_answers.py --seed $seed --output runs/easy_vqa_$seed; done
-    python -m benchmarks.easy_vqa runs/easy_vqa_0 runs/easy_vqa_1 runs/easy_vqa_2     # appends to benchmarks/results/easy_vqa.jsonl
+    python -m benchmarks.easy_vqa runs/easy_vqa_0 runs/easy_vqa_1 runs/easy_vqa_2     # into benchmarks/results/easy_vqa.jsonl
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The published size on one GPU: 4,408,381,536 random bf16 parameters, prefill, decode, an image question, peak memory.
 
-    python -m benchmarks.full_size                 # about 4 minutes on an H100; appends a JSON line to benchmarks/results/full_size.jsonl
+    python -m benchmarks.full_size                 # about 4 minutes on an H100; into benchmarks/results/full_size.jsonl
     python -m benchmarks.full_size --prompt 2048   # a shorter prompt
 
 Peers on the same card are in the project's notes; random weights make no sense of the answer, only of its speed.
@@ -72,13 +72,13 @@ def main():
     # decode with the window full: a run of 32 tokens, one after the other, as generate does it
     token, key = jnp.zeros(1, jnp.int32), jax.random.key(0)
     started = time.perf_counter()
-    token, cache = jax.block_until_ready(model._step(model.params, token, cache, key, sampling=GREEDY))
+    token, cache = jax.block_until_ready(model._programs.step(model.params, token, cache, key, sampling=GREEDY))
     result["decode_compile_s"] = round(time.perf_counter() - started, 1)
     state = {"token": token, "cache": cache}
 
     def run():
         for _ in range(32):
-            state["token"], state["cache"] = model._step(model.params, state["token"], state["cache"], key, sampling=GREEDY)
+            state["token"], state["cache"] = model._programs.step(model.params, state["token"], state["cache"], key, sampling=GREEDY)
         return state["token"]
 
     run_ms = timed(run, args.repeats)

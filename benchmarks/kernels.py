@@ -4,8 +4,8 @@
     python -m benchmarks.kernels            # on a CPU: static scores for four generations of TPU; on a TPU: parity matrix first
     python -m benchmarks.kernels --table    # only the tables, of the newest line recorded for each case
 
-The tables are printed and written into README.md. Each part is a command of its own (`python -m benchmarks.attend --help` and so on) and
-appends to benchmarks/results/. A matrix with an error too large ends the run before anything is timed.
+The tables are printed and written into docs/kernels.md. Each part is a command of its own (`python -m benchmarks.attend --help` and so
+on) and records in benchmarks/results/. A matrix with an error too large ends the run before anything is timed.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pallas_kernels.testing.static_score import CHIPS
 
 GPU = ("attend", "gated_delta_rule", "decode")
 CPU = ("tpu_scores",)
-README = RESULTS.parent.parent / "README.md"
+DOCUMENT = RESULTS.parent.parent / "docs" / "kernels.md"
 BEGIN, END = "<!-- python -m benchmarks.kernels --table writes what follows -->", "<!-- up to here -->"
 TIMES = ("ms", "us", "estimate_ms", "failed")
 
@@ -88,13 +88,13 @@ def _figure(x: float | str) -> str:
     return x if isinstance(x, str) else f"{x:.0f}" if x >= 1000 else f"{x:.3g}"
 
 
-def write_readme() -> None:
-    """Put the tables where the README holds them, between its two marks."""
-    before, rest = README.read_text("utf-8").split(BEGIN)
+def write_tables() -> None:
+    """Put the tables into the document, between its two marks."""
+    before, rest = DOCUMENT.read_text("utf-8").split(BEGIN)
     _, after = rest.split(END)
-    aside = README.with_suffix(".tmp")
+    aside = DOCUMENT.with_suffix(".tmp")
     aside.write_text(f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}", "utf-8")
-    aside.replace(README)
+    aside.replace(DOCUMENT)
 
 
 def main() -> None:
@@ -112,7 +112,7 @@ def main() -> None:
         for part in GPU if backend == "gpu" else CPU:
             _run(f"benchmarks.{part}", "--commit", args.commit)
     print(tables())
-    write_readme()
+    write_tables()
 
 
 def _run(module: str, *arguments: str) -> None:

@@ -1,6 +1,6 @@
 """Compile the 4.4 B training step (8K tokens a row, global batch 64) for TPU pods, on any CPU.
 
-    python -m benchmarks.pods                       # v5p:4x4x4 and v6e:8x8; appends JSON lines to benchmarks/results/pods.jsonl
+    python -m benchmarks.pods                       # v5p:4x4x4 and v6e:8x8; into benchmarks/results/pods.jsonl
     python -m benchmarks.pods --topology v6e:8x8 --tensor 2
 
 Everything but the vision tower and the embeddings trains, in f32 with Adam's moments; activations are bf16, every layer is recomputed in

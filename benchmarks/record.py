@@ -1,4 +1,7 @@
-"""One line of JSON a result: what was measured, when, on what, with which versions, at which commit."""
+"""One line of JSON a result: what was measured, when, on what, with which versions, at which commit.
+
+A file of results is a snapshot: it holds the newest line of each case on each device. Older ones are in the history of the repository.
+"""
 
 import argparse
 import datetime
@@ -11,6 +14,24 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 
+# What tells the cases of a benchmark apart, beside the device. A line that lacks a key stands for its default, whatever that is.
+CASES = {
+    "attend": ("case", "heads", "width", "window", "dtype", "implementation", "work", "length"),
+    "convert": ("parameters",),
+    "decode": ("op", "dtype", "sizes", "implementation", "batch"),
+    "easy_vqa": ("parameters", "steps", "seed"),
+    "full_size": ("parameters", "prompt"),
+    "gated_delta_rule": ("heads", "widths", "dtype", "implementation", "spans", "work", "shape"),
+    "meshes": (
+        *("part", "mesh", "train", "rows", "steps", "length", "patches", "remat", "layers", "dtype"),
+        *("attend", "gated_delta_rule", "peak_lr", "at_once", "seed"),
+    ),
+    "pods": ("topology", "rows", "length", "patches", "tensor"),
+    "prefill": ("parameters", "allowed", "prompt"),
+    "tpu_scores": ("op", "program", "topology", "length", "heads"),
+    "train_step": ("train", "remat", "layers", "attend", "gated_delta_rule", "length", "patches", "dtype"),
+}
+
 
 def add_commit(parser: argparse.ArgumentParser) -> None:
     """Add --commit; it may be left out only where git knows the answer, so that no long run ends without one."""
@@ -20,15 +41,30 @@ def add_commit(parser: argparse.ArgumentParser) -> None:
 
 
 def record(name: str, commit: str, figures: dict, path: Path | None = None) -> dict:
-    """Print the line, append it to a file (by default benchmarks/results/NAME.jsonl), and return it."""
+    """Print the line and put it into a file (by default benchmarks/results/NAME.jsonl), where it replaces the one of its case.
+
+    Args:
+      name: the benchmark, one of CASES.
+      figures: the case and what was measured, ready for JSON.
+
+    Returns the line: the figures with the circumstances and the commit.
+    """
     content = {**circumstances(), "commit": commit, **figures}
     line = json.dumps(content)
-    print(line, flush=True)
+    print(line, flush=True)  # first, so that nothing below can lose it
     path = path or RESULTS / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    earlier = path.read_text("utf-8").splitlines() if path.exists() else []
+    kept = [old for old in earlier if case(name, json.loads(old)) != case(name, content)]
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text("".join(f"{text}\n" for text in (*kept, line)), "utf-8")
+    aside.replace(path)
     return content
+
+
+def case(name: str, line: dict) -> tuple[str, ...]:
+    """What a line is of: the device, and the values of the benchmark's CASES."""
+    return tuple(json.dumps(line.get(key)) for key in ("device", *CASES[name]))
 
 
 def versions(*packages: str) -> dict[str, str]:

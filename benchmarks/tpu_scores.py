@@ -1,6 +1,6 @@
 """Static scores for TPU, on any CPU: what the compiler would execute and move, no chip involved (pallas_kernels.testing.static_score).
 
-    python -m benchmarks.tpu_scores                          # the kernels; appends to benchmarks/results/tpu_scores.jsonl
+    python -m benchmarks.tpu_scores                          # the kernels; into benchmarks/results/tpu_scores.jsonl
     python -m benchmarks.tpu_scores --op gated_delta_rule    # one operator's
     python -m benchmarks.tpu_scores --whole                  # whole operators as well, XLA's programs with the kernels: minutes each
 

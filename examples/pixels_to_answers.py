@@ -71,8 +71,6 @@ def main() -> None:
     mine, blind = score(rows, answers), score(rows, answer_blind(known, rows))
     answered = time.monotonic() - began_answers
 
-    shown = [(i, i % len(rows[i].questions)) for i in range(20)]
-    draw_samples([(rows[i], j, answers[i][j]) for i, j in shown], outcome.run / "samples.png")
     results = {
         "seed": arguments.seed,
         "device": jax.devices()[0].device_kind,
@@ -91,6 +89,8 @@ def main() -> None:
     aside = outcome.run / ".results.json.partial"
     aside.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
     os.replace(aside, outcome.run / "results.json")
+    shown = [(i, i % len(rows[i].questions)) for i in range(min(20, len(rows)))]
+    draw_samples([(rows[i], j, answers[i][j]) for i, j in shown], outcome.run / "samples.png")
     print(f"{mine.questions:,} test questions, each asked alone after its image: {mine.all:.1%} right (blind {blind.all:.1%})")
     print(f"{mine.questions_other:,} of them not yes/no: {mine.other:.1%} right (blind {blind.other:.1%})")
     print(f"sample answers {outcome.run / 'samples.png'}, loss {outcome.run / 'loss.png'}, figures {outcome.run / 'results.json'}")
@@ -98,4 +98,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from infinitevl_jax.command import run
+
+    run(main)

@@ -1,23 +1,25 @@
 """InfiniteVL in JAX: train, run and convert vision-language models whose decoder mixes window attention and Gated DeltaNet."""
 
-from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.errors import InfiniteVLError, InfiniteVLWarning
+from infinitevl_jax.extras import says_which_extra
 
 __version__ = "0.1.0"
-__all__ = ["InfiniteVL", "InfiniteVLError", "Processor", "Sampling"]
+__all__ = ["InfiniteVL", "InfiniteVLError", "InfiniteVLWarning", "Processor", "Sampling"]
 
 
 def __getattr__(name: str):
     # The model needs jax and flax, the processor pillow, av and tokenizers: whoever uses one need not have the other.
-    if name == "InfiniteVL":
-        from infinitevl_jax.inference.infinitevl import InfiniteVL
+    with says_which_extra():
+        if name == "InfiniteVL":
+            from infinitevl_jax.inference.infinitevl import InfiniteVL
 
-        return InfiniteVL
-    if name == "Sampling":
-        from infinitevl_jax.inference.sampling import Sampling
+            return InfiniteVL
+        if name == "Sampling":
+            from infinitevl_jax.inference.sampling import Sampling
 
-        return Sampling
-    if name == "Processor":
-        from infinitevl_jax.processing import Processor
+            return Sampling
+        if name == "Processor":
+            from infinitevl_jax.processing import Processor
 
-        return Processor
+            return Processor
     raise AttributeError(f"module 'infinitevl_jax' has no attribute {name!r}")

@@ -1,20 +1,22 @@
 """The one exception that users of this package are meant to read."""
 
+from collections.abc import Sequence
+
 
 class InfiniteVLError(ValueError):
     """Input, file or setting that cannot work. The message names the culprit, then the cure; it fits on one screen.
 
-    Both quote what came from outside: control characters and lone surrogates are escaped, long text is cut in the middle.
+    culprit, cure: one line each. items: what the culprit consists of, a line each under it.
+    All quote what came from outside: control characters and lone surrogates are escaped, long text
+      is cut in the middle.
     """
 
-    def __init__(self, culprit: str, cure: str):
-        culprit, cure = quoted(culprit), quoted(cure)
-        super().__init__(f"{culprit}\n  -> {cure}")
-        self.culprit = culprit
-        self.cure = cure
+    def __init__(self, culprit: str, cure: str, items: Sequence[str] = ()):
+        self.culprit, self.cure, self.items = quoted(culprit), quoted(cure), tuple(map(quoted, items))
+        super().__init__("\n  ".join([self.culprit, *self.items, f"-> {self.cure}"]))
 
     def __reduce__(self):
-        return type(self), (self.culprit, self.cure)  # so that a data worker's error crosses to the main process
+        return type(self), (self.culprit, self.cure, self.items)  # so that a data worker's error crosses to the main process
 
 
 class BadRow(InfiniteVLError):
@@ -29,6 +31,10 @@ class BadRow(InfiniteVLError):
 
     def __reduce__(self):
         return type(self), (self.source, self.index, self.reason, self.cure)
+
+
+class InfiniteVLWarning(UserWarning):
+    """Something works otherwise than a file asks for. One line, which names the file and what to do."""
 
 
 LONGEST = 2000  # characters of a culprit or a cure

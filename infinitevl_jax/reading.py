@@ -1,6 +1,7 @@
 """Files that come from outside: JSON with declared types, sizes and ranges, read in one place."""
 
 import os
+import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,8 @@ import msgspec
 from infinitevl_jax.errors import InfiniteVLError
 
 JSON_BYTES = 64 << 20  # of a JSON file: the largest published tokenizer.json has 12 MB
+
+_MEND = "mend that key, or copy the file again"
 
 T = TypeVar("T")
 
@@ -29,22 +32,10 @@ def open_regular(path: Path) -> BinaryIO:
     return file
 
 
-def read_bytes(path: Path, limit: int) -> bytes:
-    """The content of a regular file of at most `limit` bytes.
-
-    Raises:
-      InfiniteVLError: there is no such file, it is no regular file (a folder, a pipe, a device), it is
-        larger than `limit`, or it cannot be read.
-    """
+def open_file(path: Path) -> BinaryIO:
+    """As `open_regular`; an absent file and what the system refuses are InfiniteVLErrors too."""
     try:
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > limit:
-                raise InfiniteVLError(
-                    f"{path} has {size:,} bytes, more than the {limit:,} that are read",
-                    "check that it is the right file",
-                )
-            return file.read()
+        return open_regular(path)
     except InfiniteVLError:
         raise
     except FileNotFoundError:
@@ -54,6 +45,25 @@ def read_bytes(path: Path, limit: int) -> bytes:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InfiniteVLError(f"{path} cannot be read: {reason}", "check the path and its permissions") from None
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes.
+
+    Raises:
+      InfiniteVLError: as `open_file`, or the file is larger than `limit`, or it cannot be read.
+    """
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise InfiniteVLError(
+                f"{path} has {size:,} bytes, more than the {limit:,} that are read",
+                "check that it is the right file",
+            )
+        try:
+            return file.read()
+        except OSError as error:
+            raise InfiniteVLError(f"{path} cannot be read: {error.strerror}", "copy the file again") from None
 
 
 def read_json(path: Path, kind: type[T] = dict[str, Any], *, limit: int = JSON_BYTES) -> T:
@@ -77,7 +87,11 @@ def decode_json(text: bytes | str, kind: type[T], where: str) -> T:
     try:
         return msgspec.json.decode(text, type=kind)
     except msgspec.ValidationError as error:
-        raise InfiniteVLError(f"{where}: {_at(error)}", "mend that key, or copy the file again") from None
+        try:
+            tree = msgspec.json.decode(text)
+        except (msgspec.DecodeError, UnicodeError, RecursionError):  # damaged further on, too
+            tree = None
+        raise InfiniteVLError(f"{where}: {_at(error, tree)}", _MEND) from None
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise InfiniteVLError(f"{where} is not JSON: {error}", "download or write the file again") from None
 
@@ -86,28 +100,42 @@ def convert(tree: Any, kind: type[T], where: str) -> T:
     """A tree of plain values (from JSON or TOML) as `kind`, checked like `read_json`."""
     try:
         return msgspec.convert(tree, kind, from_attributes=False)
-    except (msgspec.ValidationError, RecursionError) as error:
-        raise InfiniteVLError(f"{where}: {_at(error)}", "mend that key, or copy the file again") from None
+    except msgspec.ValidationError as error:
+        raise InfiniteVLError(f"{where}: {_at(error, tree)}", _MEND) from None
+    except RecursionError:
+        raise InfiniteVLError(f"{where} is nested too deeply", _MEND) from None
+    except UnicodeError as error:
+        raise InfiniteVLError(f"{where}: {error}", _MEND) from None
 
 
 def plain_name(name: Any, where: str, suffix: str = "") -> str:
     """`name`, if it names a file directly inside a folder and no other place.
 
-    Raises InfiniteVLError for anything with a separator, "..", a leading dot, a NUL, or another suffix.
+    Raises InfiniteVLError for anything with a separator, "..", a leading dot, a character that
+    cannot be printed, or another suffix.
     """
-    bad = not isinstance(name, str) or not name or name.startswith(".") or set(name) & set("/\\\0")
-    if bad or not name.endswith(suffix) or len(os.fsencode(name)) > 255:
+    bad = not isinstance(name, str) or not name or name.startswith(".") or set(name) & set("/\\")
+    if bad or not name.endswith(suffix) or not name.isprintable() or len(name.encode()) > 255:
         wanted = f"a plain file name{f' that ends in {suffix}' if suffix else ''}"
         raise InfiniteVLError(f"{where}: {name!r} is not {wanted}", "get the folder from a source that you trust")
     return name
 
 
 def inside(folder: Path, name: str) -> Path:
-    """folder / name, if that lies inside the folder once links are followed; InfiniteVLError if not."""
+    """folder / name, if that lies inside the folder once links are followed; InfiniteVLError if not.
+
+    The cache of huggingface_hub links each file of REPO/snapshots/REVISION to REPO/blobs: that
+    counts as inside.
+    """
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        root, target = folder.resolve(), path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL
+        raise InfiniteVLError(f"{path} cannot be read: {error}", "put the file itself there") from None
+    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not any(target.is_relative_to(place) for place in roots):
         raise InfiniteVLError(
-            f"{path} leads out of its folder, to {path.resolve()}",
+            f"{path} leads out of its folder, to {target}",
             "put the file itself there, or get the folder from a source that you trust",
         )
     return path
@@ -118,7 +146,14 @@ def unknown_keys(content: Mapping[str, Any], kind: type) -> list[str]:
     return sorted(set(content) - set(kind.__struct_encode_fields__))
 
 
-def _at(error: Exception) -> str:
-    """msgspec's message with the place in front: "$.a.b: Expected ..." ."""
+def _at(error: Exception, tree: Any) -> str:
+    """msgspec's message with the place and what stands there in front: "$.a[2]: 'x', expected ..."."""
     message, _, place = str(error).partition(" - at ")
-    return f"{place.strip('`')}: {message}" if place else message
+    place = place.strip("`")
+    try:
+        for name, index in re.findall(r"\.(\w+)|\[(\d*|\.\.\.)\]", place):
+            tree = tree[name or int(index)]
+        found = f"{tree!r}: " if not isinstance(tree, dict | list) else ""
+    except (KeyError, IndexError, TypeError, ValueError):  # "[...]": some key of a free dictionary
+        found = ""
+    return f"{place}: {found}{message}" if place else message

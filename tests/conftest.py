@@ -1,6 +1,7 @@
 """Every test runs on the CPU, which stands in for a machine of 8 devices. Set before jax is imported."""
 
 import os
+import tempfile
 
 from quick import QUICK
 
@@ -12,6 +13,8 @@ os.environ["NPROC"] = "16"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu compiles for pods here; there is no pod to ask
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # test workers compile side by side
 os.environ["HF_HUB_OFFLINE"] = "1"
+_cache = tempfile.TemporaryDirectory(prefix="tests-cache-")  # commands keep compiled programs there, not in the user's folder
+os.environ["XDG_CACHE_HOME"] = _cache.name
 
 import gc  # noqa: E402
 

@@ -1,5 +1,5 @@
 """`python -m infinitevl_jax.cli` is the same as `infinitevl`."""
 
-from infinitevl_jax.cli.app import main
+from infinitevl_jax.__main__ import main
 
 main()

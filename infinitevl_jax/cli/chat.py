@@ -1,17 +1,18 @@
 """A conversation at the terminal."""
 
 import contextlib
-import signal
 import sys
-from collections.abc import Callable, Iterator
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import typer
 
+from infinitevl_jax import compilation
 from infinitevl_jax.cli.session import Place, Settings, answer, media, open_model, say
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.inference.conversation import Conversation
+from infinitevl_jax.interrupts import postponed
 from infinitevl_jax.processing import Processor
 
 HELP = """\
@@ -20,7 +21,7 @@ HELP = """\
 /undo         take back the last question and its answer
 /reset        start anew
 /help         this list
-/quit         leave (as does Ctrl-D); Ctrl-C stops an answer"""
+/quit         leave (as does Ctrl-D); Ctrl-C stops an answer, or leaves"""
 
 
 def chat(folder: Path, context: int, settings: Settings, place: Place) -> None:
@@ -34,9 +35,10 @@ def chat(folder: Path, context: int, settings: Settings, place: Place) -> None:
         turns = [("user", "One."), ("assistant", "Two."), ("user", "Three.")]
         processor.continuation([{"role": role, "content": text} for role, text in turns], prompt)
 
-    conversation = open_model(folder, place, max_length=context, check=check)
-    say("/help lists the commands, Ctrl-D leaves")
-    _talk(conversation, settings, sees)
+    with compilation.kept(place.compilation_cache, say):
+        conversation = open_model(folder, place, system=settings.system, max_length=context, check=check)
+        say("/help lists the commands, Ctrl-D leaves")
+        _talk(conversation, settings, sees)
 
 
 def _talk(conversation: Conversation, settings: Settings, sees: bool) -> None:
@@ -49,9 +51,6 @@ def _talk(conversation: Conversation, settings: Settings, sees: bool) -> None:
             line = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
-        except KeyboardInterrupt:
-            say("Ctrl-D or /quit leaves")
-            continue
         command, _, rest = line.partition(" ")
         try:
             if command == "/quit":
@@ -75,25 +74,9 @@ def _talk(conversation: Conversation, settings: Settings, sees: bool) -> None:
                 raise InfiniteVLError(f"there is no command {command}", "/help lists them")
             elif line:
                 content, shown = [*shown, {"type": "text", "text": line}], []
-                with _interrupts() as stopped:
-                    answer(conversation, content, settings, stopped)
+                pressed = threading.Event()
+                with postponed(pressed.set, "SIGINT"):
+                    answer(conversation, content, settings, pressed.is_set)
                 settings = replace(settings, seed=(settings.seed + 1) % 2**32)  # no two answers are drawn alike
         except InfiniteVLError as error:
             typer.echo(f"error: {error}", err=True)
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Within, the first Ctrl-C only makes the yielded function true; the second has its usual effect."""
-    pressed = False
-
-    def press(number, frame):
-        nonlocal pressed
-        pressed = True
-        signal.signal(signal.SIGINT, usual)
-
-    usual = signal.signal(signal.SIGINT, press)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, usual)

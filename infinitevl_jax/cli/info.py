@@ -12,9 +12,11 @@ from infinitevl_jax.conversion import read_config
 from infinitevl_jax.conversion.files import is_ours
 from infinitevl_jax.conversion.load import own_dtypes
 from infinitevl_jax.conversion.manifest import Manifest
+from infinitevl_jax.conversion.newest import checkpoint_folder
 from infinitevl_jax.conversion.source import open_source
 from infinitevl_jax.conversion.weights import leaves, match
 from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.inference.infinitevl import compute_dtype
 from infinitevl_jax.model.cache import cache_bytes
 from infinitevl_jax.processing import ChatTemplate, Tokenizer
 
@@ -24,12 +26,16 @@ NAMES = {SLIDING: "window attention", FULL: "full attention", LINEAR: "Gated Del
 
 
 def describe(folder: Path) -> dict:
-    """Facts of a checkpoint folder, as JSON has them. Raises InfiniteVLError for a damaged folder or another family."""
+    """Facts of a checkpoint folder, or of a training run's newest step, as JSON has them.
+
+    Raises InfiniteVLError for a damaged folder or another family.
+    """
+    folder = checkpoint_folder(folder)
     config = read_config(folder)
     text, vision = config.text, config.vision
     dtypes = _dtypes(folder, config)
     parts = _parts(config, dtypes)
-    dtype = dtypes["model.norm.weight"]
+    dtype = compute_dtype(dtypes["model.norm.weight"])
     return {
         "folder": str(folder),
         "kind": "ours" if is_ours(folder) else "Hugging Face",

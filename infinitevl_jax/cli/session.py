@@ -1,14 +1,18 @@
 """From a folder and options to a conversation, and an answer on its way to the terminal."""
 
+import contextlib
+import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import typer
 
+from infinitevl_jax import compilation
 from infinitevl_jax.config.run import RunConfig
 from infinitevl_jax.conversion import read_config
+from infinitevl_jax.conversion.newest import checkpoint_folder
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.inference.conversation import Conversation
 from infinitevl_jax.inference.infinitevl import InfiniteVL
@@ -21,26 +25,35 @@ AXES = ("data", "fsdp", "tensor")
 
 @dataclass(frozen=True)
 class Settings:
-    """How answers are made."""
+    """How answers are made; repetition_penalty None is the checkpoint's."""
 
     max_new_tokens: int
     sampling: Sampling
     seed: int
+    system: str = ""
+    repetition_penalty: float | None = None
+
+    def __post_init__(self):
+        if self.repetition_penalty is not None:
+            replace(self.sampling, repetition_penalty=self.repetition_penalty)  # out of range is said before anything slow
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model computes: --dtype ("own" or a dtype's name) and --mesh ("" or axis=parts, ...)."""
+    """Where a model computes: --dtype ("own" or a dtype's name) and --mesh ("" or axis=parts, ...); whether compiled programs are kept."""
 
     dtype: str = "own"
     mesh: str = ""
+    compilation_cache: bool = True
 
 
-def sampling(temperature: float, top_k: int, top_p: float) -> Sampling:
+def sampling(temperature: float, top_k: int, top_p: float, min_p: float = 0.0) -> Sampling:
     """Sampling as asked for on the command line. Raises InfiniteVLError for a choice that would have no effect."""
-    if temperature == 0 and (top_k or top_p < 1):
-        raise InfiniteVLError("--top-k and --top-p do nothing at temperature 0, which is greedy", "add --temperature 0.7, or drop them")
-    return Sampling(temperature, top_k, top_p)
+    if temperature == 0 and (top_k or top_p < 1 or min_p):
+        raise InfiniteVLError(
+            "--top-k, --top-p and --min-p do nothing at temperature 0, which is greedy", "add --temperature 0.7, or drop them"
+        )
+    return Sampling(temperature, top_k, top_p, min_p)
 
 
 def run_config(text: str) -> RunConfig:
@@ -53,7 +66,17 @@ def run_config(text: str) -> RunConfig:
                 f"--mesh {text!r}: {entry.strip()!r} is no axis and number", f"write such as fsdp=2,tensor=4 ({', '.join(AXES)})"
             )
         sizes[axis] = int(size)
-    return RunConfig(**sizes)
+    with _words_of_mesh(text):
+        return RunConfig(**sizes)
+
+
+@contextlib.contextmanager
+def _words_of_mesh(text: str) -> Iterator[None]:
+    """Errors of a mesh, whose words are those of training's run.data=..., in the words of --mesh."""
+    try:
+        yield
+    except InfiniteVLError as error:
+        raise InfiniteVLError(f"--mesh {text!r}: {error.culprit.replace('run.', '')}", error.cure.replace("run.", "")) from None
 
 
 def media(kind: str, path: Path) -> dict:
@@ -64,26 +87,37 @@ def media(kind: str, path: Path) -> dict:
     return {"type": kind, kind: str(path)}
 
 
-def open_model(folder: Path, place: Place, *, max_length: int | None = None, check: Callable[[Processor, bool], None]) -> Conversation:
+def open_model(
+    folder: Path, place: Place, *, system: str = "", max_length: int | None = None, check: Callable[[Processor, bool], None]
+) -> Conversation:
     """Read a checkpoint, showing progress on stderr.
 
     Args:
+      folder: of a checkpoint, or of a training run, for its newest step.
       check: called with the processor, and whether the model sees, before the weights are read; raises for what cannot work.
     """
-    run = run_config(place.mesh) if place.mesh else None
+    run, given = run_config(place.mesh) if place.mesh else None, folder
+    folder = checkpoint_folder(folder)
+    if folder != given:
+        say(f"{given}: its newest step, {folder}")
     processor, config = Processor.from_pretrained(folder), read_config(folder)
     check(processor, config.vision is not None)
-    mesh = None if run is None else make_mesh(run)
+    with _words_of_mesh(place.mesh):
+        mesh = None if run is None else make_mesh(run)
     start = time.perf_counter()
     model = InfiniteVL.from_pretrained(folder, dtype=None if place.dtype == "own" else place.dtype, mesh=mesh, progress=True)
     devices = sorted({device.device_kind for value in model.params.values() for device in value.devices()})
     where = ", ".join(devices) + ("" if mesh is None else f" x {mesh.size} ({place.mesh})")
     say(f"{config.family}, {model.parameter_count:,} parameters, computing in {model.dtype} on {where}; read in {seconds(start)}")
-    return Conversation(model, processor, max_length=max_length)
+    return Conversation(model, processor, system=system or None, max_length=max_length)
 
 
 def ask(folder: Path, question: str, images: Sequence[Path], videos: Sequence[Path], settings: Settings, place: Place) -> None:
     """Answer one question."""
+    if question == "-":
+        question = sys.stdin.read().strip()
+        if not question:
+            raise InfiniteVLError("standard input is empty", 'give it a question, or write one: infinitevl ask MODEL "What is this?"')
     if not question.strip():
         raise InfiniteVLError("the question is empty", 'write it after the folder: infinitevl ask MODEL "What is this?"')
     content = [media(kind, path) for kind, paths in (("image", images), ("video", videos)) for path in paths]
@@ -94,13 +128,17 @@ def ask(folder: Path, question: str, images: Sequence[Path], videos: Sequence[Pa
                 f"{folder} is a text model, and cannot look at {content[0][content[0]['type']]!r}", "leave the pictures out"
             )
 
-    conversation = open_model(folder, place, check=check)
-    answer(conversation, [*content, {"type": "text", "text": question}], settings)
+    with compilation.kept(place.compilation_cache, say):
+        conversation = open_model(folder, place, system=settings.system, check=check)
+        answer(conversation, [*content, {"type": "text", "text": question}], settings)
 
 
 def answer(conversation: Conversation, content: list[dict], settings: Settings, stopped: Callable[[], bool] = lambda: False) -> None:
     """Print an answer as it is made, until its end or until `stopped` says so; then what it took, on stderr."""
-    pieces = conversation.ask(content, max_new_tokens=settings.max_new_tokens, sampling=settings.sampling, seed=settings.seed)
+    penalty = settings.repetition_penalty
+    penalty = conversation.model.defaults.repetition_penalty if penalty is None else penalty
+    choice = replace(settings.sampling, repetition_penalty=penalty)
+    pieces = conversation.ask(content, max_new_tokens=settings.max_new_tokens, sampling=choice, seed=settings.seed)
     try:
         for piece in pieces:
             typer.echo(piece, nl=False)

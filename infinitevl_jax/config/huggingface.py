@@ -6,13 +6,26 @@ the maths must hold the value this package computes with.
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
+
+from infinitevl_jax.config.huggingface_keys import (
+    TEXT_VALUES,
+    VISION_VALUES,
+    RopeKeys,
+    TextKeys,
+    TieKeys,
+    TokenKeys,
+    VisionKeys,
+)
 from infinitevl_jax.config.model import FULL, LINEAR, SLIDING, ModelConfig, TextConfig, VisionConfig, hybrid_pattern
 from infinitevl_jax.errors import InfiniteVLError
-from infinitevl_jax.reading import read_json
+from infinitevl_jax.reading import convert, read_json
+
+K = TypeVar("K", bound=msgspec.Struct)
 
 ARCHITECTURES = {
     "infinite_vl": "InfiniteVLQwen2_5_VLForConditionalGeneration",
@@ -20,72 +33,21 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
 }
 
-# Keys that change the maths -> the values this package computes with (null and absent are always fine). What only adds or drops
-# tensors (attention_bias, mlp_bias, ...) needs no line here: the weight table finds it.
-_SILU = ("silu", "swish")
-_TEXT_KEYS: dict[str, tuple] = {
-    "hidden_act": _SILU,
-    "hidden_activation": _SILU,
-    "quantization_config": (),
-    "attn_logit_softcapping": (),
-    "final_logit_softcapping": (),
-    "logit_scale": (1,),
-    "logits_scaling": (1,),
-    "embedding_multiplier": (1,),
-    "residual_multiplier": (1,),
-    "attention_multiplier": (),
-    "query_pre_attn_scalar": (),
-    "num_experts": (0, 1),
-    "num_local_experts": (0, 1),
-    "n_routed_experts": (0, 1),
-    "use_qk_norm": (False,),
-    "qk_norm": (False,),
-    "qk_layernorm": (False,),
-    "partial_rotary_factor": (1,),
-    "alibi": (False,),
-    "parallel_attn": (False,),
-    "use_parallel_residual": (False,),
-    "is_causal": (True,),
-    "use_bidirectional_attention": (False,),
-    "attention_chunk_size": (),
-    "num_attention_sinks": (0,),
-    "attn_output_gate": (False,),
-    # Gated DeltaNet, as its libraries spell the options
-    "conv_size": (4,),
-    "conv_bias": (False,),
-    "use_short_conv": (True,),
-    "use_gate": (True,),
-    "use_qk_l2norm": (True,),
-    "allow_neg_eigval": (False,),
-}
-_VISION_KEYS: dict[str, tuple] = {
-    "hidden_act": _SILU,
-    "quantization_config": (),
-    "qkv_bias": (True,),
-    "deepstack_visual_indexes": ([],),
-}
-
-
 class _Keys:
-    """Looks a key up in several dictionaries, first one that has it (not null) wins; checks its type."""
+    """Several objects of a file, read as one: the first that has a key (not null) wins."""
 
     def __init__(self, source: str, *scopes: Mapping[str, Any]):
         self.source, self.scopes = source, scopes
+        self.merged = {
+            name: _plain(value)
+            for scope in reversed(scopes)
+            for name, value in scope.items()
+            if value is not None
+        }
 
-    def find(self, name: str) -> Any:
-        return next((scope[name] for scope in self.scopes if scope.get(name) is not None), None)
-
-    def number(self, name: str, default: float | None = None, *, whole: bool = True) -> Any:
-        value = self.find(name)
-        if value is None:
-            if default is None:
-                raise InfiniteVLError(f"{self.source} has no {name}", "take the config.json that was published with the weights")
-            return default
-        if isinstance(value, list | tuple) and value and len(set(value)) == 1:  # patch_size: [14, 14]
-            value = value[0]
-        if isinstance(value, bool) or not isinstance(value, int | float) or (whole and value != int(value)) or value < 0:
-            raise InfiniteVLError(f"{self.source}: {name} is {value!r}", f"write a {'whole ' if whole else ''}number, zero or above")
-        return int(value) if whole else float(value)
+    def read(self, kind: type[K]) -> K:
+        """The keys that `kind` declares, checked."""
+        return convert(self.merged, kind, self.source)
 
     def check(self, table: Mapping[str, tuple]) -> None:
         for name, value in ((name, scope.get(name)) for name in table for scope in self.scopes):
@@ -99,6 +61,12 @@ class _Keys:
                     + (" (or dequantised to bf16)" if name == "quantization_config" else "")
                     + "; delete the key only if the weights do not use it",
                 )
+
+
+def _plain(value: Any) -> Any:
+    """A whole number without its point: some writers have 14.0 for 14."""
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**63
+    return int(value) if whole else value
 
 
 @contextlib.contextmanager
@@ -132,87 +100,82 @@ def model_config(hf: Mapping[str, Any], source: str = "config.json", generation:
       InfiniteVLError: another family, a size that is missing, or a key that changes the maths.
     """
     family = hf.get("model_type")
-    if family not in ARCHITECTURES:
+    if not isinstance(family, str) or family not in ARCHITECTURES:
         raise InfiniteVLError(
             f"{source}: model_type is {family!r}" + (f" (architectures {hf['architectures']})" if hf.get("architectures") else ""),
             f"this package reads the families {', '.join(ARCHITECTURES)}",
         )
-    nested = hf.get("text_config") or {}
     for name in ("text_config", "vision_config"):
         if not isinstance(hf.get(name) or {}, Mapping):
             raise InfiniteVLError(f"{source}: {name} is a {type(hf[name]).__name__}", "it has to be an object")
+    nested = hf.get("text_config") or {}
     keys = _Keys(source, nested, hf)
-    keys.check(_TEXT_KEYS)
+    keys.check(TEXT_VALUES)
+    text = keys.read(TextKeys)
 
     # Files written before transformers 5 say it in text_config, later ones at the root.
-    tied = bool(nested.get("tie_word_embeddings") or hf.get("tie_word_embeddings", family == "infinite_vl"))
-    tokens = _Keys(f"{source} / generation_config.json", generation or {}, nested, hf)
-    eos = tokens.find("eos_token_id")
+    inner, outer = (_Keys(source, scope).read(TieKeys).tie_word_embeddings for scope in (nested, hf))
+    tied = bool(inner or (family == "infinite_vl" if outer is None else outer))
+    tokens = _Keys(f"{source} / generation_config.json", generation or {}, nested, hf).read(TokenKeys)
+    eos = tokens.eos_token_id
     if eos is None:  # said to be none, or never said
         eos = [] if family == "qwen2" or "eos_token_id" in {**hf, **nested} else list(ModelConfig.eos_token_ids)
     with _naming(source):
-        vision = _vision(hf, family, keys)
-        text = TextConfig(**_text(keys, family, vision is not None), tie_word_embeddings=tied)
-        pad = tokens.number("pad_token_id", ModelConfig.pad_token_id)
+        vision = _vision(hf, family, source, text.hidden_size)
+        pad = tokens.pad_token_id if tokens.pad_token_id is not None else ModelConfig.pad_token_id
         return ModelConfig(
-            text=text,
+            text=TextConfig(**_text(keys, text, family, vision is not None), tie_word_embeddings=tied),
             vision=vision,
             family=family,
-            **{name: keys.number(name, getattr(ModelConfig, name)) for name in _TOKEN_IDS},
+            **_given(tokens, TOKEN_IDS),
             # Pads never reach the maths; an id outside the table would only break the look-up.
-            pad_token_id=pad if pad < text.vocab_size else 0,
-            eos_token_ids=tuple(int(e) for e in (eos if isinstance(eos, list | tuple) else [eos])),
-            initializer_range=keys.number("initializer_range", ModelConfig.initializer_range, whole=False),
+            pad_token_id=pad if 0 <= pad < text.vocab_size else 0,
+            eos_token_ids=tuple(eos if isinstance(eos, list) else [eos]),
+            **_given(text, ("initializer_range",)),
         )
 
 
-_TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
-def _text(keys: _Keys, family: str, has_vision: bool) -> dict[str, Any]:
-    source = keys.source
-    hidden, heads = keys.number("hidden_size"), keys.number("num_attention_heads")
-    if heads == 0 or (hidden % heads and keys.find("head_dim") is None):
+def _given(keys: msgspec.Struct, names: Sequence[str]) -> dict[str, Any]:
+    """Those of the keys that the file has; the others keep the default of the configuration class."""
+    return {name: getattr(keys, name) for name in names if getattr(keys, name) is not None}
+
+
+def _text(keys: _Keys, text: TextKeys, family: str, has_vision: bool) -> dict[str, Any]:
+    source, hidden, heads = keys.source, text.hidden_size, text.num_attention_heads
+    if hidden % heads and text.head_dim is None:
         raise InfiniteVLError(f"{source}: hidden_size {hidden} over num_attention_heads {heads} is no whole number", "correct one of them")
-    head_dim = keys.number("head_dim", hidden // heads)
+    head_dim = text.head_dim or hidden // heads
     theta, section = _rope(keys, family, has_vision, head_dim)
-
-    def read(*names: str, whole: bool = True) -> dict[str, Any]:
-        return {name: keys.number(name, getattr(TextConfig, name), whole=whole) for name in names}
-
     gated_delta = {}
     if family == "infinite_vl":
-        gated_delta = read("conv_size", "num_linear_heads", "linear_head_dim") | read("expand_v", "norm_eps", whole=False)
-        key_value = keys.number("num_linear_key_value_heads", gated_delta["num_linear_heads"])
-        if key_value != gated_delta["num_linear_heads"]:
+        gated_delta = _given(text, ("conv_size", "num_linear_heads", "linear_head_dim", "expand_v", "norm_eps"))
+        linear_heads = gated_delta.get("num_linear_heads", TextConfig.num_linear_heads)
+        if text.num_linear_key_value_heads not in (None, linear_heads):
             raise InfiniteVLError(
-                f"{source}: num_linear_key_value_heads {key_value} differs from num_linear_heads {gated_delta['num_linear_heads']}",
+                f"{source}: num_linear_key_value_heads {text.num_linear_key_value_heads} differs from num_linear_heads {linear_heads}",
                 "grouped heads in Gated DeltaNet are not implemented: both have to be equal",
             )
-        if (width := gated_delta["expand_v"] * gated_delta["linear_head_dim"]) != int(width):
-            raise InfiniteVLError(f"{source}: expand_v x linear_head_dim = {width}", "a value head has a whole width")
-    eps = {"infinite_vl": 1e-6, "qwen2_5_vl": 1e-5, "qwen2": 1e-6}[family]
     return {
-        "layer_types": _layer_types(keys, family),
+        "layer_types": _layer_types(source, text, family),
         "hidden_size": hidden,
         "num_attention_heads": heads,
-        "num_key_value_heads": keys.number("num_key_value_heads", heads) or heads,
+        "num_key_value_heads": text.num_key_value_heads or heads,
         "head_dim": head_dim,
-        "vocab_size": keys.number("vocab_size"),
-        "intermediate_size": keys.number("intermediate_size"),
-        **read("sliding_window"),
+        "vocab_size": text.vocab_size,
+        "intermediate_size": text.intermediate_size,
+        **_given(text, ("sliding_window",)),
         "rope_theta": theta,
         "mrope_section": section,
-        "rms_norm_eps": keys.number("rms_norm_eps", eps, whole=False),
+        "rms_norm_eps": text.rms_norm_eps if text.rms_norm_eps is not None else (1e-5 if family == "qwen2_5_vl" else 1e-6),
         **gated_delta,
     }
 
 
-def _layer_types(keys: _Keys, family: str) -> tuple[str, ...]:
-    source, depth = keys.source, keys.number("num_hidden_layers")
-    types = keys.find("layer_types")
-    if types is not None and not isinstance(types, list | tuple):
-        raise InfiniteVLError(f"{source}: layer_types is {types!r}", "give a list with one type for every layer")
+def _layer_types(source: str, text: TextKeys, family: str) -> tuple[str, ...]:
+    types, depth = text.layer_types, text.num_hidden_layers
     if types is not None and len(types) != depth:
         raise InfiniteVLError(
             f"{source}: layer_types names {len(types)} layers, num_hidden_layers is {depth}", "give one type for every layer"
@@ -220,16 +183,17 @@ def _layer_types(keys: _Keys, family: str) -> tuple[str, ...]:
     if family == "infinite_vl":
         # The authors' training code calls the windowed layers full_attention: only one kind of softmax layer exists.
         return hybrid_pattern(depth) if types is None else tuple(SLIDING if kind == FULL else kind for kind in types)
-    window = bool(keys.find("use_sliding_window")) and keys.find("sliding_window") is not None
+    window = text.use_sliding_window and text.sliding_window is not None
     if types is None:
-        first = keys.number("max_window_layers", 28 if family == "qwen2" else 80) if window else depth
+        usual = 28 if family == "qwen2" else 80
+        first = (usual if text.max_window_layers is None else text.max_window_layers) if window else depth
         return tuple(SLIDING if i >= first else FULL for i in range(depth))
     if LINEAR in types:
         raise InfiniteVLError(f"{source}: layer_types has {LINEAR} in a {family} model", "hybrid models have model_type infinite_vl")
     if SLIDING in types and not window:
         raise InfiniteVLError(
-            f"{source}: layer_types has {SLIDING}, but use_sliding_window is {keys.find('use_sliding_window')!r}"
-            f" and sliding_window {keys.find('sliding_window')!r}",
+            f"{source}: layer_types has {SLIDING}, but use_sliding_window is {text.use_sliding_window}"
+            f" and sliding_window {text.sliding_window}",
             "set use_sliding_window to true and sliding_window to the window's length",
         )
     return tuple(types)
@@ -238,7 +202,7 @@ def _layer_types(keys: _Keys, family: str) -> tuple[str, ...]:
 def _rope(keys: _Keys, family: str, has_vision: bool, head_dim: int) -> tuple[float, tuple[int, int, int] | None]:
     source, ropes = keys.source, []
     for name in ("rope_scaling", "rope_parameters"):
-        rope = keys.find(name)
+        rope = keys.merged.get(name)
         if rope is None:
             continue
         if not isinstance(rope, Mapping):
@@ -250,44 +214,43 @@ def _rope(keys: _Keys, family: str, has_vision: bool, head_dim: int) -> tuple[fl
         used = _Keys(f"{source}: {name}", ropes[-1])
         accepted = ("default",) if family == "qwen2" else ("default", "mrope")
         used.check({"rope_type": accepted, "type": accepted, "partial_rotary_factor": (1,), "mrope_interleaved": (False,)})
-    rope = _Keys(source, *ropes, *keys.scopes)
-    theta = rope.number("rope_theta", 1e4 if family == "qwen2" else 1e6, whole=False)
-    section = _Keys(source, *ropes).find("mrope_section")
+    theta = _Keys(source, *ropes, *keys.scopes).read(RopeKeys).rope_theta or (1e4 if family == "qwen2" else 1e6)
+    section = _Keys(f"{source}: rope_scaling", *ropes).read(RopeKeys).mrope_section
     if family == "qwen2" or (section is None and not has_vision):
         return theta, None
+    if section is None and head_dim == 128:
+        section = TextConfig.mrope_section
     if section is None:
-        section = TextConfig.mrope_section if head_dim == 128 else None
-    if not isinstance(section, list | tuple) or len(section) != 3 or not all(isinstance(n, int) for n in section):
-        raise InfiniteVLError(f"{source}: mrope_section is {section!r}", "rope_scaling has to give three whole numbers, e.g. [16, 24, 24]")
-    return theta, tuple(section)
+        raise InfiniteVLError(f"{source}: mrope_section is None", "rope_scaling has to give three whole numbers, e.g. [16, 24, 24]")
+    return theta, section
 
 
-def _vision(hf: Mapping[str, Any], family: str, text: _Keys) -> VisionConfig | None:
+def _vision(hf: Mapping[str, Any], family: str, source: str, hidden_size: int) -> VisionConfig | None:
     if family == "qwen2" or (family == "infinite_vl" and "vision_config" in hf and hf["vision_config"] is None):
         return None
     if not hf.get("vision_config"):
         raise InfiniteVLError(
-            f"{text.source} has no vision_config",
+            f"{source} has no vision_config",
             "take the config.json that was published with the weights" + (" (null: text only)" if family == "infinite_vl" else ""),
         )
-    keys = _Keys(f"{text.source}: vision_config", hf["vision_config"])
-    keys.check(_VISION_KEYS)
-    rope = keys.find("rope_parameters") or {}
-    _Keys(f"{keys.source}.rope_parameters", rope).check({"rope_type": ("axial", "default"), "partial_rotary_factor": (1,)})
-    full = keys.find("fullatt_block_indexes")
-    if full is not None and not (isinstance(full, list | tuple) and all(isinstance(i, int) for i in full)):
-        raise InfiniteVLError(f"{keys.source}: fullatt_block_indexes is {full!r}", "give a list of block numbers")
-    sizes = "intermediate_size num_heads in_channels patch_size temporal_patch_size spatial_merge_size window_size"
-    return VisionConfig(
-        depth=keys.number("depth", VisionConfig.depth),
-        hidden_size=keys.number("hidden_size"),
-        **{name: keys.number(name, getattr(VisionConfig, name)) for name in sizes.split()},
-        fullatt_block_indexes=tuple(VisionConfig.fullatt_block_indexes if full is None else full),
-        out_hidden_size=keys.number("out_hidden_size", text.number("hidden_size")),
-        tokens_per_second=keys.number("tokens_per_second", 4.0 if family == "qwen2_5_vl" else 2.0, whole=False),
-        rms_norm_eps=keys.number("rms_norm_eps", 1e-6, whole=False),
-        rope_theta=_Keys(keys.source, rope).number("rope_theta", 1e4, whole=False),
-    )
+    content = dict(hf["vision_config"])
+    patch = content.get("patch_size")
+    if isinstance(patch, list) and patch and all(side == patch[0] for side in patch):
+        content["patch_size"] = patch[0]  # [14, 14]
+    keys = _Keys(f"{source}: vision_config", content)
+    keys.check(VISION_VALUES)
+    rope = keys.merged.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise InfiniteVLError(f"{keys.source}: rope_parameters is {rope!r}", "it has to be an object")
+    ropes = _Keys(f"{keys.source}.rope_parameters", rope)
+    ropes.check({"rope_type": ("axial", "default"), "partial_rotary_factor": (1,)})
+    vision = keys.read(VisionKeys)
+    default = {
+        "out_hidden_size": hidden_size,
+        "tokens_per_second": 4.0 if family == "qwen2_5_vl" else 2.0,
+        "rope_theta": ropes.read(RopeKeys).rope_theta or 1e4,
+    }
+    return VisionConfig(**default | _given(vision, vision.__struct_fields__))
 
 
 def to_huggingface(config: ModelConfig) -> dict[str, Any]:
@@ -341,7 +304,7 @@ def to_huggingface(config: ModelConfig) -> dict[str, Any]:
         out["num_linear_key_value_heads"] = text.num_linear_heads
         out["vision_config"] = None
     if config.vision is not None:
-        out |= {name: getattr(config, name) for name in _TOKEN_IDS}
+        out |= {name: getattr(config, name) for name in TOKEN_IDS}
         out["vision_config"] = _vision_to_huggingface(config.vision, family)
     return out
 

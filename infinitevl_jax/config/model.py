@@ -7,7 +7,11 @@ Qwen2 text models (full attention with plain RoPE): they differ in data alone. R
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Annotated
 
+from msgspec import Meta
+
+from infinitevl_jax.config.ranges import INT32, LAYERS, Base, Count, Heads, Share, Width, check_ranges
 from infinitevl_jax.errors import InfiniteVLError
 
 SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
@@ -17,23 +21,24 @@ SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention
 class VisionConfig:
     """The Qwen2.5-VL vision tower. Sizes in pixels where named `*_size`, else in patches or channels."""
 
-    depth: int = 32
-    hidden_size: int = 1280
-    intermediate_size: int = 3420
-    num_heads: int = 16
-    in_channels: int = 3
-    patch_size: int = 14
-    temporal_patch_size: int = 2
-    spatial_merge_size: int = 2
-    window_size: int = 112
-    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
-    out_hidden_size: int = 2048
-    tokens_per_second: float = 2.0
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
+    depth: Annotated[int, Meta(ge=1, le=LAYERS)] = 32
+    hidden_size: Width = 1280
+    intermediate_size: Width = 3420
+    num_heads: Heads = 16
+    in_channels: Annotated[int, Meta(ge=1, le=64)] = 3
+    patch_size: Annotated[int, Meta(ge=1, le=512)] = 14
+    temporal_patch_size: Annotated[int, Meta(ge=1, le=64)] = 2
+    spatial_merge_size: Annotated[int, Meta(ge=1, le=64)] = 2
+    window_size: Annotated[int, Meta(ge=1, le=65536)] = 112
+    fullatt_block_indexes: tuple[Count, ...] = (7, 15, 23, 31)
+    out_hidden_size: Width = 2048
+    tokens_per_second: Annotated[float, Meta(ge=0, le=1e6)] = 2.0
+    rms_norm_eps: Share = 1e-6
+    rope_theta: Base = 10000.0
 
     def __post_init__(self):
         object.__setattr__(self, "fullatt_block_indexes", tuple(self.fullatt_block_indexes))
+        check_ranges(self)
         if self.hidden_size % self.num_heads or self.head_dim % 4:
             raise InfiniteVLError(
                 f"vision_config: hidden_size {self.hidden_size} over num_heads {self.num_heads} is not a multiple of 4",
@@ -70,34 +75,35 @@ class VisionConfig:
 class TextConfig:
     """The decoder. `layer_types` is the pattern: one of SLIDING, FULL, LINEAR for every layer."""
 
-    layer_types: tuple[str, ...]
-    vocab_size: int = 151936
-    hidden_size: int = 2048
-    intermediate_size: int = 11008
-    num_attention_heads: int = 16
-    num_key_value_heads: int = 2
-    head_dim: int = 128
-    sliding_window: int = 8192
-    rope_theta: float = 1e6
-    mrope_section: tuple[int, int, int] | None = (16, 24, 24)
-    rms_norm_eps: float = 1e-6
+    layer_types: Annotated[tuple[str, ...], Meta(max_length=LAYERS)]
+    vocab_size: Annotated[int, Meta(ge=1, le=2**24)] = 151936
+    hidden_size: Width = 2048
+    intermediate_size: Width = 11008
+    num_attention_heads: Heads = 16
+    num_key_value_heads: Heads = 2
+    head_dim: Width = 128
+    sliding_window: Annotated[int, Meta(ge=0, le=INT32)] = 8192
+    rope_theta: Base = 1e6
+    mrope_section: tuple[Count, Count, Count] | None = (16, 24, 24)
+    rms_norm_eps: Share = 1e-6
     tie_word_embeddings: bool = True
     # Gated DeltaNet
-    conv_size: int = 4
-    expand_v: float = 2.0
-    num_linear_heads: int = 16
-    linear_head_dim: int = 128
-    norm_eps: float = 1e-5
+    conv_size: Count = 4
+    expand_v: Annotated[float, Meta(gt=0, le=64)] = 2.0
+    num_linear_heads: Heads = 16
+    linear_head_dim: Width = 128
+    norm_eps: Share = 1e-5
 
     def __post_init__(self):
         object.__setattr__(self, "layer_types", tuple(self.layer_types))
         if self.mrope_section is not None:
             object.__setattr__(self, "mrope_section", tuple(self.mrope_section))
-            if sum(self.mrope_section) != self.head_dim // 2:
-                raise InfiniteVLError(
-                    f"mrope_section {list(self.mrope_section)} sums to {sum(self.mrope_section)}, not head_dim / 2 = {self.head_dim // 2}",
-                    "make the sections (temporal, height, width) add up to half of head_dim",
-                )
+        check_ranges(self)
+        if self.mrope_section is not None and sum(self.mrope_section) != self.head_dim // 2:
+            raise InfiniteVLError(
+                f"mrope_section {list(self.mrope_section)} sums to {sum(self.mrope_section)}, not head_dim / 2 = {self.head_dim // 2}",
+                "make the sections (temporal, height, width) add up to half of head_dim",
+            )
         unknown = sorted(set(self.layer_types) - {SLIDING, FULL, LINEAR})
         if unknown or not self.layer_types:
             raise InfiniteVLError(
@@ -136,16 +142,17 @@ class ModelConfig:
     text: TextConfig
     vision: VisionConfig | None = dataclasses.field(default_factory=VisionConfig)
     family: str = "infinite_vl"  # model_type on disk: infinite_vl, qwen2_5_vl or qwen2
-    image_token_id: int = 151655
-    video_token_id: int = 151656
-    vision_start_token_id: int = 151652
-    vision_end_token_id: int = 151653
-    pad_token_id: int = 151643
-    eos_token_ids: tuple[int, ...] = (151645, 151643)
-    initializer_range: float = 0.02
+    image_token_id: Count = 151655
+    video_token_id: Count = 151656
+    vision_start_token_id: Count = 151652
+    vision_end_token_id: Count = 151653
+    pad_token_id: Count = 151643
+    eos_token_ids: tuple[Count, ...] = (151645, 151643)
+    initializer_range: Annotated[float, Meta(ge=0, le=1e6)] = 0.02
 
     def __post_init__(self):
         object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
+        check_ranges(self)
         if self.vision is not None and self.vision.out_hidden_size != self.text.hidden_size:
             raise InfiniteVLError(
                 f"vision out_hidden_size {self.vision.out_hidden_size} differs from the decoder's hidden_size {self.text.hidden_size}",

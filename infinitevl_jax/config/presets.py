@@ -3,17 +3,23 @@
 import dataclasses
 import difflib
 import tomllib
-import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from infinitevl_jax.config.model import TextConfig, VisionConfig
+from infinitevl_jax.config.ranges import INT32, Name, check_ranges, check_value, hints, plain
 from infinitevl_jax.config.run import RunConfig
 from infinitevl_jax.config.train import TrainConfig
 from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.reading import read_bytes
+
+PRESET_BYTES = 1 << 20
+Pixels = Annotated[int, Meta(ge=1, le=INT32)]
 
 # keys of presets of earlier versions -> their names now
 RENAMED = {
@@ -27,28 +33,31 @@ RENAMED = {
 class ModelSource:
     """Where the model comes from: a checkpoint folder, or sizes and fresh weights.
 
-    from_ ("from" in the file): a folder of ours, or a Hugging Face one. Then the other fields stay empty.
+    from_ ("from" in the file): a folder of ours, or a Hugging Face one. Then sizes and tokenizer
+    are the folder's.
     tokenizer: with sizes, a folder that brings tokenizer and processor files; or "words" for one token a word of the training questions.
-    min_pixels, max_pixels: with sizes and "words", what pictures are resized to.
+    min_pixels, max_pixels: what pictures are resized to. Left out, what the folder says (with
+      "words": 3136, 1003520).
     initializer_range: with sizes, standard deviation of fresh embeddings.
     text, vision: the sizes. With "words", vocab_size is the tokenizer's.
     """
 
-    from_: str = ""
-    tokenizer: str = "words"
-    min_pixels: int = 3136
-    max_pixels: int = 1003520
-    initializer_range: float = 0.02
+    from_: Name = ""
+    tokenizer: Name = "words"
+    min_pixels: Pixels | None = None
+    max_pixels: Pixels | None = None
+    initializer_range: Annotated[float, Meta(ge=0, le=1e6)] = 0.02
     text: TextConfig | None = None
     vision: VisionConfig | None = None
 
     def __post_init__(self):
+        check_ranges(self)
         if bool(self.from_) == (self.text is not None):
             raise InfiniteVLError(
                 f"the preset gives {'both' if self.from_ else 'neither'} model.from {'and' if self.from_ else 'nor'} model.text",
                 "name a checkpoint folder in model.from, or give the sizes in [model.text] and [model.vision]",
             )
-        fresh = {name: getattr(self, name) for name in ("vision", "tokenizer", "min_pixels", "max_pixels", "initializer_range")}
+        fresh = {name: getattr(self, name) for name in ("vision", "tokenizer", "initializer_range")}
         given = [name for name, value in fresh.items() if value != getattr(type(self), name)]
         if self.from_ and given:
             raise InfiniteVLError(
@@ -72,13 +81,13 @@ def load_preset(path: str | Path, overrides: Sequence[str] = ()) -> Preset:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            tree = tomllib.load(file)
-    except FileNotFoundError as error:
+        tree = tomllib.loads(read_bytes(path, PRESET_BYTES).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        if not isinstance(error, InfiniteVLError):
+            reason = "it nests too deep" if isinstance(error, RecursionError) else error
+            raise InfiniteVLError(f"preset {path} cannot be read: {reason}", "mend the TOML") from None
         near = sorted(str(p) for p in Path("configs").glob("*.toml"))
-        raise InfiniteVLError(f"there is no preset {path}", f"presets here: {', '.join(near) or 'none'}") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InfiniteVLError(f"preset {path} cannot be read: {error}", "mend the TOML") from error
+        raise InfiniteVLError(error.culprit, f"name a preset (here: {', '.join(near) or 'none'}), or mend the file") from None
     for change in overrides:
         _override(tree, change)
     return parse(Preset, tree, "", str(path))
@@ -89,7 +98,7 @@ def parse(kind: type, tree: Any, key: str, where: str) -> Any:
     if not isinstance(tree, dict):
         raise InfiniteVLError(f"{where}: {key} is {tree!r}", f"{key} is a table: write [{key}], then its keys")
     fields = {f.name.rstrip("_"): f for f in dataclasses.fields(kind)}
-    hints = typing.get_type_hints(kind)
+    declared = hints(kind)
     for name in tree:
         if name not in fields:
             full = _join(key, name)
@@ -103,11 +112,11 @@ def parse(kind: type, tree: Any, key: str, where: str) -> Any:
     required = [n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
     if missing := [n for n in required if n not in tree]:
         raise InfiniteVLError(f"{where}: {_join(key, missing[0])} is missing", "add it to the preset")
-    values = {fields[name].name: _value(hints[fields[name].name], value, _join(key, name), where) for name, value in tree.items()}
+    values = {fields[name].name: _value(declared[fields[name].name], value, _join(key, name), where) for name, value in tree.items()}
     try:
         return kind(**values)
     except InfiniteVLError as error:
-        raise InfiniteVLError(f"{where}: {error.culprit}", error.cure) from error
+        raise InfiniteVLError(f"{where}: {error.culprit}", error.cure) from None
 
 
 def to_tree(config: Any) -> Any:
@@ -138,48 +147,39 @@ def _everywhere(kind: type = Preset, key: str = "") -> list[str]:
     """Dotted names of every key there is."""
     names = []
     for f in dataclasses.fields(kind):
-        inner = _plain(typing.get_type_hints(kind)[f.name])[0]
+        inner = plain(hints(kind)[f.name])
         full = _join(key, f.name.rstrip("_"))
         names += _everywhere(inner, full) if dataclasses.is_dataclass(inner) else [full]
     return names
 
 
-def _plain(hint: Any) -> tuple[Any, bool]:
-    """A type without its `| None`, and whether it had one."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        kinds = [k for k in typing.get_args(hint) if k is not type(None)]
-        return kinds[0], True
-    return hint, False
-
-
 def _value(hint: Any, value: Any, key: str, where: str) -> Any:
-    kind, _ = _plain(hint)
+    """A value from TOML as the type of its field: tables become dataclasses, lists tuples, and
+    whole numbers will do for fractions."""
+    kind = plain(hint)
     if dataclasses.is_dataclass(kind):
         return parse(kind, value, key, where)
-    if typing.get_origin(kind) is tuple:
-        inner = typing.get_args(kind)[0]
-        if isinstance(value, list):
-            return tuple(_value(inner, item, f"{key}[{i}]", where) for i, item in enumerate(value))
-    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        return value
-    name = "list" if typing.get_origin(kind) is tuple else _WORDS[kind]
-    raise InfiniteVLError(f"{where}: {key} is {value!r}, a {type(value).__name__}", f"give a {name}")
-
-
-_WORDS = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+    if typing.get_origin(kind) is tuple and isinstance(value, list):
+        value = tuple(value)
+    try:
+        check_value(value, hint, key)
+    except InfiniteVLError as error:
+        raise InfiniteVLError(f"{where}: {error.culprit}", error.cure) from None
+    return float(value) if kind is float else value
 
 
 def _override(tree: dict, change: str) -> None:
     """Put one `dotted.key=value` into the tree. Values are TOML; what is not (a bare word or path) is text."""
     key, equals, text = change.partition("=")
-    if not equals or not key or not all(key.split(".")):
+    if not equals or not all(key.split(".")):
         raise InfiniteVLError(f"{change!r} is no change to the preset", "write dotted.key=value, such as train.optimizer.peak_lr=1e-4")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
+    except (ValueError, RecursionError) as error:
+        reason = "it nests too deep" if isinstance(error, RecursionError) else error
+        raise InfiniteVLError(f"{key}: its value cannot be read: {reason}", "give a number, a text, or a short list") from None
     *path, last = key.split(".")
     for name in path:
         tree = tree.setdefault(name, {})

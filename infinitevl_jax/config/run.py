@@ -1,12 +1,17 @@
 """How a run is carried out: mesh, precision, rematerialisation. None of it changes what is computed, only where and how exactly."""
 
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
+from msgspec import Meta
+
+from infinitevl_jax.config.ranges import Name, check_ranges
 from infinitevl_jax.errors import InfiniteVLError
 
 AXES = ("data", "fsdp", "tensor", "context")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "dots", "full")
+Parts = Annotated[int, Meta(ge=-1, le=2**20)]
 
 
 @dataclass(frozen=True)
@@ -15,11 +20,14 @@ class OpsConfig:
     order ("mosaic_gpu,xla"). None: the first that can run.
     """
 
-    attention: str | None = None
-    gated_delta_rule: str | None = None
-    short_conv: str | None = None
-    attention_step: str | None = None
-    gated_delta_rule_step: str | None = None
+    attention: Name | None = None
+    gated_delta_rule: Name | None = None
+    short_conv: Name | None = None
+    attention_step: Name | None = None
+    gated_delta_rule_step: Name | None = None
+
+    def __post_init__(self):
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -36,21 +44,17 @@ class RunConfig:
     ops: the implementations that are allowed of each operator.
     """
 
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
-    context: int = 1
-    dtype: str = "float32"
-    remat: str = "none"
+    data: Parts = 1
+    fsdp: Parts = -1
+    tensor: Parts = 1
+    context: Parts = 1
+    dtype: Literal[DTYPES] = "float32"
+    remat: Literal[REMATS] = "none"
     scan: bool = True
     ops: OpsConfig = field(default_factory=OpsConfig)
 
     def __post_init__(self):
-        for name, known in (("dtype", DTYPES), ("remat", REMATS)):
-            if getattr(self, name) not in known:
-                raise InfiniteVLError(
-                    f"run.{name} is {getattr(self, name)!r}", f"choose one of {', '.join(known)}"
-                )
+        check_ranges(self)
         sizes = {axis: getattr(self, axis) for axis in AXES}
         if bad := [axis for axis, size in sizes.items() if size < 1 and size != -1]:
             raise InfiniteVLError(

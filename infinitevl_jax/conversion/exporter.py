@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from infinitevl_jax.conversion.files import copy_side_files, is_ours, new_folder
-from infinitevl_jax.conversion.load import own_dtypes
+from infinitevl_jax.conversion.destination import new_folder
+from infinitevl_jax.conversion.files import copy_side_files, is_ours
+from infinitevl_jax.conversion.load import narrowed, own_dtypes
 from infinitevl_jax.conversion.manifest import Manifest
 from infinitevl_jax.conversion.ours import Store
 from infinitevl_jax.conversion.reading import read_config
 from infinitevl_jax.conversion.safetensors_file import SafetensorsWriter
 from infinitevl_jax.conversion.source import check_finite, index_json, respell
+from infinitevl_jax.conversion.transformers_code import add_transformers_code
 from infinitevl_jax.conversion.weights import EMBEDDING, HEAD, complain, leaves, published
 from infinitevl_jax.errors import InfiniteVLError
 
@@ -71,9 +73,10 @@ def export_folder(
         tensors[HEAD] = _Tensor(HEAD, tensors[EMBEDDING].dtype, tensors[EMBEDDING].shape)
     plan = _plan(tensors, manifest, limit, src)
     total = sum(tensor.nbytes for tensor in tensors.values())
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=not progress)
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=None if progress else True)  # on a terminal
     with bar, new_folder(dst, overwrite=overwrite, inputs=(src,), needs=total) as work, contextlib.ExitStack() as stack:
         copy_side_files(src, work)
+        add_transformers_code(work, config)
         writers: dict[str, tuple[SafetensorsWriter, str]] = {}
         for file, (metadata, names) in plan.items():
             entries = [(raw, tensors[name].dtype, tensors[name].shape) for raw, name in names]
@@ -91,12 +94,12 @@ def export_folder(
             check_finite(value, f"{store.path}: {leaf.name}")
             for part, name in enumerate(leaf.torch):
                 torch = leaf.to_torch(value[leaf.slice(part)])
-                put(name, torch.astype(tensors[name].dtype, copy=False))
+                put(name, narrowed(torch, tensors[name].dtype, name, src))
                 if name == EMBEDDING and tied and HEAD in tensors:
                     put(HEAD, torch)
         for writer in {id(writer): writer for writer, _ in writers.values()}.values():
             writer.close()
-        if len(plan) > 1 or manifest.index_metadata is not None:
+        if list(plan) != ["model.safetensors"] or manifest.index_metadata is not None:
             weight_map = {raw: file for file, (_, names) in plan.items() for raw, _ in names}
             text = index_json(weight_map, {**(manifest.index_metadata or {}), "total_size": total})
             (work / "model.safetensors.index.json").write_text(text, encoding="utf-8")
@@ -107,10 +110,10 @@ def _plan(tensors: dict[str, _Tensor], manifest: Manifest, limit: int | None, sr
     if manifest.files:
         complain({name: () for name in tensors}, {name: () for name in manifest.dtypes}, f"{src}/infinitevl_jax.json", "config.json")
     if manifest.files and limit is None:
-        return {f["name"]: (f["metadata"], [(raw, published(raw)) for raw, _ in f["tensors"]]) for f in manifest.files}
-    listed = [(raw, published(raw)) for file in manifest.files for raw, _ in file["tensors"]]
+        return {f.name: (f.metadata, [(raw, published(raw)) for raw, _ in f.tensors]) for f in manifest.files}
+    listed = [(raw, published(raw)) for file in manifest.files for raw, _ in file.tensors]
     order = listed or [(tensors[name].name, name) for name in sorted(tensors, key=_natural)]
-    metadata = manifest.files[0]["metadata"] if manifest.files else {"format": "pt"}
+    metadata = manifest.files[0].metadata if manifest.files else {"format": "pt"}
     shards, room = [[]], limit or DEFAULT_SHARD
     for raw, name in order:
         if shards[-1] and sum(tensors[n].nbytes for _, n in shards[-1]) + tensors[name].nbytes > room:
@@ -129,6 +132,6 @@ def _bytes(size: int | str | None) -> int | None:
     if size is None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(size).strip().upper())
-    if not found or found[2] not in _UNITS or float(found[1]) <= 0:
+    if not found or found[2] not in _UNITS or not 1 <= float(found[1]) * _UNITS[found[2]] < 2**63:
         raise InfiniteVLError(f"max_shard_size is {size!r}", "write a number of bytes, or for example 5GB or 500MB")
     return int(float(found[1]) * _UNITS[found[2]])

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from infinitevl_jax.conversion.files import copy_side_files, is_ours, new_folder
+from infinitevl_jax.conversion.destination import new_folder
+from infinitevl_jax.conversion.files import copy_side_files, is_ours
 from infinitevl_jax.conversion.manifest import Manifest
 from infinitevl_jax.conversion.ours import Deferred, write_params
 from infinitevl_jax.conversion.reading import leaf_dtype, open_model, read_leaf
@@ -36,7 +37,7 @@ def import_folder(
     stored = leaves(config, scanned=True)
     merged = [adapter.folder.resolve().name for adapter in getattr(source, "adapters", ())]
     needs = sum(leaf_dtype(source, leaf).itemsize * leaf.size for leaf in stored)
-    bar = tqdm(total=needs, unit="B", unit_scale=True, desc="import", disable=not progress)
+    bar = tqdm(total=needs, unit="B", unit_scale=True, desc="import", disable=None if progress else True)  # on a terminal
     with bar, contextlib.ExitStack() as stack:
         work = stack.enter_context(new_folder(dst, overwrite=overwrite, inputs=(src, *map(Path, adapters)), needs=needs))
 

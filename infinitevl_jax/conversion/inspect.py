@@ -12,6 +12,7 @@ from infinitevl_jax.conversion.files import is_ours
 from infinitevl_jax.conversion.manifest import Manifest
 from infinitevl_jax.conversion.reading import open_model, read_config
 from infinitevl_jax.conversion.weights import HEAD, count, leaves
+from infinitevl_jax.errors import quoted
 from infinitevl_jax.model.cache import cache_bytes
 
 
@@ -76,7 +77,7 @@ def inspect_folder(folder: str | Path) -> Description:
         store.check(leaves(config, scanned=True), str(folder / "config.json"))
         sizes = [(store.dtypes[name], math.prod(shape)) for name, shape in store.shapes.items()]
         tied_on_disk = HEAD in manifest.dtypes
-        kind = "ours" + (f", with adapters {', '.join(manifest.adapters)}" if manifest.adapters else "")
+        kind = "ours" + (quoted(f", with adapters {', '.join(manifest.adapters)}") if manifest.adapters else "")
         names = manifest.spelling
     else:
         config, source = open_model(folder)

@@ -12,11 +12,12 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from infinitevl_jax.config.huggingface import to_huggingface
 from infinitevl_jax.config.model import ModelConfig
-from infinitevl_jax.conversion.files import copy_side_files, is_ours, new_folder
+from infinitevl_jax.conversion.destination import new_folder
+from infinitevl_jax.conversion.files import MANIFEST, copy_side_files, is_ours
 from infinitevl_jax.conversion.manifest import Manifest
 from infinitevl_jax.conversion.reading import common, leaf_dtype, open_model, read_config, read_leaf
 from infinitevl_jax.conversion.source import FLOATS, Source, check_finite, open_source
-from infinitevl_jax.conversion.weights import HEAD, Leaf, complain, leaves
+from infinitevl_jax.conversion.weights import EMBEDDING, HEAD, Leaf, complain, leaves
 from infinitevl_jax.errors import InfiniteVLError
 
 Params = dict[str, jax.Array]
@@ -102,7 +103,7 @@ def _from_ours(folder: Path, scanned: bool, dtype, shardings: Mapping[str, Shard
             check_finite(value, f"{store.path}: {leaf.name}")
             for i, (name, kind) in enumerate(zip(wanted, own, strict=True)):
                 part = value[i] if split else value
-                out[name] = jnp.asarray(part.astype(dtype or kind))
+                out[name] = jnp.asarray(part.astype(dtype) if dtype else narrowed(part, kind, leaf.torch[i], folder))
             continue
         held: dict[Sharding, dict[str, np.ndarray]] = {}  # index within a layer -> the local shard of the whole stack
         for i, (name, kind) in enumerate(zip(wanted, own, strict=True)):
@@ -116,8 +117,9 @@ def _from_ours(folder: Path, scanned: bool, dtype, shardings: Mapping[str, Shard
                     check_finite(part, f"{store.path}: {leaf.name}")
                 held[target] = parts
 
-            def layer(index, i=i, parts=parts, kind=kind):
-                return parts[str(index)][i].astype(dtype or kind)
+            def layer(index, i=i, parts=parts, kind=kind, leaf=leaf):
+                part = parts[str(index)][i]
+                return part.astype(dtype) if dtype else narrowed(part, kind, leaf.torch[i], folder)
 
             out[name] = jax.make_array_from_callback(leaf.shape[1:], target, layer) if split else value
     return config, out
@@ -134,6 +136,20 @@ def own_dtypes(leaf: Leaf, stored: np.dtype, source: Mapping[str, np.dtype]) -> 
     """dtype of each tensor behind a stored leaf: the source's where the stack had to widen it, else the leaf's."""
     dtypes = [source.get(name, stored) for name in leaf.torch]
     return dtypes if common(dtypes) == stored else [stored] * len(dtypes)
+
+
+def narrowed(value: np.ndarray, dtype: np.dtype, name: str, folder: Path) -> np.ndarray:
+    """`value` in the dtype that the manifest of `folder` gives the torch tensor `name`; InfiniteVLError if it loses digits."""
+    if value.dtype == dtype:
+        return value
+    with np.errstate(over="ignore"):
+        out = value.astype(dtype)
+    if not np.array_equal(out.astype(value.dtype), value):
+        raise InfiniteVLError(
+            f"{folder / MANIFEST} says that {name} is {dtype}, which cannot hold the values that are stored for it",
+            "the manifest is damaged or belongs to other weights: import or save the model again",
+        )
+    return out
 
 
 def save_params(
@@ -181,10 +197,24 @@ def save_params(
         if side is not None:
             copy_side_files(side, work, skip=() if same else ("config.json",))
         if not same:
-            spelled = {2: "bfloat16", 4: "float32"}[tree["norm.weight"].dtype.itemsize]
+            spelled = np.dtype(tree["norm.weight"].dtype).name
             (work / "config.json").write_text(json.dumps(to_huggingface(config) | {"torch_dtype": spelled}, indent=2) + "\n")
-        _manifest(side, config).write(work)
+        manifest = _manifest(side, config)
+        if unrolled:
+            own = {torch: params[name].dtype for torch, name in names.items()}
+        else:
+            own = {torch: tree[leaf.name].dtype for leaf in stored for torch in leaf.torch}
+        manifest.stored_as({HEAD: own[EMBEDDING]} | own).write(work)
         write_params(work, tree)
+
+
+def run_manifest(folder: Path, config: ModelConfig) -> Manifest:
+    """The manifest of what is trained from the weights of `folder`: a stack of layers has one dtype, and new numbers."""
+    manifest = _manifest(folder, config)
+    own = manifest.dtypes
+    stacks = [leaf.torch for leaf in leaves(config, scanned=True)] if own else []
+    kinds = {name: common([own[name] for name in stack]) for stack in stacks for name in stack}
+    return manifest.stored_as(own | kinds)
 
 
 def _manifest(side: Path | None, config: ModelConfig) -> Manifest:
@@ -192,7 +222,7 @@ def _manifest(side: Path | None, config: ModelConfig) -> Manifest:
     names = {name for leaf in leaves(config, scanned=False) for name in leaf.torch}
     if side is not None and is_ours(side):
         manifest = Manifest.read(side)
-    elif side is not None and any(side.glob("*.safetensors")):
+    elif side is not None and any((*side.glob("*.safetensors"), *side.glob("pytorch_model*.bin"))):
         manifest = Manifest.of(open_source(side), tied)
     else:
         return Manifest(tie_word_embeddings=tied)

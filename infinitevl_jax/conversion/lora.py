@@ -6,15 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
+from infinitevl_jax.conversion.lora_config import Scales, read_adapter_config
 from infinitevl_jax.conversion.safetensors_file import SafetensorsFile
 from infinitevl_jax.conversion.source import FLOATS, Source, TorchFile, check_finite
 from infinitevl_jax.conversion.weights import published
 from infinitevl_jax.errors import InfiniteVLError
-from infinitevl_jax.reading import read_json
 
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
-# What would change the sum below: value that means "not used".
-_UNUSED = {"use_dora": False, "fan_in_fan_out": False, "use_qalora": False, "lora_bias": False, "bias": "none", "layer_replication": None}
 
 
 class Adapter:
@@ -22,57 +20,54 @@ class Adapter:
 
     Attributes:
       pairs: published name of the weight -> (A [r, in], B [out, r], scale).
+
+    Raises:
+      InfiniteVLError: not plain LoRA on linear layers, damaged, or not of one piece.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = folder = Path(folder)
         config_path = folder / "adapter_config.json"
-        config = read_json(config_path)
-        if config.get("peft_type", "LORA") != "LORA":
-            raise InfiniteVLError(f"{config_path}: peft_type is {config['peft_type']}", "only LORA adapters can be merged")
-        for key, unused in _UNUSED.items():
-            if config.get(key) not in (unused, None):
-                raise InfiniteVLError(
-                    f"{config_path}: {key} is {config[key]!r}, which is not plain LoRA",
-                    "merge it with peft (merge_and_unload) and import that",
-                )
+        scales = Scales(read_adapter_config(config_path), config_path)
         weights, torch_weights = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
         if not weights.exists() and not torch_weights.exists():
             raise InfiniteVLError(f"{folder} has no adapter_model.safetensors", "copy the adapter's weights beside adapter_config.json")
         file = SafetensorsFile(weights) if weights.exists() else TorchFile(torch_weights)
 
-        sides: dict[str, dict[str, np.ndarray]] = {}
-        for name in file.entries:
+        sides: dict[str, dict[str, str]] = {}  # weight -> side -> name in the file
+        modules: dict[str, str] = {}  # weight -> module as this file spells it
+        for name, entry in file.entries.items():
             found = _TENSOR.fullmatch(name)
-            value = file.array(name)
-            if not found or value.ndim != 2 or value.dtype not in FLOATS:
+            if not found or len(entry.shape) != 2 or entry.dtype not in FLOATS:
                 raise InfiniteVLError(
                     f"{file.path}: {name} is not a LoRA matrix of a linear layer", "merge it with peft (merge_and_unload) and import that"
                 )
-            check_finite(np.asarray(value), f"{file.path}: tensor {name}")
-            sides.setdefault(found["module"], {})[found["side"]] = np.asarray(value, np.float32)
+            weight = published(found["module"] + ".weight")
+            modules[weight] = found["module"]
+            names = sides.setdefault(weight, {})
+            if other := names.get(found["side"]):
+                raise InfiniteVLError(f"{file.path}: {name} and {other} are the same matrix", "keep the one that belongs to the adapter")
+            names[found["side"]] = name
         if not sides:
             raise InfiniteVLError(f"{file.path} is empty", "take the file that was saved after training")
-        self.pairs = {published(module + ".weight"): self._pair(module, pair, config, file.path) for module, pair in sides.items()}
-
-    def _pair(self, module: str, pair: dict[str, np.ndarray], config: dict, path: Path):
-        if missing := {"A", "B"} - set(pair):
-            raise InfiniteVLError(f"{path}: {module} has no lora_{missing.pop()}", "copy the whole adapter again")
-        a, b = pair["A"], pair["B"]
-        rank = _by_pattern(config, "rank_pattern", module, config.get("r"))
-        alpha = _by_pattern(config, "alpha_pattern", module, config.get("lora_alpha"))
-        if not isinstance(rank, int) or not isinstance(alpha, int | float) or a.shape[0] != rank or b.shape[1] != rank:
-            raise InfiniteVLError(
-                f"{path}: {module} has lora_A {list(a.shape)} and lora_B {list(b.shape)},"
-                f" adapter_config.json says r = {rank!r}, lora_alpha = {alpha!r}",
-                "take adapter_config.json and weights of the same adapter",
-            )
-        return a, b, float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+        self.pairs = {weight: _pair(file, modules[weight], names, scales) for weight, names in sides.items()}
 
 
-def _by_pattern(config: dict, key: str, module: str, default):
-    """PEFT's rule: the first pattern that matches the end of the module's name."""
-    return next((value for pattern, value in (config.get(key) or {}).items() if re.match(rf"(.*\.)?({pattern})$", module)), default)
+def _pair(file, module: str, names: dict[str, str], scales: Scales) -> tuple[np.ndarray, np.ndarray, float]:
+    if missing := {"A", "B"} - set(names):
+        raise InfiniteVLError(f"{file.path}: {module} has no lora_{missing.pop()}", "copy the whole adapter again")
+    (rank, scale), shapes = scales.of(module), {side: file.entries[name].shape for side, name in names.items()}
+    if shapes["A"][0] != rank or shapes["B"][1] != rank:
+        raise InfiniteVLError(
+            f"{file.path}: {module} has lora_A {list(shapes['A'])} and lora_B {list(shapes['B'])}, adapter_config.json says r = {rank}",
+            "take adapter_config.json and weights of the same adapter",
+        )
+    values = {}
+    for side, name in names.items():
+        value = file.array(name)
+        check_finite(np.asarray(value), f"{file.path}: tensor {name}")
+        values[side] = np.asarray(value, np.float32)
+    return values["A"], values["B"], scale
 
 
 class Merged(Source):
@@ -102,6 +97,10 @@ class Merged(Source):
             return part
         rows, columns = (*index, slice(None), slice(None))[:2]
         total = part.astype(np.float32)
-        for a, b, scale in pairs:
-            total += scale * (b[rows] @ a[:, columns])
-        return total.astype(part.dtype)
+        with np.errstate(over="ignore", invalid="ignore"):  # looked for below
+            for a, b, scale in pairs:
+                total += np.float32(scale) * (b[rows] @ a[:, columns])
+            merged = total.astype(part.dtype)
+        adapters = ", ".join(str(adapter.folder) for adapter in self.adapters if name in adapter.pairs)
+        check_finite(merged, f"{name} with {adapters} merged in")
+        return merged

@@ -4,19 +4,20 @@ Leaves are written and read one at a time, so that neither direction holds the m
 """
 
 import contextlib
-import logging
 import math
-import sys
-import time
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from jax.sharding import Sharding
 
 from infinitevl_jax.conversion.files import PARAMS
+from infinitevl_jax.conversion.source import FLOATS
 from infinitevl_jax.conversion.weights import Leaf, complain
 from infinitevl_jax.errors import InfiniteVLError
 
@@ -33,14 +34,46 @@ class Deferred:
         self.nbytes = self.size * self.dtype.itemsize
 
 
+def _to_its_end(action: Callable, stop: threading.Event):
+    """The result of `action`, from a thread of its own, whose end is awaited whatever happens here.
+
+    Ctrl-C and other signals are raised in the main thread. Inside orbax they would leave tasks and writes running behind
+    them; here they end the wait, and set `stop`.
+    """
+    outcome, running = Future(), threading.Lock()
+
+    def run() -> None:
+        with running:
+            if stop.is_set():  # the wait was over before this began
+                return
+            try:
+                outcome.set_result(action())
+            except BaseException as error:
+                outcome.set_exception(error)
+
+    try:
+        threading.Thread(target=run, name="orbax").start()
+        return outcome.result()
+    except BaseException:
+        stop.set()
+        with running:
+            raise
+
+
 class _DeferredHandler(ocp.type_handlers.NumpyHandler):
-    """Writes leaves a few at a time, as the numpy arrays that they become."""
+    """Writes leaves a few at a time, as the numpy arrays that they become, until told to stop."""
+
+    def __init__(self, stop: threading.Event):
+        super().__init__(deepcopy_host_arrays=False)
+        self._stop = stop
 
     async def serialize(self, values, infos, args=None):
         args = args or [ocp.SaveArgs()] * len(values)
         with contextlib.ExitStack() as writes:  # ends only when every write has, whatever failed: nothing runs on
             held = 0
             for value, info, arg in zip(values, infos, args, strict=True):
+                if self._stop.is_set():
+                    raise InterruptedError("stopped while writing")
                 for future in await super().serialize([value.load()], [info], [arg]):
                     writes.callback(future.result)
                 held += value.nbytes
@@ -50,32 +83,20 @@ class _DeferredHandler(ocp.type_handlers.NumpyHandler):
         return []
 
 
-@contextlib.contextmanager
-def _quiet():
-    """One message is enough: orbax logs the traceback of what it then raises, and of the reads it abandons on the way."""
-    logger, hook = logging.getLogger("absl"), sys.unraisablehook
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook = lambda unraisable: None
-    try:
-        yield
-    except BaseException:
-        time.sleep(0.2)  # the abandoned ones end
-        raise
-    finally:
-        logger.setLevel(level)
-        sys.unraisablehook = hook
-
-
 def write_params(folder: Path, params: Mapping[str, Deferred | jax.Array]) -> None:
     """Write params/: Deferred leaves one at a time, jax arrays shard by shard from the processes that hold them."""
+    stop = threading.Event()
     handlers = ocp.type_handlers.create_type_handler_registry(
-        (Deferred, _DeferredHandler(deepcopy_host_arrays=False)), (jax.Array, ocp.type_handlers.ArrayHandler())
+        (Deferred, _DeferredHandler(stop)), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=handlers, use_compression=False)
     args = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK) for name in params}
-    with _quiet(), ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save((folder / PARAMS).absolute(), args=ocp.args.PyTreeSave(dict(params), save_args=args))
+
+    def write() -> None:
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save((folder / PARAMS).absolute(), args=ocp.args.PyTreeSave(dict(params), save_args=args))
+
+    _to_its_end(write, stop)
 
 
 class Store:
@@ -89,10 +110,26 @@ class Store:
         self.path = (folder / PARAMS).absolute()
         if not self.path.is_dir():
             raise InfiniteVLError(f"{folder} has no {PARAMS}/", "import or save the model again")
-        self._checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-        tree = self._guard(lambda: dict(self._checkpointer.metadata(self.path).item_metadata.tree))
-        self.shapes = {name: tuple(leaf.shape) for name, leaf in tree.items()}
-        self.dtypes = {name: np.dtype(leaf.dtype) for name, leaf in tree.items()}
+        # The handler alone: a Checkpointer also looks for files of its own, which a training step lacks, and warns.
+        self._handler = ocp.PyTreeCheckpointHandler()
+        self._guard(self._open)
+        leaves = self._guard(self._metadata)
+        self.shapes = {name: shape for name, (shape, _) in leaves.items()}
+        self.dtypes = {name: dtype for name, (_, dtype) in leaves.items()}
+        if strange := [name for name, dtype in self.dtypes.items() if dtype not in FLOATS]:
+            raise InfiniteVLError(
+                f"{self.path}: {strange[0]} is {self.dtypes[strange[0]]}", "weights are bf16, f16 or f32: import or save the model again"
+            )
+
+    def _open(self) -> None:
+        """Look the database through once: orbax reads many leaves at once, and reports each that then fails."""
+        if (self.path / "manifest.ocdbt").exists():
+            files = {"driver": "file", "path": f"{self.path}/"}
+            tensorstore.KvStore.open({"driver": "ocdbt", "base": files}).result().list().result()
+
+    def _metadata(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        found = self._handler.metadata(self.path).tree
+        return {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in dict(found).items()}
 
     def check(self, expected: Sequence[Leaf], what: str) -> None:
         """Raise InfiniteVLError unless exactly these leaves are stored."""
@@ -106,12 +143,11 @@ class Store:
             args = ocp.ArrayRestoreArgs(sharding=sharding, global_shape=self.shapes[name], dtype=dtype or self.dtypes[name])
         item = {name: jax.ShapeDtypeStruct(self.shapes[name], self.dtypes[name])}
         restore = ocp.args.PyTreeRestore(item=item, restore_args={name: args}, partial_restore=True)
-        return self._guard(lambda: self._checkpointer.restore(self.path, args=restore))[name]
+        return self._guard(lambda: self._handler.restore(self.path, args=restore))[name]
 
     def _guard(self, action: Callable):
         try:
-            with _quiet():
-                return action()
-        except (ValueError, OSError, KeyError, AttributeError, TypeError) as error:
+            return _to_its_end(action, threading.Event())
+        except Exception as error:  # orbax does not say which it raises, and some are Exception itself
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise InfiniteVLError(f"{self.path} cannot be read: {reason}", "the checkpoint is damaged: copy or import it again") from error

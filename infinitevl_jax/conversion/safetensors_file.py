@@ -7,14 +7,19 @@ memory can be read slice by slice. bfloat16 comes from ml_dtypes: torch is not n
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import ml_dtypes
+import msgspec
 import numpy as np
+from msgspec import Meta
 
 from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.reading import open_file
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -34,7 +39,10 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 SPELLED: dict[np.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
-_LONGEST_HEADER = 100_000_000
+HEADER_BYTES = 16 << 20  # of a file's header: about 100,000 tensors
+_LARGEST = 1 << 48  # numbers in a tensor
+_Whole = Annotated[int, Meta(ge=0, le=1 << 52)]
+_AGAIN = "download or copy the file again"
 
 
 @dataclass(frozen=True)
@@ -72,76 +80,90 @@ class SafetensorsFile:
         return np.asarray(flat).view(entry.dtype).reshape(entry.shape)
 
 
+class _HeaderEntry(msgspec.Struct):
+    """A tensor in the header."""
+
+    dtype: str
+    shape: Annotated[list[_Whole], Meta(max_length=16)]
+    data_offsets: tuple[_Whole, _Whole]
+
+
 def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str], int]:
-    again = "download or copy the file again"
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(8)
-            length = int.from_bytes(head, "little") if len(head) == 8 else 0
-            if head[:2] == b"PK" or head[:4] == b"\x80\x02\x8a\n":
-                raise InfiniteVLError(
-                    f"{path} is a torch file, not safetensors", "name it pytorch_model.bin and install torch to import it"
-                )
-            if head == b"version ":
-                raise InfiniteVLError(f"{path} is a git-lfs pointer, not the weights", "run `git lfs pull` in its folder")
-            if len(head) < 8:
-                raise InfiniteVLError(f"{path} is {size} bytes long: truncated, or not a safetensors file", again)
-            if length > min(_LONGEST_HEADER, size - 8):
-                raise InfiniteVLError(
-                    f"{path} says its header is {length:,} bytes long, the file has {size:,}: truncated, or not a safetensors file", again
-                )
-            raw = file.read(length)
-    except OSError as error:
-        raise InfiniteVLError(f"{path} cannot be read: {error.strerror}", "check the path and its permissions") from None
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(8)
+        length = int.from_bytes(head, "little") if len(head) == 8 else 0
+        if head[:2] == b"PK" or head[:4] == b"\x80\x02\x8a\n":
+            raise InfiniteVLError(
+                f"{path} is a torch file, not safetensors", "name it pytorch_model.bin and install torch to import it"
+            )
+        if head == b"version ":
+            raise InfiniteVLError(f"{path} is a git-lfs pointer, not the weights", "run `git lfs pull` in its folder")
+        if len(head) < 8:
+            raise InfiniteVLError(f"{path} is {size} bytes long: truncated, or not a safetensors file", _AGAIN)
+        if length > size - 8:
+            raise InfiniteVLError(
+                f"{path} says its header is {length:,} bytes long, the file has {size:,}: truncated, or not a safetensors file",
+                _AGAIN,
+            )
+        if length > HEADER_BYTES:
+            raise InfiniteVLError(
+                f"{path} has a header of {length:,} bytes, more than the {HEADER_BYTES:,} that are read",
+                "save the weights in several files",
+            )
+        raw = file.read(length)
 
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-        metadata = header.pop("__metadata__", {})
+        msgspec.json.decode(raw)  # strict: no NaN, no half of a surrogate pair
+        header = json.loads(raw, object_pairs_hook=_unique)
     except InfiniteVLError as error:
-        raise InfiniteVLError(f"{path}: {error.culprit}", again) from None
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        raise InfiniteVLError(f"{path}: the header is not a JSON object; not a safetensors file", again) from None
+        raise InfiniteVLError(f"{path}: {error.culprit}", _AGAIN) from None
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise InfiniteVLError(f"{path}: the header is not a JSON object; not a safetensors file", _AGAIN)
+    metadata = header.pop("__metadata__", None) or {}  # some writers have null
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise InfiniteVLError(f"{path}: __metadata__ does not map strings to strings", again)
-    entries = {name: _entry(path, name, fields) for name, fields in header.items()}
+        raise InfiniteVLError(f"{path}: __metadata__ does not map strings to strings", _AGAIN)
+    found = {name: _entry(path, name, fields) for name, fields in header.items()}
+    entries = dict(sorted(found.items(), key=lambda item: (item[1].begin, item[1].end)))
 
     place, before = 0, "the header"
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+    for name, entry in entries.items():
         if entry.begin != place:
             what = "overlaps" if entry.begin < place else "leaves a hole behind"
-            raise InfiniteVLError(f"{path}: tensor {name} at byte {entry.begin:,} {what} {before}, which ends at {place:,}", again)
+            raise InfiniteVLError(f"{path}: tensor {name} at byte {entry.begin:,} {what} {before}, which ends at {place:,}", _AGAIN)
         place, before = entry.end, name
     if 8 + length + place != size:
         kind = "truncated" if size < 8 + length + place else "with bytes that belong to no tensor"
-        raise InfiniteVLError(f"{path} is {size:,} bytes long, its header asks for {8 + length + place:,}: {kind}", again)
-    return dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end))), metadata, 8 + length
+        raise InfiniteVLError(f"{path} is {size:,} bytes long, its header asks for {8 + length + place:,}: {kind}", _AGAIN)
+    return entries, metadata, 8 + length
 
 
 def _unique(pairs: list) -> dict:
     out = dict(pairs)
     if len(out) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
         raise InfiniteVLError(f"{twice} stands twice in the header", "")
     return out
 
 
-def _entry(path: Path, name: str, fields) -> Entry:
+def _entry(path: Path, name: str, fields: Any) -> Entry:
     try:
-        dtype, shape, (begin, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
-        whole = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
-    except (KeyError, TypeError, ValueError):
-        whole, dtype = False, None
-    if not whole:
-        raise InfiniteVLError(f"{path}: the header's entry for {name} is damaged", "download or copy the file again")
+        entry = msgspec.convert(fields, _HeaderEntry)
+    except msgspec.ValidationError as error:
+        raise InfiniteVLError(f"{path}: the header's entry for {name} is damaged: {error}", _AGAIN) from None
+    dtype, shape, (begin, end) = entry.dtype, tuple(entry.shape), entry.data_offsets
     if dtype not in DTYPES:
         raise InfiniteVLError(f"{path}: tensor {name} has the unknown dtype {dtype!r}", "save the weights in bf16, f16 or f32")
+    # Without its zeros too: numpy cannot say the shape of nothing that would be this large.
+    if math.prod(shape) > _LARGEST or math.prod(n for n in shape if n) > _LARGEST:
+        raise InfiniteVLError(f"{path}: tensor {name} has the impossible shape {list(shape)}", _AGAIN)
     if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
         raise InfiniteVLError(
             f"{path}: tensor {name} {dtype} {list(shape)} takes {math.prod(shape) * DTYPES[dtype].itemsize:,} bytes,"
             f" its offsets span {end - begin:,}",
-            "download or copy the file again",
+            _AGAIN,
         )
     return Entry(DTYPES[dtype], shape, begin, end)
 

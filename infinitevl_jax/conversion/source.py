@@ -4,19 +4,21 @@ Names are given in the published spelling. Tensors are read slice by slice as [o
 infinity as they pass, and counted, so that a test can see that a device reads only its own shard.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import ml_dtypes
+import msgspec
 import numpy as np
 
 from infinitevl_jax.conversion.safetensors_file import SPELLED, SafetensorsFile
 from infinitevl_jax.conversion.weights import LIVE, PUBLISHED, live, published
 from infinitevl_jax.errors import InfiniteVLError
-from infinitevl_jax.reading import read_json
+from infinitevl_jax.reading import inside, open_file, plain_name, read_json
 
 FLOATS = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32))
 _AGAIN = "download or copy the file again"
@@ -124,25 +126,32 @@ def open_source(folder: str | Path) -> Source:
             _complete(folder, shards)
             return Source(folder, [opener(path) for path in shards], None)
     if (folder / "adapter_config.json").exists():
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")  # shown, not opened
         raise InfiniteVLError(
             f"{folder} holds a LoRA adapter and no base weights", f"import the folder of {base or 'the base model'} with --adapter {folder}"
         )
     raise InfiniteVLError(f"{folder} has no weights", "expected model.safetensors, model.safetensors.index.json with its shards, or *.bin")
 
 
+class _Index(msgspec.Struct):
+    """model.safetensors.index.json."""
+
+    weight_map: dict[str, str]
+    metadata: dict[str, Any] | None = None
+
+
 def _sharded(folder: Path, index: Path, opener) -> Source:
-    content = read_json(index)
-    weight_map = content.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) and v == Path(v).name for v in weight_map.values()):
-        raise InfiniteVLError(f"{index} has no weight_map from tensor names to files beside it", _AGAIN)
+    content = read_json(index, _Index)
+    weight_map = content.weight_map
     names = sorted(set(weight_map.values()))
+    for name in names:
+        inside(folder, plain_name(name, str(index)))
     if absent := [name for name in names if not (folder / name).exists()]:
         raise InfiniteVLError(
             f"{index} names {len(absent)} absent of {len(names)} shards: {', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}",
             "download the missing files into the same folder",
         )
-    source = Source(folder, [opener(folder / name) for name in names], content.get("metadata") or {})
+    source = Source(folder, [opener(folder / name) for name in names], content.metadata or {})
     where = {raw: file.path.name for file, raw in source.names.values()}
     wrong = [
         f"{n} (index: {weight_map.get(n)}, file: {where.get(n)})" for n in {**weight_map, **where} if weight_map.get(n) != where.get(n)
@@ -157,14 +166,13 @@ def _sharded(folder: Path, index: Path, opener) -> Source:
 
 def _complete(folder: Path, shards: list[Path]) -> None:
     """Shards without an index: their own numbers say whether all are there."""
+    there = {path.name for path in shards}
     for path in shards:
         if found := re.fullmatch(r"(.*)-(\d+)-of-(\d+)(\.\w+)", path.name):
             stem, number, total, suffix = found.groups()
-            wanted = [f"{stem}-{i:0{len(number)}}-of-{total}{suffix}" for i in range(1, int(total) + 1)]
-            if absent := [name for name in wanted if not (folder / name).exists()]:
-                raise InfiniteVLError(
-                    f"{folder} lacks the shards {', '.join(absent[:3])}", "download the missing files into the same folder"
-                )
+            wanted = (f"{stem}-{i:0{len(number)}}-of-{total}{suffix}" for i in range(1, int(total) + 1))
+            if absent := list(itertools.islice((name for name in wanted if name not in there), 3)):
+                raise InfiniteVLError(f"{folder} lacks the shards {', '.join(absent)}", "download the missing files into the same folder")
 
 
 class TorchFile:
@@ -180,6 +188,7 @@ class TorchFile:
                 "pip install torch, or convert the weights to safetensors where torch is (save_pretrained writes them)",
             ) from None
         self._torch = torch
+        open_file(path).close()  # torch would wait for a pipe
         try:
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -192,6 +201,10 @@ class TorchFile:
             raise InfiniteVLError(f"{path} cannot be read by torch.load(weights_only=True): {reason}", _AGAIN) from None
         if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
             raise InfiniteVLError(f"{path} does not hold a dictionary of tensors", "save model.state_dict(), or use save_pretrained")
+        for name, value in state.items():
+            dense = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+            if not isinstance(name, str) or not dense or value.untyped_storage().nbytes() < value.numel() * value.itemsize:
+                raise InfiniteVLError(f"{path}: {name!r} is no plain tensor with all its numbers", "save model.state_dict() from the CPU")
         self._state = state
         self.entries = {name: _TorchEntry(tensor) for name, tensor in state.items()}
 

@@ -189,7 +189,7 @@ def _check_branches(row: Encoded, data: DataConfig) -> None:
     if len(row.prefix) > data.prefix_length:
         raise InfiniteVLError(
             f"the image's prefix has {len(row.prefix)} tokens, train.data.prefix_length is {data.prefix_length}",
-            f"train.data.prefix_length={len(row.prefix)}, or let the processor make images smaller (max_pixels)",
+            f"train.data.prefix_length={len(row.prefix)}, or make images smaller (model.max_pixels)",
         )
     longest = max(len(branch.tokens) for branch in row.branches) - 1
     if longest > data.length:
@@ -214,5 +214,5 @@ def _check_packable(row: Packable, data: DataConfig) -> None:
         if needed > limit:
             raise InfiniteVLError(
                 f"the conversation takes {needed} {what}, train.data.{name} is {limit}",
-                f"train.data.{name}={needed} or more, or smaller images (max_pixels)",
+                f"train.data.{name}={needed} or more, or smaller images (model.max_pixels)",
             )

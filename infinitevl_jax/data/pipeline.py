@@ -1,4 +1,8 @@
-"""The endless stream of training batches, and the held-out batches that only measure. Both depend on nothing but seed and position."""
+"""The endless stream of training batches, and the held-out batches that only measure. Both depend
+on nothing but seed and position.
+
+Rows that cannot be used are left out of either; the others keep their order.
+"""
 
 import contextlib
 import re
@@ -16,6 +20,7 @@ from infinitevl_jax.config.train import DataConfig
 from infinitevl_jax.data.batch import TrainBatch
 from infinitevl_jax.data.collate import PackedRows, Room, branch_batch, group_questions
 from infinitevl_jax.data.encode import Encoded, Encoder
+from infinitevl_jax.data.skipping import Skipped
 from infinitevl_jax.errors import BadRow, InfiniteVLError
 
 
@@ -38,20 +43,43 @@ def _share(data: DataConfig) -> int:
     return data.batch // jax.process_count()
 
 
-def train_batches(encoder: Encoder, config: ModelConfig, data: DataConfig, seed: int) -> Batches:
-    """Endless batches in an order that seed and epoch decide; each process takes its own rows."""
+def train_batches(encoder: Encoder, config: ModelConfig, data: DataConfig, seed: int, skipped: Skipped | None = None) -> Batches:
+    """Endless batches in an order that seed and epoch decide; each process takes its own rows.
+
+    skipped: counts the rows that cannot be used; left out, as `data` says.
+    """
     share, encoder = _share(data), encoder.within(data)
+    skipped = skipped or Skipped(len(encoder), data.max_skipped)
     if len(encoder) < data.batch:
         raise InfiniteVLError(
             f"split {data.train!r} of {data.name} has {len(encoder)} rows, a batch takes {data.batch}", "make train.data.batch smaller"
         )
     if not data.questions:
-        return PackedBatches(encoder, config, data, share, _order(encoder, seed))
-    rows = grain.MapDataset.source(encoder).seed(seed).shuffle()[jax.process_index() :: jax.process_count()].repeat()
+        return PackedBatches(encoder, config, data, share, _order(encoder, seed), skipped)
+    usable = grain.MapDataset.source(_UsableRows(encoder, skipped))
+    rows = usable.seed(seed).shuffle()[jax.process_index() :: jax.process_count()].repeat()
     chosen = rows.map_with_index(_Chooser(encoder, data, seed, share))
-    batches = chosen.batch(share, drop_remainder=True, batch_fn=partial(_collate, config=config, data=data))
-    # one thread ahead of the device is enough, and leaves the cores to it
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+    # One thread ahead of the device is enough, and leaves the cores to it. Rows that are None are
+    # dropped here.
+    stream = chosen.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2 * share))
+    return iter(stream.batch(share, drop_remainder=True, batch_fn=partial(_collate, config=config, data=data)))
+
+
+class _UsableRows:
+    """An encoder's rows, None in place of one that cannot be used."""
+
+    def __init__(self, encoder: Encoder, skipped: Skipped):
+        self.encoder, self.skipped = encoder, skipped
+
+    def __len__(self) -> int:
+        return len(self.encoder)
+
+    def __getitem__(self, number: int) -> Encoded | None:
+        try:
+            return self.encoder[number]
+        except BadRow as row:
+            self.skipped.add(row)
+            return None
 
 
 def _order(encoder: Encoder, seed: int) -> grain.MapDataset:
@@ -118,9 +146,9 @@ class PackedBatches:
     """Whole conversations packed into rows, every one once an epoch: an epoch ends with a batch of its own. Its place is the number of
     conversations taken."""
 
-    def __init__(self, encoder: Encoder, config: ModelConfig, data: DataConfig, rows: int, epoch: grain.MapDataset):
+    def __init__(self, encoder: Encoder, config: ModelConfig, data: DataConfig, rows: int, epoch: grain.MapDataset, skipped: Skipped):
         self.encoder, self.config, self.data, self.rows = encoder, config, data, rows
-        self.epoch, self.order = len(epoch), epoch.repeat()
+        self.epoch, self.order, self.skipped = len(epoch), epoch.repeat(), skipped
         self.taken = 0
 
     def __iter__(self) -> "PackedBatches":
@@ -128,9 +156,9 @@ class PackedBatches:
 
     def __next__(self) -> TrainBatch:
         packed = PackedRows(self.config, self.data, self.rows)
-        while packed.add(*self.encoder.conversation(int(self.order[self.taken]))):
+        while _add(packed, self.encoder, int(self.order[self.taken]), self.skipped):
             self.taken += 1
-            if self.taken % self.epoch == 0:
+            if self.taken % self.epoch == 0 and packed.items:
                 break
         return packed.batch()
 
@@ -138,25 +166,43 @@ class PackedBatches:
         return {"taken": self.taken}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self.taken = int(state["taken"])
+        if (taken := int(state["taken"])) < 0:
+            raise ValueError(f"{taken} conversations were taken")
+        self.taken = taken
 
 
-def held_out_batches(encoder: Encoder, config: ModelConfig, data: DataConfig) -> Iterator[TrainBatch]:
-    """Every question of the split once, in batches of the training shape; the last one is filled up with padding."""
+def _add(packed: PackedRows, encoder: Encoder, number: int, skipped: Skipped) -> bool:
+    """Take a row's conversation, or leave it out if it cannot be used. False: there is no room left
+    for it."""
+    try:
+        return packed.add(*encoder.conversation(number))
+    except BadRow as row:
+        skipped.add(row)
+        return True
+
+
+def held_out_batches(
+    encoder: Encoder, config: ModelConfig, data: DataConfig, skipped: Skipped | None = None
+) -> Iterator[TrainBatch]:
+    """Every question of the split once, in batches of the training shape; the last one is filled up
+    with padding.
+
+    skipped: counts the rows that cannot be used; left out, as `data` says.
+    """
     if jax.process_count() > 1:
         raise InfiniteVLError("measuring on the held-out split works in one process so far", 'set train.data.held_out=""')
-    encoder = encoder.within(data)
+    encoder, skipped = encoder.within(data), skipped or Skipped(len(encoder), data.max_skipped)
     if data.questions:
-        branches = data.batch * data.questions
-        for group in group_questions([len(encoder[i].branches) for i in range(len(encoder))], data.batch, branches):
+        branches, usable = data.batch * data.questions, _UsableRows(encoder, skipped)
+        counts = [0 if row is None else len(row.branches) for row in (usable[i] for i in range(len(usable)))]
+        for group in group_questions(counts, data.batch, branches):
             rows, questions = [encoder[i] for i, _ in group], [which for _, which in group]
             yield branch_batch(rows, questions, config, data, data.batch, branches)
         return
     packed = PackedRows(config, data, data.batch)
     for number in range(len(encoder)):
-        conversation = encoder.conversation(number)
-        if not packed.add(*conversation):
+        if not _add(packed, encoder, number, skipped):
             yield packed.batch()
             packed = PackedRows(config, data, data.batch)
-            packed.add(*conversation)
+            _add(packed, encoder, number, skipped)
     yield packed.batch()

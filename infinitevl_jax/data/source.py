@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,8 +11,13 @@ import tensorflow_datasets as tfds
 
 from infinitevl_jax.data.easy_vqa import EasyVqa
 from infinitevl_jax.errors import BadRow, InfiniteVLError
+from infinitevl_jax.locking import Lock
+from infinitevl_jax.writing import storage
 
 BUILDERS = (EasyVqa,)
+NAME = re.compile(
+    r"\w+(/[\w.-]+)?(:\d+\.\d+\.\d+)?"
+)  # name, configuration and version of a data set on this disk
 
 
 class Row(NamedTuple):
@@ -40,12 +46,22 @@ class Source:
                 f"data set {name} in {folder} has no feature {', '.join(sorted(missing))}",
                 "rows hold image (bytes), questions and answers (lists of text)",
             )
-        decoders = {"image": tfds.decode.SkipDecoding()} if "image" in builder.info.features else None
+        decoders = (
+            {"image": tfds.decode.SkipDecoding()} if "image" in builder.info.features else None
+        )
         try:
             self._rows = builder.as_data_source(split=split, decoders=decoders)
-        except (ValueError, KeyError, AssertionError, IndexError) as error:
-            known = ", ".join(f"{k} ({v.num_examples:,} rows)" for k, v in builder.info.splits.items())
-            raise InfiniteVLError(f"data set {name} has no rows in {split!r}", f"splits: {known}; slices read train[:90%]") from error
+            found = len(self._rows) > 0
+        except Exception:  # tfds raises whatever its parser, its assertions or the files' reader do
+            found = False
+        if not found:
+            known = ", ".join(
+                f"{k} ({v.num_examples:,} rows)" for k, v in builder.info.splits.items()
+            )
+            raise InfiniteVLError(
+                f"data set {name} has no rows in {split!r}",
+                f"splits: {known}; slices read train[:90%]",
+            )
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -56,15 +72,30 @@ class Source:
         return f"{self.name} {self.split}"
 
     def __getitem__(self, number: int) -> Row:
-        """Row `number`. Raises BadRow for one whose texts are not UTF-8, or not as many questions as answers."""
-        row = self._rows[int(number)]
+        """Row `number`. Raises BadRow for one that cannot be read, or has not as many questions as
+        answers."""
+        number = range(len(self))[number]
         try:
+            row = self._rows[number]
             questions, answers = _texts(row["questions"]), _texts(row["answers"])
         except UnicodeDecodeError as error:
-            raise BadRow(self.title, int(number), f"its text is not UTF-8: {error}", "write the row again as UTF-8") from error
+            raise BadRow(
+                self.title,
+                number,
+                f"its text is not UTF-8: {error}",
+                "write the row again as UTF-8",
+            ) from error
+        except Exception as error:  # of array_record, protobuf or tfds: each has its own
+            reason = f"it cannot be read: {str(error).strip()[:200] or type(error).__name__}"
+            raise BadRow(self.title, number, reason, "prepare the data set again") from error
         if len(questions) != len(answers) or not questions:
             reason = f"it has {len(questions)} questions and {len(answers)} answers"
-            raise BadRow(self.title, int(number), reason, "give one answer to each question, and at least one question")
+            raise BadRow(
+                self.title,
+                number,
+                reason,
+                "give one answer to each question, and at least one question",
+            )
         return Row(row.get("image", b""), questions, answers)
 
     def readable(self) -> Iterator[Row]:
@@ -79,17 +110,36 @@ def _texts(values: Sequence) -> list[str]:
 
 
 def _builder(name: str, folder: str | Path) -> tfds.core.DatasetBuilder:
+    """One of this package's builders, or the files of a prepared data set: on this disk, never over
+    the network."""
     made_here = {builder.name: builder for builder in BUILDERS}
-    if name in made_here:
-        builder = made_here[name](data_dir=str(folder), file_format="array_record")
-        # tfds draws three nested progress bars for a second's work
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare()
-        return builder
-    try:
-        return tfds.builder(name, data_dir=str(folder))
-    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
+    if "://" in str(folder):
         raise InfiniteVLError(
-            f"there is no data set {name!r}, neither among the builders nor prepared in {folder}",
-            f"builders: {', '.join(made_here)}; or put a prepared tfds data set (array_record) at {Path(folder) / name}",
-        ) from error
+            f"train.data.folder is {str(folder)!r}", "name a folder on this machine"
+        )
+    if name in made_here:
+        with storage(folder):
+            return _prepared(made_here[name], Path(folder))
+    with contextlib.suppress(Exception):  # of whatever kind: there is no data set that can be read
+        if NAME.fullmatch(name):
+            return tfds.core.read_only_builder.builder_from_files(name, data_dir=str(folder))
+    raise InfiniteVLError(
+        f"there is no data set {name!r}, neither among the builders nor prepared in {folder}",
+        f"builders: {', '.join(made_here)}; or put a prepared tfds data set (array_record) at {Path(folder) / name}",
+    )
+
+
+def _prepared(kind: type[tfds.core.DatasetBuilder], folder: Path) -> tfds.core.DatasetBuilder:
+    """A builder of this package with its files; the first of several runs writes them."""
+    builder = kind(data_dir=str(folder), file_format="array_record")
+    if not Path(builder.data_dir).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(Lock(folder / f".{kind.name}.lock", str(folder), wait=True))
+            for silence in (contextlib.redirect_stderr, contextlib.redirect_stdout):
+                stack.enter_context(
+                    silence(io.StringIO())
+                )  # tfds draws three nested progress bars for a second's work
+            kind(data_dir=str(folder), file_format="array_record").download_and_prepare()
+        builder = kind(data_dir=str(folder), file_format="array_record")
+    return builder

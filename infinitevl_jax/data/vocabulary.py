@@ -41,7 +41,7 @@ def word_tokenizer(texts: Iterable[str]) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def write_processor_files(folder: Path, tokenizer: tokenizers.Tokenizer, vision: VisionConfig, min_pixels: int, max_pixels: int) -> None:
+def write_processor_files(folder: Path, tokenizer: tokenizers.Tokenizer, vision: VisionConfig) -> None:
     """tokenizer.json, tokenizer_config.json, chat_template.jinja and preprocessor_config.json, as Hugging Face names them."""
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
@@ -53,8 +53,8 @@ def write_processor_files(folder: Path, tokenizer: tokenizers.Tokenizer, vision:
     }
     images = {
         "image_processor_type": "Qwen2VLImageProcessor",
-        "min_pixels": min_pixels,
-        "max_pixels": max_pixels,
+        "min_pixels": 3136,
+        "max_pixels": 1003520,
         "patch_size": vision.patch_size,
         "temporal_patch_size": vision.temporal_patch_size,
         "merge_size": vision.spatial_merge_size,

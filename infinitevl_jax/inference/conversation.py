@@ -9,6 +9,7 @@ import numpy as np
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.inference.infinitevl import InfiniteVL
 from infinitevl_jax.inference.sampling import Sampling
+from infinitevl_jax.model.arrays import whole_number
 from infinitevl_jax.model.cache import Cache
 from infinitevl_jax.model.inputs import prepare
 from infinitevl_jax.processing import Processor
@@ -38,17 +39,20 @@ class _State:
     before: int  # the same in tokens
     said: list[int]  # the answer to it, whose last token need not be in the cache
     cache: Cache
+    occurred: np.ndarray  # [vocab] bool: tokens up to the last question, for a repetition penalty
 
 
 class Conversation:
     """Questions and answers that follow one another. Holds the cache, and the one before the last question for `undo`."""
 
-    def __init__(self, model: InfiniteVL, processor: Processor, *, max_length: int | None = None):
+    def __init__(self, model: InfiniteVL, processor: Processor, *, system: str | None = None, max_length: int | None = None):
         """
         Args:
+          system: a system message in front of the first question.
           max_length: tokens to make room for where the model has full-attention layers; None makes room for one question and answer.
         """
         self.model, self.processor, self.max_length = model, processor, max_length
+        self._opening = () if system is None else ({"role": "system", "content": system},)
         self.eos_token_ids = end_tokens(model, processor)
         self.turn: Turn | None = None
         self._state: _State | None = None
@@ -58,7 +62,7 @@ class Conversation:
     def messages(self) -> tuple[dict, ...]:
         """What was said so far."""
         if self._state is None:
-            return ()
+            return self._opening
         return (*self._state.messages, {"role": "assistant", "content": self.processor.decode(self._state.said)})
 
     @property
@@ -82,14 +86,18 @@ class Conversation:
         content: str | list[dict],
         *,
         max_new_tokens: int = 256,
-        sampling: Sampling = Sampling(),  # noqa: B008  frozen
+        sampling: Sampling | None = None,
         seed: int = 0,
     ) -> Iterator[str]:
         """Say something (text, or a list of text, image and video items) and yield the answer's text as it is made.
 
-        Whoever stops listening (closes the generator) ends the answer there. Raises InfiniteVLError for what cannot be read or has no
-        room; after any error the conversation stands where it stood.
+        sampling: how to choose tokens; None is greedy, with the checkpoint's repetition penalty.
+
+        Whoever stops listening (closes the generator) ends the answer there. So does a new question, `undo` or `reset`: from then on
+        the generator is exhausted and changes nothing. Raises InfiniteVLError for what cannot be read or has no room; after any error
+        the conversation stands where it stood.
         """
+        max_new_tokens = whole_number(max_new_tokens, "max_new_tokens", 1)
         start, old, undo = time.perf_counter(), self._state, self._undo
         messages = (*self.messages, {"role": "user", "content": content})
         batch, prompt = self.processor.continuation(messages, old.prompt if old else "")
@@ -99,26 +107,34 @@ class Conversation:
         before = self.tokens + batch["input_ids"].shape[1]
         max_new_tokens = self._room(before, max_new_tokens)
         past = old.cache if old else self.model.init_cache(1, self.max_length or before + max_new_tokens)
-        inputs = prepare(self.model.config, **batch, start=np.asarray(past.next_position), said=len(unread))
-        logits, read = self.model.prefill(inputs, past)
-
-        self._state, self._undo = _State(messages, prompt, before, [], read), [old]
+        prepared = prepare(self.model.config, **batch, start=np.asarray(past.next_position), said=len(unread))
+        occurred = prepared.occurred(self.model.config.text.vocab_size)
+        if old:
+            occurred = occurred | old.occurred
+            occurred[0, old.said] = True
         settings = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed, "eos_token_ids": self.eos_token_ids}
+        logits, read = self.model.prefill(prepared, past)
+
+        state = self._state = _State(messages, prompt, before, [], read, occurred[0])
+        self._undo = [old]
         text, first = self.processor.stream(), None
         try:
-            for made, (token, cache) in enumerate(self.model.decode(logits, read, **settings), 1):
+            for made, (token, cache) in enumerate(self.model.decode(logits, read, occurred=occurred, **settings), 1):
                 now = time.perf_counter() - start
                 first = first or now
                 self.turn = Turn(batch["input_ids"].shape[1], made, first, now)
-                self._state = replace(self._state, cache=cache)
+                state = self._state = replace(state, cache=cache)
                 if int(token[0]) not in self.eos_token_ids:
-                    self._state.said.append(int(token[0]))
+                    state.said.append(int(token[0]))
                     yield text.push(int(token[0]))
+                if self._state is not state:  # meanwhile the conversation went on without this answer
+                    return
             yield text.finish()
         except GeneratorExit:
             raise
         except BaseException:  # the device may have given up the cache half-way through a token
-            self._state, self._undo = old, undo
+            if self._state is state:
+                self._state, self._undo = old, undo
             raise
 
     def _room(self, length: int, wanted: int) -> int:

@@ -12,6 +12,7 @@ from jax import Array
 
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.model.arrays import INT32_MAX, as_numpy, floats, integers
 from infinitevl_jax.model.patches import Patches, pack
 from infinitevl_jax.model.positions import VisionItem, check_position_ids, seconds_per_grid, sequence_positions
 from infinitevl_jax.model.segments import split_packed
@@ -34,6 +35,18 @@ class Prepared(NamedTuple):
     patches: Patches | None
     shift: np.ndarray  # [batch] left padding that was rolled away
 
+    @property
+    def counts(self) -> np.ndarray:
+        """[batch] tokens of each row, without padding."""
+        return (self.inputs.index >= 0).sum(1)
+
+    def occurred(self, vocab: int) -> np.ndarray:
+        """[batch, vocab] bool: which tokens each row holds."""
+        out = np.zeros((len(self.shift), vocab), bool)
+        row, column = np.nonzero(self.inputs.index >= 0)
+        out[row, self.inputs.tokens[row, column]] = True
+        return out
+
 
 def text_inputs(tokens: np.ndarray | Array) -> Inputs:
     """Inputs of [batch, length] tokens without padding or images, to follow a cache or to start a text."""
@@ -52,7 +65,10 @@ def vision_items(
 
     images = [VisionItem("image", merged(g), 0.0) for g in _grids(image_grid_thw)]
     grids = _grids(video_grid_thw)
-    seconds = [Fraction(1)] * len(grids) if second_per_grid_ts is None else seconds_per_grid(second_per_grid_ts)
+    seconds = [Fraction(1)] * len(grids)
+    if second_per_grid_ts is not None:
+        cure = "give the seconds between two steps of each video: temporal_patch_size / fps"
+        seconds = seconds_per_grid(floats(second_per_grid_ts, "second_per_grid_ts", 0, INT32_MAX, cure))
     if len(seconds) != len(grids):
         raise InfiniteVLError(
             f"second_per_grid_ts has {len(seconds)} entries for {len(grids)} videos", "give one per video: temporal_patch_size / fps"
@@ -64,10 +80,47 @@ def vision_items(
 
 
 def _grids(grid_thw) -> np.ndarray:
-    grids = np.zeros((0, 3), np.int64) if grid_thw is None else np.asarray(grid_thw).astype(np.int64)
-    if grids.ndim != 2 or grids.shape[1] != 3:
+    if grid_thw is None:
+        return np.zeros((0, 3), np.int64)
+    grids = integers(grid_thw, "grid_thw", ("items", "3"), 1, 1 << 20, "each is frames, rows, columns in patches, at least 1")
+    if grids.shape[1] != 3:
         raise InfiniteVLError(f"grid_thw has shape {grids.shape}", "it is [items, 3]: frames, rows, columns in patches")
     return grids
+
+
+def _mask(attention_mask, shape: tuple[int, int]) -> np.ndarray:
+    """[batch, tokens] bool, True for tokens."""
+    if attention_mask is None:
+        return np.ones(shape, bool)
+    mask = as_numpy(attention_mask, "attention_mask")
+    if mask.shape != shape:
+        raise InfiniteVLError(f"attention_mask has shape {mask.shape}, input_ids {shape}", "pass one mask entry a token")
+    if not ((mask == 0) | (mask == 1)).all():
+        raise InfiniteVLError(
+            f"attention_mask holds {mask[(mask != 0) & (mask != 1)][0]}", "pass 1 for a token and 0 for padding, as a tokenizer returns it"
+        )
+    return mask != 0
+
+
+def _pixels(name: str, value: np.ndarray, features: int) -> np.ndarray:
+    if value.ndim != 2 or value.shape[1] != features:
+        raise InfiniteVLError(
+            f"{name} has shape {value.shape}, the tower takes pixel values of shape [patches, {features}]",
+            "use the processor of this checkpoint (patch_size and temporal_patch_size must agree)",
+        )
+    if value.dtype.kind != "f":
+        raise InfiniteVLError(f"{name} has dtype {value.dtype}", "pass the floats that the processor returns")
+    return floats(value, name, cure="check the image that made them")
+
+
+def _own_positions(position_ids: np.ndarray, batch: int, width: int) -> np.ndarray:
+    """[3, batch, width] of what a caller passes: that, [batch, width], or [4, batch, width]."""
+    # Hugging Face packs text positions before the three
+    own = position_ids[1:] if position_ids.ndim == 3 and len(position_ids) == 4 else position_ids
+    own = np.broadcast_to(own, (3, *own.shape)) if own.ndim == 2 else own
+    if own.shape != (3, batch, width):
+        raise InfiniteVLError(f"position_ids has shape {own.shape}", f"pass [3, {batch}, {width}]: temporal, height, width")
+    return own
 
 
 def prepare(
@@ -99,29 +152,27 @@ def prepare(
       said: the first `said` tokens of each sequence are text, whatever their ids: what a model made itself stands for no picture.
       row_per_sequence: pack each sequence's patches in a row of its own (sharded training) rather than all in one.
     """
-    tokens = np.asarray(input_ids)
-    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or 0 in tokens.shape:
-        raise InfiniteVLError(f"input_ids has shape {tokens.shape} and dtype {tokens.dtype}", "pass integers [batch, tokens], at least one")
     vocab = config.text.vocab_size
-    if tokens.min() < 0 or tokens.max() >= vocab:
-        culprit = int(tokens.min() if tokens.min() < 0 else tokens.max())
-        raise InfiniteVLError(f"input_ids holds {culprit}, the vocabulary has {vocab} tokens", "use this checkpoint's own tokenizer")
+    cure = f"the vocabulary has {vocab} tokens: use this checkpoint's own tokenizer"
+    tokens = integers(input_ids, "input_ids", ("batch", "tokens"), 0, vocab - 1, cure)
+    if 0 in tokens.shape:
+        raise InfiniteVLError(f"input_ids has shape {tokens.shape}", "pass integers [batch, tokens], at least one")
     batch, width = tokens.shape
-    mask = np.ones(tokens.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
-    if mask.shape != tokens.shape:
-        raise InfiniteVLError(f"attention_mask has shape {mask.shape}, input_ids {tokens.shape}", "pass one mask entry a token")
+    mask = _mask(attention_mask, tokens.shape)
     counts = mask.sum(1)
     shift = np.where(counts > 0, mask.argmax(1), 0)
     run = (np.arange(width) >= shift[:, None]) & (np.arange(width) < (shift + counts)[:, None])
     if (holes := (mask != run).any(1)).any():
         raise InfiniteVLError(f"attention_mask of sequence {holes.argmax()} has a hole between its tokens", "pad at one side only")
 
-    def given(x):  # a collator may send empty arrays for a batch of text
-        return None if x is None or np.size(x) == 0 else x
+    def given(name, value):  # a collator may send empty arrays for a batch of text
+        value = None if value is None else as_numpy(value, name)
+        return None if value is None or value.size == 0 else value
 
-    pixel_values, image_grid_thw = given(pixel_values), given(image_grid_thw)
-    pixel_values_videos, video_grid_thw = given(pixel_values_videos), given(video_grid_thw)
-    images, videos = vision_items(image_grid_thw, video_grid_thw, given(second_per_grid_ts), config, truncate_seconds)
+    pixel_values, image_grid_thw = given("pixel_values", pixel_values), given("image_grid_thw", image_grid_thw)
+    pixel_values_videos, video_grid_thw = given("pixel_values_videos", pixel_values_videos), given("video_grid_thw", video_grid_thw)
+    seconds = given("second_per_grid_ts", second_per_grid_ts)
+    images, videos = vision_items(image_grid_thw, video_grid_thw, seconds, config, truncate_seconds)
     has_vision = bool(images or videos)
     sources = [("pixel_values", pixel_values, "image_grid_thw", images)]
     sources += [("pixel_values_videos", pixel_values_videos, "video_grid_thw", videos)]
@@ -145,6 +196,11 @@ def prepare(
         row = kinds[b, : counts[b]]
         first = 0 if start is None else int(start[b])
         place, taken = sequence_positions(row, image_queue, video_queue, config, first, f"sequence {b}")
+        if position_ids is None and place.size and place.max() >= INT32_MAX:
+            raise InfiniteVLError(
+                f"sequence {b} comes to position {int(place.max()):,}, more than the {INT32_MAX:,} that there are",
+                "start a new cache, or check second_per_grid_ts",
+            )
         positions[:, b, : counts[b]] = place
         for item in taken:
             owners[item.kind].append(b)
@@ -155,17 +211,14 @@ def prepare(
                 f"put one {kind} placeholder in the text for every {kind}, in the same order",
             )
     if position_ids is not None:
-        own = np.asarray(position_ids)
-        own = own[1:] if own.ndim == 3 and len(own) == 4 else own  # Hugging Face packs text positions before the three
-        own = np.broadcast_to(own, (3, *own.shape)) if own.ndim == 2 else own
-        if own.shape != (3, batch, width):
-            raise InfiniteVLError(f"position_ids has shape {own.shape}", f"pass [3, {batch}, {width}]: temporal, height, width")
+        position_ids = as_numpy(position_ids, "position_ids")
+        own = _own_positions(position_ids, batch, width)
         check_position_ids(own[:, run])
         for b in range(batch):
             here = slice(shift[b], shift[b] + counts[b])
             positions[:, b, : counts[b]] = own[:, b, here]
             is_vision = np.isin(kinds[b, : counts[b]], [config.image_token_id, config.video_token_id] if config.vision else [])
-            split = split_packed(np.asarray(position_ids)[..., b, here], is_vision, f"sequence {b}")
+            split = split_packed(position_ids[..., b, here], is_vision, f"sequence {b}")
             segment[b, : counts[b]], ordinal[b, : counts[b]] = split
 
     valid = np.arange(size) < counts[:, None]
@@ -174,9 +227,7 @@ def prepare(
         rolled[b, : counts[b]] = tokens[b, shift[b] : shift[b] + counts[b]]
     patches = vision_index = None
     if has_vision:
-        parts = [np.asarray(v) for v in (pixel_values, pixel_values_videos) if v is not None]
-        if bad := [p for p in parts if not np.isfinite(p).all()]:
-            raise InfiniteVLError(f"pixel values {bad[0].shape} hold NaN or infinity", "check the image that made them")
+        parts = [_pixels(name, value, config.vision.patch_features) for name, value, *_ in sources if value is not None]
         grids = np.concatenate([_grids(image_grid_thw), _grids(video_grid_thw)])
         rows, row_count = (owners["image"] + owners["video"], batch) if row_per_sequence else ([0] * len(grids), 1)
         patches, place = pack(np.concatenate(parts), grids, config.vision, rows, row_count)

@@ -16,7 +16,7 @@ from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.rational import exact
 
-MAX_POSITION = 2**31 - 1
+MAX_POSITION = 2**31 - 2  # int32 on the device, and the position after it is counted as well
 
 class VisionItem(NamedTuple):
     """One image or video as the decoder sees it."""
@@ -31,7 +31,7 @@ class VisionItem(NamedTuple):
 
 
 def vision_positions(item: VisionItem, base: int, tokens_per_second: float) -> np.ndarray:
-    """[3, tokens] positions of one segment that starts at `base`. Raises InfiniteVLError for positions beyond 2^31 - 1."""
+    """[3, tokens] positions of one segment that starts at `base`. Raises InfiniteVLError for positions beyond MAX_POSITION."""
     frames, rows, columns = item.grid
     step = exact(item.seconds_per_grid) * exact(tokens_per_second)
     if base + max(0, frames - 1) * step > MAX_POSITION:
@@ -56,7 +56,7 @@ def seconds_per_grid(values: object) -> list[Fraction]:
 
 
 def check_position_ids(positions: np.ndarray) -> None:
-    """Raise InfiniteVLError unless `positions` are integers from 0 to 2^31 - 1."""
+    """Raise InfiniteVLError unless `positions` are integers from 0 to MAX_POSITION."""
     if not np.issubdtype(positions.dtype, np.integer):
         raise InfiniteVLError(f"position_ids are of type {positions.dtype}", "pass integers")
     if positions.size and not 0 <= (low := positions.min()) <= (high := positions.max()) <= MAX_POSITION:

@@ -1,6 +1,7 @@
 """What a checkpoint folder says about pictures: sizes, limits, normalisation. Written by many versions of many tools."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -166,3 +167,20 @@ def override(options: ImageOptions, values: dict, where: str) -> ImageOptions:
         return dataclasses.replace(options, **values) if values else options
     except InfiniteVLError as error:
         raise InfiniteVLError(f"{where}: {error.culprit}", error.cure) from error
+
+
+def write_pixel_limits(folder: Path, limits: dict[str, int]) -> None:
+    """Change the image settings of a folder: `limits` holds min_pixels, max_pixels or both.
+
+    Raises InfiniteVLError if the settings and the limits do not go together.
+    """
+    image_options(folder)  # so that what is not valid is said of the file as it came
+    path, _ = _entries(folder, "image_processor", "preprocessor_config.json")
+    whole = read_json(path)
+    entries = whole if path.name == "preprocessor_config.json" else whole["image_processor"]
+    if isinstance(size := entries.get("size"), dict):
+        edges = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+        size |= {edges[n] if edges[n] in size else n: value for n, value in limits.items()}
+    entries |= limits
+    path.write_text(json.dumps(whole, indent=2) + "\n", "utf-8")
+    image_options(folder)

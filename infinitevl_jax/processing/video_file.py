@@ -154,9 +154,11 @@ def decode(file: BinaryIO, track: Track, name: str) -> Iterator[tuple[Fraction, 
         stream = container.streams[track.index]
         pixels = max(1, stream.width * stream.height)
         stream.thread_type = "AUTO"
-        # Each thread holds a frame or two.
+        # Each thread holds a frame or two. Several do not always tell which frame is incomplete,
+        # and with raw streams nothing else shows that they are cut short.
+        most = 1 if container.format.name in _RAW else 16
         stream.codec_context.thread_count = max(
-            1, min(16, os.cpu_count() or 1, 4 * MAX_FRAME_PIXELS // pixels)
+            1, min(most, os.cpu_count() or 1, 4 * MAX_FRAME_PIXELS // pixels)
         )
         stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
         for order, frame in enumerate(container.decode(stream)):

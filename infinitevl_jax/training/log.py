@@ -2,39 +2,72 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from infinitevl_jax.writing import keep_aside, storage, write_text
 
 
 class Log:
     """Appends lines; a run that goes on first drops what was logged after its checkpoint."""
 
-    def __init__(self, path: Path, step: int):
+    def __init__(self, path: Path, step: int, say: Callable[[str], None] = print):
+        """
+        Args:
+          path: the log's file. step: of the checkpoint. say: told where a log with damaged lines is
+            kept.
+        """
         self.path = path
-        kept = [line for line in read_log(path) if line["step"] <= step]
-        aside = path.with_name(f".{path.name}.partial")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
-        os.replace(aside, path)
-        self._file = path.open("a", encoding="utf-8")
+        lines, damaged = _read(path)
+        if damaged:
+            say(
+                f"{damaged} damaged lines in {path}: it is kept as {keep_aside(path)}, the others go on"
+            )
+        self.lines = [line for line in lines if line["step"] <= step]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        with storage(path):
+            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
     def write(self, **line: Any) -> None:
-        """One line, on disk when this returns."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        """One line, in the file when this returns. Raises StorageError if it cannot be written."""
+        self.lines.append(line)
+        with storage(self.path):
+            text = (json.dumps(line) + "\n").encode()
+            while text:  # a disk that fills up takes a part
+                text = text[os.write(self._file, text) :]
+
+    def has(self, step: int, key: str) -> bool:
+        """Whether a line of that step holds that key."""
+        return any(line["step"] == step and key in line for line in self.lines)
 
     def close(self) -> None:
-        self._file.close()
+        os.close(self._file)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; a last line that a kill cut short is left out."""
-    lines = []
-    for text in path.read_text("utf-8").splitlines() if path.exists() else []:
+    """The lines of a log, without those that are damaged (the last one may be cut by a kill)."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines, and how many are damaged beside a last one that was cut."""
+    with storage(path):
+        texts = path.read_bytes().split(b"\n") if path.exists() else []
+    lines, damaged = [], 0
+    for number, text in enumerate(texts):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+            line = json.loads(text)
+            if not isinstance(line, dict) or not all(
+                isinstance(value, int | float) for value in line.values()
+            ):
+                raise ValueError
+            if type(line["step"]) is not int:
+                raise ValueError
+            lines.append(line)
+        except (ValueError, KeyError, RecursionError):
+            damaged += number < len(texts) - 1 and bool(text.strip())
+    return lines, damaged
 
 
 def plot_log(log: Path, picture: Path) -> None:
@@ -54,6 +87,6 @@ def plot_log(log: Path, picture: Path) -> None:
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
-    aside = picture.with_name(f".partial-{picture.name}")
+    aside = picture.with_name(f".{picture.stem}.partial{picture.suffix}")
     figure.savefig(aside, dpi=120)
     os.replace(aside, picture)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,14 +14,16 @@ from infinitevl_jax import conversion
 from infinitevl_jax.config.huggingface import read_config, to_huggingface
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.config.presets import ModelSource
-from infinitevl_jax.conversion.files import copy_side_files, is_ours, new_folder
+from infinitevl_jax.conversion.destination import new_folder
+from infinitevl_jax.conversion.files import copy_side_files, side_files
+from infinitevl_jax.conversion.load import run_manifest
 from infinitevl_jax.conversion.manifest import Manifest
-from infinitevl_jax.conversion.source import open_source
 from infinitevl_jax.data.source import Source
 from infinitevl_jax.data.vocabulary import word_tokenizer, write_processor_files
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.model.params import Params, initialize
 from infinitevl_jax.processing import Processor
+from infinitevl_jax.processing.folder import write_pixel_limits
 
 
 @dataclass(frozen=True)
@@ -39,29 +42,55 @@ class Start:
 
 
 def prepare_start(model: ModelSource, source: Source, run: Path, seed: int) -> Start:
-    """Open the checkpoint folder that a preset names, or bring a fresh model's files into being in RUN/model."""
-    if model.from_:
-        folder = Path(model.from_)
-        config = conversion.read_config(folder)
-        tied = config.text.tie_word_embeddings
-        manifest = Manifest.read(folder) if is_ours(folder) else Manifest.of(open_source(folder), tied)
+    """Open the checkpoint folder that a preset names, or bring a fresh model's files into being in
+    RUN/model.
 
-        def load(shardings):
-            return conversion.load_params(folder, scanned=True, shardings=shardings)[1]
-
-        return Start(config, Processor.from_pretrained(folder), folder, manifest, load)
-    folder = run / "model"
-    if not folder.exists():
+    Where the preset changes how a folder's pictures are resized, RUN/model holds the folder's files
+    with that change.
+    """
+    limits = {name: value for name in ("min_pixels", "max_pixels") if (value := getattr(model, name)) is not None}
+    folder = run / "model" if limits or not model.from_ else Path(model.from_)
+    if folder == run / "model" and not folder.exists():
         with new_folder(folder) as work:
-            _write_files(model, source, work)
-    config = read_config(folder)
-    return Start(
-        config,
-        Processor.from_pretrained(folder),
-        folder,
-        Manifest(tie_word_embeddings=config.text.tie_word_embeddings),
-        lambda shardings: initialize(config, jax.random.key(seed), scanned=True, shardings=shardings),
-    )
+            if model.from_:
+                copy_side_files(existing_folder(model.from_, "model.from"), work)
+            else:
+                _write_files(model, source, work)
+            if limits:
+                write_pixel_limits(work, limits)
+    try:
+        # The names of the weights decide what config.json leaves open.
+        config = conversion.read_config(model.from_) if model.from_ else read_config(folder)
+        processor = Processor.from_pretrained(folder)
+    except InfiniteVLError as error:
+        if folder == run / "model":  # nothing in it is of the user's own
+            raise InfiniteVLError(error.culprit, f"remove {folder}: the same command writes it again") from error
+        raise
+    tied = config.text.tie_word_embeddings
+    if not model.from_:
+        fresh = partial(initialize, config, jax.random.key(seed), scanned=True)
+        return Start(config, processor, folder, Manifest(tie_word_embeddings=tied), lambda shardings: fresh(shardings=shardings))
+    origin = Path(model.from_)
+    side_files(origin)  # refuses now what could not be copied beside a checkpoint
+    manifest = run_manifest(origin, config)
+
+    def load(shardings):
+        return conversion.load_params(origin, scanned=True, shardings=shardings)[1]
+
+    return Start(config, processor, folder, manifest, load)
+
+
+def existing_folder(name: str, key: str) -> Path:
+    """The folder that the preset's `key` names. Raises InfiniteVLError if there is none."""
+    folder = Path(name)
+    try:
+        found = folder.is_dir()
+    except OSError as error:  # such as a name that is too long
+        raise InfiniteVLError(f"{key} is {name!r}: {error.strerror}", "name a checkpoint folder") from None
+    if not found:
+        words = ', or "words"' if key == "model.tokenizer" else ""
+        raise InfiniteVLError(f"{key} is {name!r}, which is no folder", f"name a checkpoint folder{words}")
+    return folder
 
 
 def _write_files(model: ModelSource, source: Source, folder: Path) -> None:
@@ -71,12 +100,10 @@ def _write_files(model: ModelSource, source: Source, folder: Path) -> None:
         if vision is None:
             raise InfiniteVLError('model.tokenizer is "words" for a text model', "give [model.vision], or a folder in model.tokenizer")
         tokenizer = word_tokenizer(t for row in source.readable() for t in [*row.questions, *row.answers])
-        write_processor_files(folder, tokenizer, vision, model.min_pixels, model.max_pixels)
+        write_processor_files(folder, tokenizer, vision)
         text = dataclasses.replace(text, vocab_size=tokenizer.get_vocab_size())
     else:
-        origin = Path(model.tokenizer)
-        if not origin.is_dir():
-            raise InfiniteVLError(f"model.tokenizer is {model.tokenizer!r}, which is no folder", 'name a checkpoint folder, or "words"')
+        origin = existing_folder(model.tokenizer, "model.tokenizer")
         copy_side_files(origin, folder, skip=("config.json",))
         tokenizer = Processor.from_pretrained(folder).tokenizer.backend
         if text.vocab_size < tokenizer.get_vocab_size():

@@ -97,7 +97,11 @@ def evaluate_batch(model: Callable[[Params], VLM], params: Params, batch: TrainB
 def train_step(
     model: Callable[[Params], VLM], optimizer: optax.GradientTransformation, state: TrainState, batch: TrainBatch
 ) -> tuple[TrainState, Metrics]:
-    """Gradient of the mean loss over the answer tokens of the global batch, and the update."""
+    """Gradient of the mean loss over the answer tokens of the global batch, and the update.
+
+    The state stays as it is where loss or gradient is not finite: what was learnt so far is not
+      lost.
+    """
 
     def loss(trainable):
         tally = evaluate_batch(model, {**trainable, **state.frozen}, batch)
@@ -105,9 +109,11 @@ def train_step(
 
     (value, tally), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable)
     update, moments = optimizer.update(gradient, state.optimizer, state.trainable)
-    trainable = optax.apply_updates(state.trainable, update)
     metrics = Metrics(value, tally.right / tally.tokens, optax.global_norm(gradient))
-    return TrainState(trainable, state.frozen, moments, state.step + 1), metrics
+    new = (optax.apply_updates(state.trainable, update), moments, state.step + 1)
+    finite = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.grad_norm)
+    trainable, moments, step = jax.tree.map(partial(jnp.where, finite), new, (state.trainable, state.optimizer, state.step))
+    return TrainState(trainable, state.frozen, moments, step), metrics
 
 
 def init_state(params: Params, trainable: list[str], optimizer: optax.GradientTransformation) -> TrainState:

@@ -23,6 +23,7 @@ def good(tmp_path_factory):
     (root / "words.mp4").write_text("not a film")
     (root / "clip.mp4").write_bytes(b"\0\0\0\x18ftypisom\0\0\2\0isomiso2")  # as every MP4 begins
     (root / "empty").mkdir()
+    (root / "run" / "checkpoints" / "5").mkdir(parents=True)
     return root
 
 
@@ -50,19 +51,28 @@ CASES = {
     "a placeholder in the question": (["ask", "{root}/model", "<|image_pad|>?"], ["<|image_pad|>", "spells out"]),
     "a mesh without numbers": (["ask", "{root}/model", "Hi", "--mesh", "fsdp"], ["--mesh 'fsdp'", "fsdp=2,tensor=4"]),
     "an unknown axis": (["chat", "{root}/model", "--mesh", "tensor=2,pipeline=2"], ["pipeline=2", "data, fsdp, tensor"]),
-    "a mesh of no devices": (["ask", "{root}/model", "Hi", "--mesh", "fsdp=0"], ["run.fsdp is 0"]),
-    "a mesh that is too large": (["ask", "{root}/model", "Hi", "--mesh", "fsdp=64,tensor=2"], ["needs 128 devices", "has 8 cpu devices"]),
+    "a mesh of no devices": (["ask", "{root}/model", "Hi", "--mesh", "fsdp=0"], ["--mesh 'fsdp=0': fsdp is 0"]),
+    "a mesh that is too large": (
+        ["ask", "{root}/model", "Hi", "--mesh", "fsdp=64,tensor=2"],
+        ["--mesh 'fsdp=64,tensor=2'", "needs 128 devices", "has 8 cpu devices", "make data, fsdp or tensor smaller"],
+    ),
+    "a mesh that does not divide": (["ask", "{root}/model", "Hi", "--mesh", "fsdp=3,data=-1"], ["choose sizes", "or give data a number"]),
+    "a mesh with two open axes": (["chat", "{root}/model", "--mesh", "fsdp=-1,data=-1"], ["--mesh", "give -1 to one axis only"]),
+    "an empty standard input": (["ask", "{root}/model", "-"], ["standard input is empty"]),
+    "min-p without temperature": (["ask", "{root}/model", "Hi", "--min-p", "0.1"], ["--min-p", "--temperature 0.7"]),
+    "a penalty of 0": (["ask", "{root}/model", "Hi", "--repetition-penalty", "0"], ["repetition_penalty is 0"]),
+    "a run without a step": (["info", "{root}/run"], ["config.json", "does not exist"]),
     "sampling without temperature": (["ask", "{root}/model", "Hi", "--top-k", "5"], ["temperature 0", "--temperature 0.7"]),
-    "top-p of 0": (["ask", "{root}/model", "Hi", "--temperature", "1", "--top-p", "0"], ["top_p 0.0", "0 < top_p <= 1"]),
+    "top-p of 0": (["ask", "{root}/model", "Hi", "--temperature", "1", "--top-p", "0"], ["top_p is 0.0", "0 < top_p <= 1"]),
     "temperature nan": (["ask", "{root}/model", "Hi", "--temperature", "nan"], ["temperature"]),
 }
 
 
 def fails(arguments, *culprits):
     """The command ends with code 2 and a message of one screen that names the culprits."""
-    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    result = CliRunner().invoke(app, arguments, input="", catch_exceptions=False)
     assert result.exit_code == 2 and result.stdout == "", result.output
-    assert all(culprit in result.stderr for culprit in culprits), result.stderr
+    assert all(culprit in result.stderr for culprit in culprits) and "run." not in result.stderr, result.stderr
     return result.stderr
 
 

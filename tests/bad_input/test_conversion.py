@@ -1,18 +1,21 @@
-"""Bad Hugging Face folders: weights, index, config.json, torch files."""
+"""Bad Hugging Face folders: weights, index, torch files."""
 
 import contextlib
 import json
+import os
 import shutil
 import struct
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
-from failing import config, fails, text
+from failing import fails
 from torch_folders import BF16, hybrid_folder, hybrid_tensors, safetensors_bytes, write_folder
 
 from infinitevl_jax.conversion import import_folder, load_params
+from infinitevl_jax.conversion.safetensors_file import HEADER_BYTES
 
 WEIGHTS = "model.safetensors"
 
@@ -163,6 +166,53 @@ def index_leaves_the_folder(src, index):
     return (index.name,)
 
 
+def index_name(name, *culprits):
+    def change(src, index):
+        content = json.loads(index.read_text())
+        content["weight_map"]["model.norm.weight"] = name
+        index.write_text(json.dumps(content))
+        return index.name, *culprits
+
+    return change
+
+
+def shard_elsewhere(src, index):
+    """A link is a name, too."""
+    shard = src / "model-00002-of-00003.safetensors"
+    shard.rename(src.parent / "elsewhere.safetensors")
+    shard.symlink_to("../elsewhere.safetensors")
+    return shard.name, "leads out"
+
+
+def index_metadata(src, index):
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps(content | {"metadata": [1]}))
+    return index.name, "metadata"
+
+
+def index_damaged_twice(src, index):
+    """A wrong type, and no JSON further on."""
+    index.write_text('{"metadata": [1], "weight_map": {"a": NaN}}')
+    return (index.name,)
+
+
+def shards_without_end(src):
+    (src / WEIGHTS).rename(src / "model-00001-of-999999999.safetensors")
+    return ("model-00002-of-999999999.safetensors",)
+
+
+def pipe(src):
+    (src / WEIGHTS).unlink()
+    os.mkfifo(src / WEIGHTS)
+    return WEIGHTS, "not a regular file"
+
+
+def torch_pipe(src):
+    (src / WEIGHTS).unlink()
+    os.mkfifo(src / "pytorch_model.bin")
+    return "pytorch_model.bin", "not a regular file"
+
+
 def index_not_json(src, index):
     index.write_text(index.read_text()[:100])
     return index.name, "not JSON"
@@ -189,11 +239,6 @@ def single_and_index(src, index):
 def no_weights(src):
     (src / WEIGHTS).unlink()
     return "no weights", str(src)
-
-
-def no_config(src):
-    (src / "config.json").unlink()
-    return ("config.json",)
 
 
 def torch_file(state, *culprits):
@@ -242,6 +287,27 @@ SOURCES = {
     "negative-shape": header(set_entry("model.norm.weight", shape=[-32]), "model.norm.weight"),
     "unknown-dtype": header(set_entry("model.norm.weight", dtype="F12"), "model.norm.weight", "F12"),
     "shape-against-bytes": header(set_entry("model.norm.weight", shape=[33]), "model.norm.weight", "66"),
+    "begin-after-end": header(set_entry("model.norm.weight", data_offsets=[64, 0]), "model.norm.weight"),
+    "offset-huge": header(set_entry("model.norm.weight", data_offsets=[0, 2**62]), "model.norm.weight"),
+    "offset-beyond-64-bits": header(set_entry("model.norm.weight", data_offsets=[0, 10**30]), "model.norm.weight"),
+    "offset-a-fraction": header(set_entry("model.norm.weight", data_offsets=[0, 6.5]), "model.norm.weight"),
+    "offset-true": header(set_entry("model.norm.weight", data_offsets=[False, True]), "model.norm.weight"),
+    "three-offsets": header(set_entry("model.norm.weight", data_offsets=[0, 1, 2]), "model.norm.weight"),
+    "shape-huge": header(set_entry("model.norm.weight", shape=[2**40, 2**40, 0]), "model.norm.weight", "impossible shape"),
+    "shape-of-5000-axes": header(set_entry("model.norm.weight", shape=[1] * 5000), "model.norm.weight"),
+    "shape-true": header(set_entry("model.norm.weight", shape=[True]), "model.norm.weight"),
+    "dtype-a-list": header(set_entry("model.norm.weight", dtype=["BF16"]), "model.norm.weight"),
+    "entry-null": header(lambda h: h.update({"model.norm.weight": None}), "model.norm.weight"),
+    "header-deep": header(lambda h: "[" * 200_000, "not a JSON object"),
+    "header-half-a-surrogate": header(lambda h: json.dumps(h | {"\ud800": h["model.norm.weight"]}), "not a JSON object"),
+    "header-dtype-half-a-surrogate": header(set_entry("model.norm.weight", dtype="\ud800"), "not a JSON object"),
+    "header-nan": header(set_entry("model.norm.weight", shape=[float("nan")]), "not a JSON object"),
+    "index-damaged-twice": sharded(index_damaged_twice),
+    "header-null": header(lambda h: "null", "not a JSON object"),
+    "header-of-5000-digits": header(lambda h: '{"a": ' + "9" * 5000 + "}"),
+    "header-over-the-limit": header(lambda h: json.dumps(h) + " " * HEADER_BYTES, f"{HEADER_BYTES:,} that are read"),
+    "weights-a-pipe": pipe,
+    "torch-pipe": torch_pipe,
     "overlap": header(overlap, "overlaps"),
     "hole": header(hole, "hole"),
     "twice-in-header": header(lambda h: json.dumps(h)[:-1] + ', "model.norm.weight": {}}', "model.norm.weight", "twice"),
@@ -251,44 +317,24 @@ SOURCES = {
     "index-disagrees": sharded(index_disagrees),
     "index-leaves-the-folder": sharded(index_leaves_the_folder),
     "index-not-json": sharded(index_not_json),
+    "index-shard-elsewhere": sharded(shard_elsewhere),
+    "index-shard-absolute": sharded(index_name("/etc/passwd", "plain file name")),
+    "index-shard-hidden": sharded(index_name(".model.safetensors", "plain file name")),
+    "index-shard-a-number": sharded(index_name(3, "weight_map")),
+    "index-shard-with-nul": sharded(index_name("a\0b", "plain file name")),
+    "index-metadata-a-list": sharded(index_metadata),
+    "shards-without-end": shards_without_end,
     "tensor-in-two-shards": sharded(tensor_in_two_shards),
     "shards-cut-short": sharded(shards_cut_short),
     "single-and-index": sharded(single_and_index),
     "no-weights": no_weights,
-    "no-config": no_config,
-    "config-not-json": text("config.json", "{,}", "not JSON"),
-    "config-a-list": text("config.json", "[]"),
-    "generation-config-not-json": text("generation_config.json", "{", "not JSON"),
-    "other-family": config("'llama'", "infinite_vl", model_type="llama"),
-    "no-family": config("None", drop=["model_type"]),
-    "no-hidden-size": config("hidden_size", drop=["hidden_size"]),
-    "size-in-quotes": config("hidden_size", "'32'", hidden_size="32"),
-    "negative-size": config("vocab_size", "-5", vocab_size=-5),
-    "heads-do-not-divide": config("num_attention_heads", num_attention_heads=3),
-    "kv-heads-do-not-divide": config("num_key_value_heads", num_key_value_heads=3, head_dim=16, num_attention_heads=4),
-    "other-depth": config("54 missing", num_hidden_layers=12),
-    "gelu": config("hidden_act", "'gelu'", hidden_act="gelu"),
-    "yarn": config("rope_scaling", "'yarn'", rope_scaling={"rope_type": "yarn", "factor": 4.0, "mrope_section": [2, 3, 3]}),
-    "partial-rotary": config("partial_rotary_factor", rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}),
-    "mrope-sections": config("mrope_section", rope_scaling={"type": "mrope", "mrope_section": [2, 3, 4]}),
-    "no-mrope-sections": config("mrope_section", rope_scaling=None),
-    "quantised": config("quantization_config", quantization_config={"quant_method": "awq", "bits": 4}),
-    "logit-softcap": config("final_logit_softcapping", final_logit_softcapping=30.0),
-    "experts": config("num_experts", num_experts=8),
-    "grouped-linear-heads": config("num_linear_key_value_heads", num_linear_key_value_heads=1),
-    "conv-size": config("conv_size", conv_size=3),
-    "negative-eigenvalues": config("allow_neg_eigval", allow_neg_eigval=True),
-    "layer-types-too-short": config("layer_types", layer_types=["sliding_attention"]),
-    "layer-type-unknown": config("chunked_attention", layer_types=["chunked_attention"] * 9),
-    "window-of-nothing": config("sliding_window", sliding_window=0),
-    "no-vision": config("vision_config", drop=["vision_config"]),
-    "vision-a-list": config("vision_config", vision_config=[1]),
-    "vision-gelu": config("vision_config", "hidden_act", vision={"hidden_act": "gelu"}),
-    "vision-window": config("window_size", vision={"window_size": 7}),
-    "vision-width": config("out_hidden_size", vision={"out_hidden_size": 64}),
     "torch-file-not-tensors": torch_file({"model.norm.weight": 3}, "dictionary of tensors"),
     "torch-file-runs-code": torch_file({"a": contextlib.nullcontext()}, "weights_only=True"),
     "torch-file-cut": torch_cut,
+    "torch-file-numbered": torch_file({3: torch.ones(3)}, "3 is no plain tensor"),
+    "torch-file-sparse": torch_file({"a": torch.eye(3).to_sparse()}, "'a' is no plain tensor"),
+    "torch-file-meta": torch_file({"a": torch.ones(3, device="meta")}, "'a' is no plain tensor"),
+    "torch-file-larger-than-it-is": torch_file({"a": torch.ones(1).expand(1 << 40)}, "'a' is no plain tensor"),
     "torch-file-int8": torch_file({"model.norm.weight": torch.ones(3, dtype=torch.int8)}, "model.norm.weight"),
     "torch-named-safetensors": torch_named_safetensors,
 }
@@ -301,6 +347,34 @@ def test_source(tmp_path, good, name):
     culprits = SOURCES[name](src)
     fails(tmp_path, lambda: import_folder(src, tmp_path / "ours"), *culprits)
     fails(tmp_path, lambda: load_params(src, scanned=False), *culprits)
+
+
+@pytest.mark.parametrize("said, twice", [("100000 extra", []), ("t0 stands twice", [0])])
+def test_long_header(tmp_path, good, said, twice):
+    """A header of 100,000 tensors is read in a time that follows its length; what is twice in it is named."""
+    src = tmp_path / "src"
+    shutil.copytree(good / "hf", src)
+    data = (src / WEIGHTS).read_bytes()
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    end = len(data) - start
+    more = "".join(f',"t{i}":{{"dtype":"F32","shape":[0],"data_offsets":[{end},{end}]}}' for i in [*range(100_000), *twice])
+    text = data[8:start].rstrip()[:-1] + f"{more}}}".encode()
+    (src / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + data[start:])
+    began = time.monotonic()
+    fails(tmp_path, lambda: load_params(src, scanned=False), said)
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("metadata", ["null", "{}", '{"format": "pt"}'])
+def test_metadata(tmp_path, good, metadata):
+    """Some writers have null where there is nothing to say."""
+    src = tmp_path / "src"
+    shutil.copytree(good / "hf", src)
+    header(lambda h: json.dumps(h).replace('{"format": "pt"}', metadata))(src)
+    _, params = load_params(src, scanned=False)
+    _, same = load_params(good / "hf", scanned=False)
+    assert all(np.array_equal(params[name], same[name]) for name in same)
+    import_folder(src, tmp_path / "ours")
 
 
 def test_torch_file_without_torch(tmp_path, good, monkeypatch):

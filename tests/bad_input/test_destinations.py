@@ -6,6 +6,9 @@ import importlib.util
 import json
 import resource
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -104,6 +107,35 @@ def test_interrupted(tmp_path, good, monkeypatch):
         assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("leaf", [0, 20])
+def test_signal_while_orbax_writes(tmp_path, good, monkeypatch, stop, leaf):
+    """It is raised here, in the main thread; the writer has come to its end before the folder goes, and leaves none."""
+    main, read, begun, ended = threading.main_thread(), importer.read_leaf, [], []
+
+    def raises(*_):
+        raise stop
+
+    def interrupted(*args):
+        begun.append(threading.current_thread())
+        if len(begun) == leaf + 1:
+            signal.pthread_kill(main.ident, signal.SIGUSR1)
+            time.sleep(0.2)  # the main thread has raised, and would have removed the folder
+        ended.append(threading.current_thread())
+        return read(*args)
+
+    old = signal.signal(signal.SIGUSR1, raises)
+    try:
+        monkeypatch.setattr(importer, "read_leaf", interrupted)
+        with pytest.raises(stop):
+            import_folder(good / "hf", tmp_path / "dst")
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    assert begun == ended and main not in begun
+    assert len(begun) == leaf + 1  # and nothing was read in vain
+    assert not any(tmp_path.iterdir())
+
+
 # Our own folders.
 
 
@@ -142,6 +174,27 @@ OURS = {
     "manifest-of-the-future": manifest(lambda m: m.update(format=3), "3"),
     "manifest-unknown-key": manifest(lambda m: m.update(colour="red"), "colour"),
     "manifest-damaged": manifest(lambda m: m.update(files=[{"name": "x"}])),
+    "manifest-a-list": text("infinitevl_jax.json", "[1]"),
+    "manifest-deep": text("infinitevl_jax.json", '{"format":' * 100_000 + "2" + "}" * 100_000),
+    "manifest-format-a-list": manifest(lambda m: m.update(format=[2]), "[2]"),
+    "manifest-spelling": manifest(lambda m: m.update(spelling="backwards"), "spelling"),
+    "manifest-tie": manifest(lambda m: m.update(tie_word_embeddings="yes"), "tie_word_embeddings"),
+    "manifest-index": manifest(lambda m: m.update(index_metadata=[1]), "index_metadata"),
+    "manifest-adapters": manifest(lambda m: m.update(adapters="x"), "adapters"),
+    "manifest-metadata": manifest(lambda m: m["files"][0].update(metadata={"a": 1}), "metadata"),
+    "manifest-tensor-a-number": manifest(lambda m: m["files"][0]["tensors"].append(3), "tensors"),
+    "manifest-tensor-twice": manifest(lambda m: m["files"][0]["tensors"].append(["model.norm.weight", "BF16"]), "model.norm.weight twice"),
+    "manifest-file-twice": manifest(lambda m: m["files"].append(m["files"][0] | {"name": "Model.safetensors"}), "twice"),
+} | {
+    f"manifest-file-{name!r}": manifest(lambda m, name=name: m["files"][0].update(name=name), "name")
+    for name in (
+        "../../home/.profile", "/etc/cron.d/x.safetensors", "../evil.safetensors", "a/b.safetensors", "x", "config.json", "",
+        ".hidden.safetensors", "..", "a\\b.safetensors", "a\0.safetensors", "a\n.safetensors", "a" * 300 + ".safetensors", 3, None,
+    )
+} | {
+    f"manifest-dtype-{dtype}": manifest(lambda m, dtype=dtype: m["files"][0]["tensors"][0].__setitem__(1, dtype), "tensors")
+    for dtype in ("I64", "I8", "BOOL", "F8_E4M3", "F64", "f32", 3)
+} | {
     "config-of-another": config("extra", "layers.rest.0", num_hidden_layers=12),
     "config-of-other-widths": config("misshapen", "mlp.up_proj.kernel", intermediate_size=64),
 }
@@ -160,6 +213,55 @@ def test_manifest_names_other_tensors(tmp_path, good):
     shutil.copytree(good / "ours", tmp_path / "ours")
     manifest(lambda m: m["files"][0]["tensors"].pop())(tmp_path / "ours")
     fails(tmp_path, lambda: export_folder(tmp_path / "ours", tmp_path / "hf"), "infinitevl_jax.json", "model.norm.weight")
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_manifest_narrows_what_is_stored(tmp_path, dtype):
+    """One layer of a stack of float32 said to be narrower: its values would lose digits without a word."""
+    src = hybrid_folder(tmp_path / "src", dtype=np.dtype(np.float32))
+    import_folder(src, tmp_path / "ours")
+    name = "model.layers.2.mlp.up_proj.weight"
+    manifest(lambda m: next(t for t in m["files"][0]["tensors"] if t[0] == name).__setitem__(1, dtype))(tmp_path / "ours")
+    said = ("infinitevl_jax.json", name, {"F16": "float16", "BF16": "bfloat16"}[dtype])
+    fails(tmp_path, lambda: load_params(tmp_path / "ours", scanned=False), *said)
+    fails(tmp_path, lambda: export_folder(tmp_path / "ours", tmp_path / "hf"), *said)
+    _, params = load_params(tmp_path / "ours", scanned=True)
+    assert {p.dtype for p in params.values()} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "additional_chat_templates/tool.jinja", "notes.txt"])
+@pytest.mark.parametrize("far", [True, False])
+def test_side_file_that_leads_out(tmp_path, good, name, far):
+    """Nothing from outside a folder is copied into the result, which may be published."""
+    (tmp_path / "secret").write_text("a private key")
+    for kind, action in (("hf", import_folder), ("ours", export_folder)):
+        src = tmp_path / kind
+        shutil.copytree(good / kind, src)
+        (src / name).unlink(missing_ok=True)
+        up = "../" * (2 + name.count("/") - 1)
+        (src / name).symlink_to(tmp_path / "secret" if far else f"{up}secret")
+        fails(tmp_path, lambda action=action, src=src: action(src, tmp_path / "dst"), name, "leads out", "secret")
+
+
+def test_side_folder_that_leads_out(tmp_path, good):
+    shutil.copytree(good / "hf", tmp_path / "hf")
+    shutil.move(tmp_path / "hf" / "additional_chat_templates", tmp_path / "elsewhere")
+    (tmp_path / "hf" / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
+    fails(tmp_path, lambda: import_folder(tmp_path / "hf", tmp_path / "dst"), "tool.jinja", "leads out")
+
+
+def test_links_inside_and_hub_cache(tmp_path, good):
+    """A link within the folder, and the cache of huggingface_hub, whose snapshots are links to blobs."""
+    snapshot, blobs = tmp_path / "models--x" / "snapshots" / "abc", tmp_path / "models--x" / "blobs"
+    shutil.copytree(good / "hf", snapshot)
+    blobs.mkdir()
+    for path in [p for p in snapshot.rglob("*") if p.is_file()]:
+        path.rename(blobs / path.name)
+        path.symlink_to(blobs / path.name)
+    (snapshot / "chat_template.jinja").symlink_to("tokenizer.json")
+    import_folder(snapshot, tmp_path / "ours")
+    assert (tmp_path / "ours" / "chat_template.jinja").read_bytes() == (good / "hf" / "tokenizer.json").read_bytes()
+    assert not any(p.is_symlink() for p in (tmp_path / "ours").rglob("*"))
 
 
 def test_nan_after_training(tmp_path, good):
@@ -188,9 +290,9 @@ def test_wrong_direction(tmp_path, good):
     fails(tmp_path, lambda: inspect_folder(tmp_path / "nowhere"), "nowhere")
 
 
-@pytest.mark.parametrize("size", ["5 parsecs", "0", "-1GB", "GB"])
+@pytest.mark.parametrize("size", ["5 parsecs", "0", "-1GB", "GB", "0.5", "9" * 400, "1e400", "nan", ""])
 def test_shard_size(tmp_path, good, size):
-    fails(tmp_path, lambda: export_folder(good / "ours", tmp_path / "dst", max_shard_size=size), "max_shard_size", size)
+    fails(tmp_path, lambda: export_folder(good / "ours", tmp_path / "dst", max_shard_size=size), "max_shard_size", size[:9])
 
 
 def test_command_line(tmp_path, good, capsys):

@@ -33,7 +33,6 @@ CASES = {
     "cache of another batch": (lambda m: m([[1], [2], [3]], cache=m.init_cache(1)), "holds 1 sequences, input_ids 3"),
     "full-attention cache without size": (lambda m: full(m).init_cache(1), "max_length"),
     "full-attention cache too small": (lambda m: full(m)([[1, 2, 3]], cache=full(m).init_cache(1, 2)), "made for 2 tokens"),
-    "unknown generate argument": (lambda m: m.generate([[1]], do_sample=True), "do_sample"),
     "unknown dtype": (lambda m: InfiniteVL.from_pretrained("anywhere", dtype="int8"), "int8"),
     "unknown mesh axis": (lambda m: InfiniteVL.random(m.config, mesh=jax.make_mesh((8,), ("model",))), "'model' is unknown"),
     "explicit mesh axes": (

@@ -29,7 +29,7 @@ class Program:
         before = self.output.read_text().splitlines() if self.output.exists() else []
         folders = ["--output", str(self.output), "--compilation-cache", str(self.folder / "programs"), "--commit", "here"]
         code = main([*arguments, *folders])
-        return code, [json.loads(line) for line in self.output.read_text().splitlines()[len(before) :]]
+        return code, [json.loads(line) for line in self.output.read_text().splitlines() if line not in before]
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from infinitevl_jax import InfiniteVL, Processor
 from infinitevl_jax.cli import app
 from infinitevl_jax.inference.conversation import end_tokens
+from infinitevl_jax.inference.generation import Defaults
 from infinitevl_jax.inference.sampling import Sampling
 
 
@@ -61,6 +62,30 @@ def test_words_come_one_by_one(run, folder, model, monkeypatch):
     assert len(result.stdout) == 6 and order == ["token", "print"] * 5
 
 
+def test_a_question_from_standard_input_with_a_system_message(run, folder, model):
+    processor = Processor.from_pretrained(folder)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
+    batch = processor(messages)
+    answer = processor.decode(model.generate(**batch, eos_token_ids=end_tokens(model, processor), max_new_tokens=6)[0])
+    result = run("ask", folder, "-", "--system", "Be brief.", "--max-new-tokens", 6, typed="Who?\n")
+    assert result.exit_code == 0 and result.stdout == answer + "\n"
+    assert f"read {batch['input_ids'].size} tokens" in result.stderr
+
+
+def test_min_p_and_a_penalty(run, folder, model):
+    options = ["--max-new-tokens", 8, "--temperature", 1.5, "--min-p", 0.2, "--repetition-penalty", 1.5]
+    sampling = Sampling(1.5, min_p=0.2, repetition_penalty=1.5)
+    assert run("ask", folder, "Hi", *options).stdout == expected(folder, model, "Hi", max_new_tokens=8, sampling=sampling) + "\n"
+
+
+def test_the_checkpoint_penalty_is_the_default(run, folder, model, monkeypatch):
+    monkeypatch.setattr(model, "defaults", Defaults(repetition_penalty=1.6))
+    asked = [run("ask", folder, "Hi", "--max-new-tokens", 8, *more).stdout for more in ((), ("--repetition-penalty", 1))]
+    penalties = [Sampling(repetition_penalty=1.6), Sampling()]
+    assert asked == [expected(folder, model, "Hi", max_new_tokens=8, sampling=sampling) + "\n" for sampling in penalties]
+    assert asked[0] != asked[1]
+
+
 def test_ends_at_the_end_of_the_turn(model, folder):
     """The template's <|im_end|> ends an answer although config.json names another token."""
     processor = Processor.from_pretrained(folder)
@@ -82,7 +107,7 @@ def test_help_does_not_load_jax():
 
 def test_in_a_process_of_its_own(folder, model):
     """The real thing: a fresh process that reads the weights."""
-    command = [sys.executable, "-m", "infinitevl_jax.cli", "ask", str(folder), "Hi", "--max-new-tokens", "4", "--dtype", "float32"]
+    command = [sys.executable, "-m", "infinitevl_jax", "ask", str(folder), "Hi", "--max-new-tokens", "4", "--dtype", "float32"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == expected(folder, model, "Hi", max_new_tokens=4) + "\n"

@@ -75,3 +75,13 @@ def test_both_kinds_of_folder_say_the_same(run, folder, tmp_path):
     for facts in (ours, theirs):
         del facts["folder"], facts["kind"], facts["tokenizer"]
     assert ours == theirs
+
+
+def test_a_run_stands_for_its_newest_whole_step(run, folder, tmp_path):
+    for step in ("9", "10", "11"):
+        shutil.copytree(folder, tmp_path / "checkpoints" / step)
+    (tmp_path / "checkpoints" / "11" / "infinitevl_jax.json").unlink()  # killed on its way
+    facts = json.loads(run("info", tmp_path, "--json").stdout)
+    assert facts["folder"] == str(tmp_path / "checkpoints" / "10")
+    asked = run("ask", tmp_path, "Hi", "--max-new-tokens", 2)
+    assert asked.exit_code == 0 and f"its newest step, {tmp_path / 'checkpoints' / '10'}" in asked.stderr

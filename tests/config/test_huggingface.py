@@ -7,6 +7,7 @@ import pytest
 
 from infinitevl_jax.config.huggingface import model_config, read_config, to_huggingface
 from infinitevl_jax.config.model import FULL, LINEAR, SLIDING, ModelConfig, TextConfig, infinitevl_4b
+from infinitevl_jax.errors import InfiniteVLError
 
 # Qwen2.5-VL-3B-Instruct as published (transformers 4): flat, vision apart.
 QWEN_VL_3B = {
@@ -180,3 +181,103 @@ def hybrid_text(**changes):
 )
 def test_written_configs_read_back(config):
     assert model_config(json.loads(json.dumps(to_huggingface(config)))) == config
+
+
+HUGE = 10**30
+ODD = (True, 0, -1, 0.5, 2**31, 2**63, HUGE, 1e308, "", "x", "32", [], [1], [[1]], ["a"], [None], {}, {"a": {"b": 1}}, "a" * 5000)
+TEXT_KEYS = (
+    "hidden_size num_attention_heads num_key_value_heads num_hidden_layers intermediate_size vocab_size head_dim sliding_window"
+    " rms_norm_eps rope_theta rope_scaling rope_parameters layer_types tie_word_embeddings initializer_range conv_size expand_v"
+    " num_linear_heads num_linear_key_value_heads linear_head_dim norm_eps model_type architectures vision_config text_config eos_token_id"
+    " image_token_id vision_start_token_id use_sliding_window max_window_layers hidden_act quantization_config num_experts"
+)
+VISION_KEYS = (
+    "depth hidden_size intermediate_size num_heads in_channels patch_size temporal_patch_size spatial_merge_size window_size"
+    " fullatt_block_indexes out_hidden_size tokens_per_second rms_norm_eps rope_parameters hidden_act"
+)
+
+
+def right_or_refused(hf, generation=None):
+    """A configuration within the stated limits, or our error: nothing else, and soon."""
+    try:
+        config = model_config(hf, "config.json", generation)
+    except InfiniteVLError as error:
+        assert error.culprit.startswith("config.json") and len(str(error)) < 3000
+        return None
+    text, vision = config.text, config.vision
+    sizes = [text.hidden_size, text.head_dim, text.vocab_size, text.num_key_value_heads, text.linear_head_dim, text.num_linear_heads]
+    sizes += [text.rope_theta, text.num_hidden_layers]
+    if vision is not None:
+        sizes += [vision.depth, vision.num_heads, vision.patch_size, vision.temporal_patch_size, vision.window_size]
+    assert all(0 < size < 2**31 or size == text.rope_theta for size in sizes) and text.num_hidden_layers <= 128
+    return config
+
+
+@pytest.mark.parametrize("base", [INFINITE_VL, QWEN_VL_3B, QWEN2], ids=["infinite_vl", "qwen2_5_vl", "qwen2"])
+def test_any_value_under_any_key(base):
+    for key in TEXT_KEYS.split():
+        for value in ODD:
+            right_or_refused(base | {key: value})
+            right_or_refused(nested(base, **{key: value}) if "rope_scaling" in base else base | {"text_config": {key: value}})
+
+
+def test_any_value_under_any_key_of_vision():
+    for key in VISION_KEYS.split():
+        for value in ODD:
+            right_or_refused(INFINITE_VL | {"vision_config": QWEN_VL_3B["vision_config"] | {key: value}})
+
+
+@pytest.mark.parametrize("value", [*ODD, float("nan"), float("inf")])
+def test_any_end_token(value):
+    for key in ("eos_token_id", "pad_token_id"):
+        config = right_or_refused(QWEN2, {key: value})
+        assert config is None or all(-1 <= token < 2**31 for token in (*config.eos_token_ids, config.pad_token_id))
+
+
+@pytest.mark.parametrize(
+    "keys, said",
+    [
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers"),
+        ({"num_hidden_layers": 1000}, "num_hidden_layers"),
+        ({"layer_types": [FULL] * 1000, "num_hidden_layers": 1000}, "num_hidden_layers"),
+        ({"vision_config": QWEN_VL_3B["vision_config"] | {"depth": 10**6}}, "vision_config: $.depth"),
+        ({"vision_config": QWEN_VL_3B["vision_config"] | {"num_heads": 0}}, "vision_config: $.num_heads: 0"),
+        ({"vision_config": QWEN_VL_3B["vision_config"] | {"patch_size": 0}}, "patch_size"),
+        ({"vision_config": QWEN_VL_3B["vision_config"] | {"spatial_merge_size": 0}}, "spatial_merge_size"),
+        ({"vision_config": QWEN_VL_3B["vision_config"] | {"rope_parameters": [1]}}, "rope_parameters"),
+        ({"model_type": ["qwen2"]}, "model_type is ['qwen2']"),
+        ({"hidden_size": float("nan")}, "hidden_size"),
+        ({"hidden_size": float("inf")}, "hidden_size"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rope_theta": 0}, "rope_theta"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [-16, 40, 40]}}, "mrope_section"),
+        ({"layer_types": [SLIDING, {}]}, "layer_types[1]"),
+        ({"num_linear_heads": 0}, "num_linear_heads"),
+        ({"sliding_window": 2**31}, "sliding_window"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings"),
+    ],
+)
+def test_damaged_values_are_named(keys, said):
+    with pytest.raises(InfiniteVLError) as caught:
+        model_config(INFINITE_VL | keys)
+    assert said in caught.value.culprit
+
+
+def test_whole_numbers_with_a_point():
+    """Some writers have 36.0 for 36, and [14, 14] for a square patch."""
+    vision = INFINITE_VL["vision_config"] | {"patch_size": [14, 14], "depth": 32.0, "tokens_per_second": 2.0}
+    assert model_config(INFINITE_VL | {"num_hidden_layers": 36.0, "vision_config": vision}) == model_config(INFINITE_VL)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"3", b"null", b'"x"', b"{" * 200_000, b'{"a":' * 200_000 + b"1" + b"}" * 200_000, b"\xff\xfe", b"{\"a\": NaN}"]
+    + [b'{"model_type": ' + b"9" * 5000 + b"}", b'{"model_type": "\\ud800"}', b'{"model_type": "qwen2", "hidden_size": 1e999}'],
+)
+def test_files_that_are_no_configuration(tmp_path, content):
+    for name in ("config.json", "generation_config.json"):
+        (tmp_path / "config.json").write_text(json.dumps(QWEN2))
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InfiniteVLError, match=name.replace(".", r"\.")):
+            read_config(tmp_path)
+        (tmp_path / name).unlink()

@@ -1,5 +1,10 @@
 """Parameters into memory: layouts, dtypes, meshes; and that a device reads only its own shard."""
 
+import logging
+import shutil
+import sys
+import threading
+
 import jax
 import numpy as np
 import pytest
@@ -13,6 +18,7 @@ from infinitevl_jax.conversion.ours import Deferred, Store, write_params
 from infinitevl_jax.conversion.reading import read_leaf
 from infinitevl_jax.conversion.source import open_source
 from infinitevl_jax.conversion.weights import count, leaves, live, published
+from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.model.params import abstract
 from infinitevl_jax.sharding import parameter_shardings
 
@@ -92,6 +98,44 @@ def test_mesh(folders, kind, scanned):
     one = {n: SingleDeviceSharding(jax.devices()[3]) for n in whole}
     _, placed = load_params(folders[kind], scanned=scanned, shardings=one)
     assert equal(whole, placed) and placed["norm.weight"].devices() == {jax.devices()[3]}
+
+
+@pytest.mark.parametrize("damage", ["none", "zeros", "lost"])
+def test_threads_leave_the_process_as_it_was(folders, tmp_path, caplog, damage):
+    """Hooks and loggers belong to the program around us, while folders load side by side and after; one message says it all."""
+    shutil.copytree(folders["ours"], tmp_path / "ours")
+    for path in (tmp_path / "ours" / "params").rglob("d/*"):
+        if damage == "lost":
+            path.unlink()
+        elif damage == "zeros":
+            path.write_bytes(b"\0" * path.stat().st_size)
+
+    def state():
+        absl = logging.getLogger("absl")
+        return sys.unraisablehook, threading.excepthook, sys.excepthook, absl.level, absl.disabled, list(absl.filters)
+
+    before, seen, results = state(), [], []
+
+    def load():
+        for _ in range(2):
+            try:
+                results.append(len(load_params(tmp_path / "ours", scanned=True)[1]))
+            except InfiniteVLError as error:
+                results.append(error.culprit)
+            seen.append(state())
+
+    threads = [threading.Thread(target=load) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        seen.append(state())
+        threads[0].join(0.01)
+        for thread in threads[1:]:
+            thread.join(0.01)
+    assert all(found == before for found in seen) and state() == before
+    assert len(results) == 8 and len(set(results)) == 1
+    if damage != "none":
+        assert "cannot be read" in results[0] and not caplog.records
 
 
 def test_each_device_reads_only_its_shard(tmp_path):

@@ -3,7 +3,10 @@
 import json
 
 import numpy as np
+import peft
 import pytest
+import torch
+import transformers
 from torch_folders import BF16, hybrid_folder, hybrid_tensors, read_folder, safetensors_bytes, spell_live
 
 from infinitevl_jax.conversion import export_folder, import_folder, inspect_folder, load_params
@@ -107,3 +110,43 @@ def test_merge_of_a_shard_is_the_shard_of_the_merge(tmp_path):
     for name in ("layers.rest.0.self_attn.q_proj.kernel", "layers.rest.8.mlp.down_proj.kernel"):
         near = np.asarray(spread[name], np.float32), np.asarray(whole[name], np.float32)
         np.testing.assert_allclose(*near, rtol=2**-7)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True, "lora_alpha": 3},
+        {"rank_pattern": {"q_proj": 2, "^model.layers.1.mlp.up_proj": 6}, "alpha_pattern": {r"layers\.[01]\..*up_proj": 5}},
+        {"rank_pattern": {"model.layers.(0|2).self_attn.q_proj": 3, "q_proj": 1}, "use_rslora": True},
+        {"init_lora_weights": "gaussian", "lora_dropout": 0.3, "exclude_modules": "down_proj"},
+        {"init_lora_weights": "orthogonal", "layers_to_transform": [1]},
+        {"init_lora_weights": "eva", "eva_config": peft.tuners.lora.EvaConfig()},
+    ],
+    ids=["plain", "rslora", "patterns", "first pattern wins", "gaussian", "orthogonal", "eva"],
+)
+@pytest.mark.filterwarnings("ignore")  # peft's own
+def test_as_peft_merges(tmp_path, options):
+    """The weights of peft's own merge_and_unload of the same folder."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1)
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes, vocab_size=64, tie_word_embeddings=True))
+    model.save_pretrained(tmp_path / "base")
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"]} | options
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**options))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter)
+    adapted.save_pretrained(tmp_path / "lora")
+    base = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path / "base")
+    merged = peft.PeftModel.from_pretrained(base, tmp_path / "lora").merge_and_unload().state_dict()
+    _, params = load_params(tmp_path / "base", scanned=False, adapters=[tmp_path / "lora"])
+    _, plain = load_params(tmp_path / "base", scanned=False)
+    changed = 0
+    for layer in range(3):
+        for weight in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj"):
+            name = f"layers.rest.{layer}.{weight}.kernel"
+            want = merged[f"model.layers.{layer}.{weight}.weight"].numpy().T
+            np.testing.assert_allclose(np.asarray(params[name]), want, rtol=1e-5, atol=1e-5)
+            changed += not np.array_equal(params[name], plain[name])
+    assert changed == (2 if "layers_to_transform" in options else 6)

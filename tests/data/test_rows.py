@@ -172,7 +172,7 @@ BAD = {
 def test_a_bad_row_is_named(made, case, questions):
     row, changes, reason = BAD[case]
     start = made[1]
-    data = DataConfig(questions=questions, batch=1, **{"length": 60, "patches": 64, **changes})
+    data = DataConfig(questions=questions, batch=1, max_skipped=0.0, **{"length": 60, "patches": 64, **changes})
     encoder = Encoder(Rows(Row(b"", *GOOD), row), start.processor, start.config).within(data)
     read = encoder.__getitem__ if questions else encoder.conversation
     read(0)

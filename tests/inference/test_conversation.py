@@ -8,6 +8,7 @@ from tiny_folder import IDS, full_attention_config, tiny_config, tiny_model, wri
 
 from infinitevl_jax import InfiniteVLError, Processor
 from infinitevl_jax.inference.conversation import Conversation
+from infinitevl_jax.inference.sampling import Sampling
 from pallas_kernels.testing.parity import rel_rms
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (12, 20, 3), np.uint8))
@@ -109,8 +110,8 @@ def test_an_error_leaves_the_conversation_where_it_stood(conversation, model, mo
     with pytest.raises(InfiniteVLError, match="does not exist"):
         "".join(conversation.ask([{"type": "image", "image": "/no/such.png"}]))
     with monkeypatch.context() as patch:
-        steps, step = iter(range(9)), model._step
-        patch.setattr(model, "_step", lambda *args, **kwargs: step(*args, **kwargs) if next(steps) < 2 else 1 / 0)
+        steps, step = iter(range(9)), model._programs.step
+        patch.setattr(model._programs, "step", lambda *args, **kwargs: step(*args, **kwargs) if next(steps) < 2 else 1 / 0)
         with pytest.raises(ZeroDivisionError):
             "".join(conversation.ask("Two", max_new_tokens=8))
     assert conversation.messages == messages and conversation.tokens == tokens
@@ -171,3 +172,61 @@ def test_a_conversation_goes_on_whatever_was_said(conversation, model, processor
     seen = np.flatnonzero(prepared[0].vision_index[0] >= 0)
     assert (seen >= len(waited)).all() and len(seen) == turn.count(IDS["<|image_pad|>"])
     assert conversation.messages[3]["content"] == processor.decode(SAID[case])
+
+
+def begun(conversation, question="first", count=2):
+    """A question whose answer has come to so many pieces."""
+    pieces = conversation.ask(question, max_new_tokens=12)
+    for _ in range(count):
+        next(pieces)
+    return pieces
+
+
+def test_a_new_question_ends_the_answer_before_it(conversation, model, processor):
+    """The generator of the first answer goes on being listened to; nothing of it comes into the second turn."""
+    first = begun(conversation)
+    second = "".join(conversation.ask("second", max_new_tokens=6))
+    held, turn = conversation.messages, conversation.turn
+    assert "".join(first) == "" and conversation.messages == held and conversation.turn is turn
+    other = Conversation(model, processor)
+    other.eos_token_ids = (-1, -1)
+    begun(other).close()
+    assert "".join(other.ask("second", max_new_tokens=6)) == second
+    assert other.messages == held and other.tokens == conversation.tokens
+    jax.tree.map(np.testing.assert_array_equal, conversation._state.cache, other._state.cache)
+    assert "".join(conversation.ask("x", max_new_tokens=4)) == "".join(other.ask("x", max_new_tokens=4))
+    assert conversation.undo() and conversation.messages == held
+
+
+def test_undo_and_reset_end_an_answer(conversation):
+    "".join(conversation.ask("One", max_new_tokens=4))
+    messages, tokens = conversation.messages, conversation.tokens
+    pieces = begun(conversation, "Two")
+    assert conversation.undo() and "".join(pieces) == "" and (conversation.messages, conversation.tokens) == (messages, tokens)
+    pieces = begun(conversation, "Two")
+    conversation.reset()
+    assert "".join(pieces) == "" and conversation.messages == () and conversation.tokens == 0 and not conversation.undo()
+
+
+def test_a_question_that_fails_leaves_the_answer_before_it_going(conversation):
+    whole = "".join(conversation.ask("first", max_new_tokens=12))
+    conversation.reset()
+    pieces = begun(conversation)
+    with pytest.raises(InfiniteVLError, match="does not exist"):
+        "".join(conversation.ask([{"type": "image", "image": "/no/such.png"}]))
+    assert whole.endswith("".join(pieces)) and conversation.messages[-1]["content"] == whole
+
+
+def test_a_repetition_penalty_counts_the_whole_conversation(conversation, model, monkeypatch):
+    """Questions and answers of all turns."""
+    heard, choose = [], model._programs.choose
+
+    def spy(logits, key, sampling, occurred):
+        heard.append(np.asarray(occurred)[0])
+        return choose(logits, key, sampling=sampling, occurred=occurred)
+
+    monkeypatch.setattr(model._programs, "choose", spy)
+    penalty = Sampling(repetition_penalty=1000.0)
+    answers = ["".join(conversation.ask(question, max_new_tokens=5, sampling=penalty)) for question in ("abc", "xyz")]
+    assert len(set(answers[0])) == 5 and not set(answers[0]) & set("abcuser")  # said once
+    assert heard[1][[ord(c) for c in "abcxyz" + answers[0]]].all() and not heard[0][ord("x")]

@@ -107,8 +107,8 @@ def test_a_sequence_that_has_ended_leaves_its_cache_as_it_is(model, prompt, gree
 
 
 def test_stream_gives_tokens_as_they_are_made(model, prompt, greedy, monkeypatch):
-    steps, step = [], model._step
-    monkeypatch.setattr(model, "_step", lambda *args, **kwargs: steps.append(1) or step(*args, **kwargs))
+    steps, step = [], model._programs.step
+    monkeypatch.setattr(model._programs, "step", lambda *args, **kwargs: steps.append(1) or step(*args, **kwargs))
     seen = []
     for token in model.stream(**prompt, max_new_tokens=NEW, eos_token_ids=NEVER):
         seen.append(token)

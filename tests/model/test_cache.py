@@ -123,7 +123,7 @@ def test_cache_bytes_do_not_grow(model):
 
     short = model(np.ones((1, 100), int), use_cache=True).cache
     assert short.nbytes == cache_bytes(model.config, 1, jnp.float32)
-    step = jax.jit(lambda cache: model._forward(model.params, chunk, None, cache, last_only=True)[1])
+    step = jax.jit(lambda cache: model._programs.forward(model.params, chunk, None, cache, np.zeros((1, 1), np.int32))[1])
     chunk = prepare(model.config, np.ones((1, 5000), int)).inputs
     long = model.init_cache(1)
     for _ in range(20):

@@ -1,7 +1,7 @@
-"""The static scores of the attention kernels for TPU stay where they were (benchmarks/results/tpu_scores.jsonl)."""
+"""The static scores of the attention kernels for TPU stay where they were (tpu_baselines.json)."""
 
 import pytest
-from test_tpu_scores import MARGIN, recorded
+from test_tpu_scores import MARGIN, baseline
 
 from benchmarks.tpu_scores import ATTEND
 from pallas_kernels.testing.static_score import CHIPS
@@ -13,7 +13,7 @@ def test_decoder_layer(chip):
     found = scores(chip, **ATTEND["decoder layer"])
     assert [x.kernel for x in found] == list(KERNELS)
     for x in found:
-        assert x.milliseconds <= MARGIN * recorded("attend", f"decoder layer: {x.kernel}", chip), x
+        assert x.milliseconds <= MARGIN * baseline("attend", f"decoder layer: {x.kernel}", chip), x
 
 
 def test_failures_name_the_case():

@@ -1,20 +1,24 @@
 """What the compiler says of the TPU kernels: that they compile for every generation, and that their static scores meet their targets."""
 
+import json
+from pathlib import Path
+
 import jax
 import pytest
 
-from benchmarks.kernels import newest
 from benchmarks.tpu_programs import conv_kernels, gdn_kernels, gdn_layer, gdn_op
-from pallas_kernels.testing.static_score import CHIPS, TOPOLOGIES, score
+from pallas_kernels.testing.static_score import CHIPS, score
 
-MARGIN = 1.1  # over what is recorded
-RECORDED = {key: line["estimate_ms"] for key, line in newest("tpu_scores", "op", "program", "topology").items()}
+MARGIN = 1.1  # over the baselines
+# Milliseconds by program and chip, as `python -m benchmarks.tpu_scores --whole` gave them when the kernels were last made faster. They
+# stand here and not in benchmarks/results, for a measurement must not move the bound of a test.
+BASELINES = json.loads(Path(__file__).with_name("tpu_baselines.json").read_text("utf-8"))
 # milliseconds at 8192 tokens, 16 heads, K 128, V 256, bfloat16, with everything that training needs
 TARGETS = {("walk", "v5e"): 0.35, ("walk", "v6e"): 0.20}
 
 
-def recorded(op, program, chip):
-    return RECORDED[op, program, TOPOLOGIES[chip]]
+def baseline(op, program, chip):
+    return BASELINES[f"{op}: {program}"][chip]
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -22,12 +26,12 @@ def test_gated_delta_rule(chip):
     found = score(gdn_kernels, chip, "inverse", "walk", "backward")
     for name in ("inverse", "walk", "backward"):
         milliseconds = found.kernel(f"gdn_{name}").milliseconds(chip)
-        assert 0 < milliseconds <= MARGIN * recorded("gated_delta_rule", name, chip), (name, milliseconds)
+        assert 0 < milliseconds <= MARGIN * baseline("gated_delta_rule", name, chip), (name, milliseconds)
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_causal_conv(chip):
-    assert score(conv_kernels, chip).milliseconds <= MARGIN * recorded("short_conv", "forward + backward", chip)
+    assert score(conv_kernels, chip).milliseconds <= MARGIN * baseline("causal_conv", "forward + backward", chip)
 
 
 @pytest.mark.parametrize("names", ({"length": 17, "channels": 128}, {"length": 700, "channels": 640, "dtype": "float32"}))
@@ -37,19 +41,19 @@ def test_causal_conv_of_other_sizes(names):
 
 def test_targets_are_met():
     for (name, chip), target in TARGETS.items():
-        assert recorded("gated_delta_rule", name, chip) <= target, (name, chip)
+        assert baseline("gated_delta_rule", name, chip) <= target, (name, chip)
     for whole in ("forward", "layer, forward"):
-        ours, scan = (recorded("gated_delta_rule", f"{whole}, {name}", "v5e") for name in ("mosaic_tpu", "scan_and_solve"))
+        ours, scan = (baseline("gated_delta_rule", f"{whole}, {name}", "v5e") for name in ("mosaic_tpu", "scan_and_solve"))
         assert 1.3 * ours <= scan, whole
     for chip in CHIPS:  # a backward pass is twice the work of a forward pass
-        forward = recorded("gated_delta_rule", "inverse", chip) + recorded("gated_delta_rule", "walk", chip)
-        assert recorded("gated_delta_rule", "backward", chip) <= 2 * forward, chip
+        forward = baseline("gated_delta_rule", "inverse", chip) + baseline("gated_delta_rule", "walk", chip)
+        assert baseline("gated_delta_rule", "backward", chip) <= 2 * forward, chip
 
 
 @pytest.mark.parametrize(("build", "program"), [(gdn_op, "forward, mosaic_tpu"), (gdn_layer, "layer, forward, mosaic_tpu")])
 def test_what_is_around_the_kernels(build, program):
     """Forward; a scan and triangular_solve, which they are compared with, take long to compile: that score is recorded."""
-    assert score(build, "v5e", "mosaic_tpu", False).milliseconds <= MARGIN * recorded("gated_delta_rule", program, "v5e")
+    assert score(build, "v5e", "mosaic_tpu", False).milliseconds <= MARGIN * baseline("gated_delta_rule", program, "v5e")
 
 
 def test_the_scan_it_is_compared_with_is_the_same_op():

@@ -89,6 +89,7 @@ def test_a_step_can_be_opened_exported_and_imported(whole, tmp_path):
     import_folder(tmp_path / "hf", tmp_path / "back")
     assert {p.name for p in (tmp_path / "hf").iterdir()} == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json",
+        "configuration_infinitevl.py", "modeling_infinitevl.py",
     }  # fmt: skip
     old, new = (load_params(folder, scanned=True)[1] for folder in (step, tmp_path / "back"))
     assert old.keys() == new.keys()

@@ -1,0 +1,18 @@
+"""`infinitevl`, or `python -m infinitevl_jax`."""
+
+from infinitevl_jax.command import run
+
+
+def _infinitevl() -> None:
+    from infinitevl_jax.cli.app import app
+
+    app(prog_name="infinitevl")
+
+
+def main() -> None:
+    """Run the command that the arguments name."""
+    run(_infinitevl)
+
+
+if __name__ == "__main__":
+    main()

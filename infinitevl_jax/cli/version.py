@@ -1,0 +1,30 @@
+"""What `infinitevl --version` says: versions, devices, and where compiled programs are kept."""
+
+from collections import Counter
+
+import flax
+import jax
+import jaxlib
+
+from infinitevl_jax import __version__, compilation
+
+
+def describe() -> str:
+    """Four lines for people and for reports of faults."""
+    try:
+        devices = jax.devices()
+        kinds = Counter(device.device_kind for device in devices)
+        backend = f"{devices[0].platform}: " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    except RuntimeError as error:  # a driver that is missing, or too old
+        backend = f"none that works: {str(error).splitlines()[0]}"
+    path, reason = compilation.folder()
+    programs = list(path.glob("*-cache")) if path and path.is_dir() else []
+    held = f"{path} ({len(programs)} programs, {sum(p.stat().st_size for p in programs) / 1e6:.1f} MB)" if path else f"off: {reason}"
+    return "\n".join(
+        (
+            f"infinitevl_jax {__version__}",
+            f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, flax {flax.__version__}",
+            f"backend {backend}",
+            f"compilation cache {held}",
+        )
+    )

@@ -1,0 +1,110 @@
+"""Ranges of settings: declared with their types, checked by msgspec wherever a configuration is
+built."""
+
+import functools
+import types
+import typing
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from infinitevl_jax.errors import InfiniteVLError
+
+INT32 = 2**31 - 1
+LAYERS = 1024  # of a model: more would take hours to compile
+
+Count = Annotated[int, Meta(ge=0, le=INT32)]
+Positive = Annotated[int, Meta(ge=1, le=INT32)]
+Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+Width = Annotated[int, Meta(ge=1, le=2**20)]  # channels, hidden units
+Heads = Annotated[int, Meta(ge=1, le=4096)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Base = Annotated[float, Meta(gt=0, le=1e15)]  # of rotary angles
+Folder = Annotated[str, Meta(min_length=1, max_length=4096, pattern=r"^[^\0]*$")]
+Name = Annotated[str, Meta(max_length=4096, pattern=r"^[^\0]*$")]  # or a pattern, or nothing
+
+
+def check_ranges(config: Any) -> None:
+    """Hold every field of a configuration dataclass against its declared type and range.
+
+    Raises InfiniteVLError that names the field, its value and what it may be.
+    """
+    for name, hint in hints(type(config)).items():
+        check_value(getattr(config, name), hint, name.rstrip("_"))
+
+
+def check_value(value: Any, hint: Any, key: str) -> None:
+    """Raise InfiniteVLError, which names `key`, unless `value` is of the type and in the range that
+    `hint` declares."""
+    try:
+        msgspec.convert(value, hint)
+    except (msgspec.ValidationError, ValueError, RecursionError) as error:
+        place = str(error).partition(" - at `$")[2].rstrip("`")  # "[3]": an item of a list
+        if place[1:-1].isdigit():
+            value = value[int(place[1:-1])]
+            hint = _item(hint)
+        raise InfiniteVLError(
+            f"{key}{place} is {_shown(value)}", f"give {describe(hint)}"
+        ) from None
+
+
+@functools.cache
+def hints(kind: type) -> dict[str, Any]:
+    """The declared types of a dataclass, with their ranges."""
+    return typing.get_type_hints(kind, include_extras=True)
+
+
+def plain(hint: Any) -> Any:
+    """A type without its `| None` and its range."""
+    hint = _given(hint)
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+
+
+def describe(hint: Any) -> str:
+    """A declared type in words: "a whole number, 1 or more, at most 1024"."""
+    kind = plain(hint)
+    if typing.get_origin(kind) is tuple:
+        kind, length = (
+            tuple,
+            len(typing.get_args(kind)) if Ellipsis not in typing.get_args(kind) else None,
+        )
+        words = "a list" + (f" of {length}" if length else "")
+    elif typing.get_origin(kind) is typing.Literal:
+        words = "one of " + ", ".join(typing.get_args(kind))
+    else:
+        words = _WORDS[kind]
+    bounds = []
+    for meta in getattr(_given(hint), "__metadata__", ()):
+        unit = {str: " characters", tuple: " items"}.get(kind, "")
+        bounds += [f"{low:,.15g} or more" for low in (meta.ge,) if low is not None]
+        bounds += [f"more than {low:,.15g}" for low in (meta.gt,) if low is not None]
+        bounds += [f"{low:,}{unit} or more" for low in (meta.min_length,) if low is not None]
+        bounds += [
+            f"at most {high:,.15g}{unit}" for high in (meta.le, meta.max_length) if high is not None
+        ]
+        bounds += ["without a NUL character" for pattern in (meta.pattern,) if pattern is not None]
+    return ", ".join([words, *bounds])
+
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
+def _given(hint: Any) -> Any:
+    """A type without its `| None`."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    return hint
+
+
+def _item(hint: Any) -> Any:
+    """The type of a list's items."""
+    return typing.get_args(plain(hint))[0]
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = f"{value!r}"
+    except (ValueError, RecursionError):  # a whole number of over 4,300 digits, lists in lists
+        return f"a {type(value).__name__} too large to show"
+    return text if len(text) <= 200 else f"{text[:100]} ... {text[-80:]}"

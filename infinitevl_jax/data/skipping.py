@@ -1,0 +1,68 @@
+"""Rows that cannot be used: named, counted, and too many of them end the run."""
+
+import threading
+from collections.abc import Mapping
+
+from infinitevl_jax.errors import BadRow, InfiniteVLError
+
+FEW = 3  # rows of a split that may always be unusable: in a small split a share would be none
+
+
+class Skipped:
+    """The unusable rows of one split that a run has met.
+
+    Which rows they are depends on the rows and the settings alone, so that a resumed run skips the
+    same ones.
+    """
+
+    def __init__(self, rows: int, share: float):
+        """
+        Args:
+          rows: of the split. share: of them that may be unusable; 0 for none, else at least `FEW`.
+        """
+        self.limit = min(max(FEW, int(share * rows)), rows - 1) if share else 0
+        self.rows, self.share = rows, share
+        self.reasons: dict[int, str] = {}
+        self._said = 0
+        self._lock = threading.Lock()
+
+    def add(self, row: BadRow) -> None:
+        """Count a row, once. Raises InfiniteVLError that lists the rows when there are more than
+        may be, `row` itself where none may be."""
+        with self._lock:
+            self.reasons.setdefault(row.index, row.reason)
+            if len(self.reasons) <= self.limit:
+                return
+            if not self.limit:
+                raise row
+            shown = [f"row {index}: {reason}" for index, reason in list(self.reasons.items())[-5:]]
+            if len(self.reasons) > len(shown):
+                shown.append(f"and {len(self.reasons) - len(shown)} more")
+            raise InfiniteVLError(
+                f"{row.source}: {len(self.reasons)} of {self.rows:,} rows cannot be used, {self.limit} may be:",
+                f"{row.cure}; or let more be skipped: train.data.max_skipped={self._next_share():g}",
+                shown,
+            )
+
+    def news(self) -> list[str]:
+        """A line for every row that was not told before."""
+        with self._lock:
+            told, self._said = self._said, len(self.reasons)
+            return [
+                f"skipped row {index}: {reason}"
+                for index, reason in list(self.reasons.items())[told:]
+            ]
+
+    def get_state(self) -> dict[str, str]:
+        """The rows met so far, as JSON."""
+        with self._lock:
+            return {str(index): reason for index, reason in self.reasons.items()}
+
+    def set_state(self, state: Mapping[str, str]) -> None:
+        """Go on counting from `get_state`."""
+        with self._lock:
+            self.reasons = {int(index): str(reason) for index, reason in state.items()}
+            self._said = len(self.reasons)
+
+    def _next_share(self) -> float:
+        return min(1.0, max(0.01, 2 * max(self.share, len(self.reasons) / self.rows)))

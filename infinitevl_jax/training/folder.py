@@ -1,0 +1,106 @@
+"""The folder of a run: whose it is, which process holds it, and what an earlier run left there."""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from infinitevl_jax.config.presets import RENAMED, Preset, differences, to_tree
+from infinitevl_jax.config.run import OpsConfig
+from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.locking import Lock
+from infinitevl_jax.reading import read_json
+from infinitevl_jax.writing import keep_aside, storage, write_text
+
+# what may change between a run and its continuation
+FREE = (
+    "run.data",
+    "run.fsdp",
+    "run.tensor",
+    "run.remat",
+    "run.scan",
+    "run.ops",
+)
+FREE += tuple(f"run.ops.{field.name}" for field in dataclasses.fields(OpsConfig))
+FREE += tuple(RENAMED)  # in the presets of runs that began before
+FREE += (
+    "train.output",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.checkpoint_minutes",
+    "train.evaluate_every",
+    "train.keep",
+)
+FREE += ("train.data.folder", "train.data.max_skipped")
+PRESET = "preset.json"
+
+
+def claim_folder(preset: Preset, say: Callable[[str], None] = print) -> tuple[Path, Lock]:
+    """The run's folder, with the preset written into it, and the lock that keeps other runs out
+    until it is closed.
+
+    What a run left that ended before its first checkpoint makes way; its log is kept by another
+    name, which `say` is told.
+
+    Raises InfiniteVLError if another run holds the folder, it belongs to another configuration, is
+    no run's, or cannot be written.
+    """
+    run = Path(preset.train.output)
+    with storage(run):
+        if not (run / PRESET).exists() and not _steps(run) and _is_something_else(run):
+            raise InfiniteVLError(
+                f"{run} exists and is not the folder of a run",
+                "choose another train.output=..., or move it away",
+            )
+        run.mkdir(parents=True, exist_ok=True)
+        lock = Lock(run / ".lock", f"the run in {run}")
+        try:
+            _make_ready(run, to_tree(preset), say)
+        except BaseException:
+            lock.close()
+            raise
+    return run, lock
+
+
+def _make_ready(run: Path, tree: dict, say: Callable[[str], None]) -> None:
+    for leftover in run.glob(".*.partial*"):  # of a killed process: nobody else writes here
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    if not _steps(run):
+        shutil.rmtree(run / "model", ignore_errors=True)
+        log = run / "log.jsonl"
+        if log.exists() and log.stat().st_size:
+            say(f"a run that left no checkpoint was here: its log is kept as {keep_aside(log)}")
+    elif (run / PRESET).exists():
+        _compare(run, tree)
+    else:
+        say(f"{run} has no {PRESET}: taken for a run of this configuration")
+    write_text(run / PRESET, json.dumps(tree, indent=2) + "\n")
+
+
+def _compare(run: Path, tree: dict) -> None:
+    try:
+        stored = read_json(run / PRESET)
+    except InfiniteVLError as error:
+        cure = f"remove it to go on from step {max(_steps(run))} with the configuration that is given, which has to be the run's own"
+        raise InfiniteVLError(error.culprit, cure) from None
+    changed = [d for d in differences(stored, tree) if d.split(":")[0] not in FREE]
+    if changed:
+        more = [f"and {len(changed) - 6} more"] if len(changed) > 6 else []
+        raise InfiniteVLError(
+            f"{run} holds a run of another configuration:",
+            "choose another train.output=..., or give the old values to go on with that run",
+            [*changed[:6], *more],
+        )
+
+
+def _steps(run: Path) -> list[int]:
+    folder = run / "checkpoints"
+    return [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+
+
+def _is_something_else(run: Path) -> bool:
+    return os.path.lexists(run) and (
+        not run.is_dir() or any(not p.name.startswith(".") for p in run.iterdir())
+    )

@@ -1,0 +1,77 @@
+"""What a run shows while it goes: a bar that fits the terminal, or, where there is none, a line now
+and then."""
+
+import sys
+import time
+from collections.abc import Sequence
+
+from tqdm import tqdm
+from tqdm.utils import disp_len
+
+_EVERY = 30  # seconds between two lines where no terminal shows a bar
+_BAR = 8  # columns that a bar takes at least
+
+
+class Progress(tqdm):
+    """A bar of steps with figures. In a narrow terminal the bar goes first, then the times, then
+    figures from the last on."""
+
+    def __init__(self, total: int, initial: int, file=None):
+        """
+        Args:
+          total, initial: steps. file: what to write to, standard error by default.
+        """
+        self.figures: Sequence[str] = ()
+        self._told = time.monotonic()
+        self._shown = (file or sys.stderr).isatty() and initial < total
+        super().__init__(
+            total=total,
+            initial=initial,
+            file=file or sys.stderr,
+            mininterval=0.5,
+            dynamic_ncols=True,
+            disable=not self._shown,
+        )
+        self.steps = (initial, total)
+
+    def show(self, step: int, figures: Sequence[str]) -> None:
+        """Show the figures of a step, the most important first."""
+        self.figures = figures
+        if self._shown:
+            self.refresh()
+        elif step == self.steps[1] or time.monotonic() - self._told >= _EVERY:
+            self._told = time.monotonic()
+            print(
+                f"step {step} of {self.steps[1]}: {', '.join(figures)}", file=sys.stderr, flush=True
+            )
+
+    def __str__(self) -> str:
+        facts = self.format_dict
+        columns = facts["ncols"]
+        counts, times = "{percentage:3.0f}% {n_fmt}/{total_fmt}", " [{elapsed}<{remaining}]"
+
+        def line(form: str, figures: Sequence[str]) -> str:
+            tail = "".join(
+                f", {figure}".replace("{", "{{").replace("}", "}}") for figure in figures
+            )
+            return self.format_meter(
+                **(facts | {"bar_format": form + tail, "ncols": None, "postfix": None})
+            )
+
+        if columns is None:
+            return line(counts + times, self.figures)
+        room = columns - 1 - disp_len(line(counts + times, self.figures))
+        if room > _BAR:
+            done = min(self.n / self.total, 1) if self.total else 1
+            filled = round(done * (room - 3))
+            return line(
+                counts + f" |{'#' * filled}{' ' * (room - 3 - filled)}|" + times, self.figures
+            )
+        for form, kept in [
+            (counts + times, 0),
+            *((counts, cut) for cut in range(len(self.figures) + 1)),
+        ]:
+            text = line(form, self.figures[: len(self.figures) - kept])
+            if disp_len(text) < columns:
+                return text
+        return text[: columns - 1]

@@ -1,0 +1,119 @@
+"""Files that are written here: whole and on the disk when they count, and an error that names them
+when the storage fails."""
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from infinitevl_jax.errors import InfiniteVLError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SAYS_FULL = re.compile(
+    "|".join([*(os.strerror(code) for code in _FULL), "RESOURCE_EXHAUSTED"]), re.IGNORECASE
+)
+
+
+class StorageError(InfiniteVLError):
+    """A disk that is full, cannot be written or cannot be read."""
+
+
+@contextlib.contextmanager
+def storage(path: Path | str, cure: str = "") -> Iterator[None]:
+    """Turns what goes wrong with the files at `path` into StorageError.
+
+    Args:
+      path: what is written or read in the block.
+      cure: what to do once the storage works again, added to the cure.
+    """
+    try:
+        yield
+    except InfiniteVLError:
+        raise
+    except (
+        Exception
+    ) as error:  # of orbax and tensorstore too, which raise ValueError and bare Exception
+        if not isinstance(error, OSError | ValueError) and type(error) is not Exception:
+            raise
+        raise failure(path, error, cure) from error
+
+
+def failure(path: Path | str, error: Exception, cure: str = "") -> StorageError:
+    """The error that says what is wrong with the files at `path`."""
+    more = f"; {cure}" if cure else ""
+    if getattr(error, "errno", None) in _FULL or _SAYS_FULL.search(str(error)):
+        return StorageError(
+            f"no space left for {path}, on a disk with {_free(path)}",
+            f"free some space, or choose another disk{more}",
+        )
+    if isinstance(error, OSError) and error.strerror:
+        return StorageError(
+            f"{path}: {error.strerror}", f"check the path and its permissions{more}"
+        )
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return StorageError(f"{path}: {reason}", f"check the disk{more}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that appears whole, and is on the disk when this returns."""
+    aside = path.with_name(f".{path.name}.partial")
+    with storage(path):
+        try:
+            with aside.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Wait until a folder is on the disk with all that it holds."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            sync(Path(root, name))
+        sync(Path(root))
+
+
+def keep_aside(path: Path, to: Path | None = None) -> Path:
+    """Rename a file or folder to a name that is free: `to`, or it with .1, .2, ... before the
+    suffix. Returns that name."""
+    to = to or path
+    free, number = to, 0
+    while os.path.lexists(free):
+        number += 1
+        free = to.with_name(f"{to.stem}.{number}{to.suffix}")
+    os.rename(path, free)
+    sync(free.parent)
+    return free
+
+
+def megabytes(size: int) -> str:
+    """A number of bytes in words."""
+    return f"{size / 1e6:,.1f} MB"
+
+
+def _free(path: Path | str) -> str:
+    """What is free where a file is to be."""
+    path = Path(path)
+    try:
+        there = next(p for p in (path, *path.absolute().parents) if p.exists())
+        return f"{megabytes(shutil.disk_usage(there).free)} free"
+    except OSError:
+        return "an unknown size"

@@ -1,0 +1,62 @@
+"""A folder with what the documentation's commands and snippets name: a tiny model, a picture, a film, an adapter, a preset."""
+
+import json
+import os
+import shutil
+import sys
+
+import av
+import numpy as np
+import pytest
+from doc_pages import ROOT
+from PIL import Image
+from tiny_folder import tiny_config, tiny_model, write_folder
+from torch_folders import read_folder, safetensors_bytes
+
+from benchmarks import kernels
+from infinitevl_jax.conversion import export_folder
+
+ADAPTED = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="session")
+def stocked(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("docs")
+    rng = np.random.default_rng(0)
+    ours = write_folder(folder / "runs" / "mixers" / "checkpoints" / "1000", tiny_model(tiny_config()))
+    export_folder(ours, folder / "InfiniteVL")
+    Image.fromarray(rng.integers(0, 255, (12, 20, 3), np.uint8)).save(folder / "photo.jpg")
+    with av.open(str(folder / "clip.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=2)
+        stream.width = stream.height = 16
+        stream.pix_fmt = "yuv420p"
+        for _ in range(6):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(rng.integers(0, 255, (16, 16, 3), np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    write_adapter(folder / "my-lora", read_folder(folder / "InfiniteVL")[ADAPTED + ".weight"][1])
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    shutil.copytree(ROOT / "docs", folder / "docs")
+    return folder
+
+
+def write_adapter(folder, shape):
+    """A LoRA adapter of rank 2 for one projection."""
+    folder.mkdir()
+    sides = {"A": np.ones((2, shape[1]), np.float32), "B": np.ones((shape[0], 2), np.float32)}
+    tensors = {f"base_model.model.{ADAPTED}.lora_{side}.weight": value for side, value in sides.items()}
+    (folder / "adapter_model.safetensors").write_bytes(safetensors_bytes(tensors, {"format": "pt"}))
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+
+
+@pytest.fixture
+def workspace(stocked, tmp_path, monkeypatch):
+    """A copy of the folder, in which the test works; what programs do to the process is undone."""
+    folder = tmp_path / "work"
+    shutil.copytree(stocked, folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(kernels, "DOCUMENT", folder / "docs" / "kernels.md")
+    before = dict(os.environ)
+    yield folder
+    os.environ.clear()
+    os.environ.update(before)

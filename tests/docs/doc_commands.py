@@ -1,0 +1,114 @@
+"""Shell commands of the documentation in this process: run, or only checked for programs and arguments that exist."""
+
+import argparse
+import importlib
+import os
+import re
+import runpy
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+
+import pytest
+import typer
+from doc_pages import ROOT
+from typer.testing import CliRunner
+
+from infinitevl_jax.cli import app
+
+ASSIGNMENT = re.compile(r"[A-Z_]+=\S+")
+TYPED = "Hello\n/quit\n"  # what someone says to a program that asks
+
+
+class Parsed(Exception):
+    """A program has parsed its arguments, and would begin to work now."""
+
+
+def handle(words: tuple[str, ...], runs: bool) -> None:
+    """Run a command, or check it. Fails for what is neither known nor taken by its program."""
+    if words[0] == "export":
+        assert not runs and all(map(ASSIGNMENT.fullmatch, words[1:]))
+        return
+    while ASSIGNMENT.fullmatch(words[0]):
+        assert not runs, f"{words}: this process has its environment already"
+        words = words[1:]
+    program, arguments = words[0].removeprefix(".venv/bin/"), words[1:]
+    assert program in PROGRAMS, f"{' '.join(words)}: no test knows {program}"
+    PROGRAMS[program](arguments, runs)
+
+
+def python(arguments: tuple[str, ...], runs: bool) -> None:
+    """A script or module of this project, or a module that is run in a process of its own."""
+    if arguments[0] != "-m":
+        main = runpy.run_path(str(ROOT / arguments[0]), run_name="__not_main__")["main"]
+        call(main, arguments, runs)
+    elif arguments[1].split(".")[0] in ("benchmarks", "pallas_kernels", "infinitevl_jax"):
+        call(importlib.import_module(arguments[1]).main, arguments[1:], runs)
+    elif arguments[1] == "pytest":
+        tests(arguments[2:], runs)
+    else:
+        assert runs and arguments[1] in ("venv", "ruff")
+        lenient = ["--exit-zero"] if arguments[1] == "ruff" else []  # what it finds is no fault of the documentation
+        subprocess.run([sys.executable, *arguments, *lenient], check=True, capture_output=True)
+
+
+def call(main: Callable, arguments: tuple[str, ...], runs: bool) -> None:
+    """A program's `main`, up to where its arguments are parsed unless it runs."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def only_parse(self, *args, **kwargs):
+        raise Parsed(parse(self, *args, **kwargs))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", list(arguments))
+        if not runs:
+            patch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+        try:
+            code = main()
+        except SystemExit as ended:
+            code = ended.code
+        except Parsed as parsed:
+            check_preset(*parsed.args)
+            return
+    assert runs, f"{' '.join(arguments)} parsed no arguments: it ended with {code}"
+    assert code in (None, 0), f"{' '.join(arguments)} ended with {code}"
+
+
+def check_preset(found: argparse.Namespace) -> None:
+    """A preset that is named exists, and takes the changes."""
+    from infinitevl_jax.config.presets import load_preset
+
+    if changes := getattr(found, "changes", []):
+        load_preset(getattr(found, "config", ROOT / "configs" / "easy_vqa.toml"), changes)
+
+
+def infinitevl(arguments: tuple[str, ...], runs: bool) -> None:
+    if runs:
+        result = CliRunner().invoke(app, list(arguments), input=TYPED, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        assert result.stdout.strip(), "it said nothing"
+    else:
+        typer.main.get_command(app).commands[arguments[0]].make_context(arguments[0], list(arguments[1:]))
+
+
+def pip(arguments: tuple[str, ...], runs: bool) -> None:
+    """Extras that are asked for are declared."""
+    assert not runs and arguments[0] == "install"
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    for extras in re.findall(r"^\.\[(.+)\]$", "\n".join(arguments[1:]), flags=re.MULTILINE):
+        assert set(extras.split(",")) <= set(declared)
+
+
+def tests(arguments: tuple[str, ...], runs: bool) -> None:
+    """Test files that are named exist."""
+    assert not runs
+    assert all((ROOT / name).exists() for name in arguments if not name.startswith("-"))
+
+
+def run_tests(arguments: tuple[str, ...], runs: bool) -> None:
+    assert os.access(ROOT / "tests" / "run", os.X_OK)
+    tests(arguments, runs)
+
+
+PROGRAMS = {"python": python, "python3": python, "infinitevl": infinitevl, "pip": pip, "pytest": tests, "tests/run": run_tests}
