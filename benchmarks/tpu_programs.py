@@ -32,7 +32,7 @@ f32, i32 = jnp.float32, jnp.int32
 def gdn_kernels(
     *kernels: str, length: int = 8192, heads: int = 16, widths: tuple[int, int] = (128, 256), dtype: str = "bfloat16", save: bool = True
 ) -> tuple[Callable, tuple]:
-    """Kernels of the gated delta rule ("inverse", "walk", "backward") as they run for one sequence, with all that training needs
+    """Kernels of the gated delta rule ("inverse", "chunk_scan", "backward") as they run for one sequence, with all that training needs
     (`save`) or without; each for itself, in one program."""
     size = delta_tpu._chunk_size(length)
     chunks, (key, value) = -(-length // size), widths
@@ -48,7 +48,7 @@ def gdn_kernels(
     parts = [t, t] if dtype == "bfloat16" else [t]
     known = {
         "inverse": (lambda *x: inverse(*x, block, save, False), (keys, rows)),
-        "walk": (lambda *x: chunk_scan(*x, block, save, False), (keys, keys, values, t, rows, state)),
+        "chunk_scan": (lambda *x: chunk_scan(*x, block, save, False), (keys, keys, values, t, rows, state)),
         "backward": (
             lambda *x: backward(*x, delta_tpu._heads(heads, key, value, dtype, TPUDelta.backward), False),
             (keys, keys, values, parts, rows, states, values, state),

@@ -28,8 +28,8 @@ class Entry(NamedTuple):
 
 GDN = {"length": 8192, "heads": 16}
 KERNELS = [
-    *(Entry("gated_delta_rule", name, gdn_kernels, (name,), GDN) for name in ("inverse", "walk", "backward")),
-    Entry("gated_delta_rule", "walk, nothing saved", gdn_kernels, ("walk",), GDN | {"save": False}),
+    *(Entry("gated_delta_rule", name, gdn_kernels, (name,), GDN) for name in ("inverse", "chunk_scan", "backward")),
+    Entry("gated_delta_rule", "chunk_scan, nothing saved", gdn_kernels, ("chunk_scan",), GDN | {"save": False}),
     Entry("causal_conv", "forward + backward", conv_kernels, (), {"length": 8192, "channels": 4096}),
 ]
 WHOLE = [

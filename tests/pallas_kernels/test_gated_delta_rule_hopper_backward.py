@@ -56,7 +56,7 @@ def decays(vectors):
     return jnp.exp(jnp.where(keep, sums[..., :, None] - sums[..., None, :], -jnp.inf))
 
 
-def dense_walk_back(q, k, d_out, inverse, vectors, d_ends):
+def dense_chunk_scan_backward(q, k, d_out, inverse, vectors, d_ends):
     q, k, d_out = map(chunked, (q, k, d_out))
     since, beta, until = (vectors[..., i, :, None] for i in (SINCE, BETA, UNTIL))
     scores = q @ k.mT * decays(vectors)
@@ -123,7 +123,7 @@ def both(inputs, d_out, d_last, runs, others):
 @pytest.mark.parametrize("name", CASES)
 def test_formulas(name, monkeypatch):
     length, gates, keys, pieces = CASES[name]
-    monkeypatch.setattr(delta_backward, "walk_back", dense_walk_back)
+    monkeypatch.setattr(delta_backward, "chunk_scan_backward", dense_chunk_scan_backward)
     monkeypatch.setattr(delta_backward, "gradients", dense_gradients)
     inputs, (d_out, d_last) = case(length, gates, keys, value_dim=64)
     others, runs = {"token_index": None, "segment_ids": None}, None

@@ -14,7 +14,7 @@ MARGIN = 1.1  # over the baselines
 # stand here and not in benchmarks/results, for a measurement must not move the bound of a test.
 BASELINES = json.loads(Path(__file__).with_name("tpu_baselines.json").read_text("utf-8"))
 # milliseconds at 8192 tokens, 16 heads, K 128, V 256, bfloat16, with everything that training needs
-TARGETS = {("walk", "v5e"): 0.35, ("walk", "v6e"): 0.20}
+TARGETS = {("chunk_scan", "v5e"): 0.35, ("chunk_scan", "v6e"): 0.20}
 
 
 def baseline(op, program, chip):
@@ -23,8 +23,8 @@ def baseline(op, program, chip):
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_gated_delta_rule(chip):
-    found = score(gdn_kernels, chip, "inverse", "walk", "backward")
-    for name in ("inverse", "walk", "backward"):
+    found = score(gdn_kernels, chip, "inverse", "chunk_scan", "backward")
+    for name in ("inverse", "chunk_scan", "backward"):
         milliseconds = found.kernel(f"gdn_{name}").milliseconds(chip)
         assert 0 < milliseconds <= MARGIN * baseline("gated_delta_rule", name, chip), (name, milliseconds)
 
@@ -46,7 +46,7 @@ def test_targets_are_met():
         ours, scan = (baseline("gated_delta_rule", f"{whole}, {name}", "v5e") for name in ("mosaic_tpu", "scan_and_solve"))
         assert 1.3 * ours <= scan, whole
     for chip in CHIPS:  # a backward pass is twice the work of a forward pass
-        forward = baseline("gated_delta_rule", "inverse", chip) + baseline("gated_delta_rule", "walk", chip)
+        forward = baseline("gated_delta_rule", "inverse", chip) + baseline("gated_delta_rule", "chunk_scan", chip)
         assert baseline("gated_delta_rule", "backward", chip) <= 2 * forward, chip
 
 
@@ -64,7 +64,7 @@ def test_the_scan_it_is_compared_with_is_the_same_op():
 
 @pytest.mark.parametrize("names", ({"length": 40}, {"length": 300, "dtype": "float32", "heads": 1}, {"widths": (256, 384), "heads": 3}))
 def test_gated_delta_rule_of_other_sizes(names):
-    assert len(score(gdn_kernels, "v5e", "inverse", "walk", "backward", **names).programs) >= 3
+    assert len(score(gdn_kernels, "v5e", "inverse", "chunk_scan", "backward", **names).programs) >= 3
 
 
 def test_failures_name_the_program():
