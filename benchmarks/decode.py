@@ -133,8 +133,9 @@ def errors(op: str, name: str, batch: int) -> dict[str, float]:
     """The largest of each result. Raises ValueError where one is larger than the parity matrix allows."""
     operator, cases = CASES[op]
     step = with_erased_gates if IMPLEMENTATIONS[op][name] is delta_layers else IMPLEMENTATIONS[op][name]
-    checked = [implementation_in_a_row(Implementation(name, step))]
-    found = [cell for case in cases(batch) for cell in matrix.compare(operator, checked, case, bf16)]
+    checked = (implementation_in_a_row(Implementation(name, step)),)
+    groups = [matrix.Group(operator, case, "bfloat16", checked) for case in cases(batch)]
+    found = [cell for group in groups for cell in matrix.compare(group, matrix.prepare(group, compiled=False), repeats=1)]
     if bad := [str(cell) for cell in found if not cell.share <= 1]:
         raise ValueError(f"not timed: {bad[0]}")
     return {result: round(max(cell.errors[result] for cell in found), 6) for result in found[0].errors}

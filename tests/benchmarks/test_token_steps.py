@@ -9,7 +9,7 @@ from benchmarks import decode
 def test_errors(op):
     found = decode.errors(op, "layers", 3)
     assert 0 < found["out"] <= 5e-3
-    assert not any(error for name, error in found.items() if name not in ("out", "memory"))
+    assert not any(error for name, error in found.items() if name not in ("out", "recurrent_state"))
 
 
 def test_what_is_wrong_is_not_timed(monkeypatch):

@@ -223,7 +223,7 @@ def test_delta_kernel_refuses_by_name():
     )
     wide = weights._replace(q_conv=shaped((3, 2048)))
     assert "3 taps" in delta_step_hopper.supports(inputs, wide, state)
-    with pytest.raises(ValueError, match="use decode.step"):
+    with pytest.raises(ValueError, match="use the implementation xla"):
         delta_step_hopper.step(*delta_shapes(2, keys=64), shaped((2,), jnp.int32), 1e-5)
 
 
@@ -240,7 +240,7 @@ def test_attention_kernel_refuses_by_name():
     assert "8191 slots" in reason(capacity=8191, window=8191)
     assert reason(window=None) is None
     assert "positive" in reason(scale=0.0)
-    with pytest.raises(ValueError, match="use decode.step"):
+    with pytest.raises(ValueError, match="use the implementation xla"):
         attention_step_hopper.step(
             *attention_shapes(2, width=64), shaped((2,), jnp.int32), 8192, 1.0
         )
