@@ -59,7 +59,7 @@ def again(case: str, root: Path) -> int:
 
     name, _, seed = case.partition(":")
     place, _ = prepare(root, 0)
-    place.out.parent.mkdir(parents=True, exist_ok=True)
+    place.clear()
     made = KINDS[name](random.Random(f"{name}:{int(seed)}"), place)
     print(made.label)
     try:

@@ -38,6 +38,7 @@ class Worker:
     def __init__(self, root: Path, number: int):
         self.root, self.number = root, number
         self.case: str | None = None
+        self.label = ""
         self.start()
 
     def start(self) -> None:
@@ -49,7 +50,7 @@ class Worker:
         self.ready, self.began, self.used, self.buffer = False, time.monotonic(), 0.0, b""
 
     def send(self, case: str) -> None:
-        self.case, self.began, self.used = case, time.monotonic(), self._cpu()
+        self.case, self.label, self.began, self.used = case, "", time.monotonic(), self._cpu()
         self.process.stdin.write(case.encode() + b"\n")
 
     def receive(self) -> dict | None:
@@ -59,9 +60,11 @@ class Worker:
             if not data:
                 return self._lost(f"the process ended with {self.process.wait()}", "raw error")
             self.buffer += data
-            if b"\n" in self.buffer:
+            while b"\n" in self.buffer:
                 line, _, self.buffer = self.buffer.partition(b"\n")
-                return json.loads(line)
+                if "begun" not in (content := json.loads(line)):
+                    return content
+                self.label = content["begun"]
             return None
         if not self.ready:
             if time.monotonic() - self.began > START:
@@ -89,7 +92,7 @@ class Worker:
         stacks = (self.root / f"worker-{self.number}.stacks").read_text(errors="replace")
         where = [line for line in stacks.splitlines() if "/infinitevl_jax/" in line]
         place = where[0].split('"')[1].split("/infinitevl_jax/")[1] + ":" + where[0].split("line ")[1].split()[0] if where else "?"
-        found = {"kind": (self.case or "?").split(":")[0], "case": self.case, "label": "", "what": what, "verdict": verdict, "place": place}
+        found = {"kind": (self.case or "?").split(":")[0], "case": self.case, "label": self.label, "what": what, "verdict": verdict, "place": place}
         self.start()
         return found
 

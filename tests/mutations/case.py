@@ -42,6 +42,11 @@ class Place:
         """The only place that a case may write to."""
         return self.work / "out" / "result"
 
+    def clear(self) -> None:
+        """Empty `work`."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.out.parent.mkdir(parents=True)
+
     def original(self, name: str, write: Callable[[Path], Any]) -> Path:
         """The folder `name`, written by `write` when it is asked for first; shared by all workers, never changed."""
         folder = self.originals / name

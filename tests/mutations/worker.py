@@ -8,7 +8,6 @@ import json
 import os
 import random
 import resource
-import shutil
 import signal
 import sys
 import time
@@ -29,13 +28,16 @@ class Slow(BaseException):
     """The time is over. No Exception: nothing between here and the judge may swallow it."""
 
 
-def judge(kind, name: str, seed: int, place: Place, watch: Watch) -> dict:
-    """Make a case and run it: verdict, what was done, what happened, and where in the project."""
+def judge(kind, name: str, seed: int, place: Place, watch: Watch, begun=lambda label: None) -> dict:
+    """Make a case and run it: verdict, what was done, what happened, and where in the project.
+
+    `begun` is told what was done before the project gets to see it.
+    """
     from infinitevl_jax import InfiniteVLError
 
-    shutil.rmtree(place.work, ignore_errors=True)
-    place.out.parent.mkdir(parents=True)
+    place.clear()
     case: Case = kind(random.Random(f"{name}:{seed}"), place)
+    begun(case.label)
     result = {"kind": name, "case": f"{name}:{seed}", "label": case.label, "place": "", "what": ""}
     besides = (place.out, *case.writes)
     before, began = snapshot(place.work, besides), time.monotonic()
@@ -141,15 +143,19 @@ def main() -> None:
 
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + ROOM, size + ROOM))
-    print(json.dumps({"ready": True}), file=answers, flush=True)
+
+    def answer(content: dict) -> None:
+        print(json.dumps(content), file=answers, flush=True)
+
+    answer({"ready": True})
     for line in sys.stdin:
         name, _, seed = line.strip().partition(":")
         try:
-            found = judge(KINDS[name], name, int(seed), place, watch)
+            found = judge(KINDS[name], name, int(seed), place, watch, lambda label: answer({"begun": label}))
         except BaseException:
             found = {"kind": name, "case": line.strip(), "label": "", "verdict": "wrong", "place": "the campaign itself"}
             found["what"] = traceback.format_exc()[-1500:]
-        print(json.dumps(found), file=answers, flush=True)
+        answer(found)
 
 
 if __name__ == "__main__":
