@@ -35,9 +35,11 @@ def campaign(options, root: Path) -> int:
 
     chosen = {name: WEIGHTS[name] for name in options.kind or WEIGHTS}
     cases, results = plan(options.count, options.seed, chosen), []
-    with tqdm(total=len(cases), unit="input") as bar, options.failures.open("w") as failures:
+    everything, findings = root / "results.jsonl", options.failures
+    with tqdm(total=len(cases), unit="input") as bar, everything.open("w") as all_results, findings.open("w") as failures:
         for result in run(cases, root, options.workers):
             results.append(result)
+            all_results.write(json.dumps(result) + "\n")
             if result["verdict"] not in GOOD:
                 failures.write(json.dumps(result) + "\n")
                 failures.flush()

@@ -15,7 +15,7 @@ from .worker import MEMORY, SECONDS, WALL
 
 TESTS = Path(__file__).parents[1]
 GRACE = 6  # seconds that a worker has to end a case by itself
-START = 180  # seconds for a worker to start in
+START = 300  # seconds to start a worker in, or to prepare a case: the first of a kind writes what it mutates
 
 
 def environment(root: Path, number: int) -> dict[str, str]:
@@ -47,10 +47,10 @@ class Worker:
         command = [sys.executable, "-m", "mutations.worker", str(self.root), str(self.number)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
         self.process = subprocess.Popen(command, env=environment(self.root, self.number), **pipes, bufsize=0, cwd=self.root)
-        self.ready, self.began, self.used, self.buffer = False, time.monotonic(), 0.0, b""
+        self.ready, self.begun, self.began, self.used, self.buffer = False, False, time.monotonic(), 0.0, b""
 
     def send(self, case: str) -> None:
-        self.case, self.label, self.began, self.used = case, "", time.monotonic(), self._cpu()
+        self.case, self.label, self.began, self.begun = case, "", time.monotonic(), False
         self.process.stdin.write(case.encode() + b"\n")
 
     def receive(self) -> dict | None:
@@ -64,16 +64,19 @@ class Worker:
                 line, _, self.buffer = self.buffer.partition(b"\n")
                 if "begun" not in (content := json.loads(line)):
                     return content
-                self.label = content["begun"]
+                self.label, self.began, self.used, self.begun = content["begun"], time.monotonic(), self._cpu(), True
             return None
-        if not self.ready:
-            if time.monotonic() - self.began > START:
-                raise RuntimeError(f"a worker did not start: see {self.log.name}")
+        if self.ready and self.case is None:
             return None
-        if self.case and self._memory() > MEMORY:
+        passed = time.monotonic() - self.began
+        if not self.begun:  # importing, or writing the originals
+            if passed > START:
+                raise RuntimeError(f"a worker did not start on {self.case}: see {self.log.name}")
+            return None
+        if self._memory() > MEMORY:
             return self._kill("big", f"over {MEMORY / 2**30:.0f} GB")
-        late = time.monotonic() - self.began > WALL + GRACE or self._cpu() - self.used > SECONDS + GRACE
-        return self._kill("slow", f"over {SECONDS} s, and could not be interrupted") if self.case and late else None
+        late = passed > WALL + GRACE or self._cpu() - self.used > SECONDS + GRACE
+        return self._kill("slow", f"over {SECONDS} s, and could not be interrupted") if late else None
 
     def stop(self) -> None:
         self.process.kill()

@@ -95,6 +95,12 @@ def near(rng: Random, value: Any) -> Any:
     return rng.choice(BAD)
 
 
+def bad(rng: Random, value: Any) -> Any:
+    """A value that does not fit in the place of `value`: half of the time one of its own kind."""
+    same = NUMBERS if isinstance(value, int | float) and not isinstance(value, bool) else TEXTS if isinstance(value, str) else BAD
+    return rng.choice(same if rng.random() < 0.5 else BAD)
+
+
 def mutate(rng: Random, tree: Any, *, focus: list[tuple] | None = None, keys: tuple[str, ...] = ()) -> Mutated:
     """One mutation of a JSON tree (sometimes two).
 
@@ -116,7 +122,7 @@ def mutate(rng: Random, tree: Any, *, focus: list[tuple] | None = None, keys: tu
     name = ".".join(map(str, path))
     kind = rng.choice(["bad"] * 5 + ["near"] * 3 + ["drop", "double", "unknown", "known", "deep", "digits", "rename", "swap", "root", "text"])
     if kind == "bad":
-        value = rng.choice(BAD)
+        value = bad(rng, at(tree, path))
         return Mutated(dump(put(tree, path, value)), f"{name} = {value!r:.60}", path, value)
     if kind == "near":
         value = near(rng, at(tree, path))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from tiny_folder import IDS
 
 from infinitevl_jax import Processor
 
@@ -49,6 +50,7 @@ def odd_objects() -> list[Any]:
 
 KEYS = ("name", "tool_calls", "tool_call_id", "tools", "weight", "train", "type", "text", "image", "video", "image_url", "url", "path", "content", "role")
 KEYS += ("min_pixels", "max_pixels", "resized_height", "resized_width", "fps", "nframes", "min_frames", "max_frames", "total_pixels", "video_start")
+PICTURES = [IDS["<|image_pad|>"], IDS["<|video_pad|>"]]
 _PROCESSORS: dict[Path, Processor] = {}
 
 
@@ -112,12 +114,13 @@ def change(rng: Random, messages: list) -> Any:
     return f"{name} = {kind if kind in ('deep', 'circle') else repr(value)[:60]}"
 
 
-def _plain(messages: Any) -> list[dict] | None:
-    """The conversation where it is one that is well formed, of text alone or of pictures that need no look; else None."""
-    if isinstance(messages, list | tuple) and len(messages) == 1 and isinstance(messages[0], list):
-        messages = messages[0]
+def _plain(messages: Any) -> list[list[dict]] | None:
+    """The conversations, where they are all well formed; None where something in them is no conversation."""
     if not isinstance(messages, list | tuple) or not messages:
         return None
+    if isinstance(messages[0], list | tuple):
+        found = [_plain(one) for one in messages]
+        return None if None in found else [one for conversations in found for one in conversations]
     for message in messages:
         if not isinstance(message, dict) or not set(message) >= {"role", "content"}:
             return None
@@ -129,24 +132,23 @@ def _plain(messages: Any) -> list[dict] | None:
                 return None
         elif not isinstance(content, str):
             return None
-    return list(messages)
+    return [list(messages)]
 
 
-def _check(found: dict, messages: list[dict] | None, answer: bool) -> str:
-    """The prompt is Qwen's chat format of the messages, pictures' placeholders grown to their tokens."""
-    ids = np.asarray(found["input_ids"])
-    if messages is None:
+def _check(found: dict, conversations: list[list[dict]] | None, answer: bool) -> str:
+    """Each prompt is Qwen's chat format of its messages, pictures' placeholders grown to their tokens."""
+    if conversations is None:
         return "accepted what is no conversation"
-    if ids.ndim == 2 and len(ids) != 1:
-        return "" if np.isin(ids, range(280)).all() else "ids out of the vocabulary"
-    ids = ids.reshape(-1).tolist()
-    text = chat([m if isinstance(m["content"], str) else {**m, "content": list(m["content"])} for m in messages], answer)
-    wanted = byte_ids(text)
-    single = [i for n, i in enumerate(ids) if not (i in (268, 269) and n and ids[n - 1] == i)]
-    if single != wanted:
-        return f"another prompt: {bytes(i for i in single if i < 256)!r:.90} for {text!r:.90}"
-    for pixels in ("pixel_values", "pixel_values_videos"):
-        if pixels in found and not np.isfinite(found[pixels]).all():
-            return f"NaN in {pixels}"
-    said = sum(v.shape[0] // 4 for k, v in found.items() if k.startswith("pixel"))
-    return "" if said == sum(i in (268, 269) for i in ids) else "pictures and placeholders differ in number"
+    rows, mask = np.atleast_2d(found["input_ids"]), np.atleast_2d(found.get("attention_mask", found["input_ids"] >= 0))
+    if len(rows) != len(conversations):
+        return f"{len(rows)} rows for {len(conversations)} conversations"
+    for row, seen, messages in zip(rows, mask, conversations, strict=True):
+        ids = row[seen.astype(bool)].tolist()
+        text = chat([m if isinstance(m["content"], str) else {**m, "content": list(m["content"])} for m in messages], answer)
+        single = [i for n, i in enumerate(ids) if not (i in PICTURES and n and ids[n - 1] == i)]
+        if single != byte_ids(text):
+            return f"another prompt: {bytes(i for i in single if i < 256)!r:.90} for {text!r:.90}"
+    arrays = [v for k, v in found.items() if k.startswith("pixel")]
+    if any(not np.isfinite(v).all() for v in arrays):
+        return "NaN in pictures"
+    return "" if sum(len(v) // 4 for v in arrays) == np.isin(rows, PICTURES).sum() else "pictures and placeholders differ in number"
