@@ -15,14 +15,34 @@ from .report import GOOD, summary, table
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=about, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.mutations",
+        description=about,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
     parser.add_argument("--count", type=int, default=5000, help="how many inputs")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kind", choices=sorted(WEIGHTS), action="append", help="this kind alone; may be given several times")
-    parser.add_argument("--case", metavar="KIND:SEED", help="run one input again in this process, and show the traceback")
+    parser.add_argument(
+        "--kind",
+        choices=sorted(WEIGHTS),
+        action="append",
+        help="this kind alone; may be given several times",
+    )
+    parser.add_argument(
+        "--case",
+        metavar="KIND:SEED",
+        help="run one input again in this process, and show the traceback",
+    )
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--root", type=Path, help="a scratch folder to keep; by default a temporary one")
-    parser.add_argument("--failures", type=Path, default=Path("mutations.jsonl"), help="where findings go, one JSON line each")
+    parser.add_argument(
+        "--root", type=Path, help="a scratch folder to keep; by default a temporary one"
+    )
+    parser.add_argument(
+        "--failures",
+        type=Path,
+        default=Path("mutations.jsonl"),
+        help="where findings go, one JSON line each",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mutations-") as temporary:
         root = (options.root or Path(temporary)).absolute()
@@ -36,7 +56,11 @@ def campaign(options, root: Path) -> int:
     chosen = {name: WEIGHTS[name] for name in options.kind or WEIGHTS}
     cases, results = plan(options.count, options.seed, chosen), []
     everything, findings = root / "results.jsonl", options.failures
-    with tqdm(total=len(cases), unit="input") as bar, everything.open("w") as all_results, findings.open("w") as failures:
+    with (
+        tqdm(total=len(cases), unit="input") as bar,
+        everything.open("w") as all_results,
+        findings.open("w") as failures,
+    ):
         for result in run(cases, root, options.workers):
             results.append(result)
             all_results.write(json.dumps(result) + "\n")
@@ -55,7 +79,9 @@ def again(case: str, root: Path) -> int:
     """One case, unwatched: its label, and the result or the traceback."""
     import os
 
-    os.environ.update({k: v for k, v in environment(root, 0).items() if k not in ("HOME", "PYTHONPATH")})
+    os.environ.update(
+        {k: v for k, v in environment(root, 0).items() if k not in ("HOME", "PYTHONPATH")}
+    )
     from .kinds import KINDS
     from .worker import prepare
 

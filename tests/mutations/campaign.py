@@ -15,7 +15,7 @@ from .worker import MEMORY, SECONDS, WALL
 
 TESTS = Path(__file__).parents[1]
 GRACE = 6  # seconds that a worker has to end a case by itself
-START = 300  # seconds to start a worker in, or to prepare a case: the first of a kind writes what it mutates
+START = 300  # seconds to start a worker, or to prepare the first case of a kind
 
 
 def environment(root: Path, number: int) -> dict[str, str]:
@@ -24,11 +24,31 @@ def environment(root: Path, number: int) -> dict[str, str]:
     from quick import QUICK
 
     home = root / f"worker-{number}"
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    own = {"HOME": home, "TMPDIR": home / "tmp", "XDG_CACHE_HOME": root / "cache", "MPLCONFIGDIR": root / "cache"}
-    own |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK, "JAX_COMPILATION_CACHE_DIR": root / "cache" / "jax"}
-    own |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "HF_HUB_OFFLINE": "1", "TFDS_DATA_DIR": root / "cache"}
-    own |= {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
+    paths = os.pathsep.join(
+        [str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    own = {
+        "HOME": home,
+        "TMPDIR": home / "tmp",
+        "XDG_CACHE_HOME": root / "cache",
+        "MPLCONFIGDIR": root / "cache",
+    }
+    own |= {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": QUICK,
+        "JAX_COMPILATION_CACHE_DIR": root / "cache" / "jax",
+    }
+    own |= {
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "HF_HUB_OFFLINE": "1",
+        "TFDS_DATA_DIR": root / "cache",
+    }
+    own |= {
+        "PYTHONPATH": paths,
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     return os.environ | {key: str(value) for key, value in own.items()}
 
 
@@ -46,15 +66,26 @@ class Worker:
         self.log = (self.root / f"worker-{self.number}.log").open("a")
         command = [sys.executable, "-m", "mutations.worker", str(self.root), str(self.number)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
-        self.process = subprocess.Popen(command, env=environment(self.root, self.number), **pipes, bufsize=0, cwd=self.root)
-        self.ready, self.begun, self.began, self.used, self.buffer = False, False, time.monotonic(), 0.0, b""
+        self.process = subprocess.Popen(
+            command, env=environment(self.root, self.number), **pipes, bufsize=0, cwd=self.root
+        )
+        self.ready, self.begun, self.began, self.used, self.buffer = (
+            False,
+            False,
+            time.monotonic(),
+            0.0,
+            b"",
+        )
 
     def send(self, case: str) -> None:
         self.case, self.label, self.began, self.begun = case, "", time.monotonic(), False
         self.process.stdin.write(case.encode() + b"\n")
 
     def receive(self) -> dict | None:
-        """What has come since, if a line is complete; a finding where the worker died or had to be killed."""
+        """What has come since, if a line is complete.
+
+        A finding where the worker died or had to be killed.
+        """
         if select.select([self.process.stdout], [], [], 0)[0]:
             data = os.read(self.process.stdout.fileno(), 1 << 20)
             if not data:
@@ -64,7 +95,12 @@ class Worker:
                 line, _, self.buffer = self.buffer.partition(b"\n")
                 if "begun" not in (content := json.loads(line)):
                     return content
-                self.label, self.began, self.used, self.begun = content["begun"], time.monotonic(), self._cpu(), True
+                self.label, self.began, self.used, self.begun = (
+                    content["begun"],
+                    time.monotonic(),
+                    self._cpu(),
+                    True,
+                )
             return None
         if self.ready and self.case is None:
             return None
@@ -76,7 +112,9 @@ class Worker:
         if self._memory() > MEMORY:
             return self._kill("big", f"over {MEMORY / 2**30:.0f} GB")
         late = passed > WALL + GRACE or self._cpu() - self.used > SECONDS + GRACE
-        return self._kill("slow", f"over {SECONDS} s, and could not be interrupted") if late else None
+        return (
+            self._kill("slow", f"over {SECONDS} s, and could not be interrupted") if late else None
+        )
 
     def stop(self) -> None:
         self.process.kill()
@@ -94,8 +132,21 @@ class Worker:
         self.stop()
         stacks = (self.root / f"worker-{self.number}.stacks").read_text(errors="replace")
         where = [line for line in stacks.splitlines() if "/infinitevl_jax/" in line]
-        place = where[0].split('"')[1].split("/infinitevl_jax/")[1] + ":" + where[0].split("line ")[1].split()[0] if where else "?"
-        found = {"kind": (self.case or "?").split(":")[0], "case": self.case, "label": self.label, "what": what, "verdict": verdict, "place": place}
+        place = (
+            where[0].split('"')[1].split("/infinitevl_jax/")[1]
+            + ":"
+            + where[0].split("line ")[1].split()[0]
+            if where
+            else "?"
+        )
+        found = {
+            "kind": (self.case or "?").split(":")[0],
+            "case": self.case,
+            "label": self.label,
+            "what": what,
+            "verdict": verdict,
+            "place": place,
+        }
         self.start()
         return found
 
@@ -103,7 +154,10 @@ class Worker:
         return self._proc("statm", lambda text: int(text.split()[1]) * os.sysconf("SC_PAGESIZE"))
 
     def _cpu(self) -> float:
-        return self._proc("stat", lambda t: sum(map(int, t.rsplit(")", 1)[1].split()[11:13])) / os.sysconf("SC_CLK_TCK"))
+        return self._proc(
+            "stat",
+            lambda t: sum(map(int, t.rsplit(")", 1)[1].split()[11:13])) / os.sysconf("SC_CLK_TCK"),
+        )
 
     def _proc(self, name: str, read) -> float:
         try:
@@ -137,5 +191,9 @@ def plan(count: int, seed: int, kinds: dict[str, int]) -> list[str]:
     """`count` cases, spread over the kinds by their weights, kinds taking turns."""
     total = sum(kinds.values())
     shares = {name: max(1, round(count * weight / total)) for name, weight in kinds.items()}
-    cases = [((i + 0.5) / share, f"{name}:{seed * 1_000_000 + i}") for name, share in shares.items() for i in range(share)]
+    cases = [
+        ((i + 0.5) / share, f"{name}:{seed * 1_000_000 + i}")
+        for name, share in shares.items()
+        for i in range(share)
+    ]
     return [case for _, case in sorted(cases)]

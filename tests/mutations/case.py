@@ -1,4 +1,7 @@
-"""One mutated input: what was changed, what the project does with it, and how the result is judged."""
+"""One mutated input.
+
+What was changed, what the project does with it, and how the result is judged.
+"""
 
 import random
 import shutil
@@ -32,7 +35,10 @@ SAID: list[str] = []  # warnings of the action that runs, or ran last
 
 @dataclass
 class Place:
-    """Folders of a worker. `original(name, write)` holds what is mutated; `work` is empty before each case."""
+    """Folders of a worker.
+
+    `original(name, write)` holds what is mutated; `work` is empty before each case.
+    """
 
     originals: Path
     work: Path
@@ -48,7 +54,10 @@ class Place:
         self.out.parent.mkdir(parents=True)
 
     def original(self, name: str, write: Callable[[Path], Any]) -> Path:
-        """The folder `name`, written by `write` when it is asked for first; shared by all workers, never changed."""
+        """The folder `name`, written by `write` when it is asked for first.
+
+        Shared by all workers, never changed.
+        """
         folder = self.originals / name
         if not folder.exists():
             aside = self.originals / f".{name}-{random.SystemRandom().randrange(1 << 60)}"

@@ -13,7 +13,10 @@ def table(results: list[dict]) -> str:
         counts[result["kind"]][result["verdict"]] += 1
     lines = [f"{'kind':<14}" + "".join(f"{v:>11}" for v in VERDICTS)]
     rows = [*sorted(counts.items()), ("all", sum(counts.values(), Counter()))]
-    return "\n".join(lines + [f"{kind:<14}" + "".join(f"{found[v]:>11,}" for v in VERDICTS) for kind, found in rows])
+    return "\n".join(
+        lines
+        + [f"{kind:<14}" + "".join(f"{found[v]:>11,}" for v in VERDICTS) for kind, found in rows]
+    )
 
 
 def causes(results: list[dict]) -> list[tuple[tuple, list[dict]]]:
@@ -30,5 +33,7 @@ def summary(results: list[dict]) -> str:
     lines = []
     for (kind, verdict, place), found in causes(results):
         example = min(found, key=lambda r: len(r["label"]))
-        lines.append(f"{len(found):>4} x {kind}: {verdict} at {place}\n       {example['case']}  {example['label']:.160}\n       {example['what']:.300}")
+        lines.append(f"{len(found):>4} x {kind}: {verdict} at {place}")
+        lines.append(f"       {example['case']}  {example['label']:.160}")
+        lines.append(f"       {example['what']:.300}")
     return "\n".join(lines)

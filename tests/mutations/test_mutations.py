@@ -1,4 +1,7 @@
-"""A short campaign: every kind of input, nothing but right results and clear refusals; and the campaign's own watch."""
+"""A short campaign: every kind of input, nothing but right results and clear refusals.
+
+And the campaign's own watch.
+"""
 
 import json
 from random import Random
@@ -30,7 +33,9 @@ def test_every_kind_has_both(results):
 
 def test_a_seed_gives_the_same_input():
     tree = {"a": [1, 2, {"b": "x"}], "c": None}
-    assert [mutate(Random(i), tree) for i in range(50)] == [mutate(Random(i), tree) for i in range(50)]
+    assert [mutate(Random(i), tree) for i in range(50)] == [
+        mutate(Random(i), tree) for i in range(50)
+    ]
     assert len({mutate(Random(i), tree).data for i in range(50)}) > 30
     assert json.loads(json.dumps(plan(100, 3, WEIGHTS))) == plan(100, 3, WEIGHTS)
     assert {case.split(":")[0] for case in plan(100, 3, WEIGHTS)} == set(WEIGHTS)

@@ -9,9 +9,49 @@ from typing import Any
 HUGE_DIGITS = "9" * 5000
 NUMBERS = [0, 1, -1, 2, 3, 7, 2**31, 2**63, 2**64, 10**9, 10**30, 1e308, -0.5, 0.5, 1.5]
 NUMBERS += [float("nan"), float("inf"), float("-inf"), 5e-324, -0.0]
-TEXTS = ["", "x", "1", "32", "a" * 5000, "\0", "\x1b[2J\x1b]0;x\a", "line\nline", "../../etc/passwd", "/etc/passwd"]
-TEXTS += ["\ud83d", "\u202e\u2066", "\ufeff", "null", "NaN", "(.*)*x", "(", "%s{}", "é" * 300, "a/b", ".", ".."]
-OTHERS = [None, True, False, [], [1], [[1]], [1, 2], ["a"], [None], {}, {"a": 1}, {"a": {"b": 1}}, [{}], [32, 32], [0, 0]]
+TEXTS = [
+    "",
+    "x",
+    "1",
+    "32",
+    "a" * 5000,
+    "\0",
+    "\x1b[2J\x1b]0;x\a",
+    "line\nline",
+    "../../etc/passwd",
+    "/etc/passwd",
+]
+TEXTS += [
+    "\ud83d",
+    "\u202e\u2066",
+    "\ufeff",
+    "null",
+    "NaN",
+    "(.*)*x",
+    "(",
+    "%s{}",
+    "é" * 300,
+    "a/b",
+    ".",
+    "..",
+]
+OTHERS = [
+    None,
+    True,
+    False,
+    [],
+    [1],
+    [[1]],
+    [1, 2],
+    ["a"],
+    [None],
+    {},
+    {"a": 1},
+    {"a": {"b": 1}},
+    [{}],
+    [32, 32],
+    [0, 0],
+]
 BAD = [*NUMBERS, *TEXTS, *OTHERS]
 
 
@@ -21,7 +61,10 @@ class Raw(str):
 
 @dataclass
 class Mutated:
-    """JSON bytes, what was done (`label`), and where: `path` of keys, with the new `value` (None where it is no value)."""
+    """JSON bytes, what was done (`label`), and where.
+
+    `path` of keys, with the new `value` (None where it is no value).
+    """
 
     data: bytes
     label: str
@@ -30,9 +73,18 @@ class Mutated:
 
 
 def paths(tree: Any, before: tuple = ()) -> list[tuple]:
-    """Every place in a tree of dicts and lists, the root included; of a long list the first places only."""
+    """Every place in a tree of dicts and lists, the root included.
+
+    Of a long list the first places only.
+    """
     found = [before]
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree[:8]) if isinstance(tree, list) else ()
+    items = (
+        tree.items()
+        if isinstance(tree, dict)
+        else enumerate(tree[:8])
+        if isinstance(tree, list)
+        else ()
+    )
     for key, value in items:
         found += paths(value, (*before, key))
     return found
@@ -46,7 +98,10 @@ def at(tree: Any, path: tuple) -> Any:
 
 
 def put(tree: Any, path: tuple, value: Any) -> Any:
-    """The tree with another value at a place; the tree itself is changed unless the place is its root."""
+    """The tree with another value at a place.
+
+    The tree itself is changed unless the place is its root.
+    """
     if not path:
         return value
     at(tree, path[:-1])[path[-1]] = value
@@ -82,26 +137,65 @@ def near(rng: Random, value: Any) -> Any:
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
-        return rng.choice([value + 1, value - 1, value * 2, -value, value // 2, value * 1000, float(value), value + 0.5, str(value)])
+        return rng.choice(
+            [
+                value + 1,
+                value - 1,
+                value * 2,
+                -value,
+                value // 2,
+                value * 1000,
+                float(value),
+                value + 0.5,
+                str(value),
+            ]
+        )
     if isinstance(value, float):
         return rng.choice([value * 2, -value, value / 3, int(value), str(value), value * 1e30])
     if isinstance(value, str):
-        return rng.choice([value + "x", value[:-1], value.upper(), value + " ", value * 50, value + "\0", [value]])
+        return rng.choice(
+            [value + "x", value[:-1], value.upper(), value + " ", value * 50, value + "\0", [value]]
+        )
     if isinstance(value, list):
-        return rng.choice([value + value, value[:-1], value[::-1], value[:1], [value], tuple(value) + (None,), value * 1000])
+        return rng.choice(
+            [
+                value + value,
+                value[:-1],
+                value[::-1],
+                value[:1],
+                [value],
+                tuple(value) + (None,),
+                value * 1000,
+            ]
+        )
     if isinstance(value, dict):
         keys = list(value)
-        return rng.choice([list(value.items()), {k: value[k] for k in keys[1:]}, {k: value[k] for k in keys[::-1]}, [value]])
+        return rng.choice(
+            [
+                list(value.items()),
+                {k: value[k] for k in keys[1:]},
+                {k: value[k] for k in keys[::-1]},
+                [value],
+            ]
+        )
     return rng.choice(BAD)
 
 
 def bad(rng: Random, value: Any) -> Any:
     """A value that does not fit in the place of `value`: half of the time one of its own kind."""
-    same = NUMBERS if isinstance(value, int | float) and not isinstance(value, bool) else TEXTS if isinstance(value, str) else BAD
+    same = (
+        NUMBERS
+        if isinstance(value, int | float) and not isinstance(value, bool)
+        else TEXTS
+        if isinstance(value, str)
+        else BAD
+    )
     return rng.choice(same if rng.random() < 0.5 else BAD)
 
 
-def mutate(rng: Random, tree: Any, *, focus: list[tuple] | None = None, keys: tuple[str, ...] = ()) -> Mutated:
+def mutate(
+    rng: Random, tree: Any, *, focus: list[tuple] | None = None, keys: tuple[str, ...] = ()
+) -> Mutated:
     """One mutation of a JSON tree (sometimes two).
 
     Args:
@@ -120,7 +214,11 @@ def mutate(rng: Random, tree: Any, *, focus: list[tuple] | None = None, keys: tu
     places = [p for p in paths(tree) if p]
     path = rng.choice(focus if focus and rng.random() < 0.5 else places) if places else ()
     name = ".".join(map(str, path))
-    kind = rng.choice(["bad"] * 5 + ["near"] * 3 + ["drop", "double", "unknown", "known", "deep", "digits", "rename", "swap", "root", "text"])
+    kind = rng.choice(
+        ["bad"] * 5
+        + ["near"] * 3
+        + ["drop", "double", "unknown", "known", "deep", "digits", "rename", "swap", "root", "text"]
+    )
     if kind == "bad":
         value = bad(rng, at(tree, path))
         return Mutated(dump(put(tree, path, value)), f"{name} = {value!r:.60}", path, value)
@@ -129,7 +227,12 @@ def mutate(rng: Random, tree: Any, *, focus: list[tuple] | None = None, keys: tu
         return Mutated(dump(put(tree, path, value)), f"{name} = {value!r:.60}", path, value)
     if kind in ("deep", "digits"):
         value = nested(rng) if kind == "deep" else Raw(rng.choice(["", "-", "0."]) + HUGE_DIGITS)
-        return Mutated(dump(put(tree, path, value)), f"{name} = {value[:12]}... ({len(value)} characters)", path, value)
+        return Mutated(
+            dump(put(tree, path, value)),
+            f"{name} = {value[:12]}... ({len(value)} characters)",
+            path,
+            value,
+        )
     if kind == "root" or not path:
         value = rng.choice(OTHERS + [1, "x", [tree]])
         return Mutated(dump(value), f"the root is {value!r:.40}", (), value)
@@ -139,7 +242,11 @@ def mutate(rng: Random, tree: Any, *, focus: list[tuple] | None = None, keys: tu
     parent, key = at(tree, path[:-1]), path[-1]
     if kind in ("unknown", "known"):
         where = parent if isinstance(parent, dict) else tree if isinstance(tree, dict) else {}
-        new = rng.choice(keys) if kind == "known" and keys else rng.choice(["zzz", "", "\0", "é", "a.b", "__class__", "self"])
+        new = (
+            rng.choice(keys)
+            if kind == "known" and keys
+            else rng.choice(["zzz", "", "\0", "é", "a.b", "__class__", "self"])
+        )
         where[new] = value = rng.choice(BAD)
         return Mutated(dump(tree), f"new key {new!r} = {value!r:.50}", (*path[:-1], new), value)
     if kind == "swap":
@@ -153,7 +260,9 @@ def mutate(rng: Random, tree: Any, *, focus: list[tuple] | None = None, keys: tu
         twin = Raw(text[:-1] + f", {json.dumps(key)}: {json.dumps(rng.choice(BAD))}}}")
         return Mutated(dump(put(tree, path[:-1], twin)), f"{name} twice", path)
     if kind == "rename" and isinstance(parent, dict):
-        parent[rng.choice([key.upper(), key + " ", key[:-1], "\ufeff" + key, key + "\0"])] = parent.pop(key)
+        parent[rng.choice([key.upper(), key + " ", key[:-1], "\ufeff" + key, key + "\0"])] = (
+            parent.pop(key)
+        )
         return Mutated(dump(tree), f"{name} renamed", path)
     del parent[key]
     return Mutated(dump(tree), f"{name} dropped", path)

@@ -1,6 +1,6 @@
 """A worker process: reads "kind:seed" lines, runs the cases, writes one JSON line each.
 
-    python -m mutations.worker ROOT NUMBER
+python -m mutations.worker ROOT NUMBER
 """
 
 import faulthandler
@@ -21,7 +21,9 @@ from .watch import Watch, differences, snapshot
 SECONDS = 20  # of processor time
 WALL = 30  # seconds on the clock, for what waits: a pipe, a lock, the network
 MEMORY = 3 << 30  # bytes resident at the peak
-ROOM = 8 << 30  # address space beyond what a fresh worker has: what asks for more at once never gets it
+ROOM = (
+    8 << 30
+)  # address space beyond what a fresh worker has: what asks for more at once never gets it
 
 
 class Slow(BaseException):
@@ -98,9 +100,14 @@ def _first(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """The innermost line of the project that the error passed, as file:line; "check" where it never reached the project."""
+    """The innermost line of the project that the error passed, as file:line.
+
+    "check" where it never reached the project.
+    """
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [f for f in frames if "/infinitevl_jax/" in f.filename or "/pallas_kernels/" in f.filename]
+    ours = [
+        f for f in frames if "/infinitevl_jax/" in f.filename or "/pallas_kernels/" in f.filename
+    ]
     if not ours:
         return "check"
     at = ours[-1]
@@ -129,7 +136,9 @@ def prepare(root: Path, number: int) -> tuple[Place, Watch]:
 
     signal.signal(signal.SIGPROF, over)
     signal.signal(signal.SIGALRM, over)
-    return Place(root / "originals", home / "work"), Watch([root / "cache", root / "originals", home / "tmp"])
+    return Place(root / "originals", home / "work"), Watch(
+        [root / "cache", root / "originals", home / "tmp"]
+    )
 
 
 def main() -> None:
@@ -151,9 +160,17 @@ def main() -> None:
     for line in sys.stdin:
         name, _, seed = line.strip().partition(":")
         try:
-            found = judge(KINDS[name], name, int(seed), place, watch, lambda label: answer({"begun": label}))
+            found = judge(
+                KINDS[name], name, int(seed), place, watch, lambda label: answer({"begun": label})
+            )
         except BaseException:
-            found = {"kind": name, "case": line.strip(), "label": "", "verdict": "wrong", "place": "the campaign itself"}
+            found = {
+                "kind": name,
+                "case": line.strip(),
+                "label": "",
+                "verdict": "wrong",
+                "place": "the campaign itself",
+            }
             found["what"] = traceback.format_exc()[-1500:]
         answer(found)
 

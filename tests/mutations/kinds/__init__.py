@@ -1,4 +1,7 @@
-"""The kinds of input: a name, its share of a campaign, and the function (rng, place) -> Case that makes one."""
+"""The kinds of input.
+
+A name, its share of a campaign, and the function (rng, place) -> Case that makes one.
+"""
 
 import importlib
 from collections.abc import Iterator, Mapping
@@ -19,6 +22,7 @@ WEIGHTS = {
     "pictures": 9,
     "films": 6,
     "calls": 7,
+    "conversations": 3,
 }
 
 

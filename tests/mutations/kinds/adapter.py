@@ -16,20 +16,37 @@ from ..values import mutate
 from .folders import as_torch, one_file, parameters, tensors
 from .safetensors import mutate_weights
 
-# What LoraConfig writes, at its defaults; what is not here decides nothing about the sum, or is looked at below.
+# What LoraConfig writes, at its defaults; what is not here decides nothing about the sum, or is
+# looked at below.
 DEFAULTS = {
-    "peft_type": "LORA", "auto_mapping": None, "base_model_name_or_path": "base", "bias": "none", "fan_in_fan_out": False,
-    "inference_mode": True, "init_lora_weights": True, "layer_replication": None, "layers_pattern": None, "layers_to_transform": None,
-    "loftq_config": {}, "lora_alpha": 8, "lora_bias": False, "lora_dropout": 0.0, "modules_to_save": None, "r": 4, "revision": None,
-    "target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM", "use_dora": False, "use_rslora": False,
-    "alpha_pattern": {}, "rank_pattern": {}, "exclude_modules": None, "eva_config": None, "trainable_token_indices": None,
+    "peft_type": "LORA", "auto_mapping": None, "base_model_name_or_path": "base", "bias": "none",
+    "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
+    "layer_replication": None, "layers_pattern": None, "layers_to_transform": None,
+    "loftq_config": {}, "lora_alpha": 8, "lora_bias": False, "lora_dropout": 0.0,
+    "modules_to_save": None, "r": 4, "revision": None, "target_modules": ["q_proj", "up_proj"],
+    "task_type": "CAUSAL_LM", "use_dora": False, "use_rslora": False, "alpha_pattern": {},
+    "rank_pattern": {}, "exclude_modules": None, "eva_config": None,
+    "trainable_token_indices": None,
 }  # fmt: skip
 CHANGES_THE_SUM = {
-    "use_dora": True, "fan_in_fan_out": True, "bias": "all", "lora_bias": True, "layer_replication": [[0, 2]], "modules_to_save": ["lm_head"],
-    "init_lora_weights": "pissa", "trainable_token_indices": [1], "alora_invocation_tokens": [1, 2], "use_qalora": True, "corda_config": {"x": 1},
-    "peft_type": "VERA", "target_parameters": ["w"], "arrow_config": {"a": 1}, "use_bdlora": {"a": 1}, "zzz": 3,
+    "use_dora": True, "fan_in_fan_out": True, "bias": "all", "lora_bias": True,
+    "layer_replication": [[0, 2]], "modules_to_save": ["lm_head"], "init_lora_weights": "pissa",
+    "trainable_token_indices": [1], "alora_invocation_tokens": [1, 2], "use_qalora": True,
+    "corda_config": {"x": 1}, "peft_type": "VERA", "target_parameters": ["w"],
+    "arrow_config": {"a": 1}, "use_bdlora": {"a": 1}, "zzz": 3,
 }  # fmt: skip
-PATTERNS = ["(", "(.*)*x", "[", ".*", "q_proj", "layers.0.self_attn.q_proj", "", "\0", "(a+)+$", "x" * 5000]
+PATTERNS = [
+    "(",
+    "(.*)*x",
+    "[",
+    ".*",
+    "q_proj",
+    "layers.0.self_attn.q_proj",
+    "",
+    "\0",
+    "(a+)+$",
+    "x" * 5000,
+]
 PREFIX = "base_model.model.model.layers."
 
 
@@ -44,17 +61,52 @@ def matrices(seed: int = 3) -> dict[str, np.ndarray]:
 def write(folder: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps(DEFAULTS))
-    (folder / "adapter_model.safetensors").write_bytes(safetensors_bytes(matrices(), {"format": "pt"}))
+    (folder / "adapter_model.safetensors").write_bytes(
+        safetensors_bytes(matrices(), {"format": "pt"})
+    )
 
 
 def make(rng: Random, place: Place) -> Case:
     base, folder = place.copy("one-file", one_file), place.copy("adapter", write, "adapter")
     path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     content, must_refuse = json.loads(path.read_text()), ""
-    kind = rng.choice(["json"] * 4 + ["sum", "sum", "alpha", "alpha", "pattern", "pattern", "names", "names", "weights", "weights", "bytes", "file"])
+    kind = rng.choice(
+        ["json"] * 4
+        + [
+            "sum",
+            "sum",
+            "alpha",
+            "alpha",
+            "pattern",
+            "pattern",
+            "names",
+            "names",
+            "weights",
+            "weights",
+            "bytes",
+            "file",
+        ]
+    )
     if kind == "json":
-        focus = [(key,) for key in ("r", "lora_alpha", "use_rslora", "peft_type", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights")]
-        changed = mutate(rng, content, focus=focus, keys=(*CHANGES_THE_SUM, "megatron_config", "qalora_group_size"))
+        focus = [
+            (key,)
+            for key in (
+                "r",
+                "lora_alpha",
+                "use_rslora",
+                "peft_type",
+                "rank_pattern",
+                "alpha_pattern",
+                "bias",
+                "init_lora_weights",
+            )
+        ]
+        changed = mutate(
+            rng,
+            content,
+            focus=focus,
+            keys=(*CHANGES_THE_SUM, "megatron_config", "qalora_group_size"),
+        )
         path.write_bytes(changed.data)
         label = changed.label
     elif kind == "sum":
@@ -63,11 +115,35 @@ def make(rng: Random, place: Place) -> Case:
         label = must_refuse = f"{key} = {content[key]}"
     elif kind == "alpha":
         key = rng.choice(["lora_alpha", "r"])
-        content[key] = rng.choice([0, -1, 1e-30, 1e30, 1e38, 1e308, float("nan"), float("inf"), 2**70, 8.5, True, "8", None, [8]])
+        content[key] = rng.choice(
+            [
+                0,
+                -1,
+                1e-30,
+                1e30,
+                1e38,
+                1e308,
+                float("nan"),
+                float("inf"),
+                2**70,
+                8.5,
+                True,
+                "8",
+                None,
+                [8],
+            ]
+        )
         label = f"{key} = {content[key]!r}"
     elif kind == "pattern":
         key, pattern = rng.choice(["rank_pattern", "alpha_pattern"]), rng.choice(PATTERNS)
-        content[key] = rng.choice([{pattern: rng.choice([4, 8, 0, -1, float("nan"), "4", None, 1e308])}, [pattern], pattern, [[pattern, 4]]])
+        content[key] = rng.choice(
+            [
+                {pattern: rng.choice([4, 8, 0, -1, float("nan"), "4", None, 1e308])},
+                [pattern],
+                pattern,
+                [[pattern, 4]],
+            ]
+        )
         label = f"{key} = {content[key]!r:.80}"
     elif kind == "names":
         label = _rename(rng, weights)
@@ -97,14 +173,25 @@ def _rename(rng: Random, weights: Path) -> str:
     elif kind == "lost":
         del values[name]
     elif kind == "shape":
-        values[name] = rng.choice([values[name].T.copy(), values[name][:2], values[name][None], values[name].reshape(-1), values[name][:0]])
+        values[name] = rng.choice(
+            [
+                values[name].T.copy(),
+                values[name][:2],
+                values[name][None],
+                values[name].reshape(-1),
+                values[name][:0],
+            ]
+        )
     elif kind == "dtype":
         values[name] = values[name].astype(rng.choice([np.float16, np.float64, np.int8]))
     elif kind == "large":
         values[name] = values[name] * np.float32(rng.choice([1e30, 1e38]))
     else:
         new = {
-            "other": name.replace("lora_A", rng.choice(["lora_C", "lora_embedding_A", "lora_a", "lora_magnitude_vector"])),
+            "other": name.replace(
+                "lora_A",
+                rng.choice(["lora_C", "lora_embedding_A", "lora_a", "lora_magnitude_vector"]),
+            ),
             "module": name.replace("_proj", "_prok"),
             "live": name.replace("model.model.layers", "model.model.language_model.layers"),
         }[kind]
@@ -119,31 +206,59 @@ def _check(found, folder: Path) -> str:
     said = json.loads((folder / "adapter_config.json").read_bytes().removeprefix(b"\xef\xbb\xbf"))
     try:
         with safetensors.safe_open(folder / "adapter_model.safetensors", "numpy") as file:
-            values = {name.replace(".default.weight", ".weight"): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            values = {
+                name.replace(".default.weight", ".weight"): file.get_tensor(name)
+                for name in file.keys()
+            }  # noqa: SIM118
     except Exception as error:
         return f"accepted what safetensors refuses: {error}"
     wanted = {n: v for n, v in tensors(mixed=True).items() if n != "lm_head.weight"}
     used = 0
     for name in [n for n in values if n.endswith("lora_A.weight")]:
         module = name.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
-        weight = module.replace("model.language_model.", "model.").replace("model.visual.", "visual.") + ".weight"
+        weight = (
+            module.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+            + ".weight"
+        )
         a, b = (values[name.replace("lora_A", f"lora_{side}")].astype(np.float32) for side in "AB")
-        rank, alpha = _of(said, "rank_pattern", module, said.get("r")), _of(said, "alpha_pattern", module, said.get("lora_alpha"))
-        if isinstance(rank, bool) or isinstance(alpha, bool) or rank != len(a) or not math.isfinite(alpha):
+        rank, alpha = (
+            _of(said, "rank_pattern", module, said.get("r")),
+            _of(said, "alpha_pattern", module, said.get("lora_alpha")),
+        )
+        if (
+            isinstance(rank, bool)
+            or isinstance(alpha, bool)
+            or rank != len(a)
+            or not math.isfinite(alpha)
+        ):
             return f"accepted rank or alpha: {rank!r}, {alpha!r:.50}"
         scale = alpha / (math.sqrt(rank) if said.get("use_rslora") else rank)
         used += 2
-        wanted[weight] = (wanted[weight].astype(np.float32) + np.float32(scale) * (b @ a)).astype(wanted[weight].dtype)
+        wanted[weight] = (wanted[weight].astype(np.float32) + np.float32(scale) * (b @ a)).astype(
+            wanted[weight].dtype
+        )
     if used != len(values):
         return "some matrices were left out"
     for name, value in as_torch(params, config).items():
         want, got = wanted[name].astype(np.float32), value.astype(np.float32)
         if not np.isfinite(got).all():
             return f"merged to NaN or infinity: {name}"
-        if not np.allclose(got, want, rtol=1e-2 if value.dtype.itemsize == 2 else 1e-5, atol=1e-6 * max(1, np.abs(want).max())):
+        if not np.allclose(
+            got,
+            want,
+            rtol=1e-2 if value.dtype.itemsize == 2 else 1e-5,
+            atol=1e-6 * max(1, np.abs(want).max()),
+        ):
             return f"merged to other numbers: {name}"
     return ""
 
 
 def _of(said: dict, key: str, module: str, default):
-    return next((value for pattern, value in (said.get(key) or {}).items() if re.match(rf"(.*\.)?({pattern})$", module)), default)
+    return next(
+        (
+            value
+            for pattern, value in (said.get(key) or {}).items()
+            if re.match(rf"(.*\.)?({pattern})$", module)
+        ),
+        default,
+    )

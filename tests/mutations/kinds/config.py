@@ -14,10 +14,37 @@ from ..content import mutate_bytes, mutate_file
 from ..values import mutate
 from .folders import CONFIG, as_torch, different, one_file, parameters, tensors
 
-_ROOT = ("vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "model_type", "architectures", "auto_map")
-_TEXT = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "sliding_window", "rms_norm_eps", "rope_theta", "vocab_size")
+_ROOT = (
+    "vision_config",
+    "image_token_id",
+    "video_token_id",
+    "vision_start_token_id",
+    "vision_end_token_id",
+    "model_type",
+    "architectures",
+    "auto_map",
+)
+_TEXT = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "sliding_window",
+    "rms_norm_eps",
+    "rope_theta",
+    "vocab_size",
+)
 _TEXT += ("num_linear_heads", "linear_head_dim", "norm_eps", "expand_v")
-_SEEING = ("depth", "hidden_size", "intermediate_size", "num_heads", "patch_size", "window_size", "out_hidden_size", "tokens_per_second")
+_SEEING = (
+    "depth",
+    "hidden_size",
+    "intermediate_size",
+    "num_heads",
+    "patch_size",
+    "window_size",
+    "out_hidden_size",
+    "tokens_per_second",
+)
 _IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 _REAL = ("rms_norm_eps", "norm_eps", "rope_theta", "expand_v", "tokens_per_second")
 
@@ -30,16 +57,55 @@ SAYS: dict[tuple[str, ...], Callable[[ModelConfig], Any]] = {
     ("rope_scaling", "mrope_section"): lambda c: list(c.text.mrope_section),
     ("vision_config", "fullatt_block_indexes"): lambda c: list(c.vision.fullatt_block_indexes),
 }
-KEYS = (*_TEXT, *_IDS, "layer_types", "head_dim", "num_linear_key_value_heads", "conv_size", "hidden_act", "attention_bias", "quantization_config")
-KEYS += ("text_config", "vision_config", "rope_parameters", "rope_scaling", "partial_rotary_factor", "eos_token_id", "pad_token_id", "use_sliding_window")
-KEYS += ("tie_word_embeddings", "initializer_range", "temporal_patch_size", "spatial_merge_size", "layer_norm_eps", "torch_dtype", "dtype")
+KEYS = (
+    *_TEXT,
+    *_IDS,
+    "layer_types",
+    "head_dim",
+    "num_linear_key_value_heads",
+    "conv_size",
+    "hidden_act",
+    "attention_bias",
+    "quantization_config",
+)
+KEYS += (
+    "text_config",
+    "vision_config",
+    "rope_parameters",
+    "rope_scaling",
+    "partial_rotary_factor",
+    "eos_token_id",
+    "pad_token_id",
+    "use_sliding_window",
+)
+KEYS += (
+    "tie_word_embeddings",
+    "initializer_range",
+    "temporal_patch_size",
+    "spatial_merge_size",
+    "layer_norm_eps",
+    "torch_dtype",
+    "dtype",
+)
 
 
 def nested_config() -> dict:
     """CONFIG as transformers 5 writes it."""
-    text = {key: value for key, value in CONFIG.items() if key not in (*_ROOT, "rope_scaling", "rope_theta", "torch_dtype")}
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
-    return {key: CONFIG[key] for key in _ROOT} | {"text_config": text, "dtype": "bfloat16", "tie_word_embeddings": True}
+    text = {
+        key: value
+        for key, value in CONFIG.items()
+        if key not in (*_ROOT, "rope_scaling", "rope_theta", "torch_dtype")
+    }
+    text["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": 1e6,
+        "mrope_section": [2, 3, 3],
+    }
+    return {key: CONFIG[key] for key in _ROOT} | {
+        "text_config": text,
+        "dtype": "bfloat16",
+        "tie_word_embeddings": True,
+    }
 
 
 def make(rng: Random, place: Place) -> Case:
@@ -58,17 +124,28 @@ def make(rng: Random, place: Place) -> Case:
         path.write_bytes(data)
     else:
         inside = content.get("text_config", content)
-        focus = [(key,) for key in content] + [("vision_config", key) for key in content.get("vision_config", ())]
-        focus += [("text_config", key) for key in inside] if inside is not content else [("rope_scaling", "mrope_section")] * ("rope_scaling" in content)
+        focus = [(key,) for key in content] + [
+            ("vision_config", key) for key in content.get("vision_config", ())
+        ]
+        focus += (
+            [("text_config", key) for key in inside]
+            if inside is not content
+            else [("rope_scaling", "mrope_section")] * ("rope_scaling" in content)
+        )
         changed = mutate(rng, content, focus=focus, keys=KEYS)
         path.write_bytes(changed.data)
         label = changed.label
-    return Case(f"{path.name}: {label}", lambda: parameters(folder), lambda found: _check(found, folder))
+    return Case(
+        f"{path.name}: {label}", lambda: parameters(folder), lambda found: _check(found, folder)
+    )
 
 
 def _check(found, folder: Path) -> str:
     config, params = found
-    if wrong := different(as_torch(params, config), {n: v for n, v in tensors(mixed=True).items() if n != "lm_head.weight"}):
+    if wrong := different(
+        as_torch(params, config),
+        {n: v for n, v in tensors(mixed=True).items() if n != "lm_head.weight"},
+    ):
         return wrong
     content = json.loads((folder / "config.json").read_bytes().removeprefix(b"\xef\xbb\xbf"))
     for path, says in SAYS.items():
@@ -76,20 +153,28 @@ def _check(found, folder: Path) -> str:
         name = ".".join(path)
         if value is None or (path[0] == "vision_config" and config.vision is None):
             continue
-        if isinstance(value, list) and path[-1] not in ("mrope_section", "fullatt_block_indexes") and len(set(map(str, value))) == 1:
+        if (
+            isinstance(value, list)
+            and path[-1] not in ("mrope_section", "fullatt_block_indexes")
+            and len(set(map(str, value))) == 1
+        ):
             value = value[0]  # patch_size: [14, 14]
         if isinstance(value, bool) or not isinstance(value, int | float | list):
             return f"a value of another type was accepted: {name} = {value!r:.50}"
         if says(config) != value:
             return f"the file says something else: {name} = {value!r:.50}, read {says(config)!r}"
-        if not isinstance(value, list) and not (math.isfinite(value) and 0 <= value < 2**31 and (value > 0 or path[-1] not in _REAL)):
+        if not isinstance(value, list) and not (
+            math.isfinite(value) and 0 <= value < 2**31 and (value > 0 or path[-1] not in _REAL)
+        ):
             return f"a value out of range was accepted: {name} = {value!r}"
     return _check_ends(config, folder, content)
 
 
 def _check_ends(config: ModelConfig, folder: Path, content: dict) -> str:
     path = folder / "generation_config.json"
-    generation = json.loads(path.read_bytes().removeprefix(b"\xef\xbb\xbf")) if path.exists() else {}
+    generation = (
+        json.loads(path.read_bytes().removeprefix(b"\xef\xbb\xbf")) if path.exists() else {}
+    )
     ends = generation.get("eos_token_id")
     ends = _find(content, ("eos_token_id",)) if ends is None else ends
     if ends is None:
@@ -97,13 +182,19 @@ def _check_ends(config: ModelConfig, folder: Path, content: dict) -> str:
     ends = ends if isinstance(ends, list) else [ends]
     if any(isinstance(e, bool) or not isinstance(e, int) or not 0 <= e < 2**31 for e in ends):
         return f"end tokens that are no ids were accepted: {ends!r:.60}"
-    return "" if sorted(set(config.eos_token_ids)) == sorted(set(ends)) else f"other end tokens: {config.eos_token_ids} for {ends!r:.60}"
+    return (
+        ""
+        if sorted(set(config.eos_token_ids)) == sorted(set(ends))
+        else f"other end tokens: {config.eos_token_ids} for {ends!r:.60}"
+    )
 
 
 def _find(content: dict, path: tuple[str, ...]) -> Any:
     """A key's value where a reader finds it first; null is as good as absent."""
     nested = content.get("text_config")
-    for scope in (nested, content) if isinstance(nested, dict) and path[0] not in _ROOT else (content,):
+    for scope in (
+        (nested, content) if isinstance(nested, dict) and path[0] not in _ROOT else (content,)
+    ):
         for key in path:
             scope = scope.get(key) if isinstance(scope, dict) else None
         if scope is not None:

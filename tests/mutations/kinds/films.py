@@ -1,4 +1,7 @@
-"""Films: containers of many kinds, damaged, cut short, and what makes a decoder open something else."""
+"""Films.
+
+Containers of many kinds, damaged, cut short, and what makes a decoder open something else.
+"""
 
 import functools
 import io
@@ -16,8 +19,19 @@ from ..content import FOREIGN, mutate_bytes
 from ..values import BAD
 from .processors import picture
 
-FORMATS = [("mp4", "libx264", "yuv420p"), ("mov", "mpeg4", "yuv420p"), ("matroska", "libx264", "yuv420p"), ("webm", "libvpx-vp9", "yuv420p")]
-FORMATS += [("avi", "mpeg4", "yuv420p"), ("mpegts", "mpeg2video", "yuv420p"), ("flv", "flv", "yuv420p"), ("gif", "gif", "rgb8"), ("mp4", "mpeg4", "yuv420p")]
+FORMATS = [
+    ("mp4", "libx264", "yuv420p"),
+    ("mov", "mpeg4", "yuv420p"),
+    ("matroska", "libx264", "yuv420p"),
+    ("webm", "libvpx-vp9", "yuv420p"),
+]
+FORMATS += [
+    ("avi", "mpeg4", "yuv420p"),
+    ("mpegts", "mpeg2video", "yuv420p"),
+    ("flv", "flv", "yuv420p"),
+    ("gif", "gif", "rgb8"),
+    ("mp4", "mpeg4", "yuv420p"),
+]
 FRAMES, RATE = 20, 10
 OPTIONS = VideoOptions(min_pixels=64, max_pixels=4096, patch_size=2, fps=2.0)
 SIDE = 48, 64  # height, width
@@ -63,13 +77,15 @@ def playlists(port: int) -> dict[str, str]:
     return {
         "m3u8 http": f"{head}#EXTINF:10,\n{address}/seg.ts\n#EXT-X-ENDLIST\n",
         "m3u8 local": f"{head}#EXTINF:10,\nother.mp4\n#EXT-X-ENDLIST\n",
-        "m3u8 key": f'{head}#EXT-X-KEY:METHOD=AES-128,URI="{address}/key"\n#EXTINF:10,\nother.ts\n#EXT-X-ENDLIST\n',
+        "m3u8 key": f'{head}#EXT-X-KEY:METHOD=AES-128,URI="{address}/key"\n#EXTINF:10,\nother.ts\n',
         "m3u8 master": f"#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1\n{address}/v.m3u8\n",
         "concat": "ffconcat version 1.0\nfile other.mp4\n",
         "concat http": f"ffconcat version 1.0\nfile '{address}/x.mp4'\n",
-        "dash": f'<?xml version="1.0"?>\n<MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"><Period><AdaptationSet mimeType="video/mp4">'
-        f'<Representation id="1" bandwidth="1"><BaseURL>{address}/x.mp4</BaseURL></Representation></AdaptationSet></Period></MPD>',
-        "sdp": f"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video {port} RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+        "dash": '<?xml version="1.0"?>\n<MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static">'
+        '<Period><AdaptationSet mimeType="video/mp4"><Representation id="1" bandwidth="1">'
+        f"<BaseURL>{address}/x.mp4</BaseURL></Representation></AdaptationSet></Period></MPD>",
+        "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\n"
+        f"m=video {port} RTP/AVP 96\na=rtpmap:96 H264/90000\n",
         "rtsp": f"rtsp://127.0.0.1:{port}/x\n",
         "image list": "photo1.png\nphoto2.png\n",
         "subtitles": "1\n00:00:00,000 --> 00:00:02,000\nhello\n",
@@ -78,7 +94,23 @@ def playlists(port: int) -> dict[str, str]:
 
 def make(rng: Random, place: Place) -> Case:
     chosen = rng.choice(FORMATS)
-    way = rng.choice(["bytes"] * 8 + ["cut", "cut", "whole", "playlist", "playlist", "foreign", "path", "path", "frames", "frames", "size", "audio"])
+    way = rng.choice(
+        ["bytes"] * 8
+        + [
+            "cut",
+            "cut",
+            "whole",
+            "playlist",
+            "playlist",
+            "foreign",
+            "path",
+            "path",
+            "frames",
+            "frames",
+            "size",
+            "audio",
+        ]
+    )
     data, label = encoded(*chosen), "/".join(chosen[:2])
     port, came = listener()
     if way == "bytes":
@@ -91,10 +123,15 @@ def make(rng: Random, place: Place) -> Case:
         texts = playlists(port)
         label = rng.choice(list(texts))
         (place.work / "other.mp4").write_bytes(encoded(*FORMATS[0]))
-        path = place.work / rng.choice(["film.mp4", "film.m3u8", "film.sdp", "film.mpd", "film.ffconcat"])
+        path = place.work / rng.choice(
+            ["film.mp4", "film.m3u8", "film.sdp", "film.mpd", "film.ffconcat"]
+        )
         path.write_text(texts[label])
         source = rng.choice([texts[label].encode(), str(path), path])
-        return _quiet(Case(f"playlist: {label}", lambda: load_video(source, OPTIONS), refused_only(label)), came)
+        return _quiet(
+            Case(f"playlist: {label}", lambda: load_video(source, OPTIONS), refused_only(label)),
+            came,
+        )
     elif way == "foreign":
         label = rng.choice(list(FOREIGN))
         content = FOREIGN[label]
@@ -105,16 +142,38 @@ def make(rng: Random, place: Place) -> Case:
         return _frames(rng)
     elif way == "audio":
         return Case("a song", lambda: load_video(_song(), OPTIONS), refused_only("a song"))
-    size = rng.choice([(0, 4), (-1, 8), (10**6, 10**6), (8, 8), ("8", 8), (1, 4000), 3]) if way == "size" else None
+    size = (
+        rng.choice([(0, 4), (-1, 8), (10**6, 10**6), (8, 8), ("8", 8), (1, 4000), 3])
+        if way == "size"
+        else None
+    )
     if way == "size":
         label += f", size {size}"
-        return Case(label, lambda: load_video(data, OPTIONS, size), lambda found: check(found, data, chosen, size))
+        return Case(
+            label,
+            lambda: load_video(data, OPTIONS, size),
+            lambda found: check(found, data, chosen, size),
+        )
     source: object = data
     if rng.random() < 0.3:
-        path = place.work / rng.choice(["film.mp4", "a:b.mp4", "img%03d.mp4", "film?x=1.mp4", "concat:x|y.mp4", "no suffix", "film.m3u8", "-x.mp4"])
+        path = place.work / rng.choice(
+            [
+                "film.mp4",
+                "a:b.mp4",
+                "img%03d.mp4",
+                "film?x=1.mp4",
+                "concat:x|y.mp4",
+                "no suffix",
+                "film.m3u8",
+                "-x.mp4",
+            ]
+        )
         path.write_bytes(data)
         source, label = rng.choice([path, str(path)]), f"{path.name!r}, {label}"
-    return _quiet(Case(label, lambda: load_video(source, OPTIONS), lambda found: check(found, data, chosen)), came)
+    return _quiet(
+        Case(label, lambda: load_video(source, OPTIONS), lambda found: check(found, data, chosen)),
+        came,
+    )
 
 
 def _quiet(case: Case, came: list) -> Case:
@@ -131,11 +190,20 @@ def _quiet(case: Case, came: list) -> Case:
 
 
 def check(found, data: bytes, kind: tuple, size=None) -> str:
-    """The frames are decoded ones, in their order, and a film that was cut is not taken for a shorter one without a word."""
-    if size is not None and not (isinstance(size, tuple) and all(isinstance(s, int) and s > 0 for s in size)):
+    """The frames are decoded ones, in their order, and a film that was cut is not taken for a
+    shorter one without a word.
+    """
+    if size is not None and not (
+        isinstance(size, tuple) and all(isinstance(s, int) and s > 0 for s in size)
+    ):
         return f"accepted size {size!r}"
     frames, times = found.frames, np.asarray(found.times)
-    if frames.dtype != np.uint8 or frames.ndim != 4 or len(frames) != len(times) or not 0 < found.fps < 1e6:
+    if (
+        frames.dtype != np.uint8
+        or frames.ndim != 4
+        or len(frames) != len(times)
+        or not 0 < found.fps < 1e6
+    ):
         return f"no film: {frames.dtype} {frames.shape}, fps {found.fps}"
     if not np.isfinite(times).all() or (np.diff(times) < 0).any():
         return f"times that go back: {times.tolist()[:6]}"
@@ -147,11 +215,22 @@ def check(found, data: bytes, kind: tuple, size=None) -> str:
         return f"accepted what the decoder refuses: {error}"
     if size is None and frames.shape[1:3] == decoded[0].shape[:2]:
         for number, frame in enumerate(frames):
-            if min(np.abs(frame.astype(int) - d.astype(int)).max() for d in decoded if d.shape == frame.shape) > 3:
+            if (
+                min(
+                    np.abs(frame.astype(int) - d.astype(int)).max()
+                    for d in decoded
+                    if d.shape == frame.shape
+                )
+                > 3
+            ):
                 return f"frame {number} is none of the film's"
     said = " ".join(SAID).lower()
     short = len(decoded) < FRAMES - 1
-    if short and kind[0] in ("mp4", "mov", "matroska", "webm", "avi", "flv") and not any(word in said for word in ("cut", "short", "damaged", "broken")):
+    if (
+        short
+        and kind[0] in ("mp4", "mov", "matroska", "webm", "avi", "flv")
+        and not any(word in said for word in ("cut", "short", "damaged", "broken"))
+    ):
         return f"{len(decoded)} of {FRAMES} frames were taken for the whole film without a word"
     return ""
 
@@ -159,27 +238,55 @@ def check(found, data: bytes, kind: tuple, size=None) -> str:
 def _path(rng: Random, place: Place, data: bytes, port: int) -> Case:
     (place.work / "a.mp4").write_bytes(data)
     name = rng.choice([
-        f"http:/127.0.0.1:{port}/x.mp4", f"http://127.0.0.1:{port}/x", "concat:a.mp4|a.mp4", "subfile,,start,0,end,100,,:a.mp4", "img%03d.png", "/dev/zero",
-        "data:video/mp4;base64,AAAA", "data:video", "pipe:0", f"tcp://127.0.0.1:{port}", f"rtsp://127.0.0.1:{port}/x", "crypto:a.mp4", "file:a.mp4", "async:a.mp4",
-        "cache:a.mp4", "lavfi:testsrc", "/dev/video0", "", "a.mp4\0", str(place.work), "x" * 5000, "fd:0", f"udp://127.0.0.1:{port}", "\ud83d.mp4", "no.mp4",
+        f"http:/127.0.0.1:{port}/x.mp4", f"http://127.0.0.1:{port}/x", "concat:a.mp4|a.mp4",
+        "subfile,,start,0,end,100,,:a.mp4", "img%03d.png", "/dev/zero",
+        "data:video/mp4;base64,AAAA", "data:video", "pipe:0", f"tcp://127.0.0.1:{port}",
+        f"rtsp://127.0.0.1:{port}/x", "crypto:a.mp4", "file:a.mp4", "async:a.mp4", "cache:a.mp4",
+        "lavfi:testsrc", "/dev/video0", "", "a.mp4\0", str(place.work), "x" * 5000, "fd:0",
+        f"udp://127.0.0.1:{port}", "\ud83d.mp4", "no.mp4",
     ])  # fmt: skip
     name = name.replace("a.mp4", str(place.work / "a.mp4"))
-    return Case(f"a path: {name[:60]!r}", lambda: load_video(name, OPTIONS), refused_only(name[:40]))
+    return Case(
+        f"a path: {name[:60]!r}", lambda: load_video(name, OPTIONS), refused_only(name[:40])
+    )
 
 
 def _frames(rng: Random) -> Case:
     """Films as lists of pictures and as arrays."""
     value = rng.choice([
-        [], [picture()], [picture(), picture(5, 9)], [picture(), None], [b"", picture()], [[picture()]], picture(), np.zeros((3, 8, 8, 3), np.uint8),
-        np.zeros((0, 8, 8, 3), np.uint8), np.zeros((2, 8, 8, 3)), np.zeros((2, 8, 8, 4), np.uint8), np.zeros((8, 8, 3), np.uint8), np.array([None]),
-        (picture() for _ in range(3)), {"a": 1}, [np.zeros((8, 8, 3), np.uint8)] * 3, ["no.png"], *rng.sample(BAD, 4), object(), [picture()] * 3000,
+        [], [picture()], [picture(), picture(5, 9)], [picture(), None], [b"", picture()],
+        [[picture()]], picture(), np.zeros((3, 8, 8, 3), np.uint8),
+        np.zeros((0, 8, 8, 3), np.uint8), np.zeros((2, 8, 8, 3)), np.zeros((2, 8, 8, 4), np.uint8),
+        np.zeros((8, 8, 3), np.uint8), np.array([None]), (picture() for _ in range(3)), {"a": 1},
+        [np.zeros((8, 8, 3), np.uint8)] * 3, ["no.png"], *rng.sample(BAD, 4), object(),
+        [picture()] * 3000,
     ])  # fmt: skip
-    good = (isinstance(value, list) and value and all(getattr(v, "size", 0) == value[0].size for v in value if hasattr(v, "getbands") or hasattr(v, "dtype")))
-    good = good and all(hasattr(v, "getbands") or getattr(v, "shape", ()) == (8, 8, 3) for v in value)
-    good = good or (isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 4 and value.size and value.shape[-1] == 3)
+    good = (
+        isinstance(value, list)
+        and value
+        and all(
+            getattr(v, "size", 0) == value[0].size
+            for v in value
+            if hasattr(v, "getbands") or hasattr(v, "dtype")
+        )
+    )
+    good = good and all(
+        hasattr(v, "getbands") or getattr(v, "shape", ()) == (8, 8, 3) for v in value
+    )
+    good = good or (
+        isinstance(value, np.ndarray)
+        and value.dtype == np.uint8
+        and value.ndim == 4
+        and value.size
+        and value.shape[-1] == 3
+    )
 
     def checked(found):
-        return ("" if len(found.frames) == len(found.times) > 0 else "no film") if good else f"accepted {value!r:.60}"
+        return (
+            ("" if len(found.frames) == len(found.times) > 0 else "no film")
+            if good
+            else f"accepted {value!r:.60}"
+        )
 
     return Case(f"frames {value!r:.80}", lambda: load_video(value, OPTIONS), checked)
 
@@ -189,7 +296,9 @@ def _song() -> bytes:
     file = io.BytesIO()
     with av.open(file, "w", format="wav") as container:
         stream = container.add_stream("pcm_s16le", rate=8000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), format="s16", layout="mono")
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 8000), np.int16), format="s16", layout="mono"
+        )
         frame.rate = 8000
         for packet in [*stream.encode(frame), *stream.encode()]:
             container.mux(packet)

@@ -17,7 +17,11 @@ CONFIG = HYBRID | {"num_hidden_layers": 2, "vision_config": VISION}
 def tensors(**kind) -> dict[str, np.ndarray]:
     """Torch tensors of CONFIG: the first layers of the tests' hybrid."""
     gone = [f"layers.{i}." for i in range(2, 9)] + [f"blocks.{i}." for i in (1, 2)]
-    return {name: value for name, value in hybrid_tensors(**kind).items() if not any(g in name for g in gone)}
+    return {
+        name: value
+        for name, value in hybrid_tensors(**kind).items()
+        if not any(g in name for g in gone)
+    }
 
 
 def hugging_face(folder: Path, *, shards: int = 1, **kind) -> Path:
@@ -43,7 +47,9 @@ def ours(folder: Path) -> Path:
 
 def as_torch(params: dict[str, np.ndarray], config) -> dict[str, np.ndarray]:
     """Parameters (unrolled) as torch tensors, by published names."""
-    return {leaf.torch[0]: leaf.to_torch(params[leaf.name]) for leaf in leaves(config, scanned=False)}
+    return {
+        leaf.torch[0]: leaf.to_torch(params[leaf.name]) for leaf in leaves(config, scanned=False)
+    }
 
 
 def read_independently(folder: Path) -> dict[str, np.ndarray]:
@@ -63,12 +69,15 @@ def parameters(folder: Path, **how):
 
 
 def different(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> str:
-    """"" where both hold the same bits, else what differs."""
+    """ "" where both hold the same bits, else what differs."""
     if found.keys() != wanted.keys():
         return f"other names: {sorted(found.keys() ^ wanted.keys())[:3]}"
     for name, value in wanted.items():
         if found[name].dtype != value.dtype:
             return f"another dtype: {name} {found[name].dtype} for {value.dtype}"
-        if found[name].shape != value.shape or found[name].tobytes() != np.ascontiguousarray(value).tobytes():
+        if (
+            found[name].shape != value.shape
+            or found[name].tobytes() != np.ascontiguousarray(value).tobytes()
+        ):
             return f"other numbers: {name}"
     return ""

@@ -1,10 +1,11 @@
-"""Pictures: files of many formats, damaged; what only looks like one; arrays and PIL images of every mode."""
+"""Pictures: files of many formats, damaged.
+
+What only looks like one; arrays and PIL images of every mode.
+"""
 
 import base64
-import functools
 import io
 import os
-import zlib
 from random import Random
 
 import numpy as np
@@ -16,70 +17,33 @@ from infinitevl_jax.processing.images import process_image
 from ..case import Case, Place, refused_only
 from ..content import FOREIGN, mutate_bytes, mutate_text
 from ..values import BAD
+from .picture_files import BOMBS, FORMATS, PROGRAMS, bomb, encoded, hostile
 from .processors import picture
 
-FORMATS = [("PNG", m) for m in ("RGB", "RGBA", "L", "LA", "P", "1", "I;16")] + [("JPEG", m) for m in ("RGB", "L", "CMYK")]
-FORMATS += [("GIF", "P"), ("BMP", "RGB"), ("WEBP", "RGB"), ("WEBP", "RGBA"), ("TIFF", "RGB"), ("TIFF", "I;16"), ("PPM", "RGB"), ("ICO", "RGBA")]
-FORMATS += [("TGA", "RGB"), ("JPEG2000", "RGB"), ("PCX", "RGB"), ("TIFF", "F"), ("AVIF", "RGB"), ("DDS", "RGBA"), ("SGI", "RGB")]
-PROGRAMS = ["EPS", "PDF", "WMF", "FITS", "HDF5", "GRIB", "BUFR", "MPEG"]  # formats that start programs, or that are no pictures
 BLACK_OR_WHITE = [((level, level),) * 3 for level in (0, 255)]
 OPTIONS = ImageOptions(min_pixels=64, max_pixels=4096, patch_size=2)
 
 
-def encoded(kind: str, mode: str, orientation: int = 1) -> bytes:
-    """A small picture as a file's bytes."""
-    image, file = picture(40, 24), io.BytesIO()
-    if mode.startswith(("I", "F")):
-        grey = np.asarray(image.convert("L"))
-        image = Image.fromarray(grey.astype(np.float32)) if mode == "F" else Image.fromarray(grey.astype(np.uint16) * 256)
-        image = image.convert("I") if mode == "I" else image
-    elif mode in ("RGBA", "LA"):
-        image = image.convert(mode)
-        image.putalpha(Image.linear_gradient("L").resize(image.size))
-    else:
-        image = image.convert(mode)
-    how = {"exif": exif(orientation)} if kind in ("JPEG", "PNG", "WEBP", "TIFF") and orientation > 1 else {}
-    image.save(file, kind, **how)
-    return file.getvalue()
-
-
-def exif(orientation: int) -> bytes:
-    tags = Image.Exif()
-    tags[0x0112] = orientation
-    return tags.tobytes()
-
-
-def hostile(kind: str) -> bytes:
-    """Bytes of a format that nobody should open as a picture."""
-    if kind in ("EPS", "PDF"):
-        file = io.BytesIO()
-        picture().save(file, kind)
-        return file.getvalue()
-    heads = {"WMF": b"\xd7\xcd\xc6\x9a", "FITS": b"SIMPLE  =" + b" " * 71, "HDF5": b"\x89HDF\r\n\x1a\n", "GRIB": b"GRIB\0\0\0\2", "BUFR": b"BUFR\0\0\0\4"}
-    return heads.get(kind, b"\0\0\1\xb3") + b"\0" * 4000
-
-
-BOMBS = [(9000, 6), (9000, 4), (13_300, 0), (30_000, 2), (2**31 - 1, 2), (1, 2)]  # side, PNG's colour type
-
-
-@functools.cache
-def bomb(side: int, colour: int, text: bool) -> bytes:
-    """A few bytes that say, or unfold to, very many black pixels, or to a long text beside them."""
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
-
-    depth = {0: 1, 2: 3, 4: 2, 6: 4}[colour]
-    squeeze = zlib.compressobj(9)
-    row = b"\0" + bytes(side * depth) if side < 20_000 else b""
-    data = b"".join(squeeze.compress(row) for _ in range(side if row else 0)) + squeeze.flush()
-    head = side.to_bytes(4, "big") * 2 + bytes([8, colour, 0, 0, 0])
-    more = chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(1 << 26))) if text else b""
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + more + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-
-
 def make(rng: Random, place: Place) -> Case:
     kind, mode = rng.choice(FORMATS)
-    way = rng.choice(["bytes"] * 8 + ["whole", "turned", "turned", "hostile", "bomb", "path", "path", "uri", "array", "array", "pil", "value", "foreign"])
+    way = rng.choice(
+        ["bytes"] * 8
+        + [
+            "whole",
+            "turned",
+            "turned",
+            "hostile",
+            "bomb",
+            "path",
+            "path",
+            "uri",
+            "array",
+            "array",
+            "pil",
+            "value",
+            "foreign",
+        ]
+    )
     data = encoded(kind, mode, rng.randrange(1, 9) if way == "turned" or rng.random() < 0.3 else 1)
     label = f"{kind} {mode}"
     if way == "bytes":
@@ -101,13 +65,24 @@ def make(rng: Random, place: Place) -> Case:
     elif way == "path":
         return _path(rng, place, data, label)
     elif way == "uri":
-        text, done = mutate_text(rng, f"data:image/{kind.lower()};base64," + base64.b64encode(data).decode())
-        return Case(f"data URI, {label}: {done}", lambda: use(text), lambda found: check(found, data) if "," in text else "no data URI")
+        text, done = mutate_text(
+            rng, f"data:image/{kind.lower()};base64," + base64.b64encode(data).decode()
+        )
+        return Case(
+            f"data URI, {label}: {done}",
+            lambda: use(text),
+            lambda found: check(found, data) if "," in text else "no data URI",
+        )
     source: object = data
     if rng.random() < 0.4:
-        path = place.work / rng.choice(["photo.png", "photo.jpg", "a:b%d?.png", "no suffix", "é\u202e.webp", "x.eps"])
+        path = place.work / rng.choice(
+            ["photo.png", "photo.jpg", "a:b%d?.png", "no suffix", "é\u202e.webp", "x.eps"]
+        )
         path.write_bytes(data)
-        source, label = rng.choice([path, str(path), f"file://{path}".replace("%", "%25").replace("?", "%3F")]), f"{path.name!r}, {label}"
+        source, label = (
+            rng.choice([path, str(path), f"file://{path}".replace("%", "%25").replace("?", "%3F")]),
+            f"{path.name!r}, {label}",
+        )
     return Case(label, lambda: use(source), lambda found: check(found, data))
 
 
@@ -124,15 +99,31 @@ def check(found: tuple, data: bytes) -> str:
             wanted = plain(opened)
     except Exception as error:
         return f"accepted what Pillow refuses: {error}"
-    if image.mode != "RGB" or image.size != wanted.size or np.abs(np.asarray(image).astype(int) - np.asarray(wanted)).max() > 1:
+    if (
+        image.mode != "RGB"
+        or image.size != wanted.size
+        or np.abs(np.asarray(image).astype(int) - np.asarray(wanted)).max() > 1
+    ):
         return f"other pixels: {image.mode} {image.size} for {wanted.size}"
-    return "" if np.isfinite(patches).all() and len(patches) == grid[1] * grid[2] else "patches that are none"
+    return (
+        ""
+        if np.isfinite(patches).all() and len(patches) == grid[1] * grid[2]
+        else "patches that are none"
+    )
 
 
 def plain(image: Image.Image) -> Image.Image:
     """An opened picture as upright RGB over white, written again."""
     image.load()
-    turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation -> Pillow's transposition
+    turns = {
+        2: 0,
+        3: 3,
+        4: 1,
+        5: 5,
+        6: 4,
+        7: 6,
+        8: 2,
+    }  # EXIF's orientation -> Pillow's transposition
     try:
         orientation = image.getexif().get(0x0112, 1)
     except Exception:
@@ -140,11 +131,15 @@ def plain(image: Image.Image) -> Image.Image:
     if orientation in turns:
         image = image.transpose([*Image.Transpose][turns[orientation]])
     if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(
+            (np.asarray(image).astype(np.uint32) // 257).astype(np.uint8)
+        ).convert("RGB")
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
         image = (image.convert("RGBA" if image.mode != "La" else "LA")).convert("RGBA")
         alpha = np.asarray(image)[..., 3:].astype(np.float64) / 255
-        return Image.fromarray(np.round(np.asarray(image)[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8))
+        return Image.fromarray(
+            np.round(np.asarray(image)[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
+        )
     return image.convert("RGB")
 
 
@@ -158,7 +153,22 @@ def _refused(data: bytes, label: str, place: Place, rng: Random) -> Case:
 def _path(rng: Random, place: Place, data: bytes, label: str) -> Case:
     """Paths at which no picture lies, or one that is reached in another way."""
     path = place.work / "photo.png"
-    kind = rng.choice(["absent", "folder", "pipe", "device", "link", "circle", "socket", "null", "long", "proc", "address", "empty"])
+    kind = rng.choice(
+        [
+            "absent",
+            "folder",
+            "pipe",
+            "device",
+            "link",
+            "circle",
+            "socket",
+            "null",
+            "long",
+            "proc",
+            "address",
+            "empty",
+        ]
+    )
     made: object = path
     if kind == "link":
         (place.work / "true.png").write_bytes(data)
@@ -173,12 +183,15 @@ def _path(rng: Random, place: Place, data: bytes, label: str) -> Case:
         path.touch()
     elif kind != "absent":
         made = {
-            "device": "/dev/zero", "socket": "/dev/log", "null": f"{path}\0", "long": "x" * 5000, "proc": "/proc/self/mem",
+            "device": "/dev/zero", "socket": "/dev/log", "null": f"{path}\0", "long": "x" * 5000,
+            "proc": "/proc/self/mem",
             "address": rng.choice(["http:/127.0.0.1:9/x.png", "HTTP://127.0.0.1:9/x", "ftp://x/y", "file://host/x", "s3://x", "data:", "file://"]),
         }[kind]  # fmt: skip
     source = str(made) if rng.random() < 0.5 or isinstance(made, str) else made
     checked = (lambda found: check(found, data)) if kind == "link" else refused_only(kind)
-    return Case(f"a path: {kind} {made if isinstance(made, str) else ''}"[:80], lambda: use(source), checked)
+    return Case(
+        f"a path: {kind} {made if isinstance(made, str) else ''}"[:80], lambda: use(source), checked
+    )
 
 
 def _object(rng: Random, way: str) -> Case:
@@ -186,15 +199,84 @@ def _object(rng: Random, way: str) -> Case:
         value = rng.choice([*BAD, object(), [picture()], {"url": "x"}, lambda: 1])
         return Case(f"value {value!r:.60}", lambda: use(value), refused_only(repr(value)[:60]))
     if way == "pil":
-        mode = rng.choice(["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "LA", "PA", "RGBX", "RGBa", "La", "I;16", "I;16B", "I;16L"])
+        mode = rng.choice(
+            [
+                "1",
+                "L",
+                "P",
+                "RGB",
+                "RGBA",
+                "CMYK",
+                "YCbCr",
+                "LAB",
+                "HSV",
+                "I",
+                "F",
+                "LA",
+                "PA",
+                "RGBX",
+                "RGBa",
+                "La",
+                "I;16",
+                "I;16B",
+                "I;16L",
+            ]
+        )
         size = rng.choice([(9, 7), (1, 1), (0, 5), (1, 300), (201, 1), (4000, 3000)])
-        image = Image.new(mode, size, rng.choice([0, 1, 7] if len(mode) < 3 and mode[0] in "1LPIF" and mode[1:2] != "a" else [0]) if "A" not in mode else 0)
-        return Case(f"PIL {mode} {size}", lambda: use(image), lambda found: check_object(found, image))
-    shape = rng.choice([(8, 9, 3), (8, 9, 4), (8, 9, 1), (8, 9), (3, 8, 9), (1, 8, 9, 3), (0, 9, 3), (), (8, 9, 0), (1, 1, 3), (2**20, 1, 3)])
-    kind = rng.choice(["uint8", "uint8", "float32", "int64", "bool", "object", "U1", "uint16", "complex64", "datetime64[s]"])
+        image = Image.new(
+            mode,
+            size,
+            rng.choice(
+                [0, 1, 7] if len(mode) < 3 and mode[0] in "1LPIF" and mode[1:2] != "a" else [0]
+            )
+            if "A" not in mode
+            else 0,
+        )
+        return Case(
+            f"PIL {mode} {size}", lambda: use(image), lambda found: check_object(found, image)
+        )
+    shape = rng.choice(
+        [
+            (8, 9, 3),
+            (8, 9, 4),
+            (8, 9, 1),
+            (8, 9),
+            (3, 8, 9),
+            (1, 8, 9, 3),
+            (0, 9, 3),
+            (),
+            (8, 9, 0),
+            (1, 1, 3),
+            (2**20, 1, 3),
+        ]
+    )
+    kind = rng.choice(
+        [
+            "uint8",
+            "uint8",
+            "float32",
+            "int64",
+            "bool",
+            "object",
+            "U1",
+            "uint16",
+            "complex64",
+            "datetime64[s]",
+        ]
+    )
     array = np.zeros(shape, kind)
-    good = kind == "uint8" and len(shape) == 3 and shape[-1] == 3 and array.size and max(shape[:2]) <= 200 * min(shape[:2])
-    checked = (lambda found: "" if np.asarray(found[0]).tolist() == array.tolist() else "other pixels") if good else refused_only(f"{kind} {shape}")
+    good = (
+        kind == "uint8"
+        and len(shape) == 3
+        and shape[-1] == 3
+        and array.size
+        and max(shape[:2]) <= 200 * min(shape[:2])
+    )
+    checked = (
+        (lambda found: "" if np.asarray(found[0]).tolist() == array.tolist() else "other pixels")
+        if good
+        else refused_only(f"{kind} {shape}")
+    )
     return Case(f"array {kind} {shape}", lambda: use(array), checked)
 
 

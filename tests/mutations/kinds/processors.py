@@ -1,4 +1,7 @@
-"""Processor folders that the kinds mutate, and what they mean: written here again, without the package's own words."""
+"""Processor folders that the kinds mutate, and what they mean.
+
+Written here again, without the package's own words.
+"""
 
 import json
 import re
@@ -15,27 +18,47 @@ from torch_folders import HYBRID
 from infinitevl_jax.processing.tokenizer import _byte_letters
 
 MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("Ġ", "w"), ("o", "r")]
-TEXTS = ["hello world", "<|im_start|>user\nhell<|im_end|>", "1234 ½ é ﬁ 日本 \U0001f600\n\n  x", "", " ", "she'll"]
+TEXTS = [
+    "hello world",
+    "<|im_start|>user\nhell<|im_end|>",
+    "1234 ½ é ﬁ 日本 \U0001f600\n\n  x",
+    "",
+    " ",
+    "she'll",
+]
 
 
-LATER = {token: i + len(MERGES) for token, i in IDS.items()}  # the special tokens' ids after the merges'
+LATER = {
+    token: i + len(MERGES) for token, i in IDS.items()
+}  # the special tokens' ids after the merges'
 
 
 def config(ids: dict[str, int]) -> dict:
     """config.json's part that a processor reads."""
     named = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
     named |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
-    return HYBRID | {key: ids[token] for key, token in named.items()} | {"vocab_size": 280, "eos_token_id": ids["<|im_end|>"]}
+    return (
+        HYBRID
+        | {key: ids[token] for key, token in named.items()}
+        | {"vocab_size": 280, "eos_token_id": ids["<|im_end|>"]}
+    )
 
 
 def bytes_only(folder: Path, ids: dict[str, int] = IDS) -> None:
-    """One token a byte (vocab.json, merges.txt), Qwen's special tokens from 256 on; patches of 2 x 2 pixels."""
+    """One token a byte (vocab.json, merges.txt), Qwen's special tokens from 256 on.
+
+    Patches of 2 x 2 pixels.
+    """
     write_tokenizer(folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings["added_tokens_decoder"] = {str(i): {"content": token, "special": True} for token, i in ids.items()}
+    settings["added_tokens_decoder"] = {
+        str(i): {"content": token, "special": True} for token, i in ids.items()
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "config.json").write_text(json.dumps(config(ids)))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]]}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]]})
+    )
 
 
 def with_merges(folder: Path) -> None:
@@ -66,7 +89,10 @@ SPECIAL = re.compile("(" + "|".join(map(re.escape, IDS)) + ")")
 
 
 def byte_ids(text: str) -> list[int]:
-    """Ids of text in the tokenizer of bytes: NFC, a special token where one is spelled, else a byte each."""
+    """Ids of text in the tokenizer of bytes.
+
+    NFC, a special token where one is spelled, else a byte each.
+    """
     ids: list[int] = []
     for part in SPECIAL.split(text):
         ids += [IDS[part]] if part in IDS else unicodedata.normalize("NFC", part).encode()
@@ -74,14 +100,22 @@ def byte_ids(text: str) -> list[int]:
 
 
 def chat(messages: list[dict], answer: bool = True) -> str:
-    """Qwen's chat format of messages that are well formed; pictures as one placeholder between their markers."""
+    """Qwen's chat format of messages that are well formed.
+
+    Pictures as one placeholder between their markers.
+    """
     if messages[0]["role"] != "system":
         messages = [{"role": "system", "content": "You are a helpful assistant."}, *messages]
     text = ""
     for message in messages:
         content = message["content"]
         if not isinstance(content, str):
-            content = "".join(p["text"] if p["type"] == "text" else f"<|vision_start|><|{p['type']}_pad|><|vision_end|>" for p in content)
+            content = "".join(
+                p["text"]
+                if p["type"] == "text"
+                else f"<|vision_start|><|{p['type']}_pad|><|vision_end|>"
+                for p in content
+            )
         text += f"<|im_start|>{message['role']}\n{content}<|im_end|>\n"
     return text + ("<|im_start|>assistant\n" if answer else "")
 
@@ -89,4 +123,6 @@ def chat(messages: list[dict], answer: bool = True) -> str:
 def picture(width: int = 12, height: int = 8) -> Image.Image:
     """A small picture with an edge and a slope."""
     x, y = np.meshgrid(np.arange(width), np.arange(height))
-    return Image.fromarray(np.stack([x * 20 % 256, y * 30 % 256, (x > y) * 200], -1).astype(np.uint8))
+    return Image.fromarray(
+        np.stack([x * 20 % 256, y * 30 % 256, (x > y) * 200], -1).astype(np.uint8)
+    )

@@ -17,7 +17,17 @@ from . import processors
 from .messages import PICTURES, processor
 from .processors import byte_ids, chat
 
-ODD = ["", " ", "\n", "<|im_end|>", "<|im_start|>user\n", "<|image_pad|>", "<|vision_start|><|image_pad|><|vision_end|>", "x" * 100_000, *ODD_TEXT]
+ODD = [
+    "",
+    " ",
+    "\n",
+    "<|im_end|>",
+    "<|im_start|>user\n",
+    "<|image_pad|>",
+    "<|vision_start|><|image_pad|><|vision_end|>",
+    "x" * 100_000,
+    *ODD_TEXT,
+]
 ODD += [None, 3, float("nan"), b"bytes", b"\xff\xfe", ["a"], np.str_("x")]
 QUESTIONS, ANSWERS = ["what color is it?", "is it red?"], ["blue", "no"]
 
@@ -47,7 +57,23 @@ def make(rng: Random, place: Place) -> Case:
     rows = [Row(png(), list(QUESTIONS), list(ANSWERS)) for _ in range(4)]
     bad = rng.randrange(4)
     image, questions, answers = rows[bad]
-    kind = rng.choice(["image", "image", "text", "text", "odd", "odd", "odd", "counts", "counts", "types", "nothing", "dropped", "many"])
+    kind = rng.choice(
+        [
+            "image",
+            "image",
+            "text",
+            "text",
+            "odd",
+            "odd",
+            "odd",
+            "counts",
+            "counts",
+            "types",
+            "nothing",
+            "dropped",
+            "many",
+        ]
+    )
     texts = rng.choice([questions, answers])
     at = rng.randrange(2)
     label = kind
@@ -64,13 +90,31 @@ def make(rng: Random, place: Place) -> Case:
     elif kind == "many":
         questions, answers, label = questions * 500, answers * 500, "1,000 questions"
     elif kind == "types":
-        image = rng.choice([None, "", "/etc/passwd", 3, np.zeros((4, 4, 3), np.uint8), processors.picture(), bytearray(image)])
+        image = rng.choice(
+            [
+                None,
+                "",
+                "/etc/passwd",
+                3,
+                np.zeros((4, 4, 3), np.uint8),
+                processors.picture(),
+                bytearray(image),
+            ]
+        )
         label = f"the image is {image!r:.50}"
     elif kind == "dropped":
         image, label = b"", "no image"
     rows[bad] = Row(image, questions, answers)
     packed = rng.random() < 0.4
-    settings = DataConfig(batch=2, questions=0 if packed else 2, prefix_length=96, length=320, patches=64, train="train", held_out="")
+    settings = DataConfig(
+        batch=2,
+        questions=0 if packed else 2,
+        prefix_length=96,
+        length=320,
+        patches=64,
+        train="train",
+        held_out="",
+    )
     words, config = processor(place), tiny_config()
 
     def action():
@@ -79,11 +123,17 @@ def make(rng: Random, place: Place) -> Case:
         made = [next(batches) for _ in range(2)] + list(held_out_batches(encoder, config, settings))
         return made, encoder.conversation(bad)[0] if packed else encoder[bad]
 
-    return Case(f"{'packed' if packed else 'branches'}: {label}", action, lambda found: _check(found, rows[bad], packed))
+    return Case(
+        f"{'packed' if packed else 'branches'}: {label}",
+        action,
+        lambda found: _check(found, rows[bad], packed),
+    )
 
 
 def _check(found: tuple, row: Row, packed: bool) -> str:
-    """The bad row's tokens are Qwen's chat format of its words, and what is learnt are its answers."""
+    """The bad row's tokens are Qwen's chat format of its words, and what is learnt are its
+    answers.
+    """
     batches, encoded = found
     for batch in batches:
         if not np.isfinite(batch.weights).all() or not (batch.weights.sum() > 0):
@@ -99,7 +149,9 @@ def _check(found: tuple, row: Row, packed: bool) -> str:
         return [user, {"role": "assistant", "content": row.answers[i]}]
 
     if packed:
-        dialogue = [m for i in range(len(row.questions)) for m in turn(i, picture if i == 0 else [])]
+        dialogue = [
+            m for i in range(len(row.questions)) for m in turn(i, picture if i == 0 else [])
+        ]
         return _same(encoded.tokens, encoded.answer, dialogue, row.answers)
     for i, branch in enumerate(encoded.branches):
         tokens = np.concatenate([encoded.prefix, branch.tokens])
@@ -115,4 +167,8 @@ def _same(tokens: np.ndarray, answer: np.ndarray, messages: list[dict], answers:
     if ids != wanted:
         return f"other tokens: {bytes(i for i in ids if i < 256)!r:.90}"
     learnt, said = tokens[answer].tolist(), [i for a in answers for i in byte_ids(a + "<|im_end|>")]
-    return "" if learnt == said else f"other answers are learnt: {bytes(i for i in learnt if i < 256)!r:.90}"
+    return (
+        ""
+        if learnt == said
+        else f"other answers are learnt: {bytes(i for i in learnt if i < 256)!r:.90}"
+    )

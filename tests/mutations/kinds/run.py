@@ -1,4 +1,7 @@
-"""The folder of a finished run: preset.json, log.jsonl and the steps' files; started again, or opened as a checkpoint."""
+"""The folder of a finished run: preset.json, log.jsonl and the steps' files.
+
+Started again, or opened as a checkpoint.
+"""
 
 import json
 import shutil
@@ -15,7 +18,19 @@ from ..values import mutate
 from . import runs
 from .folders import different, parameters
 
-LINES = ["3", "null", "[]", "{}", '{"step": null}', '{"step": "1"}', '{"loss": 1}', '{"step": 1e400}', '{"step": NaN}', "\ufeff{}", '{"step": 2, "loss": "x"}']
+LINES = [
+    "3",
+    "null",
+    "[]",
+    "{}",
+    '{"step": null}',
+    '{"step": "1"}',
+    '{"loss": 1}',
+    '{"step": 1e400}',
+    '{"step": NaN}',
+    "\ufeff{}",
+    '{"step": 2, "loss": "x"}',
+]
 
 
 def make(rng: Random, place: Place) -> Case:
@@ -37,7 +52,11 @@ def make(rng: Random, place: Place) -> Case:
 
     def check_with_log(found):
         lines = read_log(run / "log.jsonl")
-        return check(found) or ("" if all(isinstance(line, dict) and "step" in line for line in lines) else "a log that is no log")
+        return check(found) or (
+            ""
+            if all(isinstance(line, dict) and "step" in line for line in lines)
+            else "a log that is no log"
+        )
 
     if rng.random() < 0.7:
         return Case(f"started again; {label}", again, check_with_log, writes=(run,))
@@ -47,7 +66,21 @@ def make(rng: Random, place: Place) -> Case:
 
 def mutated(rng: Random, run: Path, outside: Path) -> str:
     """One change to a run's folder."""
-    kind = rng.choice(["preset", "preset", "log", "log", "stored", "stored", "stored", "file", "file", "step", "side"])
+    kind = rng.choice(
+        [
+            "preset",
+            "preset",
+            "log",
+            "log",
+            "stored",
+            "stored",
+            "stored",
+            "file",
+            "file",
+            "step",
+            "side",
+        ]
+    )
     if kind == "preset":
         path = run / "preset.json"
         changed = mutate(rng, json.loads(path.read_text()))
@@ -65,23 +98,50 @@ def mutated(rng: Random, run: Path, outside: Path) -> str:
         return f"log.jsonl: {label}"
     last = run / "checkpoints" / "2"
     if kind == "side":
-        path = rng.choice([last / "infinitevl_jax.json", last / "config.json", run / "model" / "config.json", run / "model" / "tokenizer.json"])
+        path = rng.choice(
+            [
+                last / "infinitevl_jax.json",
+                last / "config.json",
+                run / "model" / "config.json",
+                run / "model" / "tokenizer.json",
+            ]
+        )
         data, label = mutate_bytes(rng, path.read_bytes())
         path.write_bytes(data)
         return f"{path.relative_to(run)}: {label}"
     if kind == "step":
-        name = rng.choice(["3", "9999999999", "2.orbax-checkpoint-tmp-1", "02", "x", "-1", "1e3", "٣"])
+        name = rng.choice(
+            ["3", "9999999999", "2.orbax-checkpoint-tmp-1", "02", "x", "-1", "1e3", "٣"]
+        )
         path = run / "checkpoints" / name
         path.mkdir() if rng.random() < 0.5 else path.write_text("x")
         return f"checkpoints/{name} appears"
     files = sorted(p for p in last.rglob("*") if p.is_file())
-    path = rng.choice([*files, *[p for p in files if p.name == "metadata" or p.name.startswith("_")]])
+    path = rng.choice(
+        [*files, *[p for p in files if p.name == "metadata" or p.name.startswith("_")]]
+    )
     if kind == "file":
-        path = rng.choice([path, run / "preset.json", run / "log.jsonl", last, last / "params", last / "data", run / "checkpoints", run / "model"])
+        path = rng.choice(
+            [
+                path,
+                run / "preset.json",
+                run / "log.jsonl",
+                last,
+                last / "params",
+                last / "data",
+                run / "checkpoints",
+                run / "model",
+            ]
+        )
         return mutate_file(rng, path, outside)
     data = path.read_bytes()
     place = rng.randrange(len(data) + 1)
-    ways = {"cut": data[:place], "a byte lost": data[:place] + data[place + 1 :], "empty": b"", "a page lost": data[:place] + data[place + 4096 :]}
+    ways = {
+        "cut": data[:place],
+        "a byte lost": data[:place] + data[place + 1 :],
+        "empty": b"",
+        "a page lost": data[:place] + data[place + 4096 :],
+    }
     label = rng.choice(list(ways))
     path.write_bytes(ways[label])
     name = str(path.relative_to(last))

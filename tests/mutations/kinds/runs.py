@@ -9,9 +9,18 @@ from infinitevl_jax.training.loop import train
 
 from ..case import Place
 
-# Two layers and two steps; nothing held out: a run that has ended compiles nothing when it is started again.
-TEXT = PRESET.replace(', "sliding_attention", "linear_attention"]', "]").replace("depth = 2", "depth = 1").replace("indexes = [1]", "indexes = [0]")
-TEXT = TEXT.replace("steps = 6", "steps = 2").replace("checkpoint_every = 2", "checkpoint_every = 1").replace('held_out = "train[75%:]"', 'held_out = ""')
+# Two layers and two steps; nothing held out: a run that has ended compiles nothing when it is
+# started again.
+TEXT = (
+    PRESET.replace(', "sliding_attention", "linear_attention"]', "]")
+    .replace("depth = 2", "depth = 1")
+    .replace("indexes = [1]", "indexes = [0]")
+)
+TEXT = (
+    TEXT.replace("steps = 6", "steps = 2")
+    .replace("checkpoint_every = 2", "checkpoint_every = 1")
+    .replace('held_out = "train[75%:]"', 'held_out = ""')
+)
 
 
 def data(place: Place) -> Path:

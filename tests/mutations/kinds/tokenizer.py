@@ -1,4 +1,6 @@
-"""tokenizer.json, tokenizer_config.json, vocab.json, merges.txt, added_tokens.json and the end tokens of a folder."""
+"""tokenizer.json, tokenizer_config.json, vocab.json, merges.txt, added_tokens.json and the
+end tokens of a folder.
+"""
 
 import json
 from pathlib import Path
@@ -14,25 +16,97 @@ from ..values import Raw, dump, mutate
 from . import processors
 from .processors import TEXTS
 
-KEYS = ("content", "special", "chat_template", "eos_token", "pad_token", "bos_token", "unk_token", "added_tokens_decoder", "model_max_length")
-KEYS += ("normalizer", "pre_tokenizer", "post_processor", "decoder", "model", "type", "vocab", "merges", "truncation", "padding")
+KEYS = (
+    "content",
+    "special",
+    "chat_template",
+    "eos_token",
+    "pad_token",
+    "bos_token",
+    "unk_token",
+    "added_tokens_decoder",
+    "model_max_length",
+)
+KEYS += (
+    "normalizer",
+    "pre_tokenizer",
+    "post_processor",
+    "decoder",
+    "model",
+    "type",
+    "vocab",
+    "merges",
+    "truncation",
+    "padding",
+)
 PARTS = {
-    "normalizer": ["NFC", "Lowercase", "Replace", "Precompiled", "Prepend", "Strip", "Sequence", "BertNormalizer"],
-    "pre_tokenizer": ["ByteLevel", "Split", "Metaspace", "Whitespace", "Punctuation", "Sequence", "Digits"],
-    "decoder": ["ByteLevel", "Strip", "Replace", "Metaspace", "CTC", "Sequence", "BPEDecoder", "WordPiece"],
+    "normalizer": [
+        "NFC",
+        "Lowercase",
+        "Replace",
+        "Precompiled",
+        "Prepend",
+        "Strip",
+        "Sequence",
+        "BertNormalizer",
+    ],
+    "pre_tokenizer": [
+        "ByteLevel",
+        "Split",
+        "Metaspace",
+        "Whitespace",
+        "Punctuation",
+        "Sequence",
+        "Digits",
+    ],
+    "decoder": [
+        "ByteLevel",
+        "Strip",
+        "Replace",
+        "Metaspace",
+        "CTC",
+        "Sequence",
+        "BPEDecoder",
+        "WordPiece",
+    ],
     "post_processor": ["ByteLevel", "TemplateProcessing", "BertProcessing", "Sequence"],
     "model": ["BPE", "Unigram", "WordLevel", "WordPiece"],
 }
-OPTIONS = {"pattern": {"String": ""}, "content": "", "precompiled_charsmap": "AAAA", "start": 2**40, "stop": -1, "vocab": [], "prepend": "x" * 1000}
-OPTIONS |= {"normalizers": [], "decoders": [{"type": "Fuse"}], "behavior": "Isolated", "invert": False, "replacement": "▁▁", "unk_id": 9}
+OPTIONS = {
+    "pattern": {"String": ""},
+    "content": "",
+    "precompiled_charsmap": "AAAA",
+    "start": 2**40,
+    "stop": -1,
+    "vocab": [],
+    "prepend": "x" * 1000,
+}
+OPTIONS |= {
+    "normalizers": [],
+    "decoders": [{"type": "Fuse"}],
+    "behavior": "Isolated",
+    "invert": False,
+    "replacement": "▁▁",
+    "unk_id": 9,
+}
 
 
 def make(rng: Random, place: Place) -> Case:
     writer = rng.choice([processors.one_file, processors.with_merges])
     folder = place.copy(f"tokenizer-{writer.__name__}", writer)
-    names = ["tokenizer.json"] * 5 if writer is processors.one_file else ["vocab.json", "merges.txt", "added_tokens.json"] * 2
-    path = folder / rng.choice([*names, "tokenizer_config.json", "tokenizer_config.json", "generation_config.json"])
-    return Case(f"{path.name}: {mutated(rng, path, place)}", lambda: use(Processor.from_pretrained(folder)), lambda found: _check(found, folder))
+    names = (
+        ["tokenizer.json"] * 5
+        if writer is processors.one_file
+        else ["vocab.json", "merges.txt", "added_tokens.json"] * 2
+    )
+    path = folder / rng.choice(
+        [*names, "tokenizer_config.json", "tokenizer_config.json", "generation_config.json"]
+    )
+    return Case(
+        f"{path.name}: {mutated(rng, path, place)}",
+        lambda: use(Processor.from_pretrained(folder)),
+        lambda found: _check(found, folder),
+    )
 
 
 def mutated(rng: Random, path: Path, place: Place) -> str:
@@ -46,25 +120,39 @@ def mutated(rng: Random, path: Path, place: Place) -> str:
     if path.name == "merges.txt":
         text, label = mutate_text(rng, path.read_text())
         if rng.random() < 0.4:
-            line = rng.choice(["a b c", "a", "zz yy", " ", "h e", "\0 \0", "a  b", "<|im_end|> x", "h ell"])
+            line = rng.choice(
+                ["a b c", "a", "zz yy", " ", "h e", "\0 \0", "a  b", "<|im_end|> x", "h ell"]
+            )
             text, label = path.read_text() + line + "\n", f"one line more: {line!r}"
         path.write_bytes(encode(text))
         return label
     content = json.loads(path.read_text())
     if path.name == "tokenizer.json" and kind < 0.4:
         part = rng.choice(list(PARTS))
-        piece = {"type": rng.choice(PARTS[part])} | {k: OPTIONS[k] for k in rng.sample(list(OPTIONS), rng.randrange(4))}
-        content[part] = rng.choice([piece, {"type": "Sequence", f"{part}s": [piece, content[part]]}, {**(content[part] or {}), **piece}])
+        piece = {"type": rng.choice(PARTS[part])} | {
+            k: OPTIONS[k] for k in rng.sample(list(OPTIONS), rng.randrange(4))
+        }
+        content[part] = rng.choice(
+            [
+                piece,
+                {"type": "Sequence", f"{part}s": [piece, content[part]]},
+                {**(content[part] or {}), **piece},
+            ]
+        )
         path.write_text(json.dumps(content))
         return f"{part} = {content[part]!r:.100}"
     if path.name == "vocab.json" and kind < 0.5:
         token = rng.choice(list(content))
-        content[token] = value = rng.choice([2**31, 2**32, -1, 1.5, "5", None, 5, 10**7, Raw("1e3"), True])
+        content[token] = value = rng.choice(
+            [2**31, 2**32, -1, 1.5, "5", None, 5, 10**7, Raw("1e3"), True]
+        )
         path.write_bytes(dump(content))
         return f"{token!r} = {value!r}"
     focus = [(key,) for key in content] if len(content) < 40 else None
     if path.name == "tokenizer.json":
-        focus += [("model", key) for key in content["model"]] + [("added_tokens", 0, key) for key in content["added_tokens"][0]]
+        focus += [("model", key) for key in content["model"]] + [
+            ("added_tokens", 0, key) for key in content["added_tokens"][0]
+        ]
     if path.name == "tokenizer_config.json":
         some = rng.choice(list(content["added_tokens_decoder"]))
         focus += [("added_tokens_decoder", some), ("added_tokens_decoder", some, "content")] * 2
@@ -93,13 +181,18 @@ def use(processor: Processor) -> dict:
 
 
 def _check(found: dict, folder: Path) -> str:
-    """Ids as the files say: by the library itself for tokenizer.json, by merging here for vocab.json and merges.txt."""
+    """Ids as the files say.
+
+    By the library itself for tokenizer.json, by merging here for vocab.json and merges.txt.
+    """
     if any(not 0 <= i < 2**31 for i in (*found["ends"], found["pad"])):
         return f"ids out of range were accepted: {found['ends']}, {found['pad']}"
     if "".join(found["streamed"]) != found["texts"][0]:
         return f"streamed text differs: {found['streamed']!r:.80} for {found['texts'][0]!r:.80}"
     settings = _json(folder / "tokenizer_config.json")
-    listed = {e.get("content"): int(i) for i, e in (settings.get("added_tokens_decoder") or {}).items()}
+    listed = {
+        e.get("content"): int(i) for i, e in (settings.get("added_tokens_decoder") or {}).items()
+    }
     if (folder / "tokenizer.json").exists():
         backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         backend.no_truncation()
@@ -111,7 +204,10 @@ def _check(found: dict, folder: Path) -> str:
         return _held(found, listed)
     vocab = _json(folder / "vocab.json")
     added = {**(_json(folder / "added_tokens.json")), **listed}
-    if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 2**31 for i in [*vocab.values(), *added.values()]):
+    if any(
+        isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 2**31
+        for i in [*vocab.values(), *added.values()]
+    ):
         return "ids that are no ids were accepted"
     if found["texts"][:2] != TEXTS[:2] and set("helo wrd") <= set(vocab) | {" "}:
         return f"text does not come back: {found['texts'][:2]!r:.120}"
