@@ -202,15 +202,15 @@ def change(rng: Random, messages: list) -> Any:
     return f"{name} = {kind if kind in ('deep', 'circle') else repr(value)[:60]}"
 
 
-def _plain(messages: Any) -> list[list[dict]] | None:
+def _plain(messages: Any, several: bool = True) -> list[list[dict]] | None:
     """The conversations, where they are all well formed.
 
     None where something in them is no conversation.
     """
     if not isinstance(messages, list | tuple) or not messages:
         return None
-    if isinstance(messages[0], list | tuple):
-        found = [_plain(one) for one in messages]
+    if several and isinstance(messages[0], list | tuple):
+        found = [_plain(one, several=False) for one in messages]
         return None if None in found else [one for conversations in found for one in conversations]
     for message in messages:
         if not isinstance(message, dict) or not set(message) >= {"role", "content"}:
