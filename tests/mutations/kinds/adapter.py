@@ -32,7 +32,7 @@ CHANGES_THE_SUM = {
     "use_dora": True, "fan_in_fan_out": True, "bias": "all", "lora_bias": True,
     "layer_replication": [[0, 2]], "modules_to_save": ["lm_head"], "init_lora_weights": "pissa",
     "trainable_token_indices": [1], "alora_invocation_tokens": [1, 2], "use_qalora": True,
-    "corda_config": {"x": 1}, "peft_type": "VERA", "target_parameters": ["w"],
+    "peft_type": "VERA", "target_parameters": ["w"],
     "arrow_config": {"a": 1}, "use_bdlora": {"a": 1}, "zzz": 3,
 }  # fmt: skip
 PATTERNS = [

@@ -203,7 +203,8 @@ def _check(found: dict, folder: Path) -> str:
                 return "other ids than the library's"
         return _held(found, listed)
     vocab = _json(folder / "vocab.json")
-    added = {**(_json(folder / "added_tokens.json")), **listed}
+    older = _json(folder / "added_tokens.json")
+    added = {t: i for t, i in older.items() if i not in listed.values()} | listed
     if any(
         isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 2**31
         for i in [*vocab.values(), *added.values()]
@@ -220,4 +221,4 @@ def _held(found: dict, added: dict) -> str:
 
 
 def _json(path: Path) -> dict:
-    return json.loads(path.read_bytes().removeprefix(b"\xef\xbb\xbf")) if path.exists() else {}
+    return json.loads(path.read_bytes().decode("utf-8-sig", "replace")) if path.exists() else {}
