@@ -23,6 +23,7 @@ from infinitevl_jax.processing.images import (
     check_counts,
     is_number,
     load_image,
+    sides,
     smart_resize,
 )
 from infinitevl_jax.processing.sources import describe, open_source
@@ -211,7 +212,7 @@ def _resized(
         else:
             image = frame if isinstance(frame, Image.Image) else upright(frame)
             if frames is None:
-                height, width = options.frame_size(*(size or (image.height, image.width)), count)
+                height, width = options.frame_size(*sides(size, image), count)
                 span = -(-count // options.temporal_patch_size) * options.temporal_patch_size
                 if span * height * width > MAX_PIXELS:
                     raise InfiniteVLError(

@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -53,6 +54,16 @@ OTHERS = [
     [0, 0],
 ]
 BAD = [*NUMBERS, *TEXTS, *OTHERS]
+
+
+def read(path: Path) -> Any:
+    """The JSON in a file, read as leniently as can be; {} where there is none."""
+    if not path.exists():
+        return {}
+    text = path.read_bytes().decode("utf-8-sig", "replace")
+    return json.loads(
+        text, parse_int=lambda digits: int(digits) if len(digits) < 4000 else float(digits)
+    )
 
 
 class Raw(str):

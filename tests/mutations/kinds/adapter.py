@@ -12,7 +12,7 @@ from torch_folders import safetensors_bytes
 
 from ..case import Case, Place
 from ..content import mutate_bytes, mutate_file
-from ..values import mutate
+from ..values import mutate, read
 from .folders import as_torch, one_file, parameters, tensors
 from .safetensors import mutate_weights
 
@@ -203,7 +203,7 @@ def _rename(rng: Random, weights: Path) -> str:
 def _check(found, folder: Path) -> str:
     """W + s B A in float32 of what the two files say, cast back to W's dtype."""
     config, params = found
-    said = json.loads((folder / "adapter_config.json").read_bytes().removeprefix(b"\xef\xbb\xbf"))
+    said = read(folder / "adapter_config.json")
     try:
         with safetensors.safe_open(folder / "adapter_model.safetensors", "numpy") as file:
             values = {

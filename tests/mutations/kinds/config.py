@@ -11,7 +11,7 @@ from infinitevl_jax.config.model import ModelConfig
 
 from ..case import Case, Place
 from ..content import mutate_bytes, mutate_file
-from ..values import mutate
+from ..values import mutate, read
 from .folders import CONFIG, as_torch, different, one_file, parameters, tensors
 
 _ROOT = (
@@ -147,7 +147,7 @@ def _check(found, folder: Path) -> str:
         {n: v for n, v in tensors(mixed=True).items() if n != "lm_head.weight"},
     ):
         return wrong
-    content = json.loads((folder / "config.json").read_bytes().removeprefix(b"\xef\xbb\xbf"))
+    content = read(folder / "config.json")
     nested = content.get("text_config")
     inner = isinstance(nested, dict) and nested.get("rope_parameters")
     for path, says in SAYS.items():
@@ -175,10 +175,7 @@ def _check(found, folder: Path) -> str:
 
 
 def _check_ends(config: ModelConfig, folder: Path, content: dict) -> str:
-    path = folder / "generation_config.json"
-    generation = (
-        json.loads(path.read_bytes().removeprefix(b"\xef\xbb\xbf")) if path.exists() else {}
-    )
+    generation = read(folder / "generation_config.json")
     ends = generation.get("eos_token_id")
     ends = _find(content, ("eos_token_id",)) if ends is None else ends
     if ends is None:

@@ -112,11 +112,12 @@ def make(rng: Random, place: Place) -> Case:
         ]
     )
     data, label = encoded(*chosen), "/".join(chosen[:2])
-    port, came = listener()
+    (port, came), whole = listener(), 0
     if way == "bytes":
         data, done = mutate_bytes(rng, data, head=400)
         label += f": {done}"
     elif way == "cut":
+        whole = FRAMES
         share = rng.uniform(0.05, 0.99)
         data, label = data[: int(len(data) * share)], f"{label}: cut to {share:.0%}"
     elif way == "playlist":
@@ -171,7 +172,11 @@ def make(rng: Random, place: Place) -> Case:
         path.write_bytes(data)
         source, label = rng.choice([path, str(path)]), f"{path.name!r}, {label}"
     return _quiet(
-        Case(label, lambda: load_video(source, OPTIONS), lambda found: check(found, data, chosen)),
+        Case(
+            label,
+            lambda: load_video(source, OPTIONS),
+            lambda found: check(found, data, chosen, whole=whole),
+        ),
         came,
     )
 
@@ -189,9 +194,10 @@ def _quiet(case: Case, came: list) -> Case:
     return case
 
 
-def check(found, data: bytes, kind: tuple, size=None) -> str:
-    """The frames are decoded ones, in their order, and a film that was cut is not taken for a
-    shorter one without a word.
+def check(found, data: bytes, kind: tuple, size=None, whole: int = 0) -> str:
+    """The frames are decoded ones, in their order; what was cut is not taken for a shorter film.
+
+    `whole` counts the frames that the film had before it was cut, 0 where it was not.
     """
     if size is not None and not (
         isinstance(size, tuple) and all(isinstance(s, int) and s > 0 for s in size)
@@ -208,7 +214,7 @@ def check(found, data: bytes, kind: tuple, size=None) -> str:
     if not np.isfinite(times).all() or (np.diff(times) < 0).any():
         return f"times that go back: {times.tolist()[:6]}"
     try:
-        with av.open(io.BytesIO(data)) as container:
+        with av.open(io.BytesIO(data), metadata_errors="replace") as container:
             stream = next(s for s in container.streams.video)
             decoded = [f.to_ndarray(format="rgb24") for f in container.decode(stream)]
     except Exception as error:
@@ -225,9 +231,8 @@ def check(found, data: bytes, kind: tuple, size=None) -> str:
             ):
                 return f"frame {number} is none of the film's"
     said = " ".join(SAID).lower()
-    short = len(decoded) < FRAMES - 1
     if (
-        short
+        len(decoded) < min(whole, FRAMES - 1)
         and kind[0] in ("mp4", "mov", "matroska", "webm", "avi", "flv")
         and not any(word in said for word in ("cut", "short", "damaged", "broken"))
     ):
@@ -261,25 +266,11 @@ def _frames(rng: Random) -> Case:
         [np.zeros((8, 8, 3), np.uint8)] * 3, ["no.png"], *rng.sample(BAD, 4), object(),
         [picture()] * 3000,
     ])  # fmt: skip
-    good = (
-        isinstance(value, list)
-        and value
-        and all(
-            getattr(v, "size", 0) == value[0].size
-            for v in value
-            if hasattr(v, "getbands") or hasattr(v, "dtype")
-        )
-    )
-    good = good and all(
-        hasattr(v, "getbands") or getattr(v, "shape", ()) == (8, 8, 3) for v in value
-    )
-    good = good or (
-        isinstance(value, np.ndarray)
-        and value.dtype == np.uint8
-        and value.ndim == 4
-        and value.size
-        and value.shape[-1] == 3
-    )
+    pictures = isinstance(value, list) and {getattr(v, "mode", None) for v in value} == {"RGB"}
+    arrays = {getattr(v, "shape", None) for v in value} if isinstance(value, list) else set()
+    array = isinstance(value, np.ndarray) and value.ndim == 4 and value.dtype == np.uint8
+    good = pictures and len({v.size for v in value}) == 1 or arrays == {(8, 8, 3)}
+    good = good or array and value.size and value.shape[-1] == 3
 
     def checked(found):
         return (

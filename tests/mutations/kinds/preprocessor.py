@@ -13,7 +13,7 @@ from infinitevl_jax import Processor
 
 from ..case import Case, Place
 from ..content import mutate_bytes, mutate_file
-from ..values import mutate
+from ..values import mutate, read
 from . import processors
 
 FULL = {
@@ -132,7 +132,8 @@ def _check(found: tuple, folder: Path) -> str:
                 for n in numbers
             ):
                 return f"a value that is no number was accepted: {theirs} = {value!r:.60}"
-            if list(have) != value if isinstance(have, tuple) else have != value:
+            used = [float(n) for n in (have if isinstance(have, tuple) else [have])]
+            if used != [float(n) for n in numbers]:
                 return f"the file says something else: {theirs} = {value!r:.60}, used {have!r:.60}"
         if wrong := _impossible(options):
             return wrong
@@ -160,25 +161,24 @@ def _impossible(options) -> str:
         or len(options.std) != 3
     ):
         return f"a scale that is no scale was accepted: {options.std}"
-    if any(getattr(options, name) < 1 for name in COUNTS) or not 0 < options.rescale_factor < 1e6:
+    if (
+        any(getattr(options, name) < 1 for name in COUNTS)
+        or not 0 < options.rescale_factor < math.inf
+    ):
         return f"an impossible size was accepted: {options}"
     return ""
 
 
 def _said(folder: Path, section: str, file: str) -> dict:
     """What the files say for pictures or videos."""
-    nested = _json(folder / "processor_config.json").get(section)
-    said = dict(nested if isinstance(nested, dict) else _json(folder / file))
+    nested = read(folder / "processor_config.json").get(section)
+    said = dict(nested if isinstance(nested, dict) else read(folder / file))
     size = said.get("size")
     if isinstance(size, dict):
         for ours, theirs in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
             if said.get(ours) is None:
                 said[ours] = size.get(theirs)
     return said
-
-
-def _json(path: Path) -> dict:
-    return json.loads(path.read_bytes().removeprefix(b"\xef\xbb\xbf")) if path.exists() else {}
 
 
 def patches(frames: list, options) -> tuple[np.ndarray, list[int]]:

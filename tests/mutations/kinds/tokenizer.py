@@ -12,7 +12,7 @@ from infinitevl_jax import Processor
 
 from ..case import Case, Place
 from ..content import encode, mutate_bytes, mutate_file, mutate_text
-from ..values import Raw, dump, mutate
+from ..values import Raw, dump, mutate, read
 from . import processors
 from .processors import TEXTS
 
@@ -189,7 +189,7 @@ def _check(found: dict, folder: Path) -> str:
         return f"ids out of range were accepted: {found['ends']}, {found['pad']}"
     if "".join(found["streamed"]) != found["texts"][0]:
         return f"streamed text differs: {found['streamed']!r:.80} for {found['texts'][0]!r:.80}"
-    settings = _json(folder / "tokenizer_config.json")
+    settings = read(folder / "tokenizer_config.json")
     listed = {
         e.get("content"): int(i) for i, e in (settings.get("added_tokens_decoder") or {}).items()
     }
@@ -202,8 +202,8 @@ def _check(found: dict, folder: Path) -> str:
             if ids != found["ids"]:
                 return "other ids than the library's"
         return _held(found, listed)
-    vocab = _json(folder / "vocab.json")
-    older = _json(folder / "added_tokens.json")
+    vocab = read(folder / "vocab.json")
+    older = read(folder / "added_tokens.json")
     added = {t: i for t, i in older.items() if i not in listed.values()} | listed
     if any(
         isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 2**31
@@ -218,7 +218,3 @@ def _check(found: dict, folder: Path) -> str:
 def _held(found: dict, added: dict) -> str:
     wrong = [t for t, i in added.items() if t in found["tokens"] and found["tokens"][t] != i]
     return f"added tokens at other ids: {wrong[:3]}" if wrong else ""
-
-
-def _json(path: Path) -> dict:
-    return json.loads(path.read_bytes().decode("utf-8-sig", "replace")) if path.exists() else {}
