@@ -1,7 +1,6 @@
 """config.json and generation_config.json, flat as published and nested as newer writers have it."""
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -167,9 +166,8 @@ def _check(found, folder: Path) -> str:
             return f"a value of another type was accepted: {name} = {value!r:.50}"
         if says(config) != value:
             return f"the file says something else: {name} = {value!r:.50}, read {says(config)!r}"
-        if not isinstance(value, list) and not (
-            math.isfinite(value) and 0 <= value < 2**31 and (value > 0 or path[-1] not in _REAL)
-        ):
+        least, most = (1e-300, 1e300) if path[-1] in _REAL else (0, 2**31 - 1)
+        if not isinstance(value, list) and not least <= value <= most:
             return f"a value out of range was accepted: {name} = {value!r}"
     return _check_ends(config, folder, content)
 
