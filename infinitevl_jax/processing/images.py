@@ -15,7 +15,7 @@ import numpy as np
 from einops import rearrange
 from PIL import Image
 
-from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.errors import InfiniteVLError, shown
 from infinitevl_jax.processing.sources import OTHER, describe, kind_of, open_source
 
 MAX_ASPECT_RATIO = 200
@@ -96,10 +96,10 @@ class ImageOptions:
                     if name == "rescale_factor"
                     else "three numbers" + (" above 0" if name == "std" else "")
                 )
-                raise InfiniteVLError(f"{name} is {getattr(self, name)!r}", f"give {wanted}")
+                raise InfiniteVLError(f"{name} is {shown(getattr(self, name))}", f"give {wanted}")
         if isinstance(self.resample, bool) or self.resample not in list(Image.Resampling):
             raise InfiniteVLError(
-                f"resample is {self.resample!r}",
+                f"resample is {shown(self.resample)}",
                 f"give one of Pillow's filters, 0 to {max(Image.Resampling)}",
             )
         if self.min_pixels > self.max_pixels:
@@ -129,7 +129,7 @@ def check_counts(options: object, most: dict[str, int]) -> None:
             or not 1 <= value <= limit
         ):
             raise InfiniteVLError(
-                f"{name} is {value!r}",
+                f"{name} is {shown(value)}",
                 f"it counts pixels, patches or frames: give an integer from 1 to {limit:,}",
             )
 
@@ -148,7 +148,7 @@ def smart_resize(
     """
     if any(isinstance(s, bool) or not isinstance(s, int | np.integer) for s in (height, width)):
         raise InfiniteVLError(
-            f"a picture of {height!r} x {width!r} pixels (height x width) is asked for",
+            f"a picture of {shown(height)} x {shown(width)} pixels (height x width) is asked for",
             "give both sides as integers",
         )
     if height < 1 or width < 1:
@@ -178,7 +178,7 @@ def sides(size: tuple[int, int] | None, image: Image.Image) -> tuple[int, int]:
     if size is None:
         return image.height, image.width
     if not isinstance(size, tuple | list) or len(size) != 2:
-        raise InfiniteVLError(f"size is {size!r}", "give a pair of integers: height, width")
+        raise InfiniteVLError(f"size is {shown(size)}", "give a pair of integers: height, width")
     return size[0], size[1]
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.errors import InfiniteVLError, shown
 from infinitevl_jax.processing.chat_template import ChatTemplate
 from infinitevl_jax.processing.continuation import after_answer, without_answers
 from infinitevl_jax.processing.folder import image_options, override, read_json, video_options
@@ -329,7 +329,7 @@ class Processor:
         if limit is None:
             return
         if isinstance(limit, bool) or not isinstance(limit, int | np.integer) or limit < 1:
-            raise InfiniteVLError(f"max_length is {limit!r}", "give the most tokens of a prompt, an integer of 1 or more, or None")
+            raise InfiniteVLError(f"max_length is {shown(limit)}", "give the most tokens of a prompt, an integer of 1 or more, or None")
         if length <= limit:
             return
         text = length - sum(v.tokens for v in vision)
@@ -386,5 +386,5 @@ def _given(values: dict) -> dict:
 
 def _positive(value: object, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value <= 1 << 20:
-        raise InfiniteVLError(f"{where}: resized_height or resized_width is {value!r}", "give pixels, an integer from 1 to 1,048,576")
+        raise InfiniteVLError(f"{where}: resized_height or resized_width is {shown(value)}", "give pixels, an integer from 1 to 1,048,576")
     return int(value)

@@ -16,7 +16,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.errors import InfiniteVLError, shown
 from infinitevl_jax.processing.images import (
     ImageOptions,
     check_array,
@@ -56,7 +56,7 @@ class VideoOptions(ImageOptions):
         super().__post_init__()
         if not is_number(self.fps) or not 1e-6 <= self.fps <= 1e4:
             raise InfiniteVLError(
-                f"fps is {self.fps!r}",
+                f"fps is {shown(self.fps)}",
                 "give the frames to sample a second, a number from 0.000001 to 10,000",
             )
         most = {

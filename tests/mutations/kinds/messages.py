@@ -16,7 +16,7 @@ from ..case import Case, Place
 from ..content import ODD_TEXT, mutate_text
 from ..values import BAD, at, near, paths, put
 from . import processors
-from .processors import byte_ids, chat, picture
+from .processors import picture, prompt_ids
 
 CONVERSATIONS: list[Callable[[], list]] = [
     lambda: [{"role": "user", "content": "what is it?"}],
@@ -245,16 +245,13 @@ def _check(found: dict, conversations: list[list[dict]] | None, answer: bool) ->
         return f"{len(rows)} rows for {len(conversations)} conversations"
     for row, seen, messages in zip(rows, mask, conversations, strict=True):
         ids = row[seen.astype(bool)].tolist()
-        text = chat(
-            [
-                m if isinstance(m["content"], str) else {**m, "content": list(m["content"])}
-                for m in messages
-            ],
-            answer,
-        )
+        plain = [
+            m if isinstance(m["content"], str) else {**m, "content": list(m["content"])}
+            for m in messages
+        ]
         single = [i for n, i in enumerate(ids) if not (i in PICTURES and n and ids[n - 1] == i)]
-        if single != byte_ids(text):
-            return f"another prompt: {bytes(i for i in single if i < 256)!r:.90} for {text!r:.90}"
+        if single != prompt_ids(plain, answer):
+            return f"another prompt: {bytes(i for i in single if i < 256)!r:.150}"
     arrays = [v for k, v in found.items() if k.startswith("pixel")]
     if any(not np.isfinite(v).all() for v in arrays):
         return "NaN in pictures"

@@ -99,14 +99,15 @@ def byte_ids(text: str) -> list[int]:
     return ids
 
 
-def chat(messages: list[dict], answer: bool = True) -> str:
-    """Qwen's chat format of messages that are well formed.
+def prompt_ids(messages: list[dict], answer: bool = True) -> list[int]:
+    """Ids of Qwen's chat format of messages that are well formed, in the tokenizer of bytes.
 
-    Pictures as one placeholder between their markers.
+    A picture is one placeholder between its markers. What an assistant says is words alone: special
+    tokens that it spells are bytes.
     """
     if messages[0]["role"] != "system":
         messages = [{"role": "system", "content": "You are a helpful assistant."}, *messages]
-    text = ""
+    ids: list[int] = []
     for message in messages:
         content = message["content"]
         if not isinstance(content, str):
@@ -116,8 +117,13 @@ def chat(messages: list[dict], answer: bool = True) -> str:
                 else f"<|vision_start|><|{p['type']}_pad|><|vision_end|>"
                 for p in content
             )
-        text += f"<|im_start|>{message['role']}\n{content}<|im_end|>\n"
-    return text + ("<|im_start|>assistant\n" if answer else "")
+        head = f"<|im_start|>{message['role']}\n"
+        if message["role"] == "assistant":
+            ids += [*byte_ids(head), *unicodedata.normalize("NFC", content).encode()]
+        else:
+            ids += byte_ids(head + content)
+        ids += byte_ids("<|im_end|>\n")
+    return ids + (byte_ids("<|im_start|>assistant\n") if answer else [])
 
 
 def picture(width: int = 12, height: int = 8) -> Image.Image:

@@ -1,21 +1,22 @@
 """Training rows: pictures, questions and answers that do not fit, up to the batch."""
 
 import io
+import unicodedata
 from random import Random
 
 import numpy as np
-from tiny_folder import tiny_config
+from tiny_folder import IDS, tiny_config
 
 from infinitevl_jax.config.train import DataConfig
 from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.pipeline import held_out_batches, train_batches
-from infinitevl_jax.data.source import Row
+from infinitevl_jax.data.source import Row, Source
 
 from ..case import Case, Place
 from ..content import ODD_TEXT, mutate_bytes, mutate_text
 from . import processors
 from .messages import PICTURES, processor
-from .processors import byte_ids, chat
+from .processors import prompt_ids
 
 ODD = [
     "",
@@ -28,23 +29,15 @@ ODD = [
     "x" * 100_000,
     *ODD_TEXT,
 ]
-ODD += [None, 3, float("nan"), b"bytes", b"\xff\xfe", ["a"], np.str_("x")]
+ODD += [None, 3, b"bytes", b"\xff\xfe", ["a"], np.str_("x"), np.array(["a"]), {"a": 1}]
 QUESTIONS, ANSWERS = ["what color is it?", "is it red?"], ["blue", "no"]
 
 
-class Rows:
-    """A data set in memory, with a Source's surface."""
+class Rows(Source):
+    """A data set in memory: rows as tfds gives them."""
 
-    name, split = "rows", "train"
-
-    def __init__(self, rows: list[Row]):
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: int) -> Row:
-        return self.rows[int(number)]
+    def __init__(self, rows: list[dict]):
+        self.name, self.split, self._rows = "rows", "train", rows
 
 
 def png() -> bytes:
@@ -69,6 +62,7 @@ def make(rng: Random, place: Place) -> Case:
             "counts",
             "counts",
             "types",
+            "lists",
             "nothing",
             "dropped",
             "many",
@@ -104,6 +98,11 @@ def make(rng: Random, place: Place) -> Case:
         label = f"the image is {image!r:.50}"
     elif kind == "dropped":
         image, label = b"", "no image"
+    elif kind == "lists":
+        questions = rng.choice(
+            [questions[0], b"one text", None, 3, {"a": 1}, tuple(questions), np.array(questions)]
+        )
+        label = f"questions = {questions!r:.60}"
     rows[bad] = Row(image, questions, answers)
     packed = rng.random() < 0.4
     settings = DataConfig(
@@ -118,10 +117,10 @@ def make(rng: Random, place: Place) -> Case:
     words, config = processor(place), tiny_config()
 
     def action():
-        encoder = Encoder(Rows(rows), words, config)
+        encoder = Encoder(Rows([row._asdict() for row in rows]), words, config)
         batches = train_batches(encoder, config, settings, 0)
         made = [next(batches) for _ in range(2)] + list(held_out_batches(encoder, config, settings))
-        return made, encoder.conversation(bad)[0] if packed else encoder[bad]
+        return made, encoder.conversation(bad).branch if packed else encoder[bad]
 
     return Case(
         f"{'packed' if packed else 'branches'}: {label}",
@@ -138,10 +137,16 @@ def _check(found: tuple, row: Row, packed: bool) -> str:
     for batch in batches:
         if not np.isfinite(batch.weights).all() or not (batch.weights.sum() > 0):
             return "a batch that teaches nothing"
+    if not isinstance(row.questions, list | tuple | np.ndarray) or not isinstance(row.image, bytes):
+        return f"accepted {type(row.questions).__name__}, {type(row.image).__name__}"
+    texts = [*row.questions, *row.answers]
+    if any(not isinstance(t, str | bytes | int) for t in texts):
+        return "accepted what is no text"
+    row = row._replace(
+        questions=[_said(t) for t in row.questions], answers=[_said(t) for t in row.answers]
+    )
     if len(row.questions) != len(row.answers):
         return "accepted questions without answers"
-    if not all(isinstance(t, str) for t in (*row.questions, *row.answers)):
-        return "accepted what is no text"
     picture = [{"type": "image", "image": row.image}] if row.image else []
 
     def turn(i: int, image: list) -> list[dict]:
@@ -161,12 +166,23 @@ def _check(found: tuple, row: Row, packed: bool) -> str:
     return ""
 
 
+def _said(text: str | bytes | int) -> str:
+    return text.decode() if isinstance(text, bytes) else str(text)
+
+
 def _same(tokens: np.ndarray, answer: np.ndarray, messages: list[dict], answers: list[str]) -> str:
     ids = [int(i) for n, i in enumerate(tokens) if not (n and i in PICTURES and tokens[n - 1] == i)]
-    wanted = byte_ids(chat(messages, False).removesuffix("\n"))
+    wanted = prompt_ids(messages, False)[:-1]
     if ids != wanted:
         return f"other tokens: {bytes(i for i in ids if i < 256)!r:.90}"
-    learnt, said = tokens[answer].tolist(), [i for a in answers for i in byte_ids(a + "<|im_end|>")]
+    learnt, said = (
+        tokens[answer].tolist(),
+        [
+            i
+            for a in answers
+            for i in [*unicodedata.normalize("NFC", a).encode(), IDS["<|im_end|>"]]
+        ],
+    )
     return (
         ""
         if learnt == said
