@@ -29,6 +29,7 @@ VISION_TOKENS = {
 }
 PLACEHOLDERS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
 END_OF_TURN = "<|im_end|>"
+ANSWERS = 256  # of one training example: to find each, the conversation up to it is rendered
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,13 @@ class Processor:
                 f"messages has {'an assistant turn first, answering nothing' if answers else 'no assistant turn to learn from'}",
                 'write {"role": "user", ...} and then {"role": "assistant", "content": <the answer>}',
             )
-        pieces = self._cut(conversation, answers[-1:] if turns == "last" else answers)
+        answers = answers[-1:] if turns == "last" else answers
+        if len(answers) > ANSWERS:
+            raise InfiniteVLError(
+                f"messages has {len(answers):,} answers to learn from, more than {ANSWERS}",
+                'cut the conversation into several, or learn from its last answer (turns="last")',
+            )
+        pieces = self._cut(conversation, answers)
         vision = [self._see(media) for media in conversation.media]
         ids, piece_of = self._tokenise(pieces, vision, "messages", max_length)
         self._check_traces(conversation, "messages")
