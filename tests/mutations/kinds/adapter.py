@@ -206,20 +206,14 @@ def _check(found, folder: Path) -> str:
     said = read(folder / "adapter_config.json")
     try:
         with safetensors.safe_open(folder / "adapter_model.safetensors", "numpy") as file:
-            values = {
-                name.replace(".default.weight", ".weight"): file.get_tensor(name)
-                for name in file.keys()
-            }  # noqa: SIM118
+            values = {_published(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:
         return f"accepted what safetensors refuses: {error}"
     wanted = {n: v for n, v in tensors(mixed=True).items() if n != "lm_head.weight"}
     used = 0
     for name in [n for n in values if n.endswith("lora_A.weight")]:
         module = name.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
-        weight = (
-            module.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
-            + ".weight"
-        )
+        weight = module + ".weight"
         a, b = (values[name.replace("lora_A", f"lora_{side}")].astype(np.float32) for side in "AB")
         rank, alpha = (
             _of(said, "rank_pattern", module, said.get("r")),
@@ -228,6 +222,7 @@ def _check(found, folder: Path) -> str:
         if (
             isinstance(rank, bool)
             or isinstance(alpha, bool)
+            or not isinstance(alpha, int | float)
             or rank != len(a)
             or not math.isfinite(alpha)
         ):
@@ -251,6 +246,12 @@ def _check(found, folder: Path) -> str:
         ):
             return f"merged to other numbers: {name}"
     return ""
+
+
+def _published(name: str) -> str:
+    """A matrix's name in the published spelling, without the adapter's own name."""
+    name = name.replace(".default.weight", ".weight").replace("model.language_model.", "model.")
+    return name.replace("model.visual.", "visual.")
 
 
 def _of(said: dict, key: str, module: str, default):
