@@ -230,7 +230,10 @@ def make(rng: Random, place: Place) -> Case:
             begin(loaded, out)
         return loaded
 
-    return Case(label, action, lambda found: _check(found, path, changes))
+    # A preset that lost its data folder has the default one.
+    default = Path("data").absolute()
+    check = lambda found: _check(found, path, changes)  # noqa: E731
+    return Case(label, action, check, writes=(default,))
 
 
 def begin(preset: Preset, out: Path) -> None:

@@ -34,11 +34,12 @@ LINES = [
 
 
 def make(rng: Random, place: Place) -> Case:
-    source = runs.finished(place)
+    # A link out of the folder is how people put checkpoints on another disk: written to as well.
+    source, elsewhere = runs.finished(place), place.work / "outside"
     run = Path(shutil.copytree(source, place.work / "run"))
     path = place.work / "run.toml"
     path.write_text(runs.preset(place, run))
-    label = mutated(rng, run, place.work / "outside")
+    label = mutated(rng, run, elsewhere)
 
     def again():
         outcome = train(load_preset(path), say=lambda *_: None)
@@ -59,7 +60,7 @@ def make(rng: Random, place: Place) -> Case:
         )
 
     if rng.random() < 0.7:
-        return Case(f"started again; {label}", again, check_with_log, writes=(run,))
+        return Case(f"started again; {label}", again, check_with_log, writes=(run, elsewhere))
     step = run / "checkpoints" / "2"
     return Case(f"opened; {label}", lambda: (2, parameters(step)[1]), check)
 
