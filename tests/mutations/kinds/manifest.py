@@ -107,15 +107,13 @@ def mutated(rng: Random, folder: Path, outside: Path) -> str:
         changed = mutate(rng, json.loads(stored.read_text()))
         stored.write_bytes(changed.data)
         return f"_METADATA: {changed.label}"
-    # A flipped bit of a weight is another weight, in any format without checksums; a lost
-    # one must be seen.
+    # A flipped bit of a weight is another weight, in any format without checksums; a file
+    # that was cut must be seen.
     data = stored.read_bytes()
     place = rng.randrange(len(data) + 1)
     ways = {
         "cut": data[:place],
-        "a byte lost": data[:place] + data[place + 1 :],
         "empty": b"",
-        "a page lost": data[:place] + data[place + 4096 :],
     }
     ways["removed"] = None
     label = rng.choice(list(ways))

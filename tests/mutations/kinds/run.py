@@ -139,9 +139,7 @@ def mutated(rng: Random, run: Path, outside: Path) -> str:
     place = rng.randrange(len(data) + 1)
     ways = {
         "cut": data[:place],
-        "a byte lost": data[:place] + data[place + 1 :],
         "empty": b"",
-        "a page lost": data[:place] + data[place + 4096 :],
     }
     label = rng.choice(list(ways))
     path.write_bytes(ways[label])
