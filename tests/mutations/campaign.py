@@ -119,13 +119,12 @@ class Worker:
     def stop(self) -> None:
         self.process.kill()
         self.process.wait()
-        self.log.close()
+        for pipe in (self.process.stdin, self.process.stdout, self.log):
+            pipe.close()
 
     def _kill(self, verdict: str, what: str) -> dict:
         self.process.send_signal(signal.SIGUSR1)  # where it hangs
         time.sleep(0.3)
-        self.process.kill()
-        self.process.wait()
         return self._lost(what, verdict)
 
     def _lost(self, what: str, verdict: str) -> dict:
