@@ -166,7 +166,8 @@ def _check(found, folder: Path) -> str:
             return f"a value of another type was accepted: {name} = {value!r:.50}"
         if says(config) != value:
             return f"the file says something else: {name} = {value!r:.50}, read {says(config)!r}"
-        least, most = (1e-300, 1e300) if path[-1] in _REAL else (0, 2**31 - 1)
+        least = 1e-300 if path[-1] in _REAL and not path[-1].endswith("eps") else 0
+        most = 1e300 if path[-1] in _REAL else 2**31 - 1
         if not isinstance(value, list) and not least <= value <= most:
             return f"a value out of range was accepted: {name} = {value!r}"
     return _check_ends(config, folder, content)

@@ -219,11 +219,11 @@ def check(found, data: bytes, kind: tuple, size=None, whole: int = 0) -> str:
     try:
         with av.open(io.BytesIO(data), metadata_errors="replace") as container:
             stream = next(s for s in container.streams.video)
-            stream.thread_type = "NONE"  # what stands for lost parts depends on the threads
             decoded = [f.to_ndarray(format="rgb24") for f in container.decode(stream)]
     except Exception as error:
         return f"accepted what the decoder refuses: {error}"
-    if size is None and frames.shape[1:3] == decoded[0].shape[:2]:
+    # What stands for lost parts of a damaged film depends on the decoder's threads.
+    if data == encoded(*kind) and size is None and frames.shape[1:3] == decoded[0].shape[:2]:
         for number, frame in enumerate(frames):
             if (
                 min(
