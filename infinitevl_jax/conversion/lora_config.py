@@ -51,9 +51,7 @@ def read_adapter_config(path: Path) -> AdapterConfig:
       InfiniteVLError: another kind of adapter, a value out of range, or a key that asks for more, known
         here or not, and is not at its default (null, false, empty).
     """
-    # PEFT writes null for what is not used; a rank or an alpha of null is none.
-    needed = ("r", "lora_alpha")
-    content = {k: v for k, v in read_json(path).items() if v is not None or k in needed}
+    content = {key: value for key, value in read_json(path).items() if value is not None}
     kind = content.get("peft_type", "LORA")
     if kind != "LORA":
         raise InfiniteVLError(f"{path}: peft_type is {kind!r}", "only LORA adapters can be merged")

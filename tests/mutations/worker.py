@@ -19,7 +19,7 @@ from .case import SAID, Case, Place
 from .watch import Watch, differences, snapshot
 
 SECONDS = 20  # of processor time
-WALL = 30  # seconds on the clock, for what waits: a pipe, a lock, the network
+WALL = 60  # seconds on the clock, for what waits: a pipe, a lock, the network
 MEMORY = 3 << 30  # bytes resident at the peak
 ROOM = (
     8 << 30

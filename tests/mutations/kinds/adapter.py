@@ -204,6 +204,7 @@ def _check(found, folder: Path) -> str:
     """W + s B A in float32 of what the two files say, cast back to W's dtype."""
     config, params = found
     said = read(folder / "adapter_config.json")
+    said = {"r": 8, "lora_alpha": 8} | {k: v for k, v in said.items() if v is not None}  # PEFT's
     try:
         with safetensors.safe_open(folder / "adapter_model.safetensors", "numpy") as file:
             values = {_published(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
