@@ -158,7 +158,7 @@ def changed(rng: Random, value: np.ndarray, name: str) -> tuple[Any, str, str]:
         return (
             odd,
             f"= {odd!r:.60}",
-            "any" if odd is None or np.size(odd) == 0 else "refuse" if not _numbers(odd) else "any",
+            "any" if odd is None or _empty(odd) else "refuse" if not _numbers(odd) else "any",
         )
     if way == "shape":
         shapes = [
@@ -191,6 +191,11 @@ def changed(rng: Random, value: np.ndarray, name: str) -> tuple[Any, str, str]:
         and (new < 0 or new > 2**31 - 1 or (integer and new == 0.5))
     )
     return other, f"with {new}", "refuse" if refused else "any"
+
+
+def _empty(value: Any) -> bool:
+    """Whether it is an empty list or array, which stands for none."""
+    return isinstance(value, list | tuple | np.ndarray) and not len(value)
 
 
 def _numbers(value: Any) -> bool:
@@ -256,7 +261,8 @@ def _generate(rng: Random, place: Place) -> Case:
             or (found >= 272).any()
         ):
             return f"tokens that are none: {found.dtype} {found.shape}"
-        return f"accepted {label}" if name == "zzz" else ""
+        unknown = name == "zzz" and settings[name] is not None  # None is as good as absent
+        return f"accepted {label}" if unknown else ""
 
     return Case(f"generate: {label}", lambda: model().generate(**batch, **settings), check)
 
