@@ -1,5 +1,6 @@
 """The one exception that users of this package are meant to read."""
 
+import reprlib
 from collections.abc import Sequence
 
 
@@ -44,3 +45,15 @@ def quoted(text: str) -> str:
     """Text for a terminal: what would move its cursor, change its colours or its direction is written as an escape."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+
+
+def shown(value: object) -> str:
+    """`repr` of a value that a caller passed, for a message: short, however large or deep the value is."""
+    try:
+        return _SHORT.repr(value)
+    except Exception:  # a __repr__ of the caller's own
+        return f"an object of type {type(value).__name__}"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 4, 160, 160, 60

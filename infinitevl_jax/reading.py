@@ -141,6 +141,22 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
+def check_regular(folder: Path) -> None:
+    """Raise InfiniteVLError unless all that a folder holds, at any depth, are folders and regular files.
+
+    For folders that a library reads by itself: it would wait for a pipe, and read a device for ever.
+    """
+    for root, _, names in os.walk(folder):
+        for name in names:
+            path = Path(root, name)
+            try:
+                regular = stat.S_ISREG(path.stat().st_mode)
+            except OSError:  # a link to nothing, or in a circle
+                regular = False
+            if not regular:
+                raise InfiniteVLError(f"{path} is not a regular file", "put the file itself there")
+
+
 def unknown_keys(content: Mapping[str, Any], kind: type) -> list[str]:
     """Keys of an object that a msgspec.Struct does not declare, sorted."""
     return sorted(set(content) - set(kind.__struct_encode_fields__))

@@ -19,6 +19,7 @@ from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.reading import read_bytes
 
 PRESET_BYTES = 1 << 20
+DOTS = 200  # of one line: parts of its key, points of its numbers
 Pixels = Annotated[int, Meta(ge=1, le=INT32)]
 
 # keys of presets of earlier versions -> their names now
@@ -81,7 +82,7 @@ def load_preset(path: str | Path, overrides: Sequence[str] = ()) -> Preset:
     """
     path = Path(path)
     try:
-        tree = tomllib.loads(read_bytes(path, PRESET_BYTES).decode("utf-8"))
+        tree = _toml(read_bytes(path, PRESET_BYTES).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         if not isinstance(error, InfiniteVLError):
             reason = "it nests too deep" if isinstance(error, RecursionError) else error
@@ -168,13 +169,21 @@ def _value(hint: Any, value: Any, key: str, where: str) -> Any:
     return float(value) if kind is float else value
 
 
+def _toml(text: str) -> dict[str, Any]:
+    """`tomllib.loads`, which takes a time and a memory that grow with the square of a key's parts."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.count(".") > DOTS:
+            raise ValueError(f"line {number} has more than {DOTS} dots")
+    return tomllib.loads(text)
+
+
 def _override(tree: dict, change: str) -> None:
     """Put one `dotted.key=value` into the tree. Values are TOML; what is not (a bare word or path) is text."""
     key, equals, text = change.partition("=")
     if not equals or not all(key.split(".")):
         raise InfiniteVLError(f"{change!r} is no change to the preset", "write dotted.key=value, such as train.optimizer.peak_lr=1e-4")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        value = _toml(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
     except (ValueError, RecursionError) as error:

@@ -20,6 +20,7 @@ from infinitevl_jax.conversion.files import PARAMS
 from infinitevl_jax.conversion.source import FLOATS
 from infinitevl_jax.conversion.weights import Leaf, complain
 from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.reading import check_regular
 
 _CHUNK = 1 << 20  # bytes read at once: a device that needs part of a leaf reads little more than that part
 _BATCH = 64 << 20  # bytes written at once, a whole leaf at least
@@ -110,6 +111,7 @@ class Store:
         self.path = (folder / PARAMS).absolute()
         if not self.path.is_dir():
             raise InfiniteVLError(f"{folder} has no {PARAMS}/", "import or save the model again")
+        check_regular(self.path)
         # The handler alone: a Checkpointer also looks for files of its own, which a training step lacks, and warns.
         self._handler = ocp.PyTreeCheckpointHandler()
         self._guard(self._open)

@@ -122,7 +122,8 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str], int]:
         header = None
     if not isinstance(header, dict):
         raise InfiniteVLError(f"{path}: the header is not a JSON object; not a safetensors file", _AGAIN)
-    metadata = header.pop("__metadata__", None) or {}  # some writers have null
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # some writers have null
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise InfiniteVLError(f"{path}: __metadata__ does not map strings to strings", _AGAIN)
     found = {name: _entry(path, name, fields) for name, fields in header.items()}

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from infinitevl_jax.data.easy_vqa import EasyVqa
@@ -72,31 +73,34 @@ class Source:
         return f"{self.name} {self.split}"
 
     def __getitem__(self, number: int) -> Row:
-        """Row `number`. Raises BadRow for one that cannot be read, or has not as many questions as
-        answers."""
+        """Row `number`.
+
+        Raises BadRow for one that cannot be read, without image bytes or text where they are
+        expected, whose texts are not UTF-8, or with not as many questions as answers.
+        """
         number = range(len(self))[number]
+
+        def bad(reason: str, cure: str) -> BadRow:
+            return BadRow(self.title, number, reason, cure)
+
         try:
             row = self._rows[number]
-            questions, answers = _texts(row["questions"]), _texts(row["answers"])
-        except UnicodeDecodeError as error:
-            raise BadRow(
-                self.title,
-                number,
-                f"its text is not UTF-8: {error}",
-                "write the row again as UTF-8",
-            ) from error
+            image, questions, answers = row.get("image", b""), row["questions"], row["answers"]
         except Exception as error:  # of array_record, protobuf or tfds: each has its own
             reason = f"it cannot be read: {str(error).strip()[:200] or type(error).__name__}"
-            raise BadRow(self.title, number, reason, "prepare the data set again") from error
+            raise bad(reason, "prepare the data set again") from error
+        if not isinstance(image, bytes):
+            raise bad(f"its image is of type {type(image).__name__}", "store a picture file's bytes")
+        try:
+            questions, answers = _texts(questions), _texts(answers)
+        except UnicodeDecodeError as error:
+            raise bad(f"its text is not UTF-8: {error}", "write the row again as UTF-8") from error
+        except TypeError as error:
+            raise bad(str(error), "declare tfds.features.Sequence(tfds.features.Text())") from error
         if len(questions) != len(answers) or not questions:
             reason = f"it has {len(questions)} questions and {len(answers)} answers"
-            raise BadRow(
-                self.title,
-                number,
-                reason,
-                "give one answer to each question, and at least one question",
-            )
-        return Row(row.get("image", b""), questions, answers)
+            raise bad(reason, "give one answer to each question, and at least one question")
+        return Row(image, questions, answers)
 
     def readable(self) -> Iterator[Row]:
         """All rows that can be read, for statistics; the others are named when their turn comes."""
@@ -106,7 +110,18 @@ class Source:
 
 
 def _texts(values: Sequence) -> list[str]:
-    return [v.decode("utf-8") if isinstance(v, bytes) else str(v) for v in values]
+    """A list of texts, or of numbers that are read as such. Raises TypeError for anything else."""
+    if isinstance(values, str | bytes) or not isinstance(values, Sequence | np.ndarray):
+        raise TypeError(f"a {type(values).__name__} stands where a list of texts is expected")
+    return [_text(value) for value in values]
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if not isinstance(value, str | int | float | np.generic):
+        raise TypeError(f"a {type(value).__name__} stands where a text is expected")
+    return str(value)
 
 
 def _builder(name: str, folder: str | Path) -> tfds.core.DatasetBuilder:

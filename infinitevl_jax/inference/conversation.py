@@ -57,6 +57,7 @@ class Conversation:
         self.turn: Turn | None = None
         self._state: _State | None = None
         self._undo: list[_State | None] = []
+        self._speaks: object | None = None  # the answer that is being made
 
     @property
     def messages(self) -> tuple[dict, ...]:
@@ -72,13 +73,13 @@ class Conversation:
 
     def reset(self) -> None:
         """Forget everything."""
-        self._state, self._undo = None, []
+        self._state, self._undo, self._speaks = None, [], None
 
     def undo(self) -> bool:
         """Back to before the last question, exactly. False where there is nothing to take back, or it has been already."""
         if not self._undo:
             return False
-        self._state = self._undo.pop()
+        self._state, self._speaks = self._undo.pop(), None
         return True
 
     def ask(
@@ -117,6 +118,7 @@ class Conversation:
 
         state = self._state = _State(messages, prompt, before, [], read, occurred[0])
         self._undo = [old]
+        speaks = self._speaks = object()  # whose answer it is; undo may bring an older state back, never its speaker
         text, first = self.processor.stream(), None
         try:
             for made, (token, cache) in enumerate(self.model.decode(logits, read, occurred=occurred, **settings), 1):
@@ -127,13 +129,13 @@ class Conversation:
                 if int(token[0]) not in self.eos_token_ids:
                     state.said.append(int(token[0]))
                     yield text.push(int(token[0]))
-                if self._state is not state:  # meanwhile the conversation went on without this answer
+                if self._speaks is not speaks:  # meanwhile the conversation went on without this answer
                     return
             yield text.finish()
         except GeneratorExit:
             raise
         except BaseException:  # the device may have given up the cache half-way through a token
-            if self._state is state:
+            if self._speaks is speaks:
                 self._state, self._undo = old, undo
             raise
 

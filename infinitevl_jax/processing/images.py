@@ -15,7 +15,7 @@ import numpy as np
 from einops import rearrange
 from PIL import Image
 
-from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.errors import InfiniteVLError, shown
 from infinitevl_jax.processing.sources import OTHER, describe, kind_of, open_source
 
 MAX_ASPECT_RATIO = 200
@@ -96,10 +96,10 @@ class ImageOptions:
                     if name == "rescale_factor"
                     else "three numbers" + (" above 0" if name == "std" else "")
                 )
-                raise InfiniteVLError(f"{name} is {getattr(self, name)!r}", f"give {wanted}")
+                raise InfiniteVLError(f"{name} is {shown(getattr(self, name))}", f"give {wanted}")
         if isinstance(self.resample, bool) or self.resample not in list(Image.Resampling):
             raise InfiniteVLError(
-                f"resample is {self.resample!r}",
+                f"resample is {shown(self.resample)}",
                 f"give one of Pillow's filters, 0 to {max(Image.Resampling)}",
             )
         if self.min_pixels > self.max_pixels:
@@ -129,7 +129,7 @@ def check_counts(options: object, most: dict[str, int]) -> None:
             or not 1 <= value <= limit
         ):
             raise InfiniteVLError(
-                f"{name} is {value!r}",
+                f"{name} is {shown(value)}",
                 f"it counts pixels, patches or frames: give an integer from 1 to {limit:,}",
             )
 
@@ -144,8 +144,13 @@ def smart_resize(
     """The (height, width) in pixels that a picture is resized to: multiples of `factor`, area within the two limits.
 
     Halves round to even. Too large: both sides shrink by the same ratio and round down, though never below `factor`; too small: they grow
-    and round up. Raises InfiniteVLError for an empty picture or an aspect ratio over 200.
+    and round up. Raises InfiniteVLError for sides that are no integers, an empty picture or an aspect ratio over 200.
     """
+    if any(isinstance(s, bool) or not isinstance(s, int | np.integer) for s in (height, width)):
+        raise InfiniteVLError(
+            f"a picture of {shown(height)} x {shown(width)} pixels (height x width) is asked for",
+            "give both sides as integers",
+        )
     if height < 1 or width < 1:
         raise InfiniteVLError(
             f"picture of {height} x {width} pixels (height x width) is empty",
@@ -166,6 +171,15 @@ def smart_resize(
         new_height = math.ceil(height * ratio / factor) * factor
         new_width = math.ceil(width * ratio / factor) * factor
     return new_height, new_width
+
+
+def sides(size: tuple[int, int] | None, image: Image.Image) -> tuple[int, int]:
+    """(height, width) in pixels that a caller asks for; None asks for the picture's own."""
+    if size is None:
+        return image.height, image.width
+    if not isinstance(size, tuple | list) or len(size) != 2:
+        raise InfiniteVLError(f"size is {shown(size)}", "give a pair of integers: height, width")
+    return size[0], size[1]
 
 
 def check_array(array: object, name: str, dims: str) -> np.ndarray:
@@ -348,7 +362,7 @@ def process_image(
     """An RGB picture's patches [n, features] f32 and grid (1, h, w). `size` (height, width) asks for other sides than the picture's own
     before rounding and limits."""
     height, width = smart_resize(
-        *(size or (image.height, image.width)),
+        *sides(size, image),
         options.factor,
         options.min_pixels,
         options.max_pixels,

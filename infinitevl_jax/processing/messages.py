@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.errors import InfiniteVLError, shown
 from infinitevl_jax.processing.sources import describe
 from infinitevl_jax.processing.spelled import check_spelling, check_unicode, guard
 
@@ -166,14 +166,14 @@ def check_call(
 ) -> None:
     """Raises InfiniteVLError for an option of a call that is none of its values."""
     if padding_side is not None and (not isinstance(padding_side, str) or padding_side not in ("left", "right")):
-        raise InfiniteVLError(f"padding_side is {padding_side!r}", 'use "left" (for generation) or "right"')
+        raise InfiniteVLError(f"padding_side is {shown(padding_side)}", 'use "left" (for generation) or "right"')
     whole = isinstance(max_length, int | np.integer) and not isinstance(max_length, bool)
     if max_length is not None and not (whole and max_length >= 1):
-        raise InfiniteVLError(f"max_length is {max_length!r}", "give tokens, an integer of 1 or more, or None for no limit")
+        raise InfiniteVLError(f"max_length is {shown(max_length)}", "give tokens, an integer of 1 or more, or None for no limit")
     if not isinstance(turns, str) or turns not in ("last", "all"):
-        raise InfiniteVLError(f"turns is {turns!r}", 'use "last" or "all"')
+        raise InfiniteVLError(f"turns is {shown(turns)}", 'use "last" or "all"')
     if not isinstance(add_generation_prompt, bool | np.bool_):
-        raise InfiniteVLError(f"add_generation_prompt is {add_generation_prompt!r}", "give True or False")
+        raise InfiniteVLError(f"add_generation_prompt is {shown(add_generation_prompt)}", "give True or False")
 
 
 def _read_part(part: object, where: str, media: list[Media], read: _Text) -> dict:
@@ -228,7 +228,7 @@ def _source(part: dict, kind: str, where: str) -> tuple[object, set[str]]:
         used |= {"detail"}
         if not (detail is None or (isinstance(detail, str) and detail == "auto")):
             raise InfiniteVLError(
-                f"{where} asks for detail {detail!r}, which this model does not know",
+                f"{where} asks for detail {shown(detail)}, which this model does not know",
                 "set min_pixels and max_pixels instead",
             )
     if not isinstance(source, str | Path):
@@ -244,4 +244,4 @@ def _source(part: dict, kind: str, where: str) -> tuple[object, set[str]]:
 def _kind(value: object) -> str:
     if isinstance(value, dict):
         return f"a dict with the keys {', '.join(str(key) for key in value) or '(none)'}"[:200]
-    return repr(value)[:80]
+    return shown(value)[:80]

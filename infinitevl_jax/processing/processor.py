@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.errors import InfiniteVLError, shown
 from infinitevl_jax.processing.chat_template import ChatTemplate
 from infinitevl_jax.processing.continuation import after_answer, without_answers
 from infinitevl_jax.processing.folder import image_options, override, read_json, video_options
@@ -29,6 +29,7 @@ VISION_TOKENS = {
 }
 PLACEHOLDERS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
 END_OF_TURN = "<|im_end|>"
+ANSWERS = 256  # of one training example: to find each, the conversation up to it is rendered
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,13 @@ class Processor:
                 f"messages has {'an assistant turn first, answering nothing' if answers else 'no assistant turn to learn from'}",
                 'write {"role": "user", ...} and then {"role": "assistant", "content": <the answer>}',
             )
-        pieces = self._cut(conversation, answers[-1:] if turns == "last" else answers)
+        answers = answers[-1:] if turns == "last" else answers
+        if len(answers) > ANSWERS:
+            raise InfiniteVLError(
+                f"messages has {len(answers):,} answers to learn from, more than {ANSWERS}",
+                'cut the conversation into several, or learn from its last answer (turns="last")',
+            )
+        pieces = self._cut(conversation, answers)
         vision = [self._see(media) for media in conversation.media]
         ids, piece_of = self._tokenise(pieces, vision, "messages", max_length)
         self._check_traces(conversation, "messages")
@@ -329,7 +336,7 @@ class Processor:
         if limit is None:
             return
         if isinstance(limit, bool) or not isinstance(limit, int | np.integer) or limit < 1:
-            raise InfiniteVLError(f"max_length is {limit!r}", "give the most tokens of a prompt, an integer of 1 or more, or None")
+            raise InfiniteVLError(f"max_length is {shown(limit)}", "give the most tokens of a prompt, an integer of 1 or more, or None")
         if length <= limit:
             return
         text = length - sum(v.tokens for v in vision)
@@ -386,5 +393,5 @@ def _given(values: dict) -> dict:
 
 def _positive(value: object, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value <= 1 << 20:
-        raise InfiniteVLError(f"{where}: resized_height or resized_width is {value!r}", "give pixels, an integer from 1 to 1,048,576")
+        raise InfiniteVLError(f"{where}: resized_height or resized_width is {shown(value)}", "give pixels, an integer from 1 to 1,048,576")
     return int(value)

@@ -16,13 +16,14 @@ import av
 import numpy as np
 from PIL import Image
 
-from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.errors import InfiniteVLError, shown
 from infinitevl_jax.processing.images import (
     ImageOptions,
     check_array,
     check_counts,
     is_number,
     load_image,
+    sides,
     smart_resize,
 )
 from infinitevl_jax.processing.sources import describe, open_source
@@ -55,7 +56,7 @@ class VideoOptions(ImageOptions):
         super().__post_init__()
         if not is_number(self.fps) or not 1e-6 <= self.fps <= 1e4:
             raise InfiniteVLError(
-                f"fps is {self.fps!r}",
+                f"fps is {shown(self.fps)}",
                 "give the frames to sample a second, a number from 0.000001 to 10,000",
             )
         most = {
@@ -211,7 +212,7 @@ def _resized(
         else:
             image = frame if isinstance(frame, Image.Image) else upright(frame)
             if frames is None:
-                height, width = options.frame_size(*(size or (image.height, image.width)), count)
+                height, width = options.frame_size(*sides(size, image), count)
                 span = -(-count // options.temporal_patch_size) * options.temporal_patch_size
                 if span * height * width > MAX_PIXELS:
                     raise InfiniteVLError(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from infinitevl_jax.reading import open_regular
 from infinitevl_jax.writing import keep_aside, storage, write_text
 
 
@@ -52,8 +53,10 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The lines, and how many are damaged beside a last one that was cut."""
-    with storage(path):
-        texts = path.read_bytes().split(b"\n") if path.exists() else []
+    texts = []
+    if path.exists():
+        with storage(path), open_regular(path) as file:  # a pipe or a device may never end
+            texts = file.read().split(b"\n")
     lines, damaged = [], 0
     for number, text in enumerate(texts):
         try:

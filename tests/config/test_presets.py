@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from infinitevl_jax import InfiniteVLError
 from infinitevl_jax.config.presets import RENAMED, Preset, differences, load_preset, to_tree
-from infinitevl_jax.errors import InfiniteVLError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,3 +57,11 @@ def test_differences_name_the_keys(tmp_path):
     old, new = load_preset(minimal(tmp_path)), load_preset(minimal(tmp_path), ["train.optimizer.peak_lr=1e-3", "train.seed=3"])
     assert differences(to_tree(old), to_tree(old)) == []
     assert differences(to_tree(old), to_tree(new)) == ["train.optimizer.peak_lr: 5e-05 there, 0.001 now", "train.seed: 0 there, 3 now"]
+
+
+@pytest.mark.parametrize("line", ["a." * 100_000 + "b = 1", "x = {" + "a." * 5000 + "b = 1}", '"\\u2028".' * 300 + "b = 1"])
+def test_a_key_of_very_many_parts_is_refused_at_once(tmp_path, line):
+    with pytest.raises(InfiniteVLError, match="more than 200 dots"):
+        load_preset(minimal(tmp_path, line + "\n"))
+    with pytest.raises(InfiniteVLError):
+        load_preset(minimal(tmp_path), [f"train.output={{{line}}}"])

@@ -1,6 +1,7 @@
 """Parameters into memory: layouts, dtypes, meshes; and that a device reads only its own shard."""
 
 import logging
+import os
 import shutil
 import sys
 import threading
@@ -177,3 +178,15 @@ def test_each_device_reads_only_its_shard_of_ours(tmp_path):
         whole = store.read("w", sharding)
         assert np.array_equal(np.asarray(whole), value)
         assert read_bytes() - before < 1.2 * value.nbytes  # all eight together; were each to read it all, 8 times
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "nothing", "circle"])
+@pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt"])
+def test_a_stored_file_that_is_none_is_refused_at_once(folders, tmp_path, name, kind):
+    ours = shutil.copytree(folders["ours"], tmp_path / "ours")
+    path = ours / "params" / name
+    path.unlink()
+    target = {"device": "/dev/zero", "nothing": "no", "circle": path}
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to(target[kind])
+    with pytest.raises(InfiniteVLError, match=f"{name} is not a regular file"):
+        load_params(ours, scanned=True)

@@ -216,9 +216,15 @@ def test_what_is_stored_wrongly_is_named(stored):
         {"questions": [b"a?", b"b?"], "answers": [b"a"]},
         {"questions": [], "answers": []},
         {"questions": [b"\xff\xfe"], "answers": [b"a"]},
+        {"questions": b"a?", "answers": [b"a"]},
+        {"questions": [["a?"]], "answers": [b"a"]},
+        {"questions": [b"a?"], "answers": None},
+        {"questions": [b"a?"], "answers": [b"a"], "image": np.zeros((2, 2, 3), np.uint8)},
     )
     assert source[0] == Row(b"", ["a?"], ["a"])
-    for number, reason in ((1, "2 questions and 1 answers"), (2, "0 questions"), (3, "not UTF-8")):
+    reasons = ["2 questions and 1 answers", "0 questions", "not UTF-8", "bytes stands", "list stands"]
+    reasons += ["NoneType stands", "image is of type ndarray"]
+    for number, reason in enumerate(reasons, 1):
         with pytest.raises(BadRow, match=f"stored train row {number}: .*{reason}"):
             source[number]
     assert list(source.readable()) == [source[0]] and _texts([b"\xc3\xa9"]) == ["é"]

@@ -208,6 +208,17 @@ def test_undo_and_reset_end_an_answer(conversation):
     assert "".join(pieces) == "" and conversation.messages == () and conversation.tokens == 0 and not conversation.undo()
 
 
+def test_undo_brings_the_state_back_and_not_the_answer_that_made_it(conversation):
+    first = conversation.ask("first", max_new_tokens=4)
+    next(first)
+    second = conversation.ask("second", max_new_tokens=4)
+    next(second)
+    assert conversation.undo()
+    held = conversation.messages, conversation.tokens
+    assert list(first) == [] and list(second) == []
+    assert (conversation.messages, conversation.tokens) == held
+
+
 def test_a_question_that_fails_leaves_the_answer_before_it_going(conversation):
     whole = "".join(conversation.ask("first", max_new_tokens=12))
     conversation.reset()

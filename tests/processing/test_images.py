@@ -14,6 +14,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.processing import images
 from infinitevl_jax.processing.images import ImageOptions, load_image, patchify, process_image, smart_resize
+from infinitevl_jax.processing.video import VideoOptions, load_video
 
 
 def noise(height, width, channels=3, seed=0):
@@ -302,3 +303,11 @@ def test_options_have_stated_limits(options, words):
 def test_a_resized_picture_has_a_stated_limit():
     with pytest.raises(InfiniteVLError, match="over the limit of 67,108,864"):
         process_image(load_image(noise(28, 28)), ImageOptions(max_pixels=10**9), (20_000, 20_000))
+
+
+@pytest.mark.parametrize("size", [("8", 8), (8.0, 8), (True, 8), 3, (8,), "88", (8, 8, 3), (0, 8), (float("nan"), 8)])
+def test_sides_that_are_none_are_refused(size):
+    with pytest.raises(InfiniteVLError):
+        process_image(load_image(noise(28, 28)), ImageOptions(), size)
+    with pytest.raises(InfiniteVLError):
+        load_video([load_image(noise(28, 28))] * 2, VideoOptions(), size)

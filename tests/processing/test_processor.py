@@ -181,3 +181,47 @@ def test_decode(builtin):
     assert builtin.decode(ids[0], skip_special_tokens=False) == "<|im_start|>Hello<|im_end|>"
     stream = builtin.stream()
     assert stream.push([9707, 0]) + stream.finish() == "Hello!"
+
+
+def test_a_conversation_of_very_many_answers_is_refused_at_once(builtin):
+    chat = [user("a"), assistant("b")] * 300
+    with pytest.raises(InfiniteVLError, match="300 answers to learn from, more than 256"):
+        builtin.encode_example(chat)
+    assert builtin.encode_example(chat[:40])["answer_mask"].sum() == 40
+    assert builtin.encode_example(chat, turns="last")["answer_mask"].sum() == 2
+
+
+class Awkward:
+    def __repr__(self):
+        raise RuntimeError("no")
+
+
+def deep(depth=100_000):
+    value = "x"
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+ODD = {"deep": deep(), "awkward": Awkward(), "deep inside": {"a": deep()}, "digits": -(10**5000)}
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("place", ["message", "role", "part", "type", "min_pixels", "max_length", "padding_side"])
+def test_values_that_cannot_be_quoted_are_refused(builtin, odd, place):
+    odd = ODD[odd]
+    part = {"type": "image", "image": Image.new("RGB", (28, 28))}
+    chat, settings = [{"role": "user", "content": [part]}], {}
+    if place == "message":
+        chat[0] = odd
+    elif place == "role":
+        chat[0]["role"] = odd
+    elif place == "part":
+        chat[0]["content"][0] = odd
+    elif place in ("type", "min_pixels"):
+        part[place] = odd
+    else:
+        settings[place] = odd
+    with pytest.raises(InfiniteVLError) as caught:
+        builtin(chat, **settings)
+    assert len(str(caught.value)) < 600

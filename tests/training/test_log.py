@@ -71,3 +71,11 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
         )
         log.write(step=1, loss=1.0)
     log.close()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_log_that_is_no_file_is_refused_at_once(tmp_path, kind):
+    path = tmp_path / "log.jsonl"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    with pytest.raises(InfiniteVLError, match="log.jsonl is not a regular file"):
+        Log(path, 3)
