@@ -108,7 +108,7 @@ def restored_alone(setting: Setting, axes: Mapping[str, int], begin, folder: str
         written = time.perf_counter()
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         shapes = jax.eval_shape(lambda: state)
-        restored, _ = checkpoints.restore(abstract_state(shapes, state_shardings(shapes, one)))
+        restored = checkpoints.restore(abstract_state(shapes, state_shardings(shapes, one)), lambda place: None)
         jax.block_until_ready(restored)
         figures = {"written_s": round(written - started, 1), "restored_s": round(time.perf_counter() - written, 1)}
         checkpoints.close()

@@ -17,9 +17,13 @@ _cache = tempfile.TemporaryDirectory(prefix="tests-cache-")  # commands keep com
 os.environ["XDG_CACHE_HOME"] = _cache.name
 
 import gc  # noqa: E402
+import signal  # noqa: E402
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and their children too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.devices()  # reads the flags
 del os.environ["XLA_FLAGS"]  # libtpu would read them as well, and ends the process where it does not know one

@@ -19,6 +19,7 @@ from infinitevl_jax.checkpoints.quiet import report_once
 from infinitevl_jax.conversion.files import MANIFEST, copy_side_files, side_files
 from infinitevl_jax.conversion.manifest import Manifest
 from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.reading import check_regular
 from infinitevl_jax.training.step import TrainState
 from infinitevl_jax.writing import (
     StorageError,
@@ -66,6 +67,7 @@ class Checkpoints:
         handlers["data"] = ocp.JsonCheckpointHandler()
         with storage(self.folder):
             self._remove_unfinished()
+            self._check_steps()
             self._manager = ocp.CheckpointManager(
                 self.folder, options=options, item_handlers=handlers
             )
@@ -158,6 +160,7 @@ class Checkpoints:
             data=ocp.args.JsonRestore(),
         )
         try:
+            check_regular(self.path(step))
             self._check(step, wanted)
             found = self._manager.restore(step, args=items)
             params, optimizer = found["params"], found["optimizer"]
@@ -240,6 +243,14 @@ class Checkpoints:
             if not left:
                 return
             time.sleep(0.1)
+
+    def _check_steps(self) -> None:
+        """What is called like a step has to be a folder: a save would wait for a pipe of that name."""
+        for path in self.folder.glob("*"):
+            if path.name.isdigit() and not path.is_dir():
+                raise InfiniteVLError(
+                    f"{path} is not a folder", "remove it, or choose another train.output"
+                )
 
     def _check_room(self, state: TrainState) -> None:
         needed, free = (

@@ -86,17 +86,16 @@ class ImageOptions:
                 "merge_size": 8,
             },
         )
-        for name, low in (("mean", -math.inf), ("std", 0.0), ("rescale_factor", 0.0)):
+        # Within these, float32 holds every normalised pixel.
+        for name, low in (("mean", -1e6), ("std", 1e-6), ("rescale_factor", 0.0)):
             values = getattr(self, name) if name != "rescale_factor" else (self.rescale_factor,) * 3
             if len(values) != 3 or not all(
-                is_number(value) and low < value < math.inf for value in values
+                is_number(value) and low < value < 1e6 for value in values
             ):
-                wanted = (
-                    "a positive number"
-                    if name == "rescale_factor"
-                    else "three numbers" + (" above 0" if name == "std" else "")
+                wanted = "a number" if name == "rescale_factor" else "three numbers"
+                raise InfiniteVLError(
+                    f"{name} is {shown(getattr(self, name))}", f"give {wanted} above {low:g} and below 1e6"
                 )
-                raise InfiniteVLError(f"{name} is {shown(getattr(self, name))}", f"give {wanted}")
         if isinstance(self.resample, bool) or self.resample not in list(Image.Resampling):
             raise InfiniteVLError(
                 f"resample is {shown(self.resample)}",

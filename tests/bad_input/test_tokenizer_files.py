@@ -150,7 +150,7 @@ BOMBS = {
     ),
     "a token of nothing": ({"added_tokens": [{"id": 1, "content": ""}]}, "added_tokens"),
     "a token without id": ({"added_tokens": [{"content": "a"}]}, "`id`"),
-    "a step of another kind": ({"normalizer": "NFC"}, "normalizer: Expected `object"),
+    "a step of another kind": ({"normalizer": "NFC"}, "normalizer: 'NFC': Expected `object"),
     "a step of no kind": ({"decoder": {"type": "Nothing"}}, "is not a tokenizer"),
     "half a character": ({"added_tokens": [{"id": 1, "content": "\ud83d"}]}, "is not a tokenizer"),
 }

@@ -81,6 +81,19 @@ def restore(checkpoints, accept=None, size=64):
     return int(found.step), found, places
 
 
+def test_a_step_that_is_a_pipe_is_refused(opened, saved):
+    os.mkfifo(saved / "6")  # which a save of step 6 would wait for
+    with pytest.raises(InfiniteVLError, match="6 is not a folder\n  -> remove it"):
+        opened()
+
+
+def test_a_step_that_holds_a_pipe_is_damaged(opened, saved):
+    os.mkfifo(saved / "4" / "params" / "d" / "pipe")
+    step, _, places = restore(opened())
+    assert step == 2 and places == [2]
+    assert "pipe is not a regular file" in opened.said[0] and "going back to step 2" in opened.said[0]
+
+
 def test_what_was_saved_comes_back(opened, saved):
     step, found, places = restore(opened())
     assert step == 4 and places == [4] and opened.said == []

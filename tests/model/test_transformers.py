@@ -100,7 +100,7 @@ def test_vision_tower(vl):
         ours.config, ids, pixel_values=pixels(GRIDS)[: len(values) - 180], image_grid_thw=GRIDS[:3],
         pixel_values_videos=values[-180:], video_grid_thw=GRIDS[3:],
     )  # fmt: skip
-    tokens = np.asarray(ours._encode(ours.params, prepared.patches))[0][prepared.inputs.vision_index[0]]
+    tokens = np.asarray(ours._programs.encode(ours.params, prepared.patches))[0][prepared.inputs.vision_index[0]]
     assert rel_rms(tokens, expected) <= 1e-5
 
 

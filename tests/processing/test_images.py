@@ -290,6 +290,8 @@ def test_an_open_eps_file_is_not_decoded_here():
         ({"std": (0.2, 0.0, 0.2)}, "std is"),
         ({"mean": (0.2, math.nan, 0.2)}, "mean is"),
         ({"mean": (0.2, 0.2)}, "mean is"),
+        ({"mean": (1e308, 0.2, 0.2)}, "(?s)mean is .*below 1e6"),
+        ({"std": (1e-300, 0.2, 0.2)}, "(?s)std is .*above 1e-06"),
         ({"rescale_factor": math.inf}, "rescale_factor is inf"),
         ({"resample": 77}, "resample is 77"),
         ({"max_pixels": "1000"}, "max_pixels is '1000'"),

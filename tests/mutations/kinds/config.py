@@ -180,6 +180,7 @@ def _check_ends(config: ModelConfig, folder: Path, content: dict) -> str:
     if ends is None:
         return ""
     ends = ends if isinstance(ends, list) else [ends]
+    ends = [int(e) if isinstance(e, float) and e.is_integer() else e for e in ends]  # 14.0 is 14
     if any(isinstance(e, bool) or not isinstance(e, int) or not 0 <= e < 2**31 for e in ends):
         return f"end tokens that are no ids were accepted: {ends!r:.60}"
     return (
