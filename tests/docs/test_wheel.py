@@ -63,7 +63,7 @@ def test_presets_are_in_it(wheel):
 def test_the_command_is_in_it(wheel):
     scripts = configparser.ConfigParser()
     scripts.read_string(read(wheel, "/entry_points.txt"))
-    assert dict(scripts["console_scripts"]) == {"infinitevl": "infinitevl_jax.cli:main"}
+    assert dict(scripts["console_scripts"]) == {"infinitevl": "infinitevl_jax.__main__:main"}
 
 
 def test_nothing_else_is_in_it(wheel):
