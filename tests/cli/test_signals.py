@@ -29,7 +29,10 @@ def end(process, number=signal.SIGINT, words="interrupted"):
     """Send the signal and hold the process against the above; returns what else it printed."""
     began = time.monotonic()
     process.send_signal(number)
-    process.wait(timeout=60)  # its standard input stays open
+    try:
+        process.wait(timeout=60)  # its standard input stays open
+    finally:
+        process.kill()  # one that ignores the signal would keep a core busy
     out, err = process.communicate()
     took = time.monotonic() - began
     assert process.returncode == 128 + number, err
