@@ -129,11 +129,18 @@ def _leave(number: int) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Under another name first: from then on nobody renames it to where it would pass for whole, or writes into it by name."""
-    doomed = folder.with_name(f"{folder.name}.removed")
-    try:
-        os.rename(folder, doomed)
-    except OSError:  # it became what it was to be, a moment ago
-        return
+    """Remove a folder that threads still write into, so that none of them makes it anew."""
+    doomed = [folder.with_name(f"{folder.name}.removed{n}") for n in range(3)]
+    for place in doomed:
+        try:  # from now on nobody renames it to where it would pass for whole
+            os.rename(folder, place)
+        except OSError:  # it became what it was to be, a moment ago
+            break
+        with contextlib.suppress(FileExistsError):  # a thread made the folder again
+            os.close(os.open(folder, os.O_CREAT | os.O_EXCL))  # in a file's place no folder can be made
+            break
     for _ in range(3):  # files may still come from calls that were under way
-        shutil.rmtree(doomed, ignore_errors=True)
+        for place in doomed:
+            shutil.rmtree(place, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.unlink(folder)
