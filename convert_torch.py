@@ -1,11 +1,12 @@
-"""Convert between Hugging Face folders (PyTorch) and this project's, in either direction, without torch.
+"""Convert between Hugging Face folders (PyTorch) and this project's, in either direction, without
+torch.
 
 python convert_torch.py import  InfiniteVL/ infinitevl-jax/           # Hugging Face -> ours
 python convert_torch.py import  Qwen2.5-VL-3B/ merged/ --adapter my-lora/
-python convert_torch.py export  infinitevl-jax/ InfiniteVL-again/     # ours, or a step of a training run -> Hugging Face
-python convert_torch.py export  runs/sft/checkpoints/1000/ tuned/ --max-shard-size 2GB
-python convert_torch.py export  runs/sft/ tuned/                      # a run: its newest step
-python convert_torch.py inspect InfiniteVL/
+python convert_torch.py export  infinitevl-jax/ InfiniteVL-again/     # ours, or a step of a
+training run -> Hugging Face python convert_torch.py export  runs/sft/checkpoints/1000/ tuned/
+--max-shard-size 2GB python convert_torch.py export  runs/sft/ tuned/                      # a run:
+its newest step python convert_torch.py inspect InfiniteVL/
 """
 
 import argparse
@@ -16,27 +17,57 @@ from pathlib import Path
 from infinitevl_jax.command import run
 from infinitevl_jax.errors import InfiniteVLError
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed: leave the accelerator's memory alone
+os.environ.setdefault(
+    "JAX_PLATFORMS", "cpu"
+)  # nothing is computed: leave the accelerator's memory alone
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = top.add_subparsers(dest="command", required=True, metavar="import | export | inspect")
+    top = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = top.add_subparsers(
+        dest="command", required=True, metavar="import | export | inspect"
+    )
 
-    def command(name: str, src: str, summary: str, dst: str | None = None) -> argparse.ArgumentParser:
+    def command(
+        name: str, src: str, summary: str, dst: str | None = None
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=summary, description=summary)
         sub.add_argument("src", metavar="SRC", help=src)
         if dst:
             sub.add_argument("dst", metavar="DST", help=dst)
-            sub.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DST, once the new one is complete")
+            sub.add_argument(
+                "--overwrite",
+                action="store_true",
+                help="replace a checkpoint at DST, once the new one is complete",
+            )
         return sub
 
     theirs = "Hugging Face folder: config.json with safetensors or .bin weights"
-    add = command("import", theirs, "Hugging Face folder -> ours", "our folder: params/, infinitevl_jax.json and the side files")
-    add.add_argument("--adapter", action="append", default=[], metavar="FOLDER", help="PEFT LoRA folder to merge; repeat for several")
-    add = command("export", "our folder, or a step of a training run", "ours -> Hugging Face folder", "Hugging Face folder")
-    add.add_argument("--max-shard-size", metavar="SIZE", help="such as 5GB; default: the source's own shards")
+    add = command(
+        "import",
+        theirs,
+        "Hugging Face folder -> ours",
+        "our folder: params/, infinitevl_jax.json and the side files",
+    )
+    add.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="PEFT LoRA folder to merge; repeat for several",
+    )
+    add = command(
+        "export",
+        "our folder, or a step of a training run",
+        "ours -> Hugging Face folder",
+        "Hugging Face folder",
+    )
+    add.add_argument(
+        "--max-shard-size", metavar="SIZE", help="such as 5GB; default: the source's own shards"
+    )
     command("inspect", "either kind of folder", "say what a checkpoint is")
     return top
 
@@ -50,9 +81,17 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         args.src = checkpoint_folder(Path(args.src))
         if args.command == "import":
-            import_folder(args.src, args.dst, adapters=args.adapter, overwrite=args.overwrite, progress=True)
+            import_folder(
+                args.src, args.dst, adapters=args.adapter, overwrite=args.overwrite, progress=True
+            )
         elif args.command == "export":
-            export_folder(args.src, args.dst, max_shard_size=args.max_shard_size, overwrite=args.overwrite, progress=True)
+            export_folder(
+                args.src,
+                args.dst,
+                max_shard_size=args.max_shard_size,
+                overwrite=args.overwrite,
+                progress=True,
+            )
         if args.command != "inspect":
             print(f"wrote {args.dst}")
         print(inspect_folder(args.src if args.command == "inspect" else args.dst))

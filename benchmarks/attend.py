@@ -1,15 +1,17 @@
-"""Window attention of a sequence with itself on one GPU: ours for Hopper, ours in XLA, and cuDNN through JAX; PyTorch's flex attention
-and tokamax's Mosaic GPU kernel where they import.
+"""Window attention of a sequence with itself on one GPU: ours for Hopper, ours in XLA, and cuDNN
+through JAX; PyTorch's flex attention and tokamax's Mosaic GPU kernel where they import.
 
-    python -m benchmarks.attend                    # 4K to 256K tokens; into benchmarks/results/attend.jsonl
-    python -m benchmarks.attend --lengths 4096 131072
+    python -m benchmarks.attend                    # 4K to 256K tokens; into
+    benchmarks/results/attend.jsonl python -m benchmarks.attend --lengths 4096 131072
     python -m benchmarks.attend --case tower_windows tower_slices --lengths 4096 16384
     ncu --metrics sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active -k regex:attend \\
         python -m benchmarks.attend --lengths 32768 --implementations mosaic_gpu --once
 
-Batch 1, bfloat16. The decoder's layers (16 query heads on 2 key heads, 128 wide, causal, window 8192) or the vision tower's (16 heads,
-80 wide, not causal, in windows of 64 patches or slices of 1,024; ours and XLA alone). Errors first (relative RMS against softmax in
-float64, on 1,500 tokens, the decoder's with a window of 400), then times: several calls on the same random inputs in one program (of
+Batch 1, bfloat16. The decoder's layers (16 query heads on 2 key heads, 128 wide, causal, window
+8192) or the vision tower's (16 heads, 80 wide, not causal, in windows of 64 patches or slices of
+1,024; ours and XLA alone). Errors first (relative RMS against softmax in float64, on 1,500 tokens,
+the decoder's with a window of 400), then times: several calls on the same random inputs in one
+program (of
 PyTorch: in one CUDA graph), median of 20 programs.
 """
 
@@ -49,7 +51,10 @@ CASES = {
 def draw(case: Case, length: int, seed: int = 0) -> tuple[jax.Array, ...]:
     keys = jax.random.split(jax.random.key(seed), 3)
     heads = case.heads, case.key_heads, case.key_heads
-    return tuple(jax.random.normal(key, (1, length, n, case.width), jnp.bfloat16) for key, n in zip(keys, heads, strict=True))
+    return tuple(
+        jax.random.normal(key, (1, length, n, case.width), jnp.bfloat16)
+        for key, n in zip(keys, heads, strict=True)
+    )
 
 
 def ours(attention, case: Case, q, k, v):
@@ -66,7 +71,14 @@ def cudnn(case: Case, q, k, v):
 def tokamax(case: Case, q, k, v):
     from tokamax import dot_product_attention
 
-    return dot_product_attention(q, k, v, is_causal=True, local_window_size=(case.mask.window - 1, 0), implementation="mosaic_gpu")
+    return dot_product_attention(
+        q,
+        k,
+        v,
+        is_causal=True,
+        local_window_size=(case.mask.window - 1, 0),
+        implementation="mosaic_gpu",
+    )
 
 
 IMPLEMENTATIONS = {
@@ -89,7 +101,9 @@ def with_backward(function, q, k, v):
 
 def in_jax(function, case: Case, *inputs) -> tuple:
     """out, dq, dk and dv."""
-    return jax.jit(lambda *a: (function(case, *a), *with_backward(partial(function, case), *a)))(*inputs)
+    return jax.jit(lambda *a: (function(case, *a), *with_backward(partial(function, case), *a)))(
+        *inputs
+    )
 
 
 class Flex:
@@ -105,45 +119,79 @@ class Flex:
     def call(self, case: Case, inputs, backward: bool):
         """What computes out and, if asked for, the gradients, [batch, heads, length, width] all."""
         self.torch.compiler.reset()  # it keeps only so many shapes before it would compile none
-        tensors = [cuda_graphs.tensor(x, self.torch.bfloat16).transpose(1, 2).contiguous().requires_grad_(backward) for x in inputs]
+        tensors = [
+            cuda_graphs.tensor(x, self.torch.bfloat16)
+            .transpose(1, 2)
+            .contiguous()
+            .requires_grad_(backward)
+            for x in inputs
+        ]
         length = tensors[0].shape[2]
 
         def seen(batch, head, q, k):
             return (k <= q) & (q - k < case.mask.window)
 
-        mask = self.flex.create_block_mask(seen, None, None, length, length, device="cuda", _compile=True)
+        mask = self.flex.create_block_mask(
+            seen, None, None, length, length, device="cuda", _compile=True
+        )
 
         def call():
             with self.torch.set_grad_enabled(backward):
                 out = self.attend(*tensors, block_mask=mask, enable_gqa=True)
-                return (out, *self.torch.autograd.grad(out, tensors, out.detach())) if backward else (out,)
+                return (
+                    (out, *self.torch.autograd.grad(out, tensors, out.detach()))
+                    if backward
+                    else (out,)
+                )
 
         return call
 
     def __call__(self, case: Case, *inputs) -> tuple:
-        return tuple(x.detach().transpose(1, 2).float().cpu().numpy() for x in self.call(case, inputs, True)())
+        return tuple(
+            x.detach().transpose(1, 2).float().cpu().numpy()
+            for x in self.call(case, inputs, True)()
+        )
 
     def milliseconds(self, case: Case, length: int, work: str) -> list[float]:
-        return cuda_graphs.milliseconds(self.call(case, draw(case, length), work != "forward"), calls_of(length))
+        return cuda_graphs.milliseconds(
+            self.call(case, draw(case, length), work != "forward"), calls_of(length)
+        )
 
 
 def errors(run, case: Case, length: int = 1500) -> dict[str, float]:
     """Relative RMS errors of out, dq, dk and dv; `run` takes a case and the inputs."""
-    case = case._replace(mask=dataclasses.replace(case.mask, window=min(case.mask.window, 400 if case.mask.causal else length)))
+    case = case._replace(
+        mask=dataclasses.replace(
+            case.mask, window=min(case.mask.window, 400 if case.mask.causal else length)
+        )
+    )
     inputs = draw(case, length)
     with jax.enable_x64(True):
-        exact = in_jax(partial(ours, reference.attention), case, *(x.astype(jnp.float64) for x in inputs))
+        exact = in_jax(
+            partial(ours, reference.attention), case, *(x.astype(jnp.float64) for x in inputs)
+        )
     names = ("out", "d_q", "d_k", "d_v")
-    return {n: round(rel_rms(np.asarray(a, np.float64), b), 5) for n, a, b in zip(names, run(case, *inputs), exact, strict=True)}
+    return {
+        n: round(rel_rms(np.asarray(a, np.float64), b), 5)
+        for n, a, b in zip(names, run(case, *inputs), exact, strict=True)
+    }
 
 
 def in_programs(function, case: Case, lengths: list[int]):
-    """(length, work) -> milliseconds of each of several calls, by programs compiled here for all of them."""
+    """(length, work) -> milliseconds of each of several calls, by programs compiled here for all of
+    them."""
     one = partial(function, case)
     works = {"forward": one, "forward+backward": partial(with_backward, one)}
     cells = itertools.product(lengths, works)
-    programs = compiled({(n, work): (repeated(works[work], calls_of(n)), jax.eval_shape(partial(draw, case, n))) for n, work in cells})
-    return lambda length, work: milliseconds(programs[length, work], draw(case, length), calls_of(length))
+    programs = compiled(
+        {
+            (n, work): (repeated(works[work], calls_of(n)), jax.eval_shape(partial(draw, case, n)))
+            for n, work in cells
+        }
+    )
+    return lambda length, work: milliseconds(
+        programs[length, work], draw(case, length), calls_of(length)
+    )
 
 
 def calls_of(length: int) -> int:
@@ -152,9 +200,17 @@ def calls_of(length: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2**power for power in range(12, 19)])
-    parser.add_argument("--once", action="store_true", help="run each once with its backward pass and record nothing, for a profiler")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[2**power for power in range(12, 19)]
+    )
+    parser.add_argument(
+        "--once",
+        action="store_true",
+        help="run each once with its backward pass and record nothing, for a profiler",
+    )
     parser.add_argument("--implementations", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--case", nargs="+", choices=CASES, default=["decoder"])
     add_commit(parser)
@@ -167,22 +223,40 @@ def main() -> None:
 def measure(case_name: str, name: str, options: argparse.Namespace) -> None:
     """Errors and times of an implementation; prints why it is left out, where it is."""
     case = CASES[case_name]
-    shared = {"op": "attend", "heads": [case.heads, case.key_heads], "width": case.width, "window": case.mask.window, "dtype": "bfloat16"}
+    shared = {
+        "op": "attend",
+        "heads": [case.heads, case.key_heads],
+        "width": case.width,
+        "window": case.mask.window,
+        "dtype": "bfloat16",
+    }
     shared |= {} if case_name == "decoder" else {"case": case_name}
     try:
         if case.segment and name in PEERS:
             raise ValueError("for one causal sequence")
         run = Flex() if name == "flex" else partial(in_jax, IMPLEMENTATIONS[name])
         if options.once:  # the gradients alone: with out besides, the forward pass would run twice
-            once = partial(run, case) if name == "flex" else jax.jit(partial(with_backward, partial(IMPLEMENTATIONS[name], case)))
+            once = (
+                partial(run, case)
+                if name == "flex"
+                else jax.jit(partial(with_backward, partial(IMPLEMENTATIONS[name], case)))
+            )
             for length in options.lengths:
                 jax.block_until_ready(once(*draw(case, length)))
             return
         found = errors(run, case)
     except Exception as reason:  # not installed, or not for this device
-        print(f"{name} is left out of {case_name}: {type(reason).__name__}: {str(reason).strip()[:200]}", flush=True)
+        print(
+            f"{name} is left out of {case_name}: {type(reason).__name__}:"
+            f" {str(reason).strip()[:200]}",
+            flush=True,
+        )
         return
-    take = partial(run.milliseconds, case) if name == "flex" else in_programs(IMPLEMENTATIONS[name], case, options.lengths)
+    take = (
+        partial(run.milliseconds, case)
+        if name == "flex"
+        else in_programs(IMPLEMENTATIONS[name], case, options.lengths)
+    )
     for length, work in itertools.product(options.lengths, ("forward", "forward+backward")):
         try:
             times = take(length, work)
@@ -190,7 +264,14 @@ def measure(case_name: str, name: str, options: argparse.Namespace) -> None:
             print(f"{name:10} {work:16} {length} fails: {str(reason)[:200]}", flush=True)
             continue
         peer = {"versions": versions(*PACKAGES[name])} if name in PACKAGES else {}
-        result = {"implementation": name, **peer, "work": work, "length": length, "ms": summary(times), "errors": found}
+        result = {
+            "implementation": name,
+            **peer,
+            "work": work,
+            "length": length,
+            "ms": summary(times),
+            "errors": found,
+        }
         record("attend", options.commit, shared | result)
 
 

@@ -2,8 +2,9 @@
 
     python -m benchmarks.convert --folder DISK_WITH_30_GB      # about 5 minutes on 2 cores
 
-Writes a synthetic InfiniteVL of 4.4 B random bf16 parameters in 4 safetensors shards (8.8 GB), runs `convert_torch.py import` and `export`
-as a user does, compares every tensor (name, dtype, shape, bytes), and records one line in benchmarks/results/convert.jsonl.
+Writes a synthetic InfiniteVL of 4.4 B random bf16 parameters in 4 safetensors shards (8.8 GB), runs
+`convert_torch.py import` and `export` as a user does, compares every tensor (name, dtype, shape,
+bytes), and records one line in benchmarks/results/convert.jsonl.
 """
 
 import argparse
@@ -35,28 +36,47 @@ SHARDS = 4
 def write_source(folder: Path, config) -> int:
     """A published folder with random weights; returns its bytes of tensors."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(to_huggingface(config) | {"torch_dtype": "bfloat16"}, indent=2))
-    tensors = [(name, BF16, leaf.torch_shape) for leaf in leaves(config, scanned=False) for name in leaf.torch]
+    (folder / "config.json").write_text(
+        json.dumps(to_huggingface(config) | {"torch_dtype": "bfloat16"}, indent=2)
+    )
+    tensors = [
+        (name, BF16, leaf.torch_shape)
+        for leaf in leaves(config, scanned=False)
+        for name in leaf.torch
+    ]
     sizes = np.cumsum([np.prod(shape) * 2 for _, _, shape in tensors])
     total, weight_map = int(sizes[-1]), {}
     rng = np.random.Generator(np.random.SFC64(0))
     for shard in range(SHARDS):
-        part = [t for t, end in zip(tensors, sizes, strict=True) if min(int((end - 1) * SHARDS // total), SHARDS - 1) == shard]
+        part = [
+            t
+            for t, end in zip(tensors, sizes, strict=True)
+            if min(int((end - 1) * SHARDS // total), SHARDS - 1) == shard
+        ]
         file = f"model-{shard + 1:05}-of-{SHARDS:05}.safetensors"
         writer = SafetensorsWriter(folder / file, part, {"format": "pt"})
         for name, _, shape in part:
-            bits = rng.integers(0, 1 << 16, size=shape, dtype=np.uint16) & np.uint16(0xBFFF)  # finite: |x| < 2
+            bits = rng.integers(0, 1 << 16, size=shape, dtype=np.uint16) & np.uint16(
+                0xBFFF
+            )  # finite: |x| < 2
             writer.put(name, bits.view(BF16))
         writer.close()
         weight_map |= dict.fromkeys((name for name, _, _ in part), file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
+    )
     return total
 
 
 def measured(*command: str) -> dict[str, float]:
-    """Run a command; its seconds and the peak of its anonymous memory (page cache does not count), sampled every 20 ms."""
+    """Run a command; its seconds and the peak of its anonymous memory (page cache does not count),
+    sampled every 20 ms."""
     peak, start = 0, time.perf_counter()
-    process = subprocess.Popen([sys.executable, str(ROOT / "convert_torch.py"), *command], cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "convert_torch.py"), *command],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+    )
 
     def sample():
         nonlocal peak
@@ -81,7 +101,12 @@ def compare(a: Path, b: Path) -> int:
     """Number of tensors; stops at the first difference in name, dtype, shape or bytes."""
 
     def tensors(folder: Path):
-        return {name: file for path in sorted(folder.glob("*.safetensors")) for file in [SafetensorsFile(path)] for name in file.entries}
+        return {
+            name: file
+            for path in sorted(folder.glob("*.safetensors"))
+            for file in [SafetensorsFile(path)]
+            for name in file.entries
+        }
 
     left, right = tensors(a), tensors(b)
     assert left.keys() == right.keys()
@@ -89,18 +114,29 @@ def compare(a: Path, b: Path) -> int:
         x, y = left[name].array(name), right[name].array(name)
         assert (x.dtype, x.shape) == (y.dtype, y.shape), name
         x, y = x.reshape(-1).view(np.uint16), y.reshape(-1).view(np.uint16)
-        assert all(np.array_equal(x[i : i + (1 << 24)], y[i : i + (1 << 24)]) for i in range(0, x.size, 1 << 24)), name
+        assert all(
+            np.array_equal(x[i : i + (1 << 24)], y[i : i + (1 << 24)])
+            for i in range(0, x.size, 1 << 24)
+        ), name
     return len(left)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", default=".", help="where about 30 GB may be written for the time of the run")
-    parser.add_argument("--layers", type=int, default=36, help="fewer for a quick look (nothing is recorded then)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", default=".", help="where about 30 GB may be written for the time of the run"
+    )
+    parser.add_argument(
+        "--layers", type=int, default=36, help="fewer for a quick look (nothing is recorded then)"
+    )
     add_commit(parser)
     args = parser.parse_args()
     config = infinitevl_4b()
-    config = dataclasses.replace(config, text=dataclasses.replace(config.text, layer_types=hybrid_pattern(args.layers)))
+    config = dataclasses.replace(
+        config, text=dataclasses.replace(config.text, layer_types=hybrid_pattern(args.layers))
+    )
     work = Path(tempfile.mkdtemp(prefix="convert-", dir=args.folder))
     try:
         nbytes = write_source(work / "src", config)

@@ -1,4 +1,5 @@
-"""How PyTorch's kernels are timed beside ours: several calls in one CUDA graph, so that launches do not count."""
+"""How PyTorch's kernels are timed beside ours: several calls in one CUDA graph, so that launches do
+not count."""
 
 import gc
 from collections.abc import Callable
@@ -13,7 +14,11 @@ def tensor(x: jax.Array | np.ndarray, dtype):
     """A tensor of its own on the GPU."""
     import torch
 
-    return (torch.from_dlpack(x) if isinstance(x, jax.Array) else torch.tensor(x, device="cuda")).clone().to(dtype)
+    return (
+        (torch.from_dlpack(x) if isinstance(x, jax.Array) else torch.tensor(x, device="cuda"))
+        .clone()
+        .to(dtype)
+    )
 
 
 def milliseconds(call: Callable[[], None], calls: int) -> list[float]:
@@ -26,7 +31,9 @@ def milliseconds(call: Callable[[], None], calls: int) -> list[float]:
             call()
     cuda.synchronize()
     gc.collect()  # an older graph that is freed while this one is recorded would end the recording
-    with cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # JAX's threads go on beside it
+    with cuda.graph(
+        graph, stream=stream, capture_error_mode="thread_local"
+    ):  # JAX's threads go on beside it
         for _ in range(calls):
             call()
     times = []

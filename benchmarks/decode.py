@@ -1,14 +1,15 @@
-"""One token of each sequence through the mixers alone, without their projections, on one GPU: ours for Hopper, its
-definition in XLA, and the separate operations that the layers are made of.
+"""One token of each sequence through the mixers alone, without their projections, on one GPU: ours
+for Hopper, its definition in XLA, and the separate operations that the layers are made of.
 
-    python -m benchmarks.decode                    # batches of 1, 8 and 64; into benchmarks/results/decode.jsonl
-    python -m benchmarks.decode --batches 1 --ops attend
+    python -m benchmarks.decode                    # batches of 1, 8 and 64; into
+    benchmarks/results/decode.jsonl python -m benchmarks.decode --batches 1 --ops attend
 
-Sizes of the 4.4 B model, bfloat16: 27 Gated DeltaNet layers, each with its own state, or 9 window layers with full rings,
-in one program of several tokens, a layer's output being the next one's gate or query; states are updated in place and
-come from memory, for together they are larger than the L2 cache. Errors first, by the parity matrix
-(pallas_kernels.testing.matrix), then the time of a layer: the median of 10 programs, and, from the profiler, the time that
-its kernels run and how many they are.
+Sizes of the 4.4 B model, bfloat16: 27 Gated DeltaNet layers, each with its own state, or 9 window
+  layers with full rings,
+in one program of several tokens, a layer's output being the next one's gate or query; states are
+updated in place and come from memory, for together they are larger than the L2 cache. Errors first,
+by the parity matrix (pallas_kernels.testing.matrix), then the time of a layer: the median of 10
+programs, and, from the profiler, the time that its kernels run and how many they are.
 """
 
 import argparse
@@ -57,13 +58,24 @@ def delta_layers(inputs, weights, state, index, eps):
     q, q_conv_state = convolve(inputs.q, weights.q_conv, state.q_conv_state)
     k, k_conv_state = convolve(inputs.k, weights.k_conv, state.k_conv_state)
     v, v_conv_state = convolve(inputs.v, weights.v_conv, state.v_conv_state)
-    q, k = (l2norm(q, HEADS, 1e-6) * KEYS**-0.5).astype(q.dtype), l2norm(k, HEADS, 1e-6).astype(k.dtype)
+    q, k = (
+        (l2norm(q, HEADS, 1e-6) * KEYS**-0.5).astype(q.dtype),
+        l2norm(k, HEADS, 1e-6).astype(k.dtype),
+    )
     q, k, v = (x.reshape(batch, 1, HEADS, -1) for x in (q, k, v))
-    a, b, rate, bias = (x.astype(jnp.float32) for x in (inputs.a, inputs.b, weights.A_log, weights.dt_bias))
+    a, b, rate, bias = (
+        x.astype(jnp.float32) for x in (inputs.a, inputs.b, weights.A_log, weights.dt_bias)
+    )
     g = (-jnp.exp(rate) * jax.nn.softplus(a + bias))[:, None]
-    out, recurrent_state = gated_delta_rule(q, k, v, g, jax.nn.sigmoid(b)[:, None], state.recurrent_state, index, segment)
+    out, recurrent_state = gated_delta_rule(
+        q, k, v, g, jax.nn.sigmoid(b)[:, None], state.recurrent_state, index, segment
+    )
     wide = out.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps) * weights.norm.astype(jnp.float32)
+    wide = (
+        wide
+        * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
+        * weights.norm.astype(jnp.float32)
+    )
     out = (wide.reshape(batch, -1) * jax.nn.silu(inputs.gate.astype(jnp.float32))).astype(out.dtype)
     return out, DeltaState(recurrent_state, q_conv_state, k_conv_state, v_conv_state)
 
@@ -73,14 +85,20 @@ def attend_layers(q, k, v, kv_cache, index, window, scale):
     index, length = index[:, None], jnp.maximum(index, 0)
     q, k, v = q[:, None], k[:, None], v[:, None]
     segment = jnp.zeros_like(index)
-    own = attention(q, k, v, index, index, segment, segment, mask=Mask(window=window, aligned=True), scale=scale)
+    own = attention(
+        q, k, v, index, index, segment, segment, mask=Mask(window=window, aligned=True), scale=scale
+    )
     held = slot_index(length, kv_cache.k.shape[1])
-    cached = attention(q, kv_cache.k, kv_cache.v, index, held, mask=Mask(window=window), scale=scale)
+    cached = attention(
+        q, kv_cache.k, kv_cache.v, index, held, mask=Mask(window=window), scale=scale
+    )
     return merge(*own, *cached)[0][:, 0], write(kv_cache, k, v, index)
 
 
 IMPLEMENTATIONS = {
-    "gated_delta_rule": {x.name: x.run for x in GATED_DELTA_RULE_STEP.implementations} | {"layers": delta_layers},
+    "gated_delta_rule": (
+        {x.name: x.run for x in GATED_DELTA_RULE_STEP.implementations} | {"layers": delta_layers}
+    ),
     "attend": {x.name: x.run for x in ATTENTION_STEP.implementations} | {"layers": attend_layers},
 }
 
@@ -96,7 +114,9 @@ def draw_delta(batch: int, seed: int):
     widths = HEADS * KEYS, HEADS * KEYS, HEADS * VALUES
     inputs = Inputs(*(normal(batch, n) for n in (*widths, HEADS * VALUES, HEADS, HEADS)))
     convolutions = (normal(4, n, scale=0.5) for n in widths)
-    weights = Weights(*convolutions, normal(HEADS), normal(HEADS) - 4, 1 + normal(VALUES, scale=0.2))
+    weights = Weights(
+        *convolutions, normal(HEADS), normal(HEADS) - 4, 1 + normal(VALUES, scale=0.2)
+    )
     recurrent_state = normal(batch, HEADS, KEYS, VALUES, dtype=jnp.float32, scale=0.3)
     return inputs, weights, DeltaState(recurrent_state, *(normal(batch, 3, n) for n in widths))
 
@@ -105,8 +125,13 @@ def draw_delta(batch: int, seed: int):
 def draw_attend(batch: int, seed: int):
     """q, k, v and a ring."""
     keys = iter(jax.random.split(jax.random.key(seed), 5))
-    q, k, v = (jax.random.normal(next(keys), (batch, n, WIDTH), bf16) for n in (Q_HEADS, KEY_HEADS, KEY_HEADS))
-    ring = (jax.random.normal(next(keys), (batch, WINDOW, KEY_HEADS, WIDTH), bf16) for _ in range(2))
+    q, k, v = (
+        jax.random.normal(next(keys), (batch, n, WIDTH), bf16)
+        for n in (Q_HEADS, KEY_HEADS, KEY_HEADS)
+    )
+    ring = (
+        jax.random.normal(next(keys), (batch, WINDOW, KEY_HEADS, WIDTH), bf16) for _ in range(2)
+    )
     return q, k, v, KVCache(*ring)
 
 
@@ -117,39 +142,58 @@ def delta_cases(batch: int) -> list[Case]:
 
 
 def attend_cases(batch: int) -> list[Case]:
-    """Rings partly filled, about to be full and wrapped, some sequences still. A batch of one is tried with all lengths in turn."""
+    """Rings partly filled, about to be full and wrapped, some sequences still. A batch of one is
+    tried with all lengths in turn."""
     lengths = [8192, 4000, -1, 8191, 8193, 20000, 100_000]
     rows = [[length] for length in lengths] if batch == 1 else [(lengths * batch)[:batch]]
-    return [attention_step_case("a token", [row], (Q_HEADS, KEY_HEADS), WIDTH, WINDOW, WINDOW) for row in rows]
+    return [
+        attention_step_case("a token", [row], (Q_HEADS, KEY_HEADS), WIDTH, WINDOW, WINDOW)
+        for row in rows
+    ]
 
 
 def with_erased_gates(inputs, weights, state, index, eps):
-    """`delta_layers` multiplies by the gate last of all, which in a model is no NaN where a sequence stands still."""
+    """`delta_layers` multiplies by the gate last of all, which in a model is no NaN where a
+    sequence stands still."""
     gate = jnp.where(index[:, None] >= 0, inputs.gate, 0)
     return delta_layers(inputs._replace(gate=gate), weights, state, index, eps)
 
 
 def errors(op: str, name: str, batch: int) -> dict[str, float]:
-    """The largest of each result. Raises ValueError where one is larger than the parity matrix allows."""
+    """The largest of each result. Raises ValueError where one is larger than the parity matrix
+    allows."""
     operator, cases = CASES[op]
-    step = with_erased_gates if IMPLEMENTATIONS[op][name] is delta_layers else IMPLEMENTATIONS[op][name]
+    step = (
+        with_erased_gates
+        if IMPLEMENTATIONS[op][name] is delta_layers
+        else IMPLEMENTATIONS[op][name]
+    )
     checked = (implementation_in_a_row(Implementation(name, step)),)
     groups = [matrix.Group(operator, case, "bfloat16", checked) for case in cases(batch)]
-    found = [cell for group in groups for cell in matrix.compare(group, matrix.prepare(group, compiled=False), repeats=1)]
+    found = [
+        cell
+        for group in groups
+        for cell in matrix.compare(group, matrix.prepare(group, compiled=False), repeats=1)
+    ]
     if bad := [str(cell) for cell in found if not cell.share <= 1]:
         raise ValueError(f"not timed: {bad[0]}")
-    return {result: round(max(cell.errors[result] for cell in found), 6) for result in found[0].errors}
+    return {
+        result: round(max(cell.errors[result] for cell in found), 6) for result in found[0].errors
+    }
 
 
 def delta_program(step):
-    """A jitted program of TOKENS tokens through all layers; the first argument is given away and returned."""
+    """A jitted program of TOKENS tokens through all layers; the first argument is given away and
+    returned."""
 
     def program(states, gate, inputs, weights, index):
         def token(i, carry):
             states, gate = carry
             new = []
             for layer, state in enumerate(states):
-                gate, state = step(inputs[layer]._replace(gate=gate), weights[layer], state, index + i, EPS)
+                gate, state = step(
+                    inputs[layer]._replace(gate=gate), weights[layer], state, index + i, EPS
+                )
                 new.append(state)
             return new, gate
 
@@ -182,12 +226,21 @@ def attend_program(step):
 
 
 def attend_arguments(batch: int):
-    q, k, v, rings = (list(x) for x in zip(*[draw_attend(batch, seed) for seed in range(LAYERS["attend"])], strict=True))
+    q, k, v, rings = (
+        list(x)
+        for x in zip(*[draw_attend(batch, seed) for seed in range(LAYERS["attend"])], strict=True)
+    )
     return rings, q[0], k, v, jnp.full(batch, 9000, jnp.int32)
 
 
-CASES = {"gated_delta_rule": ("gated_delta_rule_step", delta_cases), "attend": ("attention_step", attend_cases)}
-PROGRAMS = {"gated_delta_rule": (delta_program, delta_arguments), "attend": (attend_program, attend_arguments)}
+CASES = {
+    "gated_delta_rule": ("gated_delta_rule_step", delta_cases),
+    "attend": ("attention_step", attend_cases),
+}
+PROGRAMS = {
+    "gated_delta_rule": (delta_program, delta_arguments),
+    "attend": (attend_program, attend_arguments),
+}
 
 
 def times(run, arguments, layers: int, repeats: int = 10) -> dict:
@@ -211,17 +264,31 @@ def times(run, arguments, layers: int, repeats: int = 10) -> dict:
             again()
         found = kernels(folder)
     per = TOKENS * layers
-    return {"us": summary(walls, 2), "kernel_us": round(sum(kernel.us for kernel in found) / per, 2), "kernels": round(len(found) / per, 1)}
+    return {
+        "us": summary(walls, 2),
+        "kernel_us": round(sum(kernel.us for kernel in found) / per, 2),
+        "kernels": round(len(found) / per, 1),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ops", nargs="+", choices=LAYERS, default=list(LAYERS))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS["attend"], default=list(IMPLEMENTATIONS["attend"]))
+    parser.add_argument(
+        "--implementations",
+        nargs="+",
+        choices=IMPLEMENTATIONS["attend"],
+        default=list(IMPLEMENTATIONS["attend"]),
+    )
     add_commit(parser)
     options = parser.parse_args()
-    sizes = {"gated_delta_rule": [HEADS, KEYS, VALUES], "attend": [Q_HEADS, KEY_HEADS, WIDTH, WINDOW]}
+    sizes = {
+        "gated_delta_rule": [HEADS, KEYS, VALUES],
+        "attend": [Q_HEADS, KEY_HEADS, WIDTH, WINDOW],
+    }
     cells = list(itertools.product(options.ops, options.implementations, options.batches))
 
     def program(op, name, batch):
@@ -230,13 +297,23 @@ def main() -> None:
 
     programs = compiled({cell: program(*cell) for cell in cells})
     for op, name, batch in cells:
-        case = {"op": f"{op}, token step", "dtype": "bfloat16", "sizes": sizes[op], "implementation": name, "batch": batch}
+        case = {
+            "op": f"{op}, token step",
+            "dtype": "bfloat16",
+            "sizes": sizes[op],
+            "implementation": name,
+            "batch": batch,
+        }
         try:
             found = errors(op, name, batch)
             print(f"{case['op']} by {name}, batch {batch}: errors {found}", flush=True)
             took = times(programs[op, name, batch], PROGRAMS[op][1](batch), LAYERS[op])
         except Exception as reason:  # the others are worth having all the same
-            print(f"{case['op']} by {name}, batch {batch} fails: {type(reason).__name__}: {str(reason).strip()[:200]}", flush=True)
+            print(
+                f"{case['op']} by {name}, batch {batch} fails: {type(reason).__name__}:"
+                f" {str(reason).strip()[:200]}",
+                flush=True,
+            )
             continue
         record("decode", options.commit, case | took | {"errors": found})
 

@@ -1,7 +1,8 @@
 """Record finished runs of the main job, and print their mean.
 
-    for seed in 0 1 2; do python examples/pixels_to_answers.py --seed $seed --output runs/easy_vqa_$seed; done
-    python -m benchmarks.easy_vqa runs/easy_vqa_0 runs/easy_vqa_1 runs/easy_vqa_2     # into benchmarks/results/easy_vqa.jsonl
+for seed in 0 1 2; do python examples/pixels_to_answers.py --seed $seed --output
+runs/easy_vqa_$seed; done python -m benchmarks.easy_vqa runs/easy_vqa_0 runs/easy_vqa_1
+runs/easy_vqa_2     # into benchmarks/results/easy_vqa.jsonl
 """
 
 import argparse
@@ -10,11 +11,18 @@ from pathlib import Path
 
 from benchmarks.record import add_commit, record
 
-SHARES = ("held_out", "accuracy", "accuracy_not_yes_no", "blind_accuracy", "blind_accuracy_not_yes_no")
+SHARES = (
+    "held_out",
+    "accuracy",
+    "accuracy_not_yes_no",
+    "blind_accuracy",
+    "blind_accuracy_not_yes_no",
+)
 
 
 def figures(run: Path) -> dict:
-    """What a run's results.json says, and the share of held-out questions that its log ends with."""
+    """What a run's results.json says, and the share of held-out questions that its log ends
+    with."""
     results = json.loads((run / "results.json").read_text("utf-8"))
     logged = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
     held_out = [line["held_out_exact"] for line in logged if "held_out_exact" in line]
@@ -23,8 +31,12 @@ def figures(run: Path) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs that have ended on this machine")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "runs", nargs="+", type=Path, help="folders of runs that have ended on this machine"
+    )
     add_commit(parser)
     args = parser.parse_args()
     found = [figures(run) for run in args.runs]

@@ -1,9 +1,12 @@
-"""The published size on one GPU: 4,408,381,536 random bf16 parameters, prefill, decode, an image question, peak memory.
+"""The published size on one GPU: 4,408,381,536 random bf16 parameters, prefill, decode, an image
+question, peak memory.
 
-    python -m benchmarks.full_size                 # about 4 minutes on an H100; into benchmarks/results/full_size.jsonl
-    python -m benchmarks.full_size --prompt 2048   # a shorter prompt
+    python -m benchmarks.full_size                 # about 4 minutes on an H100; into
+    benchmarks/results/full_size.jsonl python -m benchmarks.full_size --prompt 2048   # a shorter
+    prompt
 
-Peers on the same card are in the project's notes; random weights make no sense of the answer, only of its speed.
+Peers on the same card are in the project's notes; random weights make no sense of the answer, only
+of its speed.
 """
 
 import argparse
@@ -27,7 +30,8 @@ GREEDY = Sampling()
 
 
 def timed(call, repeats: int) -> dict[str, float]:
-    """Milliseconds of `call`, which returns arrays to wait for: median, min and max after one warm-up."""
+    """Milliseconds of `call`, which returns arrays to wait for: median, min and max after one
+    warm-up."""
     jax.block_until_ready(call())
     times = []
     for _ in range(repeats):
@@ -38,18 +42,26 @@ def timed(call, repeats: int) -> dict[str, float]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--prompt", type=int, default=8192, help="tokens of the timed prefill")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--profile", help="write a profiler trace of one prefill and ten tokens to this folder")
-    parser.add_argument("--attend", help='the implementations allowed, in order, such as "mosaic_gpu,xla"')
+    parser.add_argument(
+        "--profile", help="write a profiler trace of one prefill and ten tokens to this folder"
+    )
+    parser.add_argument(
+        "--attend", help='the implementations allowed, in order, such as "mosaic_gpu,xla"'
+    )
     parser.add_argument("--gated-delta-rule", help="likewise")
     add_commit(parser)
     args = parser.parse_args()
 
     config = infinitevl_4b()
     started = time.perf_counter()
-    ops = resolve_ops(None, OpsConfig(attention=args.attend, gated_delta_rule=args.gated_delta_rule))
+    ops = resolve_ops(
+        None, OpsConfig(attention=args.attend, gated_delta_rule=args.gated_delta_rule)
+    )
     model = InfiniteVL.random(config, dtype=jnp.bfloat16, ops=ops)
     jax.block_until_ready(model.params)
     result = {
@@ -66,19 +78,25 @@ def main():
     _, cache = jax.block_until_ready(model.prefill(prompts[0], fresh))
     result["prefill_compile_s"] = round(time.perf_counter() - started, 1)
     turn = iter(range(10**6))
-    result["prefill_ms"] = timed(lambda: model.prefill(prompts[next(turn) % 4], fresh), args.repeats)
+    result["prefill_ms"] = timed(
+        lambda: model.prefill(prompts[next(turn) % 4], fresh), args.repeats
+    )
     print(result, flush=True)
 
     # decode with the window full: a run of 32 tokens, one after the other, as generate does it
     token, key = jnp.zeros(1, jnp.int32), jax.random.key(0)
     started = time.perf_counter()
-    token, cache = jax.block_until_ready(model._programs.step(model.params, token, cache, key, sampling=GREEDY))
+    token, cache = jax.block_until_ready(
+        model._programs.step(model.params, token, cache, key, sampling=GREEDY)
+    )
     result["decode_compile_s"] = round(time.perf_counter() - started, 1)
     state = {"token": token, "cache": cache}
 
     def run():
         for _ in range(32):
-            state["token"], state["cache"] = model._programs.step(model.params, state["token"], state["cache"], key, sampling=GREEDY)
+            state["token"], state["cache"] = model._programs.step(
+                model.params, state["token"], state["cache"], key, sampling=GREEDY
+            )
         return state["token"]
 
     run_ms = timed(run, args.repeats)
@@ -87,7 +105,15 @@ def main():
 
     # an image question from pixels to tokens, through the processor with its built-in tokenizer
     picture = rng.integers(0, 255, (448, 448, 3), np.uint8)
-    question = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is in the picture?"}]}]
+    question = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": picture},
+                {"type": "text", "text": "What is in the picture?"},
+            ],
+        }
+    ]
     batch = Processor()(question)
     started = time.perf_counter()
     answer = model.generate(**batch, max_new_tokens=16, eos_token_ids=[])

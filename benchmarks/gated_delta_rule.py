@@ -1,16 +1,22 @@
-"""The gated delta rule on one GPU: ours for Hopper, ours in XLA, and fla's (Triton) where it imports.
+"""The gated delta rule on one GPU: ours for Hopper, ours in XLA, and fla's (Triton) where it
+imports.
 
-    python -m benchmarks.gated_delta_rule          # 1K to 256K tokens; into benchmarks/results/gated_delta_rule.jsonl
-    python -m benchmarks.gated_delta_rule --shapes 1x32768 1x131072 --work forward --implementations mosaic_gpu fla
-    python -m benchmarks.gated_delta_rule --shapes 1x8192 --heads 16 8 4 2
+    python -m benchmarks.gated_delta_rule          # 1K to 256K tokens; into
+    benchmarks/results/gated_delta_rule.jsonl python -m benchmarks.gated_delta_rule --shapes 1x32768
+    1x131072 --work forward --implementations mosaic_gpu fla python -m benchmarks.gated_delta_rule
+    --shapes 1x8192 --heads 16 8 4 2
 
-16 heads or as many as asked for, keys 128 and values 256 wide, bfloat16, no initial state, the last state asked for. Errors first:
-relative RMS of out and the last state against the recurrence in float64 on the same bfloat16 numbers, the worst of some gates and keys at
-1,000 tokens, and of one case of 8,192, where sequences of few heads are cut. Then times: several calls on random inputs in one program (of
-fla: in one CUDA graph), median of 20 programs. fla refuses its backward pass on Hopper with some versions of Triton, whose results were
+16 heads or as many as asked for, keys 128 and values 256 wide, bfloat16, no initial state, the last
+state asked for. Errors first: relative RMS of out and the last state against the recurrence in
+  float64 on the same bfloat16 numbers, the worst of some gates and keys at
+1,000 tokens, and of one case of 8,192, where sequences of few heads are cut. Then times: several
+calls on random inputs in one program (of
+fla: in one CUDA graph), median of 20 programs. fla refuses its backward pass on Hopper with some
+  versions of Triton, whose results were
 found wrong; it is timed all the same, and never compared with.
 
-fla 0.6 asks for einops besides torch and Triton; `pip install --no-deps fla-core flash-linear-attention einops`.
+fla 0.6 asks for einops besides torch and Triton; `pip install --no-deps fla-core
+flash-linear-attention einops`.
 """
 
 import argparse
@@ -32,7 +38,14 @@ HEADS, KEY, VALUE = 16, 128, 256
 SHAPES = [f"1x{2**power}" for power in range(10, 19)] + [f"{batch}x8192" for batch in (2, 4, 8)]
 
 
-def draw(batch: int, length: int, heads: int = HEADS, gates: str = "mild", repeated: bool = False, seed: int = 0) -> list[np.ndarray]:
+def draw(
+    batch: int,
+    length: int,
+    heads: int = HEADS,
+    gates: str = "mild",
+    repeated: bool = False,
+    seed: int = 0,
+) -> list[np.ndarray]:
     """q, k, v, g and beta in float32; q, k and v hold bfloat16 numbers."""
     rng = np.random.default_rng(seed)
     lead = batch, length, heads
@@ -41,7 +54,11 @@ def draw(batch: int, length: int, heads: int = HEADS, gates: str = "mild", repea
         k = np.broadcast_to(k[:, :1], k.shape)
     wide = unit(rng, (*lead, KEY)) * KEY**-0.5, k, rng.standard_normal((*lead, VALUE))
     rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32) for x in wide]
-    return [*rounded, np.float32(GATES[gates](rng, lead)), np.float32(1 / (1 + np.exp(-2 * rng.standard_normal(lead))))]
+    return [
+        *rounded,
+        np.float32(GATES[gates](rng, lead)),
+        np.float32(1 / (1 + np.exp(-2 * rng.standard_normal(lead)))),
+    ]
 
 
 def timed(batch: int, length: int, heads: int) -> list[jax.Array]:
@@ -52,17 +69,32 @@ def timed(batch: int, length: int, heads: int) -> list[jax.Array]:
         q, k = (jax.random.normal(key, (*lead, KEY)) for key in keys[:2])
         q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
         v = jax.random.normal(keys[2], (*lead, VALUE))
-        g, beta = -jnp.exp(jax.random.normal(keys[3], lead) - 3), jax.nn.sigmoid(2 * jax.random.normal(keys[4], lead))
-        return [(q * KEY**-0.5).astype(jnp.bfloat16), k.astype(jnp.bfloat16), v.astype(jnp.bfloat16), g, beta]
+        g, beta = (
+            -jnp.exp(jax.random.normal(keys[3], lead) - 3),
+            jax.nn.sigmoid(2 * jax.random.normal(keys[4], lead)),
+        )
+        return [
+            (q * KEY**-0.5).astype(jnp.bfloat16),
+            k.astype(jnp.bfloat16),
+            v.astype(jnp.bfloat16),
+            g,
+            beta,
+        ]
 
     return jax.jit(numbers)(jax.random.key(0))
 
 
 def in_programs(function, shapes: list[tuple[int, int]], works: list[str], heads: int):
-    """(work, inputs) -> milliseconds of each of several calls, by programs compiled here for all shapes and works."""
+    """(work, inputs) -> milliseconds of each of several calls, by programs compiled here for all
+    shapes and works."""
     calls = {"forward": function, "forward+backward": partial(with_backward, function)}
     cells = list(itertools.product(shapes, works))
-    programs = compiled({(s, w): (repeated(calls[w], calls_of(*s)), jax.eval_shape(partial(timed, *s, heads))) for s, w in cells})
+    programs = compiled(
+        {
+            (s, w): (repeated(calls[w], calls_of(*s)), jax.eval_shape(partial(timed, *s, heads)))
+            for s, w in cells
+        }
+    )
 
     def take(work: str, inputs: list[jax.Array]) -> list[float]:
         shape = inputs[0].shape[:2]
@@ -96,10 +128,16 @@ class Fla:
 
         chunk_o.TRITON_ABOVE_3_7_1 = True  # else its backward pass raises
 
-        self.torch, self.rule = torch, partial(chunk_gated_delta_rule, scale=1.0, output_final_state=True)
+        self.torch, self.rule = (
+            torch,
+            partial(chunk_gated_delta_rule, scale=1.0, output_final_state=True),
+        )
 
     def tensors(self, arrays) -> list:
-        return [cuda_graphs.tensor(x, self.torch.bfloat16 if i < 3 else self.torch.float32) for i, x in enumerate(arrays)]
+        return [
+            cuda_graphs.tensor(x, self.torch.bfloat16 if i < 3 else self.torch.float32)
+            for i, x in enumerate(arrays)
+        ]
 
     def __call__(self, *arrays):
         with self.torch.no_grad():
@@ -129,20 +167,39 @@ def truths(heads: int) -> list[tuple]:
         with jax.enable_x64(True):
             return [np.asarray(x) for x in exact(*(jnp.asarray(x, jnp.float64) for x in arrays))]
 
-    cases = [draw(1, 1000, heads, gates, repeated) for gates, repeated in ERRORS] + [draw(1, 8192, heads)]
+    cases = [draw(1, 1000, heads, gates, repeated) for gates, repeated in ERRORS] + [
+        draw(1, 8192, heads)
+    ]
     return [(arrays, truth(arrays)) for arrays in cases]
 
 
 def errors(function, cases: list[tuple]) -> dict[str, float]:
-    found = [[rel_rms(np.asarray(a, np.float64), b) for a, b in zip(function(*arrays), right, strict=True)] for arrays, right in cases]
-    return dict(zip(("out", "state"), (round(float(x), 5) for x in np.max(found, axis=0)), strict=True))
+    found = [
+        [
+            rel_rms(np.asarray(a, np.float64), b)
+            for a, b in zip(function(*arrays), right, strict=True)
+        ]
+        for arrays, right in cases
+    ]
+    return dict(
+        zip(("out", "state"), (round(float(x), 5) for x in np.max(found, axis=0)), strict=True)
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="batch x length")
-    parser.add_argument("--work", nargs="+", choices=["forward", "forward+backward"], default=["forward", "forward+backward"])
-    parser.add_argument("--implementations", nargs="+", choices=[*JAX, "fla"], default=[*JAX, "fla"])
+    parser.add_argument(
+        "--work",
+        nargs="+",
+        choices=["forward", "forward+backward"],
+        default=["forward", "forward+backward"],
+    )
+    parser.add_argument(
+        "--implementations", nargs="+", choices=[*JAX, "fla"], default=[*JAX, "fla"]
+    )
     parser.add_argument("--heads", type=int, nargs="+", default=[HEADS])
     add_commit(parser)
     options = parser.parse_args()
@@ -153,7 +210,10 @@ def main() -> None:
 
 def measure(heads: int, shapes: list[tuple[int, int]], options: argparse.Namespace) -> None:
     """Errors and times of all implementations with so many heads."""
-    shared, cases = {"op": "gated_delta_rule", "heads": heads, "widths": [KEY, VALUE], "dtype": "bfloat16"}, truths(heads)
+    shared, cases = (
+        {"op": "gated_delta_rule", "heads": heads, "widths": [KEY, VALUE], "dtype": "bfloat16"},
+        truths(heads),
+    )
     for name in options.implementations:
         if name == "fla":
             try:
@@ -164,17 +224,29 @@ def measure(heads: int, shapes: list[tuple[int, int]], options: argparse.Namespa
             found, take = errors(call, cases), call.milliseconds
         else:
             run = jax.jit(JAX[name])
-            found = errors(lambda *arrays, run=run: [np.asarray(x, np.float32) for x in run(*in_jax(arrays))], cases)
+            found = errors(
+                lambda *arrays, run=run: [np.asarray(x, np.float32) for x in run(*in_jax(arrays))],
+                cases,
+            )
             take = in_programs(JAX[name], shapes, options.work, heads)
         print(f"{name:10} errors {found}", flush=True)
         for (batch, length), work in itertools.product(shapes, options.work):
             try:
                 times = take(work, timed(batch, length, heads))
             except Exception as reason:  # such as memory
-                print(f"{name:10} {work:16} {batch}x{length} fails: {str(reason)[:200]}", flush=True)
+                print(
+                    f"{name:10} {work:16} {batch}x{length} fails: {str(reason)[:200]}", flush=True
+                )
                 continue
             peer = {"versions": versions("fla-core", "triton", "torch")} if name == "fla" else {}
-            result = {"implementation": name, **peer, "work": work, "shape": [batch, length], "ms": summary(times), "errors": found}
+            result = {
+                "implementation": name,
+                **peer,
+                "work": work,
+                "shape": [batch, length],
+                "ms": summary(times),
+                "errors": found,
+            }
             record("gated_delta_rule", options.commit, shared | result)
 
 

@@ -1,11 +1,13 @@
 """All kernels in one go, correctness first, then a table of what was measured.
 
-    python -m benchmarks.kernels            # on a GPU: parity matrix, then attention, gated delta rule and token steps beside their peers
-    python -m benchmarks.kernels            # on a CPU: static scores for four generations of TPU; on a TPU: parity matrix first
-    python -m benchmarks.kernels --table    # only the tables, of the newest line recorded for each case
+    python -m benchmarks.kernels            # on a GPU: parity matrix, then attention, gated delta
+    rule and token steps beside their peers python -m benchmarks.kernels            # on a CPU:
+    static scores for four generations of TPU; on a TPU: parity matrix first python -m
+    benchmarks.kernels --table    # only the tables, of the newest line recorded for each case
 
-The tables are printed and written into docs/kernels.md. Each part is a command of its own (`python -m benchmarks.attend --help` and so
-on) and records in benchmarks/results/. A matrix with an error too large ends the run before anything is timed.
+The tables are printed and written into docs/kernels.md. Each part is a command of its own (`python
+-m benchmarks.attend --help` and so on) and records in benchmarks/results/. A matrix with an error
+too large ends the run before anything is timed.
 """
 
 import argparse
@@ -20,15 +22,27 @@ from pallas_kernels.testing.static_score import CHIPS
 GPU = ("attend", "gated_delta_rule", "decode")
 CPU = ("tpu_scores",)
 DOCUMENT = RESULTS.parent.parent / "docs" / "kernels.md"
-BEGIN, END = "<!-- python -m benchmarks.kernels --table writes what follows -->", "<!-- up to here -->"
+BEGIN, END = (
+    "<!-- python -m benchmarks.kernels --table writes what follows -->",
+    "<!-- up to here -->",
+)
 TIMES = ("ms", "us", "estimate_ms", "failed")
 
 
 def newest(name: str, *keys: str, device: str | None = None) -> dict[tuple, dict]:
-    """The last line of a results file for each combination of the keys: those with a time, of a commit; of one device if named."""
+    """The last line of a results file for each combination of the keys: those with a time, of a
+    commit; of one device if named."""
     file = RESULTS / f"{name}.jsonl"
-    lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
-    lines = [line for line in lines if line.get("commit") and not line.keys().isdisjoint(TIMES) and device in (None, line["device"])]
+    lines = (
+        [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+    )
+    lines = [
+        line
+        for line in lines
+        if line.get("commit")
+        and not line.keys().isdisjoint(TIMES)
+        and device in (None, line["device"])
+    ]
     return {tuple(str(line.get(key)) for key in keys): line for line in lines}
 
 
@@ -42,20 +56,39 @@ def tables() -> str:
 def times(device: str) -> str:
     """Sequences by length and token steps by batch, a table each."""
     sequences: dict[tuple, dict] = {}
-    for line in newest("attend", "case", "implementation", "work", "length", device=device).values():
+    for line in newest(
+        "attend", "case", "implementation", "work", "length", device=device
+    ).values():
         operator = " ".join(["attend", *line.get("case", "").split("_")]).strip()
-        sequences.setdefault((operator, line["work"], line["implementation"]), {})[1, line["length"]] = line["ms"]["median"]
-    for line in newest("gated_delta_rule", "heads", "implementation", "work", "shape", device=device).values():
-        operator = "gated_delta_rule" if line["heads"] == 16 else f"gated_delta_rule, {line['heads']} heads"
-        sequences.setdefault((operator, line["work"], line["implementation"]), {})[tuple(line["shape"])] = line["ms"]["median"]
+        sequences.setdefault((operator, line["work"], line["implementation"]), {})[
+            1, line["length"]
+        ] = line["ms"]["median"]
+    for line in newest(
+        "gated_delta_rule", "heads", "implementation", "work", "shape", device=device
+    ).values():
+        operator = (
+            "gated_delta_rule"
+            if line["heads"] == 16
+            else f"gated_delta_rule, {line['heads']} heads"
+        )
+        sequences.setdefault((operator, line["work"], line["implementation"]), {})[
+            tuple(line["shape"])
+        ] = line["ms"]["median"]
     tokens: dict[tuple, dict] = {}
     for line in newest("decode", "op", "implementation", "batch", device=device).values():
-        tokens.setdefault((line["op"], line["implementation"]), {})[line["batch"]] = line["us"]["median"] / 1e3
-    return _grid(sequences, ("operator", "work", "by"), _shape) + "\n\n" + _grid(tokens, ("a layer's", "by"), "batch {}".format)
+        tokens.setdefault((line["op"], line["implementation"]), {})[line["batch"]] = (
+            line["us"]["median"] / 1e3
+        )
+    return (
+        _grid(sequences, ("operator", "work", "by"), _shape)
+        + "\n\n"
+        + _grid(tokens, ("a layer's", "by"), "batch {}".format)
+    )
 
 
 def scores() -> str:
-    """A column for each generation of TPU: the estimate, and beneath which it cannot come, its bytes over the memory's rate."""
+    """A column for each generation of TPU: the estimate, and beneath which it cannot come, its
+    bytes over the memory's rate."""
     rows: dict[tuple, dict] = {}
     chips = list(CHIPS)
     for line in newest("tpu_scores", "op", "program", "topology").values():
@@ -67,7 +100,9 @@ def scores() -> str:
 def _score(line: dict, chip: str) -> str:
     if "failed" in line:
         return "does not compile"
-    return f"{_figure(line['estimate_ms'])} / {_figure(1e3 * line['bytes'] / CHIPS[chip].bandwidth)}"
+    return (
+        f"{_figure(line['estimate_ms'])} / {_figure(1e3 * line['bytes'] / CHIPS[chip].bandwidth)}"
+    )
 
 
 def _shape(shape: tuple[int, int]) -> str:
@@ -76,10 +111,16 @@ def _shape(shape: tuple[int, int]) -> str:
 
 
 def _grid(rows: dict[tuple, dict], names: tuple[str, ...], title: Callable) -> str:
-    """A table with a column for each key of the rows' figures; ours first where rows are alike but for who made them."""
+    """A table with a column for each key of the rows' figures; ours first where rows are alike but
+    for who made them."""
     columns = sorted({column for found in rows.values() for column in found})
-    text = ["| " + " | ".join([*names, *map(title, columns)]) + " |", "|---" * (len(names) + len(columns)) + "|"]
-    for key, found in sorted(rows.items(), key=lambda row: (row[0][:-1], row[0][-1] != "mosaic_gpu", row[0][-1])):
+    text = [
+        "| " + " | ".join([*names, *map(title, columns)]) + " |",
+        "|---" * (len(names) + len(columns)) + "|",
+    ]
+    for key, found in sorted(
+        rows.items(), key=lambda row: (row[0][:-1], row[0][-1] != "mosaic_gpu", row[0][-1])
+    ):
         text.append("| " + " | ".join([*key, *(_figure(found.get(c, "")) for c in columns)]) + " |")
     return "\n".join(text)
 
@@ -98,13 +139,18 @@ def write_tables() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--table", action="store_true", help="measure nothing")
-    parser.add_argument("--longest", type=int, default=100_000, help="longest case of the parity matrix")
+    parser.add_argument(
+        "--longest", type=int, default=100_000, help="longest case of the parity matrix"
+    )
     add_commit(parser)
     args = parser.parse_args()
     if not args.table:
-        # in a process of its own: a client in this one would keep the device, or most of its memory, from those below
+        # in a process of its own: a client in this one would keep the device, or most of its
+        # memory, from those below
         ask = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
         backend = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()[-1]
         if backend != "cpu":

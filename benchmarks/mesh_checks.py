@@ -1,4 +1,5 @@
-"""What must hold exactly on a mesh: a small float32 model against one device, and a checkpoint that one device restores."""
+"""What must hold exactly on a mesh: a small float32 model against one device, and a checkpoint that
+one device restores."""
 
 import tempfile
 import time
@@ -20,39 +21,72 @@ from infinitevl_jax.training.step import TrainState, state_shardings
 from pallas_kernels.testing.parity import rel_rms
 
 AGREE = 1e-5  # relative: losses, and the root mean square over each gradient
-RATE = 1e-4  # of plain gradient descent: Adam would make a full step of a gradient that is only rounding
+# of plain gradient descent: Adam would make a full step of a gradient that is only rounding
+RATE = 1e-4
 
 
 def small_model() -> ModelConfig:
     """A layer of each kind, two of the tower, every size a multiple of eight.
 
-    It is as shallow as that because each layer amplifies rounding, and the model's head is its own because a tied one does too.
+    It is as shallow as that because each layer amplifies rounding, and the model's head is its own
+    because a tied one does too.
     """
     text = TextConfig(
-        hybrid_pattern(2, period=2), vocab_size=1024, hidden_size=256, intermediate_size=512, num_attention_heads=8,
-        num_key_value_heads=2, head_dim=32, sliding_window=192, mrope_section=(4, 6, 6), num_linear_heads=8, linear_head_dim=32,
+        hybrid_pattern(2, period=2),
+        vocab_size=1024,
+        hidden_size=256,
+        intermediate_size=512,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        sliding_window=192,
+        mrope_section=(4, 6, 6),
+        num_linear_heads=8,
+        linear_head_dim=32,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     vision = VisionConfig(
-        depth=2, hidden_size=128, intermediate_size=256, num_heads=8, patch_size=4, window_size=16, out_hidden_size=256,
+        depth=2,
+        hidden_size=128,
+        intermediate_size=256,
+        num_heads=8,
+        patch_size=4,
+        window_size=16,
+        out_hidden_size=256,
         fullatt_block_indexes=(1,),
-    )  # fmt: skip
+    )
     return ModelConfig(
-        text, vision, image_token_id=1001, video_token_id=1002, vision_start_token_id=1003, vision_end_token_id=1004,
-        pad_token_id=0, eos_token_ids=(1005,),
-    )  # fmt: skip
+        text,
+        vision,
+        image_token_id=1001,
+        video_token_id=1002,
+        vision_start_token_id=1003,
+        vision_end_token_id=1004,
+        pad_token_id=0,
+        eos_token_ids=(1005,),
+    )
 
 
 def small_setting(rows: int) -> Setting:
     """Float32 throughout; Hopper's kernels refuse it, so that XLA runs."""
     return Setting(
-        small_model(), "all", rows, steps=3, length=256, images=1, grid=(1, 16, 16), remat="none", dtype="float32",
-        attend="xla", gated_delta_rule="xla",
-    )  # fmt: skip
+        small_model(),
+        "all",
+        rows,
+        steps=3,
+        length=256,
+        images=1,
+        grid=(1, 16, 16),
+        remat="none",
+        dtype="float32",
+        attend="xla",
+        gated_delta_rule="xla",
+    )
 
 
 def float32_agreement(meshes: Sequence[Mapping[str, int]], rows: int, results) -> None:
-    """Three steps of gradient descent on every mesh: losses, and all gradients of the last step, against one device's."""
+    """Three steps of gradient descent on every mesh: losses, and all gradients of the last step,
+    against one device's."""
     setting = small_setting(rows)
     begin = starter(setting.config, jnp.float32)
     optimizer = optax.chain(optax.trace(0.0), optax.scale(-RATE))  # the trace keeps the gradient
@@ -73,8 +107,11 @@ def float32_agreement(meshes: Sequence[Mapping[str, int]], rows: int, results) -
         results.attempt("float32", setting, axes, lambda axes=axes: run(axes))
 
 
-def agreement(losses: Sequence[float], wanted: Sequence[float], gradient: Mapping, expected: Mapping) -> dict:
-    """The largest relative difference of a loss and of a gradient with its name; the `problem` if one is above `AGREE`."""
+def agreement(
+    losses: Sequence[float], wanted: Sequence[float], gradient: Mapping, expected: Mapping
+) -> dict:
+    """The largest relative difference of a loss and of a gradient with its name; the `problem` if
+    one is above `AGREE`."""
     if not wanted:
         return {"problem": "one device has nothing to compare with"}
     loss = float(np.max(np.abs(np.divide(losses, wanted) - 1)))
@@ -84,16 +121,22 @@ def agreement(losses: Sequence[float], wanted: Sequence[float], gradient: Mappin
     if not loss <= AGREE:
         return found | {"problem": f"a loss is {loss:.1e} off, allowed are {AGREE:.0e}"}
     if not apart[worst] <= AGREE:
-        return found | {"problem": f"the gradient of {worst} is {apart[worst]:.1e} off, allowed are {AGREE:.0e}"}
+        return found | {
+            "problem": f"the gradient of {worst} is {apart[worst]:.1e} off, allowed are {AGREE:.0e}"
+        }
     return found
 
 
 def restored_alone(setting: Setting, axes: Mapping[str, int], begin, folder: str | None) -> dict:
-    """Two steps on a mesh, a checkpoint, and the same restored on one device: every bit of every array.
+    """Two steps on a mesh, a checkpoint, and the same restored on one device: every bit of every
+    array.
 
     folder: on a disk with room for the state; a temporary folder is made in it.
     """
-    from infinitevl_jax.checkpoints.manager import Checkpoints, abstract_state  # only here: it needs the extra `run`
+    from infinitevl_jax.checkpoints.manager import (
+        Checkpoints,
+        abstract_state,
+    )  # only here: it needs the extra `run`
     from infinitevl_jax.conversion.manifest import Manifest
 
     training = Training(setting, axes, begin).train(setting.batches[:2])
@@ -108,20 +151,31 @@ def restored_alone(setting: Setting, axes: Mapping[str, int], begin, folder: str
         written = time.perf_counter()
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         shapes = jax.eval_shape(lambda: state)
-        restored = checkpoints.restore(abstract_state(shapes, state_shardings(shapes, one)), lambda place: None)
+        restored = checkpoints.restore(
+            abstract_state(shapes, state_shardings(shapes, one)), lambda place: None
+        )
         jax.block_until_ready(restored)
-        figures = {"written_s": round(written - started, 1), "restored_s": round(time.perf_counter() - written, 1)}
+        figures = {
+            "written_s": round(written - started, 1),
+            "restored_s": round(time.perf_counter() - written, 1),
+        }
         checkpoints.close()
     figures |= {"checkpoint_GB": round(size / 1e9, 2), "loss": training.losses}
     return figures | compared(state, restored)
 
 
 def compared(state: TrainState, restored: TrainState) -> dict:
-    """How many arrays were compared bit for bit, and the `problem` if one differs or is not on one device."""
+    """How many arrays were compared bit for bit, and the `problem` if one differs or is not on one
+    device."""
     pairs = list(zip(jax.tree.leaves_with_path(state), jax.tree.leaves(restored), strict=True))
     for (path, before), after in pairs:
         if len(after.sharding.device_set) != 1:
-            return {"problem": f"{jax.tree_util.keystr(path)} was restored to {len(after.sharding.device_set)} devices"}
+            return {
+                "problem": (
+                    f"{jax.tree_util.keystr(path)} was restored to {len(after.sharding.device_set)}"
+                    " devices"
+                )
+            }
         a, b = np.asarray(before), np.asarray(after)
         if (a.dtype, a.shape) != (b.dtype, b.shape) or a.tobytes() != b.tobytes():
             return {"problem": f"{jax.tree_util.keystr(path)} differs after it was restored"}

@@ -1,7 +1,9 @@
-"""Training on one mesh of this host's devices, over rows that are given: the runs that `benchmarks.meshes` compares.
+"""Training on one mesh of this host's devices, over rows that are given: the runs that
+`benchmarks.meshes` compares.
 
-The rows of a step are the same on every mesh. They pass at once, or in turn, a few at a time, with their gradients averaged in float32:
-so one GPU, which cannot hold the activations of all of them, makes the same step as a mesh whose devices hold one row each.
+The rows of a step are the same on every mesh. They pass at once, or in turn, a few at a time, with
+their gradients averaged in float32: so one GPU, which cannot hold the activations of all of them,
+  makes the same step as a mesh whose devices hold one row each.
 """
 
 import os
@@ -13,7 +15,14 @@ from functools import lru_cache
 # what the allocator leaves is for NCCL's buffers and the driver
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
 
-from benchmarks.train_step import GRID, LAYERS, TRAIN, compile_step, mfu, random_batch  # noqa: E402  before jax, for its memory
+from benchmarks.train_step import (
+    GRID,
+    LAYERS,
+    TRAIN,
+    compile_step,
+    mfu,
+    random_batch,
+)  # noqa: E402  before jax, for its memory
 
 import jax  # noqa: E402  # isort: skip
 import numpy as np  # noqa: E402
@@ -45,7 +54,8 @@ Rows = list[TrainBatch]  # each of one row, on the host
 class Setting:
     """What is trained on what, the mesh apart.
 
-    train: of `TRAINED`. rows: of a step, over all devices. at_once: how many of them go through in one pass, None for all.
+    train: of `TRAINED`. rows: of a step, over all devices. at_once: how many of them go through in
+      one pass, None for all.
     length: tokens of a row. images: in each row, of `grid` patches.
     """
 
@@ -66,14 +76,32 @@ class Setting:
 
     @property
     def batches(self) -> list[Rows]:
-        """The rows of every step. Each has as many answer tokens: the mean over rows of their losses is the mean over tokens."""
-        return synthetic_rows(self.config, self.rows, self.steps, self.length, self.images, self.grid)
+        """The rows of every step. Each has as many answer tokens: the mean over rows of their
+        losses is the mean over tokens."""
+        return synthetic_rows(
+            self.config, self.rows, self.steps, self.length, self.images, self.grid
+        )
 
     def words(self) -> dict:
         """The setting as it stands in a line of results."""
-        named = ("train", "rows", "steps", "length", "remat", "layers", "dtype", "attend", "gated_delta_rule", "peak_lr")
+        named = (
+            "train",
+            "rows",
+            "steps",
+            "length",
+            "remat",
+            "layers",
+            "dtype",
+            "attend",
+            "gated_delta_rule",
+            "peak_lr",
+        )
         patches = self.images * int(np.prod(self.grid))
-        return {name: getattr(self, name) for name in named} | {"at_once": self.at_once or self.rows, "patches": patches, "seed": SEED}
+        return {name: getattr(self, name) for name in named} | {
+            "at_once": self.at_once or self.rows,
+            "patches": patches,
+            "seed": SEED,
+        }
 
     def optimizer(self) -> optax.GradientTransformation:
         """AdamW, without a warm-up so that the first steps move."""
@@ -81,11 +109,15 @@ class Setting:
 
 
 @lru_cache(maxsize=1)
-def synthetic_rows(config: ModelConfig, rows: int, steps: int, length: int, images: int, grid: tuple[int, int, int]) -> list[Rows]:
+def synthetic_rows(
+    config: ModelConfig, rows: int, steps: int, length: int, images: int, grid: tuple[int, int, int]
+) -> list[Rows]:
     """Images and random text, the same numbers for the same step and row whatever the mesh."""
 
     def row(step: int, place: int) -> TrainBatch:
-        return random_batch(config, np.random.default_rng((SEED, step, place)), length, images, grid)
+        return random_batch(
+            config, np.random.default_rng((SEED, step, place)), length, images, grid
+        )
 
     return [[row(step, place) for place in range(rows)] for step in range(steps)]
 
@@ -96,13 +128,24 @@ def joined(rows: Sequence[TrainBatch]) -> TrainBatch:
     def concatenate(axes, *leaves):
         return np.concatenate(leaves, axes.index("batch"))
 
-    return jax.tree.map(concatenate, batch_axes(rows[0]), *rows, is_leaf=lambda x: isinstance(x, tuple) and "batch" in x)
+    return jax.tree.map(
+        concatenate,
+        batch_axes(rows[0]),
+        *rows,
+        is_leaf=lambda x: isinstance(x, tuple) and "batch" in x,
+    )
 
 
 class Training:
     """A state on a mesh and its compiled step."""
 
-    def __init__(self, setting: Setting, axes: Mapping[str, int], begin, optimizer: optax.GradientTransformation | None = None):
+    def __init__(
+        self,
+        setting: Setting,
+        axes: Mapping[str, int],
+        begin,
+        optimizer: optax.GradientTransformation | None = None,
+    ):
         """
         Args:
           axes: parts of the mesh's axes, {"fsdp": 2, "tensor": 2}; those left out have one.
@@ -110,9 +153,12 @@ class Training:
           optimizer: the setting's, if None.
         """
         run = RunConfig(
-            **{"fsdp": 1, **axes}, dtype=setting.dtype, remat=setting.remat, scan=LAYERS[setting.layers],
+            **{"fsdp": 1, **axes},
+            dtype=setting.dtype,
+            remat=setting.remat,
+            scan=LAYERS[setting.layers],
             ops=OpsConfig(attention=setting.attend, gated_delta_rule=setting.gated_delta_rule),
-        )  # fmt: skip
+        )
         self.setting, self.mesh = setting, make_mesh(run)
         self.at_once = setting.at_once or setting.rows
         parts, over = divmod(setting.rows, self.at_once)
@@ -121,22 +167,33 @@ class Training:
         optimizer = optimizer or setting.optimizer()
         if parts > 1:
             optimizer = optax.MultiSteps(optimizer, parts).gradient_transformation()
-        names, _ = split_trainable(list(abstract(setting.config, scanned=True)[1]), TRAINED[setting.train])
+        names, _ = split_trainable(
+            list(abstract(setting.config, scanned=True)[1]), TRAINED[setting.train]
+        )
         first = setting.batches[0]
-        self.flops = sum(step_flops(setting.config, names, joined(first)).values()) if setting.train in TRAIN else None
+        self.flops = (
+            sum(step_flops(setting.config, names, joined(first)).values())
+            if setting.train in TRAIN
+            else None
+        )
         part = joined(first[: self.at_once])
-        self._step, self.state, self.figures = compile_step(setting.config, run, self.mesh, optimizer, names, begin, part)
+        self._step, self.state, self.figures = compile_step(
+            setting.config, run, self.mesh, optimizer, names, begin, part
+        )
         ops = resolve_ops(self.mesh, run.ops)
         self.figures["ran"] = ops.report()
         self.losses, self.norms, self.times = [], [], []
 
     def train(self, batches: Sequence[Rows], say=print) -> "Training":
-        """A step for each element of `batches`. Losses are means over all rows of a step, gradients' norms the largest of a
-        pass, times milliseconds from the rows on the devices to the step's end."""
+        """A step for each element of `batches`. Losses are means over all rows of a step,
+        gradients' norms the largest of a pass, times milliseconds from the rows on the devices to
+        the step's end."""
         for count, rows in enumerate(batches, 1):
             with jax.set_mesh(self.mesh):
                 parts = [rows[at : at + self.at_once] for at in range(0, len(rows), self.at_once)]
-                parts = jax.block_until_ready([put_batch(joined(part), self.mesh) for part in parts])
+                parts = jax.block_until_ready(
+                    [put_batch(joined(part), self.mesh) for part in parts]
+                )
                 started, metrics = time.perf_counter(), []
                 for part in parts:
                     self.state, done = self._step(self.state, part)
@@ -146,11 +203,15 @@ class Training:
             self.losses.append(float(np.mean([float(m.loss) for m in metrics])))
             self.norms.append(float(np.max([float(m.grad_norm) for m in metrics])))
             if count % 10 == 0:
-                say(f"  step {count}: loss {self.losses[-1]:.4f}, {self.times[-1]:.0f} ms", flush=True)
+                say(
+                    f"  step {count}: loss {self.losses[-1]:.4f}, {self.times[-1]:.0f} ms",
+                    flush=True,
+                )
         return self
 
     def summary(self) -> dict:
-        """Figures of the steps done: losses, time, tokens/s a device, MFU, and gigabytes each device has held at most."""
+        """Figures of the steps done: losses, time, tokens/s a device, MFU, and gigabytes each
+        device has held at most."""
         timed = self.times[WARMUP:] or self.times
         step_ms = summary(timed, 2) | {"steps": len(timed)}
         tokens = self.setting.rows * self.setting.length
@@ -162,11 +223,14 @@ class Training:
             "step_ms": step_ms,
             "tokens_per_s_per_device": round(tokens / step_ms["median"] * 1e3 / len(devices), 1),
             "mfu": self.flops and mfu(self.flops, step_ms["median"], len(devices)),
-            "peak_GB_so_far": [round(peak / 1e9, 2) for peak in peaks],  # of the process: it cannot be set back
+            "peak_GB_so_far": [
+                round(peak / 1e9, 2) for peak in peaks
+            ],  # of the process: it cannot be set back
         }
 
     def profile(self, folder: str, steps: int = 2) -> dict:
-        """Shares of the GPUs' busy time that collectives took over some steps more; what ran is printed."""
+        """Shares of the GPUs' busy time that collectives took over some steps more; what ran is
+        printed."""
         with jax.profiler.trace(folder):
             self.train(self.setting.batches[:steps])
         found = kernels(folder)
@@ -175,5 +239,6 @@ class Training:
 
 
 def one_gpu(setting: Setting, at_once: int = 1) -> Setting:
-    """The same rows, few at a time. Two rows' kept activations do not fit on 80 GB, so that these are computed again."""
+    """The same rows, few at a time. Two rows' kept activations do not fit on 80 GB, so that these
+    are computed again."""
     return replace(setting, at_once=at_once, remat=setting.remat if at_once == 1 else "full")

@@ -1,19 +1,27 @@
-"""Training on meshes of one host's GPUs beside one GPU, on the same rows: numbers, speed, memory, checkpoints.
+"""Training on meshes of one host's GPUs beside one GPU, on the same rows: numbers, speed, memory,
+checkpoints.
 
     python -m benchmarks.meshes                          # every mesh of all GPUs, beside one GPU
     python -m benchmarks.meshes --mesh fsdp=2 --mesh fsdp=2,tensor=2
-    python -m benchmarks.meshes one_gpu --rows 8         # the parts apart, where a call has a limit of time ...
-    python -m benchmarks.meshes meshes --mesh fsdp=4,tensor=2 --reuse benchmarks/results/meshes.jsonl   # ... and the rest beside them
-    python -m benchmarks.meshes float32                  # a small model in float32, which must agree to 1e-5
-    python -m benchmarks.meshes checkpoint --mesh fsdp=2 --folder /tmp/checkpoint   # written on the mesh, restored on one GPU
+    python -m benchmarks.meshes one_gpu --rows 8         # the parts apart, where a call has a limit
+    of time ... python -m benchmarks.meshes meshes --mesh fsdp=4,tensor=2 --reuse
+    benchmarks/results/meshes.jsonl   # ... and the rest beside them python -m benchmarks.meshes
+    float32                  # a small model in float32, which must agree to 1e-5 python -m
+    benchmarks.meshes checkpoint --mesh fsdp=2 --folder /tmp/checkpoint   # written on the mesh,
+    restored on one GPU
 
-`one_gpu` and `meshes`: the 4.4 B model, 8K tokens a row, random parameters, synthetic rows, a row for each GPU (`--rows` for another
-number). One GPU takes the rows in turn and averages their gradients in float32. Its noise is the largest difference in loss, over all
-steps, to runs on one GPU that differ in the order of sums alone: `order` takes the rows in the reverse order; `pairs` takes two at a
-time, so that the sum over both is made inside the products, before it is rounded to bfloat16. A mesh passes if everything is finite and
-the loss of every step is within `--factor` times the noise of one GPU's. Weak scaling is tokens/s a GPU over those of one GPU with one row.
+`one_gpu` and `meshes`: the 4.4 B model, 8K tokens a row, random parameters, synthetic rows, a row
+  for each GPU (`--rows` for another
+number). One GPU takes the rows in turn and averages their gradients in float32. Its noise is the
+largest difference in loss, over all steps, to runs on one GPU that differ in the order of sums
+alone: `order` takes the rows in the reverse order; `pairs` takes two at a time, so that the sum
+  over both is made inside the products, before it is rounded to bfloat16. A mesh passes if
+  everything is finite and
+the loss of every step is within `--factor` times the noise of one GPU's. Weak scaling is tokens/s a
+GPU over those of one GPU with one row.
 
-Each result is a line of the output file as soon as it is known. The exit code is 1 if anything failed.
+Each result is a line of the output file as soon as it is known. The exit code is 1 if anything
+failed.
 """
 
 import argparse
@@ -27,7 +35,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.mesh_training import TRAINED, WARMUP, Setting, Training, one_gpu  # before jax, for its memory
+from benchmarks.mesh_training import (
+    TRAINED,
+    WARMUP,
+    Setting,
+    Training,
+    one_gpu,
+)  # before jax, for its memory
 
 import jax  # isort: skip
 import numpy as np
@@ -50,25 +64,39 @@ class Results:
 
     def __init__(self, path: Path, commit: str, reuse: Path | None = None):
         self.path, self.commit, self.problems = path, commit, []
-        self.earlier = [json.loads(line) for line in reuse.read_text("utf-8").splitlines()] if reuse else []
+        self.earlier = (
+            [json.loads(line) for line in reuse.read_text("utf-8").splitlines()] if reuse else []
+        )
 
     def write(self, part: str, setting: Setting, figures: dict) -> dict:
         """One line; a `problem` in it makes the program fail."""
-        line = record("meshes", self.commit, {"part": part, **setting.words(), **figures}, self.path)
+        line = record(
+            "meshes", self.commit, {"part": part, **setting.words(), **figures}, self.path
+        )
         if "problem" in line:
             self.problems.append(f"{part} {named(line.get('mesh', {}))}: {line['problem']}")
         return line
 
     def found(self, part: str, setting: Setting) -> dict | None:
-        """The newest earlier line of this part with the same setting, device, versions and commit, if it has no problem."""
+        """The newest earlier line of this part with the same setting, device, versions and commit,
+        if it has no problem."""
         wanted = {"part": part, "commit": self.commit, **setting.words(), **circumstances()}
         del wanted["date"]
-        matches = (line for line in reversed(self.earlier) if wanted.items() <= line.items() and "problem" not in line)
+        matches = (
+            line
+            for line in reversed(self.earlier)
+            if wanted.items() <= line.items() and "problem" not in line
+        )
         return next(matches, None)
 
     def attempt(self, part: str, setting: Setting, axes: Axes, make: Callable[[], dict]) -> dict:
-        """What `make` gives, written; an exception is written as the problem, and the other runs go on."""
-        print(f"\n{part} {named(axes)}, {setting.rows} rows, {setting.at_once or setting.rows} at once", flush=True)
+        """What `make` gives, written; an exception is written as the problem, and the other runs go
+        on."""
+        print(
+            f"\n{part} {named(axes)}, {setting.rows} rows, {setting.at_once or setting.rows} at"
+            " once",
+            flush=True,
+        )
         try:
             figures = make()
         except Exception as error:
@@ -80,11 +108,15 @@ class Results:
 def run_one_gpu(setting: Setting, begin, noise: Sequence[str], results: Results) -> None:
     """Speed with one row; losses of all rows; the same by other orders of sums."""
     single, in_turn = alone(setting)
-    variants = [("speed", single), ("losses", in_turn)] + [(name, noisy(setting, name)) for name in noise]
+    variants = [("speed", single), ("losses", in_turn)] + [
+        (name, noisy(setting, name)) for name in noise
+    ]
     for part, variant in variants:
 
         def make(part=part, variant=variant):
-            batches = [rows[::-1] for rows in variant.batches] if part == "order" else variant.batches
+            batches = (
+                [rows[::-1] for rows in variant.batches] if part == "order" else variant.batches
+            )
             figures = Training(variant, {}, begin).train(batches).summary()
             return figures | not_finite(figures)
 
@@ -95,25 +127,43 @@ def run_one_gpu(setting: Setting, begin, noise: Sequence[str], results: Results)
 
 
 def run_meshes(
-    setting: Setting, meshes: Sequence[Axes], begin, noise: Sequence[str], factor: float, results: Results, profile: str | None = None
+    setting: Setting,
+    meshes: Sequence[Axes],
+    begin,
+    noise: Sequence[str],
+    factor: float,
+    results: Results,
+    profile: str | None = None,
 ) -> None:
     """Each mesh against one GPU's lines, which must be there already."""
     single, in_turn = alone(setting)
     speed, reference = results.found("speed", single), results.found("losses", in_turn)
     others = {name: results.found(name, noisy(setting, name)) for name in noise}
-    if missing := [name for name, line in {"speed": speed, "losses": reference, **others}.items() if line is None]:
-        results.problems.append(f"no result of one GPU to compare with: {', '.join(missing)}; run the part one_gpu first")
+    if missing := [
+        name
+        for name, line in {"speed": speed, "losses": reference, **others}.items()
+        if line is None
+    ]:
+        results.problems.append(
+            f"no result of one GPU to compare with: {', '.join(missing)}; run the part one_gpu"
+            " first"
+        )
         return
     measured = {name: difference(line["loss"], reference["loss"]) for name, line in others.items()}
     bound = factor * max(*measured.values(), RESOLUTION * max(reference["loss"]))
-    print(f"\nnoise of one GPU: {measured}; allowed: {factor} times the larger, {bound:.2e}", flush=True)
+    print(
+        f"\nnoise of one GPU: {measured}; allowed: {factor} times the larger, {bound:.2e}",
+        flush=True,
+    )
     for axes in meshes:
 
         def make(axes=axes):
             training = Training(setting, axes, begin).train(setting.batches)
             figures = training.summary() | {"noise": measured, "factor": factor, "bound": bound}
             figures |= verdict(figures, reference["loss"], bound)
-            figures["weak_scaling"] = round(figures["tokens_per_s_per_device"] / speed["tokens_per_s_per_device"], 4)
+            figures["weak_scaling"] = round(
+                figures["tokens_per_s_per_device"] / speed["tokens_per_s_per_device"], 4
+            )
             if profile:
                 figures |= training.profile(str(Path(profile) / named(axes)))
             return figures
@@ -139,9 +189,15 @@ def difference(losses: Sequence[float], reference: Sequence[float]) -> float:
 def verdict(figures: dict, reference: Sequence[float], bound: float) -> dict:
     """The largest difference in loss and its step, and the `problem` if there is one."""
     apart = np.abs(np.subtract(figures["loss"], reference))
-    found = {"difference": float(np.max(apart)), "difference_at": int(np.argmax(apart)) + 1} | not_finite(figures)
+    found = {
+        "difference": float(np.max(apart)),
+        "difference_at": int(np.argmax(apart)) + 1,
+    } | not_finite(figures)
     if "problem" not in found and not found["difference"] <= bound:
-        found["problem"] = f"loss of step {found['difference_at']} is {found['difference']:.3g} off, allowed are {bound:.3g}"
+        found["problem"] = (
+            f"loss of step {found['difference_at']} is {found['difference']:.3g} off, allowed are"
+            f" {bound:.3g}"
+        )
     return found
 
 
@@ -164,39 +220,81 @@ def parse_mesh(text: str) -> dict[str, int]:
     for part in text.split(","):
         axis, _, size = part.partition("=")
         if axis not in AXES or axis in axes or not size.isdecimal() or int(size) < 1:
-            raise argparse.ArgumentTypeError(f"{text!r}: write axes among {', '.join(AXES[:3])} with their parts, such as fsdp=2,tensor=2")
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: write axes among {', '.join(AXES[:3])} with their parts, such as"
+                " fsdp=2,tensor=2"
+            )
         axes[axis] = int(size)
     return axes
 
 
 def all_meshes(devices: int) -> list[dict[str, int]]:
-    """The meshes of all of a host's devices that are of interest: each axis alone, and fsdp beside each other one."""
-    meshes = [{"data": devices}, {"fsdp": devices}] + ([{"tensor": devices}] if devices <= 4 else [])
+    """The meshes of all of a host's devices that are of interest: each axis alone, and fsdp beside
+    each other one."""
+    meshes = [{"data": devices}, {"fsdp": devices}] + (
+        [{"tensor": devices}] if devices <= 4 else []
+    )
     if devices >= 4 and devices % 2 == 0:
         meshes += [{"fsdp": devices // 2, "tensor": 2}, {"data": 2, "fsdp": devices // 2}]
     return meshes
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; by default the first two")
-    parser.add_argument("--mesh", type=parse_mesh, action="append", help="such as fsdp=2,tensor=2; several; by default all of interest")
+    parser.add_argument(
+        "--mesh",
+        type=parse_mesh,
+        action="append",
+        help="such as fsdp=2,tensor=2; several; by default all of interest",
+    )
     parser.add_argument("--train", choices=TRAINED, default="mixers")
-    parser.add_argument("--rows", type=int, help="of a step, over all GPUs; by default one for each GPU of the largest mesh")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        help="of a step, over all GPUs; by default one for each GPU of the largest mesh",
+    )
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--length", type=int, default=8192, help="tokens of a row")
-    parser.add_argument("--patches", type=int, default=4096, help="image patches in a row: a multiple of 1024")
+    parser.add_argument(
+        "--patches", type=int, default=4096, help="image patches in a row: a multiple of 1024"
+    )
     parser.add_argument("--remat", choices=REMATS, default="dots")
     parser.add_argument("--layers", choices=LAYERS, default="scanned")
-    parser.add_argument("--attend", help='implementations allowed, in order, such as "mosaic_gpu,xla"')
+    parser.add_argument(
+        "--attend", help='implementations allowed, in order, such as "mosaic_gpu,xla"'
+    )
     parser.add_argument("--gated-delta-rule", help="likewise")
     parser.add_argument("--noise", nargs="+", choices=NOISE, default=list(NOISE))
-    parser.add_argument("--factor", type=float, default=4.0, help="how many times the noise a mesh's losses may be off")
-    parser.add_argument("--profile", help="trace two steps of each mesh into this folder; shares of time in collectives are recorded")
-    parser.add_argument("--folder", help="where the part checkpoint writes (19 GB with --train mixers); removed afterwards")
+    parser.add_argument(
+        "--factor",
+        type=float,
+        default=4.0,
+        help="how many times the noise a mesh's losses may be off",
+    )
+    parser.add_argument(
+        "--profile",
+        help=(
+            "trace two steps of each mesh into this folder; shares of time in collectives are"
+            " recorded"
+        ),
+    )
+    parser.add_argument(
+        "--folder",
+        help="where the part checkpoint writes (19 GB with --train mixers); removed afterwards",
+    )
     parser.add_argument("--output", type=Path, default=RESULTS / "meshes.jsonl")
-    parser.add_argument("--reuse", type=Path, help="a file of results from which one GPU's are taken where they are of the same setting")
-    parser.add_argument("--compilation-cache", help="a folder to keep compiled programs in; by default this run's own")
+    parser.add_argument(
+        "--reuse",
+        type=Path,
+        help="a file of results from which one GPU's are taken where they are of the same setting",
+    )
+    parser.add_argument(
+        "--compilation-cache",
+        help="a folder to keep compiled programs in; by default this run's own",
+    )
     add_commit(parser)
     args = parser.parse_args(argv)
     args.parts = args.parts or ["one_gpu", "meshes"]
@@ -205,13 +303,20 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args.mesh = args.mesh or all_meshes(len(jax.devices()))
     sizes = [math.prod(axes.values()) for axes in args.mesh]
     if max(sizes) > len(jax.devices()):
-        parser.error(f"--mesh {named(args.mesh[int(np.argmax(sizes))])} needs {max(sizes)} devices, this machine has {len(jax.devices())}")
+        parser.error(
+            f"--mesh {named(args.mesh[int(np.argmax(sizes))])} needs {max(sizes)} devices, this"
+            f" machine has {len(jax.devices())}"
+        )
     args.rows = args.rows or max(sizes)
     for axes in args.mesh:
         if args.rows % (parts := axes.get("data", 1) * axes.get("fsdp", 1)):
-            parser.error(f"--rows {args.rows} does not divide over the {parts} parts of {named(axes)}")
+            parser.error(
+                f"--rows {args.rows} does not divide over the {parts} parts of {named(axes)}"
+            )
     if args.rows % 2:
-        parser.error(f"--rows {args.rows}: an even number, so that they can be summed in another order")
+        parser.error(
+            f"--rows {args.rows}: an even number, so that they can be summed in another order"
+        )
     if args.patches % math.prod(GRID):
         parser.error(f"--patches {args.patches}: an image has {math.prod(GRID)}")
     if args.steps <= WARMUP:
@@ -221,7 +326,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def compilation_cache(folder: str | None) -> Iterator[None]:
-    """Programs that are compiled again in this run, or in another with the same folder, are read from there."""
+    """Programs that are compiled again in this run, or in another with the same folder, are read
+    from there."""
     with tempfile.TemporaryDirectory() as own:
         before = jax.config.jax_compilation_cache_dir
         jax.config.update("jax_compilation_cache_dir", folder or own)
@@ -236,9 +342,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit code."""
     args = arguments(argv)
     setting = Setting(
-        train=args.train, rows=args.rows, steps=args.steps, length=args.length, images=args.patches // math.prod(GRID),
-        remat=args.remat, layers=args.layers, attend=args.attend, gated_delta_rule=args.gated_delta_rule,
-    )  # fmt: skip
+        train=args.train,
+        rows=args.rows,
+        steps=args.steps,
+        length=args.length,
+        images=args.patches // math.prod(GRID),
+        remat=args.remat,
+        layers=args.layers,
+        attend=args.attend,
+        gated_delta_rule=args.gated_delta_rule,
+    )
     results = Results(args.output, args.commit, args.reuse)
     with compilation_cache(args.compilation_cache):
         if "float32" in args.parts:
@@ -250,10 +363,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_meshes(setting, args.mesh, begin, args.noise, args.factor, results, args.profile)
         if "checkpoint" in args.parts:
             for axes in args.mesh:
-                results.attempt("checkpoint", setting, axes, lambda axes=axes: restored_alone(setting, axes, begin, args.folder))
+                results.attempt(
+                    "checkpoint",
+                    setting,
+                    axes,
+                    lambda axes=axes: restored_alone(setting, axes, begin, args.folder),
+                )
     for problem in results.problems:
         print(f"FAILED {problem}", flush=True)
-    print("all within bounds" if not results.problems else f"{len(results.problems)} failed", flush=True)
+    print(
+        "all within bounds" if not results.problems else f"{len(results.problems)} failed",
+        flush=True,
+    )
     return 1 if results.problems else 0
 
 

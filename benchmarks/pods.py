@@ -1,11 +1,13 @@
 """Compile the 4.4 B training step (8K tokens a row, global batch 64) for TPU pods, on any CPU.
 
-    python -m benchmarks.pods                       # v5p:4x4x4 and v6e:8x8; into benchmarks/results/pods.jsonl
-    python -m benchmarks.pods --topology v6e:8x8 --tensor 2
+    python -m benchmarks.pods                       # v5p:4x4x4 and v6e:8x8; into
+    benchmarks/results/pods.jsonl python -m benchmarks.pods --topology v6e:8x8 --tensor 2
 
-Everything but the vision tower and the embeddings trains, in f32 with Adam's moments; activations are bf16, every layer is recomputed in
-the backward pass. Several minutes a topology on two cores. No chip is involved: memory is the compiler's own account. Each line also
-counts the program's collectives as they stand in its text (one inside a loop counts once), and names those with a row's length.
+Everything but the vision tower and the embeddings trains, in f32 with Adam's moments; activations
+are bf16, every layer is recomputed in the backward pass. Several minutes a topology on two cores.
+No chip is involved: memory is the compiler's own account. Each line also counts the program's
+  collectives as they stand in its text (one inside a loop counts once), and names those with a
+  row's length.
 """
 
 import argparse
@@ -46,8 +48,8 @@ TRAINABLE = [r"layers\..*", r"norm\.weight"]
 def compile_step(
     topology: str, *, rows: int = 64, length: int = 8192, patches: int = 4096, tensor: int = 1
 ) -> tuple[PodReport, list[str]]:
-    """The training step of the published size, compiled for a pod with axes data, fsdp (all that is left), tensor, context; and what
-    runs in it."""
+    """The training step of the published size, compiled for a pod with axes data, fsdp (all that is
+    left), tensor, context; and what runs in it."""
     config, run = infinitevl_4b(), RunConfig(dtype="bfloat16", remat="full")
     mesh = pod_mesh(topology, {"data": 1, "fsdp": -1, "tensor": tensor, "context": 1})
     optimizer = make_optimizer(OptimizerConfig(), 1000)
@@ -59,22 +61,35 @@ def compile_step(
 
 
 def collectives(hlo: str) -> Counter[tuple[str, str]]:
-    """How often a program's text holds each collective operation and result, such as ("all-gather", "bf16[2048,11008]").
+    """How often a program's text holds each collective operation and result, such as ("all-gather",
+    "bf16[2048,11008]").
 
-    One that returns several arrays counts once for each; one that is started and awaited (`all-gather-start`) counts its operands too.
+    One that returns several arrays counts once for each; one that is started and awaited
+    (`all-gather-start`) counts its operands too.
     """
     found = re.findall(rf"= (.+?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", hlo)
-    return Counter((kind, shape) for result, kind in found for shape in re.findall(r"\w+\[[\d,]*\]", result))
+    return Counter(
+        (kind, shape) for result, kind in found for shape in re.findall(r"\w+\[[\d,]*\]", result)
+    )
 
 
 def of_rows(found: Iterable[tuple[str, str]], length: int) -> list[str]:
-    """The collectives whose results have the length of a row as a dimension: tokens or activations, where parameters are meant."""
-    return sorted(f"{kind} {shape}" for kind, shape in found if re.search(rf"[\[,]{length}[,\]]", shape))
+    """The collectives whose results have the length of a row as a dimension: tokens or activations,
+    where parameters are meant."""
+    return sorted(
+        f"{kind} {shape}" for kind, shape in found if re.search(rf"[\[,]{length}[,\]]", shape)
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--topology", action="append", help="v5e:16x16, v5p:4x4x4, v6e:8x8, tpu7x:4x4x4, ... (several allowed)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--topology",
+        action="append",
+        help="v5e:16x16, v5p:4x4x4, v6e:8x8, tpu7x:4x4x4, ... (several allowed)",
+    )
     parser.add_argument("--rows", type=int, default=64, help="global batch")
     parser.add_argument("--length", type=int, default=8192, help="tokens a row")
     parser.add_argument("--patches", type=int, default=4096, help="image patches a row")
@@ -83,14 +98,28 @@ def main():
     args = parser.parse_args()
     for topology in args.topology or ["v5p:4x4x4", "v6e:8x8"]:
         started = time.perf_counter()
-        report, ran = compile_step(topology, rows=args.rows, length=args.length, patches=args.patches, tensor=args.tensor)
+        report, ran = compile_step(
+            topology, rows=args.rows, length=args.length, patches=args.patches, tensor=args.tensor
+        )
         hbm = HBM[topology.split(":")[0]]
-        line = {"topology": topology, "rows": args.rows, "length": args.length, "patches": args.patches}
+        line = {
+            "topology": topology,
+            "rows": args.rows,
+            "length": args.length,
+            "patches": args.patches,
+        }
         line |= {"tensor": args.tensor, "compile_s": round(time.perf_counter() - started, 1)}
-        line |= {f"{k}_GB": round(getattr(report, k) / 1e9, 3) for k in ("arguments", "outputs", "temporaries", "peak")}
+        line |= {
+            f"{k}_GB": round(getattr(report, k) / 1e9, 3)
+            for k in ("arguments", "outputs", "temporaries", "peak")
+        }
         line |= {"hbm_GB": hbm / 1e9, "fits": report.peak < hbm, "ran": ran}
         found = collectives(report.hlo)
-        line["collectives"] = {kind: n for kind in COLLECTIVES if (n := sum(n for (k, _), n in found.items() if k == kind))}
+        line["collectives"] = {
+            kind: n
+            for kind in COLLECTIVES
+            if (n := sum(n for (k, _), n in found.items() if k == kind))
+        }
         line["of_rows"] = of_rows(found, args.length)
         record("pods", args.commit, line)
 

@@ -1,10 +1,12 @@
-"""Prefill of the published size on one GPU, with and without kernels: 4,408,381,536 random bf16 parameters, one text prompt.
+"""Prefill of the published size on one GPU, with and without kernels: 4,408,381,536 random bf16
+parameters, one text prompt.
 
-    python -m benchmarks.prefill                   # 8K and 32K tokens; into benchmarks/results/prefill.jsonl
-    python -m benchmarks.prefill --lengths 8192 --allowed xla
+    python -m benchmarks.prefill                   # 8K and 32K tokens; into
+    benchmarks/results/prefill.jsonl python -m benchmarks.prefill --lengths 8192 --allowed xla
 
-Each line also says how far the logits of the first prompt's last token are from those of the same parameters computed in float32 by XLA
-(relative RMS; random parameters damp no rounding, so compare the implementations with each other).
+Each line also says how far the logits of the first prompt's last token are from those of the same
+parameters computed in float32 by XLA (relative RMS; random parameters damp no rounding, so compare
+the implementations with each other).
 """
 
 import argparse
@@ -24,18 +26,36 @@ from pallas_kernels.testing.parity import rel_rms
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768])
-    parser.add_argument("--allowed", nargs="+", default=["xla", "mosaic_gpu,xla"], help="implementations of both mixers, in order")
+    parser.add_argument(
+        "--allowed",
+        nargs="+",
+        default=["xla", "mosaic_gpu,xla"],
+        help="implementations of both mixers, in order",
+    )
     parser.add_argument("--repeats", type=int, default=20)
     add_commit(parser)
     args = parser.parse_args()
 
     config, rng = infinitevl_4b(), np.random.default_rng(0)
-    prompts = {n: [prepare(config, rng.integers(0, 150_000, (1, n))) for _ in range(4)] for n in args.lengths}
+    prompts = {
+        n: [prepare(config, rng.integers(0, 150_000, (1, n))) for _ in range(4)]
+        for n in args.lengths
+    }
     params = InfiniteVL.random(config, dtype=jnp.bfloat16).params
-    exact = InfiniteVL(config, params, dtype=jnp.float32, ops=resolve_ops(None, OpsConfig(attention="xla", gated_delta_rule="xla")))
-    right = {n: np.asarray(exact.prefill(prompts[n][0], exact.init_cache(1))[0], np.float64) for n in args.lengths}
+    exact = InfiniteVL(
+        config,
+        params,
+        dtype=jnp.float32,
+        ops=resolve_ops(None, OpsConfig(attention="xla", gated_delta_rule="xla")),
+    )
+    right = {
+        n: np.asarray(exact.prefill(prompts[n][0], exact.init_cache(1))[0], np.float64)
+        for n in args.lengths
+    }
     for allowed in args.allowed:
         ops = resolve_ops(None, OpsConfig(attention=allowed, gated_delta_rule=allowed))
         model = InfiniteVL(config, params, dtype=jnp.bfloat16, ops=ops)
@@ -44,10 +64,25 @@ def main() -> None:
             started, turn = time.perf_counter(), iter(range(10**6))
             logits = np.asarray(model.prefill(prompts[length][0], fresh)[0], np.float64)
             compile_s = round(time.perf_counter() - started, 1)
-            ms = timed(lambda model=model, fresh=fresh, turn=turn, n=length: model.prefill(prompts[n][next(turn) % 4], fresh), args.repeats)
-            line = {"parameters": model.parameter_count, "allowed": allowed, "prompt": length, "compile_s": compile_s, "ms": ms}
+            ms = timed(
+                lambda model=model, fresh=fresh, turn=turn, n=length: model.prefill(
+                    prompts[n][next(turn) % 4], fresh
+                ),
+                args.repeats,
+            )
+            line = {
+                "parameters": model.parameter_count,
+                "allowed": allowed,
+                "prompt": length,
+                "compile_s": compile_s,
+                "ms": ms,
+            }
             line["error"] = round(float(rel_rms(logits, right[length])), 5)
-            record("prefill", args.commit, line | {"ran": [text for text in ops.report() if text not in before]})
+            record(
+                "prefill",
+                args.commit,
+                line | {"ran": [text for text in ops.report() if text not in before]},
+            )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""One line of JSON a result: what was measured, when, on what, with which versions, at which commit.
+"""One line of JSON a result: what was measured, when, on what, with which versions, at which
+commit.
 
-A file of results is a snapshot: it holds the newest line of each case on each device. Older ones are in the history of the repository.
+A file of results is a snapshot: it holds the newest line of each case on each device. Older ones
+  are in the history of the repository.
 """
 
 import argparse
@@ -14,7 +16,8 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 
-# What tells the cases of a benchmark apart, beside the device. A line that lacks a key stands for its default, whatever that is.
+# What tells the cases of a benchmark apart, beside the device. A line that lacks a key stands for
+# its default, whatever that is.
 CASES = {
     "attend": ("case", "heads", "width", "window", "dtype", "implementation", "work", "length"),
     "convert": ("parameters",),
@@ -23,25 +26,51 @@ CASES = {
     "full_size": ("parameters", "prompt"),
     "gated_delta_rule": ("heads", "widths", "dtype", "implementation", "spans", "work", "shape"),
     "meshes": (
-        *("part", "mesh", "train", "rows", "steps", "length", "patches", "remat", "layers", "dtype"),
+        *(
+            "part",
+            "mesh",
+            "train",
+            "rows",
+            "steps",
+            "length",
+            "patches",
+            "remat",
+            "layers",
+            "dtype",
+        ),
         *("attend", "gated_delta_rule", "peak_lr", "at_once", "seed"),
     ),
     "pods": ("topology", "rows", "length", "patches", "tensor"),
     "prefill": ("parameters", "allowed", "prompt"),
     "tpu_scores": ("op", "program", "topology", "length", "heads"),
-    "train_step": ("train", "remat", "layers", "attend", "gated_delta_rule", "length", "patches", "dtype"),
+    "train_step": (
+        "train",
+        "remat",
+        "layers",
+        "attend",
+        "gated_delta_rule",
+        "length",
+        "patches",
+        "dtype",
+    ),
 }
 
 
 def add_commit(parser: argparse.ArgumentParser) -> None:
-    """Add --commit; it may be left out only where git knows the answer, so that no long run ends without one."""
+    """Add --commit; it may be left out only where git knows the answer, so that no long run ends
+    without one."""
     here = _git("describe", "--always", "--dirty", "--abbrev=12")
-    text = f"the commit measured (default {here})" if here else "the commit measured: these sources have no git history to name it"
+    text = (
+        f"the commit measured (default {here})"
+        if here
+        else "the commit measured: these sources have no git history to name it"
+    )
     parser.add_argument("--commit", default=here, required=not here, help=text)
 
 
 def record(name: str, commit: str, figures: dict, path: Path | None = None) -> dict:
-    """Print the line and put it into a file (by default benchmarks/results/NAME.jsonl), where it replaces the one of its case.
+    """Print the line and put it into a file (by default benchmarks/results/NAME.jsonl), where it
+    replaces the one of its case.
 
     Args:
       name: the benchmark, one of CASES.
@@ -78,12 +107,19 @@ def circumstances() -> dict[str, str]:
 
     kind = jax.devices()[0].device_kind
     device = f"{_processor()}, {os.cpu_count()} cores" if kind == "cpu" else kind
-    return {"date": datetime.date.today().isoformat(), "device": device, "python": platform.python_version(), **versions("jax")}
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": device,
+        "python": platform.python_version(),
+        **versions("jax"),
+    }
 
 
 def _git(*arguments: str) -> str:
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent, check=False)
+        done = subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent, check=False
+        )
     except FileNotFoundError:
         return ""
     return done.stdout.strip()
@@ -94,4 +130,7 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
         lines = []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )

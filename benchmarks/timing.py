@@ -1,4 +1,5 @@
-"""How kernels are timed: several calls in one program, so that launches do not count, and the median of twenty programs."""
+"""How kernels are timed: several calls in one program, so that launches do not count, and the
+median of twenty programs."""
 
 import statistics
 import time
@@ -12,20 +13,27 @@ REPEATS = 20
 
 
 def repeated(call: Callable, calls: int) -> Callable:
-    """A jitted program of `calls` calls, one after the other. One number of each result goes into the next inputs, of the last result
-    into those that are left over: no call can be left out, and no work on an input moved out of the loop."""
+    """A jitted program of `calls` calls, one after the other. One number of each result goes into
+    the next inputs, of the last result
+    into those that are left over: no call can be left out, and no work on an input moved out of the
+      loop."""
 
     def again(_, inputs):
         results = jax.tree.leaves(call(*inputs))
         results += results[-1:] * (len(inputs) - len(results))
-        return tuple(x.at[(0,) * x.ndim].set(y[(0,) * y.ndim].astype(x.dtype)) for x, y in zip(inputs, results, strict=False))
+        return tuple(
+            x.at[(0,) * x.ndim].set(y[(0,) * y.ndim].astype(x.dtype))
+            for x, y in zip(inputs, results, strict=False)
+        )
 
     return jax.jit(lambda *inputs: jax.lax.fori_loop(0, calls, again, inputs))
 
 
 def compiled(programs: Mapping[Hashable, tuple[Callable, list]]) -> dict[Hashable, Callable]:
-    """Jitted programs, each with the shapes of its inputs, compiled side by side before anything is timed. In the place of one that
-    does not compile stands a function that raises why: it must not take the others' figures along."""
+    """Jitted programs, each with the shapes of its inputs, compiled side by side before anything is
+    timed. In the place of one that
+    does not compile stands a function that raises why: it must not take the others' figures
+      along."""
 
     def build(program):
         run, shapes = program
@@ -55,4 +63,7 @@ def milliseconds(run: Callable, inputs: list[jax.Array], calls: int) -> list[flo
 
 
 def summary(times: list[float], digits: int = 4) -> dict[str, float]:
-    return {name: round(of(times), digits) for name, of in (("median", statistics.median), ("min", min), ("max", max))}
+    return {
+        name: round(of(times), digits)
+        for name, of in (("median", statistics.median), ("min", min), ("max", max))
+    }

@@ -1,6 +1,8 @@
-"""Programs whose static score for TPU is recorded: functions with the shapes to compile them for, by arguments that JSON can carry.
+"""Programs whose static score for TPU is recorded: functions with the shapes to compile them for,
+by arguments that JSON can carry.
 
-A kernel that is to be scored gets a builder here, or in a module of its own, and a line in `benchmarks.tpu_scores`.
+A kernel that is to be scored gets a builder here, or in a module of its own, and a line in
+`benchmarks.tpu_scores`.
 """
 
 import dataclasses
@@ -30,17 +32,24 @@ f32, i32 = jnp.float32, jnp.int32
 
 
 def gdn_kernels(
-    *kernels: str, length: int = 8192, heads: int = 16, widths: tuple[int, int] = (128, 256), dtype: str = "bfloat16", save: bool = True
+    *kernels: str,
+    length: int = 8192,
+    heads: int = 16,
+    widths: tuple[int, int] = (128, 256),
+    dtype: str = "bfloat16",
+    save: bool = True,
 ) -> tuple[Callable, tuple]:
-    """Kernels of the gated delta rule ("inverse", "chunk_scan", "backward") as they run for one sequence, with all that training needs
-    (`save`) or without; each for itself, in one program."""
+    """Kernels of the gated delta rule ("inverse", "chunk_scan", "backward") as they run for one
+    sequence, with all that training needs (`save`) or without; each for itself, in one program."""
     size = delta_tpu._chunk_size(length)
     chunks, (key, value) = -(-length // size), widths
 
     def chunked(*shape, kind=dtype):
         return jax.ShapeDtypeStruct((chunks, 1, heads, *shape), kind)
 
-    keys, values = (jax.ShapeDtypeStruct((1, chunks * size, heads * width), dtype) for width in widths)
+    keys, values = (
+        jax.ShapeDtypeStruct((1, chunks * size, heads * width), dtype) for width in widths
+    )
     t, rows = chunked(size, size), chunked(ROWS, size, kind=f32)
     state = jax.ShapeDtypeStruct((1, heads, key, value), f32)
     block = delta_tpu._heads(heads, key, value, dtype)
@@ -48,31 +57,53 @@ def gdn_kernels(
     parts = [t, t] if dtype == "bfloat16" else [t]
     known = {
         "inverse": (lambda *x: inverse(*x, block, save, False), (keys, rows)),
-        "chunk_scan": (lambda *x: chunk_scan(*x, block, save, False), (keys, keys, values, t, rows, state)),
+        "chunk_scan": (
+            lambda *x: chunk_scan(*x, block, save, False),
+            (keys, keys, values, t, rows, state),
+        ),
         "backward": (
-            lambda *x: backward(*x, delta_tpu._heads(heads, key, value, dtype, TPUDelta.backward), False),
+            lambda *x: backward(
+                *x, delta_tpu._heads(heads, key, value, dtype, TPUDelta.backward), False
+            ),
             (keys, keys, values, parts, rows, states, values, state),
         ),
     }
     functions, shapes = zip(*(known[kernel] for kernel in kernels), strict=True)
-    return lambda *inputs: [function(*x) for function, x in zip(functions, inputs, strict=True)], shapes
+    return lambda *inputs: [
+        function(*x) for function, x in zip(functions, inputs, strict=True)
+    ], shapes
 
 
-def conv_kernels(length: int = 8192, channels: int = 4096, dtype: str = "bfloat16") -> tuple[Callable, tuple]:
+def conv_kernels(
+    length: int = 8192, channels: int = 4096, dtype: str = "bfloat16"
+) -> tuple[Callable, tuple]:
     """The short convolution of one packed sequence, forward and backward."""
-    x, token = jax.ShapeDtypeStruct((1, length, channels), dtype), jax.ShapeDtypeStruct((1, length), i32)
+    x, token = (
+        jax.ShapeDtypeStruct((1, length, channels), dtype),
+        jax.ShapeDtypeStruct((1, length), i32),
+    )
 
     def both(x, weight, index, segment, ct):
-        out, pull = jax.vjp(lambda *inputs: short_conv_tpu.short_conv(*inputs, None, index, segment)[0], x, weight)
+        out, pull = jax.vjp(
+            lambda *inputs: short_conv_tpu.short_conv(*inputs, None, index, segment)[0], x, weight
+        )
         return out, pull(ct)
 
     return both, (x, jax.ShapeDtypeStruct((4, channels), dtype), token, token, x)
 
 
-def gdn_op(implementation: str, gradient: bool, length: int = 8192, heads: int = 16, dtype: str = "bfloat16") -> tuple[Callable, tuple]:
-    """The whole op for one packed sequence, K 128 and V 256, with an initial state; with gradients in its first six arguments if asked.
+def gdn_op(
+    implementation: str,
+    gradient: bool,
+    length: int = 8192,
+    heads: int = 16,
+    dtype: str = "bfloat16",
+) -> tuple[Callable, tuple]:
+    """The whole op for one packed sequence, K 128 and V 256, with an initial state; with gradients
+    in its first six arguments if asked.
 
-    implementation: "mosaic_tpu", "xla", or "scan_and_solve": xla's with the inverse by `solve_triangular`.
+    implementation: "mosaic_tpu", "xla", or "scan_and_solve": xla's with the inverse by
+      `solve_triangular`.
     """
     run = _operator(implementation)
 
@@ -84,37 +115,70 @@ def gdn_op(implementation: str, gradient: bool, length: int = 8192, heads: int =
         return jax.ShapeDtypeStruct((1, length, *rest), kind)
 
     state = jax.ShapeDtypeStruct((1, heads, 128, 256), f32)
-    inputs = (tokens(heads, 128), tokens(heads, 128), tokens(heads, 256), tokens(heads, kind=f32), tokens(heads, kind=f32), state)
+    inputs = (
+        tokens(heads, 128),
+        tokens(heads, 128),
+        tokens(heads, 256),
+        tokens(heads, kind=f32),
+        tokens(heads, kind=f32),
+        state,
+    )
     others = (tokens(kind=i32), tokens(kind=i32))
-    return (both, (*inputs, *others, tokens(heads, 256), state)) if gradient else (run, (*inputs, *others))
+    return (
+        (both, (*inputs, *others, tokens(heads, 256), state))
+        if gradient
+        else (run, (*inputs, *others))
+    )
 
 
-def gdn_layer(implementation: str, gradient: bool, length: int = 8192, heads: int = 16, width: int = 2048) -> tuple[Callable, tuple]:
-    """A whole Gated DeltaNet layer in bfloat16, projections, convolutions and norms with it, for one packed sequence; K 128, V 256. With
-    gradients in its parameters and its input if asked. implementation: as for `gdn_op`."""
-    config = TextConfig(hidden_size=width, num_linear_heads=heads, linear_head_dim=128, expand_v=2.0, layer_types=("linear_attention",))
+def gdn_layer(
+    implementation: str, gradient: bool, length: int = 8192, heads: int = 16, width: int = 2048
+) -> tuple[Callable, tuple]:
+    """A whole Gated DeltaNet layer in bfloat16, projections, convolutions and norms with it, for
+    one packed sequence; K 128, V 256. With gradients in its parameters and its input if asked.
+    implementation: as for `gdn_op`."""
+    config = TextConfig(
+        hidden_size=width,
+        num_linear_heads=heads,
+        linear_head_dim=128,
+        expand_v=2.0,
+        layer_types=("linear_attention",),
+    )
     ops = Ops(gated_delta_rule=_operator(implementation), l2norm=products.l2norm)
     if implementation == "mosaic_tpu":
         ops = dataclasses.replace(ops, short_conv=short_conv_tpu.short_conv)
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: GatedDeltaNet(config, ops, Keys(jax.random.key(0)))))
+    graphdef, params = nnx.split(
+        nnx.eval_shape(lambda: GatedDeltaNet(config, ops, Keys(jax.random.key(0))))
+    )
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16), params)
-    x, token = jax.ShapeDtypeStruct((1, length, width), jnp.bfloat16), jax.ShapeDtypeStruct((1, length), i32)
+    x, token = (
+        jax.ShapeDtypeStruct((1, length, width), jnp.bfloat16),
+        jax.ShapeDtypeStruct((1, length), i32),
+    )
 
     def forward(params, x, index, segment):
-        return nnx.merge(graphdef, params)(x, None, Span(index, segment, index[:, 0], None, None))[0]
+        return nnx.merge(graphdef, params)(x, None, Span(index, segment, index[:, 0], None, None))[
+            0
+        ]
 
     def both(params, x, index, segment, ct):
         y, pull = jax.vjp(lambda *inputs: forward(*inputs, index, segment), params, x)
         return y, pull(ct)
 
-    return (both, (params, x, token, token, x)) if gradient else (forward, (params, x, token, token))
+    return (
+        (both, (params, x, token, token, x)) if gradient else (forward, (params, x, token, token))
+    )
 
 
 def _operator(implementation: str) -> Callable:
     def scan_and_solve(q, k, v, g, beta, initial_state, index, segment):
         return _scan_and_solve(q, k, v, *xla._start(k, v, g, beta, initial_state), index, segment)
 
-    return {"mosaic_tpu": delta_tpu.gated_delta_rule, "xla": xla.gated_delta_rule, "scan_and_solve": scan_and_solve}[implementation]
+    return {
+        "mosaic_tpu": delta_tpu.gated_delta_rule,
+        "xla": xla.gated_delta_rule,
+        "scan_and_solve": scan_and_solve,
+    }[implementation]
 
 
 @jax.custom_vjp

@@ -1,10 +1,13 @@
-"""Static scores for TPU, on any CPU: what the compiler would execute and move, no chip involved (pallas_kernels.testing.static_score).
+"""Static scores for TPU, on any CPU: what the compiler would execute and move, no chip involved
+(pallas_kernels.testing.static_score).
 
-    python -m benchmarks.tpu_scores                          # the kernels; into benchmarks/results/tpu_scores.jsonl
-    python -m benchmarks.tpu_scores --op gated_delta_rule    # one operator's
-    python -m benchmarks.tpu_scores --whole                  # whole operators as well, XLA's programs with the kernels: minutes each
+    python -m benchmarks.tpu_scores                          # the kernels; into
+    benchmarks/results/tpu_scores.jsonl python -m benchmarks.tpu_scores --op gated_delta_rule    #
+    one operator's python -m benchmarks.tpu_scores --whole                  # whole operators as
+    well, XLA's programs with the kernels: minutes each
 
-One line for each kernel (or whole operator) and each generation; kernels take about 5 s each, those of attention 30 s.
+One line for each kernel (or whole operator) and each generation; kernels take about 5 s each, those
+of attention 30 s.
 """
 
 import argparse
@@ -28,42 +31,101 @@ class Entry(NamedTuple):
 
 GDN = {"length": 8192, "heads": 16}
 KERNELS = [
-    *(Entry("gated_delta_rule", name, gdn_kernels, (name,), GDN) for name in ("inverse", "chunk_scan", "backward")),
-    Entry("gated_delta_rule", "chunk_scan, nothing saved", gdn_kernels, ("chunk_scan",), GDN | {"save": False}),
-    Entry("causal_conv", "forward + backward", conv_kernels, (), {"length": 8192, "channels": 4096}),
+    *(
+        Entry("gated_delta_rule", name, gdn_kernels, (name,), GDN)
+        for name in ("inverse", "chunk_scan", "backward")
+    ),
+    Entry(
+        "gated_delta_rule",
+        "chunk_scan, nothing saved",
+        gdn_kernels,
+        ("chunk_scan",),
+        GDN | {"save": False},
+    ),
+    Entry(
+        "causal_conv", "forward + backward", conv_kernels, (), {"length": 8192, "channels": 4096}
+    ),
 ]
 WHOLE = [
-    Entry("gated_delta_rule", f"{whole}{what}, {implementation}", build, (implementation, gradient), GDN)
+    Entry(
+        "gated_delta_rule",
+        f"{whole}{what}, {implementation}",
+        build,
+        (implementation, gradient),
+        GDN,
+    )
     for whole, build in (("", gdn_op), ("layer, ", gdn_layer))
     for what, gradient in (("forward", False), ("forward + backward", True))
     for implementation in ("mosaic_tpu", "scan_and_solve")
 ]
-# Attention's steps differ in what they do, and their number follows from the mask: pallas_kernels.testing.visit_score.
+# Attention's steps differ in what they do, and their number follows from the mask:
+# pallas_kernels.testing.visit_score.
 ATTEND = {
     "decoder layer": {"length": 8192, "heads": 16, "key_heads": 2, "width": 128, "window": 8192},
-    "tower, windows": {"length": 4096, "heads": 16, "key_heads": 16, "width": 80, "window": 64, "causal": False, "segment": 64},
-    "tower, slices": {"length": 4096, "heads": 16, "key_heads": 16, "width": 80, "window": 1024, "causal": False, "segment": 1024},
+    "tower, windows": {
+        "length": 4096,
+        "heads": 16,
+        "key_heads": 16,
+        "width": 80,
+        "window": 64,
+        "causal": False,
+        "segment": 64,
+    },
+    "tower, slices": {
+        "length": 4096,
+        "heads": 16,
+        "key_heads": 16,
+        "width": 80,
+        "window": 1024,
+        "causal": False,
+        "segment": 1024,
+    },
 }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--op", help="only this operator's")
-    parser.add_argument("--chip", action="append", choices=list(CHIPS), help="v5e, v5p, v6e, tpu7x (several allowed; all by default)")
+    parser.add_argument(
+        "--chip",
+        action="append",
+        choices=list(CHIPS),
+        help="v5e, v5p, v6e, tpu7x (several allowed; all by default)",
+    )
     parser.add_argument("--whole", action="store_true", help="whole operators as well")
     add_commit(parser)
     args = parser.parse_args()
     for entry in KERNELS + WHOLE * args.whole:
         for chip in args.chip or CHIPS:
             if args.op in (None, entry.op):
-                line = {"op": entry.op, "program": entry.name, "topology": TOPOLOGIES[chip], **entry.names}
+                line = {
+                    "op": entry.op,
+                    "program": entry.name,
+                    "topology": TOPOLOGIES[chip],
+                    **entry.names,
+                }
                 record("tpu_scores", args.commit, line | figures(entry, chip))
     for name, case in ATTEND.items() if args.op in (None, "attend") else ():
         for chip in args.chip or CHIPS:
             for found in scores(chip, **case):
-                line = {"op": "attend", "program": f"{name}: {found.kernel}", "topology": TOPOLOGIES[chip], **case}
-                line |= {"estimate_ms": round(found.milliseconds, 4), "bytes": found.bytes, "cycles": found.cycles}
-                line |= {"bundles": dataclasses.asdict(found.bundles), "spills": found.spills, "visits": found.visits}
+                line = {
+                    "op": "attend",
+                    "program": f"{name}: {found.kernel}",
+                    "topology": TOPOLOGIES[chip],
+                    **case,
+                }
+                line |= {
+                    "estimate_ms": round(found.milliseconds, 4),
+                    "bytes": found.bytes,
+                    "cycles": found.cycles,
+                }
+                line |= {
+                    "bundles": dataclasses.asdict(found.bundles),
+                    "spills": found.spills,
+                    "visits": found.visits,
+                }
                 record("tpu_scores", args.commit, line)
 
 
@@ -73,12 +135,22 @@ def figures(entry: Entry, chip: str) -> dict:
         found = score(entry.build, chip, *entry.places, **entry.names)
     except RuntimeError as error:
         return {"failed": str(error).splitlines()[0]}
-    line = {"estimate_ms": round(found.milliseconds, 4), "cycles": sum(p.cycles for p in found.programs)}
+    line = {
+        "estimate_ms": round(found.milliseconds, 4),
+        "cycles": sum(p.cycles for p in found.programs),
+    }
     line |= {"bytes": sum(p.bytes for p in found.programs), "programs": len(found.programs)}
     kernels: dict[str, Program] = {}
-    for program in (p for p in found.programs if p.bundles):  # those of one name differ in size or work
-        kernels[program.name if program.name not in kernels else f"{program.name} {len(kernels)}"] = program
-    return line | {key: {name: getattr(p, key) for name, p in kernels.items()} for key in ("bundles", "spills", "trips")}
+    for program in (
+        p for p in found.programs if p.bundles
+    ):  # those of one name differ in size or work
+        kernels[
+            program.name if program.name not in kernels else f"{program.name} {len(kernels)}"
+        ] = program
+    return line | {
+        key: {name: getattr(p, key) for name, p in kernels.items()}
+        for key in ("bundles", "spills", "trips")
+    }
 
 
 if __name__ == "__main__":

@@ -1,17 +1,21 @@
-"""A supervised training step of the published size on one GPU: time, memory, and the share of the peak it makes use of.
+"""A supervised training step of the published size on one GPU: time, memory, and the share of the
+peak it makes use of.
 
-    python -m benchmarks.train_step                                        # whatever runs by default
-    python -m benchmarks.train_step --attend mosaic_gpu,xla xla --gated-delta-rule mosaic_gpu,xla xla --remat full dots
-    python -m benchmarks.train_step --remat dots --layers scanned unrolled --profile traces
+    python -m benchmarks.train_step                                        # whatever runs by
+    default python -m benchmarks.train_step --attend mosaic_gpu,xla xla --gated-delta-rule
+    mosaic_gpu,xla xla --remat full dots python -m benchmarks.train_step --remat dots --layers
+    scanned unrolled --profile traces
 
-One row of 8,192 tokens, 4,096 patches of images among them, bf16 activations, AdamW. `--train mixers` trains only what mixes tokens (994 M
-parameters), `--train decoder` everything but the vision tower and the embeddings (3.43 B); what trains is f32 with two moments. On an
-H200 (141 GB) `decoder` peaked at 61.5 GB with remat=full, 43.1 of them parameters, moments and frozen weights.
+One row of 8,192 tokens, 4,096 patches of images among them, bf16 activations, AdamW. `--train
+mixers` trains only what mixes tokens (994 M parameters), `--train decoder` everything but the
+vision tower and the embeddings (3.43 B); what trains is f32 with two moments. On an H200 (141 GB)
+`decoder` peaked at 61.5 GB with remat=full, 43.1 of them parameters, moments and frozen weights.
 
-Every combination of the lists given is a setting: it starts from the same random parameters, its line goes to
-benchmarks/results/train_step.jsonl as soon as it is known, and if it fails that is reported and the next one goes on.
-A step is timed from its batch on the device to its end. MFU counts the model's arithmetic by `step_flops`, nothing that is computed
-again, over 989 TFLOP/s.
+Every combination of the lists given is a setting: it starts from the same random parameters, its
+  line goes to
+benchmarks/results/train_step.jsonl as soon as it is known, and if it fails that is reported and the
+next one goes on. A step is timed from its batch on the device to its end. MFU counts the model's
+arithmetic by `step_flops`, nothing that is computed again, over 989 TFLOP/s.
 """
 
 import argparse
@@ -44,39 +48,67 @@ from infinitevl_jax.model.ops import resolve_ops  # noqa: E402
 from infinitevl_jax.model.params import Params, abstract, initialize  # noqa: E402
 from infinitevl_jax.sharding import make_mesh, parameter_shardings  # noqa: E402
 from infinitevl_jax.training.optimizer import make_optimizer, split_trainable  # noqa: E402
-from infinitevl_jax.training.step import init_state, model_of, put_batch, state_shardings, train_step  # noqa: E402
+from infinitevl_jax.training.step import (
+    init_state,
+    model_of,
+    put_batch,
+    state_shardings,
+    train_step,
+)  # noqa: E402
 
 TRAIN = {"mixers": [r"layers\..*self_attn\..*"], "decoder": TRAINABLE}
 LAYERS = {"scanned": True, "unrolled": False}
 PEAK = {"H100": 989e12, "H200": 989e12}  # bf16 FLOP/s without sparsity
 GRID = (1, 32, 32)  # patches of an image: 448 x 448 pixels
-WORDS = 1000  # tokens that texts are drawn from: few enough to be learnt, so that the loss has somewhere to fall
+# tokens that texts are drawn from: few enough to be learnt, so that the loss has somewhere to fall
+WORDS = 1000
 
 
-def random_batch(config: ModelConfig, rng: np.random.Generator, length: int, images: int, grid=GRID) -> TrainBatch:
+def random_batch(
+    config: ModelConfig, rng: np.random.Generator, length: int, images: int, grid=GRID
+) -> TrainBatch:
     """One full row: images, then random text that is the answer."""
     pads = grid[0] * grid[1] * grid[2] // config.vision.merge_unit if images else 0
     words = min(WORDS, config.image_token_id, config.vision_start_token_id)
-    image = [config.vision_start_token_id, *[config.image_token_id] * pads, config.vision_end_token_id]
+    image = [
+        config.vision_start_token_id,
+        *[config.image_token_id] * pads,
+        config.vision_end_token_id,
+    ]
     head = np.array(image * images, np.int32)
     row = np.concatenate([head, rng.integers(1, words, length + 1 - len(head), np.int32)])
     vision = {}
     if images:
-        pixels = rng.standard_normal((images * int(np.prod(grid)), config.vision.patch_features), np.float32)
+        pixels = rng.standard_normal(
+            (images * int(np.prod(grid)), config.vision.patch_features), np.float32
+        )
         vision = {"pixel_values": pixels, "image_grid_thw": np.array([grid] * images)}
     prepared = prepare(config, row[None, :-1], **vision, row_per_sequence=True)
     weights = (np.arange(1, length + 1) >= len(head)).astype(np.float32)
     return TrainBatch(prepared.patches, None, prepared.inputs, None, row[None, 1:], weights[None])
 
 
-def compile_step(config: ModelConfig, run: RunConfig, mesh: Mesh, optimizer, names: list[str], begin, batch: TrainBatch):
+def compile_step(
+    config: ModelConfig,
+    run: RunConfig,
+    mesh: Mesh,
+    optimizer,
+    names: list[str],
+    begin,
+    batch: TrainBatch,
+):
     """The training step compiled for a mesh, its first state, and figures of both.
 
-    names: the parameters that train. begin: gives all parameters, on any device. batch: on the host.
-    Returns (step, state, figures): parameters, seconds to compile and, by the compiler's account, GB a device.
+    names: the parameters that train. begin: gives all parameters, on any device. batch: on the
+      host.
+    Returns (step, state, figures): parameters, seconds to compile and, by the compiler's account,
+    GB a device.
     """
     params = begin()
-    line = {"parameters": sum(p.size for p in params.values()), "trained": sum(params[n].size for n in names)}
+    line = {
+        "parameters": sum(p.size for p in params.values()),
+        "trained": sum(params[n].size for n in names),
+    }
     first = partial(init_state, trainable=names, optimizer=optimizer)
     places = state_shardings(jax.eval_shape(first, params), mesh)
     with jax.set_mesh(mesh):
@@ -85,16 +117,27 @@ def compile_step(config: ModelConfig, run: RunConfig, mesh: Mesh, optimizer, nam
         del params
         started = time.perf_counter()
         model = model_of(config, run, resolve_ops(mesh, run.ops))
-        step = jax.jit(partial(train_step, model, optimizer), donate_argnums=0, out_shardings=(places, None))
+        step = jax.jit(
+            partial(train_step, model, optimizer), donate_argnums=0, out_shardings=(places, None)
+        )
         step = step.lower(state, put_batch(batch, mesh)).compile()
     line["compile_s"] = round(time.perf_counter() - started, 1)
     memory = step.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return step, state, line | {"state_GB": round(held / 1e9, 2), "temporaries_GB": round(memory.temp_size_in_bytes / 1e9, 2)}
+    return (
+        step,
+        state,
+        line
+        | {
+            "state_GB": round(held / 1e9, 2),
+            "temporaries_GB": round(memory.temp_size_in_bytes / 1e9, 2),
+        },
+    )
 
 
 def mfu(flops: float, milliseconds: float, devices: int) -> float | None:
-    """Model FLOPs utilisation of a step on devices like this process's first; None where their peak is not in `PEAK`."""
+    """Model FLOPs utilisation of a step on devices like this process's first; None where their peak
+    is not in `PEAK`."""
     kind = jax.devices()[0].device_kind
     peak = next((rate for name, rate in PEAK.items() if name in kind), None)
     return peak and round(flops / (milliseconds * 1e-3) / peak / devices, 4)
@@ -117,7 +160,8 @@ def measure(
     dtype: str = "bfloat16",
     profile: str | None = None,
 ) -> dict:
-    """Figures of one setting: seconds to compile, milliseconds of `steps` steps after `warmup`, memory, losses, FLOPs and MFU.
+    """Figures of one setting: seconds to compile, milliseconds of `steps` steps after `warmup`,
+    memory, losses, FLOPs and MFU.
 
     begin: gives fresh parameters on the device, the same at each call.
     """
@@ -136,7 +180,9 @@ def measure(
         times, losses = [], []
 
         def one(state):
-            batch = jax.block_until_ready(put_batch(random_batch(config, rng, length, images, grid), mesh))
+            batch = jax.block_until_ready(
+                put_batch(random_batch(config, rng, length, images, grid), mesh)
+            )
             started = time.perf_counter()
             state, metrics = jax.block_until_ready(step(state, batch))
             times.append((time.perf_counter() - started) * 1e3)
@@ -149,12 +195,21 @@ def measure(
         line["step_ms"] = summary(timed, 2) | {"steps": steps}
         median = line["step_ms"]["median"]
         line["tokens_per_s"] = round(length / median * 1e3, 1)
-        line["TFLOP"] = {term: round(count / 1e12, 3) for term, count in flops.items()} | {"all": round(sum(flops.values()) / 1e12, 2)}
+        line["TFLOP"] = {term: round(count / 1e12, 3) for term, count in flops.items()} | {
+            "all": round(sum(flops.values()) / 1e12, 2)
+        }
         line["mfu"] = mfu(sum(flops.values()), median, 1)
         stats = jax.devices()[0].memory_stats() or {}
-        line["peak_GB_so_far"] = round(stats.get("peak_bytes_in_use", 0) / 1e9, 2)  # of the whole process: it cannot be set back
-        line["loss"] = [round(loss, 4) for loss in (losses[0], losses[len(losses) // 2], losses[-1])]
-        line["loss_finite"], line["loss_fell"] = bool(np.isfinite(losses).all()), losses[-1] < losses[0]
+        line["peak_GB_so_far"] = round(
+            stats.get("peak_bytes_in_use", 0) / 1e9, 2
+        )  # of the whole process: it cannot be set back
+        line["loss"] = [
+            round(loss, 4) for loss in (losses[0], losses[len(losses) // 2], losses[-1])
+        ]
+        line["loss_finite"], line["loss_fell"] = (
+            bool(np.isfinite(losses).all()),
+            losses[-1] < losses[0],
+        )
         line["ran"] = resolve_ops(mesh, ops).report()
         if profile:
             with jax.profiler.trace(profile):
@@ -179,20 +234,46 @@ def starter(config: ModelConfig, dtype=jnp.bfloat16):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--train", nargs="+", choices=TRAIN, default=list(TRAIN))
-    parser.add_argument("--attend", nargs="+", default=[None], help='implementations allowed, in order, such as "mosaic_gpu,xla"; several')
-    parser.add_argument("--gated-delta-rule", nargs="+", default=[None], help="likewise, one for each of --attend")
+    parser.add_argument(
+        "--attend",
+        nargs="+",
+        default=[None],
+        help='implementations allowed, in order, such as "mosaic_gpu,xla"; several',
+    )
+    parser.add_argument(
+        "--gated-delta-rule", nargs="+", default=[None], help="likewise, one for each of --attend"
+    )
     parser.add_argument("--remat", nargs="+", choices=REMATS, default=["full"])
-    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=["scanned"], help="one loop over equal layers, or each by itself")
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        choices=LAYERS,
+        default=["scanned"],
+        help="one loop over equal layers, or each by itself",
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--length", type=int, default=8192, help="tokens of the row")
-    parser.add_argument("--patches", type=int, default=4096, help="image patches in the row: a multiple of 1024, 0 for text only")
-    parser.add_argument("--profile", help="trace two steps of each setting into this folder, and print their kernels")
+    parser.add_argument(
+        "--patches",
+        type=int,
+        default=4096,
+        help="image patches in the row: a multiple of 1024, 0 for text only",
+    )
+    parser.add_argument(
+        "--profile",
+        help="trace two steps of each setting into this folder, and print their kernels",
+    )
     add_commit(parser)
     args = parser.parse_args()
     if len(args.attend) != len(args.gated_delta_rule):
-        parser.error(f"{len(args.attend)} values for --attend, {len(args.gated_delta_rule)} for --gated-delta-rule: give as many")
+        parser.error(
+            f"{len(args.attend)} values for --attend, {len(args.gated_delta_rule)} for"
+            " --gated-delta-rule: give as many"
+        )
     images, over = divmod(args.patches, int(np.prod(GRID)))
     if over:
         parser.error(f"--patches {args.patches}: an image has {np.prod(GRID)}")
@@ -203,13 +284,35 @@ def main():
     begin()
     print(f"random parameters: {time.perf_counter() - started:.1f} s", flush=True)
     implementations = list(zip(args.attend, args.gated_delta_rule, strict=True))
-    for train, remat, layers, (attend, gated_delta_rule) in itertools.product(args.train, args.remat, args.layers, implementations):
-        setting = {"train": train, "remat": remat, "layers": layers, "attend": attend, "gated_delta_rule": gated_delta_rule}
+    for train, remat, layers, (attend, gated_delta_rule) in itertools.product(
+        args.train, args.remat, args.layers, implementations
+    ):
+        setting = {
+            "train": train,
+            "remat": remat,
+            "layers": layers,
+            "attend": attend,
+            "gated_delta_rule": gated_delta_rule,
+        }
         setting |= {"length": args.length, "patches": args.patches, "dtype": "bfloat16"}
         print(f"\n{setting}", flush=True)
-        how = {"attend": attend, "gated_delta_rule": gated_delta_rule, "remat": remat, "scan": LAYERS[layers], "profile": args.profile}
+        how = {
+            "attend": attend,
+            "gated_delta_rule": gated_delta_rule,
+            "remat": remat,
+            "scan": LAYERS[layers],
+            "profile": args.profile,
+        }
         try:
-            figures = measure(config, begin, TRAIN[train], steps=args.steps, length=args.length, images=images, **how)
+            figures = measure(
+                config,
+                begin,
+                TRAIN[train],
+                steps=args.steps,
+                length=args.length,
+                images=images,
+                **how,
+            )
         except Exception as error:  # the other settings are worth having all the same
             figures = {"failed": re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:400]}
         record("train_step", args.commit, setting | figures)

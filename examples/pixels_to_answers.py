@@ -1,5 +1,6 @@
-"""From pixels to answers, in one go: train a small hybrid on easy-VQA, convert it to a PyTorch folder and back, and let what came back
-answer all official test questions, each alone after its image.
+"""From pixels to answers, in one go: train a small hybrid on easy-VQA, convert it to a PyTorch
+folder and back, and let what came back answer all official test questions, each alone after its
+image.
 
     python examples/pixels_to_answers.py [--seed 0] [--output runs/easy_vqa] [key=value ...]
 """
@@ -12,13 +13,16 @@ import sys
 import time
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the checkout, installed or not, in place of this folder
+sys.path[0] = str(
+    Path(__file__).resolve().parent.parent
+)  # the checkout, installed or not, in place of this folder
 
 PRESET = Path(__file__).resolve().parent.parent / "configs" / "easy_vqa.toml"
 
 
 def convert_there_and_back(checkpoint: Path, run: Path) -> Path:
-    """Checkpoint -> Hugging Face folder -> ours. Returns the latter, whose parameters are checked to equal the checkpoint's bit by bit."""
+    """Checkpoint -> Hugging Face folder -> ours. Returns the latter, whose parameters are checked
+    to equal the checkpoint's bit by bit."""
     import numpy as np
 
     from infinitevl_jax.conversion import export_folder, import_folder, load_params
@@ -30,14 +34,18 @@ def convert_there_and_back(checkpoint: Path, run: Path) -> Path:
     export_folder(checkpoint, torch_folder)
     import_folder(torch_folder, back)
     old, new = (load_params(folder, scanned=True)[1] for folder in (checkpoint, back))
-    if old.keys() != new.keys() or any(np.asarray(old[k]).tobytes() != np.asarray(new[k]).tobytes() for k in old):
+    if old.keys() != new.keys() or any(
+        np.asarray(old[k]).tobytes() != np.asarray(new[k]).tobytes() for k in old
+    ):
         raise SystemExit(f"parameters changed on their way through {torch_folder}")
     print(f"converted to {torch_folder} and back: {len(new)} parameters, all bits equal")
     return back
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="runs/easy_vqa")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="changes to the preset")
@@ -55,7 +63,10 @@ def main() -> None:
     from infinitevl_jax.evaluation.vqa import answer_blind, answer_split, score
     from infinitevl_jax.training.loop import train
 
-    preset = load_preset(PRESET, [f"train.seed={arguments.seed}", f"train.output={arguments.output}", *arguments.changes])
+    preset = load_preset(
+        PRESET,
+        [f"train.seed={arguments.seed}", f"train.output={arguments.output}", *arguments.changes],
+    )
     outcome = train(preset)
     if not outcome.finished:
         raise SystemExit(130)
@@ -67,7 +78,12 @@ def main() -> None:
     test, known = (Source(data.name, data.folder, split) for split in ("test", "train"))
     rows, known = [test[i] for i in range(len(test))], [known[i] for i in range(len(known))]
     began_answers = time.monotonic()
-    answers = answer_split(model, processor, Encoder(test, processor, model.config), progress=lambda x: tqdm(x, desc="test questions"))
+    answers = answer_split(
+        model,
+        processor,
+        Encoder(test, processor, model.config),
+        progress=lambda x: tqdm(x, desc="test questions"),
+    )
     mine, blind = score(rows, answers), score(rows, answer_blind(known, rows))
     answered = time.monotonic() - began_answers
 
@@ -91,9 +107,18 @@ def main() -> None:
     os.replace(aside, outcome.run / "results.json")
     shown = [(i, i % len(rows[i].questions)) for i in range(min(20, len(rows)))]
     draw_samples([(rows[i], j, answers[i][j]) for i, j in shown], outcome.run / "samples.png")
-    print(f"{mine.questions:,} test questions, each asked alone after its image: {mine.all:.1%} right (blind {blind.all:.1%})")
-    print(f"{mine.questions_other:,} of them not yes/no: {mine.other:.1%} right (blind {blind.other:.1%})")
-    print(f"sample answers {outcome.run / 'samples.png'}, loss {outcome.run / 'loss.png'}, figures {outcome.run / 'results.json'}")
+    print(
+        f"{mine.questions:,} test questions, each asked alone after its image: {mine.all:.1%} right"
+        f" (blind {blind.all:.1%})"
+    )
+    print(
+        f"{mine.questions_other:,} of them not yes/no: {mine.other:.1%} right (blind"
+        f" {blind.other:.1%})"
+    )
+    print(
+        f"sample answers {outcome.run / 'samples.png'}, loss {outcome.run / 'loss.png'}, figures"
+        f" {outcome.run / 'results.json'}"
+    )
     print(f"{results['seconds_in_all']:.0f} s in all")
 
 

@@ -1,4 +1,5 @@
-"""InfiniteVL in JAX: train, run and convert vision-language models whose decoder mixes window attention and Gated DeltaNet."""
+"""InfiniteVL in JAX: train, run and convert vision-language models whose decoder mixes window
+attention and Gated DeltaNet."""
 
 from infinitevl_jax.errors import InfiniteVLError, InfiniteVLWarning
 from infinitevl_jax.extras import says_which_extra
@@ -8,7 +9,8 @@ __all__ = ["InfiniteVL", "InfiniteVLError", "InfiniteVLWarning", "Processor", "S
 
 
 def __getattr__(name: str):
-    # The model needs jax and flax, the processor pillow, av and tokenizers: whoever uses one need not have the other.
+    # The model needs jax and flax, the processor pillow, av and tokenizers: whoever uses one need
+    # not have the other.
     with says_which_extra():
         if name == "InfiniteVL":
             from infinitevl_jax.inference.infinitevl import InfiniteVL

@@ -1,4 +1,5 @@
-"""How every command of the project runs: signals, errors and missing packages end it with a line for people."""
+"""How every command of the project runs: signals, errors and missing packages end it with a line
+for people."""
 
 import sys
 import warnings
@@ -11,9 +12,11 @@ from infinitevl_jax.extras import says_which_extra
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command and exit with its status: what `main` returns (None: 0), 2 after an InfiniteVLError, 128 + signal.
+    """Run a command and exit with its status: what `main` returns (None: 0), 2 after an
+    InfiniteVLError, 128 + signal.
 
-    `main` imports what it needs itself, so that all of it is within reach of signals and of the word about extras.
+    `main` imports what it needs itself, so that all of it is within reach of signals and of the
+    word about extras.
     """
     interrupts.install()
     warnings.showwarning = _in_one_line(warnings.showwarning)

@@ -1,4 +1,5 @@
-"""Compiled programs, kept on disk from one run of a command to the next; and a word where compiling takes long."""
+"""Compiled programs, kept on disk from one run of a command to the next; and a word where compiling
+takes long."""
 
 import contextlib
 import os
@@ -14,13 +15,15 @@ PATIENCE = 2.0  # seconds of compiling that nobody needs to be told of
 
 
 def default_folder() -> Path:
-    """Where the user's programs keep what can be made again: $XDG_CACHE_HOME, by default ~/.cache."""
+    """Where the user's programs keep what can be made again: $XDG_CACHE_HOME, by default
+    ~/.cache."""
     home = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (home if home.is_absolute() else Path.home() / ".cache") / "infinitevl_jax" / "compiled"
 
 
 def folder() -> tuple[Path | None, str]:
-    """The folder that commands use, or None and the reason why there is none. One that JAX was given otherwise is kept."""
+    """The folder that commands use, or None and the reason why there is none. One that JAX was
+    given otherwise is kept."""
     if given := jax.config.jax_compilation_cache_dir:
         return Path(given), ""
     path = default_folder()
@@ -36,7 +39,8 @@ def folder() -> tuple[Path | None, str]:
 
 @contextlib.contextmanager
 def kept(wanted: bool, say: Callable[[str], None]) -> Iterator[None]:
-    """Within, programs that were compiled before are read from `folder()`, if wanted; `say` is told of compiling that takes long.
+    """Within, programs that were compiled before are read from `folder()`, if wanted; `say` is told
+    of compiling that takes long.
 
     A folder that cannot be written is mentioned, and everything compiled.
     """
@@ -45,7 +49,10 @@ def kept(wanted: bool, say: Callable[[str], None]) -> Iterator[None]:
         say(f"compiled programs are not kept: {reason}")
     changes = {"jax_enable_compilation_cache": path is not None}
     if path is not None and not jax.config.jax_compilation_cache_dir:
-        changes |= {"jax_compilation_cache_dir": str(path), "jax_compilation_cache_max_size": LARGEST}
+        changes |= {
+            "jax_compilation_cache_dir": str(path),
+            "jax_compilation_cache_max_size": LARGEST,
+        }
         changes |= {"jax_persistent_cache_min_compile_time_secs": 0.0}  # small programs are many
     before = {name: getattr(jax.config, name) for name in changes}
     with _says(say):

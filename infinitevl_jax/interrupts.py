@@ -1,12 +1,15 @@
-"""Ctrl-C, SIGTERM and a closed terminal end a command at once: one line, nothing half-written, exit status 128 + signal.
+"""Ctrl-C, SIGTERM and a closed terminal end a command at once: one line, nothing half-written, exit
+status 128 + signal.
 
-Nothing is raised for it. A KeyboardInterrupt appears wherever Python happens to be: inside a callback of the compiler or a
-finaliser, which abort the process or swallow it, or between threads of a library that each print a traceback. Instead a thread
-waits for signals, removes what is under construction and ends the process, whatever the main thread is doing. Everything that
-is meant to last is written under another name and renamed, so there is nothing else to clean up.
+Nothing is raised for it. A KeyboardInterrupt appears wherever Python happens to be: inside a
+callback of the compiler or a finaliser, which abort the process or swallow it, or between threads
+of a library that each print a traceback. Instead a thread waits for signals, removes what is under
+construction and ends the process, whatever the main thread is doing. Everything that is meant to
+last is written under another name and renamed, so there is nothing else to clean up.
 
-Code that has something to do first (finish a step and save it) says so by `postponed`. A handler that other code installs by
-signal.signal has its signal to itself; it must not put the former handler back from within, which would pass for ours.
+Code that has something to do first (finish a step and save it) says so by `postponed`. A handler
+that other code installs by signal.signal has its signal to itself; it must not put the former
+handler back from within, which would pass for ours.
 """
 
 import contextlib
@@ -41,14 +44,18 @@ def install() -> None:
     signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
     for name in _WORDS:
         number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+        if number is not None and signal.getsignal(number) in (
+            signal.SIG_DFL,
+            signal.default_int_handler,
+        ):
             signal.signal(number, _noticed)
     threading.Thread(target=_watch, args=(reader,), daemon=True, name="signals").start()
 
 
 @contextlib.contextmanager
 def under_construction(folder: Path) -> Iterator[None]:
-    """Within, the folder is removed if a signal ends the process. It is to be renamed when it is whole."""
+    """Within, the folder is removed if a signal ends the process. It is to be renamed when it is
+    whole."""
     _under_construction.add(folder)
     try:
         yield
@@ -58,11 +65,12 @@ def under_construction(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def postponed(action: Callable[[], None], *names: str) -> Iterator[None]:
-    """Within, these signals call `action`, each time, in place of what they do otherwise; SIGINT only if it is the first of them.
+    """Within, these signals call `action`, each time, in place of what they do otherwise; SIGINT
+    only if it is the first of them.
 
     Args:
-      action: sets a flag, say. It runs in another thread where `install` was called, else in the main thread; from any other
-        thread, which cannot listen for signals, nothing is changed.
+      action: sets a flag, say. It runs in another thread where `install` was called, else in the
+        main thread; from any other thread, which cannot listen for signals, nothing is changed.
       names: "SIGINT" and others; one that is ignored stays so.
     """
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
@@ -137,7 +145,9 @@ def _remove(folder: Path) -> None:
         except OSError:  # it became what it was to be, a moment ago
             break
         with contextlib.suppress(FileExistsError):  # a thread made the folder again
-            os.close(os.open(folder, os.O_CREAT | os.O_EXCL))  # in a file's place no folder can be made
+            os.close(
+                os.open(folder, os.O_CREAT | os.O_EXCL)
+            )  # in a file's place no folder can be made
             break
     for _ in range(3):  # files may still come from calls that were under way
         for place in doomed:

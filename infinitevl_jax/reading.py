@@ -44,7 +44,9 @@ def open_file(path: Path) -> BinaryIO:
         ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InfiniteVLError(f"{path} cannot be read: {reason}", "check the path and its permissions") from None
+        raise InfiniteVLError(
+            f"{path} cannot be read: {reason}", "check the path and its permissions"
+        ) from None
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
@@ -63,7 +65,9 @@ def read_bytes(path: Path, limit: int) -> bytes:
         try:
             return file.read()
         except OSError as error:
-            raise InfiniteVLError(f"{path} cannot be read: {error.strerror}", "copy the file again") from None
+            raise InfiniteVLError(
+                f"{path} cannot be read: {error.strerror}", "copy the file again"
+            ) from None
 
 
 def read_json(path: Path, kind: type[T] = dict[str, Any], *, limit: int = JSON_BYTES) -> T:
@@ -93,7 +97,9 @@ def decode_json(text: bytes | str, kind: type[T], where: str) -> T:
             tree = None
         raise InfiniteVLError(f"{where}: {_at(error, tree)}", _MEND) from None
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        raise InfiniteVLError(f"{where} is not JSON: {error}", "download or write the file again") from None
+        raise InfiniteVLError(
+            f"{where} is not JSON: {error}", "download or write the file again"
+        ) from None
 
 
 def convert(tree: Any, kind: type[T], where: str) -> T:
@@ -117,12 +123,15 @@ def plain_name(name: Any, where: str, suffix: str = "") -> str:
     bad = not isinstance(name, str) or not name or name.startswith(".") or set(name) & set("/\\")
     if bad or not name.endswith(suffix) or not name.isprintable() or len(name.encode()) > 255:
         wanted = f"a plain file name{f' that ends in {suffix}' if suffix else ''}"
-        raise InfiniteVLError(f"{where}: {name!r} is not {wanted}", "get the folder from a source that you trust")
+        raise InfiniteVLError(
+            f"{where}: {name!r} is not {wanted}", "get the folder from a source that you trust"
+        )
     return name
 
 
 def inside(folder: Path, name: str) -> Path:
-    """folder / name, if that lies inside the folder once links are followed; InfiniteVLError if not.
+    """folder / name, if that lies inside the folder once links are followed; InfiniteVLError if
+    not.
 
     The cache of huggingface_hub links each file of REPO/snapshots/REVISION to REPO/blobs: that
     counts as inside.
@@ -131,7 +140,9 @@ def inside(folder: Path, name: str) -> Path:
     try:
         root, target = folder.resolve(), path.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL
-        raise InfiniteVLError(f"{path} cannot be read: {error}", "put the file itself there") from None
+        raise InfiniteVLError(
+            f"{path} cannot be read: {error}", "put the file itself there"
+        ) from None
     roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     if not any(target.is_relative_to(place) for place in roots):
         raise InfiniteVLError(
@@ -142,9 +153,11 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def check_regular(folder: Path) -> None:
-    """Raise InfiniteVLError unless all that a folder holds, at any depth, are folders and regular files.
+    """Raise InfiniteVLError unless all that a folder holds, at any depth, are folders and regular
+    files.
 
-    For folders that a library reads by itself: it would wait for a pipe, and read a device for ever.
+    For folders that a library reads by itself: it would wait for a pipe, and read a device for
+      ever.
     """
     for root, _, names in os.walk(folder):
         for name in names:
@@ -163,7 +176,8 @@ def unknown_keys(content: Mapping[str, Any], kind: type) -> list[str]:
 
 
 def _at(error: Exception, tree: Any) -> str:
-    """msgspec's message with the place and what stands there in front: "$.a[2]: 'x', expected ..."."""
+    """msgspec's message with the place and what stands there in front: "$.a[2]: 'x', expected
+    ..."."""
     message, _, place = str(error).partition(" - at ")
     place = place.strip("`")
     try:

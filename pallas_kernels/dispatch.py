@@ -60,7 +60,8 @@ class Operator:
         names = [i.name for i in self.implementations]
         if implementation.name in names:
             raise ValueError(
-                f"{self.name} has an implementation {implementation.name!r} already\n  -> give another name"
+                f"{self.name} has an implementation {implementation.name!r} already\n  -> give"
+                " another name"
             )
         if before is not None and before not in names:
             raise Refusal(

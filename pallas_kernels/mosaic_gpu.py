@@ -30,7 +30,8 @@ class Products:
     """
 
     def __init__(self):
-        self._left = []  # of the products that may still run, in the order of issue; None: in shared memory
+        # of the products that may still run, in the order of issue; None: in shared memory
+        self._left = []
 
     def add(self, acc, left: jax.Array | object, right: object) -> None:
         """Start acc += left @ right. left: an array (registers) or a reference to shared memory;

@@ -1,4 +1,5 @@
-"""Every test runs on the CPU, which stands in for a machine of 8 devices. Set before jax is imported."""
+"""Every test runs on the CPU, which stands in for a machine of 8 devices. Set before jax is
+imported."""
 
 import os
 import tempfile
@@ -7,13 +8,17 @@ from quick import QUICK
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK}"
-# Threads of XLA, by default one a core. A device that runs an interpreted kernel keeps one until the other devices come as far, and
-# operands are copied by one more: with 8 or fewer the first kernel on 8 devices would wait for ever.
+# Threads of XLA, by default one a core. A device that runs an interpreted kernel keeps one until
+# the other devices come as far, and
+# operands are copied by one more: with 8 or fewer the first kernel on 8 devices would wait for
+# ever.
 os.environ["NPROC"] = "16"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu compiles for pods here; there is no pod to ask
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # test workers compile side by side
 os.environ["HF_HUB_OFFLINE"] = "1"
-_cache = tempfile.TemporaryDirectory(prefix="tests-cache-")  # commands keep compiled programs there, not in the user's folder
+_cache = tempfile.TemporaryDirectory(
+    prefix="tests-cache-"
+)  # commands keep compiled programs there, not in the user's folder
 os.environ["XDG_CACHE_HOME"] = _cache.name
 
 import gc  # noqa: E402
@@ -26,9 +31,12 @@ import pytest  # noqa: E402
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.devices()  # reads the flags
-del os.environ["XLA_FLAGS"]  # libtpu would read them as well, and ends the process where it does not know one
+del os.environ[
+    "XLA_FLAGS"
+]  # libtpu would read them as well, and ends the process where it does not know one
 
-# Programs are large graphs of objects that live long: looking through them as often as usual takes 3 % of the time.
+# Programs are large graphs of objects that live long: looking through them as often as usual takes
+# 3 % of the time.
 gc.set_threshold(100_000, 50, 100)
 
 
@@ -41,5 +49,6 @@ def tiny_data(tmp_path_factory):
 
 
 def pytest_collection_modifyitems(items):
-    """The longest first: begun last, it would keep one worker busy while the others have nothing left."""
+    """The longest first: begun last, it would keep one worker busy while the others have nothing
+    left."""
     items.sort(key=lambda item: "test_pods" not in item.nodeid)

@@ -1,4 +1,5 @@
-"""What the kernels for Hopper compute, as dense products: in their place where there is no GPU, to test what is around them."""
+"""What the kernels for Hopper compute, as dense products: in their place where there is no GPU, to
+test what is around them."""
 
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,9 @@
-"""XLA flags that make tests' programs compile quickly: most of a test's time is code generation. XLA's own passes run as ever."""
+"""XLA flags that make tests' programs compile quickly: most of a test's time is code generation.
+XLA's own passes run as ever."""
 
 import importlib.metadata
 
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-    QUICK += " --xla_cpu_use_fusion_emitters=false"  # the older way to write fusions takes half the time; later versions have it no more
+    # the older way to write fusions takes half the time; later versions have it no more
+    QUICK += " --xla_cpu_use_fusion_emitters=false"

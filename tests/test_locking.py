@@ -13,7 +13,10 @@ from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.locking import Lock
 
 ROOT = Path(__file__).resolve().parents[1]
-HOLD = "import sys, time\nfrom infinitevl_jax.locking import Lock\nlock = Lock(__import__('pathlib').Path(sys.argv[1]), 'it')\n"
+HOLD = (
+    "import sys, time\nfrom infinitevl_jax.locking import Lock\nlock ="
+    " Lock(__import__('pathlib').Path(sys.argv[1]), 'it')\n"
+)
 HOLD += "print('held', flush=True)\ntime.sleep(60)"
 
 

@@ -1,4 +1,5 @@
-"""A tiny random hybrid with eyes, a byte tokenizer of its own and everything else a checkpoint folder has."""
+"""A tiny random hybrid with eyes, a byte tokenizer of its own and everything else a checkpoint
+folder has."""
 
 import dataclasses
 import json
@@ -22,8 +23,13 @@ IDS = {token: 256 + i for i, token in enumerate(SPECIAL_TOKENS)}  # after one to
 
 def tiny_config(**changes) -> ModelConfig:
     """Two layers, a window and a Gated DeltaNet; special ids as the byte tokenizer has them."""
-    config = hybrid_config(layers=2, window=16, vocab_size=272, tie_word_embeddings=False, **changes)
-    names = {name: IDS[f"<|{name.replace('image', 'image_pad').replace('video', 'video_pad')}|>"] for name in VISION}
+    config = hybrid_config(
+        layers=2, window=16, vocab_size=272, tie_word_embeddings=False, **changes
+    )
+    names = {
+        name: IDS[f"<|{name.replace('image', 'image_pad').replace('video', 'video_pad')}|>"]
+        for name in VISION
+    }
     return dataclasses.replace(
         config,
         **{f"{name}_token_id": i for name, i in names.items()},
@@ -42,10 +48,13 @@ def full_attention_config() -> ModelConfig:
 
 
 def tiny_model(config: ModelConfig, seed: int = 0) -> InfiniteVL:
-    """Random weights, loud enough that no two tokens are alike; it only ever says lower-case letters and what ends a turn."""
+    """Random weights, loud enough that no two tokens are alike; it only ever says lower-case
+    letters and what ends a turn."""
     rng = np.random.default_rng(seed)
     shapes = abstract(config, scanned=False)[1]
-    params = {name: rng.normal(scale=0.4, size=s.shape).astype("float32") for name, s in shapes.items()}
+    params = {
+        name: rng.normal(scale=0.4, size=s.shape).astype("float32") for name, s in shapes.items()
+    }
     mute = np.ones(config.text.vocab_size, bool)
     mute[[*range(97, 123), IDS["<|im_end|>"]]] = False
     params["lm_head.kernel"][:, mute] = 0
@@ -54,19 +63,30 @@ def tiny_model(config: ModelConfig, seed: int = 0) -> InfiniteVL:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """vocab.json and merges.txt of single bytes, Qwen's special tokens after them; pictures of at most 16 tokens."""
+    """vocab.json and merges.txt of single bytes, Qwen's special tokens after them; pictures of at
+    most 16 tokens."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(_byte_letters())}), "utf-8")
+    (folder / "vocab.json").write_text(
+        json.dumps({letter: i for i, letter in enumerate(_byte_letters())}), "utf-8"
+    )
     (folder / "merges.txt").write_text("#version: 0.2\n")
     added = {str(i): {"content": token, "special": True} for token, i in IDS.items()}
-    settings = {"added_tokens_decoder": added, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    settings = {
+        "added_tokens_decoder": added,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
-        (folder / name).write_text(json.dumps({"patch_size": 2, "min_pixels": 64, "max_pixels": 256}))
+        (folder / name).write_text(
+            json.dumps({"patch_size": 2, "min_pixels": 64, "max_pixels": 256})
+        )
 
 
 def write_folder(folder: Path, model: InfiniteVL) -> Path:
     """One of our folders, whole."""
     write_tokenizer(folder.with_name(folder.name + "-side"))
-    save_params(folder, model.params, model.config, side_files_from=folder.with_name(folder.name + "-side"))
+    save_params(
+        folder, model.params, model.config, side_files_from=folder.with_name(folder.name + "-side")
+    )
     return folder

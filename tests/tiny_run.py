@@ -1,4 +1,5 @@
-"""A data set of 24 small pictures, and a preset that trains a tiny hybrid on it in a second a step or less."""
+"""A data set of 24 small pictures, and a preset that trains a tiny hybrid on it in a second a step
+or less."""
 
 import io
 from pathlib import Path
@@ -66,8 +67,14 @@ def prepare_tiny_vqa(folder: Path) -> Path:
 
         def _info(self):
             texts = tfds.features.Sequence(tfds.features.Text())
-            features = {"image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"), "questions": texts, "answers": texts}
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+            features = {
+                "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+                "questions": texts,
+                "answers": texts,
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
 
         def _split_generators(self, download_manager):
             return {"train": self._generate_examples()}
@@ -79,7 +86,9 @@ def prepare_tiny_vqa(folder: Path) -> Path:
                 image.paste(COLOURS[colour], (i % 5, i % 7, i % 5 + 8, i % 7 + 8))
                 file = io.BytesIO()
                 image.save(file, "PNG")
-                questions = ["what color is it?", f"is it {other}?", "which color is there?"][: 2 + i % 2]
+                questions = ["what color is it?", f"is it {other}?", "which color is there?"][
+                    : 2 + i % 2
+                ]
                 answers = [colour, "yes" if colour == other else "no", colour][: len(questions)]
                 yield i, {"image": file.getvalue(), "questions": questions, "answers": answers}
 

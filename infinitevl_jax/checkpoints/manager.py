@@ -1,7 +1,8 @@
 """A run's checkpoints: RUN/checkpoints/STEP, each at the same time one of our checkpoint folders.
 
-STEP/params is the flat dict of all parameters, STEP/optimizer the moments and counters, STEP/data the place in the data. Beside them lie
-config.json, the processor's files and the manifest, so that STEP can be exported, or opened with `InfiniteVL.from_pretrained`.
+STEP/params is the flat dict of all parameters, STEP/optimizer the moments and counters, STEP/data
+the place in the data. Beside them lie config.json, the processor's files and the manifest, so that
+STEP can be exported, or opened with `InfiniteVL.from_pretrained`.
 """
 
 import os
@@ -50,7 +51,8 @@ class Checkpoints:
         """
         Args:
           run: the run's folder.
-          files: a folder with the model's side files. manifest: what export needs to know beside them.
+          files: a folder with the model's side files. manifest: what export needs to know beside
+            them.
           say: told which steps could not be used.
         """
         self.folder, self.files, self.manifest = run.absolute() / "checkpoints", files, manifest
@@ -179,7 +181,8 @@ class Checkpoints:
             reason = failure("", error).culprit.removeprefix(": ")
         # here the arrays that were read so far are gone: the step before needs their memory
         raise _Unusable(
-            f"checkpoint {self.path(step)} is damaged, or of another choice of trainable parameters: {reason}",
+            f"checkpoint {self.path(step)} is damaged, or of another choice of trainable"
+            f" parameters: {reason}",
             self._instead_of(step),
         )
 
@@ -207,13 +210,15 @@ class Checkpoints:
                 str(here.dtype),
             ):
                 wrong.append(
-                    f"{name} is {tuple(there.shape)} {there.dtype} there, {here.shape} {here.dtype} here"
+                    f"{name} is {tuple(there.shape)} {there.dtype} there, {here.shape} {here.dtype}"
+                    " here"
                 )
         if wrong:
             more = [f"and {len(wrong) - 5} more"] if len(wrong) > 5 else []
             raise _Unusable(
                 f"checkpoint {self.path(step)} is of another configuration:",
-                "go on with the configuration that it was made with, or choose another train.output",
+                "go on with the configuration that it was made with, or choose another"
+                " train.output",
                 [*wrong[:5], *more],
             )
 
@@ -245,7 +250,8 @@ class Checkpoints:
             time.sleep(0.1)
 
     def _check_steps(self) -> None:
-        """What is called like a step has to be a folder: a save would wait for a pipe of that name."""
+        """What is called like a step has to be a folder: a save would wait for a pipe of that
+        name."""
         for path in self.folder.glob("*"):
             if path.name.isdigit() and not path.is_dir():
                 raise InfiniteVLError(
@@ -259,7 +265,8 @@ class Checkpoints:
         )
         if free < needed:
             raise StorageError(
-                f"no space left for a checkpoint of {megabytes(needed)} in {self.folder}, where {megabytes(free)} are free",
+                f"no space left for a checkpoint of {megabytes(needed)} in {self.folder}, where"
+                f" {megabytes(free)} are free",
                 "free some space",
             )
 

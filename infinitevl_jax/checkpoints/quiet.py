@@ -30,6 +30,10 @@ def report_once() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Not an exception that orbax hands on to its caller as well: of one of its threads, or of one of several reads."""
+    """Not an exception that orbax hands on to its caller as well: of one of its threads, or of one
+    of several reads."""
     text = record.getMessage()
-    return not any(part in text for part in ("_SignalingThread.run() raised", "Future exception was never retrieved"))
+    return not any(
+        part in text
+        for part in ("_SignalingThread.run() raised", "Future exception was never retrieved")
+    )

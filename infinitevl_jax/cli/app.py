@@ -19,7 +19,8 @@ class Dtype(StrEnum):
 
 
 class _Commands(TyperGroup):
-    """Users' mistakes become a message on stderr and exit code 2; anything else is a bug and keeps its traceback."""
+    """Users' mistakes become a message on stderr and exit code 2; anything else is a bug and keeps
+    its traceback."""
 
     def invoke(self, ctx):
         try:
@@ -32,7 +33,10 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     name="infinitevl",
     cls=_Commands,
-    help="Ask vision-language models about images and videos, talk with them, look inside their checkpoints.",
+    help=(
+        "Ask vision-language models about images and videos, talk with them, look inside their"
+        " checkpoints."
+    ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -41,24 +45,71 @@ app = typer.Typer(
 )
 
 Model = Annotated[
-    Path, typer.Argument(metavar="MODEL", show_default=False, help="Checkpoint folder, Hugging Face's or ours, or a run: its newest step.")
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        show_default=False,
+        help="Checkpoint folder, Hugging Face's or ours, or a run: its newest step.",
+    ),
 ]
-NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="End an answer after this many tokens.")]
-Temperature = Annotated[float, typer.Option("--temperature", min=0, help="0 always takes the likeliest token; above, sample.")]
-TopK = Annotated[int, typer.Option("--top-k", min=0, help="Sample from the k likeliest tokens; 0: from all.")]
-TopP = Annotated[float, typer.Option("--top-p", max=1, help="Sample from the likeliest tokens that together reach p.")]
-MinP = Annotated[float, typer.Option("--min-p", min=0, max=1, help="Sample from tokens this fraction as likely as the likeliest.")]
+NewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, help="End an answer after this many tokens.")
+]
+Temperature = Annotated[
+    float,
+    typer.Option("--temperature", min=0, help="0 always takes the likeliest token; above, sample."),
+]
+TopK = Annotated[
+    int, typer.Option("--top-k", min=0, help="Sample from the k likeliest tokens; 0: from all.")
+]
+TopP = Annotated[
+    float,
+    typer.Option("--top-p", max=1, help="Sample from the likeliest tokens that together reach p."),
+]
+MinP = Annotated[
+    float,
+    typer.Option(
+        "--min-p", min=0, max=1, help="Sample from tokens this fraction as likely as the likeliest."
+    ),
+]
 Penalty = Annotated[
     float | None,
-    typer.Option("--repetition-penalty", show_default="the checkpoint's", help="Divide scores of what was said; 1: do not."),
+    typer.Option(
+        "--repetition-penalty",
+        show_default="the checkpoint's",
+        help="Divide scores of what was said; 1: do not.",
+    ),
 ]
-System = Annotated[str, typer.Option("--system", metavar="TEXT", show_default=False, help="A system message in front of it all.")]
+System = Annotated[
+    str,
+    typer.Option(
+        "--system", metavar="TEXT", show_default=False, help="A system message in front of it all."
+    ),
+]
 Keep = Annotated[
-    bool, typer.Option("--compilation-cache/--no-compilation-cache", help="Keep compiled programs in the user's cache folder.")
+    bool,
+    typer.Option(
+        "--compilation-cache/--no-compilation-cache",
+        help="Keep compiled programs in the user's cache folder.",
+    ),
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="The same seed samples the same answer.")]
-Kind = Annotated[Dtype, typer.Option("--dtype", help="Cast the weights and compute in this; own: as the checkpoint has them.")]
-Mesh = Annotated[str, typer.Option("--mesh", metavar="AXIS=N,...", help="Spread over devices: data, fsdp, tensor; -1: all others.")]
+Seed = Annotated[
+    int, typer.Option("--seed", min=0, max=2**32 - 1, help="The same seed samples the same answer.")
+]
+Kind = Annotated[
+    Dtype,
+    typer.Option(
+        "--dtype", help="Cast the weights and compute in this; own: as the checkpoint has them."
+    ),
+]
+Mesh = Annotated[
+    str,
+    typer.Option(
+        "--mesh",
+        metavar="AXIS=N,...",
+        help="Spread over devices: data, fsdp, tensor; -1: all others.",
+    ),
+]
 
 
 def _version(asked: bool) -> None:
@@ -72,18 +123,42 @@ def _version(asked: bool) -> None:
 @app.callback()
 def infinitevl(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_version, help="Versions, devices, the folder of compiled programs.")
+        bool,
+        typer.Option(
+            "--version",
+            is_eager=True,
+            callback=_version,
+            help="Versions, devices, the folder of compiled programs.",
+        ),
     ] = False,
 ):
-    """Ask vision-language models about images and videos, talk with them, look inside their checkpoints."""
+    """Ask vision-language models about images and videos, talk with them, look inside their
+    checkpoints."""
 
 
 @app.command(no_args_is_help=True)
 def ask(
     model: Model,
-    question: Annotated[str, typer.Argument(metavar="QUESTION", show_default=False, help="What to ask; -: read it from standard input.")],
-    image: Annotated[list[Path], typer.Option("--image", metavar="PATH", show_default=False, help="An image; repeat for several.")] = [],  # noqa: B006
-    video: Annotated[list[Path], typer.Option("--video", metavar="PATH", show_default=False, help="A video; repeat for several.")] = [],  # noqa: B006
+    question: Annotated[
+        str,
+        typer.Argument(
+            metavar="QUESTION",
+            show_default=False,
+            help="What to ask; -: read it from standard input.",
+        ),
+    ],
+    image: Annotated[
+        list[Path],
+        typer.Option(
+            "--image", metavar="PATH", show_default=False, help="An image; repeat for several."
+        ),
+    ] = [],  # noqa: B006
+    video: Annotated[
+        list[Path],
+        typer.Option(
+            "--video", metavar="PATH", show_default=False, help="A video; repeat for several."
+        ),
+    ] = [],  # noqa: B006
     system: System = "",
     max_new_tokens: NewTokens = 256,
     temperature: Temperature = 0.0,
@@ -108,7 +183,13 @@ def ask(
     """
     from infinitevl_jax.cli import session
 
-    settings = session.Settings(max_new_tokens, session.sampling(temperature, top_k, top_p, min_p), seed, system, repetition_penalty)
+    settings = session.Settings(
+        max_new_tokens,
+        session.sampling(temperature, top_k, top_p, min_p),
+        seed,
+        system,
+        repetition_penalty,
+    )
     place = session.Place(dtype.value, mesh, compilation_cache)
     session.ask(model, question, image, video, settings, place)
 
@@ -117,7 +198,12 @@ def ask(
 def chat(
     model: Model,
     context: Annotated[
-        int, typer.Option("--context", min=64, help="Tokens to make room for, in models that keep the whole past (others need none).")
+        int,
+        typer.Option(
+            "--context",
+            min=64,
+            help="Tokens to make room for, in models that keep the whole past (others need none).",
+        ),
     ] = 32768,
     system: System = "",
     max_new_tokens: NewTokens = 1024,
@@ -131,7 +217,8 @@ def chat(
     mesh: Mesh = "",
     compilation_cache: Keep = True,
 ):
-    """Talk with a model: each turn reads only what is new, and memory stays constant however long it gets.
+    """Talk with a model: each turn reads only what is new, and memory stays constant however long
+    it gets.
 
     \b
     infinitevl chat InfiniteVL/
@@ -145,7 +232,13 @@ def chat(
     """
     from infinitevl_jax.cli import chat, session
 
-    settings = session.Settings(max_new_tokens, session.sampling(temperature, top_k, top_p, min_p), seed, system, repetition_penalty)
+    settings = session.Settings(
+        max_new_tokens,
+        session.sampling(temperature, top_k, top_p, min_p),
+        seed,
+        system,
+        repetition_penalty,
+    )
     chat.chat(model, context, settings, session.Place(dtype.value, mesh, compilation_cache))
 
 
@@ -154,7 +247,8 @@ def info(
     model: Model,
     json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ):
-    """Say what a checkpoint is: layers, parameters, bytes, tokenizer, cache. Reads headers, not weights.
+    """Say what a checkpoint is: layers, parameters, bytes, tokenizer, cache. Reads headers, not
+    weights.
 
     \b
     infinitevl info InfiniteVL/
@@ -164,7 +258,9 @@ def info(
     import jax
 
     if not jax.config.jax_platforms:
-        jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave the accelerator's memory alone
+        jax.config.update(
+            "jax_platforms", "cpu"
+        )  # nothing is computed: leave the accelerator's memory alone
 
     from infinitevl_jax.cli import info
 

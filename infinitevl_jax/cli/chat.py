@@ -36,7 +36,9 @@ def chat(folder: Path, context: int, settings: Settings, place: Place) -> None:
         processor.continuation([{"role": role, "content": text} for role, text in turns], prompt)
 
     with compilation.kept(place.compilation_cache, say):
-        conversation = open_model(folder, place, system=settings.system, max_length=context, check=check)
+        conversation = open_model(
+            folder, place, system=settings.system, max_length=context, check=check
+        )
         say("/help lists the commands, Ctrl-D leaves")
         _talk(conversation, settings, sees)
 
@@ -44,7 +46,9 @@ def chat(folder: Path, context: int, settings: Settings, place: Place) -> None:
 def _talk(conversation: Conversation, settings: Settings, sees: bool) -> None:
     shown: list[dict] = []  # images and videos that go with the next question
     if sys.stdin.isatty():
-        with contextlib.suppress(ImportError):  # not everywhere; it only makes editing the line nicer
+        with contextlib.suppress(
+            ImportError
+        ):  # not everywhere; it only makes editing the line nicer
             import readline  # noqa: F401
     while True:
         try:
@@ -62,7 +66,11 @@ def _talk(conversation: Conversation, settings: Settings, sees: bool) -> None:
                 shown = []
                 say("a new conversation")
             elif command == "/undo":
-                say("the last question is taken back" if conversation.undo() else "nothing to take back: one question at most is kept")
+                say(
+                    "the last question is taken back"
+                    if conversation.undo()
+                    else "nothing to take back: one question at most is kept"
+                )
             elif command in ("/image", "/video"):
                 if not sees:
                     raise InfiniteVLError("this is a text model", "it cannot look at pictures")
@@ -77,6 +85,8 @@ def _talk(conversation: Conversation, settings: Settings, sees: bool) -> None:
                 pressed = threading.Event()
                 with postponed(pressed.set, "SIGINT"):
                     answer(conversation, content, settings, pressed.is_set)
-                settings = replace(settings, seed=(settings.seed + 1) % 2**32)  # no two answers are drawn alike
+                settings = replace(
+                    settings, seed=(settings.seed + 1) % 2**32
+                )  # no two answers are drawn alike
         except InfiniteVLError as error:
             typer.echo(f"error: {error}", err=True)

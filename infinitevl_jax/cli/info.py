@@ -21,7 +21,16 @@ from infinitevl_jax.model.cache import cache_bytes
 from infinitevl_jax.processing import ChatTemplate, Tokenizer
 
 LENGTHS = (1_000, 100_000)
-PARTS = ("vision tower", "vision merger", "embeddings", "softmax mixers", "Gated DeltaNet mixers", "MLPs", "norms", "head")
+PARTS = (
+    "vision tower",
+    "vision merger",
+    "embeddings",
+    "softmax mixers",
+    "Gated DeltaNet mixers",
+    "MLPs",
+    "norms",
+    "head",
+)
 NAMES = {SLIDING: "window attention", FULL: "full attention", LINEAR: "Gated DeltaNet"}
 
 
@@ -40,10 +49,20 @@ def describe(folder: Path) -> dict:
         "folder": str(folder),
         "kind": "ours" if is_ours(folder) else "Hugging Face",
         "family": config.family,
-        "layers": {NAMES[kind]: text.layer_types.count(kind) for kind in NAMES if kind in text.layer_types},
+        "layers": {
+            NAMES[kind]: text.layer_types.count(kind) for kind in NAMES if kind in text.layer_types
+        },
         "window": text.sliding_window if SLIDING in text.layer_types else None,
-        "sizes": {"hidden": text.hidden_size, "mlp": text.intermediate_size, "vocabulary": text.vocab_size},
-        "vision": None if vision is None else {"blocks": vision.depth, "hidden": vision.hidden_size, "patch": vision.patch_size},
+        "sizes": {
+            "hidden": text.hidden_size,
+            "mlp": text.intermediate_size,
+            "vocabulary": text.vocab_size,
+        },
+        "vision": (
+            None
+            if vision is None
+            else {"blocks": vision.depth, "hidden": vision.hidden_size, "patch": vision.patch_size}
+        ),
         "head": "tied to the embeddings" if text.tie_word_embeddings else "its own",
         "parts": parts,
         "parameters": sum(part["parameters"] for part in parts.values()),
@@ -58,7 +77,8 @@ def describe(folder: Path) -> dict:
 
 
 def _dtypes(folder: Path, config: ModelConfig) -> dict[str, np.dtype]:
-    """Published torch name -> dtype of every tensor, checked against what the configuration asks for."""
+    """Published torch name -> dtype of every tensor, checked against what the configuration asks
+    for."""
     if not is_ours(folder):
         source = open_source(folder)
         match(config, source.shapes, str(folder))
@@ -67,7 +87,10 @@ def _dtypes(folder: Path, config: ModelConfig) -> dict[str, np.dtype]:
 
     stored, store, manifest = leaves(config, scanned=True), Store(folder), Manifest.read(folder)
     store.check(stored, str(folder / "config.json"))
-    pairs = [zip(leaf.torch, own_dtypes(leaf, store.dtypes[leaf.name], manifest.dtypes), strict=True) for leaf in stored]
+    pairs = [
+        zip(leaf.torch, own_dtypes(leaf, store.dtypes[leaf.name], manifest.dtypes), strict=True)
+        for leaf in stored
+    ]
     return {name: dtype for pair in pairs for name, dtype in pair}
 
 
@@ -92,20 +115,31 @@ def _part(name: str, config: ModelConfig) -> str:
     if fields[0] == "visual":
         return "vision merger" if fields[1] == "merger" else "vision tower"
     if fields[0] == "layers" and fields[3] == "self_attn":
-        return "Gated DeltaNet mixers" if config.text.layer_types[int(fields[2])] == LINEAR else "softmax mixers"
+        return (
+            "Gated DeltaNet mixers"
+            if config.text.layer_types[int(fields[2])] == LINEAR
+            else "softmax mixers"
+        )
     if fields[0] == "layers" and fields[3] == "mlp":
         return "MLPs"
     return {"embed_tokens": "embeddings", "lm_head": "head"}.get(fields[0], "norms")
 
 
 def _words(folder: Path, config: ModelConfig) -> dict:
-    """Tokenizer, template and special ids. A folder without a tokenizer that fits is still a checkpoint."""
+    """Tokenizer, template and special ids. A folder without a tokenizer that fits is still a
+    checkpoint."""
     ids = {"pad": config.pad_token_id, "end": list(config.eos_token_ids)}
     if config.vision is not None:
-        ids |= {name: getattr(config, f"{name}_token_id") for name in ("image", "video", "vision_start", "vision_end")}
+        ids |= {
+            name: getattr(config, f"{name}_token_id")
+            for name in ("image", "video", "vision_start", "vision_end")
+        }
     try:
         tokenizer = Tokenizer.from_folder(folder)
-        source, ids["end"] = f"{tokenizer.source}, {len(tokenizer):,} tokens", list(dict.fromkeys((*ids["end"], *tokenizer.eos_ids)))
+        source, ids["end"] = (
+            f"{tokenizer.source}, {len(tokenizer):,} tokens",
+            list(dict.fromkeys((*ids["end"], *tokenizer.eos_ids))),
+        )
     except InfiniteVLError as error:
         source = f"none that fits: {error.culprit}"
     try:
@@ -122,7 +156,11 @@ def cache_formula(config: ModelConfig, dtype: np.dtype) -> str:
     heads, key, value = text.num_linear_heads, text.linear_head_dim, text.linear_value_dim
     state = f"{heads} heads x {key} x {value} x 4 bytes"
     tail = f"{text.conv_size - 1} inputs x {heads * (2 * key + value)} x {item} bytes"
-    terms = {SLIDING: f"{text.sliding_window} slots x {slot}", FULL: f"length x {slot}", LINEAR: f"({state} + {tail})"}
+    terms = {
+        SLIDING: f"{text.sliding_window} slots x {slot}",
+        FULL: f"length x {slot}",
+        LINEAR: f"({state} + {tail})",
+    }
     return " + ".join(f"{count[kind]} layers x {terms[kind]}" for kind in NAMES if count[kind])
 
 
@@ -137,22 +175,45 @@ def as_table(facts: dict) -> str:
     rows = {
         "folder": f"{facts['folder']} ({facts['kind']})",
         "family": facts["family"],
-        "layers": f"{sum(facts['layers'].values())}: " + ", ".join(f"{n} {kind}" for kind, n in facts["layers"].items()) + window,
-        "widths": f"hidden {sizes['hidden']:,}, MLP {sizes['mlp']:,}, vocabulary {sizes['vocabulary']:,}; head {facts['head']}",
-        "vision": f"{vision['blocks']} blocks, width {vision['hidden']:,}, patches of {vision['patch']} pixels" if vision else "none",
+        "layers": (
+            f"{sum(facts['layers'].values())}: "
+            + ", ".join(f"{n} {kind}" for kind, n in facts["layers"].items())
+            + window
+        ),
+        "widths": (
+            f"hidden {sizes['hidden']:,}, MLP {sizes['mlp']:,}, vocabulary {sizes['vocabulary']:,};"
+            f" head {facts['head']}"
+        ),
+        "vision": (
+            f"{vision['blocks']} blocks, width {vision['hidden']:,}, patches of {vision['patch']}"
+            " pixels"
+            if vision
+            else "none"
+        ),
         "tokenizer": facts["tokenizer"],
         "template": facts["template"],
-        "ids": ", ".join(f"{name} {' '.join(map(str, i)) if isinstance(i, list) else i}" for name, i in facts["ids"].items()),
-        "cache": f"for one sequence in {cache['dtype']}" + (", states in float32:" if NAMES[LINEAR] in facts["layers"] else ":"),
+        "ids": ", ".join(
+            f"{name} {' '.join(map(str, i)) if isinstance(i, list) else i}"
+            for name, i in facts["ids"].items()
+        ),
+        "cache": (
+            f"for one sequence in {cache['dtype']}"
+            + (", states in float32:" if NAMES[LINEAR] in facts["layers"] else ":")
+        ),
     }
     lines = [f"{name:<11}{value}" for name, value in rows.items()]
     lines.append(f"{'':<11}{cache['formula']}")
-    lines += [f"{'':<11}at {int(length):>7,} tokens: {size:,} bytes ({_human(size)})" for length, size in cache["bytes"].items()]
+    lines += [
+        f"{'':<11}at {int(length):>7,} tokens: {size:,} bytes ({_human(size)})"
+        for length, size in cache["bytes"].items()
+    ]
     lines += ["", f"{'part':<24}{'parameters':>16}{'bytes':>18}   dtypes"]
     total = {"total": {"parameters": facts["parameters"], "bytes": facts["bytes"], "dtypes": {}}}
     for name, part in (facts["parts"] | total).items():
         dtypes = part["dtypes"]
-        kinds = ", ".join(dtypes if len(dtypes) == 1 else [f"{dtype} {size:,}" for dtype, size in dtypes.items()]) or _human(part["bytes"])
+        kinds = ", ".join(
+            dtypes if len(dtypes) == 1 else [f"{dtype} {size:,}" for dtype, size in dtypes.items()]
+        ) or _human(part["bytes"])
         lines.append(f"{name:<24}{part['parameters']:>16,}{part['bytes']:>18,}   {kinds}")
     return "\n".join(lines)
 

@@ -35,12 +35,15 @@ class Settings:
 
     def __post_init__(self):
         if self.repetition_penalty is not None:
-            replace(self.sampling, repetition_penalty=self.repetition_penalty)  # out of range is said before anything slow
+            replace(
+                self.sampling, repetition_penalty=self.repetition_penalty
+            )  # out of range is said before anything slow
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model computes: --dtype ("own" or a dtype's name) and --mesh ("" or axis=parts, ...); whether compiled programs are kept."""
+    """Where a model computes: --dtype ("own" or a dtype's name) and --mesh ("" or axis=parts, ...);
+    whether compiled programs are kept."""
 
     dtype: str = "own"
     mesh: str = ""
@@ -48,10 +51,12 @@ class Place:
 
 
 def sampling(temperature: float, top_k: int, top_p: float, min_p: float = 0.0) -> Sampling:
-    """Sampling as asked for on the command line. Raises InfiniteVLError for a choice that would have no effect."""
+    """Sampling as asked for on the command line. Raises InfiniteVLError for a choice that would
+    have no effect."""
     if temperature == 0 and (top_k or top_p < 1 or min_p):
         raise InfiniteVLError(
-            "--top-k, --top-p and --min-p do nothing at temperature 0, which is greedy", "add --temperature 0.7, or drop them"
+            "--top-k, --top-p and --min-p do nothing at temperature 0, which is greedy",
+            "add --temperature 0.7, or drop them",
         )
     return Sampling(temperature, top_k, top_p, min_p)
 
@@ -63,7 +68,8 @@ def run_config(text: str) -> RunConfig:
         axis, _, size = (part.strip() for part in entry.partition("="))
         if axis not in AXES or not size.removeprefix("-").isdecimal():
             raise InfiniteVLError(
-                f"--mesh {text!r}: {entry.strip()!r} is no axis and number", f"write such as fsdp=2,tensor=4 ({', '.join(AXES)})"
+                f"--mesh {text!r}: {entry.strip()!r} is no axis and number",
+                f"write such as fsdp=2,tensor=4 ({', '.join(AXES)})",
             )
         sizes[axis] = int(size)
     with _words_of_mesh(text):
@@ -72,29 +78,42 @@ def run_config(text: str) -> RunConfig:
 
 @contextlib.contextmanager
 def _words_of_mesh(text: str) -> Iterator[None]:
-    """Errors of a mesh, whose words are those of training's run.data=..., in the words of --mesh."""
+    """Errors of a mesh, whose words are those of training's run.data=..., in the words of
+    --mesh."""
     try:
         yield
     except InfiniteVLError as error:
-        raise InfiniteVLError(f"--mesh {text!r}: {error.culprit.replace('run.', '')}", error.cure.replace("run.", "")) from None
+        raise InfiniteVLError(
+            f"--mesh {text!r}: {error.culprit.replace('run.', '')}", error.cure.replace("run.", "")
+        ) from None
 
 
 def media(kind: str, path: Path) -> dict:
-    """The content item of an image or video file; read once here, so that a mistake shows before anything slow."""
+    """The content item of an image or video file; read once here, so that a mistake shows before
+    anything slow."""
     if not path.is_file():
-        raise InfiniteVLError(f"{kind} {str(path)!r} is {'a folder' if path.is_dir() else 'not there'}", "check the path")
+        raise InfiniteVLError(
+            f"{kind} {str(path)!r} is {'a folder' if path.is_dir() else 'not there'}",
+            "check the path",
+        )
     load_image(path) if kind == "image" else check_video(path)
     return {"type": kind, kind: str(path)}
 
 
 def open_model(
-    folder: Path, place: Place, *, system: str = "", max_length: int | None = None, check: Callable[[Processor, bool], None]
+    folder: Path,
+    place: Place,
+    *,
+    system: str = "",
+    max_length: int | None = None,
+    check: Callable[[Processor, bool], None],
 ) -> Conversation:
     """Read a checkpoint, showing progress on stderr.
 
     Args:
       folder: of a checkpoint, or of a training run, for its newest step.
-      check: called with the processor, and whether the model sees, before the weights are read; raises for what cannot work.
+      check: called with the processor, and whether the model sees, before the weights are read;
+        raises for what cannot work.
     """
     run, given = run_config(place.mesh) if place.mesh else None, folder
     folder = checkpoint_folder(folder)
@@ -105,27 +124,52 @@ def open_model(
     with _words_of_mesh(place.mesh):
         mesh = None if run is None else make_mesh(run)
     start = time.perf_counter()
-    model = InfiniteVL.from_pretrained(folder, dtype=None if place.dtype == "own" else place.dtype, mesh=mesh, progress=True)
-    devices = sorted({device.device_kind for value in model.params.values() for device in value.devices()})
+    model = InfiniteVL.from_pretrained(
+        folder, dtype=None if place.dtype == "own" else place.dtype, mesh=mesh, progress=True
+    )
+    devices = sorted(
+        {device.device_kind for value in model.params.values() for device in value.devices()}
+    )
     where = ", ".join(devices) + ("" if mesh is None else f" x {mesh.size} ({place.mesh})")
-    say(f"{config.family}, {model.parameter_count:,} parameters, computing in {model.dtype} on {where}; read in {seconds(start)}")
+    say(
+        f"{config.family}, {model.parameter_count:,} parameters, computing in {model.dtype} on"
+        f" {where}; read in {seconds(start)}"
+    )
     return Conversation(model, processor, system=system or None, max_length=max_length)
 
 
-def ask(folder: Path, question: str, images: Sequence[Path], videos: Sequence[Path], settings: Settings, place: Place) -> None:
+def ask(
+    folder: Path,
+    question: str,
+    images: Sequence[Path],
+    videos: Sequence[Path],
+    settings: Settings,
+    place: Place,
+) -> None:
     """Answer one question."""
     if question == "-":
         question = sys.stdin.read().strip()
         if not question:
-            raise InfiniteVLError("standard input is empty", 'give it a question, or write one: infinitevl ask MODEL "What is this?"')
+            raise InfiniteVLError(
+                "standard input is empty",
+                'give it a question, or write one: infinitevl ask MODEL "What is this?"',
+            )
     if not question.strip():
-        raise InfiniteVLError("the question is empty", 'write it after the folder: infinitevl ask MODEL "What is this?"')
-    content = [media(kind, path) for kind, paths in (("image", images), ("video", videos)) for path in paths]
+        raise InfiniteVLError(
+            "the question is empty",
+            'write it after the folder: infinitevl ask MODEL "What is this?"',
+        )
+    content = [
+        media(kind, path)
+        for kind, paths in (("image", images), ("video", videos))
+        for path in paths
+    ]
 
     def check(processor: Processor, sees: bool) -> None:
         if content and not sees:
             raise InfiniteVLError(
-                f"{folder} is a text model, and cannot look at {content[0][content[0]['type']]!r}", "leave the pictures out"
+                f"{folder} is a text model, and cannot look at {content[0][content[0]['type']]!r}",
+                "leave the pictures out",
             )
 
     with compilation.kept(place.compilation_cache, say):
@@ -133,12 +177,20 @@ def ask(folder: Path, question: str, images: Sequence[Path], videos: Sequence[Pa
         answer(conversation, [*content, {"type": "text", "text": question}], settings)
 
 
-def answer(conversation: Conversation, content: list[dict], settings: Settings, stopped: Callable[[], bool] = lambda: False) -> None:
-    """Print an answer as it is made, until its end or until `stopped` says so; then what it took, on stderr."""
+def answer(
+    conversation: Conversation,
+    content: list[dict],
+    settings: Settings,
+    stopped: Callable[[], bool] = lambda: False,
+) -> None:
+    """Print an answer as it is made, until its end or until `stopped` says so; then what it took,
+    on stderr."""
     penalty = settings.repetition_penalty
     penalty = conversation.model.defaults.repetition_penalty if penalty is None else penalty
     choice = replace(settings.sampling, repetition_penalty=penalty)
-    pieces = conversation.ask(content, max_new_tokens=settings.max_new_tokens, sampling=choice, seed=settings.seed)
+    pieces = conversation.ask(
+        content, max_new_tokens=settings.max_new_tokens, sampling=choice, seed=settings.seed
+    )
     try:
         for piece in pieces:
             typer.echo(piece, nl=False)

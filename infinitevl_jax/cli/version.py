@@ -14,12 +14,18 @@ def describe() -> str:
     try:
         devices = jax.devices()
         kinds = Counter(device.device_kind for device in devices)
-        backend = f"{devices[0].platform}: " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+        backend = f"{devices[0].platform}: " + ", ".join(
+            f"{count} x {kind}" for kind, count in kinds.items()
+        )
     except RuntimeError as error:  # a driver that is missing, or too old
         backend = f"none that works: {str(error).splitlines()[0]}"
     path, reason = compilation.folder()
     programs = list(path.glob("*-cache")) if path and path.is_dir() else []
-    held = f"{path} ({len(programs)} programs, {sum(p.stat().st_size for p in programs) / 1e6:.1f} MB)" if path else f"off: {reason}"
+    held = (
+        f"{path} ({len(programs)} programs, {sum(p.stat().st_size for p in programs) / 1e6:.1f} MB)"
+        if path
+        else f"off: {reason}"
+    )
     return "\n".join(
         (
             f"infinitevl_jax {__version__}",

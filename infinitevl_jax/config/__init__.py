@@ -1,1 +1,2 @@
-"""Three frozen configurations that never mix: the model (what weights mean), the run (mesh, precision), the training."""
+"""Three frozen configurations that never mix: the model (what weights mean), the run (mesh,
+precision), the training."""

@@ -1,8 +1,9 @@
 """Hugging Face's config.json <-> ModelConfig.
 
-Families: infinite_vl (and its LongSFT sibling), qwen2_5_vl, qwen2. Files come flat (published) or with a nested `text_config` and
-`rope_parameters` (newer writers); both are read, the flat shape is written. A key that changes nothing is ignored; one that changes
-the maths must hold the value this package computes with.
+Families: infinite_vl (and its LongSFT sibling), qwen2_5_vl, qwen2. Files come flat (published) or
+  with a nested `text_config` and
+`rope_parameters` (newer writers); both are read, the flat shape is written. A key that changes
+nothing is ignored; one that changes the maths must hold the value this package computes with.
 """
 
 import contextlib
@@ -21,7 +22,15 @@ from infinitevl_jax.config.huggingface_keys import (
     TokenKeys,
     VisionKeys,
 )
-from infinitevl_jax.config.model import FULL, LINEAR, SLIDING, ModelConfig, TextConfig, VisionConfig, hybrid_pattern
+from infinitevl_jax.config.model import (
+    FULL,
+    LINEAR,
+    SLIDING,
+    ModelConfig,
+    TextConfig,
+    VisionConfig,
+    hybrid_pattern,
+)
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.reading import convert, read_json
 
@@ -32,6 +41,7 @@ ARCHITECTURES = {
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen2": "Qwen2ForCausalLM",
 }
+
 
 class _Keys:
     """Several objects of a file, read as one: the first that has a key (not null) wins."""
@@ -53,10 +63,19 @@ class _Keys:
         for name, value in ((name, scope.get(name)) for name in table for scope in self.scopes):
             accepted = table[name]
             if value is not None and value not in accepted:
-                have = f"has to be {' or '.join(repr(a) for a in accepted)}" if accepted else "has to be absent or null"
-                shown = f"{{{', '.join(map(repr, list(value)[:3]))}, ...}}" if isinstance(value, dict) else repr(value)
+                have = (
+                    f"has to be {' or '.join(repr(a) for a in accepted)}"
+                    if accepted
+                    else "has to be absent or null"
+                )
+                shown = (
+                    f"{{{', '.join(map(repr, list(value)[:3]))}, ...}}"
+                    if isinstance(value, dict)
+                    else repr(value)
+                )
                 raise InfiniteVLError(
-                    f"{self.source}: {name} = {shown} changes the maths in a way that is not implemented",
+                    f"{self.source}: {name} = {shown} changes the maths in a way that is not"
+                    " implemented",
                     f"{name} {have}: use weights trained that way"
                     + (" (or dequantised to bf16)" if name == "quantization_config" else "")
                     + "; delete the key only if the weights do not use it",
@@ -81,14 +100,19 @@ def _naming(source: str):
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """The ModelConfig of a checkpoint folder: its config.json, and the end tokens of generation_config.json where there is one."""
+    """The ModelConfig of a checkpoint folder: its config.json, and the end tokens of
+    generation_config.json where there is one."""
     folder = Path(folder)
     hf = read_json(folder / "config.json")
     generation = folder / "generation_config.json"
-    return model_config(hf, str(folder / "config.json"), read_json(generation) if generation.exists() else None)
+    return model_config(
+        hf, str(folder / "config.json"), read_json(generation) if generation.exists() else None
+    )
 
 
-def model_config(hf: Mapping[str, Any], source: str = "config.json", generation: Mapping[str, Any] | None = None) -> ModelConfig:
+def model_config(
+    hf: Mapping[str, Any], source: str = "config.json", generation: Mapping[str, Any] | None = None
+) -> ModelConfig:
     """ModelConfig of a Hugging Face configuration.
 
     Args:
@@ -102,29 +126,42 @@ def model_config(hf: Mapping[str, Any], source: str = "config.json", generation:
     family = hf.get("model_type")
     if not isinstance(family, str) or family not in ARCHITECTURES:
         raise InfiniteVLError(
-            f"{source}: model_type is {family!r}" + (f" (architectures {hf['architectures']})" if hf.get("architectures") else ""),
+            f"{source}: model_type is {family!r}"
+            + (f" (architectures {hf['architectures']})" if hf.get("architectures") else ""),
             f"this package reads the families {', '.join(ARCHITECTURES)}",
         )
     for name in ("text_config", "vision_config"):
         if not isinstance(hf.get(name) or {}, Mapping):
-            raise InfiniteVLError(f"{source}: {name} is a {type(hf[name]).__name__}", "it has to be an object")
+            raise InfiniteVLError(
+                f"{source}: {name} is a {type(hf[name]).__name__}", "it has to be an object"
+            )
     nested = hf.get("text_config") or {}
     keys = _Keys(source, nested, hf)
     keys.check(TEXT_VALUES)
     text = keys.read(TextKeys)
 
     # Files written before transformers 5 say it in text_config, later ones at the root.
-    inner, outer = (_Keys(source, scope).read(TieKeys).tie_word_embeddings for scope in (nested, hf))
+    inner, outer = (
+        _Keys(source, scope).read(TieKeys).tie_word_embeddings for scope in (nested, hf)
+    )
     tied = bool(inner or (family == "infinite_vl" if outer is None else outer))
-    tokens = _Keys(f"{source} / generation_config.json", generation or {}, nested, hf).read(TokenKeys)
+    tokens = _Keys(f"{source} / generation_config.json", generation or {}, nested, hf).read(
+        TokenKeys
+    )
     eos = tokens.eos_token_id
     if eos is None:  # said to be none, or never said
-        eos = [] if family == "qwen2" or "eos_token_id" in {**hf, **nested} else list(ModelConfig.eos_token_ids)
+        eos = (
+            []
+            if family == "qwen2" or "eos_token_id" in {**hf, **nested}
+            else list(ModelConfig.eos_token_ids)
+        )
     with _naming(source):
         vision = _vision(hf, family, source, text.hidden_size)
         pad = tokens.pad_token_id if tokens.pad_token_id is not None else ModelConfig.pad_token_id
         return ModelConfig(
-            text=TextConfig(**_text(keys, text, family, vision is not None), tie_word_embeddings=tied),
+            text=TextConfig(
+                **_text(keys, text, family, vision is not None), tie_word_embeddings=tied
+            ),
             vision=vision,
             family=family,
             **_given(tokens, TOKEN_IDS),
@@ -139,23 +176,30 @@ TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "visio
 
 
 def _given(keys: msgspec.Struct, names: Sequence[str]) -> dict[str, Any]:
-    """Those of the keys that the file has; the others keep the default of the configuration class."""
+    """Those of the keys that the file has; the others keep the default of the configuration
+    class."""
     return {name: getattr(keys, name) for name in names if getattr(keys, name) is not None}
 
 
 def _text(keys: _Keys, text: TextKeys, family: str, has_vision: bool) -> dict[str, Any]:
     source, hidden, heads = keys.source, text.hidden_size, text.num_attention_heads
     if hidden % heads and text.head_dim is None:
-        raise InfiniteVLError(f"{source}: hidden_size {hidden} over num_attention_heads {heads} is no whole number", "correct one of them")
+        raise InfiniteVLError(
+            f"{source}: hidden_size {hidden} over num_attention_heads {heads} is no whole number",
+            "correct one of them",
+        )
     head_dim = text.head_dim or hidden // heads
     theta, section = _rope(keys, family, has_vision, head_dim)
     gated_delta = {}
     if family == "infinite_vl":
-        gated_delta = _given(text, ("conv_size", "num_linear_heads", "linear_head_dim", "expand_v", "norm_eps"))
+        gated_delta = _given(
+            text, ("conv_size", "num_linear_heads", "linear_head_dim", "expand_v", "norm_eps")
+        )
         linear_heads = gated_delta.get("num_linear_heads", TextConfig.num_linear_heads)
         if text.num_linear_key_value_heads not in (None, linear_heads):
             raise InfiniteVLError(
-                f"{source}: num_linear_key_value_heads {text.num_linear_key_value_heads} differs from num_linear_heads {linear_heads}",
+                f"{source}: num_linear_key_value_heads {text.num_linear_key_value_heads} differs"
+                f" from num_linear_heads {linear_heads}",
                 "grouped heads in Gated DeltaNet are not implemented: both have to be equal",
             )
     return {
@@ -169,7 +213,11 @@ def _text(keys: _Keys, text: TextKeys, family: str, has_vision: bool) -> dict[st
         **_given(text, ("sliding_window",)),
         "rope_theta": theta,
         "mrope_section": section,
-        "rms_norm_eps": text.rms_norm_eps if text.rms_norm_eps is not None else (1e-5 if family == "qwen2_5_vl" else 1e-6),
+        "rms_norm_eps": (
+            text.rms_norm_eps
+            if text.rms_norm_eps is not None
+            else (1e-5 if family == "qwen2_5_vl" else 1e-6)
+        ),
         **gated_delta,
     }
 
@@ -178,28 +226,43 @@ def _layer_types(source: str, text: TextKeys, family: str) -> tuple[str, ...]:
     types, depth = text.layer_types, text.num_hidden_layers
     if types is not None and len(types) != depth:
         raise InfiniteVLError(
-            f"{source}: layer_types names {len(types)} layers, num_hidden_layers is {depth}", "give one type for every layer"
+            f"{source}: layer_types names {len(types)} layers, num_hidden_layers is {depth}",
+            "give one type for every layer",
         )
     if family == "infinite_vl":
-        # The authors' training code calls the windowed layers full_attention: only one kind of softmax layer exists.
-        return hybrid_pattern(depth) if types is None else tuple(SLIDING if kind == FULL else kind for kind in types)
+        # The authors' training code calls the windowed layers full_attention: only one kind of
+        # softmax layer exists.
+        return (
+            hybrid_pattern(depth)
+            if types is None
+            else tuple(SLIDING if kind == FULL else kind for kind in types)
+        )
     window = text.use_sliding_window and text.sliding_window is not None
     if types is None:
         usual = 28 if family == "qwen2" else 80
-        first = (usual if text.max_window_layers is None else text.max_window_layers) if window else depth
+        first = (
+            (usual if text.max_window_layers is None else text.max_window_layers)
+            if window
+            else depth
+        )
         return tuple(SLIDING if i >= first else FULL for i in range(depth))
     if LINEAR in types:
-        raise InfiniteVLError(f"{source}: layer_types has {LINEAR} in a {family} model", "hybrid models have model_type infinite_vl")
+        raise InfiniteVLError(
+            f"{source}: layer_types has {LINEAR} in a {family} model",
+            "hybrid models have model_type infinite_vl",
+        )
     if SLIDING in types and not window:
         raise InfiniteVLError(
-            f"{source}: layer_types has {SLIDING}, but use_sliding_window is {text.use_sliding_window}"
-            f" and sliding_window {text.sliding_window}",
+            f"{source}: layer_types has {SLIDING}, but use_sliding_window is"
+            f" {text.use_sliding_window} and sliding_window {text.sliding_window}",
             "set use_sliding_window to true and sliding_window to the window's length",
         )
     return tuple(types)
 
 
-def _rope(keys: _Keys, family: str, has_vision: bool, head_dim: int) -> tuple[float, tuple[int, int, int] | None]:
+def _rope(
+    keys: _Keys, family: str, has_vision: bool, head_dim: int
+) -> tuple[float, tuple[int, int, int] | None]:
     source, ropes = keys.source, []
     for name in ("rope_scaling", "rope_parameters"):
         rope = keys.merged.get(name)
@@ -207,31 +270,53 @@ def _rope(keys: _Keys, family: str, has_vision: bool, head_dim: int) -> tuple[fl
             continue
         if not isinstance(rope, Mapping):
             raise InfiniteVLError(f"{source}: {name} is {rope!r}", "it has to be an object")
-        by_kind = [value for value in rope.values() if isinstance(value, Mapping)]  # one object for each kind of layer
+        by_kind = [
+            value for value in rope.values() if isinstance(value, Mapping)
+        ]  # one object for each kind of layer
         if any(value != by_kind[0] for value in by_kind):
-            raise InfiniteVLError(f"{source}: {name} differs between kinds of layers", "one rotary embedding serves all layers here")
+            raise InfiniteVLError(
+                f"{source}: {name} differs between kinds of layers",
+                "one rotary embedding serves all layers here",
+            )
         ropes.append(by_kind[0] if by_kind else rope)
         used = _Keys(f"{source}: {name}", ropes[-1])
         accepted = ("default",) if family == "qwen2" else ("default", "mrope")
-        used.check({"rope_type": accepted, "type": accepted, "partial_rotary_factor": (1,), "mrope_interleaved": (False,)})
-    theta = _Keys(source, *ropes, *keys.scopes).read(RopeKeys).rope_theta or (1e4 if family == "qwen2" else 1e6)
+        used.check(
+            {
+                "rope_type": accepted,
+                "type": accepted,
+                "partial_rotary_factor": (1,),
+                "mrope_interleaved": (False,),
+            }
+        )
+    theta = _Keys(source, *ropes, *keys.scopes).read(RopeKeys).rope_theta or (
+        1e4 if family == "qwen2" else 1e6
+    )
     section = _Keys(f"{source}: rope_scaling", *ropes).read(RopeKeys).mrope_section
     if family == "qwen2" or (section is None and not has_vision):
         return theta, None
     if section is None and head_dim == 128:
         section = TextConfig.mrope_section
     if section is None:
-        raise InfiniteVLError(f"{source}: mrope_section is None", "rope_scaling has to give three whole numbers, e.g. [16, 24, 24]")
+        raise InfiniteVLError(
+            f"{source}: mrope_section is None",
+            "rope_scaling has to give three whole numbers, e.g. [16, 24, 24]",
+        )
     return theta, section
 
 
-def _vision(hf: Mapping[str, Any], family: str, source: str, hidden_size: int) -> VisionConfig | None:
-    if family == "qwen2" or (family == "infinite_vl" and "vision_config" in hf and hf["vision_config"] is None):
+def _vision(
+    hf: Mapping[str, Any], family: str, source: str, hidden_size: int
+) -> VisionConfig | None:
+    if family == "qwen2" or (
+        family == "infinite_vl" and "vision_config" in hf and hf["vision_config"] is None
+    ):
         return None
     if not hf.get("vision_config"):
         raise InfiniteVLError(
             f"{source} has no vision_config",
-            "take the config.json that was published with the weights" + (" (null: text only)" if family == "infinite_vl" else ""),
+            "take the config.json that was published with the weights"
+            + (" (null: text only)" if family == "infinite_vl" else ""),
         )
     content = dict(hf["vision_config"])
     patch = content.get("patch_size")
@@ -241,7 +326,9 @@ def _vision(hf: Mapping[str, Any], family: str, source: str, hidden_size: int) -
     keys.check(VISION_VALUES)
     rope = keys.merged.get("rope_parameters") or {}
     if not isinstance(rope, Mapping):
-        raise InfiniteVLError(f"{keys.source}: rope_parameters is {rope!r}", "it has to be an object")
+        raise InfiniteVLError(
+            f"{keys.source}: rope_parameters is {rope!r}", "it has to be an object"
+        )
     ropes = _Keys(f"{keys.source}.rope_parameters", rope)
     ropes.check({"rope_type": ("axial", "default"), "partial_rotary_factor": (1,)})
     vision = keys.read(VisionKeys)
@@ -254,14 +341,23 @@ def _vision(hf: Mapping[str, Any], family: str, source: str, hidden_size: int) -
 
 
 def to_huggingface(config: ModelConfig) -> dict[str, Any]:
-    """config.json (flat, as published) of a model that was born here. `model_config` reads it back to an equal ModelConfig."""
+    """config.json (flat, as published) of a model that was born here. `model_config` reads it back
+    to an equal ModelConfig."""
     text, family = config.text, config.family
     if family not in ARCHITECTURES:
-        raise InfiniteVLError(f"family {family!r} has no config.json", f"choose one of {', '.join(ARCHITECTURES)}")
+        raise InfiniteVLError(
+            f"family {family!r} has no config.json", f"choose one of {', '.join(ARCHITECTURES)}"
+        )
     if family == "infinite_vl" and FULL in text.layer_types:
-        raise InfiniteVLError(f"layer_types has {FULL}, which infinite_vl cannot say on disk", f"use {SLIDING} and a long sliding_window")
+        raise InfiniteVLError(
+            f"layer_types has {FULL}, which infinite_vl cannot say on disk",
+            f"use {SLIDING} and a long sliding_window",
+        )
     if family != "infinite_vl" and LINEAR in text.layer_types:
-        raise InfiniteVLError(f"layer_types has {LINEAR}, which {family} cannot say on disk", "use the family infinite_vl")
+        raise InfiniteVLError(
+            f"layer_types has {LINEAR}, which {family} cannot say on disk",
+            "use the family infinite_vl",
+        )
     parts = (config.vision is not None, text.mrope_section is not None)
     if family != "infinite_vl" and parts != (family == "qwen2_5_vl",) * 2:
         raise InfiniteVLError(
@@ -310,9 +406,17 @@ def to_huggingface(config: ModelConfig) -> dict[str, Any]:
 
 
 def _vision_to_huggingface(vision: VisionConfig, family: str) -> dict[str, Any]:
-    names = "depth hidden_size intermediate_size num_heads in_channels patch_size temporal_patch_size spatial_merge_size window_size"
-    out = {"model_type": family, "hidden_act": "silu"} | {name: getattr(vision, name) for name in names.split()}
-    out |= {"out_hidden_size": vision.out_hidden_size, "fullatt_block_indexes": list(vision.fullatt_block_indexes)}
+    names = (
+        "depth hidden_size intermediate_size num_heads in_channels patch_size temporal_patch_size"
+        " spatial_merge_size window_size"
+    )
+    out = {"model_type": family, "hidden_act": "silu"} | {
+        name: getattr(vision, name) for name in names.split()
+    }
+    out |= {
+        "out_hidden_size": vision.out_hidden_size,
+        "fullatt_block_indexes": list(vision.fullatt_block_indexes),
+    }
     rate = vision.tokens_per_second
     out["tokens_per_second"] = int(rate) if rate == int(rate) else rate
     if vision.rms_norm_eps != 1e-6:

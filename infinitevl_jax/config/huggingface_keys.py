@@ -1,6 +1,8 @@
-"""The keys of Hugging Face's config.json that this package reads: their types and ranges, and the values of those it only checks.
+"""The keys of Hugging Face's config.json that this package reads: their types and ranges, and the
+values of those it only checks.
 
-Sizes have upper limits far above every published model, so that a damaged file is refused before anything is built.
+Sizes have upper limits far above every published model, so that a damaged file is refused before
+anything is built.
 """
 
 from typing import Annotated
@@ -85,8 +87,9 @@ class TokenKeys(msgspec.Struct):
     vision_end_token_id: TokenId | None = None
 
 
-# Keys that change the maths -> the values this package computes with (null and absent are always fine). What only adds or drops
-# tensors (attention_bias, mlp_bias, ...) needs no line here: the weight table finds it.
+# Keys that change the maths -> the values this package computes with (null and absent are always
+# fine). What only adds or drops tensors (attention_bias, mlp_bias, ...) needs no line here: the
+# weight table finds it.
 _SILU = ("silu", "swish")
 TEXT_VALUES: dict[str, tuple] = {
     "hidden_act": _SILU,

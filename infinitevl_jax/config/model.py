@@ -1,8 +1,9 @@
-"""What the weights mean: frozen configurations of the decoder, the vision tower and the whole model.
+"""What the weights mean: frozen configurations of the decoder, the vision tower and the whole
+model.
 
-One decoder serves InfiniteVL (sliding-window attention and Gated DeltaNet), Qwen2.5-VL (full attention with M-RoPE) and
-Qwen2 text models (full attention with plain RoPE): they differ in data alone. Reading Hugging Face's config.json is
-`infinitevl_jax.config.huggingface`.
+One decoder serves InfiniteVL (sliding-window attention and Gated DeltaNet), Qwen2.5-VL (full
+attention with M-RoPE) and Qwen2 text models (full attention with plain RoPE): they differ in data
+alone. Reading Hugging Face's config.json is `infinitevl_jax.config.huggingface`.
 """
 
 import dataclasses
@@ -11,7 +12,16 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from infinitevl_jax.config.ranges import INT32, LAYERS, Base, Count, Heads, Share, Width, check_ranges
+from infinitevl_jax.config.ranges import (
+    INT32,
+    LAYERS,
+    Base,
+    Count,
+    Heads,
+    Share,
+    Width,
+    check_ranges,
+)
 from infinitevl_jax.errors import InfiniteVLError
 
 SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
@@ -19,7 +29,8 @@ SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The Qwen2.5-VL vision tower. Sizes in pixels where named `*_size`, else in patches or channels."""
+    """The Qwen2.5-VL vision tower. Sizes in pixels where named `*_size`, else in patches or
+    channels."""
 
     depth: Annotated[int, Meta(ge=1, le=LAYERS)] = 32
     hidden_size: Width = 1280
@@ -41,8 +52,10 @@ class VisionConfig:
         check_ranges(self)
         if self.hidden_size % self.num_heads or self.head_dim % 4:
             raise InfiniteVLError(
-                f"vision_config: hidden_size {self.hidden_size} over num_heads {self.num_heads} is not a multiple of 4",
-                "2-D rotary embedding needs head_dim divisible by 4; change hidden_size or num_heads",
+                f"vision_config: hidden_size {self.hidden_size} over num_heads {self.num_heads} is"
+                " not a multiple of 4",
+                "2-D rotary embedding needs head_dim divisible by 4; change hidden_size or"
+                " num_heads",
             )
         if self.window_size % (self.patch_size * self.spatial_merge_size):
             raise InfiniteVLError(
@@ -101,7 +114,8 @@ class TextConfig:
         check_ranges(self)
         if self.mrope_section is not None and sum(self.mrope_section) != self.head_dim // 2:
             raise InfiniteVLError(
-                f"mrope_section {list(self.mrope_section)} sums to {sum(self.mrope_section)}, not head_dim / 2 = {self.head_dim // 2}",
+                f"mrope_section {list(self.mrope_section)} sums to {sum(self.mrope_section)}, not"
+                f" head_dim / 2 = {self.head_dim // 2}",
                 "make the sections (temporal, height, width) add up to half of head_dim",
             )
         unknown = sorted(set(self.layer_types) - {SLIDING, FULL, LINEAR})
@@ -111,19 +125,27 @@ class TextConfig:
                 f"every layer is one of {SLIDING}, {FULL}, {LINEAR}",
             )
         if self.conv_size != 4:
-            raise InfiniteVLError(f"conv_size is {self.conv_size}", "the convolutions have 4 taps: leave conv_size at 4")
+            raise InfiniteVLError(
+                f"conv_size is {self.conv_size}",
+                "the convolutions have 4 taps: leave conv_size at 4",
+            )
         if self.head_dim % 2 or self.linear_head_dim * self.expand_v != self.linear_value_dim:
             raise InfiniteVLError(
-                f"head_dim {self.head_dim}, linear_head_dim {self.linear_head_dim} x expand_v {self.expand_v}",
+                f"head_dim {self.head_dim}, linear_head_dim {self.linear_head_dim} x expand_v"
+                f" {self.expand_v}",
                 "head_dim is even (rotary halves), and expand_v x linear_head_dim a whole number",
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise InfiniteVLError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads {self.num_key_value_heads}",
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of"
+                f" num_key_value_heads {self.num_key_value_heads}",
                 "each key/value head serves a whole number of query heads",
             )
         if SLIDING in self.layer_types and self.sliding_window < 1:
-            raise InfiniteVLError(f"sliding_window is {self.sliding_window}", "a window holds at least the token itself: 1 or more")
+            raise InfiniteVLError(
+                f"sliding_window is {self.sliding_window}",
+                "a window holds at least the token itself: 1 or more",
+            )
 
     @property
     def num_hidden_layers(self) -> int:
@@ -137,7 +159,8 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole model: decoder, vision tower (None for text models) and the token ids that tie them together."""
+    """A whole model: decoder, vision tower (None for text models) and the token ids that tie them
+    together."""
 
     text: TextConfig
     vision: VisionConfig | None = dataclasses.field(default_factory=VisionConfig)
@@ -155,13 +178,15 @@ class ModelConfig:
         check_ranges(self)
         if self.vision is not None and self.vision.out_hidden_size != self.text.hidden_size:
             raise InfiniteVLError(
-                f"vision out_hidden_size {self.vision.out_hidden_size} differs from the decoder's hidden_size {self.text.hidden_size}",
+                f"vision out_hidden_size {self.vision.out_hidden_size} differs from the decoder's"
+                f" hidden_size {self.text.hidden_size}",
                 "the merger writes straight into the decoder: make them equal",
             )
 
 
 def hybrid_pattern(num_layers: int, period: int = 4) -> tuple[str, ...]:
-    """InfiniteVL's pattern: a sliding-window layer every `period` layers from 0, Gated DeltaNet in between."""
+    """InfiniteVL's pattern: a sliding-window layer every `period` layers from 0, Gated DeltaNet in
+    between."""
     return tuple(SLIDING if i % period == 0 else LINEAR for i in range(num_layers))
 
 

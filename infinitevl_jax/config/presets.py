@@ -1,4 +1,5 @@
-"""A training run as one TOML file, plus `key=value` changes from the command line. A key that nobody reads is an error."""
+"""A training run as one TOML file, plus `key=value` changes from the command line. A key that
+nobody reads is an error."""
 
 import dataclasses
 import difflib
@@ -36,7 +37,8 @@ class ModelSource:
 
     from_ ("from" in the file): a folder of ours, or a Hugging Face one. Then sizes and tokenizer
     are the folder's.
-    tokenizer: with sizes, a folder that brings tokenizer and processor files; or "words" for one token a word of the training questions.
+    tokenizer: with sizes, a folder that brings tokenizer and processor files; or "words" for one
+      token a word of the training questions.
     min_pixels, max_pixels: what pictures are resized to. Left out, what the folder says (with
       "words": 3136, 1003520).
     initializer_range: with sizes, standard deviation of fresh embeddings.
@@ -55,14 +57,17 @@ class ModelSource:
         check_ranges(self)
         if bool(self.from_) == (self.text is not None):
             raise InfiniteVLError(
-                f"the preset gives {'both' if self.from_ else 'neither'} model.from {'and' if self.from_ else 'nor'} model.text",
-                "name a checkpoint folder in model.from, or give the sizes in [model.text] and [model.vision]",
+                f"the preset gives {'both' if self.from_ else 'neither'} model.from"
+                f" {'and' if self.from_ else 'nor'} model.text",
+                "name a checkpoint folder in model.from, or give the sizes in [model.text] and"
+                " [model.vision]",
             )
         fresh = {name: getattr(self, name) for name in ("vision", "tokenizer", "initializer_range")}
         given = [name for name, value in fresh.items() if value != getattr(type(self), name)]
         if self.from_ and given:
             raise InfiniteVLError(
-                f"the preset gives model.from and model.{given[0]}", f"the folder decides that: remove model.{given[0]}, or model.from"
+                f"the preset gives model.from and model.{given[0]}",
+                f"the folder decides that: remove model.{given[0]}, or model.from",
             )
 
 
@@ -78,7 +83,8 @@ class Preset:
 def load_preset(path: str | Path, overrides: Sequence[str] = ()) -> Preset:
     """Read a preset and apply changes such as "train.optimizer.peak_lr=1e-4".
 
-    Raises InfiniteVLError for a file that is no TOML, an unknown key (with the nearest known ones), or a value of the wrong type.
+    Raises InfiniteVLError for a file that is no TOML, an unknown key (with the nearest known ones),
+    or a value of the wrong type.
     """
     path = Path(path)
     try:
@@ -86,18 +92,25 @@ def load_preset(path: str | Path, overrides: Sequence[str] = ()) -> Preset:
     except (ValueError, RecursionError) as error:
         if not isinstance(error, InfiniteVLError):
             reason = "it nests too deep" if isinstance(error, RecursionError) else error
-            raise InfiniteVLError(f"preset {path} cannot be read: {reason}", "mend the TOML") from None
+            raise InfiniteVLError(
+                f"preset {path} cannot be read: {reason}", "mend the TOML"
+            ) from None
         near = sorted(str(p) for p in Path("configs").glob("*.toml"))
-        raise InfiniteVLError(error.culprit, f"name a preset (here: {', '.join(near) or 'none'}), or mend the file") from None
+        raise InfiniteVLError(
+            error.culprit, f"name a preset (here: {', '.join(near) or 'none'}), or mend the file"
+        ) from None
     for change in overrides:
         _override(tree, change)
     return parse(Preset, tree, "", str(path))
 
 
 def parse(kind: type, tree: Any, key: str, where: str) -> Any:
-    """Build a configuration dataclass from a TOML table; `key` is the dotted name of the table, `where` the file."""
+    """Build a configuration dataclass from a TOML table; `key` is the dotted name of the table,
+    `where` the file."""
     if not isinstance(tree, dict):
-        raise InfiniteVLError(f"{where}: {key} is {tree!r}", f"{key} is a table: write [{key}], then its keys")
+        raise InfiniteVLError(
+            f"{where}: {key} is {tree!r}", f"{key} is a table: write [{key}], then its keys"
+        )
     fields = {f.name.rstrip("_"): f for f in dataclasses.fields(kind)}
     declared = hints(kind)
     for name in tree:
@@ -105,15 +118,27 @@ def parse(kind: type, tree: Any, key: str, where: str) -> Any:
             full = _join(key, name)
             if full in RENAMED:
                 raise InfiniteVLError(f"{where}: {full} has a new name", f"write {RENAMED[full]}")
-            near = difflib.get_close_matches(name, fields, n=3, cutoff=0.5) or [n for n in _everywhere() if n.rsplit(".", 1)[-1] == name]
+            near = difflib.get_close_matches(name, fields, n=3, cutoff=0.5) or [
+                n for n in _everywhere() if n.rsplit(".", 1)[-1] == name
+            ]
             near = [n if "." in n else _join(key, n) for n in near]
             raise InfiniteVLError(
-                f"{where}: unknown key {full!r}", f"did you mean {' or '.join(near)}?" if near else f"keys here: {', '.join(fields)}"
+                f"{where}: unknown key {full!r}",
+                f"did you mean {' or '.join(near)}?" if near else f"keys here: {', '.join(fields)}",
             )
-    required = [n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    required = [
+        n
+        for n, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
     if missing := [n for n in required if n not in tree]:
-        raise InfiniteVLError(f"{where}: {_join(key, missing[0])} is missing", "add it to the preset")
-    values = {fields[name].name: _value(declared[fields[name].name], value, _join(key, name), where) for name, value in tree.items()}
+        raise InfiniteVLError(
+            f"{where}: {_join(key, missing[0])} is missing", "add it to the preset"
+        )
+    values = {
+        fields[name].name: _value(declared[fields[name].name], value, _join(key, name), where)
+        for name, value in tree.items()
+    }
     try:
         return kind(**values)
     except InfiniteVLError as error:
@@ -170,7 +195,8 @@ def _value(hint: Any, value: Any, key: str, where: str) -> Any:
 
 
 def _toml(text: str) -> dict[str, Any]:
-    """`tomllib.loads`, which takes a time and a memory that grow with the square of a key's parts."""
+    """`tomllib.loads`, which takes a time and a memory that grow with the square of a key's
+    parts."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.count(".") > DOTS:
             raise ValueError(f"line {number} has more than {DOTS} dots")
@@ -178,20 +204,28 @@ def _toml(text: str) -> dict[str, Any]:
 
 
 def _override(tree: dict, change: str) -> None:
-    """Put one `dotted.key=value` into the tree. Values are TOML; what is not (a bare word or path) is text."""
+    """Put one `dotted.key=value` into the tree. Values are TOML; what is not (a bare word or path)
+    is text."""
     key, equals, text = change.partition("=")
     if not equals or not all(key.split(".")):
-        raise InfiniteVLError(f"{change!r} is no change to the preset", "write dotted.key=value, such as train.optimizer.peak_lr=1e-4")
+        raise InfiniteVLError(
+            f"{change!r} is no change to the preset",
+            "write dotted.key=value, such as train.optimizer.peak_lr=1e-4",
+        )
     try:
         value = _toml(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
     except (ValueError, RecursionError) as error:
         reason = "it nests too deep" if isinstance(error, RecursionError) else error
-        raise InfiniteVLError(f"{key}: its value cannot be read: {reason}", "give a number, a text, or a short list") from None
+        raise InfiniteVLError(
+            f"{key}: its value cannot be read: {reason}", "give a number, a text, or a short list"
+        ) from None
     *path, last = key.split(".")
     for name in path:
         tree = tree.setdefault(name, {})
         if not isinstance(tree, dict):
-            raise InfiniteVLError(f"{change!r}: {name} holds a value, no further keys", "check the dotted name")
+            raise InfiniteVLError(
+                f"{change!r}: {name} holds a value, no further keys", "check the dotted name"
+            )
     tree[last] = value

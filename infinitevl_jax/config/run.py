@@ -1,4 +1,5 @@
-"""How a run is carried out: mesh, precision, rematerialisation. None of it changes what is computed, only where and how exactly."""
+"""How a run is carried out: mesh, precision, rematerialisation. None of it changes what is
+computed, only where and how exactly."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -16,8 +17,8 @@ Parts = Annotated[int, Meta(ge=-1, le=2**20)]
 
 @dataclass(frozen=True)
 class OpsConfig:
-    """The implementation of each operator that must run ("mosaic_gpu", "mosaic_tpu", "xla"), or several in
-    order ("mosaic_gpu,xla"). None: the first that can run.
+    """The implementation of each operator that must run ("mosaic_gpu", "mosaic_tpu", "xla"), or
+    several in order ("mosaic_gpu,xla"). None: the first that can run.
     """
 
     attention: Name | None = None
@@ -34,12 +35,16 @@ class OpsConfig:
 class RunConfig:
     """Sizes of the mesh axes, and the numerics.
 
-    data: copies of the model. fsdp: parts that batch and parameters are cut into. tensor: parts that heads and hidden units are cut into.
-    context: parts that the length is cut into; reserved, 1 for now. One of them may be -1: all devices that the others leave.
+    data: copies of the model. fsdp: parts that batch and parameters are cut into. tensor: parts
+      that heads and hidden units are cut into.
+    context: parts that the length is cut into; reserved, 1 for now. One of them may be -1: all
+      devices that the others leave.
     dtype: what activations are computed in (parameters that train are float32 always).
-    remat: what each layer keeps for the backward pass: "none" of it is recomputed, all but matrix products
+    remat: what each layer keeps for the backward pass: "none" of it is recomputed, all but matrix
+      products
     and what the mixers' operators return ("dots"), or "full".
-    scan: whether equal layers are one loop, which compiles in a time that does not follow the depth, or each stands by itself, which
+    scan: whether equal layers are one loop, which compiles in a time that does not follow the
+      depth, or each stands by itself, which
     spares a GPU the copies into and out of the stacks.
     ops: the implementations that are allowed of each operator.
     """

@@ -3,11 +3,19 @@
 from infinitevl_jax.conversion.load import load_params, save_params
 from infinitevl_jax.conversion.reading import read_config
 
-__all__ = ["export_folder", "import_folder", "inspect_folder", "load_params", "read_config", "save_params"]
+__all__ = [
+    "export_folder",
+    "import_folder",
+    "inspect_folder",
+    "load_params",
+    "read_config",
+    "save_params",
+]
 
 
 def __getattr__(name: str):
-    """Import the converters when they are asked for: loading a Hugging Face folder needs neither orbax nor tqdm."""
+    """Import the converters when they are asked for: loading a Hugging Face folder needs neither
+    orbax nor tqdm."""
     if name == "import_folder":
         from infinitevl_jax.conversion.importer import import_folder as found
     elif name == "export_folder":

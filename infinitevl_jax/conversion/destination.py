@@ -1,4 +1,5 @@
-"""A folder that appears at its destination whole, or not at all, and never in the place of somebody else's work."""
+"""A folder that appears at its destination whole, or not at all, and never in the place of somebody
+else's work."""
 
 import contextlib
 import ctypes
@@ -25,7 +26,8 @@ _log = logging.getLogger(__name__)
 def new_folder(
     dst: str | Path, *, overwrite: bool = False, inputs: tuple[Path, ...] = (), needs: int = 0
 ) -> Iterator[Path]:
-    """A folder to write into that becomes `dst` when the block ends well, and leaves no trace when it does not.
+    """A folder to write into that becomes `dst` when the block ends well, and leaves no trace when
+    it does not.
 
     What a killed process left behind for the same `dst` is removed first, and named in the log.
 
@@ -83,7 +85,8 @@ def _full_disk_errors(dst: Path, needs: int) -> Iterator[None]:
         if not full and not any(os.strerror(code) in str(error) for code in _FULL):
             raise
         raise InfiniteVLError(
-            f"no space left while writing {dst}" + (f", which needs {needs / 1e9:.2f} GB" if needs else ""),
+            f"no space left while writing {dst}"
+            + (f", which needs {needs / 1e9:.2f} GB" if needs else ""),
             "free some space, or choose another disk; nothing was left behind",
         ) from error
 
@@ -94,17 +97,21 @@ def _check(dst: Path, overwrite: bool, inputs: tuple[Path, ...]) -> None:
         if dst.resolve() == source or dst.resolve() in source.parents:
             raise InfiniteVLError(f"{dst} is the source, or holds it", "choose another destination")
     if dst.is_symlink() or (dst.exists() and not dst.is_dir()):
-        raise InfiniteVLError(f"{dst} exists and is not a folder", "choose another destination, or move it away")
+        raise InfiniteVLError(
+            f"{dst} exists and is not a folder", "choose another destination, or move it away"
+        )
     _check_replaceable(dst, dst, overwrite)
 
 
 def _check_replaceable(found: Path, dst: Path, overwrite: bool) -> None:
-    """Raise unless the folder `found`, which lies or lay at `dst`, is absent, empty, or a checkpoint to overwrite."""
+    """Raise unless the folder `found`, which lies or lay at `dst`, is absent, empty, or a
+    checkpoint to overwrite."""
     if not found.is_dir() or not any(found.iterdir()):
         return
     if not overwrite:
         raise InfiniteVLError(
-            f"{dst} exists and is not empty", "choose another destination, or replace it with --overwrite"
+            f"{dst} exists and is not empty",
+            "choose another destination, or replace it with --overwrite",
         )
     if not (found / "config.json").exists():
         raise InfiniteVLError(
@@ -131,15 +138,20 @@ def _check_space(dst: Path, needs: int) -> None:
     free = shutil.disk_usage(dst.parent).free
     if free >= needs:
         return
-    left = [path for path in dst.parent.iterdir() if _LEFTOVER.fullmatch(path.name) and _is_dead(path)]
-    named = [f"; a killed conversion left {path} ({_bytes(path) / 1e9:.2f} GB)" for path in left[:5]]
+    left = [
+        path for path in dst.parent.iterdir() if _LEFTOVER.fullmatch(path.name) and _is_dead(path)
+    ]
+    named = [
+        f"; a killed conversion left {path} ({_bytes(path) / 1e9:.2f} GB)" for path in left[:5]
+    ]
     raise InfiniteVLError(
         f"{dst} needs {needs / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there{''.join(named)}",
         "free some space, or choose another disk",
     )
 
 
-# A folder under construction is locked by the process that fills it, for as long as that process lives.
+# A folder under construction is locked by the process that fills it, for as long as that process
+# lives.
 
 
 def _locked_folder(dst: Path) -> tuple[Path, int]:
@@ -173,7 +185,9 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(handle, fcntl.LOCK_EX)
-            if os.path.samestat(os.fstat(handle), os.stat(folder)):  # else it was replaced meanwhile
+            if os.path.samestat(
+                os.fstat(handle), os.stat(folder)
+            ):  # else it was replaced meanwhile
                 yield
                 return
         finally:
@@ -181,7 +195,8 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _is_dead(folder: Path) -> bool | None:
-    """Whether no process holds the lock of a folder under construction; None if that cannot be known."""
+    """Whether no process holds the lock of a folder under construction; None if that cannot be
+    known."""
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
@@ -193,7 +208,8 @@ def _is_dead(folder: Path) -> bool | None:
 
 
 def _clear_leftovers(dst: Path) -> None:
-    """Remove what killed conversions to `dst` left, after putting back a folder that one had moved away."""
+    """Remove what killed conversions to `dst` left, after putting back a folder that one had moved
+    away."""
     for path in sorted(dst.parent.iterdir()):
         found = _LEFTOVER.fullmatch(path.name)
         if not found or found["name"] != dst.name:
@@ -207,7 +223,9 @@ def _clear_leftovers(dst: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
             _log.warning("removed %s (%.2f GB), left by a killed conversion", path, size / 1e9)
         elif dead is None:
-            _log.warning("%s may be left by a killed conversion: remove it if none is running", path)
+            _log.warning(
+                "%s may be left by a killed conversion: remove it if none is running", path
+            )
         else:
             _log.warning("another conversion to %s is running, in %s", dst, path)
 
@@ -233,7 +251,8 @@ def _publish(work: Path, dst: Path, overwrite: bool) -> None:
             raise
         if not dst.is_dir() or dst.is_symlink():
             raise InfiniteVLError(
-                f"{dst} appeared meanwhile and is not a folder", "choose another destination, or move it away"
+                f"{dst} appeared meanwhile and is not a folder",
+                "choose another destination, or move it away",
             ) from None
         with _locked(dst):  # what is moved away is no leftover while we look at it and remove it
             _check_replaceable(dst, dst, overwrite)
@@ -258,7 +277,9 @@ def _exchange(a: Path, b: Path) -> bool:
         failed = library.renamex_np(os.fsencode(a), os.fsencode(b), ctypes.c_uint(2))  # RENAME_SWAP
     elif hasattr(library, "renameat2"):
         here = ctypes.c_int(-100)  # AT_FDCWD; the paths are absolute
-        failed = library.renameat2(here, os.fsencode(a), here, os.fsencode(b), ctypes.c_uint(2))  # RENAME_EXCHANGE
+        failed = library.renameat2(
+            here, os.fsencode(a), here, os.fsencode(b), ctypes.c_uint(2)
+        )  # RENAME_EXCHANGE
     else:
         return False
     if failed and ctypes.get_errno() not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
@@ -267,7 +288,8 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def _replace_in_two_steps(work: Path, dst: Path) -> None:
-    """As an exchange; killed in between, the old folder is put back by the next conversion to `dst`."""
+    """As an exchange; killed in between, the old folder is put back by the next conversion to
+    `dst`."""
     old = Path(tempfile.mkdtemp(prefix=f".{dst.name}.old-", dir=dst.parent))
     try:
         os.rename(dst, old)

@@ -22,7 +22,16 @@ from infinitevl_jax.conversion.weights import EMBEDDING, HEAD, complain, leaves,
 from infinitevl_jax.errors import InfiniteVLError
 
 DEFAULT_SHARD = 5 * 10**9
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
 
 
 @dataclass(frozen=True)
@@ -39,11 +48,18 @@ class _Tensor:
 
 
 def export_folder(
-    src: str | Path, dst: str | Path, *, max_shard_size: int | str | None = None, overwrite: bool = False, progress: bool = False
+    src: str | Path,
+    dst: str | Path,
+    *,
+    max_shard_size: int | str | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
 ) -> None:
-    """Convert one of our folders (imported, born here, or a step of a training run) to a Hugging Face folder.
+    """Convert one of our folders (imported, born here, or a step of a training run) to a Hugging
+    Face folder.
 
-    A model that was imported gets the source's names, dtypes, order and shards back. Memory holds one stacked leaf at a time.
+    A model that was imported gets the source's names, dtypes, order and shards back. Memory holds
+    one stacked leaf at a time.
 
     Args:
       max_shard_size: bytes, or "2GB"; None keeps the source's shards (5 GB for a model born here).
@@ -56,7 +72,8 @@ def export_folder(
     src = Path(src)
     if not src.is_dir() or not is_ours(src):
         raise InfiniteVLError(
-            f"{src} is not one of our folders: it has no infinitevl_jax.json", "export takes what import or train.py wrote"
+            f"{src} is not one of our folders: it has no infinitevl_jax.json",
+            "export takes what import or train.py wrote",
         )
     limit = _bytes(max_shard_size)
     config, manifest, store = read_config(src), Manifest.read(src), Store(src)
@@ -66,15 +83,23 @@ def export_folder(
     tensors = {
         name: _Tensor(respell(name, manifest.spelling), dtype, leaf.torch_shape)
         for leaf in stored
-        for name, dtype in zip(leaf.torch, own_dtypes(leaf, store.dtypes[leaf.name], manifest.dtypes), strict=True)
+        for name, dtype in zip(
+            leaf.torch, own_dtypes(leaf, store.dtypes[leaf.name], manifest.dtypes), strict=True
+        )
     }
     tied = config.text.tie_word_embeddings
     if tied and HEAD in manifest.dtypes:
         tensors[HEAD] = _Tensor(HEAD, tensors[EMBEDDING].dtype, tensors[EMBEDDING].shape)
     plan = _plan(tensors, manifest, limit, src)
     total = sum(tensor.nbytes for tensor in tensors.values())
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=None if progress else True)  # on a terminal
-    with bar, new_folder(dst, overwrite=overwrite, inputs=(src,), needs=total) as work, contextlib.ExitStack() as stack:
+    bar = tqdm(
+        total=total, unit="B", unit_scale=True, desc="export", disable=None if progress else True
+    )  # on a terminal
+    with (
+        bar,
+        new_folder(dst, overwrite=overwrite, inputs=(src,), needs=total) as work,
+        contextlib.ExitStack() as stack,
+    ):
         copy_side_files(src, work)
         add_transformers_code(work, config)
         writers: dict[str, tuple[SafetensorsWriter, str]] = {}
@@ -105,23 +130,39 @@ def export_folder(
             (work / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
-def _plan(tensors: dict[str, _Tensor], manifest: Manifest, limit: int | None, src: Path) -> dict[str, tuple[dict, list[tuple[str, str]]]]:
+def _plan(
+    tensors: dict[str, _Tensor], manifest: Manifest, limit: int | None, src: Path
+) -> dict[str, tuple[dict, list[tuple[str, str]]]]:
     """File name -> (metadata, [(name on disk, published name)] in order)."""
     if manifest.files:
-        complain({name: () for name in tensors}, {name: () for name in manifest.dtypes}, f"{src}/infinitevl_jax.json", "config.json")
+        complain(
+            {name: () for name in tensors},
+            {name: () for name in manifest.dtypes},
+            f"{src}/infinitevl_jax.json",
+            "config.json",
+        )
     if manifest.files and limit is None:
-        return {f.name: (f.metadata, [(raw, published(raw)) for raw, _ in f.tensors]) for f in manifest.files}
+        return {
+            f.name: (f.metadata, [(raw, published(raw)) for raw, _ in f.tensors])
+            for f in manifest.files
+        }
     listed = [(raw, published(raw)) for file in manifest.files for raw, _ in file.tensors]
     order = listed or [(tensors[name].name, name) for name in sorted(tensors, key=_natural)]
     metadata = manifest.files[0].metadata if manifest.files else {"format": "pt"}
     shards, room = [[]], limit or DEFAULT_SHARD
     for raw, name in order:
-        if shards[-1] and sum(tensors[n].nbytes for _, n in shards[-1]) + tensors[name].nbytes > room:
+        if (
+            shards[-1]
+            and sum(tensors[n].nbytes for _, n in shards[-1]) + tensors[name].nbytes > room
+        ):
             shards.append([])
         shards[-1].append((raw, name))
     if len(shards) == 1:
         return {"model.safetensors": (metadata, shards[0])}
-    return {f"model-{i:05}-of-{len(shards):05}.safetensors": (metadata, shard) for i, shard in enumerate(shards, 1)}
+    return {
+        f"model-{i:05}-of-{len(shards):05}.safetensors": (metadata, shard)
+        for i, shard in enumerate(shards, 1)
+    }
 
 
 def _natural(name: str) -> list:
@@ -133,5 +174,7 @@ def _bytes(size: int | str | None) -> int | None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(size).strip().upper())
     if not found or found[2] not in _UNITS or not 1 <= float(found[1]) * _UNITS[found[2]] < 2**63:
-        raise InfiniteVLError(f"max_shard_size is {size!r}", "write a number of bytes, or for example 5GB or 500MB")
+        raise InfiniteVLError(
+            f"max_shard_size is {size!r}", "write a number of bytes, or for example 5GB or 500MB"
+        )
     return int(float(found[1]) * _UNITS[found[2]])

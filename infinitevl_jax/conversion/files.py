@@ -7,7 +7,10 @@ from infinitevl_jax.reading import inside
 
 MANIFEST = "infinitevl_jax.json"
 PARAMS = "params"
-_WEIGHTS = tuple(".safetensors .bin .pt .pth .ckpt .h5 .msgpack .onnx .gguf .safetensors.index.json .bin.index.json".split())
+_WEIGHTS = tuple(
+    ".safetensors .bin .pt .pth .ckpt .h5 .msgpack .onnx .gguf .safetensors.index.json"
+    " .bin.index.json".split()
+)
 # An adapter is merged, and must not be found and merged again; the last two are orbax's.
 _OWN = (MANIFEST, "adapter_config.json", "_CHECKPOINT_METADATA", "commit_success.txt")
 _SIDE_FOLDERS = ("additional_chat_templates",)
@@ -25,11 +28,15 @@ def side_files(folder: Path) -> list[Path]:
     is a link that leads out of the folder.
     """
     places = [folder, *(folder / name for name in _SIDE_FOLDERS)]
-    found = [path for place in places if place.is_dir() for path in place.iterdir() if path.is_file()]
+    found = [
+        path for place in places if place.is_dir() for path in place.iterdir() if path.is_file()
+    ]
     names = [
         path.relative_to(folder)
         for path in found
-        if not path.name.startswith(".") and path.name not in _OWN and not path.name.endswith(_WEIGHTS)
+        if not path.name.startswith(".")
+        and path.name not in _OWN
+        and not path.name.endswith(_WEIGHTS)
     ]
     for name in names:
         inside(folder, str(name))

@@ -16,12 +16,19 @@ from infinitevl_jax.errors import InfiniteVLError
 
 
 def import_folder(
-    src: str | Path, dst: str | Path, *, adapters: Sequence[str | Path] = (), overwrite: bool = False, progress: bool = False
+    src: str | Path,
+    dst: str | Path,
+    *,
+    adapters: Sequence[str | Path] = (),
+    overwrite: bool = False,
+    progress: bool = False,
 ) -> None:
-    """Convert a Hugging Face folder; memory holds one stacked leaf at a time, whatever the size of the model.
+    """Convert a Hugging Face folder; memory holds one stacked leaf at a time, whatever the size of
+    the model.
 
     Args:
-      src: config.json with safetensors or .bin weights, sharded or single; a LoRA adapter beside them is merged.
+      src: config.json with safetensors or .bin weights, sharded or single; a LoRA adapter beside
+        them is merged.
       dst: our folder, which appears whole or not at all.
       adapters: more LoRA folders to merge, in this order.
       overwrite: replace a checkpoint folder at `dst`, once the new one is complete.
@@ -32,14 +39,21 @@ def import_folder(
     """
     src = Path(src)
     if is_ours(src):
-        raise InfiniteVLError(f"{src} is already one of our folders", "import takes a Hugging Face folder; to go back, use export")
+        raise InfiniteVLError(
+            f"{src} is already one of our folders",
+            "import takes a Hugging Face folder; to go back, use export",
+        )
     config, source = open_model(src, adapters)
     stored = leaves(config, scanned=True)
     merged = [adapter.folder.resolve().name for adapter in getattr(source, "adapters", ())]
     needs = sum(leaf_dtype(source, leaf).itemsize * leaf.size for leaf in stored)
-    bar = tqdm(total=needs, unit="B", unit_scale=True, desc="import", disable=None if progress else True)  # on a terminal
+    bar = tqdm(
+        total=needs, unit="B", unit_scale=True, desc="import", disable=None if progress else True
+    )  # on a terminal
     with bar, contextlib.ExitStack() as stack:
-        work = stack.enter_context(new_folder(dst, overwrite=overwrite, inputs=(src, *map(Path, adapters)), needs=needs))
+        work = stack.enter_context(
+            new_folder(dst, overwrite=overwrite, inputs=(src, *map(Path, adapters)), needs=needs)
+        )
 
         def deferred(leaf):
             dtype = leaf_dtype(source, leaf)

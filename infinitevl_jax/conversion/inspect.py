@@ -42,17 +42,25 @@ class Description:
         text, vision = self.config.text, self.config.vision
         kinds = Counter(text.layer_types)
         layers = ", ".join(
-            f"{kinds[k]} {k}" + (f" (window {text.sliding_window})" if k == SLIDING else "") for k in (SLIDING, FULL, LINEAR) if kinds[k]
+            f"{kinds[k]} {k}" + (f" (window {text.sliding_window})" if k == SLIDING else "")
+            for k in (SLIDING, FULL, LINEAR)
+            if kinds[k]
         )
         fixed, growing = self.cache_bytes
-        cache = " + ".join([f"{fixed:,} bytes ({fixed / 2**20:.1f} MiB)"] * bool(fixed) + [f"{growing:,} bytes a token"] * bool(growing))
+        cache = " + ".join(
+            [f"{fixed:,} bytes ({fixed / 2**20:.1f} MiB)"] * bool(fixed)
+            + [f"{growing:,} bytes a token"] * bool(growing)
+        )
         dtypes = ", ".join(f"{dtype} {n:,}" for dtype, n in sorted(self.dtypes.items()))
         lines = {
             "folder": f"{self.folder} ({self.kind})",
             "family": self.config.family,
             "layers": f"{text.num_hidden_layers}: {layers}",
             "vision": f"{vision.depth} blocks, width {vision.hidden_size}" if vision else "none",
-            "widths": f"hidden {text.hidden_size}, mlp {text.intermediate_size}, vocabulary {text.vocab_size}",
+            "widths": (
+                f"hidden {text.hidden_size}, mlp {text.intermediate_size}, vocabulary"
+                f" {text.vocab_size}"
+            ),
             "head": "tied to the embedding" if text.tie_word_embeddings else "its own",
             "parameters": f"{self.parameters:,}",
             "on disk": f"{self.tensors} tensors, {self.nbytes:,} bytes",
@@ -77,7 +85,9 @@ def inspect_folder(folder: str | Path) -> Description:
         store.check(leaves(config, scanned=True), str(folder / "config.json"))
         sizes = [(store.dtypes[name], math.prod(shape)) for name, shape in store.shapes.items()]
         tied_on_disk = HEAD in manifest.dtypes
-        kind = "ours" + (quoted(f", with adapters {', '.join(manifest.adapters)}") if manifest.adapters else "")
+        kind = "ours" + (
+            quoted(f", with adapters {', '.join(manifest.adapters)}") if manifest.adapters else ""
+        )
         names = manifest.spelling
     else:
         config, source = open_model(folder)
@@ -90,4 +100,14 @@ def inspect_folder(folder: str | Path) -> Description:
     fixed = cache_bytes(config, 1, jnp.bfloat16)
     growing = cache_bytes(config, 1, jnp.bfloat16, max_length=1) - fixed
     nbytes = sum(dtype.itemsize * size for dtype, size in sizes)
-    return Description(folder, config, kind, count(config), len(sizes), nbytes, dict(dtypes), names, (fixed, growing))
+    return Description(
+        folder,
+        config,
+        kind,
+        count(config),
+        len(sizes),
+        nbytes,
+        dict(dtypes),
+        names,
+        (fixed, growing),
+    )

@@ -1,4 +1,5 @@
-"""Parameters into memory, onto one device or a mesh, and back to disk: `load_params`, `save_params`."""
+"""Parameters into memory, onto one device or a mesh, and back to disk: `load_params`,
+`save_params`."""
 
 import functools
 import json
@@ -32,25 +33,33 @@ def load_params(
     adapters: Sequence[str | Path] = (),
     progress: bool = False,
 ) -> tuple[ModelConfig, Params]:
-    """Configuration and parameters of a checkpoint folder: Hugging Face's (config.json and weights are enough) or ours.
+    """Configuration and parameters of a checkpoint folder: Hugging Face's (config.json and weights
+    are enough) or ours.
 
     Args:
       scanned: the layout, equal layers stacked (training) or each on its own (inference).
       dtype: cast floating-point tensors to this; None keeps each tensor's own.
       shardings: by parameter name. Each device reads only its own part of each tensor.
-      adapters: PEFT LoRA folders to merge (a Hugging Face folder that holds one has it merged without asking).
+      adapters: PEFT LoRA folders to merge (a Hugging Face folder that holds one has it merged
+        without asking).
       progress: show a bar (on a terminal).
 
     Raises:
-      InfiniteVLError: damaged, missing, extra, misshapen or non-finite tensors; a configuration that is not supported.
+      InfiniteVLError: damaged, missing, extra, misshapen or non-finite tensors; a configuration
+        that is not supported.
     """
     folder = Path(folder)
     dtype = None if dtype is None else np.dtype(dtype)
     if not is_ours(folder):
         config, source = open_model(folder, adapters)
-        return config, from_source(source, _counted(leaves(config, scanned=scanned), progress), dtype, shardings)
+        return config, from_source(
+            source, _counted(leaves(config, scanned=scanned), progress), dtype, shardings
+        )
     if adapters:
-        raise InfiniteVLError(f"{folder} is already converted; adapters are merged on import", "import the base model with --adapter")
+        raise InfiniteVLError(
+            f"{folder} is already converted; adapters are merged on import",
+            "import the base model with --adapter",
+        )
     return _from_ours(folder, scanned, dtype, shardings, progress)
 
 
@@ -61,13 +70,21 @@ def _counted(wanted: Sequence[Leaf], progress: bool) -> Iterator[Leaf]:
         return
     from tqdm import tqdm
 
-    with tqdm(total=sum(leaf.size for leaf in wanted), unit=" parameters", unit_scale=True, desc="load", disable=None) as bar:
+    with tqdm(
+        total=sum(leaf.size for leaf in wanted),
+        unit=" parameters",
+        unit_scale=True,
+        desc="load",
+        disable=None,
+    ) as bar:
         for leaf in wanted:
             yield leaf
             bar.update(leaf.size)
 
 
-def from_source(source: Source, wanted: Iterable[Leaf], dtype, shardings: Mapping[str, Sharding] | None) -> Params:
+def from_source(
+    source: Source, wanted: Iterable[Leaf], dtype, shardings: Mapping[str, Sharding] | None
+) -> Params:
     """These leaves out of torch tensors."""
     out = {}
     for leaf in wanted:
@@ -86,33 +103,50 @@ def from_source(source: Source, wanted: Iterable[Leaf], dtype, shardings: Mappin
     return out
 
 
-def _from_ours(folder: Path, scanned: bool, dtype, shardings: Mapping[str, Sharding] | None, progress: bool) -> tuple[ModelConfig, Params]:
-    from infinitevl_jax.conversion.ours import Store  # orbax takes its time to import, and Hugging Face folders do without
+def _from_ours(
+    folder: Path, scanned: bool, dtype, shardings: Mapping[str, Sharding] | None, progress: bool
+) -> tuple[ModelConfig, Params]:
+    from infinitevl_jax.conversion.ours import (
+        Store,
+    )  # orbax takes its time to import, and Hugging Face folders do without
 
     config, manifest, store = read_config(folder), Manifest.read(folder), Store(folder)
     stored = leaves(config, scanned=True)
     store.check(stored, f"{folder / 'config.json'}")
-    names = {leaf.torch[0]: leaf.name for leaf in leaves(config, scanned=False)} if not scanned else {}
+    names = (
+        {leaf.torch[0]: leaf.name for leaf in leaves(config, scanned=False)} if not scanned else {}
+    )
     out: Params = {}
     for leaf in _counted(stored, progress):
         wanted = [names[torch] for torch in leaf.torch] if names else [leaf.name]
-        own = own_dtypes(leaf, store.dtypes[leaf.name], manifest.dtypes) if names else [store.dtypes[leaf.name]]
+        own = (
+            own_dtypes(leaf, store.dtypes[leaf.name], manifest.dtypes)
+            if names
+            else [store.dtypes[leaf.name]]
+        )
         split = bool(names) and leaf.stacked
         if shardings is None:
             value = store.read(leaf.name)
             check_finite(value, f"{store.path}: {leaf.name}")
             for i, (name, kind) in enumerate(zip(wanted, own, strict=True)):
                 part = value[i] if split else value
-                out[name] = jnp.asarray(part.astype(dtype) if dtype else narrowed(part, kind, leaf.torch[i], folder))
+                out[name] = jnp.asarray(
+                    part.astype(dtype) if dtype else narrowed(part, kind, leaf.torch[i], folder)
+                )
             continue
-        held: dict[Sharding, dict[str, np.ndarray]] = {}  # index within a layer -> the local shard of the whole stack
+        held: dict[
+            Sharding, dict[str, np.ndarray]
+        ] = {}  # index within a layer -> the local shard of the whole stack
         for i, (name, kind) in enumerate(zip(wanted, own, strict=True)):
             target = shardings[name]
             if split and target in held:
                 parts = held[target]
             else:
                 value = store.read(leaf.name, _stacked(target) if split else target, dtype)
-                parts = {str(shard.index[split:]): np.asarray(shard.data) for shard in value.addressable_shards}
+                parts = {
+                    str(shard.index[split:]): np.asarray(shard.data)
+                    for shard in value.addressable_shards
+                }
                 for part in parts.values():
                     check_finite(part, f"{store.path}: {leaf.name}")
                 held[target] = parts
@@ -121,32 +155,38 @@ def _from_ours(folder: Path, scanned: bool, dtype, shardings: Mapping[str, Shard
                 part = parts[str(index)][i]
                 return part.astype(dtype) if dtype else narrowed(part, kind, leaf.torch[i], folder)
 
-            out[name] = jax.make_array_from_callback(leaf.shape[1:], target, layer) if split else value
+            out[name] = (
+                jax.make_array_from_callback(leaf.shape[1:], target, layer) if split else value
+            )
     return config, out
 
 
 def _stacked(sharding: Sharding) -> Sharding:
-    """The sharding of a stack of arrays that are sharded like this; the stack's own axis stays whole."""
+    """The sharding of a stack of arrays that are sharded like this; the stack's own axis stays
+    whole."""
     if isinstance(sharding, NamedSharding):
         return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
     return sharding
 
 
 def own_dtypes(leaf: Leaf, stored: np.dtype, source: Mapping[str, np.dtype]) -> list[np.dtype]:
-    """dtype of each tensor behind a stored leaf: the source's where the stack had to widen it, else the leaf's."""
+    """dtype of each tensor behind a stored leaf: the source's where the stack had to widen it, else
+    the leaf's."""
     dtypes = [source.get(name, stored) for name in leaf.torch]
     return dtypes if common(dtypes) == stored else [stored] * len(dtypes)
 
 
 def narrowed(value: np.ndarray, dtype: np.dtype, name: str, folder: Path) -> np.ndarray:
-    """`value` in the dtype that the manifest of `folder` gives the torch tensor `name`; InfiniteVLError if it loses digits."""
+    """`value` in the dtype that the manifest of `folder` gives the torch tensor `name`;
+    InfiniteVLError if it loses digits."""
     if value.dtype == dtype:
         return value
     with np.errstate(over="ignore"):
         out = value.astype(dtype)
     if not np.array_equal(out.astype(value.dtype), value):
         raise InfiniteVLError(
-            f"{folder / MANIFEST} says that {name} is {dtype}, which cannot hold the values that are stored for it",
+            f"{folder / MANIFEST} says that {name} is {dtype}, which cannot hold the values that"
+            " are stored for it",
             "the manifest is damaged or belongs to other weights: import or save the model again",
         )
     return out
@@ -164,18 +204,25 @@ def save_params(
 
     Args:
       params: by our names, in either layout.
-      side_files_from: a checkpoint folder (Hugging Face's or ours) whose tokenizer, processor and other files go along; its
-        config.json as well where it describes this model. Names and order of the tensors on export follow it.
+      side_files_from: a checkpoint folder (Hugging Face's or ours) whose tokenizer, processor and
+        other files go along; its config.json as well where it describes this model. Names and order
+        of the tensors on export follow it.
 
     Raises:
-      InfiniteVLError: the names or shapes are not those of `config`; the destination is taken; the disk is full.
+      InfiniteVLError: the names or shapes are not those of `config`; the destination is taken; the
+        disk is full.
     """
     from infinitevl_jax.conversion.ours import Deferred, write_params
 
     stored, single = leaves(config, scanned=True), leaves(config, scanned=False)
     shapes = {name: tuple(value.shape) for name, value in params.items()}
     unrolled = shapes.keys() == {leaf.name for leaf in single}
-    complain({leaf.name: leaf.shape for leaf in (single if unrolled else stored)}, shapes, "the model in memory", "its configuration")
+    complain(
+        {leaf.name: leaf.shape for leaf in (single if unrolled else stored)},
+        shapes,
+        "the model in memory",
+        "its configuration",
+    )
     whole = all(getattr(value, "is_fully_addressable", True) for value in params.values())
     names = {leaf.torch[0]: leaf.name for leaf in single}
 
@@ -186,19 +233,34 @@ def save_params(
 
     tree = {}
     for leaf in stored:
-        dtype = common([np.dtype(params[names[torch] if unrolled else leaf.name].dtype) for torch in leaf.torch])
+        dtype = common(
+            [
+                np.dtype(params[names[torch] if unrolled else leaf.name].dtype)
+                for torch in leaf.torch
+            ]
+        )
         if dtype not in FLOATS:
-            raise InfiniteVLError(f"parameter {leaf.name} is {dtype}", "weights are bf16, f16 or f32")
-        tree[leaf.name] = Deferred(leaf.shape, dtype, functools.partial(load, leaf, dtype)) if whole else params[leaf.name]
+            raise InfiniteVLError(
+                f"parameter {leaf.name} is {dtype}", "weights are bf16, f16 or f32"
+            )
+        tree[leaf.name] = (
+            Deferred(leaf.shape, dtype, functools.partial(load, leaf, dtype))
+            if whole
+            else params[leaf.name]
+        )
     needs = sum(leaf.nbytes for leaf in tree.values())
     side = None if side_files_from is None else Path(side_files_from)
-    with new_folder(folder, overwrite=overwrite, inputs=() if side is None else (side,), needs=needs) as work:
+    with new_folder(
+        folder, overwrite=overwrite, inputs=() if side is None else (side,), needs=needs
+    ) as work:
         same = side is not None and (side / "config.json").exists() and read_config(side) == config
         if side is not None:
             copy_side_files(side, work, skip=() if same else ("config.json",))
         if not same:
             spelled = np.dtype(tree["norm.weight"].dtype).name
-            (work / "config.json").write_text(json.dumps(to_huggingface(config) | {"torch_dtype": spelled}, indent=2) + "\n")
+            (work / "config.json").write_text(
+                json.dumps(to_huggingface(config) | {"torch_dtype": spelled}, indent=2) + "\n"
+            )
         manifest = _manifest(side, config)
         if unrolled:
             own = {torch: params[name].dtype for torch, name in names.items()}
@@ -209,7 +271,8 @@ def save_params(
 
 
 def run_manifest(folder: Path, config: ModelConfig) -> Manifest:
-    """The manifest of what is trained from the weights of `folder`: a stack of layers has one dtype, and new numbers."""
+    """The manifest of what is trained from the weights of `folder`: a stack of layers has one
+    dtype, and new numbers."""
     manifest = _manifest(folder, config)
     own = manifest.dtypes
     stacks = [leaf.torch for leaf in leaves(config, scanned=True)] if own else []
@@ -226,4 +289,8 @@ def _manifest(side: Path | None, config: ModelConfig) -> Manifest:
         manifest = Manifest.of(open_source(side), tied)
     else:
         return Manifest(tie_word_embeddings=tied)
-    return manifest if names == manifest.dtypes.keys() - ({HEAD} - names) else Manifest(tie_word_embeddings=tied)
+    return (
+        manifest
+        if names == manifest.dtypes.keys() - ({HEAD} - names)
+        else Manifest(tie_word_embeddings=tied)
+    )

@@ -1,4 +1,5 @@
-"""PEFT LoRA adapters, merged into the weights as they are read: W + sum of scale * B A, in f32, cast back to W's dtype once."""
+"""PEFT LoRA adapters, merged into the weights as they are read: W + sum of scale * B A, in f32,
+cast back to W's dtype once."""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +13,9 @@ from infinitevl_jax.conversion.source import FLOATS, Source, TorchFile, check_fi
 from infinitevl_jax.conversion.weights import published
 from infinitevl_jax.errors import InfiniteVLError
 
-_TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+_TENSOR = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight"
+)
 
 
 class Adapter:
@@ -31,7 +34,10 @@ class Adapter:
         scales = Scales(read_adapter_config(config_path), config_path)
         weights, torch_weights = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
         if not weights.exists() and not torch_weights.exists():
-            raise InfiniteVLError(f"{folder} has no adapter_model.safetensors", "copy the adapter's weights beside adapter_config.json")
+            raise InfiniteVLError(
+                f"{folder} has no adapter_model.safetensors",
+                "copy the adapter's weights beside adapter_config.json",
+            )
         file = SafetensorsFile(weights) if weights.exists() else TorchFile(torch_weights)
 
         sides: dict[str, dict[str, str]] = {}  # weight -> side -> name in the file
@@ -40,26 +46,42 @@ class Adapter:
             found = _TENSOR.fullmatch(name)
             if not found or len(entry.shape) != 2 or entry.dtype not in FLOATS:
                 raise InfiniteVLError(
-                    f"{file.path}: {name} is not a LoRA matrix of a linear layer", "merge it with peft (merge_and_unload) and import that"
+                    f"{file.path}: {name} is not a LoRA matrix of a linear layer",
+                    "merge it with peft (merge_and_unload) and import that",
                 )
             weight = published(found["module"] + ".weight")
             modules[weight] = found["module"]
             names = sides.setdefault(weight, {})
             if other := names.get(found["side"]):
-                raise InfiniteVLError(f"{file.path}: {name} and {other} are the same matrix", "keep the one that belongs to the adapter")
+                raise InfiniteVLError(
+                    f"{file.path}: {name} and {other} are the same matrix",
+                    "keep the one that belongs to the adapter",
+                )
             names[found["side"]] = name
         if not sides:
-            raise InfiniteVLError(f"{file.path} is empty", "take the file that was saved after training")
-        self.pairs = {weight: _pair(file, modules[weight], names, scales) for weight, names in sides.items()}
+            raise InfiniteVLError(
+                f"{file.path} is empty", "take the file that was saved after training"
+            )
+        self.pairs = {
+            weight: _pair(file, modules[weight], names, scales) for weight, names in sides.items()
+        }
 
 
-def _pair(file, module: str, names: dict[str, str], scales: Scales) -> tuple[np.ndarray, np.ndarray, float]:
+def _pair(
+    file, module: str, names: dict[str, str], scales: Scales
+) -> tuple[np.ndarray, np.ndarray, float]:
     if missing := {"A", "B"} - set(names):
-        raise InfiniteVLError(f"{file.path}: {module} has no lora_{missing.pop()}", "copy the whole adapter again")
-    (rank, scale), shapes = scales.of(module), {side: file.entries[name].shape for side, name in names.items()}
+        raise InfiniteVLError(
+            f"{file.path}: {module} has no lora_{missing.pop()}", "copy the whole adapter again"
+        )
+    (rank, scale), shapes = (
+        scales.of(module),
+        {side: file.entries[name].shape for side, name in names.items()},
+    )
     if shapes["A"][0] != rank or shapes["B"][1] != rank:
         raise InfiniteVLError(
-            f"{file.path}: {module} has lora_A {list(shapes['A'])} and lora_B {list(shapes['B'])}, adapter_config.json says r = {rank}",
+            f"{file.path}: {module} has lora_A {list(shapes['A'])} and lora_B {list(shapes['B'])},"
+            f" adapter_config.json says r = {rank}",
             "take adapter_config.json and weights of the same adapter",
         )
     values = {}
@@ -80,13 +102,15 @@ class Merged(Source):
         for adapter in self.adapters:
             if lost := [name for name in adapter.pairs if name not in shapes]:
                 raise InfiniteVLError(
-                    f"{adapter.folder}: {len(lost)} of {len(adapter.pairs)} targets are not in {source.folder}: {', '.join(lost[:3])}",
+                    f"{adapter.folder}: {len(lost)} of {len(adapter.pairs)} targets are not in"
+                    f" {source.folder}: {', '.join(lost[:3])}",
                     "merge the adapter into the model it was trained on",
                 )
             for name, (a, b, _) in adapter.pairs.items():
                 if shapes[name] != (b.shape[0], a.shape[1]):
                     raise InfiniteVLError(
-                        f"{adapter.folder}: the adapter of {name} is for {[b.shape[0], a.shape[1]]}, the weight is {list(shapes[name])}",
+                        f"{adapter.folder}: the adapter of {name} is for"
+                        f" {[b.shape[0], a.shape[1]]}, the weight is {list(shapes[name])}",
                         "merge the adapter into the model it was trained on",
                     )
 
@@ -101,6 +125,8 @@ class Merged(Source):
             for a, b, scale in pairs:
                 total += np.float32(scale) * (b[rows] @ a[:, columns])
             merged = total.astype(part.dtype)
-        adapters = ", ".join(str(adapter.folder) for adapter in self.adapters if name in adapter.pairs)
+        adapters = ", ".join(
+            str(adapter.folder) for adapter in self.adapters if name in adapter.pairs
+        )
         check_finite(merged, f"{name} with {adapters} merged in")
         return merged

@@ -1,4 +1,5 @@
-"""PEFT's adapter_config.json: the keys that a merge needs, and the refusal of all that means more than W + scale * B A."""
+"""PEFT's adapter_config.json: the keys that a merge needs, and the refusal of all that means more
+than W + scale * B A."""
 
 import time
 from collections.abc import Mapping
@@ -20,12 +21,12 @@ _SECONDS = 2.0  # for all patterns of an adapter on all its modules: PEFT's own 
 
 # Keys that say how the adapter was trained, and nothing about what it computes once it is trained.
 _TRAINING = frozenset(
-    "auto_mapping base_model_name_or_path corda_config eva_config exclude_modules inference_mode layers_pattern"
-    " layers_to_transform loftq_config lora_dropout lora_ga_config megatron_core peft_version qalora_group_size"
-    " revision runtime_config target_modules task_type".split()
+    "auto_mapping base_model_name_or_path corda_config eva_config exclude_modules inference_mode"
+    " layers_pattern layers_to_transform loftq_config lora_dropout lora_ga_config megatron_core"
+    " peft_version qalora_group_size revision runtime_config target_modules task_type".split()
 )
-# Initialisations that leave the base weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, MiCA, ...) train beside
-# a changed base, which is not saved.
+# Initialisations that leave the base weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ,
+# LoRA-GA, MiCA, ...) train beside a changed base, which is not saved.
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
 _MERGE = "merge it with peft (merge_and_unload) and import that"
 
@@ -48,8 +49,8 @@ def read_adapter_config(path: Path) -> AdapterConfig:
     """The configuration of a LoRA adapter that can be merged as W + scale * B A.
 
     Raises:
-      InfiniteVLError: another kind of adapter, a value out of range, or a key that asks for more, known
-        here or not, and is not at its default (null, false, empty).
+      InfiniteVLError: another kind of adapter, a value out of range, or a key that asks for more,
+        known here or not, and is not at its default (null, false, empty).
     """
     content = {key: value for key, value in read_json(path).items() if value is not None}
     kind = content.get("peft_type", "LORA")
@@ -58,15 +59,22 @@ def read_adapter_config(path: Path) -> AdapterConfig:
     config = convert(content, AdapterConfig, str(path))
     if config.init_lora_weights not in _INITIALISATIONS:
         raise InfiniteVLError(
-            f"{path}: init_lora_weights is {config.init_lora_weights!r}, which changes the base model's weights",
-            "save it with peft as a plain adapter (save_pretrained with path_initial_model_for_weight_conversion)",
+            f"{path}: init_lora_weights is {config.init_lora_weights!r}, which changes the base"
+            " model's weights",
+            "save it with peft as a plain adapter (save_pretrained with"
+            " path_initial_model_for_weight_conversion)",
         )
-    unknown = {key: content[key] for key in sorted(set(content) - set(config.__struct_fields__) - _TRAINING)}
+    unknown = {
+        key: content[key]
+        for key in sorted(set(content) - set(config.__struct_fields__) - _TRAINING)
+    }
     plain = {"bias": config.bias == "none", "fan_in_fan_out": not config.fan_in_fan_out}
     plain |= {key: value is False or value in ("", [], {}) for key, value in unknown.items()}
     for key, is_plain in plain.items():
         if not is_plain:
-            raise InfiniteVLError(f"{path}: {key} is {content[key]!r}, which is not plain LoRA", _MERGE)
+            raise InfiniteVLError(
+                f"{path}: {key} is {content[key]!r}, which is not plain LoRA", _MERGE
+            )
     return config
 
 
@@ -91,7 +99,9 @@ class Scales:
             try:
                 out.append((regex.compile(rf"(.*\.)?({pattern})$"), value))
             except (regex.error, ValueError, OverflowError, RecursionError, MemoryError) as error:
-                raise InfiniteVLError(f"{self._path}: {key} {pattern!r} is no expression: {error}", _MERGE) from None
+                raise InfiniteVLError(
+                    f"{self._path}: {key} {pattern!r} is no expression: {error}", _MERGE
+                ) from None
             self._check_time(key, pattern)
         return out
 
@@ -111,6 +121,7 @@ class Scales:
     def _check_time(self, key: str, pattern: str) -> None:
         if time.monotonic() > self._deadline:
             raise InfiniteVLError(
-                f"{self._path}: {key} takes more than {_SECONDS:g} seconds to match, at {pattern!r}",
+                f"{self._path}: {key} takes more than {_SECONDS:g} seconds to match, at"
+                f" {pattern!r}",
                 "write the modules' names instead of expressions",
             )

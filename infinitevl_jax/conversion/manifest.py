@@ -51,13 +51,16 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @classmethod
     def of(cls, source: Source, tied: bool, adapters: Sequence[str] = ()) -> "Manifest":
-        """The manifest of a folder that is being imported; torch files will be safetensors after export."""
+        """The manifest of a folder that is being imported; torch files will be safetensors after
+        export."""
         files = []
         for file in source.files:
             name = file.path.name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
             metadata = file.metadata if file.path.suffix == ".safetensors" else {"format": "pt"}
             tensors = tuple((raw, SPELLED[entry.dtype]) for raw, entry in file.entries.items())
-            files.append(WeightFile(plain_name(name, str(source.folder), ".safetensors"), metadata, tensors))
+            files.append(
+                WeightFile(plain_name(name, str(source.folder), ".safetensors"), metadata, tensors)
+            )
         return cls(
             spelling=source.spelling,
             tie_word_embeddings=tied,
@@ -68,7 +71,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """The manifest of one of our folders. It may come from anybody: every name and type in it is checked."""
+        """The manifest of one of our folders. It may come from anybody: every name and type in it
+        is checked."""
         path = folder / MANIFEST
         content = read_json(path)
         if content.get("format") != FORMAT:
@@ -77,11 +81,15 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 "import the Hugging Face folder again, or use the version that wrote it",
             )
         if unknown := unknown_keys(content, cls):
-            raise InfiniteVLError(f"{path} has the unknown keys {', '.join(unknown)}", "use the version that wrote it")
+            raise InfiniteVLError(
+                f"{path} has the unknown keys {', '.join(unknown)}", "use the version that wrote it"
+            )
         manifest = read_json(path, cls)
         names = [plain_name(file.name, str(path), ".safetensors") for file in manifest.files]
         _unique([name.lower() for name in names], path, "file")  # some file systems fold the case
-        _unique([published(name) for file in manifest.files for name, _ in file.tensors], path, "tensor")
+        _unique(
+            [published(name) for file in manifest.files for name, _ in file.tensors], path, "tensor"
+        )
         return manifest
 
     def write(self, folder: Path) -> None:
@@ -89,10 +97,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         (folder / MANIFEST).write_bytes(msgspec.json.encode(self) + b"\n")
 
     def stored_as(self, dtypes: Mapping[str, np.dtype]) -> "Manifest":
-        """The same with these dtypes (by published name): of weights that are no longer the source's own."""
+        """The same with these dtypes (by published name): of weights that are no longer the
+        source's own."""
         files = tuple(
             msgspec.structs.replace(
-                file, tensors=tuple((raw, SPELLED[dtypes[published(raw)]]) for raw, _ in file.tensors)
+                file,
+                tensors=tuple((raw, SPELLED[dtypes[published(raw)]]) for raw, _ in file.tensors),
             )
             for file in self.files
         )
@@ -106,4 +116,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 def _unique(names: Sequence[str], path: Path, what: str) -> None:
     if twice := [name for name, times in Counter(names).items() if times > 1]:
-        raise InfiniteVLError(f"{path} names the {what} {twice[0]} twice", "import the Hugging Face folder again")
+        raise InfiniteVLError(
+            f"{path} names the {what} {twice[0]} twice", "import the Hugging Face folder again"
+        )

@@ -1,4 +1,5 @@
-"""Parameters out of a Hugging Face folder: torch tensors are sliced, turned and stacked into our leaves, piece by piece."""
+"""Parameters out of a Hugging Face folder: torch tensors are sliced, turned and stacked into our
+leaves, piece by piece."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ _BLOCK = 256  # columns turned at once: both sides of the copy stay in the proce
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """The ModelConfig of a checkpoint folder, Hugging Face's or ours; the weights' names decide a head that nothing else does."""
+    """The ModelConfig of a checkpoint folder, Hugging Face's or ours; the weights' names decide a
+    head that nothing else does."""
     folder = Path(folder)
     config = read_config_file(folder)
     if is_ours(folder):
@@ -30,12 +32,15 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 
 def _may_be_tied(config: ModelConfig) -> bool:
-    # InfiniteVL's files come without a head however they are configured: a missing one is the embedding.
+    # InfiniteVL's files come without a head however they are configured: a missing one is the
+    # embedding.
     return config.family == "infinite_vl" and not config.text.tie_word_embeddings
 
 
 def _tie(config: ModelConfig, tied: bool) -> ModelConfig:
-    return dataclasses.replace(config, text=dataclasses.replace(config.text, tie_word_embeddings=tied))
+    return dataclasses.replace(
+        config, text=dataclasses.replace(config.text, tie_word_embeddings=tied)
+    )
 
 
 def open_model(folder: Path, adapters: Sequence[str | Path] = ()) -> tuple[ModelConfig, Source]:
@@ -66,12 +71,14 @@ def _check_tied(source: Source) -> None:
             raise InfiniteVLError(
                 f"{source.folder}: tie_word_embeddings is on, but {HEAD} and {EMBEDDING} differ"
                 + (f" from row {start} to {min(start + step, rows)}" if same else " in dtype"),
-                "set tie_word_embeddings to false in config.json if the model has a head of its own, else delete the head",
+                "set tie_word_embeddings to false in config.json if the model has a head of its"
+                " own, else delete the head",
             )
 
 
 def common(dtypes: Sequence[np.dtype]) -> np.dtype:
-    """The narrowest dtype that holds all of these without loss: their own, or f32 where they differ."""
+    """The narrowest dtype that holds all of these without loss: their own, or f32 where they
+    differ."""
     return dtypes[0] if len(set(dtypes)) == 1 else np.dtype(np.float32)
 
 
@@ -80,9 +87,14 @@ def leaf_dtype(source: Source, leaf: Leaf) -> np.dtype:
     return common([source.dtype(name) for name in leaf.torch])
 
 
-def read_leaf(source: Source, leaf: Leaf, dtype: np.dtype, index: tuple[slice, ...] | None = None) -> np.ndarray:
+def read_leaf(
+    source: Source, leaf: Leaf, dtype: np.dtype, index: tuple[slice, ...] | None = None
+) -> np.ndarray:
     """One of our leaves, or `leaf[index]` of it, as a fresh array; only those bytes are read."""
-    index = tuple(slice(*part.indices(size)) for part, size in zip(index or [slice(None)] * len(leaf.shape), leaf.shape, strict=True))
+    index = tuple(
+        slice(*part.indices(size))
+        for part, size in zip(index or [slice(None)] * len(leaf.shape), leaf.shape, strict=True)
+    )
     out = np.empty([part.stop - part.start for part in index], dtype)
     for place, within, name in pieces(leaf, index):
         target = out[place] if leaf.stacked else out

@@ -1,7 +1,9 @@
-"""Reading and writing safetensors files: 8 bytes of header length, a JSON header, then the tensors' bytes without holes.
+"""Reading and writing safetensors files: 8 bytes of header length, a JSON header, then the tensors'
+bytes without holes.
 
-The header is checked completely before any tensor is touched, and tensors are views of the mapped file, so a checkpoint larger than
-memory can be read slice by slice. bfloat16 comes from ml_dtypes: torch is not needed.
+The header is checked completely before any tensor is touched, and tensors are views of the mapped
+file, so a checkpoint larger than memory can be read slice by slice. bfloat16 comes from ml_dtypes:
+torch is not needed.
 """
 
 import json
@@ -95,20 +97,27 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str], int]:
         length = int.from_bytes(head, "little") if len(head) == 8 else 0
         if head[:2] == b"PK" or head[:4] == b"\x80\x02\x8a\n":
             raise InfiniteVLError(
-                f"{path} is a torch file, not safetensors", "name it pytorch_model.bin and install torch to import it"
+                f"{path} is a torch file, not safetensors",
+                "name it pytorch_model.bin and install torch to import it",
             )
         if head == b"version ":
-            raise InfiniteVLError(f"{path} is a git-lfs pointer, not the weights", "run `git lfs pull` in its folder")
+            raise InfiniteVLError(
+                f"{path} is a git-lfs pointer, not the weights", "run `git lfs pull` in its folder"
+            )
         if len(head) < 8:
-            raise InfiniteVLError(f"{path} is {size} bytes long: truncated, or not a safetensors file", _AGAIN)
+            raise InfiniteVLError(
+                f"{path} is {size} bytes long: truncated, or not a safetensors file", _AGAIN
+            )
         if length > size - 8:
             raise InfiniteVLError(
-                f"{path} says its header is {length:,} bytes long, the file has {size:,}: truncated, or not a safetensors file",
+                f"{path} says its header is {length:,} bytes long, the file has {size:,}:"
+                " truncated, or not a safetensors file",
                 _AGAIN,
             )
         if length > HEADER_BYTES:
             raise InfiniteVLError(
-                f"{path} has a header of {length:,} bytes, more than the {HEADER_BYTES:,} that are read",
+                f"{path} has a header of {length:,} bytes, more than the {HEADER_BYTES:,} that are"
+                " read",
                 "save the weights in several files",
             )
         raw = file.read(length)
@@ -121,7 +130,9 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str], int]:
     except (msgspec.DecodeError, ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
-        raise InfiniteVLError(f"{path}: the header is not a JSON object; not a safetensors file", _AGAIN)
+        raise InfiniteVLError(
+            f"{path}: the header is not a JSON object; not a safetensors file", _AGAIN
+        )
     metadata = header.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata  # some writers have null
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -133,18 +144,27 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str], int]:
     for name, entry in entries.items():
         if entry.begin != place:
             what = "overlaps" if entry.begin < place else "leaves a hole behind"
-            raise InfiniteVLError(f"{path}: tensor {name} at byte {entry.begin:,} {what} {before}, which ends at {place:,}", _AGAIN)
+            raise InfiniteVLError(
+                f"{path}: tensor {name} at byte {entry.begin:,} {what} {before}, which ends at"
+                f" {place:,}",
+                _AGAIN,
+            )
         place, before = entry.end, name
     if 8 + length + place != size:
         kind = "truncated" if size < 8 + length + place else "with bytes that belong to no tensor"
-        raise InfiniteVLError(f"{path} is {size:,} bytes long, its header asks for {8 + length + place:,}: {kind}", _AGAIN)
+        raise InfiniteVLError(
+            f"{path} is {size:,} bytes long, its header asks for {8 + length + place:,}: {kind}",
+            _AGAIN,
+        )
     return entries, metadata, 8 + length
 
 
 def _unique(pairs: list) -> dict:
     out = dict(pairs)
     if len(out) != len(pairs):
-        twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+        twice = next(
+            name for name, times in Counter(name for name, _ in pairs).items() if times > 1
+        )
         raise InfiniteVLError(f"{twice} stands twice in the header", "")
     return out
 
@@ -153,17 +173,25 @@ def _entry(path: Path, name: str, fields: Any) -> Entry:
     try:
         entry = msgspec.convert(fields, _HeaderEntry)
     except msgspec.ValidationError as error:
-        raise InfiniteVLError(f"{path}: the header's entry for {name} is damaged: {error}", _AGAIN) from None
+        raise InfiniteVLError(
+            f"{path}: the header's entry for {name} is damaged: {error}", _AGAIN
+        ) from None
     dtype, shape, (begin, end) = entry.dtype, tuple(entry.shape), entry.data_offsets
     if dtype not in DTYPES:
-        raise InfiniteVLError(f"{path}: tensor {name} has the unknown dtype {dtype!r}", "save the weights in bf16, f16 or f32")
+        raise InfiniteVLError(
+            f"{path}: tensor {name} has the unknown dtype {dtype!r}",
+            "save the weights in bf16, f16 or f32",
+        )
     # Without its zeros too: numpy cannot say the shape of nothing that would be this large.
     if math.prod(shape) > _LARGEST or math.prod(n for n in shape if n) > _LARGEST:
-        raise InfiniteVLError(f"{path}: tensor {name} has the impossible shape {list(shape)}", _AGAIN)
+        raise InfiniteVLError(
+            f"{path}: tensor {name} has the impossible shape {list(shape)}", _AGAIN
+        )
     if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
         raise InfiniteVLError(
-            f"{path}: tensor {name} {dtype} {list(shape)} takes {math.prod(shape) * DTYPES[dtype].itemsize:,} bytes,"
-            f" its offsets span {end - begin:,}",
+            f"{path}: tensor {name} {dtype} {list(shape)} takes"
+            f" {math.prod(shape) * DTYPES[dtype].itemsize:,} bytes, its offsets span"
+            f" {end - begin:,}",
             _AGAIN,
         )
     return Entry(DTYPES[dtype], shape, begin, end)
@@ -178,13 +206,22 @@ class SafetensorsWriter:
       metadata: the file's own dictionary.
     """
 
-    def __init__(self, path: Path, tensors: Sequence[tuple[str, np.dtype, tuple[int, ...]]], metadata: Mapping[str, str]):
+    def __init__(
+        self,
+        path: Path,
+        tensors: Sequence[tuple[str, np.dtype, tuple[int, ...]]],
+        metadata: Mapping[str, str],
+    ):
         header: dict = {"__metadata__": dict(metadata)} if metadata else {}
         self.entries, place = {}, 0
         for name, dtype, shape in tensors:
             end = place + math.prod(shape) * dtype.itemsize
             self.entries[name] = Entry(dtype, tuple(shape), place, end)
-            header[name] = {"dtype": SPELLED[dtype], "shape": list(shape), "data_offsets": [place, end]}
+            header[name] = {
+                "dtype": SPELLED[dtype],
+                "shape": list(shape),
+                "data_offsets": [place, end],
+            }
             place = end
         raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         raw += b" " * (-len(raw) % 8)
@@ -198,8 +235,13 @@ class SafetensorsWriter:
         """Write one tensor; `value` has its dtype and shape."""
         entry = self.entries[name]
         if (value.dtype, value.shape) != (entry.dtype, entry.shape) or name not in self._waiting:
-            raise ValueError(f"{name}: {value.dtype} {value.shape} is not the {entry} that was announced, or came twice")
-        self._write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data, self._start + entry.begin)
+            raise ValueError(
+                f"{name}: {value.dtype} {value.shape} is not the {entry} that was announced, or"
+                " came twice"
+            )
+        self._write(
+            np.ascontiguousarray(value).reshape(-1).view(np.uint8).data, self._start + entry.begin
+        )
         self._waiting.discard(name)
 
     def close(self) -> None:

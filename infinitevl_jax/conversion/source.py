@@ -1,7 +1,9 @@
-"""Where torch tensors come from: safetensors (single or sharded), torch .bin files, with LoRA adapters merged in on the way.
+"""Where torch tensors come from: safetensors (single or sharded), torch .bin files, with LoRA
+adapters merged in on the way.
 
-Names are given in the published spelling. Tensors are read slice by slice as [out, in] matrices (or vectors), checked for NaN and
-infinity as they pass, and counted, so that a test can see that a device reads only its own shard.
+Names are given in the published spelling. Tensors are read slice by slice as [out, in] matrices (or
+vectors), checked for NaN and infinity as they pass, and counted, so that a test can see that a
+device reads only its own shard.
 """
 
 import itertools
@@ -53,12 +55,14 @@ class Source:
                 if entry.dtype not in FLOATS:
                     raise InfiniteVLError(
                         f"{file.path}: tensor {name} is {SPELLED.get(entry.dtype, entry.dtype)}",
-                        "weights have to be bf16, f16 or f32: dequantise or cast them before importing",
+                        "weights have to be bf16, f16 or f32: dequantise or cast them before"
+                        " importing",
                     )
                 if published(name) in self.names:
                     other = self.names[published(name)]
                     raise InfiniteVLError(
-                        f"tensor {name} of {file.path.name} is there twice: {other[1]} in {other[0].path.name}",
+                        f"tensor {name} of {file.path.name} is there twice: {other[1]} in"
+                        f" {other[0].path.name}",
                         f"keep one of them in {folder}",
                     )
                 self.names[published(name)] = (file, name)
@@ -92,16 +96,22 @@ class Source:
 
 
 def check_finite(value: np.ndarray, what: str) -> None:
-    """Raise InfiniteVLError where a bf16, f16 or f32 array holds NaN or infinity; works in pieces, without large temporaries."""
+    """Raise InfiniteVLError where a bf16, f16 or f32 array holds NaN or infinity; works in pieces,
+    without large temporaries."""
     exponent = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}[value.dtype.name]
-    bits = np.ascontiguousarray(value).reshape(-1).view(np.uint16 if value.dtype.itemsize == 2 else np.uint32)
+    bits = (
+        np.ascontiguousarray(value)
+        .reshape(-1)
+        .view(np.uint16 if value.dtype.itemsize == 2 else np.uint32)
+    )
     for start in range(0, bits.size, 1 << 18):
         bad = (bits[start : start + (1 << 18)] & exponent) == exponent
         if bad.any():
             at = np.unravel_index(start + int(bad.argmax()), value.shape)
             raise InfiniteVLError(
                 f"{what} holds {value[at]} at {[int(i) for i in at]}",
-                "these weights cannot compute anything: take an intact copy, or an earlier step of the training run",
+                "these weights cannot compute anything: take an intact copy, or an earlier step of"
+                " the training run",
             )
 
 
@@ -109,15 +119,24 @@ def open_source(folder: str | Path) -> Source:
     """The weights of a Hugging Face folder; safetensors are preferred to .bin files.
 
     Raises:
-      InfiniteVLError: no weights, a damaged file, an index that names absent shards or does not agree with them.
+      InfiniteVLError: no weights, a damaged file, an index that names absent shards or does not
+        agree with them.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InfiniteVLError(f"{folder} is not a folder", "give a folder with config.json and *.safetensors")
-    for stem, suffix, opener in (("model", ".safetensors", SafetensorsFile), ("pytorch_model", ".bin", TorchFile)):
+        raise InfiniteVLError(
+            f"{folder} is not a folder", "give a folder with config.json and *.safetensors"
+        )
+    for stem, suffix, opener in (
+        ("model", ".safetensors", SafetensorsFile),
+        ("pytorch_model", ".bin", TorchFile),
+    ):
         single, index = folder / f"{stem}{suffix}", folder / f"{stem}{suffix}.index.json"
         if single.exists() and index.exists():
-            raise InfiniteVLError(f"{folder} has both {single.name} and {index.name}", "keep the one that belongs to the model")
+            raise InfiniteVLError(
+                f"{folder} has both {single.name} and {index.name}",
+                "keep the one that belongs to the model",
+            )
         if index.exists():
             return _sharded(folder, index, opener)
         if single.exists():
@@ -126,11 +145,17 @@ def open_source(folder: str | Path) -> Source:
             _complete(folder, shards)
             return Source(folder, [opener(path) for path in shards], None)
     if (folder / "adapter_config.json").exists():
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")  # shown, not opened
+        base = read_json(folder / "adapter_config.json").get(
+            "base_model_name_or_path"
+        )  # shown, not opened
         raise InfiniteVLError(
-            f"{folder} holds a LoRA adapter and no base weights", f"import the folder of {base or 'the base model'} with --adapter {folder}"
+            f"{folder} holds a LoRA adapter and no base weights",
+            f"import the folder of {base or 'the base model'} with --adapter {folder}",
         )
-    raise InfiniteVLError(f"{folder} has no weights", "expected model.safetensors, model.safetensors.index.json with its shards, or *.bin")
+    raise InfiniteVLError(
+        f"{folder} has no weights",
+        "expected model.safetensors, model.safetensors.index.json with its shards, or *.bin",
+    )
 
 
 class _Index(msgspec.Struct):
@@ -148,17 +173,21 @@ def _sharded(folder: Path, index: Path, opener) -> Source:
         inside(folder, plain_name(name, str(index)))
     if absent := [name for name in names if not (folder / name).exists()]:
         raise InfiniteVLError(
-            f"{index} names {len(absent)} absent of {len(names)} shards: {', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}",
+            f"{index} names {len(absent)} absent of {len(names)} shards:"
+            f" {', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}",
             "download the missing files into the same folder",
         )
     source = Source(folder, [opener(folder / name) for name in names], content.metadata or {})
     where = {raw: file.path.name for file, raw in source.names.values()}
     wrong = [
-        f"{n} (index: {weight_map.get(n)}, file: {where.get(n)})" for n in {**weight_map, **where} if weight_map.get(n) != where.get(n)
+        f"{n} (index: {weight_map.get(n)}, file: {where.get(n)})"
+        for n in {**weight_map, **where}
+        if weight_map.get(n) != where.get(n)
     ]
     if wrong:
         raise InfiniteVLError(
-            f"{index} and its shards disagree on {len(wrong)} tensors: {', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}",
+            f"{index} and its shards disagree on {len(wrong)} tensors:"
+            f" {', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}",
             "download index and shards of the same model again",
         )
     return source
@@ -170,9 +199,14 @@ def _complete(folder: Path, shards: list[Path]) -> None:
     for path in shards:
         if found := re.fullmatch(r"(.*)-(\d+)-of-(\d+)(\.\w+)", path.name):
             stem, number, total, suffix = found.groups()
-            wanted = (f"{stem}-{i:0{len(number)}}-of-{total}{suffix}" for i in range(1, int(total) + 1))
+            wanted = (
+                f"{stem}-{i:0{len(number)}}-of-{total}{suffix}" for i in range(1, int(total) + 1)
+            )
             if absent := list(itertools.islice((name for name in wanted if name not in there), 3)):
-                raise InfiniteVLError(f"{folder} lacks the shards {', '.join(absent)}", "download the missing files into the same folder")
+                raise InfiniteVLError(
+                    f"{folder} lacks the shards {', '.join(absent)}",
+                    "download the missing files into the same folder",
+                )
 
 
 class TorchFile:
@@ -185,7 +219,8 @@ class TorchFile:
         except ImportError:
             raise InfiniteVLError(
                 f"{path} is a torch file, and torch is not installed",
-                "pip install torch, or convert the weights to safetensors where torch is (save_pretrained writes them)",
+                "pip install torch, or convert the weights to safetensors where torch is"
+                " (save_pretrained writes them)",
             ) from None
         self._torch = torch
         open_file(path).close()  # torch would wait for a pipe
@@ -195,16 +230,40 @@ class TorchFile:
             except RuntimeError as error:
                 if "mmap" not in str(error):
                     raise
-                state = torch.load(path, map_location="cpu", weights_only=True)  # files from before torch 1.6 cannot be mapped
+                state = torch.load(
+                    path, map_location="cpu", weights_only=True
+                )  # files from before torch 1.6 cannot be mapped
         except Exception as error:  # torch raises whatever its unpickler met
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-            raise InfiniteVLError(f"{path} cannot be read by torch.load(weights_only=True): {reason}", _AGAIN) from None
-        if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-            raise InfiniteVLError(f"{path} does not hold a dictionary of tensors", "save model.state_dict(), or use save_pretrained")
+            reason = (
+                str(error).strip().splitlines()[0][:200]
+                if str(error).strip()
+                else type(error).__name__
+            )
+            raise InfiniteVLError(
+                f"{path} cannot be read by torch.load(weights_only=True): {reason}", _AGAIN
+            ) from None
+        if not isinstance(state, dict) or not all(
+            isinstance(v, torch.Tensor) for v in state.values()
+        ):
+            raise InfiniteVLError(
+                f"{path} does not hold a dictionary of tensors",
+                "save model.state_dict(), or use save_pretrained",
+            )
         for name, value in state.items():
-            dense = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
-            if not isinstance(name, str) or not dense or value.untyped_storage().nbytes() < value.numel() * value.itemsize:
-                raise InfiniteVLError(f"{path}: {name!r} is no plain tensor with all its numbers", "save model.state_dict() from the CPU")
+            dense = (
+                value.layout == torch.strided
+                and value.device.type == "cpu"
+                and not value.is_quantized
+            )
+            if (
+                not isinstance(name, str)
+                or not dense
+                or value.untyped_storage().nbytes() < value.numel() * value.itemsize
+            ):
+                raise InfiniteVLError(
+                    f"{path}: {name!r} is no plain tensor with all its numbers",
+                    "save model.state_dict() from the CPU",
+                )
         self._state = state
         self.entries = {name: _TorchEntry(tensor) for name, tensor in state.items()}
 
@@ -230,7 +289,10 @@ class _TorchEntry:
 
 def index_json(weight_map: dict[str, str], metadata: dict) -> str:
     """Text of a model.safetensors.index.json."""
-    return json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"
+    return (
+        json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
+        + "\n"
+    )
 
 
 def respell(name: str, spelling: str) -> str:

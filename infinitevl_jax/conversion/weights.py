@@ -1,7 +1,9 @@
 """The weight table: torch name <-> our name, one line a tensor, read in both directions.
 
-Every torch tensor is used once and every parameter filled once; what does not fit is named. Only three things differ between the two
-sides: names, the order of axes (torch keeps [out, in], we keep [in, out]), and that equal layers are stacked here.
+Every torch tensor is used once and every parameter filled once; what does not fit is named. Only
+three things differ between the two
+sides: names, the order of axes (torch keeps [out, in], we keep [in, out]), and that equal layers
+  are stacked here.
 """
 
 import itertools
@@ -18,25 +20,50 @@ from infinitevl_jax.model.params import STACKED, abstract, stack_layouts
 
 SAME, TURNED = False, True  # TURNED: [out, ...] -> [prod(...), out]
 
-# torch name (published spelling), our name, axes. `*` is a layer's number, {a,b} stands for a line each.
+# torch name (published spelling), our name, axes. `*` is a layer's number, {a,b} stands for a line
+# each.
 TABLE: tuple[tuple[str, str, bool], ...] = (
     ("visual.patch_embed.proj.weight", "visual.patch_embed.kernel", TURNED),
     ("visual.blocks.*.{norm1,norm2}.weight", "visual.blocks.*.{norm1,norm2}.weight", SAME),
     ("visual.blocks.*.attn.{qkv,proj}.weight", "visual.blocks.*.attn.{qkv,proj}.kernel", TURNED),
     ("visual.blocks.*.attn.{qkv,proj}.bias", "visual.blocks.*.attn.{qkv,proj}.bias", SAME),
-    ("visual.blocks.*.mlp.{gate,up,down}_proj.weight", "visual.blocks.*.mlp.{gate,up,down}_proj.kernel", TURNED),
-    ("visual.blocks.*.mlp.{gate,up,down}_proj.bias", "visual.blocks.*.mlp.{gate,up,down}_proj.bias", SAME),
+    (
+        "visual.blocks.*.mlp.{gate,up,down}_proj.weight",
+        "visual.blocks.*.mlp.{gate,up,down}_proj.kernel",
+        TURNED,
+    ),
+    (
+        "visual.blocks.*.mlp.{gate,up,down}_proj.bias",
+        "visual.blocks.*.mlp.{gate,up,down}_proj.bias",
+        SAME,
+    ),
     ("visual.merger.ln_q.weight", "visual.merger.ln_q.weight", SAME),
     ("visual.merger.mlp.{0,2}.weight", "visual.merger.{fc1,fc2}.kernel", TURNED),
     ("visual.merger.mlp.{0,2}.bias", "visual.merger.{fc1,fc2}.bias", SAME),
     ("model.embed_tokens.weight", "embed_tokens.embedding", SAME),
-    ("model.layers.*.{input,post_attention}_layernorm.weight", "layers.*.{input,post_attention}_layernorm.weight", SAME),
-    ("model.layers.*.self_attn.{q,k,v,a,b,g,o}_proj.weight", "layers.*.self_attn.{q,k,v,a,b,g,o}_proj.kernel", TURNED),
+    (
+        "model.layers.*.{input,post_attention}_layernorm.weight",
+        "layers.*.{input,post_attention}_layernorm.weight",
+        SAME,
+    ),
+    (
+        "model.layers.*.self_attn.{q,k,v,a,b,g,o}_proj.weight",
+        "layers.*.self_attn.{q,k,v,a,b,g,o}_proj.kernel",
+        TURNED,
+    ),
     ("model.layers.*.self_attn.{q,k,v}_proj.bias", "layers.*.self_attn.{q,k,v}_proj.bias", SAME),
-    ("model.layers.*.self_attn.{q,k,v}_conv1d.weight", "layers.*.self_attn.{q,k,v}_conv1d.weight", TURNED),
+    (
+        "model.layers.*.self_attn.{q,k,v}_conv1d.weight",
+        "layers.*.self_attn.{q,k,v}_conv1d.weight",
+        TURNED,
+    ),
     ("model.layers.*.self_attn.{A_log,dt_bias}", "layers.*.self_attn.{A_log,dt_bias}", SAME),
     ("model.layers.*.self_attn.o_norm.weight", "layers.*.self_attn.o_norm.weight", SAME),
-    ("model.layers.*.mlp.{gate,up,down}_proj.weight", "layers.*.mlp.{gate,up,down}_proj.kernel", TURNED),
+    (
+        "model.layers.*.mlp.{gate,up,down}_proj.weight",
+        "layers.*.mlp.{gate,up,down}_proj.kernel",
+        TURNED,
+    ),
     ("model.norm.weight", "norm.weight", SAME),
     ("lm_head.weight", "lm_head.kernel", TURNED),
 )
@@ -48,7 +75,12 @@ _LIVE = (("model.language_model.", "model."), ("model.visual.", "visual."))
 def _lines(pattern: str) -> list[str]:
     """`a{b,c}d` -> [abd, acd]."""
     parts = re.split(r"\{([^}]*)\}", pattern)
-    return ["".join(choice) for choice in itertools.product(*(p.split(",") if i % 2 else [p] for i, p in enumerate(parts)))]
+    return [
+        "".join(choice)
+        for choice in itertools.product(
+            *(p.split(",") if i % 2 else [p] for i, p in enumerate(parts))
+        )
+    ]
 
 
 _OURS: dict[str, tuple[str, bool]] = {
@@ -100,7 +132,9 @@ class Leaf:
 
 def leaves(config: ModelConfig, *, scanned: bool) -> list[Leaf]:
     """Every parameter of a model in one layout, with the torch tensors behind it."""
-    shapes = {name: tuple(leaf.shape) for name, leaf in abstract(config, scanned=scanned)[1].items()}
+    shapes = {
+        name: tuple(leaf.shape) for name, leaf in abstract(config, scanned=scanned)[1].items()
+    }
     layouts = stack_layouts(config, scanned=scanned)
     out = []
     for name, shape in shapes.items():
@@ -112,12 +146,18 @@ def leaves(config: ModelConfig, *, scanned: bool) -> list[Leaf]:
             pattern = f"{stack}.*.{tail}"
         torch, turned = _OURS[pattern]
         one = shape[1:] if stacked else shape
-        names = tuple(torch if layer is None else torch.replace("*", str(layer)) for layer in layers)
-        out.append(Leaf(name, shape, names, _torch_shape(torch, one, turned, config), stacked, turned))
+        names = tuple(
+            torch if layer is None else torch.replace("*", str(layer)) for layer in layers
+        )
+        out.append(
+            Leaf(name, shape, names, _torch_shape(torch, one, turned, config), stacked, turned)
+        )
     return out
 
 
-def _torch_shape(torch: str, ours: tuple[int, ...], turned: bool, config: ModelConfig) -> tuple[int, ...]:
+def _torch_shape(
+    torch: str, ours: tuple[int, ...], turned: bool, config: ModelConfig
+) -> tuple[int, ...]:
     if torch == "visual.patch_embed.proj.weight":
         v = config.vision
         return (ours[1], v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
@@ -135,14 +175,27 @@ def match(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], source: st
     Raises:
       InfiniteVLError: names what is missing, extra or misshapen.
     """
-    expected = {name: leaf.torch_shape for leaf in leaves(config, scanned=False) for name in leaf.torch}
+    expected = {
+        name: leaf.torch_shape for leaf in leaves(config, scanned=False) for name in leaf.torch
+    }
     if config.text.tie_word_embeddings and HEAD in shapes:
         expected[HEAD] = expected[EMBEDDING]
-    complain(expected, shapes, source, f"config.json ({config.family}, {config.text.num_hidden_layers} layers)")
+    complain(
+        expected,
+        shapes,
+        source,
+        f"config.json ({config.family}, {config.text.num_hidden_layers} layers)",
+    )
 
 
-def complain(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: str, what: str) -> None:
-    """Raise InfiniteVLError with counts and the first few names unless both sides agree in names and shapes."""
+def complain(
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    source: str,
+    what: str,
+) -> None:
+    """Raise InfiniteVLError with counts and the first few names unless both sides agree in names
+    and shapes."""
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected]
     wrong = [
@@ -168,7 +221,8 @@ def count(config: ModelConfig) -> int:
 
 
 def pieces(leaf: Leaf, index: Sequence[slice]) -> Iterator[tuple[int, tuple[slice, ...], str]]:
-    """The torch tensors behind `leaf[index]`: (place along the leading axis of the result, index into one slice, published name)."""
+    """The torch tensors behind `leaf[index]`: (place along the leading axis of the result, index
+    into one slice, published name)."""
     if not leaf.stacked:
         yield 0, tuple(index), leaf.torch[0]
         return

@@ -12,9 +12,12 @@ from infinitevl_jax.model.patches import Patches
 class TrainBatch(NamedTuple):
     """A global batch of one shape, in one of two forms.
 
-    Branches: `prefix` holds one row an image (with what the conversation says up to its end), `branches` one row a question, and
-    `parents` says whose prefix each question goes on from. An image is encoded once, and no question sees another.
-    Rows: `prefix` and `parents` are None, `branches` holds packed conversations told apart by segment.
+    Branches: `prefix` holds one row an image (with what the conversation says up to its end),
+      `branches` one row a question, and
+    `parents` says whose prefix each question goes on from. An image is encoded once, and no
+    question sees another.
+    Rows: `prefix` and `parents` are None, `branches` holds packed conversations told apart by
+      segment.
     """
 
     patches: Patches | None  # one row an image (branches), or one row for each row (rows)
@@ -22,4 +25,6 @@ class TrainBatch(NamedTuple):
     branches: Inputs  # [rows, length]
     parents: np.ndarray | Array | None  # [rows] int32
     targets: np.ndarray | Array  # [rows, length] int32, the token that follows
-    weights: np.ndarray | Array  # [rows, length] f32: 1 where the token that follows belongs to an answer, else 0
+    weights: (
+        np.ndarray | Array
+    )  # [rows, length] f32: 1 where the token that follows belongs to an answer, else 0

@@ -14,10 +14,13 @@ from infinitevl_jax.model.patches import Patches, pack
 from infinitevl_jax.model.positions import VisionItem, sequence_positions
 
 
-def group_questions(counts: Sequence[int], images: int, branches: int) -> Iterator[list[tuple[int, list[int]]]]:
+def group_questions(
+    counts: Sequence[int], images: int, branches: int
+) -> Iterator[list[tuple[int, list[int]]]]:
     """Cut a split into groups of at most `images` rows and `branches` questions.
 
-    counts: questions of each row. Yields lists of (row, which of its questions); a row that does not fit goes on in the next group.
+    counts: questions of each row. Yields lists of (row, which of its questions); a row that does
+      not fit goes on in the next group.
     """
     group: list[tuple[int, list[int]]] = []
     used = 0
@@ -35,12 +38,18 @@ def group_questions(counts: Sequence[int], images: int, branches: int) -> Iterat
 
 
 def branch_batch(
-    rows: Sequence[Encoded], questions: Sequence[Sequence[int]], config: ModelConfig, data: DataConfig, images: int, branches: int
+    rows: Sequence[Encoded],
+    questions: Sequence[Sequence[int]],
+    config: ModelConfig,
+    data: DataConfig,
+    images: int,
+    branches: int,
 ) -> TrainBatch:
     """Images with some of their questions each, the questions on branches.
 
     Args:
-      rows: at most `images` of them, which fit the shapes (`Encoder.within`); missing ones are padding.
+      rows: at most `images` of them, which fit the shapes (`Encoder.within`); missing ones are
+        padding.
       questions: which questions of each row; at most `branches` in all.
     """
     prefix_length = data.prefix_length
@@ -51,17 +60,27 @@ def branch_batch(
         mask[i, : len(row.prefix)] = 1
     pixels = {}
     if seen := [row for row in rows if row.pixels is not None]:
-        pixels = {"pixel_values": np.concatenate([r.pixels for r in seen]), "image_grid_thw": np.concatenate([r.grid for r in seen])}
+        pixels = {
+            "pixel_values": np.concatenate([r.pixels for r in seen]),
+            "image_grid_thw": np.concatenate([r.grid for r in seen]),
+        }
     prepared = prepare(config, tokens, mask, **pixels, length=prefix_length, row_per_sequence=True)
-    chosen = [(row.branches[i], parent) for parent, (row, which) in enumerate(zip(rows, questions, strict=True)) for i in which]
+    chosen = [
+        (row.branches[i], parent)
+        for parent, (row, which) in enumerate(zip(rows, questions, strict=True))
+        for i in which
+    ]
     batch, targets, weights = _lay_out([b for b, _ in chosen], branches, data.length)
     parents = np.zeros(branches, np.int32)
     parents[: len(chosen)] = [parent for _, parent in chosen]
     return TrainBatch(prepared.patches, prepared.inputs, batch, parents, targets, weights)
 
 
-def _lay_out(branches: Sequence[Branch], count: int, length: int) -> tuple[Inputs, np.ndarray, np.ndarray]:
-    """Branches as `count` rows of `length` tokens, and what follows each token. The last token of an answer is never an input."""
+def _lay_out(
+    branches: Sequence[Branch], count: int, length: int
+) -> tuple[Inputs, np.ndarray, np.ndarray]:
+    """Branches as `count` rows of `length` tokens, and what follows each token. The last token of
+    an answer is never an input."""
     tokens, targets = np.zeros((2, count, length), np.int32)
     index = np.full((count, length), -1, np.int32)
     weights = np.zeros((count, length), np.float32)
@@ -74,7 +93,8 @@ def _lay_out(branches: Sequence[Branch], count: int, length: int) -> tuple[Input
 
 
 class Room:
-    """How far the rows of a packed batch are filled. A conversation goes into the first row that has room."""
+    """How far the rows of a packed batch are filled. A conversation goes into the first row that
+    has room."""
 
     def __init__(self, data: DataConfig, rows: int):
         self.data = data
@@ -92,7 +112,8 @@ class Room:
 
 
 class PackedRows(Room):
-    """Conversations in the order they come, each in the first row that has room; a full batch refuses the next one."""
+    """Conversations in the order they come, each in the first row that has room; a full batch
+    refuses the next one."""
 
     def __init__(self, config: ModelConfig, data: DataConfig, rows: int):
         super().__init__(data, rows)
@@ -100,7 +121,8 @@ class PackedRows(Room):
         self.items: list[tuple[int, Packable]] = []
 
     def add(self, branch: Branch, pixels: np.ndarray | None, grid: np.ndarray | None) -> bool:
-        """Take a conversation that fits the shapes (`Encoder.within`), or return False if no row has room."""
+        """Take a conversation that fits the shapes (`Encoder.within`), or return False if no row
+        has room."""
         conversation = Packable(branch, pixels, grid)
         row = self.take(conversation.tokens, conversation.patches)
         if row is not None:
@@ -117,10 +139,16 @@ class PackedRows(Room):
         weights = np.zeros((rows, length), np.float32)
         patches = place = None
         if vision is not None and self.data.patches:
-            seen = [(row, item.pixels, item.grid) for row, item in self.items if item.pixels is not None]
+            seen = [
+                (row, item.pixels, item.grid) for row, item in self.items if item.pixels is not None
+            ]
             empty = [np.zeros((0, vision.patch_features), np.float32)], [np.zeros((0, 3), np.int64)]
-            pixels, grids = (np.concatenate(a + [s[i] for s in seen]) for i, a in zip((1, 2), empty, strict=True))
-            patches, place = pack(pixels, grids.astype(np.int64), vision, [s[0] for s in seen], rows)
+            pixels, grids = (
+                np.concatenate(a + [s[i] for s in seen]) for i, a in zip((1, 2), empty, strict=True)
+            )
+            patches, place = pack(
+                pixels, grids.astype(np.int64), vision, [s[0] for s in seen], rows
+            )
             patches = _widen(patches, self.data.patches)
         filled, segments, placed = [0] * rows, [0] * rows, 0
         for row, (branch, _, grid) in self.items:
@@ -129,15 +157,28 @@ class PackedRows(Room):
             tokens[here], targets[here], weights[here] = ids, branch.tokens[1:], branch.answer[1:]
             index[here], segment[here] = np.arange(len(ids)), segments[row]
             merge = vision.spatial_merge_size if vision else 1
-            images = [] if grid is None else [VisionItem("image", (int(t), int(h) // merge, int(w) // merge), 0.0) for t, h, w in grid]
-            positions[(slice(None), *here)], _ = sequence_positions(ids, iter(images), iter([]), self.config, 0, "a packed conversation")
+            images = (
+                []
+                if grid is None
+                else [
+                    VisionItem("image", (int(t), int(h) // merge, int(w) // merge), 0.0)
+                    for t, h, w in grid
+                ]
+            )
+            positions[(slice(None), *here)], _ = sequence_positions(
+                ids, iter(images), iter([]), self.config, 0, "a packed conversation"
+            )
             if images:
                 count = sum(i.tokens for i in images)
-                vision_index[here] = _scatter(ids == self.config.image_token_id, place[placed : placed + count])
+                vision_index[here] = _scatter(
+                    ids == self.config.image_token_id, place[placed : placed + count]
+                )
                 placed += count
             filled[row] += len(ids)
             segments[row] += 1
-        inputs = Inputs(tokens, index, segment, positions, None if patches is None else vision_index)
+        inputs = Inputs(
+            tokens, index, segment, positions, None if patches is None else vision_index
+        )
         return TrainBatch(patches, None, inputs, None, targets, weights)
 
 
@@ -148,12 +189,19 @@ def _scatter(where: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def _widen(patches: Patches, size: int) -> Patches:
-    """Pad the rows of packed patches to `size`, and let a slice reach as far, so that every batch has one shape."""
+    """Pad the rows of packed patches to `size`, and let a slice reach as far, so that every batch
+    has one shape."""
     more = size - patches.index.shape[1]
-    cut = {f.name: getattr(patches, f.name) for f in dataclasses.fields(patches) if f.name != "slice_reach"}
+    cut = {
+        f.name: getattr(patches, f.name)
+        for f in dataclasses.fields(patches)
+        if f.name != "slice_reach"
+    }
     fill = {"pixels": 0, "row_column": 0, "index": -1, "window": -1, "slice": -1}
     resized = {
-        name: np.pad(x, [(0, 0), (0, max(more, 0))] + [(0, 0)] * (x.ndim - 2), constant_values=fill[name])[:, :size]
+        name: np.pad(
+            x, [(0, 0), (0, max(more, 0))] + [(0, 0)] * (x.ndim - 2), constant_values=fill[name]
+        )[:, :size]
         for name, x in cut.items()
     }
     return Patches(**resized, slice_reach=1 << (size - 1).bit_length())

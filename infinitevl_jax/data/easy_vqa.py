@@ -1,6 +1,8 @@
-"""easy-VQA as a tfds data set: 4,000 + 1,000 pictures of one coloured shape, 38,575 + 9,673 questions, in its official split.
+"""easy-VQA as a tfds data set: 4,000 + 1,000 pictures of one coloured shape, 38,575 + 9,673
+questions, in its official split.
 
-The package `easy-vqa` brings the pictures and questions along; one row is a picture with all of its questions.
+The package `easy-vqa` brings the pictures and questions along; one row is a picture with all of its
+questions.
 """
 
 import importlib.metadata
@@ -19,7 +21,11 @@ class EasyVqa(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         texts = tfds.features.Sequence(tfds.features.Text())
-        features = {"image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"), "questions": texts, "answers": texts}
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+            "questions": texts,
+            "answers": texts,
+        }
         return tfds.core.DatasetInfo(
             builder=self,
             description="One coloured shape a picture, and questions about shape and colour.",
@@ -28,11 +34,16 @@ class EasyVqa(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, download_manager):
-        # by the installed package, not by module name: a script called easy_vqa.py would be found first
+        # by the installed package, not by module name: a script called easy_vqa.py would be found
+        # first
         try:
-            folder = Path(str(importlib.metadata.distribution("easy-vqa").locate_file("easy_vqa/data")))
+            folder = Path(
+                str(importlib.metadata.distribution("easy-vqa").locate_file("easy_vqa/data"))
+            )
         except importlib.metadata.PackageNotFoundError as error:
-            raise InfiniteVLError("the data set easy_vqa needs the package easy-vqa", "pip install easy-vqa==1.0") from error
+            raise InfiniteVLError(
+                "the data set easy_vqa needs the package easy-vqa", "pip install easy-vqa==1.0"
+            ) from error
         return {split: self._generate_examples(folder / split) for split in ("train", "test")}
 
     def _generate_examples(self, folder: Path):

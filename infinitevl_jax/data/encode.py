@@ -1,4 +1,5 @@
-"""Rows become tokens: what an image's prefix is, what a question's branch is, what a whole conversation is."""
+"""Rows become tokens: what an image's prefix is, what a question's branch is, what a whole
+conversation is."""
 
 import contextlib
 import copy
@@ -26,7 +27,8 @@ class Branch(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A row in tokens. `prefix` ends with the image's last marker and is the same for every question."""
+    """A row in tokens. `prefix` ends with the image's last marker and is the same for every
+    question."""
 
     prefix: np.ndarray  # [length] int32
     pixels: np.ndarray | None  # [patches, features] f32
@@ -63,7 +65,8 @@ class Encoder:
         return len(self.source)
 
     def within(self, data: DataConfig) -> "Encoder":
-        """The same rows, those that do not fit the shapes of `data` being BadRows. What is encoded already is shared."""
+        """The same rows, those that do not fit the shapes of `data` being BadRows. What is encoded
+        already is shared."""
         other = copy.copy(self)
         other.data = data
         return other
@@ -100,15 +103,18 @@ class Encoder:
         first = self._example(row, 0)
         cut = self._cut(first["input_ids"])
         prefix = first["input_ids"][:cut]
-        # A template's header depends on what stands in the conversation: words alone do not tell their tokens.
+        # A template's header depends on what stands in the conversation: words alone do not tell
+        # their tokens.
         header = prefix[prefix != self.config.image_token_id].tobytes()
 
         def branch(turn: int) -> Branch:
             example = first if turn == 0 else self._example(row, turn)
             if not np.array_equal(example["input_ids"][:cut], prefix):
                 raise InfiniteVLError(
-                    "the chat template writes something before the image that depends on the question",
-                    "use a template that puts the image first, or train with train.data.questions=0 (packed conversations)",
+                    "the chat template writes something before the image that depends on the"
+                    " question",
+                    "use a template that puts the image first, or train with train.data.questions=0"
+                    " (packed conversations)",
                 )
             words = row.questions[turn], row.answers[turn]
             return _branch(example["input_ids"][cut:], example["answer_mask"][cut:], words)
@@ -188,13 +194,16 @@ def _check_branches(row: Encoded, data: DataConfig) -> None:
     """Raises InfiniteVLError for a row with more tokens than a batch of branches has room for."""
     if len(row.prefix) > data.prefix_length:
         raise InfiniteVLError(
-            f"the image's prefix has {len(row.prefix)} tokens, train.data.prefix_length is {data.prefix_length}",
-            f"train.data.prefix_length={len(row.prefix)}, or make images smaller (model.max_pixels)",
+            f"the image's prefix has {len(row.prefix)} tokens, train.data.prefix_length is"
+            f" {data.prefix_length}",
+            f"train.data.prefix_length={len(row.prefix)}, or make images smaller"
+            " (model.max_pixels)",
         )
     longest = max(len(branch.tokens) for branch in row.branches) - 1
     if longest > data.length:
         raise InfiniteVLError(
-            f"a question with its answer takes {longest} tokens, train.data.length is {data.length}",
+            f"a question with its answer takes {longest} tokens, train.data.length is"
+            f" {data.length}",
             f"train.data.length={longest} or more",
         )
     if any(branch.answer[0] for branch in row.branches):

@@ -25,7 +25,8 @@ from infinitevl_jax.errors import BadRow, InfiniteVLError
 
 
 class Batches(Protocol):
-    """An iterator over this process's part of the global batches, whose place can be saved and found again."""
+    """An iterator over this process's part of the global batches, whose place can be saved and
+    found again."""
 
     def __next__(self) -> TrainBatch: ...
 
@@ -38,12 +39,19 @@ def _share(data: DataConfig) -> int:
     """Rows of the global batch that this process brings."""
     if data.batch % jax.process_count():
         raise InfiniteVLError(
-            f"train.data.batch {data.batch} does not divide over {jax.process_count()} processes", "make it a multiple of their number"
+            f"train.data.batch {data.batch} does not divide over {jax.process_count()} processes",
+            "make it a multiple of their number",
         )
     return data.batch // jax.process_count()
 
 
-def train_batches(encoder: Encoder, config: ModelConfig, data: DataConfig, seed: int, skipped: Skipped | None = None) -> Batches:
+def train_batches(
+    encoder: Encoder,
+    config: ModelConfig,
+    data: DataConfig,
+    seed: int,
+    skipped: Skipped | None = None,
+) -> Batches:
     """Endless batches in an order that seed and epoch decide; each process takes its own rows.
 
     skipped: counts the rows that cannot be used; left out, as `data` says.
@@ -52,7 +60,9 @@ def train_batches(encoder: Encoder, config: ModelConfig, data: DataConfig, seed:
     skipped = skipped or Skipped(len(encoder), data.max_skipped)
     if len(encoder) < data.batch:
         raise InfiniteVLError(
-            f"split {data.train!r} of {data.name} has {len(encoder)} rows, a batch takes {data.batch}", "make train.data.batch smaller"
+            f"split {data.train!r} of {data.name} has {len(encoder)} rows, a batch takes"
+            f" {data.batch}",
+            "make train.data.batch smaller",
         )
     if not data.questions:
         return PackedBatches(encoder, config, data, share, _order(encoder, seed), skipped)
@@ -61,8 +71,14 @@ def train_batches(encoder: Encoder, config: ModelConfig, data: DataConfig, seed:
     chosen = rows.map_with_index(_Chooser(encoder, data, seed, share))
     # One thread ahead of the device is enough, and leaves the cores to it. Rows that are None are
     # dropped here.
-    stream = chosen.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2 * share))
-    return iter(stream.batch(share, drop_remainder=True, batch_fn=partial(_collate, config=config, data=data)))
+    stream = chosen.to_iter_dataset(
+        grain.ReadOptions(num_threads=1, prefetch_buffer_size=2 * share)
+    )
+    return iter(
+        stream.batch(
+            share, drop_remainder=True, batch_fn=partial(_collate, config=config, data=data)
+        )
+    )
 
 
 class _UsableRows:
@@ -84,16 +100,24 @@ class _UsableRows:
 
 def _order(encoder: Encoder, seed: int) -> grain.MapDataset:
     """This process's row numbers of one epoch, in another order each time they are repeated."""
-    return grain.MapDataset.range(len(encoder)).seed(seed).shuffle()[jax.process_index() :: jax.process_count()]
+    return (
+        grain.MapDataset.range(len(encoder))
+        .seed(seed)
+        .shuffle()[jax.process_index() :: jax.process_count()]
+    )
 
 
 def count_steps(
-    encoder: Encoder, data: DataConfig, epochs: float, seed: int, progress: Callable[[Iterable], Iterable] = iter
+    encoder: Encoder,
+    data: DataConfig,
+    epochs: float,
+    seed: int,
+    progress: Callable[[Iterable], Iterable] = iter,
 ) -> int:
     """Steps that `epochs` passes over the rows take, at least one.
 
-    Where conversations are packed, their lengths decide, so every row is encoded once, under `progress`. Rows that cannot be used
-    are left out.
+    Where conversations are packed, their lengths decide, so every row is encoded once, under
+    `progress`. Rows that cannot be used are left out.
     """
     if data.questions:
         return max(1, round(epochs * len(encoder) / data.batch))
@@ -123,7 +147,11 @@ class _Chooser:
         self.opening = re.compile(data.opening) if data.opening else None
         self.weights: dict[tuple[str, str], float] = {}
         if data.balance:
-            counts = Counter(turn for row in encoder.source.readable() for turn in zip(row.questions, row.answers, strict=True))
+            counts = Counter(
+                turn
+                for row in encoder.source.readable()
+                for turn in zip(row.questions, row.answers, strict=True)
+            )
             self.weights = {turn: count**-data.balance for turn, count in counts.items()}
 
     def __call__(self, number: int, row: Encoded) -> tuple[Encoded, list[int]]:
@@ -131,22 +159,34 @@ class _Chooser:
         rng = np.random.default_rng([self.seed, jax.process_index(), number])
         candidates = list(range(len(row.branches)))
         if self.opening and number < self.data.opening_steps * self.share:
-            candidates = [i for i in candidates if self.opening.search(row.branches[i].turn[0])] or candidates
+            candidates = [
+                i for i in candidates if self.opening.search(row.branches[i].turn[0])
+            ] or candidates
         chance = np.array([self.weights.get(row.branches[i].turn, 1.0) for i in candidates])
         order = rng.choice(candidates, len(candidates), replace=False, p=chance / chance.sum())
         return row, [int(order[i % len(order)]) for i in range(self.data.questions)]
 
 
-def _collate(items: list[tuple[Encoded, list[int]]], config: ModelConfig, data: DataConfig) -> TrainBatch:
+def _collate(
+    items: list[tuple[Encoded, list[int]]], config: ModelConfig, data: DataConfig
+) -> TrainBatch:
     rows, questions = zip(*items, strict=True)
     return branch_batch(rows, questions, config, data, len(rows), len(rows) * data.questions)
 
 
 class PackedBatches:
-    """Whole conversations packed into rows, every one once an epoch: an epoch ends with a batch of its own. Its place is the number of
-    conversations taken."""
+    """Whole conversations packed into rows, every one once an epoch: an epoch ends with a batch of
+    its own. Its place is the number of conversations taken."""
 
-    def __init__(self, encoder: Encoder, config: ModelConfig, data: DataConfig, rows: int, epoch: grain.MapDataset, skipped: Skipped):
+    def __init__(
+        self,
+        encoder: Encoder,
+        config: ModelConfig,
+        data: DataConfig,
+        rows: int,
+        epoch: grain.MapDataset,
+        skipped: Skipped,
+    ):
         self.encoder, self.config, self.data, self.rows = encoder, config, data, rows
         self.epoch, self.order, self.skipped = len(epoch), epoch.repeat(), skipped
         self.taken = 0
@@ -190,11 +230,17 @@ def held_out_batches(
     skipped: counts the rows that cannot be used; left out, as `data` says.
     """
     if jax.process_count() > 1:
-        raise InfiniteVLError("measuring on the held-out split works in one process so far", 'set train.data.held_out=""')
+        raise InfiniteVLError(
+            "measuring on the held-out split works in one process so far",
+            'set train.data.held_out=""',
+        )
     encoder, skipped = encoder.within(data), skipped or Skipped(len(encoder), data.max_skipped)
     if data.questions:
         branches, usable = data.batch * data.questions, _UsableRows(encoder, skipped)
-        counts = [0 if row is None else len(row.branches) for row in (usable[i] for i in range(len(usable)))]
+        counts = [
+            0 if row is None else len(row.branches)
+            for row in (usable[i] for i in range(len(usable)))
+        ]
         for group in group_questions(counts, data.batch, branches):
             rows, questions = [encoder[i] for i, _ in group], [which for _, which in group]
             yield branch_batch(rows, questions, config, data, data.batch, branches)

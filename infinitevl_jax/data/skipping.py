@@ -39,8 +39,10 @@ class Skipped:
             if len(self.reasons) > len(shown):
                 shown.append(f"and {len(self.reasons) - len(shown)} more")
             raise InfiniteVLError(
-                f"{row.source}: {len(self.reasons)} of {self.rows:,} rows cannot be used, {self.limit} may be:",
-                f"{row.cure}; or let more be skipped: train.data.max_skipped={self._next_share():g}",
+                f"{row.source}: {len(self.reasons)} of {self.rows:,} rows cannot be used,"
+                f" {self.limit} may be:",
+                f"{row.cure}; or let more be skipped:"
+                f" train.data.max_skipped={self._next_share():g}",
                 shown,
             )
 

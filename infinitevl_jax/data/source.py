@@ -36,7 +36,8 @@ class Source:
         """Prepare the data set in `folder` unless it is there.
 
         Args:
-          name: a builder of this package, or a data set that someone prepared in `folder` with features image, questions, answers.
+          name: a builder of this package, or a data set that someone prepared in `folder` with
+            features image, questions, answers.
           split: in tfds' notation, such as "train[:90%]".
         """
         self.name, self.split = name, split
@@ -90,7 +91,9 @@ class Source:
             reason = f"it cannot be read: {str(error).strip()[:200] or type(error).__name__}"
             raise bad(reason, "prepare the data set again") from error
         if not isinstance(image, bytes):
-            raise bad(f"its image is of type {type(image).__name__}", "store a picture file's bytes")
+            raise bad(
+                f"its image is of type {type(image).__name__}", "store a picture file's bytes"
+            )
         try:
             questions, answers = _texts(questions), _texts(answers)
         except UnicodeDecodeError as error:
@@ -140,7 +143,8 @@ def _builder(name: str, folder: str | Path) -> tfds.core.DatasetBuilder:
             return tfds.core.read_only_builder.builder_from_files(name, data_dir=str(folder))
     raise InfiniteVLError(
         f"there is no data set {name!r}, neither among the builders nor prepared in {folder}",
-        f"builders: {', '.join(made_here)}; or put a prepared tfds data set (array_record) at {Path(folder) / name}",
+        f"builders: {', '.join(made_here)}; or put a prepared tfds data set (array_record) at"
+        f" {Path(folder) / name}",
     )
 
 

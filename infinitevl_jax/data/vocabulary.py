@@ -1,4 +1,5 @@
-"""Tokenizer and processor files for a small model that brings its own vocabulary: one token a word of the training questions.
+"""Tokenizer and processor files for a small model that brings its own vocabulary: one token a word
+of the training questions.
 
 The Qwen table alone, 151,936 rows, would outweigh such a model many times over.
 """
@@ -12,9 +13,13 @@ from tokenizers import AddedToken, models, pre_tokenizers
 
 from infinitevl_jax.config.model import VisionConfig
 
-SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>".split()
+SPECIAL = (
+    "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|vision_pad|>"
+    " <|image_pad|> <|video_pad|>".split()
+)
 
-# <question><|im_end|> becomes <question><|im_start|><answer><|im_end|>: as few tokens as a question can be
+# <question><|im_end|> becomes <question><|im_start|><answer><|im_end|>: as few tokens as a question
+# can be
 TEMPLATE = """\
 {%- for message in messages -%}
     {%- if message["role"] == "assistant" -%}{{- "<|im_start|>" -}}{%- endif -%}
@@ -22,7 +27,11 @@ TEMPLATE = """\
         {{- message["content"] -}}
     {%- else -%}
         {%- for part in message["content"] -%}
-            {{- part["text"] if part["type"] == "text" else "<|vision_start|><|" ~ part["type"] ~ "_pad|><|vision_end|>" -}}
+            {%- if part["type"] == "text" -%}
+                {{- part["text"] -}}
+            {%- else -%}
+                {{- "<|vision_start|><|" ~ part["type"] ~ "_pad|><|vision_end|>" -}}
+            {%- endif -%}
         {%- endfor -%}
     {%- endif -%}
     {%- if message["role"] == "assistant" -%}{{- "<|im_end|>" -}}{%- endif -%}
@@ -32,17 +41,25 @@ TEMPLATE = """\
 
 
 def word_tokenizer(texts: Iterable[str]) -> tokenizers.Tokenizer:
-    """One token for every word and punctuation mark of `texts`, in alphabetic order, then the special tokens."""
+    """One token for every word and punctuation mark of `texts`, in alphabetic order, then the
+    special tokens."""
     split = pre_tokenizers.Whitespace()
     words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
-    tokenizer = tokenizers.Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<unk>", *words])}, unk_token="<unk>"))
+    tokenizer = tokenizers.Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(["<unk>", *words])}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = split
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in SPECIAL]
+    )
     return tokenizer
 
 
-def write_processor_files(folder: Path, tokenizer: tokenizers.Tokenizer, vision: VisionConfig) -> None:
-    """tokenizer.json, tokenizer_config.json, chat_template.jinja and preprocessor_config.json, as Hugging Face names them."""
+def write_processor_files(
+    folder: Path, tokenizer: tokenizers.Tokenizer, vision: VisionConfig
+) -> None:
+    """tokenizer.json, tokenizer_config.json, chat_template.jinja and preprocessor_config.json, as
+    Hugging Face names them."""
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -61,6 +78,9 @@ def write_processor_files(folder: Path, tokenizer: tokenizers.Tokenizer, vision:
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
     }
-    for name, content in (("tokenizer_config.json", settings), ("preprocessor_config.json", images)):
+    for name, content in (
+        ("tokenizer_config.json", settings),
+        ("preprocessor_config.json", images),
+    ):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     (folder / "chat_template.jinja").write_text(TEMPLATE, "utf-8")

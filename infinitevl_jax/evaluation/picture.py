@@ -12,7 +12,8 @@ from infinitevl_jax.data.source import Row
 
 
 def draw_samples(samples: Sequence[tuple[Row, int, str]], picture: Path, columns: int = 5) -> None:
-    """Draw images, each with one question and what the model said; wrong answers in red with the right one.
+    """Draw images, each with one question and what the model said; wrong answers in red with the
+    right one.
 
     samples: (row, which of its questions, the model's answer).
     """

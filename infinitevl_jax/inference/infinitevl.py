@@ -1,4 +1,5 @@
-"""InfiniteVL: the class people use. Inputs are named as in Hugging Face, so a batch from its Qwen2.5-VL processor passes unchanged.
+"""InfiniteVL: the class people use. Inputs are named as in Hugging Face, so a batch from its
+Qwen2.5-VL processor passes unchanged.
 
     model = InfiniteVL.from_pretrained(folder, dtype=jnp.bfloat16)
     out = model(**batch)                                   # out.logits
@@ -19,7 +20,14 @@ from jax.sharding import Mesh
 from infinitevl_jax.config.model import FULL, ModelConfig
 from infinitevl_jax.errors import InfiniteVLError, InfiniteVLWarning
 from infinitevl_jax.extras import says_which_extra
-from infinitevl_jax.inference.generation import Defaults, Request, StopStrings, read_defaults, refuse, resolve
+from infinitevl_jax.inference.generation import (
+    Defaults,
+    Request,
+    StopStrings,
+    read_defaults,
+    refuse,
+    resolve,
+)
 from infinitevl_jax.inference.output import Output
 from infinitevl_jax.inference.programs import Programs
 from infinitevl_jax.model.arrays import INT32_MAX, as_numpy, whole_number
@@ -30,7 +38,13 @@ from infinitevl_jax.model.params import Params, abstract, bind, initialize
 from infinitevl_jax.model.patches import bucket
 from infinitevl_jax.sharding import check_mesh, parameter_shardings
 
-VISION_INPUTS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+VISION_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_values_videos",
+    "video_grid_thw",
+    "second_per_grid_ts",
+)
 PREFILL_CHUNK = 8192  # tokens of a prompt that go through the decoder at once
 
 # Hugging Face's other arguments of a call: name -> (what is done anyway, what to do instead)
@@ -46,7 +60,8 @@ CALL_FIXED = {
 
 
 class InfiniteVL:
-    """A configuration, its parameters, and the compiled functions that run them. Holds no conversation: that is the cache's."""
+    """A configuration, its parameters, and the compiled functions that run them. Holds no
+    conversation: that is the cache's."""
 
     def __init__(
         self,
@@ -61,10 +76,13 @@ class InfiniteVL:
         """
         Args:
           params: by dotted name, unrolled layout.
-          dtype: what activations are computed in (f32 or bf16); by default what the last norm is stored in, as the bulk of a checkpoint
-            is. Weights in float16 stay so and are computed with in float32; an InfiniteVLWarning says it.
-          mesh: where the parameters live (axes as `infinitevl_jax.sharding.make_mesh` names them), or None for one device.
-          ops: the operators, by default the first implementation of each that takes a case (`ops.report()` tells which did).
+          dtype: what activations are computed in (f32 or bf16); by default what the last norm is
+            stored in, as the bulk of a checkpoint is. Weights in float16 stay so and are computed
+            with in float32; an InfiniteVLWarning says it.
+          mesh: where the parameters live (axes as `infinitevl_jax.sharding.make_mesh` names them),
+            or None for one device.
+          ops: the operators, by default the first implementation of each that takes a case
+            (`ops.report()` tells which did).
           defaults: what the checkpoint says of generation.
         """
         if mesh is not None:
@@ -74,7 +92,8 @@ class InfiniteVL:
         self.dtype = floating(dtype) or compute_dtype(stored)
         if floating(dtype) is None and self.dtype != stored:
             warnings.warn(
-                f"the weights are {stored}, whose range activations leave: computing in {self.dtype} (dtype='bfloat16' takes less)",
+                f"the weights are {stored}, whose range activations leave: computing in"
+                f" {self.dtype} (dtype='bfloat16' takes less)",
                 InfiniteVLWarning,
                 stacklevel=2,
             )
@@ -83,16 +102,25 @@ class InfiniteVL:
         model = partial(bind, graphdef)
         self._programs = Programs(model)
         shapes = jax.eval_shape(lambda p: p, dict(params))
-        self._cache_spec = lru_cache(lambda batch, max_length: model(shapes).cache_spec(batch, max_length))
+        self._cache_spec = lru_cache(
+            lambda batch, max_length: model(shapes).cache_spec(batch, max_length)
+        )
 
     @classmethod
     def from_pretrained(
-        cls, folder, *, dtype=None, mesh: Mesh | None = None, ops: Ops | None = None, progress: bool = False
+        cls,
+        folder,
+        *,
+        dtype=None,
+        mesh: Mesh | None = None,
+        ops: Ops | None = None,
+        progress: bool = False,
     ) -> "InfiniteVL":
         """Load a Hugging Face folder (config.json and safetensors are enough) or one of ours.
 
         Args:
-          dtype: cast floating-point weights to this (f32 or bf16) and compute in it; None or "auto" keeps each tensor's own.
+          dtype: cast floating-point weights to this (f32 or bf16) and compute in it; None or "auto"
+            keeps each tensor's own.
           mesh: place the weights on it; each device reads only its shard.
           ops: as for the class itself, from `infinitevl_jax.model.ops.resolve_ops`.
           progress: show a bar while the weights are read.
@@ -106,16 +134,33 @@ class InfiniteVL:
             check_mesh(mesh)
             shardings = parameter_shardings(abstract(read_config(folder), scanned=False)[1], mesh)
         with says_which_extra():  # some files need packages of their own
-            config, params = load_params(folder, scanned=False, dtype=dtype, shardings=shardings, progress=progress)
+            config, params = load_params(
+                folder, scanned=False, dtype=dtype, shardings=shardings, progress=progress
+            )
         return cls(config, params, dtype=dtype, mesh=mesh, ops=ops, defaults=defaults)
 
     @classmethod
     def random(
-        cls, config: ModelConfig, seed: int = 0, *, dtype=jnp.float32, mesh: Mesh | None = None, ops: Ops | None = None
+        cls,
+        config: ModelConfig,
+        seed: int = 0,
+        *,
+        dtype=jnp.float32,
+        mesh: Mesh | None = None,
+        ops: Ops | None = None,
     ) -> "InfiniteVL":
         """A model with fresh random weights."""
-        shardings = None if mesh is None else parameter_shardings(abstract(config, scanned=True)[1], mesh)
-        return cls(config, initialize(config, jax.random.key(seed), scanned=False, dtype=dtype, shardings=shardings), mesh=mesh, ops=ops)
+        shardings = (
+            None if mesh is None else parameter_shardings(abstract(config, scanned=True)[1], mesh)
+        )
+        return cls(
+            config,
+            initialize(
+                config, jax.random.key(seed), scanned=False, dtype=dtype, shardings=shardings
+            ),
+            mesh=mesh,
+            ops=ops,
+        )
 
     @property
     def parameter_count(self) -> int:
@@ -124,15 +169,20 @@ class InfiniteVL:
 
     @cached_property
     def keeps_everything(self) -> bool:
-        """Whether some layer attends to the whole past, so that the cache must be sized to the longest sequence."""
+        """Whether some layer attends to the whole past, so that the cache must be sized to the
+        longest sequence."""
         return FULL in self.config.text.layer_types
 
     def init_cache(self, batch: int, max_length: int | None = None) -> Cache:
-        """An empty cache for `batch` sequences. `max_length` sizes full-attention layers; the others stay as small as they are."""
+        """An empty cache for `batch` sequences. `max_length` sizes full-attention layers; the
+        others stay as small as they are."""
         batch = whole_number(batch, "batch", 1)
         max_length = None if max_length is None else whole_number(max_length, "max_length", 1)
         if self.keeps_everything and max_length is None:
-            raise InfiniteVLError("this model has full-attention layers, whose cache grows with the text", "pass max_length in tokens")
+            raise InfiniteVLError(
+                "this model has full-attention layers, whose cache grows with the text",
+                "pass max_length in tokens",
+            )
         with self._on_mesh():
             spec = self._cache_spec(batch, max_length if self.keeps_everything else None)
             return empty(spec) if self.mesh is None else jax.jit(lambda: empty(spec))()
@@ -159,12 +209,14 @@ class InfiniteVL:
         """Logits of every token (rows of padding hold nothing of meaning).
 
         Args:
-          input_ids ... second_per_grid_ts: as Hugging Face's Qwen2.5-VL processor returns them: numpy, jax or torch, on any device.
+          input_ids ... second_per_grid_ts: as Hugging Face's Qwen2.5-VL processor returns them:
+            numpy, jax or torch, on any device.
             mm_token_type_ids is accepted and ignored: placeholders say the same.
           cache: what these tokens follow. It is not changed; the output carries the new one.
-          use_cache: start and return a cache. Where the model has full-attention layers it holds `max_length` tokens, by default
-            about twice the ones given.
-          logits_to_keep: compute logits of the last so many columns of input_ids alone; 0 computes all.
+          use_cache: start and return a cache. Where the model has full-attention layers it holds
+            `max_length` tokens, by default about twice the ones given.
+          logits_to_keep: compute logits of the last so many columns of input_ids alone; 0 computes
+            all.
           others: Hugging Face's other arguments, where they ask for what is done anyway.
 
         Raises InfiniteVLError for arguments that do not fit the model or each other.
@@ -190,56 +242,94 @@ class InfiniteVL:
             length=length,
         )
         if cache is None and use_cache:
-            cache = self.init_cache(len(prepared.shift), 2 * bucket(width) if max_length is None else max_length)
+            cache = self.init_cache(
+                len(prepared.shift), 2 * bucket(width) if max_length is None else max_length
+            )
         self._check_call(cache, prepared)
         columns = min(whole_number(logits_to_keep, "logits_to_keep", 0), width) or None
         keep = None
         if columns is not None:
-            keep = np.maximum(np.arange(width - columns, width) - prepared.shift[:, None], 0).astype(np.int32)
+            keep = np.maximum(
+                np.arange(width - columns, width) - prepared.shift[:, None], 0
+            ).astype(np.int32)
         with self._on_mesh():
-            embeds = None if prepared.patches is None else self._programs.encode(self.params, prepared.patches)
-            logits, cache, hidden = self._programs.forward(
-                self.params, prepared.inputs, embeds, cache, keep, collect=bool(output_hidden_states)
+            embeds = (
+                None
+                if prepared.patches is None
+                else self._programs.encode(self.params, prepared.patches)
             )
-        return Output(logits, cache, tuple(hidden) if output_hidden_states else None, prepared.shift, width, columns)
+            logits, cache, hidden = self._programs.forward(
+                self.params,
+                prepared.inputs,
+                embeds,
+                cache,
+                keep,
+                collect=bool(output_hidden_states),
+            )
+        return Output(
+            logits,
+            cache,
+            tuple(hidden) if output_hidden_states else None,
+            prepared.shift,
+            width,
+            columns,
+        )
 
-    def generate(self, input_ids, attention_mask=None, position_ids=None, mm_token_type_ids=None, **arguments) -> np.ndarray:
-        """The new token ids [batch, new], greedy by default; a sequence that has ended is filled up with the pad token.
+    def generate(
+        self, input_ids, attention_mask=None, position_ids=None, mm_token_type_ids=None, **arguments
+    ) -> np.ndarray:
+        """The new token ids [batch, new], greedy by default; a sequence that has ended is filled up
+        with the pad token.
 
         arguments: vision inputs as for a call of the model, and
 
-          max_new_tokens: at most so many (256); or max_length, which counts the prompt's columns as well.
-          do_sample, temperature, top_k, top_p, min_p, repetition_penalty: as in transformers; what is not given is as the checkpoint's
-            generation_config.json says. do_sample=True, or one of the four after it, draws tokens; else the likeliest is taken.
-            sampling=Sampling(...) says all of it at once, the checkpoint's penalty included.
+          max_new_tokens: at most so many (256); or max_length, which counts the prompt's columns as
+            well.
+          do_sample, temperature, top_k, top_p, min_p, repetition_penalty: as in transformers; what
+            is not given is as the checkpoint's generation_config.json says. do_sample=True, or one
+            of the four after it, draws tokens; else the likeliest is taken. sampling=Sampling(...)
+            says all of it at once, the checkpoint's penalty included.
           seed: of what is drawn.
           eos_token_ids (or eos_token_id): what ends a sequence; by default as the checkpoint says.
           pad_token_id: what ended sequences are filled up with.
-          stop_strings: texts that end a sequence, which keeps them; needs tokenizer=, the processor or a tokenizer.
-          streamer: gets the prompt, then each step's ids, by put(ids), then end(): transformers' TextStreamer.
+          stop_strings: texts that end a sequence, which keeps them; needs tokenizer=, the processor
+            or a tokenizer.
+          streamer: gets the prompt, then each step's ids, by put(ids), then end(): transformers'
+            TextStreamer.
 
-        Hugging Face's other arguments are taken where they ask for what is done anyway (num_beams=1, use_cache=True).
-        Raises InfiniteVLError for others, naming the argument and what to do instead.
+        Hugging Face's other arguments are taken where they ask for what is done anyway
+        (num_beams=1, use_cache=True). Raises InfiniteVLError for others, naming the argument and
+        what to do instead.
         """
-        tokens = list(self.stream(input_ids, attention_mask, position_ids, mm_token_type_ids, **arguments))
+        tokens = list(
+            self.stream(input_ids, attention_mask, position_ids, mm_token_type_ids, **arguments)
+        )
         return np.stack(tokens, 1) if tokens else np.zeros((len(input_ids), 0), np.int32)
 
-    def stream(self, input_ids, attention_mask=None, position_ids=None, mm_token_type_ids=None, **arguments) -> Iterator[np.ndarray]:
-        """Yield [batch] token ids as they are made, until every sequence has ended or `max_new_tokens` have come.
+    def stream(
+        self, input_ids, attention_mask=None, position_ids=None, mm_token_type_ids=None, **arguments
+    ) -> Iterator[np.ndarray]:
+        """Yield [batch] token ids as they are made, until every sequence has ended or
+        `max_new_tokens` have come.
 
-        arguments: as for `generate`. What cannot work is an error of this call, not of the first token.
+        arguments: as for `generate`. What cannot work is an error of this call, not of the first
+          token.
         """
         vision = {name: arguments.pop(name) for name in VISION_INPUTS if name in arguments}
         prepared = prepare(self.config, input_ids, attention_mask, position_ids, **vision)
         request = resolve(arguments, self.defaults, self.config, prepared.inputs.tokens.shape[1])
         return self._stream(prepared, request, as_numpy(input_ids, "input_ids"))
 
-    def _stream(self, prepared: Prepared, request: Request, prompt: np.ndarray) -> Iterator[np.ndarray]:
+    def _stream(
+        self, prepared: Prepared, request: Request, prompt: np.ndarray
+    ) -> Iterator[np.ndarray]:
         batch, width = prepared.inputs.tokens.shape
         if request.streamer is not None:
             request.streamer.put(prompt)
         if request.max_new_tokens:
-            logits, cache = self.prefill(prepared, self.init_cache(batch, bucket(width + request.max_new_tokens)))
+            logits, cache = self.prefill(
+                prepared, self.init_cache(batch, bucket(width + request.max_new_tokens))
+            )
             occurred = None
             if request.sampling.repetition_penalty != 1:
                 occurred = prepared.occurred(self.config.text.vocab_size)
@@ -251,43 +341,72 @@ class InfiniteVL:
         if request.streamer is not None:
             request.streamer.end()
 
-    def decode(self, logits: Array, cache: Cache, *, occurred: np.ndarray | None = None, **arguments) -> Iterator[tuple[np.ndarray, Cache]]:
-        """Go on from a prompt: yield [batch] token ids as they are made, each with the cache of that moment.
+    def decode(
+        self, logits: Array, cache: Cache, *, occurred: np.ndarray | None = None, **arguments
+    ) -> Iterator[tuple[np.ndarray, Cache]]:
+        """Go on from a prompt: yield [batch] token ids as they are made, each with the cache of
+        that moment.
 
-        The cache has taken in every token so far, except those that end a sequence and, at `max_new_tokens`, the last: what a
-        conversation goes on from. Asking for the next token uses it up, as it does the `cache` passed in.
+        The cache has taken in every token so far, except those that end a sequence and, at
+        `max_new_tokens`, the last: what a conversation goes on from. Asking for the next token uses
+          it up, as it does the `cache` passed in.
 
         Args:
           logits, cache: as `prefill` returns them.
-          occurred: [batch, vocab] bool, the tokens of the sequences so far, which repetition_penalty counts; None for none.
-          arguments: as for `generate`; max_length, stop_strings and streamer are `generate`'s alone.
+          occurred: [batch, vocab] bool, the tokens of the sequences so far, which
+            repetition_penalty counts; None for none.
+          arguments: as for `generate`; max_length, stop_strings and streamer are `generate`'s
+            alone.
         """
         self._check_cache(cache)
-        if alone := [name for name in ("max_length", "stop_strings", "streamer") if arguments.get(name) is not None]:
-            raise InfiniteVLError(f"decode has no argument {alone[0]!r}", "use generate or stream, or say max_new_tokens")
+        if alone := [
+            name
+            for name in ("max_length", "stop_strings", "streamer")
+            if arguments.get(name) is not None
+        ]:
+            raise InfiniteVLError(
+                f"decode has no argument {alone[0]!r}",
+                "use generate or stream, or say max_new_tokens",
+            )
         request = resolve(arguments, self.defaults, self.config, 0)
         if occurred is None and request.sampling.repetition_penalty != 1:
             occurred = np.zeros((len(cache.length), self.config.text.vocab_size), bool)
         return self._decode(logits, cache, request, occurred, None)
 
     def _decode(
-        self, logits: Array, cache: Cache, request: Request, occurred: np.ndarray | None, stopped: Callable | None
+        self,
+        logits: Array,
+        cache: Cache,
+        request: Request,
+        occurred: np.ndarray | None,
+        stopped: Callable | None,
     ) -> Iterator[tuple[np.ndarray, Cache]]:
         run, sampling, ends = self._programs, request.sampling, np.asarray(request.ends, np.int32)
         key, penalised = jax.random.key(request.seed), sampling.repetition_penalty != 1
         with self._on_mesh():
             occurred = jnp.asarray(occurred) if penalised else None
-            token, device_ends = run.choose(logits, key, sampling=sampling, occurred=occurred), jnp.asarray(ends)
+            token, device_ends = (
+                run.choose(logits, key, sampling=sampling, occurred=occurred),
+                jnp.asarray(ends),
+            )
         self._check_room(cache, max(request.max_new_tokens - 1, 0))
         done = np.zeros(token.shape, bool)
         for i in range(1, request.max_new_tokens + 1):
             following = None
-            if i < request.max_new_tokens:  # the device works on the next token while this one is looked at
+            if (
+                i < request.max_new_tokens
+            ):  # the device works on the next token while this one is looked at
                 with self._on_mesh():
                     occurred = run.mark(occurred, token) if penalised else None
                     drawn = jax.random.fold_in(key, i)
                     following, cache = run.step(
-                        self.params, token, cache, drawn, sampling=sampling, ends=device_ends, occurred=occurred
+                        self.params,
+                        token,
+                        cache,
+                        drawn,
+                        sampling=sampling,
+                        ends=device_ends,
+                        occurred=occurred,
                     )
             now = np.asarray(token)
             yield np.where(done, request.pad, now).astype(np.int32), cache
@@ -299,11 +418,16 @@ class InfiniteVL:
             token = following
 
     def prefill(self, prepared: Prepared, cache: Cache) -> tuple[Array, Cache]:
-        """Take prepared inputs into a cache, in chunks: logits [batch, vocab] of every row's last token, and the new cache."""
+        """Take prepared inputs into a cache, in chunks: logits [batch, vocab] of every row's last
+        token, and the new cache."""
         self._check_cache(cache)
         self._check_call(cache, prepared)
         with self._on_mesh():
-            embeds = None if prepared.patches is None else self._programs.encode(self.params, prepared.patches)
+            embeds = (
+                None
+                if prepared.patches is None
+                else self._programs.encode(self.params, prepared.patches)
+            )
             last = None
             for part in _chunks(prepared.inputs):
                 ending = np.maximum((part.index >= 0).sum(1, keepdims=True) - 1, 0).astype(np.int32)
@@ -318,19 +442,32 @@ class InfiniteVL:
         if cache is None:
             return
         if not isinstance(cache, Cache):
-            raise InfiniteVLError(f"cache is a {type(cache).__name__}", "pass the cache of an earlier call's output, or init_cache(batch)")
+            raise InfiniteVLError(
+                f"cache is a {type(cache).__name__}",
+                "pass the cache of an earlier call's output, or init_cache(batch)",
+            )
         if any(leaf.is_deleted() for leaf in jax.tree.leaves(cache) if isinstance(leaf, Array)):
-            raise InfiniteVLError("this cache has been used up by decode", "go on from the cache that came with the last token")
+            raise InfiniteVLError(
+                "this cache has been used up by decode",
+                "go on from the cache that came with the last token",
+            )
         spec = self._cache_spec(len(cache.length), self._capacity(cache))
-        if jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), cache) != jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), spec):
-            raise InfiniteVLError("the cache is another model's, or of another dtype", "make it with this model: init_cache(batch)")
+        if jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), cache) != jax.tree.map(
+            lambda leaf: (leaf.shape, leaf.dtype), spec
+        ):
+            raise InfiniteVLError(
+                "the cache is another model's, or of another dtype",
+                "make it with this model: init_cache(batch)",
+            )
 
     def _check_call(self, cache: Cache | None, prepared: Prepared) -> None:
         """A cache can take these inputs."""
         if cache is not None and prepared.inputs.segment.any():
             raise InfiniteVLError(
-                "position_ids start anew inside a row: several sequences are packed there, and a cache holds one sequence a row",
-                "pass one row a sequence, padded with attention_mask, where a cache or new tokens are wanted",
+                "position_ids start anew inside a row: several sequences are packed there, and a"
+                " cache holds one sequence a row",
+                "pass one row a sequence, padded with attention_mask, where a cache or new tokens"
+                " are wanted",
             )
         self._check_room(cache, prepared.counts)
 
@@ -340,8 +477,8 @@ class InfiniteVL:
         return min((state[0].shape[1] for kind, state in kinds if kind == FULL), default=None)
 
     def _check_room(self, cache: Cache | None, tokens: np.ndarray | int) -> None:
-        """A cache takes so many tokens more: of the sequences it was made for, no more in full attention than that, and of any model
-        no more than its counters count.
+        """A cache takes so many tokens more: of the sequences it was made for, no more in full
+        attention than that, and of any model no more than its counters count.
 
         tokens: [batch], or one number for all sequences.
         """
@@ -357,13 +494,16 @@ class InfiniteVL:
         capacity = self._capacity(cache)
         if capacity is not None and needed > capacity:
             raise InfiniteVLError(
-                f"the cache was made for {capacity} tokens, this call brings it to {needed}", "make it with a larger max_length"
+                f"the cache was made for {capacity} tokens, this call brings it to {needed}",
+                "make it with a larger max_length",
             )
         furthest = max(needed, (np.asarray(cache.next_position, np.int64) + tokens).max())
         if furthest > INT32_MAX:
             raise InfiniteVLError(
-                f"this call brings a sequence to {furthest:,} tokens or positions, its cache counts to {INT32_MAX:,}",
-                "start anew with init_cache(batch): what lies further back than the window is in the states alone",
+                f"this call brings a sequence to {furthest:,} tokens or positions, its cache counts"
+                f" to {INT32_MAX:,}",
+                "start anew with init_cache(batch): what lies further back than the window is in"
+                " the states alone",
             )
 
     def _on_mesh(self):
@@ -371,22 +511,30 @@ class InfiniteVL:
 
 
 def compute_dtype(stored) -> np.dtype:
-    """The dtype to compute in for weights that are stored so: their own, float32 for float16, whose range activations leave."""
+    """The dtype to compute in for weights that are stored so: their own, float32 for float16, whose
+    range activations leave."""
     return jnp.dtype("float32" if stored == jnp.float16 else stored)
 
 
 def floating(dtype) -> np.dtype | None:
-    """f32 or bf16 as a numpy dtype, from a name or a dtype of numpy, jax or torch; None for None and "auto"."""
-    name = str(dtype).removeprefix("torch.") if not isinstance(dtype, type) else np.dtype(dtype).name
+    """f32 or bf16 as a numpy dtype, from a name or a dtype of numpy, jax or torch; None for None
+    and "auto"."""
+    name = (
+        str(dtype).removeprefix("torch.") if not isinstance(dtype, type) else np.dtype(dtype).name
+    )
     if name in ("None", "auto"):
         return None
     if name not in ("float32", "bfloat16"):
-        raise InfiniteVLError(f"dtype is {dtype!r}", "compute in float32 or bfloat16, or leave it out to keep the checkpoint's own")
+        raise InfiniteVLError(
+            f"dtype is {dtype!r}",
+            "compute in float32 or bfloat16, or leave it out to keep the checkpoint's own",
+        )
     return jnp.dtype(name)
 
 
 def _chunks(inputs: Inputs) -> Iterator[Inputs]:
-    """Pieces of at most PREFILL_CHUNK tokens, the last one padded to a bucket: few shapes, few compilations."""
+    """Pieces of at most PREFILL_CHUNK tokens, the last one padded to a bucket: few shapes, few
+    compilations."""
     for at in range(0, inputs.tokens.shape[1], PREFILL_CHUNK):
         width = min(PREFILL_CHUNK, inputs.tokens.shape[1] - at)
         more = min(bucket(width), PREFILL_CHUNK) - width
@@ -394,7 +542,9 @@ def _chunks(inputs: Inputs) -> Iterator[Inputs]:
         def cut(x, fill, at=at, width=width, more=more):
             if x is None:
                 return None
-            return np.pad(x[..., at : at + width], [(0, 0)] * (x.ndim - 1) + [(0, more)], constant_values=fill)
+            return np.pad(
+                x[..., at : at + width], [(0, 0)] * (x.ndim - 1) + [(0, more)], constant_values=fill
+            )
 
         index = cut(inputs.index, -1)
         yield Inputs(

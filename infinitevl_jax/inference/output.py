@@ -10,12 +10,22 @@ from infinitevl_jax.model.cache import Cache
 
 
 class Output:
-    """Logits [batch, length, vocab] (f32), and, where asked for, the cache and every layer's hidden states.
+    """Logits [batch, length, vocab] (f32), and, where asked for, the cache and every layer's hidden
+    states.
 
-    The device computes rows that are padded to a bucket; they are cut to the caller's length when they are first read.
+    The device computes rows that are padded to a bucket; they are cut to the caller's length when
+    they are first read.
     """
 
-    def __init__(self, logits: Array, cache: Cache | None, hidden: tuple[Array, ...] | None, shift: np.ndarray, width: int | None, columns):
+    def __init__(
+        self,
+        logits: Array,
+        cache: Cache | None,
+        hidden: tuple[Array, ...] | None,
+        shift: np.ndarray,
+        width: int | None,
+        columns,
+    ):
         """
         Args:
           logits: [batch, bucket, vocab], or [batch, columns, vocab] where only these were computed.
@@ -32,14 +42,19 @@ class Output:
 
     @cached_property
     def hidden_states(self) -> tuple[Array, ...] | None:
-        return None if self._hidden is None else tuple(_cut(x, self._shift, self._width) for x in self._hidden)
+        return (
+            None
+            if self._hidden is None
+            else tuple(_cut(x, self._shift, self._width) for x in self._hidden)
+        )
 
 
 def _cut(x: Array, shift: np.ndarray, width: int) -> Array:
     """Put left padding back: [batch, bucket, ...] -> [batch, width, ...]."""
     place = np.maximum(np.arange(width) - shift[:, None], 0)
     if all(device.platform == "cpu" for device in x.devices()):
-        # A slice compiles anew for every width, for ever; here the host can read where the device wrote.
+        # A slice compiles anew for every width, for ever; here the host can read where the device
+        # wrote.
         host = np.asarray(x)
         host = np.take_along_axis(host, place[:, :, None], 1) if shift.any() else host[:, :width]
         return jax.device_put(host, x.sharding)

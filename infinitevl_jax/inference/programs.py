@@ -1,4 +1,5 @@
-"""What is compiled to run a model: a call of the decoder, a step of decoding, and the choice of a token."""
+"""What is compiled to run a model: a call of the decoder, a step of decoding, and the choice of a
+token."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -26,12 +27,22 @@ class Programs:
         """model(params) is a VLM that has these parameters."""
         self.encode = jax.jit(lambda params, patches: model(params).encode(patches))
         self.forward = jax.jit(partial(forward, model), static_argnames="collect")
-        self.step = jax.jit(partial(step, model), static_argnames="sampling", donate_argnames="cache")
+        self.step = jax.jit(
+            partial(step, model), static_argnames="sampling", donate_argnames="cache"
+        )
         self.choose = jax.jit(choose, static_argnames="sampling")
         self.mark = jax.jit(_mark, donate_argnums=0)
 
 
-def forward(model, params: Mapping[str, Array], inputs: Inputs, embeds, cache, keep=None, collect: bool = False):
+def forward(
+    model,
+    params: Mapping[str, Array],
+    inputs: Inputs,
+    embeds,
+    cache,
+    keep=None,
+    collect: bool = False,
+):
     """One decoder call.
 
     Args:
@@ -49,9 +60,17 @@ def forward(model, params: Mapping[str, Array], inputs: Inputs, embeds, cache, k
 
 
 def step(
-    model, params, token: Array, cache: Cache, key: Array, sampling: Sampling, ends=None, occurred=None
+    model,
+    params,
+    token: Array,
+    cache: Cache,
+    key: Array,
+    sampling: Sampling,
+    ends=None,
+    occurred=None,
 ) -> tuple[Array, Cache]:
-    """Append one token to every sequence and choose the next. A sequence whose token is one of `ends` stays as it is."""
+    """Append one token to every sequence and choose the next. A sequence whose token is one of
+    `ends` stays as it is."""
     inputs = text_inputs(token[:, None])
     ended = jnp.zeros(token.shape, bool) if ends is None else jnp.isin(token, ends)
     if ends is not None:

@@ -1,4 +1,5 @@
-"""What a caller passes, read in one place: numpy, jax or torch arrays and nested lists become numpy of a declared kind and range."""
+"""What a caller passes, read in one place: numpy, jax or torch arrays and nested lists become numpy
+of a declared kind and range."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,9 +12,11 @@ INT32_MAX = 2**31 - 1  # counters and positions are int32 on the device
 
 
 def as_numpy(value: Any, name: str) -> np.ndarray:
-    """Any array of numbers as numpy; halves are widened to float32, which is exact. Errors name `name`.
+    """Any array of numbers as numpy; halves are widened to float32, which is exact. Errors name
+    `name`.
 
-    Raises InfiniteVLError for what is no array of numbers: text, rows of unequal length, traced values.
+    Raises InfiniteVLError for what is no array of numbers: text, rows of unequal length, traced
+      values.
     """
     try:
         if isinstance(value, list | tuple) and any(_is_torch(item) for item in value):
@@ -21,9 +24,13 @@ def as_numpy(value: Any, name: str) -> np.ndarray:
         if _is_torch(value):
             value = value.detach().cpu()
             # numpy has no bfloat16 and no float8
-            value = (value.float() if value.is_floating_point() and value.element_size() < 4 else value).numpy()
+            value = (
+                value.float() if value.is_floating_point() and value.element_size() < 4 else value
+            ).numpy()
         array = np.asarray(value)
-        if array.dtype.kind == "V" or (array.dtype.kind == "f" and array.dtype.itemsize < 4):  # V: ml_dtypes' bfloat16
+        if array.dtype.kind == "V" or (
+            array.dtype.kind == "f" and array.dtype.itemsize < 4
+        ):  # V: ml_dtypes' bfloat16
             array = array.astype(np.float32)
     except Exception as error:  # whatever the library behind the value raises
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -33,27 +40,36 @@ def as_numpy(value: Any, name: str) -> np.ndarray:
         ) from None
     if array.dtype.kind not in "biuf":
         raise InfiniteVLError(
-            f"{name} has dtype {array.dtype}, which holds no real numbers", "pass an array of numbers, as the processor returns it"
+            f"{name} has dtype {array.dtype}, which holds no real numbers",
+            "pass an array of numbers, as the processor returns it",
         )
     return array
 
 
-def integers(value: Any, name: str, axes: Sequence[str], low: int, high: int, cure: str = "") -> np.ndarray:
+def integers(
+    value: Any, name: str, axes: Sequence[str], low: int, high: int, cure: str = ""
+) -> np.ndarray:
     """An array of whole numbers from low to high, of rank len(axes), as int64.
 
-    Raises InfiniteVLError for another dtype (floats, too: they may hold fractions), another rank, or a value out of range.
+    Raises InfiniteVLError for another dtype (floats, too: they may hold fractions), another rank,
+    or a value out of range.
     """
     array, shape = as_numpy(value, name), f"[{', '.join(axes)}]"
     if array.dtype.kind not in "iu" or array.ndim != len(axes):
-        raise InfiniteVLError(f"{name} has shape {array.shape} and dtype {array.dtype}", f"pass integers {shape}")
+        raise InfiniteVLError(
+            f"{name} has shape {array.shape} and dtype {array.dtype}", f"pass integers {shape}"
+        )
     if array.size and (array.min() < low or array.max() > high):
         culprit = int(array.min() if array.min() < low else array.max())
         raise InfiniteVLError(f"{name} holds {culprit}", cure or f"values go from {low} to {high}")
     return array.astype(np.int64)
 
 
-def floats(value: Any, name: str, low: float = -np.inf, high: float = np.inf, cure: str = "") -> np.ndarray:
-    """An array of finite floats from low to high, of any shape, in its own width (float32 at least)."""
+def floats(
+    value: Any, name: str, low: float = -np.inf, high: float = np.inf, cure: str = ""
+) -> np.ndarray:
+    """An array of finite floats from low to high, of any shape, in its own width (float32 at
+    least)."""
     array = as_numpy(value, name)
     if array.dtype.kind == "b":
         raise InfiniteVLError(f"{name} has dtype {array.dtype}", "pass floating-point numbers")
@@ -61,12 +77,15 @@ def floats(value: Any, name: str, low: float = -np.inf, high: float = np.inf, cu
     if bad.any():
         where = [int(i) for i in np.argwhere(bad)[0]]
         value = "NaN" if np.isnan(array[tuple(where)]) else array[tuple(where)]
-        raise InfiniteVLError(f"{name} {array.shape} holds {value} at {where}", cure or "check what made them")
+        raise InfiniteVLError(
+            f"{name} {array.shape} holds {value} at {where}", cure or "check what made them"
+        )
     return array
 
 
 def whole_number(value: Any, name: str, low: int, high: int = INT32_MAX) -> int:
-    """One whole number (Python's, numpy's, or a 0-d array) from low to high; InfiniteVLError for anything else, True included."""
+    """One whole number (Python's, numpy's, or a 0-d array) from low to high; InfiniteVLError for
+    anything else, True included."""
     number = _scalar(value)
     if isinstance(number, bool) or not isinstance(number, int) or not low <= number <= high:
         raise InfiniteVLError(f"{name} is {value!r}", f"pass a whole number from {low} to {high}")
@@ -76,13 +95,22 @@ def whole_number(value: Any, name: str, low: int, high: int = INT32_MAX) -> int:
 def number(value: Any, name: str, low: float, high: float, cure: str) -> float:
     """One finite number from low to high; InfiniteVLError for anything else."""
     found = _scalar(value)
-    if isinstance(found, bool) or not isinstance(found, int | float) or not low <= found <= high or abs(found) == np.inf:
+    if (
+        isinstance(found, bool)
+        or not isinstance(found, int | float)
+        or not low <= found <= high
+        or abs(found) == np.inf
+    ):
         raise InfiniteVLError(f"{name} is {value!r}", cure)
     return float(found)
 
 
 def _scalar(value: Any) -> Any:
-    if _is_torch(value) or isinstance(value, np.generic) or (hasattr(value, "dtype") and hasattr(value, "ndim")):
+    if (
+        _is_torch(value)
+        or isinstance(value, np.generic)
+        or (hasattr(value, "dtype") and hasattr(value, "ndim"))
+    ):
         array = as_numpy(value, "a number")
         return array.item() if array.ndim == 0 else value
     return value

@@ -1,6 +1,8 @@
-"""Softmax attention with a retention rule: which keys stay in reach, and how many slots their cache needs.
+"""Softmax attention with a retention rule: which keys stay in reach, and how many slots their cache
+needs.
 
-One mixer is every softmax layer of the family: full attention keeps everything, InfiniteVL's sliding window the last `window` keys.
+One mixer is every softmax layer of the family: full attention keeps everything, InfiniteVL's
+  sliding window the last `window` keys.
 """
 
 from dataclasses import dataclass
@@ -23,26 +25,30 @@ from pallas_kernels.attention import KVCache, Mask, merge
 
 @dataclass(frozen=True)
 class Retention:
-    """A query sees keys fewer than `window` tokens back (None: all); a cache of `capacity` slots holds them as a ring."""
+    """A query sees keys fewer than `window` tokens back (None: all); a cache of `capacity` slots
+    holds them as a ring."""
 
     window: int | None
 
     def capacity(self, max_length: int | None) -> int:
-        """Slots needed for sequences of up to `max_length` tokens (None: any number, for windows only). The window caps them."""
+        """Slots needed for sequences of up to `max_length` tokens (None: any number, for windows
+        only). The window caps them."""
         if self.window is None or max_length is None:
             return self.window or max_length
         return min(self.window, max_length)
 
 
 def slot_index(length: Array, capacity: int) -> Array:
-    """[batch] tokens seen -> [batch, capacity] ordinal of the token in each slot, -1 where the slot is empty."""
+    """[batch] tokens seen -> [batch, capacity] ordinal of the token in each slot, -1 where the slot
+    is empty."""
     last = length[:, None] - 1
     held = last - (last - jnp.arange(capacity)) % capacity
     return jnp.where((held >= 0) & (last >= 0), held, -1)
 
 
 def write(kv_cache: KVCache, k: Array, v: Array, index: Array) -> KVCache:
-    """Put new tokens in their slots. Pads, and tokens that this same call already pushes out of the ring, are dropped."""
+    """Put new tokens in their slots. Pads, and tokens that this same call already pushes out of the
+    ring, are dropped."""
     capacity = kv_cache.k.shape[1]
     newest = jnp.max(index, axis=1, keepdims=True)
     slot = jnp.where(
@@ -106,7 +112,8 @@ class SoftmaxAttention(nnx.Module):
                 )
                 return merge(out, lse, *cached)[0]
 
-            # an empty cache (the first chunk of a prompt) is not worth reading; a single token nearly always has a past
+            # an empty cache (the first chunk of a prompt) is not worth reading; a single token
+            # nearly always has a past
             out = (
                 with_cache()
                 if x.shape[1] == 1

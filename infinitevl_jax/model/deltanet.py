@@ -1,6 +1,8 @@
-"""The Gated DeltaNet mixer: short causal convolutions, per-head decay and write strength, the gated delta rule, a gated norm.
+"""The Gated DeltaNet mixer: short causal convolutions, per-head decay and write strength, the gated
+delta rule, a gated norm.
 
-No biases and no positional encoding. The state of a head, [head_dim, value_dim], stays f32 whatever the activations are.
+No biases and no positional encoding. The state of a head, [head_dim, value_dim], stays f32 whatever
+the activations are.
 """
 
 import jax
@@ -19,7 +21,8 @@ from pallas_kernels.gated_delta_rule import DeltaState
 
 
 class CausalConv(nnx.Module):
-    """Depthwise causal convolution followed by SiLU; weight [taps, channels], the last tap is the current token."""
+    """Depthwise causal convolution followed by SiLU; weight [taps, channels], the last tap is the
+    current token."""
 
     def __init__(self, channels: int, taps: int, ops: Ops):
         self.ops = ops
@@ -30,7 +33,8 @@ class CausalConv(nnx.Module):
 
 
 class GatedNorm(nnx.Module):
-    """RMSNorm over a head's values in f32, times weight, times silu(gate); weight [value_dim] is shared by the heads."""
+    """RMSNorm over a head's values in f32, times weight, times silu(gate); weight [value_dim] is
+    shared by the heads."""
 
     def __init__(self, features: int, heads: int, eps: float, ops: Ops):
         self.heads, self.eps, self.ops = heads, eps, ops
@@ -45,7 +49,8 @@ class GatedNorm(nnx.Module):
 
 
 class GatedDeltaNet(nnx.Module):
-    """Linear attention with a gated delta rule (infinitevl.md's tensors: q, k, v, a, b, g, o projections, three convolutions)."""
+    """Linear attention with a gated delta rule (infinitevl.md's tensors: q, k, v, a, b, g, o
+    projections, three convolutions)."""
 
     def __init__(self, config: TextConfig, ops: Ops, keys: Keys):
         self.heads, self.head_dim, self.value_dim = (
@@ -69,7 +74,8 @@ class GatedDeltaNet(nnx.Module):
         self.q_conv1d = CausalConv(key_width, self.taps, ops)
         self.k_conv1d = CausalConv(key_width, self.taps, ops)
         self.v_conv1d = CausalConv(value_width, self.taps, ops)
-        # decay rates 1..16 and step sizes 1e-3..0.1, log-uniform: heads start with memories from ten to thousands of tokens
+        # decay rates 1..16 and step sizes 1e-3..0.1, log-uniform: heads start with memories from
+        # ten to thousands of tokens
         step = jnp.exp(
             jax.random.uniform(keys(), (self.heads,), minval=jnp.log(1e-3), maxval=jnp.log(0.1))
         )

@@ -1,6 +1,7 @@
 """From a batch named as in Hugging Face to the arrays the model computes on (host side, numpy).
 
-Left padding is rolled away here, so that inside every sequence starts at 0 and pads, index -1, stand at the end.
+Left padding is rolled away here, so that inside every sequence starts at 0 and pads, index -1,
+stand at the end.
 """
 
 from collections.abc import Sequence
@@ -14,18 +15,28 @@ from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.model.arrays import INT32_MAX, as_numpy, floats, integers
 from infinitevl_jax.model.patches import Patches, pack
-from infinitevl_jax.model.positions import VisionItem, check_position_ids, seconds_per_grid, sequence_positions
+from infinitevl_jax.model.positions import (
+    VisionItem,
+    check_position_ids,
+    seconds_per_grid,
+    sequence_positions,
+)
 from infinitevl_jax.model.segments import split_packed
 
 
 class Inputs(NamedTuple):
-    """Tokens of one decoder call. Padding stands at the end of each row (packed rows may hold several sequences)."""
+    """Tokens of one decoder call. Padding stands at the end of each row (packed rows may hold
+    several sequences)."""
 
     tokens: np.ndarray | Array  # [batch, length] int32
     index: np.ndarray | Array  # [batch, length] int32 ordinal in this call, -1 = pad
     segment: np.ndarray | Array  # [batch, length] int32 packed sequence
-    positions: np.ndarray | Array | None  # [3, batch, length] int32; None: text that goes on from the cache
-    vision_index: np.ndarray | Array | None  # [batch, length] int32 place among the vision tower's tokens, -1 = text
+    positions: (
+        np.ndarray | Array | None
+    )  # [3, batch, length] int32; None: text that goes on from the cache
+    vision_index: (
+        np.ndarray | Array | None
+    )  # [batch, length] int32 place among the vision tower's tokens, -1 = text
 
 
 class Prepared(NamedTuple):
@@ -49,15 +60,21 @@ class Prepared(NamedTuple):
 
 
 def text_inputs(tokens: np.ndarray | Array) -> Inputs:
-    """Inputs of [batch, length] tokens without padding or images, to follow a cache or to start a text."""
+    """Inputs of [batch, length] tokens without padding or images, to follow a cache or to start a
+    text."""
     ordinal = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     return Inputs(tokens, ordinal, np.zeros(tokens.shape, np.int32), None, None)
 
 
 def vision_items(
-    image_grid_thw, video_grid_thw, second_per_grid_ts, config: ModelConfig, truncate_seconds: bool = False
+    image_grid_thw,
+    video_grid_thw,
+    second_per_grid_ts,
+    config: ModelConfig,
+    truncate_seconds: bool = False,
 ) -> tuple[list[VisionItem], list[VisionItem]]:
-    """Images and videos as the decoder sees them. `truncate_seconds` repeats the reference's integer seconds (0.5 s becomes 0)."""
+    """Images and videos as the decoder sees them. `truncate_seconds` repeats the reference's
+    integer seconds (0.5 s becomes 0)."""
     merge = config.vision.spatial_merge_size if config.vision else 1
 
     def merged(grid):
@@ -68,10 +85,13 @@ def vision_items(
     seconds = [Fraction(1)] * len(grids)
     if second_per_grid_ts is not None:
         cure = "give the seconds between two steps of each video: temporal_patch_size / fps"
-        seconds = seconds_per_grid(floats(second_per_grid_ts, "second_per_grid_ts", 0, INT32_MAX, cure))
+        seconds = seconds_per_grid(
+            floats(second_per_grid_ts, "second_per_grid_ts", 0, INT32_MAX, cure)
+        )
     if len(seconds) != len(grids):
         raise InfiniteVLError(
-            f"second_per_grid_ts has {len(seconds)} entries for {len(grids)} videos", "give one per video: temporal_patch_size / fps"
+            f"second_per_grid_ts has {len(seconds)} entries for {len(grids)} videos",
+            "give one per video: temporal_patch_size / fps",
         )
     if truncate_seconds:
         seconds = [Fraction(int(s)) for s in seconds]
@@ -82,9 +102,19 @@ def vision_items(
 def _grids(grid_thw) -> np.ndarray:
     if grid_thw is None:
         return np.zeros((0, 3), np.int64)
-    grids = integers(grid_thw, "grid_thw", ("items", "3"), 1, 1 << 20, "each is frames, rows, columns in patches, at least 1")
+    grids = integers(
+        grid_thw,
+        "grid_thw",
+        ("items", "3"),
+        1,
+        1 << 20,
+        "each is frames, rows, columns in patches, at least 1",
+    )
     if grids.shape[1] != 3:
-        raise InfiniteVLError(f"grid_thw has shape {grids.shape}", "it is [items, 3]: frames, rows, columns in patches")
+        raise InfiniteVLError(
+            f"grid_thw has shape {grids.shape}",
+            "it is [items, 3]: frames, rows, columns in patches",
+        )
     return grids
 
 
@@ -94,10 +124,14 @@ def _mask(attention_mask, shape: tuple[int, int]) -> np.ndarray:
         return np.ones(shape, bool)
     mask = as_numpy(attention_mask, "attention_mask")
     if mask.shape != shape:
-        raise InfiniteVLError(f"attention_mask has shape {mask.shape}, input_ids {shape}", "pass one mask entry a token")
+        raise InfiniteVLError(
+            f"attention_mask has shape {mask.shape}, input_ids {shape}",
+            "pass one mask entry a token",
+        )
     if not ((mask == 0) | (mask == 1)).all():
         raise InfiniteVLError(
-            f"attention_mask holds {mask[(mask != 0) & (mask != 1)][0]}", "pass 1 for a token and 0 for padding, as a tokenizer returns it"
+            f"attention_mask holds {mask[(mask != 0) & (mask != 1)][0]}",
+            "pass 1 for a token and 0 for padding, as a tokenizer returns it",
         )
     return mask != 0
 
@@ -105,11 +139,14 @@ def _mask(attention_mask, shape: tuple[int, int]) -> np.ndarray:
 def _pixels(name: str, value: np.ndarray, features: int) -> np.ndarray:
     if value.ndim != 2 or value.shape[1] != features:
         raise InfiniteVLError(
-            f"{name} has shape {value.shape}, the tower takes pixel values of shape [patches, {features}]",
+            f"{name} has shape {value.shape}, the tower takes pixel values of shape [patches,"
+            f" {features}]",
             "use the processor of this checkpoint (patch_size and temporal_patch_size must agree)",
         )
     if value.dtype.kind != "f":
-        raise InfiniteVLError(f"{name} has dtype {value.dtype}", "pass the floats that the processor returns")
+        raise InfiniteVLError(
+            f"{name} has dtype {value.dtype}", "pass the floats that the processor returns"
+        )
     return floats(value, name, cure="check the image that made them")
 
 
@@ -119,7 +156,10 @@ def _own_positions(position_ids: np.ndarray, batch: int, width: int) -> np.ndarr
     own = position_ids[1:] if position_ids.ndim == 3 and len(position_ids) == 4 else position_ids
     own = np.broadcast_to(own, (3, *own.shape)) if own.ndim == 2 else own
     if own.shape != (3, batch, width):
-        raise InfiniteVLError(f"position_ids has shape {own.shape}", f"pass [3, {batch}, {width}]: temporal, height, width")
+        raise InfiniteVLError(
+            f"position_ids has shape {own.shape}",
+            f"pass [3, {batch}, {width}]: temporal, height, width",
+        )
     return own
 
 
@@ -143,34 +183,50 @@ def prepare(
     """Check a batch and turn it into the model's arrays.
 
     Args:
-      input_ids: [batch, tokens], with vision placeholders expanded. attention_mask: [batch, tokens], 1 = token; pads on either side.
-      position_ids: [3, batch, tokens], [batch, tokens] or [4, batch, tokens] to use instead of the rule in `positions`. Where they start
-        anew at 0, another sequence begins, which sees nothing of those before it.
+      input_ids: [batch, tokens], with vision placeholders expanded. attention_mask: [batch,
+        tokens], 1 = token; pads on either side.
+      position_ids: [3, batch, tokens], [batch, tokens] or [4, batch, tokens] to use instead of the
+        rule in `positions`. Where they start anew at 0, another sequence begins, which sees nothing
+        of those before it.
       start: first position of each sequence (where a cache left off); None = 0.
       length: pad the rows to this many tokens.
-      truncate_seconds: count a video's time in whole seconds a step, as the reference code does, instead of by the published formula.
-      said: the first `said` tokens of each sequence are text, whatever their ids: what a model made itself stands for no picture.
-      row_per_sequence: pack each sequence's patches in a row of its own (sharded training) rather than all in one.
+      truncate_seconds: count a video's time in whole seconds a step, as the reference code does,
+        instead of by the published formula.
+      said: the first `said` tokens of each sequence are text, whatever their ids: what a model made
+        itself stands for no picture.
+      row_per_sequence: pack each sequence's patches in a row of its own (sharded training) rather
+        than all in one.
     """
     vocab = config.text.vocab_size
     cure = f"the vocabulary has {vocab} tokens: use this checkpoint's own tokenizer"
     tokens = integers(input_ids, "input_ids", ("batch", "tokens"), 0, vocab - 1, cure)
     if 0 in tokens.shape:
-        raise InfiniteVLError(f"input_ids has shape {tokens.shape}", "pass integers [batch, tokens], at least one")
+        raise InfiniteVLError(
+            f"input_ids has shape {tokens.shape}", "pass integers [batch, tokens], at least one"
+        )
     batch, width = tokens.shape
     mask = _mask(attention_mask, tokens.shape)
     counts = mask.sum(1)
     shift = np.where(counts > 0, mask.argmax(1), 0)
     run = (np.arange(width) >= shift[:, None]) & (np.arange(width) < (shift + counts)[:, None])
     if (holes := (mask != run).any(1)).any():
-        raise InfiniteVLError(f"attention_mask of sequence {holes.argmax()} has a hole between its tokens", "pad at one side only")
+        raise InfiniteVLError(
+            f"attention_mask of sequence {holes.argmax()} has a hole between its tokens",
+            "pad at one side only",
+        )
 
     def given(name, value):  # a collator may send empty arrays for a batch of text
         value = None if value is None else as_numpy(value, name)
         return None if value is None or value.size == 0 else value
 
-    pixel_values, image_grid_thw = given("pixel_values", pixel_values), given("image_grid_thw", image_grid_thw)
-    pixel_values_videos, video_grid_thw = given("pixel_values_videos", pixel_values_videos), given("video_grid_thw", video_grid_thw)
+    pixel_values, image_grid_thw = (
+        given("pixel_values", pixel_values),
+        given("image_grid_thw", image_grid_thw),
+    )
+    pixel_values_videos, video_grid_thw = (
+        given("pixel_values_videos", pixel_values_videos),
+        given("video_grid_thw", video_grid_thw),
+    )
     seconds = given("second_per_grid_ts", second_per_grid_ts)
     images, videos = vision_items(image_grid_thw, video_grid_thw, seconds, config, truncate_seconds)
     has_vision = bool(images or videos)
@@ -179,9 +235,14 @@ def prepare(
     for name, value, grid_name, items in sources:
         if (value is not None) != bool(items):
             present, absent = (name, grid_name) if value is not None else (grid_name, name)
-            raise InfiniteVLError(f"{present} came without {absent}", "pass both, as the processor returned them")
+            raise InfiniteVLError(
+                f"{present} came without {absent}", "pass both, as the processor returned them"
+            )
     if has_vision and config.vision is None:
-        raise InfiniteVLError(f"pixel values came for a text model ({config.family})", "leave images out, or load a vision-language model")
+        raise InfiniteVLError(
+            f"pixel values came for a text model ({config.family})",
+            "leave images out, or load a vision-language model",
+        )
 
     # positions, and which item each sequence takes
     image_queue, video_queue = iter(images), iter(videos)
@@ -195,10 +256,13 @@ def prepare(
         kinds[b, said : counts[b]] = tokens[b, shift[b] + said : shift[b] + counts[b]]
         row = kinds[b, : counts[b]]
         first = 0 if start is None else int(start[b])
-        place, taken = sequence_positions(row, image_queue, video_queue, config, first, f"sequence {b}")
+        place, taken = sequence_positions(
+            row, image_queue, video_queue, config, first, f"sequence {b}"
+        )
         if position_ids is None and place.size and place.max() >= INT32_MAX:
             raise InfiniteVLError(
-                f"sequence {b} comes to position {int(place.max()):,}, more than the {INT32_MAX:,} that there are",
+                f"sequence {b} comes to position {int(place.max()):,}, more than the {INT32_MAX:,}"
+                " that there are",
                 "start a new cache, or check second_per_grid_ts",
             )
         positions[:, b, : counts[b]] = place
@@ -217,7 +281,10 @@ def prepare(
         for b in range(batch):
             here = slice(shift[b], shift[b] + counts[b])
             positions[:, b, : counts[b]] = own[:, b, here]
-            is_vision = np.isin(kinds[b, : counts[b]], [config.image_token_id, config.video_token_id] if config.vision else [])
+            is_vision = np.isin(
+                kinds[b, : counts[b]],
+                [config.image_token_id, config.video_token_id] if config.vision else [],
+            )
             split = split_packed(position_ids[..., b, here], is_vision, f"sequence {b}")
             segment[b, : counts[b]], ordinal[b, : counts[b]] = split
 
@@ -227,9 +294,17 @@ def prepare(
         rolled[b, : counts[b]] = tokens[b, shift[b] : shift[b] + counts[b]]
     patches = vision_index = None
     if has_vision:
-        parts = [_pixels(name, value, config.vision.patch_features) for name, value, *_ in sources if value is not None]
+        parts = [
+            _pixels(name, value, config.vision.patch_features)
+            for name, value, *_ in sources
+            if value is not None
+        ]
         grids = np.concatenate([_grids(image_grid_thw), _grids(video_grid_thw)])
-        rows, row_count = (owners["image"] + owners["video"], batch) if row_per_sequence else ([0] * len(grids), 1)
+        rows, row_count = (
+            (owners["image"] + owners["video"], batch)
+            if row_per_sequence
+            else ([0] * len(grids), 1)
+        )
         patches, place = pack(np.concatenate(parts), grids, config.vision, rows, row_count)
         vision_index = np.full((batch, size), -1, np.int32)
         image_tokens = sum(i.tokens for i in images)

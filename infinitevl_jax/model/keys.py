@@ -1,4 +1,5 @@
-"""Random keys for fresh parameters. (flax's Rngs keeps its counter as a traced array, which makes building a deep model slow.)"""
+"""Random keys for fresh parameters. (flax's Rngs keeps its counter as a traced array, which makes
+building a deep model slow.)"""
 
 import jax
 from jax import Array

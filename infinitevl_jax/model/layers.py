@@ -1,7 +1,8 @@
 """The pieces every block is made of: Linear, RMSNorm, the gated MLP, the embedding.
 
-Weights keep the dtype they are stored in and are cast to the activation's dtype when used, so one set of parameters serves f32 and
-bf16 computation. f32 activations mean f32 arithmetic on every device (matmul precision HIGHEST).
+Weights keep the dtype they are stored in and are cast to the activation's dtype when used, so one
+set of parameters serves f32 and bf16 computation. f32 activations mean f32 arithmetic on every
+device (matmul precision HIGHEST).
 """
 
 import jax
@@ -13,7 +14,8 @@ from infinitevl_jax.model.keys import Keys
 
 
 def matmul_precision(dtype) -> jax.lax.Precision | None:
-    """HIGHEST for f32 and wider (no silent TF32 or bf16 passes), the device's native one otherwise."""
+    """HIGHEST for f32 and wider (no silent TF32 or bf16 passes), the device's native one
+    otherwise."""
     return jax.lax.Precision.HIGHEST if jnp.finfo(dtype).bits >= 32 else None
 
 
@@ -22,7 +24,9 @@ class Linear(nnx.Module):
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False, keys: Keys):
         bound = in_features**-0.5
-        self.kernel = nnx.Param(jax.random.uniform(keys(), (in_features, out_features), minval=-bound, maxval=bound))
+        self.kernel = nnx.Param(
+            jax.random.uniform(keys(), (in_features, out_features), minval=-bound, maxval=bound)
+        )
         self.bias = nnx.Param(jnp.zeros(out_features)) if bias else None
 
     def __call__(self, x: Array) -> Array:
@@ -31,7 +35,8 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * weight over the last axis: variance in f32, cast back to the input dtype, then times weight."""
+    """x / rms(x) * weight over the last axis: variance in f32, cast back to the input dtype, then
+    times weight."""
 
     def __init__(self, features: int, eps: float):
         self.eps = eps
@@ -66,4 +71,9 @@ class Embedding(nnx.Module):
 
     def attend(self, x: Array) -> Array:
         """Scores of every token: x [..., width] -> [..., vocab]."""
-        return jnp.einsum("...d,vd->...v", x, self.embedding[...].astype(x.dtype), precision=matmul_precision(x.dtype))
+        return jnp.einsum(
+            "...d,vd->...v",
+            x,
+            self.embedding[...].astype(x.dtype),
+            precision=matmul_precision(x.dtype),
+        )

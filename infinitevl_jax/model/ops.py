@@ -1,6 +1,7 @@
 """The operators of `pallas_kernels`, as one record handed to the mixers at construction.
 
-Layers never choose a kernel: whoever builds the model resolves the record once, from the run configuration
+Layers never choose a kernel: whoever builds the model resolves the record once, from the run
+  configuration
 and the mesh.
 """
 
@@ -25,7 +26,8 @@ from pallas_kernels.short_conv.xla import short_conv
 
 @dataclass(frozen=True)
 class Ops:
-    """Operators with the signatures of `pallas_kernels`; by default the portable implementations."""
+    """Operators with the signatures of `pallas_kernels`; by default the portable
+    implementations."""
 
     attention: Callable = attention
     gated_delta_rule: Callable = gated_delta_rule
@@ -36,16 +38,18 @@ class Ops:
     dispatches: tuple[Dispatch, ...] = ()
 
     def report(self) -> list[str]:
-        """A line for each operator and case that ran so far, with the reasons of preferred implementations that did not."""
+        """A line for each operator and case that ran so far, with the reasons of preferred
+        implementations that did not."""
         return [line for dispatch in self.dispatches for line in dispatch.report()]
 
 
 def resolve_ops(mesh: Mesh | None = None, config: OpsConfig | None = None) -> Ops:
     """The operators for the devices of a mesh (None: this process's first device).
 
-    config: which implementations are allowed; None allows all. The same arguments give the same record.
-    Raises InfiniteVLError for an unknown name, or one that is not for these devices; the operators do for
-    a case that no allowed implementation takes.
+    config: which implementations are allowed; None allows all. The same arguments give the same
+      record.
+    Raises InfiniteVLError for an unknown name, or one that is not for these devices; the operators
+    do for a case that no allowed implementation takes.
     """
     from pallas_kernels.operators import OPERATORS  # imports the kernels' compilers
 

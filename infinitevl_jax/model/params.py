@@ -1,6 +1,7 @@
 """Parameters as one flat dict of dotted names, and the module that computes with them.
 
-Optimiser, checkpoints, sharding and conversion all work on the dict; only `bind` knows that flax has a tree of its own.
+Optimiser, checkpoints, sharding and conversion all work on the dict; only `bind` knows that flax
+has a tree of its own.
 """
 
 import functools
@@ -35,17 +36,32 @@ def no_remat(layer: Callable) -> Callable:
 
 @functools.cache
 def abstract(
-    config: ModelConfig, *, scanned: bool, dtype=jnp.float32, ops: Ops | None = None, remat: Callable = no_remat
+    config: ModelConfig,
+    *,
+    scanned: bool,
+    dtype=jnp.float32,
+    ops: Ops | None = None,
+    remat: Callable = no_remat,
 ) -> tuple[nnx.GraphDef, Mapping[str, jax.ShapeDtypeStruct]]:
-    """The model without its numbers: the graph definition that `bind` takes, and every parameter's name and shape (f32)."""
-    model = nnx.eval_shape(lambda: VLM(config, dtype=dtype, ops=ops, scanned=scanned, remat=remat, keys=Keys(jax.random.key(0))))
+    """The model without its numbers: the graph definition that `bind` takes, and every parameter's
+    name and shape (f32)."""
+    model = nnx.eval_shape(
+        lambda: VLM(
+            config, dtype=dtype, ops=ops, scanned=scanned, remat=remat, keys=Keys(jax.random.key(0))
+        )
+    )
     graphdef, state = nnx.split(model, nnx.Param)
-    return graphdef, MappingProxyType({".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)})
+    return graphdef, MappingProxyType(
+        {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+    )
 
 
 def bind(graphdef: nnx.GraphDef, params: Mapping[str, Array]) -> VLM:
     """The module that computes with these parameters."""
-    tree = [(tuple(int(p) if p.isdigit() else p for p in name.split(".")), nnx.Param(value)) for name, value in params.items()]
+    tree = [
+        (tuple(int(p) if p.isdigit() else p for p in name.split(".")), nnx.Param(value))
+        for name, value in params.items()
+    ]
     return nnx.merge(graphdef, nnx.from_flat_state(tree))
 
 
@@ -55,12 +71,15 @@ STACKED = re.compile(r"(layers|visual\.blocks)\.(blocks|rest)\.(\d+)\.(.+)")
 
 def stack_layouts(config: ModelConfig, *, scanned: bool) -> dict[str, Layout]:
     """Where the layers of each stack live, by the stack's name."""
-    kinds = {"layers": config.text.layer_types} | ({"visual.blocks": block_kinds(config.vision)} if config.vision is not None else {})
+    kinds = {"layers": config.text.layer_types} | (
+        {"visual.blocks": block_kinds(config.vision)} if config.vision is not None else {}
+    )
     return {name: layout(kind, scanned) for name, kind in kinds.items()}
 
 
 def unstack(config: ModelConfig, params: Params) -> Params:
-    """Parameters of the scanned layout -> the unrolled one. Empties `params` on its way: one stack at a time is held more than once."""
+    """Parameters of the scanned layout -> the unrolled one. Empties `params` on its way: one stack
+    at a time is held more than once."""
     layouts = stack_layouts(config, scanned=True)
     out = {}
     for name in list(params):
@@ -75,13 +94,16 @@ def unstack(config: ModelConfig, params: Params) -> Params:
             out[f"{stack}.rest.{where.stacked + int(place)}.{leaf}"] = value
         else:
             members = where.members(int(place))
-            # one operation, whose gradient is one concatenation; that of a slice is a whole stack of zeros around it
+            # one operation, whose gradient is one concatenation; that of a slice is a whole stack
+            # of zeros around it
             for layer, part in zip(members, jax.lax.split(value, [1] * len(members)), strict=True):
                 out[f"{stack}.rest.{layer}.{leaf}"] = part[0]
     return out
 
 
-def initialize(config: ModelConfig, key: Array, *, scanned: bool, dtype=jnp.float32, shardings=None) -> Params:
+def initialize(
+    config: ModelConfig, key: Array, *, scanned: bool, dtype=jnp.float32, shardings=None
+) -> Params:
     """Fresh parameters in `dtype`, the same numbers in both layouts.
 
     shardings: by name in the scanned layout; each device then makes only its part.

@@ -1,7 +1,9 @@
-"""Pixels for the vision tower: patches of any number of images and videos, reordered by window, packed and padded to a bucket.
+"""Pixels for the vision tower: patches of any number of images and videos, reordered by window,
+packed and padded to a bucket.
 
-Host side (numpy). The tower compiles once a bucket, not once an image size: a packed row holds 2^k or 3 * 2^(k-1) patches, so at most
-a third of it is padding; its longest temporal slice is rounded up to a power of two.
+Host side (numpy). The tower compiles once a bucket, not once an image size: a packed row holds 2^k
+or 3 * 2^(k-1) patches, so at most a third of it is padding; its longest temporal slice is rounded
+up to a power of two.
 """
 
 import dataclasses
@@ -20,7 +22,8 @@ SMALLEST_BUCKET = 64  # patches
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Patches:
-    """Rows of packed patches in window order. `slice_reach` is static: a new value compiles anew."""
+    """Rows of packed patches in window order. `slice_reach` is static: a new value compiles
+    anew."""
 
     pixels: np.ndarray  # [rows, patches, features] f32
     row_column: np.ndarray  # [rows, patches, 2] int32 place of the patch in its image
@@ -45,10 +48,16 @@ def window_order(grid: Sequence[int], config: VisionConfig) -> tuple[np.ndarray,
       grid: (frames, rows, columns) in patches, frames counted after temporal patching.
 
     Returns:
-      order [tokens]: which merged token (in the order t, row, column) stands at each place; window [tokens]: ids from 0, rising.
-      Windows are row-major per temporal slice; a grid that does not fill them leaves smaller ones at its edges.
+      order [tokens]: which merged token (in the order t, row, column) stands at each place; window
+        [tokens]: ids from 0, rising.
+      Windows are row-major per temporal slice; a grid that does not fill them leaves smaller ones
+      at its edges.
     """
-    frames, rows, columns = grid[0], grid[1] // config.spatial_merge_size, grid[2] // config.spatial_merge_size
+    frames, rows, columns = (
+        grid[0],
+        grid[1] // config.spatial_merge_size,
+        grid[2] // config.spatial_merge_size,
+    )
     t, r, c = np.meshgrid(np.arange(frames), np.arange(rows), np.arange(columns), indexing="ij")
     side = config.window_tokens
     windows_down, windows_across = -(-rows // side), -(-columns // side)
@@ -58,10 +67,15 @@ def window_order(grid: Sequence[int], config: VisionConfig) -> tuple[np.ndarray,
 
 
 def _patch_places(grid: Sequence[int], merge: int) -> np.ndarray:
-    """[patches, 2] row and column of each patch in the processor's order: t, merged row, merged column, row in 2x2, column in 2x2."""
+    """[patches, 2] row and column of each patch in the processor's order: t, merged row, merged
+    column, row in 2x2, column in 2x2."""
     frames, rows, columns = grid
     places = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1)
-    places = places.reshape(rows // merge, merge, columns // merge, merge, 2).swapaxes(1, 2).reshape(-1, 2)
+    places = (
+        places.reshape(rows // merge, merge, columns // merge, merge, 2)
+        .swapaxes(1, 2)
+        .reshape(-1, 2)
+    )
     return np.tile(places, (frames, 1))
 
 
@@ -76,22 +90,30 @@ def pack(
       rows: which of `row_count` packed rows each item goes to.
 
     Returns:
-      The packed patches, and place [merged tokens]: where in its row (in merged tokens) each token of the processor's order ends up.
+      The packed patches, and place [merged tokens]: where in its row (in merged tokens) each token
+        of the processor's order ends up.
     """
     counts = grids.prod(1) if len(grids) else np.zeros(0, int)
     if pixels.ndim != 2 or pixels.shape[1] != config.patch_features:
         raise InfiniteVLError(
-            f"pixel values have shape {pixels.shape}, the tower takes [patches, {config.patch_features}]",
+            f"pixel values have shape {pixels.shape}, the tower takes [patches,"
+            f" {config.patch_features}]",
             "use the processor of this checkpoint (patch_size and temporal_patch_size must agree)",
         )
     if counts.sum() != len(pixels):
         raise InfiniteVLError(
-            f"grid_thw {grids.tolist()} describes {int(counts.sum())} patches, pixel values hold {len(pixels)}",
+            f"grid_thw {grids.tolist()} describes {int(counts.sum())} patches, pixel values hold"
+            f" {len(pixels)}",
             "pass the grid_thw that the processor returned with these pixel values",
         )
-    if bad := [g.tolist() for g in grids if g.min() < 1 or g[1] % config.spatial_merge_size or g[2] % config.spatial_merge_size]:
+    if bad := [
+        g.tolist()
+        for g in grids
+        if g.min() < 1 or g[1] % config.spatial_merge_size or g[2] % config.spatial_merge_size
+    ]:
         raise InfiniteVLError(
-            f"grid_thw {bad[0]} is not made of whole {config.spatial_merge_size}x{config.spatial_merge_size} patch groups",
+            f"grid_thw {bad[0]} is not made of whole"
+            f" {config.spatial_merge_size}x{config.spatial_merge_size} patch groups",
             "resize images to multiples of patch_size x merge_size, as the processor does",
         )
     unit = config.merge_unit
@@ -107,7 +129,12 @@ def pack(
         slice_reach=1 << int(max((g[1] * g[2] for g in grids), default=1) - 1).bit_length(),
     )
     place = np.empty(int(counts.sum()) // unit, np.int64)
-    filled, windows, slices, source = np.zeros(row_count, int), np.zeros(row_count, int), np.zeros(row_count, int), 0
+    filled, windows, slices, source = (
+        np.zeros(row_count, int),
+        np.zeros(row_count, int),
+        np.zeros(row_count, int),
+        0,
+    )
     for grid, row, count in zip(grids, rows, counts, strict=True):
         order, window = window_order(grid, config)
         patch_order = (order[:, None] * unit + np.arange(unit)).reshape(-1)

@@ -1,9 +1,10 @@
 """Rotary positions of a sequence with images and videos (host side, numpy).
 
-Text counts up on all three axes. A vision segment with merged grid (T, H, W) starts at base = largest so far + 1:
-t = base + floor(i_t * seconds_per_grid * tokens_per_second), h = base + row, w = base + column, t-major; what follows starts at the
-largest over all three axes + 1. This is the rule the published weights were trained with (transformers 5 goes on from max(H, W)).
-Seconds are exact fractions, so that no step is lost to the rounding of a float.
+Text counts up on all three axes. A vision segment with merged grid (T, H, W) starts at base =
+largest so far + 1: t = base + floor(i_t * seconds_per_grid * tokens_per_second), h = base + row, w
+= base + column, t-major; what follows starts at the largest over all three axes + 1. This is the
+rule the published weights were trained with (transformers 5 goes on from max(H, W)). Seconds are
+exact fractions, so that no step is lost to the rounding of a float.
 """
 
 from collections.abc import Iterator
@@ -18,12 +19,15 @@ from infinitevl_jax.rational import exact
 
 MAX_POSITION = 2**31 - 2  # int32 on the device, and the position after it is counted as well
 
+
 class VisionItem(NamedTuple):
     """One image or video as the decoder sees it."""
 
     kind: str  # "image" or "video"
     grid: tuple[int, int, int]  # (frames, rows, columns) in merged tokens
-    seconds_per_grid: float | Fraction  # time between two frames of the grid, not negative; 0 for an image
+    seconds_per_grid: (
+        float | Fraction
+    )  # time between two frames of the grid, not negative; 0 for an image
 
     @property
     def tokens(self) -> int:
@@ -31,12 +35,14 @@ class VisionItem(NamedTuple):
 
 
 def vision_positions(item: VisionItem, base: int, tokens_per_second: float) -> np.ndarray:
-    """[3, tokens] positions of one segment that starts at `base`. Raises InfiniteVLError for positions beyond MAX_POSITION."""
+    """[3, tokens] positions of one segment that starts at `base`. Raises InfiniteVLError for
+    positions beyond MAX_POSITION."""
     frames, rows, columns = item.grid
     step = exact(item.seconds_per_grid) * exact(tokens_per_second)
     if base + max(0, frames - 1) * step > MAX_POSITION:
         raise InfiniteVLError(
-            f"a {item.kind} of {frames} steps, {float(item.seconds_per_grid):g} s each, ends beyond position {MAX_POSITION:,}",
+            f"a {item.kind} of {frames} steps, {float(item.seconds_per_grid):g} s each, ends beyond"
+            f" position {MAX_POSITION:,}",
             "give second_per_grid_ts in seconds: temporal_patch_size / fps",
         )
     time = np.array([k * step.numerator // step.denominator for k in range(frames)], np.int64)
@@ -45,13 +51,19 @@ def vision_positions(item: VisionItem, base: int, tokens_per_second: float) -> n
 
 
 def seconds_per_grid(values: object) -> list[Fraction]:
-    """second_per_grid_ts as exact fractions. Raises InfiniteVLError for anything but finite numbers of 0 or more."""
+    """second_per_grid_ts as exact fractions. Raises InfiniteVLError for anything but finite numbers
+    of 0 or more."""
     try:
         seconds = [exact(value) for value in np.asarray(values).reshape(-1)]
     except (TypeError, ValueError) as error:
-        raise InfiniteVLError(f"second_per_grid_ts: {error}", "give numbers, one per video: temporal_patch_size / fps") from None
+        raise InfiniteVLError(
+            f"second_per_grid_ts: {error}", "give numbers, one per video: temporal_patch_size / fps"
+        ) from None
     if bad := [value for value in seconds if value < 0]:
-        raise InfiniteVLError(f"second_per_grid_ts holds {float(bad[0]):g}", "seconds are 0 or more: temporal_patch_size / fps")
+        raise InfiniteVLError(
+            f"second_per_grid_ts holds {float(bad[0]):g}",
+            "seconds are 0 or more: temporal_patch_size / fps",
+        )
     return seconds
 
 
@@ -59,13 +71,23 @@ def check_position_ids(positions: np.ndarray) -> None:
     """Raise InfiniteVLError unless `positions` are integers from 0 to MAX_POSITION."""
     if not np.issubdtype(positions.dtype, np.integer):
         raise InfiniteVLError(f"position_ids are of type {positions.dtype}", "pass integers")
-    if positions.size and not 0 <= (low := positions.min()) <= (high := positions.max()) <= MAX_POSITION:
+    if (
+        positions.size
+        and not 0 <= (low := positions.min()) <= (high := positions.max()) <= MAX_POSITION
+    ):
         culprit = low if low < 0 else high
-        raise InfiniteVLError(f"position_ids hold {int(culprit):,}", f"positions run from 0 to {MAX_POSITION:,}")
+        raise InfiniteVLError(
+            f"position_ids hold {int(culprit):,}", f"positions run from 0 to {MAX_POSITION:,}"
+        )
 
 
 def sequence_positions(
-    tokens: np.ndarray, images: Iterator[VisionItem], videos: Iterator[VisionItem], config: ModelConfig, start: int, where: str
+    tokens: np.ndarray,
+    images: Iterator[VisionItem],
+    videos: Iterator[VisionItem],
+    config: ModelConfig,
+    start: int,
+    where: str,
 ) -> tuple[np.ndarray, list[VisionItem]]:
     """Positions of one sequence.
 
@@ -79,7 +101,11 @@ def sequence_positions(
       [3, length] int64, and the items taken.
     """
     out = np.empty((3, len(tokens)), np.int64)
-    sources = {config.image_token_id: ("image", images), config.video_token_id: ("video", videos)} if config.vision else {}
+    sources = (
+        {config.image_token_id: ("image", images), config.video_token_id: ("video", videos)}
+        if config.vision
+        else {}
+    )
     is_vision = np.isin(tokens, list(sources))
     taken: list[VisionItem] = []
     at, following = 0, start
@@ -95,10 +121,15 @@ def sequence_positions(
             others = np.flatnonzero(tokens[at:] != tokens[at])
             run = int(others[0]) if len(others) else len(tokens) - at
             if item is None or run < item.tokens:
-                missing = f"there is no {kind} left for them" if item is None else f"the next {kind}, grid {item.grid}, takes {item.tokens}"
+                missing = (
+                    f"there is no {kind} left for them"
+                    if item is None
+                    else f"the next {kind}, grid {item.grid}, takes {item.tokens}"
+                )
                 raise InfiniteVLError(
                     f"{where}: {run} {kind} tokens stand in a row at token {at}, but {missing}",
-                    f"let the processor expand the {kind} placeholders, and pass every {kind} of the batch, in order",
+                    f"let the processor expand the {kind} placeholders, and pass every {kind} of"
+                    " the batch, in order",
                 )
             run = item.tokens
             taken.append(item)

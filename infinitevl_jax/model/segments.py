@@ -1,4 +1,5 @@
-"""Which tokens of a row form one sequence, told by position ids that start anew (a batch without padding)."""
+"""Which tokens of a row form one sequence, told by position ids that start anew (a batch without
+padding)."""
 
 import numpy as np
 
@@ -11,20 +12,23 @@ def split_packed(
     """Segments of one row.
 
     Args:
-      position_ids: [length] text positions, [3, length] (temporal, height, width), or [4, length] with the text
-        positions before the three, as Hugging Face's collators write them.
+      position_ids: [length] text positions, [3, length] (temporal, height, width), or [4, length]
+        with the text positions before the three, as Hugging Face's collators write them.
       vision: [length] bool, True for image and video tokens.
       where: how an error names the row.
 
     Returns:
-      segment [length] int32, the number of each token's sequence; ordinal [length] int32, the token's place in it.
+      segment [length] int32, the number of each token's sequence; ordinal [length] int32, the
+      token's place in it.
 
     Raises:
-      InfiniteVLError: positions that neither go on nor start anew at 0, so that nobody can tell what belongs together.
+      InfiniteVLError: positions that neither go on nor start anew at 0, so that nobody can tell
+        what belongs together.
     """
     length = position_ids.shape[-1]
     if position_ids.ndim == 2 and len(position_ids) == 3:
-        # Inside a sequence the temporal axis never falls, and only its first token stands at 0 on all three axes.
+        # Inside a sequence the temporal axis never falls, and only its first token stands at 0 on
+        # all three axes.
         place, step = position_ids[0], np.diff(position_ids[0])
         anew = (position_ids[:, 1:] == 0).all(0) & ((position_ids[:, :-1] > 0).any(0) | ~vision[1:])
         unclear = (step < 0) & ~anew
@@ -34,7 +38,10 @@ def split_packed(
         step = np.diff(place)
         anew = place[1:] == 0
         unclear = (step != 1) & ~anew
-        cure = "count up by one and start each packed sequence at 0; positions that jump inside a sequence go into [3, batch, tokens]"
+        cure = (
+            "count up by one and start each packed sequence at 0; positions that jump inside a"
+            " sequence go into [3, batch, tokens]"
+        )
     if unclear.any():
         at = int(unclear.argmax())
         raise InfiniteVLError(

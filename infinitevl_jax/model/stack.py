@@ -1,10 +1,12 @@
 """A stack of layers whose pattern is data, stored so that equal layers can be scanned.
 
-A pattern such as [S, L, L, L] x 9 has a period of two runs, S and L L L, and 9 repeats: `Stack.blocks` then holds one module a run,
-whose parameters carry a leading axis over all layers of that run, in order: 9 and 27. What does not fill a whole period, and
-everything in the unrolled layout, lives in `Stack.rest` without that axis.
-Training scans the repeats, and inside each the runs (compile time follows the runs of a period, not the depth); decoding unrolls (a
-scan would copy each layer's weights out of the stack on every token).
+A pattern such as [S, L, L, L] x 9 has a period of two runs, S and L L L, and 9 repeats:
+`Stack.blocks` then holds one module a run, whose parameters carry a leading axis over all layers of
+that run, in order: 9 and 27. What does not fill a whole period, and everything in the unrolled
+  layout, lives in `Stack.rest` without that axis.
+Training scans the repeats, and inside each the runs (compile time follows the runs of a period, not
+the depth); decoding unrolls (a scan would copy each layer's weights out of the stack on every
+token).
 """
 
 import itertools
@@ -43,17 +45,27 @@ class Layout:
     def members(self, run: int) -> list[int]:
         """The layers of a block, in the order of its leading axis."""
         first, period = sum(self.runs[:run]), sum(self.runs)
-        return [repeat * period + first + i for repeat in range(self.repeats) for i in range(self.runs[run])]
+        return [
+            repeat * period + first + i
+            for repeat in range(self.repeats)
+            for i in range(self.runs[run])
+        ]
 
     def places(self) -> list[tuple[str, int, int | None]]:
-        """Of every layer: list name, place in it, index along the leading axis (None where there is no such axis)."""
-        found = {layer: ("blocks", run, i) for run in range(len(self.runs)) for i, layer in enumerate(self.members(run))}
+        """Of every layer: list name, place in it, index along the leading axis (None where there is
+        no such axis)."""
+        found = {
+            layer: ("blocks", run, i)
+            for run in range(len(self.runs))
+            for i, layer in enumerate(self.members(run))
+        }
         found |= {self.stacked + i: ("rest", i, None) for i in range(self.rest)}
         return [found[layer] for layer in range(self.depth)]
 
 
 def layout(kinds: Sequence, scanned: bool) -> Layout:
-    """The smallest period with at least two repeats; failing that, or unrolled, everything is rest."""
+    """The smallest period with at least two repeats; failing that, or unrolled, everything is
+    rest."""
     depth = len(kinds)
     if scanned:
         for period in range(1, depth // 2 + 1):
@@ -65,16 +77,23 @@ def layout(kinds: Sequence, scanned: bool) -> Layout:
 
 
 class Stack(nnx.Module):
-    """Layers `make(kind, keys)` for every kind of the pattern; each is called as `layer(x, state, span) -> (x, state)`."""
+    """Layers `make(kind, keys)` for every kind of the pattern; each is called as `layer(x, state,
+    span) -> (x, state)`."""
 
-    def __init__(self, make: Callable, kinds: Sequence, *, scanned: bool, remat: Callable, keys: Keys):
+    def __init__(
+        self, make: Callable, kinds: Sequence, *, scanned: bool, remat: Callable, keys: Keys
+    ):
         self.layout = layout(kinds, scanned)
         self.remat = remat
 
         def stacked(run):
-            of_each = [jax.random.split(keys(), self.layout.repeats) for _ in range(self.layout.runs[run])]
+            of_each = [
+                jax.random.split(keys(), self.layout.repeats) for _ in range(self.layout.runs[run])
+            ]
             kind = kinds[self.layout.members(run)[0]]
-            return nnx.vmap(lambda key: make(kind, Keys(key)))(jnp.stack(of_each, axis=1).reshape(-1))
+            return nnx.vmap(lambda key: make(kind, Keys(key)))(
+                jnp.stack(of_each, axis=1).reshape(-1)
+            )
 
         self.blocks = nnx.List([stacked(run) for run in range(len(self.layout.runs))])
         self.rest = nnx.List([make(kind, keys) for kind in kinds[self.layout.stacked :]])
@@ -101,7 +120,8 @@ class Stack(nnx.Module):
           collect: return the output of every layer as well.
 
         Returns:
-          y [batch, length, width]; the new states (None where there were none); the layers' outputs, a list (empty unless asked for).
+          y [batch, length, width]; the new states (None where there were none); the layers'
+          outputs, a list (empty unless asked for).
         """
         layout, given = self.layout, states or [None] * self.layout.depth
         new, outputs = [None] * layout.stacked, [None] * layout.stacked
@@ -112,11 +132,18 @@ class Stack(nnx.Module):
 
         if layout.repeats:
             graphdefs, params = zip(*(nnx.split(block) for block in self.blocks), strict=True)
-            # A block's states stand side by side while the scan runs; outside it each layer has its own, batch first.
+            # A block's states stand side by side while the scan runs; outside it each layer has its
+            # own, batch first.
             side_by_side = [
-                jax.tree.map(lambda *leaves: jnp.stack(leaves), *(given[i] for i in layout.members(run))) for run in range(len(layout.runs))
+                jax.tree.map(
+                    lambda *leaves: jnp.stack(leaves), *(given[i] for i in layout.members(run))
+                )
+                for run in range(len(layout.runs))
             ]
-            blocks = [jax.tree.map(partial(split, run=run), block) for run, block in enumerate(zip(params, side_by_side, strict=True))]
+            blocks = [
+                jax.tree.map(partial(split, run=run), block)
+                for run, block in enumerate(zip(params, side_by_side, strict=True))
+            ]
 
             def one_period(x, blocks):
                 def one_layer(x, block, graphdef):
@@ -125,13 +152,17 @@ class Stack(nnx.Module):
 
                 after = []
                 for graphdef, block, length in zip(graphdefs, blocks, layout.runs, strict=True):
-                    x, found = jax.lax.scan(partial(one_layer, graphdef=graphdef), x, block, unroll=length == 1)
+                    x, found = jax.lax.scan(
+                        partial(one_layer, graphdef=graphdef), x, block, unroll=length == 1
+                    )
                     after.append(found)
                 return x, after
 
             x, after = jax.lax.scan(one_period, x, blocks)
             for run, (ys, run_states) in enumerate(after):
-                flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (ys, run_states))
+                flat = jax.tree.map(
+                    lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (ys, run_states)
+                )
                 for i, layer in enumerate(layout.members(run)):
                     outputs[layer], new[layer] = jax.tree.map(lambda leaf, i=i: leaf[i], flat)
         for layer, state in zip(self.rest, given[layout.stacked :], strict=True):
@@ -142,4 +173,6 @@ class Stack(nnx.Module):
 
     def _apply(self, graphdef, params, x, state, span):
         """One layer under the rematerialisation the run asks for."""
-        return self.remat(lambda params, x, state: nnx.merge(graphdef, params)(x, state, span))(params, x, state)
+        return self.remat(lambda params, x, state: nnx.merge(graphdef, params)(x, state, span))(
+            params, x, state
+        )

@@ -1,7 +1,9 @@
-"""The Qwen2.5-VL vision tower over packed patches: any number of images and videos, of any size, in one sequence.
+"""The Qwen2.5-VL vision tower over packed patches: any number of images and videos, of any size, in
+one sequence.
 
-Patches arrive in window order (`infinitevl_jax.model.patches`), so that an attention window is a run of neighbours: most blocks attend
-inside windows, a few over the whole temporal slice, and both are segment ids over the same sequence.
+Patches arrive in window order (`infinitevl_jax.model.patches`), so that an attention window is a
+run of neighbours: most blocks attend inside windows, a few over the whole temporal slice, and both
+  are segment ids over the same sequence.
 """
 
 from functools import partial
@@ -27,7 +29,9 @@ WINDOW, SLICE = "window", "slice"
 
 def block_kinds(config: VisionConfig) -> tuple[str, ...]:
     """What each block's attention stays inside of."""
-    return tuple(SLICE if i in config.fullatt_block_indexes else WINDOW for i in range(config.depth))
+    return tuple(
+        SLICE if i in config.fullatt_block_indexes else WINDOW for i in range(config.depth)
+    )
 
 
 class VisionAttention(nnx.Module):
@@ -40,13 +44,21 @@ class VisionAttention(nnx.Module):
         self.proj = Linear(config.hidden_size, config.hidden_size, bias=True, keys=keys)
 
     def __call__(self, x: Array, span: VisionSpan) -> Array:
-        q, k, v = rearrange(self.qkv(x), "r n (three h d) -> three r n h d", three=3, d=self.head_dim)
+        q, k, v = rearrange(
+            self.qkv(x), "r n (three h d) -> three r n h d", three=3, d=self.head_dim
+        )
         q, k, v = (constrain(y, "batch", None, "heads", None) for y in (q, k, v))
         q, k = rotate(q, span.cos, span.sin), rotate(k, span.cos, span.sin)
         # a segment has at most `reach` patches in a row, so keys further away need not be looked at
-        segment, reach = (span.window, self.window_patches) if self.kind == WINDOW else (span.slice, span.slice_reach)
+        segment, reach = (
+            (span.window, self.window_patches)
+            if self.kind == WINDOW
+            else (span.slice, span.slice_reach)
+        )
         mask = Mask(causal=False, window=reach, aligned=True)
-        out, _ = self.ops.attention(q, k, v, span.index, span.index, segment, segment, mask=mask, scale=self.head_dim**-0.5)
+        out, _ = self.ops.attention(
+            q, k, v, span.index, span.index, segment, segment, mask=mask, scale=self.head_dim**-0.5
+        )
         return self.proj(rearrange(out, "r n h d -> r n (h d)"))
 
 
@@ -80,7 +92,8 @@ class PatchMerger(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    """Patches [rows, patches, features] -> tokens [rows, patches / 4, decoder width], in window order."""
+    """Patches [rows, patches, features] -> tokens [rows, patches / 4, decoder width], in window
+    order."""
 
     def __init__(self, config: VisionConfig, ops: Ops, *, scanned: bool, remat, keys: Keys):
         self.head_dim, self.theta = config.head_dim, config.rope_theta
@@ -91,6 +104,13 @@ class VisionTower(nnx.Module):
 
     def __call__(self, patches: Patches, dtype) -> Array:
         angles = vision_angles(patches.row_column, self.head_dim, self.theta)
-        span = VisionSpan(patches.index, patches.window, patches.slice, jnp.cos(angles), jnp.sin(angles), patches.slice_reach)
+        span = VisionSpan(
+            patches.index,
+            patches.window,
+            patches.slice,
+            jnp.cos(angles),
+            jnp.sin(angles),
+            patches.slice_reach,
+        )
         x, _, _ = self.blocks(self.patch_embed(patches.pixels.astype(dtype)), span)
         return self.merger(x)

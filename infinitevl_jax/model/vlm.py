@@ -1,6 +1,7 @@
 """The whole model as one flax module over arrays: vision tower, embedding, decoder, head.
 
-It knows nothing of files, tokenizers or batching habits; `infinitevl_jax.inference` and `infinitevl_jax.training` bring it its inputs.
+It knows nothing of files, tokenizers or batching habits; `infinitevl_jax.inference` and
+`infinitevl_jax.training` bring it its inputs.
 """
 
 from collections.abc import Callable
@@ -28,7 +29,8 @@ from infinitevl_jax.sharding import constrain
 
 
 class DecoderLayer(nnx.Module):
-    """x += mixer(norm(x)); x += mlp(norm(x)). The mixer keeps Hugging Face's name, self_attn, also where it is a Gated DeltaNet."""
+    """x += mixer(norm(x)); x += mlp(norm(x)). The mixer keeps Hugging Face's name, self_attn, also
+    where it is a Gated DeltaNet."""
 
     def __init__(self, config: TextConfig, ops: Ops, kind: str, keys: Keys):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -36,11 +38,15 @@ class DecoderLayer(nnx.Module):
         if kind == LINEAR:
             self.self_attn = GatedDeltaNet(config, ops, keys)
         else:
-            self.self_attn = SoftmaxAttention(config, Retention(None if kind == FULL else config.sliding_window), ops, keys)
+            self.self_attn = SoftmaxAttention(
+                config, Retention(None if kind == FULL else config.sliding_window), ops, keys
+            )
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, keys=keys)
 
     def __call__(self, x: Array, state, span: Span):
-        span = span if state is not None else inside_layer(span, x)  # rows without a cache: what training scans
+        span = (
+            span if state is not None else inside_layer(span, x)
+        )  # rows without a cache: what training scans
         mixed, state = self.self_attn(self.input_layernorm(x), state, span)
         x = x + mixed
         x = x + self.mlp(self.post_attention_layernorm(x))
@@ -48,7 +54,8 @@ class DecoderLayer(nnx.Module):
 
 
 class VLM(nnx.Module):
-    """Vision tower and decoder. `dtype` is what activations are computed in; parameters keep their own."""
+    """Vision tower and decoder. `dtype` is what activations are computed in; parameters keep their
+    own."""
 
     def __init__(
         self,
@@ -62,27 +69,42 @@ class VLM(nnx.Module):
     ):
         text, ops = config.text, ops or Ops()
         self.config, self.dtype = config, jnp.dtype(dtype)
-        tower = None if config.vision is None else VisionTower(config.vision, ops, scanned=scanned, remat=remat, keys=keys)
+        tower = (
+            None
+            if config.vision is None
+            else VisionTower(config.vision, ops, scanned=scanned, remat=remat, keys=keys)
+        )
         self.visual = tower
-        self.embed_tokens = Embedding(text.vocab_size, text.hidden_size, std=config.initializer_range, keys=keys)
+        self.embed_tokens = Embedding(
+            text.vocab_size, text.hidden_size, std=config.initializer_range, keys=keys
+        )
         make = partial(DecoderLayer, text, ops)
         self.layers = Stack(make, text.layer_types, scanned=scanned, remat=remat, keys=keys)
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
-        self.lm_head = None if text.tie_word_embeddings else Linear(text.hidden_size, text.vocab_size, keys=keys)
+        self.lm_head = (
+            None
+            if text.tie_word_embeddings
+            else Linear(text.hidden_size, text.vocab_size, keys=keys)
+        )
 
     def encode(self, patches: Patches) -> Array:
-        """Image and video tokens: [rows, tokens, width], placed as `Inputs.vision_index` expects them."""
+        """Image and video tokens: [rows, tokens, width], placed as `Inputs.vision_index` expects
+        them."""
         return self.visual(patches, self.dtype)
 
     def embed(self, inputs: Inputs, vision: Array | None) -> Array:
-        """[batch, length, width]: the token table, with image and video tokens taken from `vision` [rows, tokens, width] instead.
+        """[batch, length, width]: the token table, with image and video tokens taken from `vision`
+        [rows, tokens, width] instead.
 
-        One row serves the whole batch; with as many rows as sequences, each sequence reads its own (and stays on its own device).
+        One row serves the whole batch; with as many rows as sequences, each sequence reads its own
+        (and stays on its own device).
         """
         x = self.embed_tokens(inputs.tokens, self.dtype)
         if vision is not None:
             place = jnp.maximum(inputs.vision_index, 0)
-            seen = vision[0][place] if len(vision) == 1 else jax.vmap(lambda v, i: v[i])(vision, place)
+            seen = (
+                vision[0][place] if len(vision) == 1 else jax.vmap(lambda v, i: v[i])(vision, place)
+            )
             x = jnp.where(inputs.vision_index[..., None] >= 0, seen.astype(x.dtype), x)
         return constrain(x, "batch", "length", None)
 
@@ -90,15 +112,18 @@ class VLM(nnx.Module):
         """Run the decoder over embedded tokens.
 
         Returns:
-          hidden [batch, length, width] after the final norm; the new cache (None without one); the hidden states before every layer
-          and the final one (an empty list unless `collect`), as Hugging Face orders them.
+          hidden [batch, length, width] after the final norm; the new cache (None without one); the
+          hidden states before every layer and the final one (an empty list unless `collect`), as
+          Hugging Face orders them.
         """
         length = jnp.zeros(x.shape[0], jnp.int32) if cache is None else cache.length
         valid = inputs.index >= 0
         positions = inputs.positions
         if positions is None:  # text that follows what the cache holds
             start = length if cache is None else cache.next_position
-            positions = jnp.broadcast_to(start[:, None] + jnp.maximum(inputs.index, 0), (3, *inputs.index.shape))
+            positions = jnp.broadcast_to(
+                start[:, None] + jnp.maximum(inputs.index, 0), (3, *inputs.index.shape)
+            )
         text = self.config.text
         angles = decoder_angles(positions, text.head_dim, text.rope_theta, text.mrope_section)
         index = jnp.where(valid, inputs.index + length[:, None], -1)
@@ -108,7 +133,11 @@ class VLM(nnx.Module):
         hidden = self.norm(y)
         if cache is not None:
             furthest = jnp.max(jnp.where(valid, positions, -1), axis=(0, 2)) + 1
-            cache = Cache(states, length + valid.sum(1, dtype=jnp.int32), jnp.maximum(cache.next_position, furthest))
+            cache = Cache(
+                states,
+                length + valid.sum(1, dtype=jnp.int32),
+                jnp.maximum(cache.next_position, furthest),
+            )
         return hidden, cache, [x, *outputs[:-1], hidden] if collect else []
 
     def logits(self, hidden: Array) -> Array:
@@ -117,7 +146,11 @@ class VLM(nnx.Module):
         return constrain(out, "batch", "length", "vocab")
 
     def cache_spec(self, batch: int, max_length: int | None) -> Cache:
-        """Shapes of a cache for `batch` sequences of at most `max_length` tokens (None: any number, which full attention cannot hold)."""
-        layers = tuple(layer.self_attn.state_spec(batch, max_length, self.dtype) for layer in self.layers.layers())
+        """Shapes of a cache for `batch` sequences of at most `max_length` tokens (None: any number,
+        which full attention cannot hold)."""
+        layers = tuple(
+            layer.self_attn.state_spec(batch, max_length, self.dtype)
+            for layer in self.layers.layers()
+        )
         counter = jax.ShapeDtypeStruct((batch,), jnp.int32)
         return Cache(layers, counter, counter)

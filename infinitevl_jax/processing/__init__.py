@@ -1,4 +1,5 @@
-"""Conversations, images and videos to model inputs: numpy, Pillow, PyAV, tokenizers and Jinja; no JAX."""
+"""Conversations, images and videos to model inputs: numpy, Pillow, PyAV, tokenizers and Jinja; no
+JAX."""
 
 from infinitevl_jax.processing.chat_template import ChatTemplate
 from infinitevl_jax.processing.images import ImageOptions, load_image, smart_resize

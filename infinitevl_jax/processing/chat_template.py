@@ -1,4 +1,5 @@
-"""Conversation to prompt text, by the checkpoint's own Jinja template or the built-in one for Qwen2.5-VL."""
+"""Conversation to prompt text, by the checkpoint's own Jinja template or the built-in one for
+Qwen2.5-VL."""
 
 import datetime
 import functools
@@ -29,19 +30,26 @@ class ChatTemplate:
     @classmethod
     def builtin(cls) -> "ChatTemplate":
         """The template shipped with this package (qwen_vl.jinja)."""
-        text = importlib.resources.files("infinitevl_jax.processing").joinpath("qwen_vl.jinja").read_text("utf-8")
+        text = (
+            importlib.resources.files("infinitevl_jax.processing")
+            .joinpath("qwen_vl.jinja")
+            .read_text("utf-8")
+        )
         return cls(text, "built-in qwen_vl.jinja")
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "ChatTemplate":
-        """The folder's chat_template.jinja, else chat_template.json, else tokenizer_config.json's entry, else the built-in one."""
+        """The folder's chat_template.jinja, else chat_template.json, else tokenizer_config.json's
+        entry, else the built-in one."""
         folder = Path(folder)
         plain = folder / "chat_template.jinja"
         if plain.exists():
             try:
                 return cls(reading.read_bytes(plain, LONGEST).decode("utf-8"), str(plain))
             except UnicodeDecodeError as error:
-                raise InfiniteVLError(f"{plain} is not UTF-8: {error}", "copy it again from the source checkpoint") from error
+                raise InfiniteVLError(
+                    f"{plain} is not UTF-8: {error}", "copy it again from the source checkpoint"
+                ) from error
         for name in ("chat_template.json", "tokenizer_config.json"):
             path = folder / name
             entry = files.read_optional(path, files.Settings).chat_template
@@ -49,14 +57,17 @@ class ChatTemplate:
                 named = {item.name: item.template for item in entry}
                 if named and "default" not in named:
                     raise InfiniteVLError(
-                        f"{path} has the chat templates {', '.join(named)}, and none is called default",
+                        f"{path} has the chat templates {', '.join(named)}, and none is called"
+                        " default",
                         "write the one to use into chat_template.jinja",
                     )
                 entry = named.get("default")
             if entry is not None:
                 if len(entry) > LONGEST:
                     raise InfiniteVLError(
-                        f"{path} has a chat template of {len(entry):,} characters, more than {LONGEST:,}", "check the file"
+                        f"{path} has a chat template of {len(entry):,} characters, more than"
+                        f" {LONGEST:,}",
+                        "check the file",
                     )
                 return cls(entry, str(path))
         return cls.builtin()
@@ -65,30 +76,39 @@ class ChatTemplate:
     def is_builtin(self) -> bool:
         return self.source.startswith("built-in")
 
-    def render(self, messages: list[dict], add_generation_prompt: bool = False, **variables: object) -> str:
-        """The prompt text of plain-data messages. `variables` are further names the template may use (bos_token, tools, ...)."""
+    def render(
+        self, messages: list[dict], add_generation_prompt: bool = False, **variables: object
+    ) -> str:
+        """The prompt text of plain-data messages. `variables` are further names the template may
+        use (bos_token, tools, ...)."""
         try:
             with sandbox.budget(messages, variables):
-                return _compile(self.text).render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
+                return _compile(self.text).render(
+                    messages=messages, add_generation_prompt=add_generation_prompt, **variables
+                )
         except sandbox.OverBudget as error:
             raise InfiniteVLError(
-                f"chat template {self.source} was stopped: {error}", "get it from the source checkpoint; it is not made to be rendered"
+                f"chat template {self.source} was stopped: {error}",
+                "get it from the source checkpoint; it is not made to be rendered",
             ) from error
         except jinja2.TemplateSyntaxError as error:
             raise InfiniteVLError(
                 f"chat template {self.source}, line {error.lineno}: {error.message}",
                 "mend or remove the file; without one the built-in is used",
             ) from error
-        # A template is a program: besides raising on purpose it can divide by zero or add a list to a string.
+        # A template is a program: besides raising on purpose it can divide by zero or add a list to
+        # a string.
         except Exception as error:
             raise InfiniteVLError(
                 f"chat template {self.source} refuses this conversation: {str(error)[:300]}",
-                "check the order of roles and whether the template takes pictures (a text model's does not)",
+                "check the order of roles and whether the template takes pictures (a text model's"
+                " does not)",
             ) from error
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %} marks the assistant's words in some templates; here it only renders its body."""
+    """{% generation %} ... {% endgeneration %} marks the assistant's words in some templates; here
+    it only renders its body."""
 
     tags = {"generation"}
 
@@ -101,9 +121,17 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _to_json(value: object, ensure_ascii: bool = False, indent: int | None = None, separators=None, sort_keys: bool = False) -> str:
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators=None,
+    sort_keys: bool = False,
+) -> str:
     # Jinja's own filter escapes HTML, which a prompt does not want.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 @functools.lru_cache(maxsize=16)
@@ -111,6 +139,9 @@ def _compile(text: str) -> jinja2.Template:
     environment = sandbox.Environment(
         [_Generation, jinja2.ext.loopcontrols],
         {"tojson": _to_json},
-        {"raise_exception": _raise_exception, "strftime_now": lambda form: datetime.datetime.now().strftime(form)},
+        {
+            "raise_exception": _raise_exception,
+            "strftime_now": lambda form: datetime.datetime.now().strftime(form),
+        },
     )
     return environment.from_string(text)

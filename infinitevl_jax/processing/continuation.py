@@ -1,6 +1,8 @@
-"""Where a conversation goes on after an answer that the model holds, whatever the answer's words are.
+"""Where a conversation goes on after an answer that the model holds, whatever the answer's words
+are.
 
-The template is shown a stand-in for each answer, so that nothing a model said can change the text around it.
+The template is shown a stand-in for each answer, so that nothing a model said can change the text
+around it.
 """
 
 from infinitevl_jax.errors import InfiniteVLError
@@ -11,9 +13,11 @@ STAND_IN = "\ufdd2answer {}\ufdd2"
 def without_answers(messages: list[dict]) -> list[dict]:
     """The messages with a stand-in for the words of each assistant turn."""
     return [
-        {**message, "content": STAND_IN.format(i)}
-        if message["role"] == "assistant" and isinstance(message["content"], str)
-        else message
+        (
+            {**message, "content": STAND_IN.format(i)}
+            if message["role"] == "assistant" and isinstance(message["content"], str)
+            else message
+        )
         for i, message in enumerate(messages)
     ]
 
@@ -22,7 +26,8 @@ def after_answer(whole: str, prompt: str, messages: list[dict], source: str) -> 
     """What follows the last answer.
 
     Args:
-      whole: the text of `messages` (from `without_answers`), which begins with `prompt` and the last answer.
+      whole: the text of `messages` (from `without_answers`), which begins with `prompt` and the
+        last answer.
       source: how an error names the template.
 
     Returns:
@@ -40,7 +45,9 @@ def after_answer(whole: str, prompt: str, messages: list[dict], source: str) -> 
     said, rest = STAND_IN.format(answers[-1]), whole[len(prompt) :].lstrip()
     if not whole.startswith(prompt) or not rest.startswith(said) or rest.count(said) > 1:
         raise InfiniteVLError(
-            f"chat template {source} rewrites earlier turns, so the model cannot go on from what it holds",
-            "ask single questions, or use a template that only appends (without a file the built-in one is used)",
+            f"chat template {source} rewrites earlier turns, so the model cannot go on from what it"
+            " holds",
+            "ask single questions, or use a template that only appends (without a file the built-in"
+            " one is used)",
         )
     return answers[-1] + 1, rest.removeprefix(said)

@@ -1,4 +1,5 @@
-"""What a checkpoint folder says about pictures: sizes, limits, normalisation. Written by many versions of many tools."""
+"""What a checkpoint folder says about pictures: sizes, limits, normalisation. Written by many
+versions of many tools."""
 
 import dataclasses
 import json
@@ -17,7 +18,8 @@ T = TypeVar("T")
 
 
 class Preprocessor(Struct):
-    """preprocessor_config.json, video_preprocessor_config.json or a section of processor_config.json: the keys that are read."""
+    """preprocessor_config.json, video_preprocessor_config.json or a section of
+    processor_config.json: the keys that are read."""
 
     image_processor_type: str | None = None
     video_processor_type: str | None = None
@@ -77,21 +79,23 @@ _GEOMETRY = {
 
 
 def read_json(path: Path, kind: type[T] = dict[str, Any]) -> T:
-    """The content of a JSON file as `kind`, kind() if there is no such file. Raises InfiniteVLError for anything else."""
+    """The content of a JSON file as `kind`, kind() if there is no such file. Raises InfiniteVLError
+    for anything else."""
     return reading.read_json(path, kind) if path.exists() else kind()
 
 
 def image_options(folder: Path) -> ImageOptions:
-    """Image settings: processor_config.json's image_processor, else preprocessor_config.json; what they leave out, config.json's geometry
-    and then the published defaults."""
+    """Image settings: processor_config.json's image_processor, else preprocessor_config.json; what
+    they leave out, config.json's geometry and then the published defaults."""
     path, entries = _entries(folder, "image_processor", "preprocessor_config.json")
     _check_family(path, entries, entries.image_processor_type)
     return _options(ImageOptions, path, _values(path, entries, _NAMES), folder)
 
 
 def video_options(folder: Path) -> VideoOptions:
-    """Video settings: processor_config.json's video_processor, else video_preprocessor_config.json. Without either, geometry and
-    normalisation are the images', the limits the published ones for video (not the images')."""
+    """Video settings: processor_config.json's video_processor, else video_preprocessor_config.json.
+    Without either, geometry and normalisation are the images', the limits the published ones for
+    video (not the images')."""
     path, entries = _entries(folder, "video_processor", "video_preprocessor_config.json")
     if entries != Preprocessor():
         _check_family(path, entries, entries.video_processor_type)
@@ -151,7 +155,8 @@ def _options(kind: type[T], path: Path, values: dict[str, Any], folder: Path) ->
         wanted = getattr(vision, theirs)
         if wanted is not None and values.setdefault(name, wanted) != wanted:
             raise InfiniteVLError(
-                f"{path}: {name} is {values[name]}, but config.json's vision_config has {theirs} {wanted}",
+                f"{path}: {name} is {values[name]}, but config.json's vision_config has {theirs}"
+                f" {wanted}",
                 "the files are of two checkpoints: copy both from one",
             )
     try:

@@ -1,7 +1,8 @@
 """Images: from path, bytes, PIL or array to the patches that the vision tower reads.
 
-The arithmetic is that of the published Qwen2-VL image processor: sides become multiples of patch x merge, Pillow's
-bicubic filter, values scaled to 0..1 and normalised, then cut into patches in merge order.
+The arithmetic is that of the published Qwen2-VL image processor: sides become multiples of patch x
+merge, Pillow's bicubic filter, values scaled to 0..1 and normalised, then cut into patches in merge
+order.
 """
 
 import math
@@ -25,8 +26,8 @@ MAX_FILE_PIXELS = (
 MAX_FILE_BYTES = 1 << 29  # of a picture's file: some decoders read it whole
 MAX_RESIZED_PIXELS = 1 << 26  # of a picture as the model sees it: 85,000 tokens, 0.8 GB of patches
 
-# Formats whose decoders read the one file and start no program (Pillow hands EPS to Ghostscript). HEIF
-# counts where the caller has registered a plug-in for it.
+# Formats whose decoders read the one file and start no program (Pillow hands EPS to Ghostscript).
+# HEIF counts where the caller has registered a plug-in for it.
 FORMATS = (
     "PNG",
     "JPEG",
@@ -94,7 +95,8 @@ class ImageOptions:
             ):
                 wanted = "a number" if name == "rescale_factor" else "three numbers"
                 raise InfiniteVLError(
-                    f"{name} is {shown(getattr(self, name))}", f"give {wanted} above {low:g} and below 1e6"
+                    f"{name} is {shown(getattr(self, name))}",
+                    f"give {wanted} above {low:g} and below 1e6",
                 )
         if isinstance(self.resample, bool) or self.resample not in list(Image.Resampling):
             raise InfiniteVLError(
@@ -119,7 +121,8 @@ class ImageOptions:
 
 
 def check_counts(options: object, most: dict[str, int]) -> None:
-    """Raise InfiniteVLError unless each named attribute of `options` is an integer from 1 to its limit."""
+    """Raise InfiniteVLError unless each named attribute of `options` is an integer from 1 to its
+    limit."""
     for name, limit in most.items():
         value = getattr(options, name)
         if (
@@ -140,10 +143,13 @@ def is_number(value: object) -> bool:
 def smart_resize(
     height: int, width: int, factor: int = 28, min_pixels: int = 3136, max_pixels: int = 1_003_520
 ) -> tuple[int, int]:
-    """The (height, width) in pixels that a picture is resized to: multiples of `factor`, area within the two limits.
+    """The (height, width) in pixels that a picture is resized to: multiples of `factor`, area
+    within the two limits.
 
-    Halves round to even. Too large: both sides shrink by the same ratio and round down, though never below `factor`; too small: they grow
-    and round up. Raises InfiniteVLError for sides that are no integers, an empty picture or an aspect ratio over 200.
+    Halves round to even. Too large: both sides shrink by the same ratio and round down, though
+      never below `factor`; too small: they grow
+    and round up. Raises InfiniteVLError for sides that are no integers, an empty picture or an
+    aspect ratio over 200.
     """
     if any(isinstance(s, bool) or not isinstance(s, int | np.integer) for s in (height, width)):
         raise InfiniteVLError(
@@ -157,7 +163,8 @@ def smart_resize(
         )
     if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
         raise InfiniteVLError(
-            f"picture of {height} x {width} pixels (height x width) has an aspect ratio of {max(height, width) / min(height, width):.0f}",
+            f"picture of {height} x {width} pixels (height x width) has an aspect ratio of"
+            f" {max(height, width) / min(height, width):.0f}",
             f"the model takes at most {MAX_ASPECT_RATIO}: crop it or cut it into several pictures",
         )
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
@@ -187,7 +194,8 @@ def check_array(array: object, name: str, dims: str) -> np.ndarray:
     if array.ndim != dims.count(",") + 1 or array.shape[-1] != 3:
         raise InfiniteVLError(
             f"{name}: arrays are [{dims}], channels last",
-            "move the axes, drop an alpha channel, repeat a grey one three times; or pass a PIL image, which is converted to RGB",
+            "move the axes, drop an alpha channel, repeat a grey one three times; or pass a PIL"
+            " image, which is converted to RGB",
         )
     if array.dtype != np.uint8:
         raise InfiniteVLError(
@@ -203,9 +211,10 @@ def load_image(
 ) -> Image.Image:
     """An RGB picture from a path, file:// or data: URL, bytes, PIL image or uint8 array [H, W, 3].
 
-    The file is of one of FORMATS and has at most MAX_FILE_PIXELS pixels; of one that moves, the first frame is taken. A camera's
-    orientation is applied; transparency is laid over white; 16-bit greys are scaled to 8 bits. `name` is how errors call the picture.
-    Raises InfiniteVLError for anything that cannot be decoded whole.
+    The file is of one of FORMATS and has at most MAX_FILE_PIXELS pixels; of one that moves, the
+    first frame is taken. A camera's orientation is applied; transparency is laid over white; 16-bit
+    greys are scaled to 8 bits. `name` is how errors call the picture. Raises InfiniteVLError for
+    anything that cannot be decoded whole.
     """
     name = name or f"image {describe(source)}"
     if isinstance(source, str | Path | bytes | bytearray | memoryview):
@@ -214,7 +223,8 @@ def load_image(
     if isinstance(source, Image.Image):
         if source.format not in (None, *FORMATS):
             raise InfiniteVLError(
-                f"{name} is an open {source.format} file, which is not among the formats that are read here",
+                f"{name} is an open {source.format} file, which is not among the formats that are"
+                " read here",
                 "if you trust the file, decode it yourself: pass image.convert('RGB')",
             )
         try:
@@ -242,7 +252,8 @@ def _decode(file: BinaryIO, name: str) -> Image.Image:
         )
     file.seek(0)
     Image.init()  # registers Pillow's formats
-    # Decoders of damaged bytes raise every kind of exception, so all are caught here and here alone.
+    # Decoders of damaged bytes raise every kind of exception, so all are caught here and here
+    # alone.
     try:
         with Image.open(file, formats=[kind for kind in FORMATS if kind in Image.OPEN]) as image:
             _check_size(image, name)
@@ -279,7 +290,8 @@ def _check_size(image: Image.Image, name: str) -> None:
 
 
 def _upright(pixels: Image.Image, source: Image.Image) -> Image.Image:
-    """`pixels` turned as the metadata of `source` says. Of the metadata the orientation alone is read, and nothing is written."""
+    """`pixels` turned as the metadata of `source` says. Of the metadata the orientation alone is
+    read, and nothing is written."""
     try:
         value = source.getexif().get(_ORIENTATION)
     except (
@@ -292,7 +304,8 @@ def _upright(pixels: Image.Image, source: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """A copy in mode RGB, made in bands of rows: copies in between of a large picture would not fit into memory."""
+    """A copy in mode RGB, made in bands of rows: copies in between of a large picture would not fit
+    into memory."""
     if image.mode in ("I", "F"):
         raise InfiniteVLError(
             f"{name} has 32-bit pixels (mode {image.mode})",
@@ -327,9 +340,10 @@ def _band_to_rgb(image: Image.Image) -> Image.Image:
 def patchify(frames: np.ndarray, options: ImageOptions) -> tuple[np.ndarray, tuple[int, int, int]]:
     """Cut frames [F, H, W, 3] uint8 into normalised patches.
 
-    H and W are multiples of `options.factor`; F that is no multiple of `temporal_patch_size` repeats the last frame.
-    Returns patches [t*h*w, 3 * temporal_patch_size * patch_size^2] f32 and the grid (t, h, w) in patches. Patches are ordered t, merged
-    row, merged column, row inside the merge, column inside the merge; the numbers of a patch channel, frame, row, column.
+    H and W are multiples of `options.factor`; F that is no multiple of `temporal_patch_size`
+    repeats the last frame. Returns patches [t*h*w, 3 * temporal_patch_size * patch_size^2] f32 and
+    the grid (t, h, w) in patches. Patches are ordered t, merged row, merged column, row inside the
+    merge, column inside the merge; the numbers of a patch channel, frame, row, column.
     """
     span = options.temporal_patch_size
     steps = -(-len(frames) // span)
@@ -358,8 +372,8 @@ def patchify(frames: np.ndarray, options: ImageOptions) -> tuple[np.ndarray, tup
 def process_image(
     image: Image.Image, options: ImageOptions, size: tuple[int, int] | None = None
 ) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """An RGB picture's patches [n, features] f32 and grid (1, h, w). `size` (height, width) asks for other sides than the picture's own
-    before rounding and limits."""
+    """An RGB picture's patches [n, features] f32 and grid (1, h, w). `size` (height, width) asks
+    for other sides than the picture's own before rounding and limits."""
     height, width = smart_resize(
         *sides(size, image),
         options.factor,
@@ -368,8 +382,10 @@ def process_image(
     )
     if height * width > MAX_RESIZED_PIXELS:
         raise InfiniteVLError(
-            f"the picture is resized to {width:,} x {height:,} pixels, over the limit of {MAX_RESIZED_PIXELS:,}",
-            f"lower max_pixels (now {options.max_pixels:,}) or min_pixels (now {options.min_pixels:,})",
+            f"the picture is resized to {width:,} x {height:,} pixels, over the limit of"
+            f" {MAX_RESIZED_PIXELS:,}",
+            f"lower max_pixels (now {options.max_pixels:,}) or min_pixels (now"
+            f" {options.min_pixels:,})",
         )
     pixels = np.asarray(image.resize((width, height), options.resample))  # [H, W, 3]
     return patchify(pixels[None], options)

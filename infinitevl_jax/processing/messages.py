@@ -1,4 +1,5 @@
-"""Conversations as people write them, checked, and split into what the template reads and what has to be decoded."""
+"""Conversations as people write them, checked, and split into what the template reads and what has
+to be decoded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -45,7 +46,8 @@ class Media:
 
 @dataclass(frozen=True)
 class Conversation:
-    """`messages` and `tools` hold plain data for the template; `media` are the pictures and videos in the order of the text."""
+    """`messages` and `tools` hold plain data for the template; `media` are the pictures and videos
+    in the order of the text."""
 
     messages: list[dict]
     media: list[Media]
@@ -66,14 +68,19 @@ def split_batch(messages: object) -> tuple[list, bool]:
 
 
 def read_conversation(
-    messages: Sequence[dict], where: str, placeholders: dict[str, str], tools: Sequence[dict] | None = None
+    messages: Sequence[dict],
+    where: str,
+    placeholders: dict[str, str],
+    tools: Sequence[dict] | None = None,
 ) -> Conversation:
     """Check one conversation.
 
     Args:
-      messages: {"role", "content"}; further keys (tool_calls, name, ...) hold plain data for the template.
+      messages: {"role", "content"}; further keys (tool_calls, name, ...) hold plain data for the
+        template.
       where: opens every error.
-      placeholders: maps image and video to their tokens, which no text but the assistant's may spell.
+      placeholders: maps image and video to their tokens, which no text but the assistant's may
+        spell.
       tools: JSON schemas of functions, for the template.
     """
     if not isinstance(messages, list | tuple) or not messages:
@@ -84,24 +91,38 @@ def read_conversation(
     for number, message in enumerate(messages):
         spot = f"{where}[{number}]"
         if not isinstance(message, dict) or "role" not in message:
-            raise InfiniteVLError(f"{spot} is not a message: {_kind(message)}", 'write {"role": "user", "content": ...}')
+            raise InfiniteVLError(
+                f"{spot} is not a message: {_kind(message)}",
+                'write {"role": "user", "content": ...}',
+            )
         role, content = message["role"], message.get("content")
         if not isinstance(role, str) or role not in ROLES:
-            raise InfiniteVLError(f"{spot} has the unknown role {_kind(role)}", f"use one of {', '.join(ROLES)}")
+            raise InfiniteVLError(
+                f"{spot} has the unknown role {_kind(role)}", f"use one of {', '.join(ROLES)}"
+            )
         read = _Text(placeholders, said=role == "assistant")
         if isinstance(content, str):
             content = read.text(content, spot)
         elif isinstance(content, list | tuple):
-            parts = [_read_part(part, f"{spot}.content[{i}]", media, read) for i, part in enumerate(content)]
+            parts = [
+                _read_part(part, f"{spot}.content[{i}]", media, read)
+                for i, part in enumerate(content)
+            ]
             # Text models' templates know strings only, and a list of texts says the same.
             texts = [part["text"] for part in parts if part["type"] == "text"]
             content = read.text("".join(texts), spot) if len(texts) == len(parts) else parts
         elif not (content is None and message.get("tool_calls")):
             raise InfiniteVLError(
-                f"{spot} has content of type {type(content).__name__}", "make it a string or a list of text, image and video items"
+                f"{spot} has content of type {type(content).__name__}",
+                "make it a string or a list of text, image and video items",
             )
-        # Data sets that were flattened into columns carry every key everywhere, None where it does not apply.
-        others = {key: value for key, value in message.items() if key not in ("role", "content") and value is not None}
+        # Data sets that were flattened into columns carry every key everywhere, None where it does
+        # not apply.
+        others = {
+            key: value
+            for key, value in message.items()
+            if key not in ("role", "content") and value is not None
+        }
         plain.append({"role": role, "content": content, **read.plain(others, spot)})
         _check_calls(plain[-1], spot)
     return Conversation(plain, media, _read_tools(tools, placeholders))
@@ -109,7 +130,8 @@ def read_conversation(
 
 @dataclass(frozen=True)
 class _Text:
-    """Reads texts and plain data of one message. `said`: they are the assistant's, and what it spells is only words."""
+    """Reads texts and plain data of one message. `said`: they are the assistant's, and what it
+    spells is only words."""
 
     placeholders: dict[str, str]
     said: bool = False
@@ -124,7 +146,9 @@ class _Text:
     def plain(self, value: object, where: str, depth: int = 0) -> object:
         """A copy of JSON-like data whose texts are checked."""
         if depth > DEPTH:
-            raise InfiniteVLError(f"{where} is more than {DEPTH} lists or objects deep", "make it flatter")
+            raise InfiniteVLError(
+                f"{where} is more than {DEPTH} lists or objects deep", "make it flatter"
+            )
         if isinstance(value, str):
             return self.text(value, where)
         if value is None or isinstance(value, bool | int | float):
@@ -132,15 +156,21 @@ class _Text:
         if isinstance(value, list | tuple):
             return [self.plain(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
         if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-            return {self.text(key, where): self.plain(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
+            return {
+                self.text(key, where): self.plain(item, f"{where}.{key}", depth + 1)
+                for key, item in value.items()
+            }
         raise InfiniteVLError(
-            f"{where} is of type {type(value).__name__}", "use texts, numbers, lists and objects with texts as keys, as in JSON"
+            f"{where} is of type {type(value).__name__}",
+            "use texts, numbers, lists and objects with texts as keys, as in JSON",
         )
 
 
 def _check_calls(message: dict, where: str) -> None:
     calls = message.get("tool_calls", [])
-    if not isinstance(calls, list) or not all(isinstance(c, dict) and isinstance(c.get("function", c), dict) for c in calls):
+    if not isinstance(calls, list) or not all(
+        isinstance(c, dict) and isinstance(c.get("function", c), dict) for c in calls
+    ):
         raise InfiniteVLError(
             f"{where}.tool_calls is {_kind(calls)}",
             'write [{"type": "function", "function": {"name": ..., "arguments": {...}}}]',
@@ -150,37 +180,63 @@ def _check_calls(message: dict, where: str) -> None:
 def _read_tools(tools: Sequence[dict] | None, placeholders: dict[str, str]) -> list[dict] | None:
     if tools is None:
         return None
-    cure = 'pass a list of {"type": "function", "function": {"name": ..., "description": ..., "parameters": <JSON schema>}}'
+    cure = (
+        'pass a list of {"type": "function", "function": {"name": ..., "description": ...,'
+        ' "parameters": <JSON schema>}}'
+    )
     if not isinstance(tools, list | tuple):
         raise InfiniteVLError(f"tools is of type {type(tools).__name__}", cure)
     read = [_Text(placeholders).plain(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
     for i, tool in enumerate(read):
         inner = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"]:
+        if (
+            not isinstance(inner, dict)
+            or not isinstance(inner.get("name"), str)
+            or not inner["name"]
+        ):
             raise InfiniteVLError(f"tools[{i}] has no name: {_kind(tool)}", cure)
     return read or None
 
 
 def check_call(
-    *, padding_side: object = None, max_length: object = None, turns: object = "all", add_generation_prompt: object = True
+    *,
+    padding_side: object = None,
+    max_length: object = None,
+    turns: object = "all",
+    add_generation_prompt: object = True,
 ) -> None:
     """Raises InfiniteVLError for an option of a call that is none of its values."""
-    if padding_side is not None and (not isinstance(padding_side, str) or padding_side not in ("left", "right")):
-        raise InfiniteVLError(f"padding_side is {shown(padding_side)}", 'use "left" (for generation) or "right"')
+    if padding_side is not None and (
+        not isinstance(padding_side, str) or padding_side not in ("left", "right")
+    ):
+        raise InfiniteVLError(
+            f"padding_side is {shown(padding_side)}", 'use "left" (for generation) or "right"'
+        )
     whole = isinstance(max_length, int | np.integer) and not isinstance(max_length, bool)
     if max_length is not None and not (whole and max_length >= 1):
-        raise InfiniteVLError(f"max_length is {shown(max_length)}", "give tokens, an integer of 1 or more, or None for no limit")
+        raise InfiniteVLError(
+            f"max_length is {shown(max_length)}",
+            "give tokens, an integer of 1 or more, or None for no limit",
+        )
     if not isinstance(turns, str) or turns not in ("last", "all"):
         raise InfiniteVLError(f"turns is {shown(turns)}", 'use "last" or "all"')
     if not isinstance(add_generation_prompt, bool | np.bool_):
-        raise InfiniteVLError(f"add_generation_prompt is {shown(add_generation_prompt)}", "give True or False")
+        raise InfiniteVLError(
+            f"add_generation_prompt is {shown(add_generation_prompt)}", "give True or False"
+        )
 
 
 def _read_part(part: object, where: str, media: list[Media], read: _Text) -> dict:
     if not isinstance(part, dict) or "type" not in part:
-        raise InfiniteVLError(f"{where} is not a content item: {_kind(part)}", 'write {"type": "text", "text": ...} (or image, video)')
+        raise InfiniteVLError(
+            f"{where} is not a content item: {_kind(part)}",
+            'write {"type": "text", "text": ...} (or image, video)',
+        )
     if not isinstance(part["type"], str) or part["type"] not in TYPES:
-        raise InfiniteVLError(f"{where} has the unknown type {_kind(part['type'])}", f"use one of {', '.join(OPTIONS)}")
+        raise InfiniteVLError(
+            f"{where} has the unknown type {_kind(part['type'])}",
+            f"use one of {', '.join(OPTIONS)}",
+        )
     kind = TYPES[part["type"]]
     if kind == "text":
         source, used = part.get("text"), {"text"}
@@ -189,24 +245,37 @@ def _read_part(part: object, where: str, media: list[Media], read: _Text) -> dic
     if source is None:
         given = ", ".join(str(key) for key in part if key != "type") or "nothing"
         raise InfiniteVLError(
-            f"{where} is of type {part['type']} but has no {kind!r} (it has: {given})", f'write {{"type": "{kind}", "{kind}": ...}}'
+            f"{where} is of type {part['type']} but has no {kind!r} (it has: {given})",
+            f'write {{"type": "{kind}", "{kind}": ...}}',
         )
-    # Data sets that were flattened into columns carry every key everywhere, None where it does not apply.
-    options = {key: value for key, value in part.items() if key not in {"type", *used} and value is not None}
+    # Data sets that were flattened into columns carry every key everywhere, None where it does not
+    # apply.
+    options = {
+        key: value
+        for key, value in part.items()
+        if key not in {"type", *used} and value is not None
+    }
     unknown = [str(key) for key in options if key not in OPTIONS[kind]]
     if unknown:
-        known = f"{kind} takes: {', '.join(OPTIONS[kind])}" if OPTIONS[kind] else f"{kind} takes no options"
+        known = (
+            f"{kind} takes: {', '.join(OPTIONS[kind])}"
+            if OPTIONS[kind]
+            else f"{kind} takes no options"
+        )
         raise InfiniteVLError(f"{where} has the unknown option {', '.join(unknown)}", known)
     if kind == "text":
         if not isinstance(source, str):
-            raise InfiniteVLError(f"{where} has text of type {type(source).__name__}", "make it a string")
+            raise InfiniteVLError(
+                f"{where} has text of type {type(source).__name__}", "make it a string"
+            )
         return {"type": "text", "text": read.text(source, where)}
     media.append(Media(kind, source, where, options))
     return {"type": kind, kind: where}  # templates look at the keys, never into pictures
 
 
 def _source(part: dict, kind: str, where: str) -> tuple[object, set[str]]:
-    """What stands for the picture or video of an item, and the keys that say it; (None, ...) if there is none."""
+    """What stands for the picture or video of an item, and the keys that say it; (None, ...) if
+    there is none."""
     names = (kind, f"{kind}_url", *_SOURCES)
     given = [name for name in names if part.get(name) is not None]
     if len(given) != 1:

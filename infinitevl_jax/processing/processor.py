@@ -13,7 +13,13 @@ from infinitevl_jax.processing.chat_template import ChatTemplate
 from infinitevl_jax.processing.continuation import after_answer, without_answers
 from infinitevl_jax.processing.folder import image_options, override, read_json, video_options
 from infinitevl_jax.processing.images import ImageOptions, load_image, patchify, process_image
-from infinitevl_jax.processing.messages import Conversation, Media, check_call, read_conversation, split_batch
+from infinitevl_jax.processing.messages import (
+    Conversation,
+    Media,
+    check_call,
+    read_conversation,
+    split_batch,
+)
 from infinitevl_jax.processing.spelled import GUARD
 from infinitevl_jax.processing.stream import TextStream
 from infinitevl_jax.processing.tokenizer import Tokenizer
@@ -34,7 +40,8 @@ ANSWERS = 256  # of one training example: to find each, the conversation up to i
 
 @dataclass(frozen=True)
 class Vision:
-    """A processed picture or video: patches [n, features] f32, grid (t, h, w) in patches, the tokens it becomes."""
+    """A processed picture or video: patches [n, features] f32, grid (t, h, w) in patches, the
+    tokens it becomes."""
 
     media: Media
     patches: np.ndarray
@@ -46,8 +53,9 @@ class Vision:
 class Processor:
     """Turns conversations into model inputs and token ids back into text.
 
-    `tokenizer`, `template`, `images` and `videos` say how; `padding_side` ("left" or "right") and `max_length` (tokens of a prompt, None
-    for no limit) are defaults of the calls. Instances can be pickled and used from several threads.
+    `tokenizer`, `template`, `images` and `videos` say how; `padding_side` ("left" or "right") and
+    `max_length` (tokens of a prompt, None for no limit) are defaults of the calls. Instances can be
+    pickled and used from several threads.
     """
 
     def __init__(
@@ -84,16 +92,21 @@ class Processor:
         padding_side: str = "left",
         max_length: int | None = None,
     ) -> "Processor":
-        """Read a checkpoint folder's tokenizer, chat template and preprocessor files; each that is missing has a built-in stand-in.
+        """Read a checkpoint folder's tokenizer, chat template and preprocessor files; each that is
+        missing has a built-in stand-in.
 
-        The options replace what the files say: pixel limits of images and of video frames (height x width after resizing), a whole video's
-        pixels, frames sampled a second and their count. Raises InfiniteVLError when files are broken or contradict each other.
+        The options replace what the files say: pixel limits of images and of video frames (height x
+          width after resizing), a whole video's
+        pixels, frames sampled a second and their count. Raises InfiniteVLError when files are
+        broken or contradict each other.
         """
         folder = Path(folder)
         if not folder.is_dir():
             raise InfiniteVLError(
-                f"{folder} is {'a file' if folder.exists() else 'not there'}: a checkpoint folder is needed",
-                "pass the folder that holds config.json (names on a hub are not downloaded: fetch the checkpoint first)",
+                f"{folder} is {'a file' if folder.exists() else 'not there'}: a checkpoint folder"
+                " is needed",
+                "pass the folder that holds config.json (names on a hub are not downloaded: fetch"
+                " the checkpoint first)",
             )
         image_values = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         video_values = {
@@ -124,18 +137,26 @@ class Processor:
         padding_side: str | None = None,
         max_length: int | None = None,
     ) -> dict[str, np.ndarray]:
-        """Model inputs of one conversation (a list of {"role", "content"}) or of a list of conversations.
+        """Model inputs of one conversation (a list of {"role", "content"}) or of a list of
+        conversations.
 
-        `tools` are JSON schemas of functions that the chat template may write. Every part of a message has to stand in the text: a
-        template that leaves tools or tool calls out is refused. What an assistant's text spells is words, never a picture or an end.
+        `tools` are JSON schemas of functions that the chat template may write. Every part of a
+        message has to stand in the text: a template that leaves tools or tool calls out is refused.
+          What an assistant's text spells is words, never a picture or an end.
 
-        Returns input_ids and attention_mask [batch, length] int32, padded on `padding_side`, and where there are such: pixel_values
-        [patches, features] f32 with image_grid_thw [images, 3] int32, pixel_values_videos with video_grid_thw [videos, 3] and
-        second_per_grid_ts [videos] f64 (seconds a temporal patch spans). Pictures of all conversations follow one another.
-        Raises InfiniteVLError for input that cannot be read and for prompts over `max_length` tokens.
+        Returns input_ids and attention_mask [batch, length] int32, padded on `padding_side`, and
+        where there are such: pixel_values [patches, features] f32 with image_grid_thw [images, 3]
+          int32, pixel_values_videos with video_grid_thw [videos, 3] and
+        second_per_grid_ts [videos] f64 (seconds a temporal patch spans). Pictures of all
+        conversations follow one another. Raises InfiniteVLError for input that cannot be read and
+        for prompts over `max_length` tokens.
         """
         conversations, several = split_batch(messages)
-        check_call(padding_side=padding_side, max_length=max_length, add_generation_prompt=add_generation_prompt)
+        check_call(
+            padding_side=padding_side,
+            max_length=max_length,
+            add_generation_prompt=add_generation_prompt,
+        )
         side = padding_side or self.padding_side
         rows, vision = [], []
         for number, conversation in enumerate(conversations):
@@ -163,18 +184,24 @@ class Processor:
         turns: Literal["last", "all"] = "all",
         max_length: int | None = None,
     ) -> dict[str, np.ndarray]:
-        """One conversation for training: input_ids [length] int32 and answer_mask [length] bool, unpadded, and `__call__`'s picture arrays.
+        """One conversation for training: input_ids [length] int32 and answer_mask [length] bool,
+        unpadded, and `__call__`'s picture arrays.
 
-        The mask is True on what the assistant says, its end-of-turn token included, in the last or in all of its turns. An answer is
-        tokenised apart from the prompt before it, as it will be when the model says it.
+        The mask is True on what the assistant says, its end-of-turn token included, in the last or
+        in all of its turns. An answer is tokenised apart from the prompt before it, as it will be
+        when the model says it.
         """
         check_call(turns=turns, max_length=max_length)
         conversation = read_conversation(messages, "messages", PLACEHOLDERS, tools)
-        answers = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        answers = [
+            i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"
+        ]
         if not answers or answers[0] == 0:
+            found = "an assistant turn first, answering nothing"
             raise InfiniteVLError(
-                f"messages has {'an assistant turn first, answering nothing' if answers else 'no assistant turn to learn from'}",
-                'write {"role": "user", ...} and then {"role": "assistant", "content": <the answer>}',
+                f"messages has {found if answers else 'no assistant turn to learn from'}",
+                'write {"role": "user", ...} and then {"role": "assistant", "content": <the'
+                " answer>}",
             )
         answers = answers[-1:] if turns == "last" else answers
         if len(answers) > ANSWERS:
@@ -198,12 +225,14 @@ class Processor:
 
         Args:
           messages: the conversation, ending with what was said after the last answer.
-          prompt: what was answered, as the call before returned it; "" where nothing has been answered yet.
+          prompt: what was answered, as the call before returned it; "" where nothing has been
+            answered yet.
 
         Returns:
-          `__call__`'s arrays (one row) of the rest alone, new pictures included; it begins after the answer's words, with the token that
-          ends them. And the prompt of the whole conversation, in which stand-ins take the place of answers: the model holds their words,
-          and what it said must not decide how the conversation goes on.
+          `__call__`'s arrays (one row) of the rest alone, new pictures included; it begins after
+          the answer's words, with the token that ends them. And the prompt of the whole
+          conversation, in which stand-ins take the place of answers: the model holds their words,
+            and what it said must not decide how the conversation goes on.
 
         Raises InfiniteVLError for a template that does not leave prompt and answer as they were.
         """
@@ -213,20 +242,31 @@ class Processor:
         first, media = 0, conversation.media
         if prompt:
             first, rest = after_answer(whole, prompt, replaced, self.template.source)
-            new = [part for message in replaced[first:] if isinstance(message["content"], list) for part in message["content"]]
+            new = [
+                part
+                for message in replaced[first:]
+                if isinstance(message["content"], list)
+                for part in message["content"]
+            ]
             media = media[len(media) - sum(part["type"] != "text" for part in new) :]
         else:
             rest = self._render(conversation.messages, True, conversation.tools)
         vision = [self._see(item) for item in media]
         ids, _ = self._tokenise([rest], vision, "messages", None)
         self._check_traces(conversation, "messages", first)
-        return {"input_ids": ids[None], "attention_mask": np.ones_like(ids[None]), **_arrays(vision)}, whole
+        return {
+            "input_ids": ids[None],
+            "attention_mask": np.ones_like(ids[None]),
+            **_arrays(vision),
+        }, whole
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = True) -> str:
         """Text of token ids [length]."""
         return self.tokenizer.decode(ids, skip_special_tokens)
 
-    def batch_decode(self, ids: Iterable[Sequence[int]] | np.ndarray, skip_special_tokens: bool = True) -> list[str]:
+    def batch_decode(
+        self, ids: Iterable[Sequence[int]] | np.ndarray, skip_special_tokens: bool = True
+    ) -> list[str]:
         """Texts of token ids [batch, length]."""
         return [self.decode(row, skip_special_tokens) for row in ids]
 
@@ -234,21 +274,29 @@ class Processor:
         """A decoder for ids that arrive one by one."""
         return self.tokenizer.stream(skip_special_tokens)
 
-    def _render(self, messages: list[dict], add_generation_prompt: bool, tools: list[dict] | None) -> str:
+    def _render(
+        self, messages: list[dict], add_generation_prompt: bool, tools: list[dict] | None
+    ) -> str:
         if self.template.is_builtin and self.tokenizer.token_id(END_OF_TURN) is None:
             raise InfiniteVLError(
-                f"the tokenizer ({self.tokenizer.source}) has no {END_OF_TURN}, which the built-in chat template writes",
+                f"the tokenizer ({self.tokenizer.source}) has no {END_OF_TURN}, which the built-in"
+                " chat template writes",
                 "put the checkpoint's own chat_template.jinja into its folder",
             )
-        return self.template.render(messages, add_generation_prompt, tools=tools, **self.tokenizer.special)
+        return self.template.render(
+            messages, add_generation_prompt, tools=tools, **self.tokenizer.special
+        )
 
     def _check_traces(self, conversation: Conversation, where: str, first: int = 0) -> None:
-        """Raises InfiniteVLError for a part of messages[first:] or a tool that the template leaves out."""
+        """Raises InfiniteVLError for a part of messages[first:] or a tool that the template leaves
+        out."""
 
         def render(messages, tools):
             return self._render(messages, False, tools)
 
-        check_traces(render, conversation.messages, conversation.tools, where, self.template.source, first)
+        check_traces(
+            render, conversation.messages, conversation.tools, where, self.template.source, first
+        )
 
     def _cut(self, conversation: Conversation, answers: list[int]) -> list[str]:
         """The rendered conversation as [prompt, answer, prompt, answer, ..., rest]."""
@@ -261,14 +309,21 @@ class Processor:
             upto = self._render(messages[: i + 1], False, tools)
             if not (upto.startswith(prompt) and text.startswith(upto) and len(prompt) >= done):
                 raise InfiniteVLError(
-                    f"chat template {self.template.source} rewrites earlier turns, so the answer of messages[{i}] cannot be told apart",
-                    "train on the last turn of shorter conversations, or use a template that only appends (the built-in does)",
+                    f"chat template {self.template.source} rewrites earlier turns, so the answer of"
+                    f" messages[{i}] cannot be told apart",
+                    "train on the last turn of shorter conversations, or use a template that only"
+                    " appends (the built-in does)",
                 )
-            end = max(upto.rfind(token) + len(token) if token in upto[len(prompt) :] else -1 for token in self._end_tokens())
+            end = max(
+                upto.rfind(token) + len(token) if token in upto[len(prompt) :] else -1
+                for token in self._end_tokens()
+            )
             if end < 0:
                 raise InfiniteVLError(
-                    f"chat template {self.template.source} puts no end-of-turn token after the answer of messages[{i}]",
-                    "a model trained so never stops: have the template write the tokenizer's eos_token after each answer",
+                    f"chat template {self.template.source} puts no end-of-turn token after the"
+                    f" answer of messages[{i}]",
+                    "a model trained so never stops: have the template write the tokenizer's"
+                    " eos_token after each answer",
                 )
             pieces += [text[done : len(prompt)], text[len(prompt) : end]]
             done = end
@@ -281,14 +336,22 @@ class Processor:
     def _see(self, media: Media) -> Vision:
         if self.tokenizer.token_id(PLACEHOLDERS[media.kind]) is None:
             raise InfiniteVLError(
-                f"{media.where} is of type {media.kind}, but the tokenizer ({self.tokenizer.source}) has no {PLACEHOLDERS[media.kind]}",
+                f"{media.where} is of type {media.kind}, but the tokenizer"
+                f" ({self.tokenizer.source}) has no {PLACEHOLDERS[media.kind]}",
                 "this is a text model: leave pictures out, or load a vision-language checkpoint",
             )
         values = dict(media.options)
         sides = [values.pop(name, None) for name in ("resized_height", "resized_width")]
         if (sides[0] is None) != (sides[1] is None):
-            raise InfiniteVLError(f"{media.where} gives only one of resized_height and resized_width", "give both or neither")
-        size = None if sides[0] is None else (_positive(sides[0], media.where), _positive(sides[1], media.where))
+            raise InfiniteVLError(
+                f"{media.where} gives only one of resized_height and resized_width",
+                "give both or neither",
+            )
+        size = (
+            None
+            if sides[0] is None
+            else (_positive(sides[0], media.where), _positive(sides[1], media.where))
+        )
         try:
             if media.kind == "image":
                 options = override(self.images, values, media.where)
@@ -303,17 +366,28 @@ class Processor:
                 raise
             raise InfiniteVLError(f"{media.name}: {error.culprit}", error.cure) from error
         patches, grid = patchify(video.frames, options)
-        return Vision(media, patches, grid, len(patches) // options.merge_unit, float(options.temporal_patch_size / video.fps))
+        return Vision(
+            media,
+            patches,
+            grid,
+            len(patches) // options.merge_unit,
+            float(options.temporal_patch_size / video.fps),
+        )
 
-    def _tokenise(self, pieces: list[str], vision: list[Vision], where: str, max_length: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """Ids [length] of the pieces in a row, placeholders grown to their pictures' tokens, and each id's piece number [length]."""
+    def _tokenise(
+        self, pieces: list[str], vision: list[Vision], where: str, max_length: int | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids [length] of the pieces in a row, placeholders grown to their pictures' tokens, and
+        each id's piece number [length]."""
         waiting = {kind: [v for v in vision if v.media.kind == kind] for kind in PLACEHOLDERS}
         for kind, token in PLACEHOLDERS.items():
             found = sum(piece.count(token) for piece in pieces)
             if found != len(waiting[kind]):
                 raise InfiniteVLError(
-                    f"{where}: chat template {self.template.source} wrote {found} x {token} for {len(waiting[kind])} {kind} item(s)",
-                    "use a template that writes it once for each picture (remove the file for the built-in one)",
+                    f"{where}: chat template {self.template.source} wrote {found} x {token} for"
+                    f" {len(waiting[kind])} {kind} item(s)",
+                    "use a template that writes it once for each picture (remove the file for the"
+                    " built-in one)",
                 )
         queues = {token: iter(waiting[kind]) for kind, token in PLACEHOLDERS.items()}
         ids: list[np.ndarray] = []
@@ -321,29 +395,49 @@ class Processor:
         for number, piece in enumerate(pieces):
             for part in re.split("(" + "|".join(map(re.escape, queues)) + ")", piece):
                 if part in queues:
-                    run = np.full(next(queues[part]).tokens, self.tokenizer.token_id(part), np.int32)
+                    run = np.full(
+                        next(queues[part]).tokens, self.tokenizer.token_id(part), np.int32
+                    )
                 else:  # on its own, no side of a guard is a special token
-                    run = np.asarray([i for words in part.split(GUARD) for i in self.tokenizer.encode(words)], np.int32)
+                    run = np.asarray(
+                        [i for words in part.split(GUARD) for i in self.tokenizer.encode(words)],
+                        np.int32,
+                    )
                 ids.append(run)
                 owner.append(np.full(len(run), number, np.int32))
         flat = np.concatenate(ids)
-        self._check_length(len(flat), vision, where, self.max_length if max_length is None else max_length)
+        self._check_length(
+            len(flat), vision, where, self.max_length if max_length is None else max_length
+        )
         if not len(flat):
-            raise InfiniteVLError(f"{where}: chat template {self.template.source} wrote no text at all", "check the template")
+            raise InfiniteVLError(
+                f"{where}: chat template {self.template.source} wrote no text at all",
+                "check the template",
+            )
         return flat, np.concatenate(owner)
 
-    def _check_length(self, length: int, vision: list[Vision], where: str, limit: int | None) -> None:
+    def _check_length(
+        self, length: int, vision: list[Vision], where: str, limit: int | None
+    ) -> None:
         if limit is None:
             return
         if isinstance(limit, bool) or not isinstance(limit, int | np.integer) or limit < 1:
-            raise InfiniteVLError(f"max_length is {shown(limit)}", "give the most tokens of a prompt, an integer of 1 or more, or None")
+            raise InfiniteVLError(
+                f"max_length is {shown(limit)}",
+                "give the most tokens of a prompt, an integer of 1 or more, or None",
+            )
         if length <= limit:
             return
         text = length - sum(v.tokens for v in vision)
         largest = sorted(vision, key=lambda v: -v.tokens)
-        lines = [f"{v.tokens:,} {v.media.name}, {v.grid[0]} x {v.grid[1]} x {v.grid[2]} patches" for v in largest[:4]]
+        lines = [
+            f"{v.tokens:,} {v.media.name}, {v.grid[0]} x {v.grid[1]} x {v.grid[2]} patches"
+            for v in largest[:4]
+        ]
         if len(largest) > 4:
-            lines.append(f"{sum(v.tokens for v in largest[4:]):,} {len(largest) - 4} further pictures")
+            lines.append(
+                f"{sum(v.tokens for v in largest[4:]):,} {len(largest) - 4} further pictures"
+            )
         cure = f"raise max_length to {length}"
         if largest and largest[0].tokens > text:
             kind = largest[0].media.kind
@@ -355,7 +449,8 @@ class Processor:
         else:
             cure += ", or shorten the text"
         raise InfiniteVLError(
-            f"{where}: the prompt has {length:,} tokens, {length - limit:,} over the limit of {limit:,}:"
+            f"{where}: the prompt has {length:,} tokens, {length - limit:,} over the limit of"
+            f" {limit:,}:"
             + "".join(f"\n    {line}" for line in [f"{text:,} text and markers", *lines]),
             cure,
         )
@@ -363,13 +458,22 @@ class Processor:
 
 def _arrays(vision: list[Vision]) -> dict[str, np.ndarray]:
     out: dict[str, np.ndarray] = {}
-    for kind, pixels, grids in (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw")):
+    for kind, pixels, grids in (
+        ("image", "pixel_values", "image_grid_thw"),
+        ("video", "pixel_values_videos", "video_grid_thw"),
+    ):
         chosen = [v for v in vision if v.media.kind == kind]
         if chosen:
-            out[pixels] = chosen[0].patches if len(chosen) == 1 else np.concatenate([v.patches for v in chosen])
+            out[pixels] = (
+                chosen[0].patches
+                if len(chosen) == 1
+                else np.concatenate([v.patches for v in chosen])
+            )
             out[grids] = np.asarray([v.grid for v in chosen], np.int32)
             if kind == "video":
-                out["second_per_grid_ts"] = np.asarray([v.second_per_grid for v in chosen], np.float64)
+                out["second_per_grid_ts"] = np.asarray(
+                    [v.second_per_grid for v in chosen], np.float64
+                )
     return out
 
 
@@ -382,7 +486,8 @@ def _check_vision_ids(tokenizer: Tokenizer, folder: Path) -> None:
         found = tokenizer.token_id(token)
         if found != wanted:
             raise InfiniteVLError(
-                f"{folder / 'config.json'}: {key} is {wanted}, but {token} is {found} in the tokenizer ({tokenizer.source})",
+                f"{folder / 'config.json'}: {key} is {wanted}, but {token} is {found} in the"
+                f" tokenizer ({tokenizer.source})",
                 "config and tokenizer are of two checkpoints: copy both from one",
             )
 
@@ -392,6 +497,13 @@ def _given(values: dict) -> dict:
 
 
 def _positive(value: object, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value <= 1 << 20:
-        raise InfiniteVLError(f"{where}: resized_height or resized_width is {shown(value)}", "give pixels, an integer from 1 to 1,048,576")
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | np.integer)
+        or not 1 <= value <= 1 << 20
+    ):
+        raise InfiniteVLError(
+            f"{where}: resized_height or resized_width is {shown(value)}",
+            "give pixels, an integer from 1 to 1,048,576",
+        )
     return int(value)

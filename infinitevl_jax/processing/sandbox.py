@@ -2,8 +2,8 @@
 
 The sandbox keeps a template away from Python. The budget keeps it from looping for ever and from
 filling the memory: whatever makes a value pays for the value's size before it is made or, where it
-cannot be much larger than what it was made of, at once afterwards; every turn of a loop, call, filter,
-test and comparison looks at the clock.
+cannot be much larger than what it was made of, at once afterwards; every turn of a loop, call,
+filter, test and comparison looks at the clock.
 """
 
 import functools
@@ -47,7 +47,8 @@ _now = threading.local()
 
 @contextmanager
 def budget(*given: object):
-    """Inside, templates compile and render within one budget, which grows with what they are given."""
+    """Inside, templates compile and render within one budget, which grows with what they are
+    given."""
     _now.budget = _Budget(0)
     try:
         _now.budget = _Budget(sum(size(value) for value in given))

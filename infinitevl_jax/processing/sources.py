@@ -129,8 +129,8 @@ def _data(header: str, content: str, name: str, noun: str) -> bytes:
 
 
 def kind_of(head: bytes) -> str | None:
-    """What a file is by its first 400 bytes: "image", "video", "both" (GIF and PNG may move), None.
-    """
+    """What a file is by its first 400 bytes: "image", "video", "both" (GIF and PNG may move),
+    None."""
     if head[4:8] == b"ftyp":
         return "image" if head[8:12] in _STILL_BRANDS else "video"
     if head[:4] == b"RIFF":

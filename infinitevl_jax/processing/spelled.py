@@ -1,14 +1,16 @@
 """Special tokens that a text only spells.
 
-What a model said is data: an answer that spells <|image_pad|> or <|im_end|> is words, no picture and
-no end. In an assistant's text such spellings are broken up by a guard, which the template carries along
-and the tokenizer never sees.
+What a model said is data: an answer that spells <|image_pad|> or <|im_end|> is words, no picture
+  and
+no end. In an assistant's text such spellings are broken up by a guard, which the template carries
+along and the tokenizer never sees.
 """
 
 from infinitevl_jax.errors import InfiniteVLError
 
 GUARD = "\ufdd0\ufdd1"  # noncharacters: Unicode keeps them out of all text
-# What decides where pictures stand and turns end. Others (boxes, tool calls) are an answer's own to use.
+# What decides where pictures stand and turns end. Others (boxes, tool calls) are an answer's own to
+# use.
 CONTROL = (
     "<|image_pad|>",
     "<|video_pad|>",
@@ -33,8 +35,10 @@ def check_unicode(text: str, where: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InfiniteVLError(
-            f"{where} holds half of a character, U+{ord(text[error.start]):04X}, at place {error.start}",
-            "cut text between characters, or replace what was cut: text.encode('utf-8', 'replace').decode()",
+            f"{where} holds half of a character, U+{ord(text[error.start]):04X}, at place"
+            f" {error.start}",
+            "cut text between characters, or replace what was cut: text.encode('utf-8',"
+            " 'replace').decode()",
         ) from None
 
 
@@ -43,8 +47,10 @@ def check_spelling(text: str, where: str, placeholders: dict[str, str]) -> None:
     for kind, token in placeholders.items():
         if token in text:
             raise InfiniteVLError(
-                f"{where} spells out {token} in its text, which stands for {kind} tokens and has no {kind} here",
-                f'pass pictures as items, {{"type": "{kind}", "{kind}": ...}}, and take the token out of the text, or space it out',
+                f"{where} spells out {token} in its text, which stands for {kind} tokens and has no"
+                f" {kind} here",
+                f'pass pictures as items, {{"type": "{kind}", "{kind}": ...}}, and take the token'
+                " out of the text, or space it out",
             )
     if GUARD in text:
         raise InfiniteVLError(

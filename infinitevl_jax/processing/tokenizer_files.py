@@ -1,6 +1,8 @@
-"""A checkpoint folder's tokenizer files, read with declared types and limits before `tokenizers` sees them.
+"""A checkpoint folder's tokenizer files, read with declared types and limits before `tokenizers`
+sees them.
 
-That library is native code: on values that no published file has, it raises bare exceptions, panics,
+That library is native code: on values that no published file has, it raises bare exceptions,
+  panics,
 ends the process or never comes back.
 """
 
@@ -85,7 +87,8 @@ class Component(Struct):
         """How many times longer a text may become in this step alone."""
         if self.content is None or not isinstance(self.pattern, dict):
             return 1
-        # An expression may match nothing at all, and then it writes its content before every character.
+        # An expression may match nothing at all, and then it writes its content before every
+        # character.
         return max(
             1,
             *[
@@ -124,7 +127,8 @@ class NamedTemplate(Struct):
 
 
 class Settings(Struct):
-    """tokenizer_config.json: which tokens have which part, tokens that are listed here alone, the chat template."""
+    """tokenizer_config.json: which tokens have which part, tokens that are listed here alone, the
+    chat template."""
 
     bos_token: str | Token | None = None
     eos_token: str | Token | None = None
@@ -135,7 +139,8 @@ class Settings(Struct):
 
 
 class Ends(Struct):
-    """What generation_config.json and config.json say of end tokens, and config.json of the vocabulary."""
+    """What generation_config.json and config.json say of end tokens, and config.json of the
+    vocabulary."""
 
     eos_token_id: Id | list[Id] | None = None
     vocab_size: Annotated[int, Meta(ge=1)] | None = None
@@ -158,7 +163,8 @@ def read_optional(path: Path, kind: type) -> Any:
 
 
 def read_backend(path: Path) -> tokenizers.Tokenizer:
-    """tokenizer.json as a tokenizer. Raises InfiniteVLError for a file that is none, or that would not end."""
+    """tokenizer.json as a tokenizer. Raises InfiniteVLError for a file that is none, or that would
+    not end."""
     content = reading.read_bytes(path, reading.JSON_BYTES)
     try:
         file = reading.decode_json(content, TokenizerFile, path.name)
@@ -186,7 +192,8 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
         ) from None
     if len(lines) > 2 * SIZE:
         raise InfiniteVLError(
-            f"{path} has {len(lines):,} lines, more than {2 * SIZE:,}", "check that it is the right file"
+            f"{path} has {len(lines):,} lines, more than {2 * SIZE:,}",
+            "check that it is the right file",
         )
     pairs = []
     for number, line in enumerate(lines, 1):
@@ -223,8 +230,12 @@ def native(culprit: str, cure: str) -> Iterator[None]:
 
 
 def _check_steps(file: TokenizerFile, path: Path) -> None:
-    """Raises InfiniteVLError for steps that blow a text up, that may take for ever, or that crash the process."""
-    cure = "get the tokenizer from the source checkpoint; no published model of this family has such a step"
+    """Raises InfiniteVLError for steps that blow a text up, that may take for ever, or that crash
+    the process."""
+    cure = (
+        "get the tokenizer from the source checkpoint; no published model of this family has such a"
+        " step"
+    )
     for name, step in (
         ("normalizer", file.normalizer),
         ("pre_tokenizer", file.pre_tokenizer),
@@ -241,17 +252,21 @@ def _check_steps(file: TokenizerFile, path: Path) -> None:
             patterns = part.pattern if isinstance(part.pattern, dict) else {}
             if nested := NESTED.search(CLASS.sub("x", patterns.get("Regex", ""))):
                 raise InfiniteVLError(
-                    f"{path}: {name} has an expression that repeats a repetition, {nested.group()!r}, and may never end",
+                    f"{path}: {name} has an expression that repeats a repetition,"
+                    f" {nested.group()!r}, and may never end",
                     cure,
                 )
         if growth > GROWTH:
             raise InfiniteVLError(
-                f"{path}: {name} makes a text up to {growth:,.0f} times as long, more than {GROWTH}",
+                f"{path}: {name} makes a text up to {growth:,.0f} times as long, more than"
+                f" {GROWTH}",
                 cure,
             )
 
 
-CLASS = re.compile(r"\\[pP]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])*\]", re.DOTALL)  # escapes and character classes
+CLASS = re.compile(
+    r"\\[pP]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])*\]", re.DOTALL
+)  # escapes and character classes
 NESTED = re.compile(r"\([^()]*[+*}][^()]*\)(?:[+*]|\{\d*,)")
 
 

@@ -1,6 +1,7 @@
 """Whether every part of a conversation stands in its text.
 
-A template that knows no tools leaves a tool call out without a word, and a model would learn to answer with nothing.
+A template that knows no tools leaves a tool call out without a word, and a model would learn to
+answer with nothing.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,8 @@ class _StandIns:
         return digits if where != self.other else digits[::-1]
 
     def replace(self, value, where: str):
-        """A part with its leaves replaced. A key stands in for a value that has no text (null, empty)."""
+        """A part with its leaves replaced. A key stands in for a value that has no text (null,
+        empty)."""
         if isinstance(value, str):
             return self.one(where) if value.strip() else value
         if isinstance(value, bool):  # no number could stand for it: `other` is turned round
@@ -52,9 +54,11 @@ class _StandIns:
             spot = f"{where}.{key}"
             if key == "content" and isinstance(value, list):
                 value = [
-                    {**part, "text": self.replace(part["text"], f"{spot}[{i}]")}
-                    if part["type"] == "text"
-                    else part
+                    (
+                        {**part, "text": self.replace(part["text"], f"{spot}[{i}]")}
+                        if part["type"] == "text"
+                        else part
+                    )
                     for i, part in enumerate(value)
                 ]
             elif key == "tool_calls" and isinstance(value, list):
@@ -118,9 +122,11 @@ def check_traces(
         ]
         return render(
             changed,
-            None
-            if tools is None
-            else [stand_ins.tool(tool, f"tools[{i}]") for i, tool in enumerate(tools)],
+            (
+                None
+                if tools is None
+                else [stand_ins.tool(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
+            ),
         )
 
     stand_ins = _StandIns()
@@ -135,7 +141,8 @@ def check_traces(
             digits not in text and shown(_StandIns(other=name)) == text
         ):  # a template may write only some of it
             raise InfiniteVLError(
-                f"{name} is not in the text that chat template {source} writes, so the model would never see it",
-                "use a template that writes it (for tools the checkpoint's own chat_template.jinja), "
-                "put it into the content as text, or leave it out",
+                f"{name} is not in the text that chat template {source} writes, so the model would"
+                " never see it",
+                "use a template that writes it (for tools the checkpoint's own"
+                " chat_template.jinja), put it into the content as text, or leave it out",
             )

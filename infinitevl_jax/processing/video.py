@@ -1,6 +1,7 @@
 """Videos: from a file, bytes or frames to evenly spaced, resized frames with their true rate.
 
-Frames are chosen by their presentation time stamps, so files of variable frame rate keep true time. Times are exact fractions.
+Frames are chosen by their presentation time stamps, so files of variable frame rate keep true time.
+Times are exact fractions.
 """
 
 import math
@@ -40,8 +41,10 @@ Frame = TypeVar("Frame")
 class VideoOptions(ImageOptions):
     """How a video becomes patches. `min_pixels` and `max_pixels` are per frame.
 
-    `total_pixels` bounds the whole video: each pair of frames (`temporal_patch_size`) gets an even share of it, though never less than
-    1.05 x min_pixels; the default is Qwen2.5-VL's 24,576 tokens, None sets no bound. `num_frames` asks for a count instead of a rate.
+    `total_pixels` bounds the whole video: each pair of frames (`temporal_patch_size`) gets an even
+      share of it, though never less than
+    1.05 x min_pixels; the default is Qwen2.5-VL's 24,576 tokens, None sets no bound. `num_frames`
+    asks for a count instead of a rate.
     """
 
     min_pixels: int = 100_352
@@ -90,8 +93,8 @@ class VideoOptions(ImageOptions):
 
 @dataclass(frozen=True)
 class Video:
-    """Chosen frames [F, H, W, 3] uint8, already resized; `fps` is their true rate, frames / seconds, exact; `times` [F] seconds from the
-    start."""
+    """Chosen frames [F, H, W, 3] uint8, already resized; `fps` is their true rate, frames /
+    seconds, exact; `times` [F] seconds from the start."""
 
     frames: np.ndarray
     fps: Fraction
@@ -99,11 +102,13 @@ class Video:
 
 
 def sample_count(duration: float | Fraction, total: int, options: VideoOptions) -> int:
-    """How many of `total` frames to take from `duration` seconds: an even number within the limits, or all if there are no more."""
+    """How many of `total` frames to take from `duration` seconds: an even number within the limits,
+    or all if there are no more."""
     if options.num_frames is not None:
         count = max(options.num_frames // 2 * 2, 2)
     else:
-        # Time stamps are rounded, to milliseconds in some files: the sliver keeps 19.998 frames from becoming 18.
+        # Time stamps are rounded, to milliseconds in some files: the sliver keeps 19.998 frames
+        # from becoming 18.
         count = math.floor(
             min(max(float(duration * exact(options.fps)), options.min_frames), options.max_frames)
             + _ROUNDED
@@ -113,7 +118,8 @@ def sample_count(duration: float | Fraction, total: int, options: VideoOptions) 
 
 
 def check_video(source: str | Path | bytes, name: str | None = None) -> None:
-    """Raise InfiniteVLError, as `load_video` would, for what holds no whole video; nothing is decoded."""
+    """Raise InfiniteVLError, as `load_video` would, for what holds no whole video; nothing is
+    decoded."""
     name = name or f"video {describe(source)}"
     with open_source(source, name, "video") as file, _damage_named(name):
         read_track(file, name)
@@ -139,9 +145,10 @@ def load_video(
 ) -> Video:
     """Sample and resize a video.
 
-    A file (path, file:// or data: URI, bytes) is sampled at `options.fps`, or as many frames as the limits allow; a list of images or an
-    array [F, H, W, 3] uint8 counts as sampled already, at `options.fps`, and is taken whole. `size` (height, width) stands for the frames'
-    own sides before rounding and limits. Raises InfiniteVLError for files that cannot be decoded to the end.
+    A file (path, file:// or data: URI, bytes) is sampled at `options.fps`, or as many frames as the
+    limits allow; a list of images or an array [F, H, W, 3] uint8 counts as sampled already, at
+    `options.fps`, and is taken whole. `size` (height, width) stands for the frames' own sides
+    before rounding and limits. Raises InfiniteVLError for files that cannot be decoded to the end.
     """
     name = name or f"video {describe(source)}"
 
@@ -204,7 +211,8 @@ def _resized(
     size: tuple[int, int] | None,
     name: str,
 ) -> tuple[np.ndarray, list[Fraction]]:
-    """`count` frames [F, H, W, 3] uint8, each resized as it comes and then dropped, and their times."""
+    """`count` frames [F, H, W, 3] uint8, each resized as it comes and then dropped, and their
+    times."""
     frames, times, before = None, [], None
     for k, (time, frame) in enumerate(chosen):
         if frame is before:  # shown for longer than the step between two samples
@@ -216,8 +224,10 @@ def _resized(
                 span = -(-count // options.temporal_patch_size) * options.temporal_patch_size
                 if span * height * width > MAX_PIXELS:
                     raise InfiniteVLError(
-                        f"{name} is resized to {count:,} frames of {width:,} x {height:,} pixels, over the limit of {MAX_PIXELS:,} in all",
-                        "lower fps, max_frames, max_pixels, min_pixels or total_pixels, or pass fewer frames",
+                        f"{name} is resized to {count:,} frames of {width:,} x {height:,} pixels,"
+                        f" over the limit of {MAX_PIXELS:,} in all",
+                        "lower fps, max_frames, max_pixels, min_pixels or total_pixels, or pass"
+                        " fewer frames",
                     )
                 frames = np.empty((count, height, width, 3), np.uint8)
             frames[k] = np.asarray(image.resize((width, height), options.resample))
@@ -231,9 +241,11 @@ def _resized(
 def nearest(
     frames: Iterator[tuple[Fraction, Frame]], targets: Sequence[Fraction]
 ) -> Iterator[tuple[Fraction, Frame]]:
-    """For each of the ascending target times the frame nearest to it, an earlier one on a tie; nothing if there are no frames.
+    """For each of the ascending target times the frame nearest to it, an earlier one on a tie;
+    nothing if there are no frames.
 
-    One walk over the decoder's output, holding two frames at a time: a video is never in memory whole.
+    One walk over the decoder's output, holding two frames at a time: a video is never in memory
+    whole.
     """
     previous, waiting = None, iter(targets)
     target = next(waiting, None)

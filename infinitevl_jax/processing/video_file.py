@@ -1,6 +1,7 @@
 """Video files: the moving picture among a file's streams, the times of its frames, upright frames.
 
-FFmpeg reads what it is handed as a Python file. Its formats are listed here, and it may open nothing
+FFmpeg reads what it is handed as a Python file. Its formats are listed here, and it may open
+nothing
 else: playlists, session descriptions and references to other files or addresses are refused.
 """
 
@@ -105,7 +106,8 @@ def read_track(file: BinaryIO, name: str) -> Track:
         stream = _moving(streams, packets, bool(container.streams.audio))
         if stream is None:
             raise InfiniteVLError(
-                f"{name} has no video stream that can be decoded (sound and cover pictures are none)",
+                f"{name} has no video stream that can be decoded (sound and cover pictures are"
+                " none)",
                 "pass a file with moving pictures; a song's cover goes in as an image",
             )
         if stream.index in corrupt:
@@ -132,7 +134,8 @@ def read_track(file: BinaryIO, name: str) -> Track:
                 else "of unknown size"
             )
             raise InfiniteVLError(
-                f"{name} has frames {size}: damaged, or over the limit of {MAX_FRAME_PIXELS:,} pixels",
+                f"{name} has frames {size}: damaged, or over the limit of {MAX_FRAME_PIXELS:,}"
+                " pixels",
                 "shrink it first: ffmpeg -i IN -vf scale=1920:-2 OUT.mp4",
             )
         track = _track(stream, packets[stream.index], container.format.name in _RAW, name)
@@ -166,13 +169,15 @@ def decode(file: BinaryIO, track: Track, name: str) -> Iterator[tuple[Fraction, 
             yield track.time(frame.pts if frame.pts is not None else frame.dts, order), frame
     if incomplete is not None and order - incomplete < _REORDERED:
         raise InfiniteVLError(
-            f"{name} is cut short or damaged in its last frames, after {float(track.duration):.1f} s",
+            f"{name} is cut short or damaged in its last frames, after"
+            f" {float(track.duration):.1f} s",
             CUT_SHORT,
         )
 
 
 def upright(frame: av.VideoFrame) -> Image.Image:
-    """RGB picture, turned and mirrored by the file's display matrix, to the nearest quarter turn."""
+    """RGB picture, turned and mirrored by the file's display matrix, to the nearest quarter
+    turn."""
     image = frame.to_image()
     side = frame.side_data.get(Type.DISPLAYMATRIX)
     if side is None:
@@ -255,7 +260,8 @@ def _track(
         if not rate:
             raise InfiniteVLError(
                 f"{name} is a raw stream that states no frame rate, so that nothing tells its time",
-                "put it into a container at its true rate: ffmpeg -framerate RATE -i IN -c copy OUT.mp4",
+                "put it into a container at its true rate: ffmpeg -framerate RATE -i IN -c copy"
+                " OUT.mp4",
             )
         times = [k / rate for k in range(len(packets))]
         return Track(stream.index, None, Fraction(1), rate, len(packets) / rate, times)

@@ -1,6 +1,22 @@
-"""Where arrays live on a mesh: the axes, one table of rules, and the hint that activations carry."""
+"""Where arrays live on a mesh: the axes, one table of rules, and the hint that activations
+carry."""
 
 from infinitevl_jax.sharding.mesh import make_mesh
-from infinitevl_jax.sharding.rules import check_mesh, constrain, kept_whole, operator_mesh, parameter_shardings, spec
+from infinitevl_jax.sharding.rules import (
+    check_mesh,
+    constrain,
+    kept_whole,
+    operator_mesh,
+    parameter_shardings,
+    spec,
+)
 
-__all__ = ["check_mesh", "constrain", "kept_whole", "make_mesh", "operator_mesh", "parameter_shardings", "spec"]
+__all__ = [
+    "check_mesh",
+    "constrain",
+    "kept_whole",
+    "make_mesh",
+    "operator_mesh",
+    "parameter_shardings",
+    "spec",
+]

@@ -11,9 +11,11 @@ from infinitevl_jax.errors import InfiniteVLError
 
 
 def make_mesh(run: RunConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes data, fsdp, tensor, context; an axis of -1 takes the devices that the others leave.
+    """A mesh with axes data, fsdp, tensor, context; an axis of -1 takes the devices that the others
+    leave.
 
-    Raises InfiniteVLError for a mesh that these devices (all of the process group's, where none are passed) cannot give.
+    Raises InfiniteVLError for a mesh that these devices (all of the process group's, where none are
+    passed) cannot give.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {axis: getattr(run, axis) for axis in AXES}
@@ -24,18 +26,23 @@ def make_mesh(run: RunConfig, devices: Sequence[jax.Device] | None = None) -> Me
     if fixed > len(devices):
         raise InfiniteVLError(
             f"the mesh {asked} needs {fixed} devices, this machine has {have}",
-            "make run.data, run.fsdp or run.tensor smaller (on a CPU, jax's option jax_num_cpu_devices makes more devices)",
+            "make run.data, run.fsdp or run.tensor smaller (on a CPU, jax's option"
+            " jax_num_cpu_devices makes more devices)",
         )
     if open_axis is not None:
         if len(devices) % fixed:
             raise InfiniteVLError(
-                f"the mesh {asked} cannot use all of {have}: {len(devices)} is not a multiple of {fixed}",
+                f"the mesh {asked} cannot use all of {have}: {len(devices)} is not a multiple of"
+                f" {fixed}",
                 f"choose sizes that divide {len(devices)}, or give run.{open_axis} a number",
             )
         sizes[open_axis] = len(devices) // fixed
     elif jax.process_count() > 1 and fixed != len(devices):
         raise InfiniteVLError(
-            f"the mesh {asked} uses {fixed} of {have}", "with several processes every device takes part: set one axis to -1"
+            f"the mesh {asked} uses {fixed} of {have}",
+            "with several processes every device takes part: set one axis to -1",
         )
     chosen = devices[: math.prod(sizes.values())]
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=chosen)
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=chosen
+    )

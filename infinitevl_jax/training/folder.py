@@ -83,7 +83,10 @@ def _compare(run: Path, tree: dict) -> None:
     try:
         stored = read_json(run / PRESET)
     except InfiniteVLError as error:
-        cure = f"remove it to go on from step {max(_steps(run))} with the configuration that is given, which has to be the run's own"
+        cure = (
+            f"remove it to go on from step {max(_steps(run))} with the configuration that is given,"
+            " which has to be the run's own"
+        )
         raise InfiniteVLError(error.culprit, cure) from None
     changed = [d for d in differences(stored, tree) if d.split(":")[0] not in FREE]
     if changed:

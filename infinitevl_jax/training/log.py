@@ -23,7 +23,8 @@ class Log:
         lines, damaged = _read(path)
         if damaged:
             say(
-                f"{damaged} damaged lines in {path}: it is kept as {keep_aside(path)}, the others go on"
+                f"{damaged} damaged lines in {path}: it is kept as {keep_aside(path)}, the others"
+                " go on"
             )
         self.lines = [line for line in lines if line["step"] <= step]
         write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))

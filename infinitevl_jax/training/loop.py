@@ -45,7 +45,8 @@ from infinitevl_jax.training.step import (
 
 
 class Outcome(NamedTuple):
-    """What a run leaves: its folder, the last checkpoint (one of our checkpoint folders), and whether it came to its end."""
+    """What a run leaves: its folder, the last checkpoint (one of our checkpoint folders), and
+    whether it came to its end."""
 
     run: Path
     checkpoint: Path
@@ -54,14 +55,16 @@ class Outcome(NamedTuple):
 
 
 def train(preset: Preset, say=print) -> Outcome:
-    """Run a preset to its end, or until Ctrl-C or SIGTERM; a run that finds its own checkpoints goes on from the last one.
+    """Run a preset to its end, or until Ctrl-C or SIGTERM; a run that finds its own checkpoints
+    goes on from the last one.
 
     Raises InfiniteVLError for anything in preset, data, mesh or output folder that cannot work.
     """
     config, began = preset.train, time.monotonic()
     if jax.process_count() > 1:
         raise InfiniteVLError(
-            f"{jax.process_count()} processes take part in this run, and each would write the same files",
+            f"{jax.process_count()} processes take part in this run, and each would write the same"
+            " files",
             "train with one process; the devices of one host form the mesh",
         )
     mesh = make_mesh(preset.run)
@@ -103,7 +106,8 @@ def train(preset: Preset, say=print) -> Outcome:
         log = stack.enter_context(contextlib.closing(Log(run / "log.jsonl", first, say)))
 
         say(
-            f"{steps} steps of {config.data.batch} rows on {len(source):,} rows of {config.data.name}, output in {run}"
+            f"{steps} steps of {config.data.batch} rows on {len(source):,} rows of"
+            f" {config.data.name}, output in {run}"
         )
         say(
             f"device: {_devices(mesh)}; mesh: "
@@ -112,7 +116,8 @@ def train(preset: Preset, say=print) -> Outcome:
         say("activations: " + preset.run.dtype)
         trained = sum(int(np.prod(shapes[n].shape)) for n in names)
         say(
-            f"parameters: {trained:,} trained, {sum(int(np.prod(shapes[n].shape)) for n in frozen):,} frozen"
+            f"parameters: {trained:,} trained,"
+            f" {sum(int(np.prod(shapes[n].shape)) for n in frozen):,} frozen"
         )
         if whole := kept_whole(shapes, mesh):
             say("\n  ".join(["on every device, whole:", *whole]))
@@ -177,7 +182,8 @@ def train(preset: Preset, say=print) -> Outcome:
             say(f"done: checkpoint {path}, log {run / 'log.jsonl'}, {_plot(run)}")
         else:
             say(
-                f"stopped at step {step} of {steps}; saved in {path}\nthe same command goes on from here"
+                f"stopped at step {step} of {steps}; saved in {path}\nthe same command goes on from"
+                " here"
             )
         return Outcome(run, path, step, finished)
 

@@ -1,4 +1,5 @@
-"""Cross entropy over the answers, in chunks of the sequence: logits [batch, length, vocab] never exist at once."""
+"""Cross entropy over the answers, in chunks of the sequence: logits [batch, length, vocab] never
+exist at once."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,24 +17,36 @@ class Tally(NamedTuple):
     loss: Array  # [] f32, sum of weight x cross entropy in nats
     tokens: Array  # [] f32, sum of weights
     right: Array  # [] f32, weight of the tokens that the model would have chosen itself
-    exact: Array  # [] f32, rows all of whose answer tokens are such (greedy decoding says exactly the target)
+    # [] f32, rows all of whose answer tokens are such (greedy decoding says exactly the target)
+    exact: Array
     rows: Array  # [] f32, rows with an answer
 
 
-def answer_loss(head: Callable[[Array], Array], hidden: Array, targets: Array, weights: Array, chunk: int = CHUNK) -> Tally:
+def answer_loss(
+    head: Callable[[Array], Array],
+    hidden: Array,
+    targets: Array,
+    weights: Array,
+    chunk: int = CHUNK,
+) -> Tally:
     """Cross entropy of `targets` under `head(hidden)`.
 
     Args:
       head: [batch, chunk, width] -> logits [batch, chunk, vocab].
-      hidden: [batch, length, width]. targets: [batch, length] int32, the token after each. weights: [batch, length] f32, 0 = not an answer.
-      chunk: tokens of each sequence whose logits are computed (and, for the gradient, computed again) at a time.
+      hidden: [batch, length, width]. targets: [batch, length] int32, the token after each. weights:
+        [batch, length] f32, 0 = not an answer.
+      chunk: tokens of each sequence whose logits are computed (and, for the gradient, computed
+        again) at a time.
     """
 
     @jax.checkpoint
     def part(hidden, targets, weights):
         logits = head(hidden).astype(jnp.float32)
-        # by comparison: the gradient of a look-up would be scattered into zeros as large as the logits
-        chosen = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == targets[..., None], logits, 0), -1)
+        # by comparison: the gradient of a look-up would be scattered into zeros as large as the
+        # logits
+        chosen = jnp.sum(
+            jnp.where(jnp.arange(logits.shape[-1]) == targets[..., None], logits, 0), -1
+        )
         loss = jax.nn.logsumexp(logits, -1) - chosen
         wrong = weights * (jnp.argmax(logits, -1) != targets)
         return jnp.sum(weights * loss), wrong.sum(1)

@@ -12,8 +12,8 @@ from infinitevl_jax.errors import InfiniteVLError
 def check_memory(
     shapes: Mapping[str, jax.ShapeDtypeStruct], trainable: Sequence[str], mesh: Mesh
 ) -> None:
-    """Raise InfiniteVLError if the parameters, with two float32 moments for each that trains, take more
-    than all devices of the mesh have together.
+    """Raise InfiniteVLError if the parameters, with two float32 moments for each that trains, take
+    more than all devices of the mesh have together.
 
     What a step needs beside them is not counted: a run that passes may still run out of memory.
     """
@@ -22,8 +22,10 @@ def check_memory(
     has = _memory(mesh)
     if has is not None and needed > has:
         raise InfiniteVLError(
-            f"parameters and moments take {needed / 1e9:,.1f} GB, the devices of this mesh have {has / 1e9:,.1f} GB",
-            "make the model smaller, train fewer parameters (train.trainable), or use more devices (run.fsdp)",
+            f"parameters and moments take {needed / 1e9:,.1f} GB, the devices of this mesh have"
+            f" {has / 1e9:,.1f} GB",
+            "make the model smaller, train fewer parameters (train.trainable), or use more devices"
+            " (run.fsdp)",
         )
 
 

@@ -122,7 +122,8 @@ class Saver(contextlib.AbstractContextManager):
                 self.say(line)
 
     def _last_words(self, leave: bool) -> list[str]:
-        """Save the state, unless saving failed or there is no time for it, and say what there is."""
+        """Save the state, unless saving failed or there is no time for it, and say what there
+        is."""
         reason = ""
         # a step that failed may have taken its input's memory
         if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):

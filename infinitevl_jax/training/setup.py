@@ -1,4 +1,5 @@
-"""From a preset to what a run needs: configuration, processor, and where the first parameters come from."""
+"""From a preset to what a run needs: configuration, processor, and where the first parameters come
+from."""
 
 import dataclasses
 import json
@@ -30,7 +31,8 @@ from infinitevl_jax.processing.folder import write_pixel_limits
 class Start:
     """A model before its first step.
 
-    files: folder with config.json and the processor's files. manifest: what export must know beside them.
+    files: folder with config.json and the processor's files. manifest: what export must know beside
+      them.
     params: makes the parameters (scanned layout) where `shardings` say.
     """
 
@@ -48,7 +50,11 @@ def prepare_start(model: ModelSource, source: Source, run: Path, seed: int) -> S
     Where the preset changes how a folder's pictures are resized, RUN/model holds the folder's files
     with that change.
     """
-    limits = {name: value for name in ("min_pixels", "max_pixels") if (value := getattr(model, name)) is not None}
+    limits = {
+        name: value
+        for name in ("min_pixels", "max_pixels")
+        if (value := getattr(model, name)) is not None
+    }
     folder = run / "model" if limits or not model.from_ else Path(model.from_)
     if folder == run / "model" and not folder.exists():
         with new_folder(folder) as work:
@@ -64,12 +70,20 @@ def prepare_start(model: ModelSource, source: Source, run: Path, seed: int) -> S
         processor = Processor.from_pretrained(folder)
     except InfiniteVLError as error:
         if folder == run / "model":  # nothing in it is of the user's own
-            raise InfiniteVLError(error.culprit, f"remove {folder}: the same command writes it again") from error
+            raise InfiniteVLError(
+                error.culprit, f"remove {folder}: the same command writes it again"
+            ) from error
         raise
     tied = config.text.tie_word_embeddings
     if not model.from_:
         fresh = partial(initialize, config, jax.random.key(seed), scanned=True)
-        return Start(config, processor, folder, Manifest(tie_word_embeddings=tied), lambda shardings: fresh(shardings=shardings))
+        return Start(
+            config,
+            processor,
+            folder,
+            Manifest(tie_word_embeddings=tied),
+            lambda shardings: fresh(shardings=shardings),
+        )
     origin = Path(model.from_)
     side_files(origin)  # refuses now what could not be copied beside a checkpoint
     manifest = run_manifest(origin, config)
@@ -86,10 +100,14 @@ def existing_folder(name: str, key: str) -> Path:
     try:
         found = folder.is_dir()
     except OSError as error:  # such as a name that is too long
-        raise InfiniteVLError(f"{key} is {name!r}: {error.strerror}", "name a checkpoint folder") from None
+        raise InfiniteVLError(
+            f"{key} is {name!r}: {error.strerror}", "name a checkpoint folder"
+        ) from None
     if not found:
         words = ', or "words"' if key == "model.tokenizer" else ""
-        raise InfiniteVLError(f"{key} is {name!r}, which is no folder", f"name a checkpoint folder{words}")
+        raise InfiniteVLError(
+            f"{key} is {name!r}, which is no folder", f"name a checkpoint folder{words}"
+        )
     return folder
 
 
@@ -98,8 +116,13 @@ def _write_files(model: ModelSource, source: Source, folder: Path) -> None:
     text, vision = model.text, model.vision
     if model.tokenizer == "words":
         if vision is None:
-            raise InfiniteVLError('model.tokenizer is "words" for a text model', "give [model.vision], or a folder in model.tokenizer")
-        tokenizer = word_tokenizer(t for row in source.readable() for t in [*row.questions, *row.answers])
+            raise InfiniteVLError(
+                'model.tokenizer is "words" for a text model',
+                "give [model.vision], or a folder in model.tokenizer",
+            )
+        tokenizer = word_tokenizer(
+            t for row in source.readable() for t in [*row.questions, *row.answers]
+        )
         write_processor_files(folder, tokenizer, vision)
         text = dataclasses.replace(text, vocab_size=tokenizer.get_vocab_size())
     else:
@@ -108,7 +131,8 @@ def _write_files(model: ModelSource, source: Source, folder: Path) -> None:
         tokenizer = Processor.from_pretrained(folder).tokenizer.backend
         if text.vocab_size < tokenizer.get_vocab_size():
             raise InfiniteVLError(
-                f"model.text.vocab_size is {text.vocab_size}, the tokenizer of {origin} has {tokenizer.get_vocab_size()} tokens",
+                f"model.text.vocab_size is {text.vocab_size}, the tokenizer of {origin} has"
+                f" {tokenizer.get_vocab_size()} tokens",
                 f"model.text.vocab_size={tokenizer.get_vocab_size()} or more",
             )
     names = {
@@ -121,6 +145,17 @@ def _write_files(model: ModelSource, source: Source, folder: Path) -> None:
     ids = {key: tokenizer.token_to_id(token) for key, token in names.items()}
     ends = tuple(tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>"))
     if missing := [names[key] for key, value in ids.items() if value is None]:
-        raise InfiniteVLError(f"the tokenizer of {model.tokenizer} has no {', '.join(missing)}", "use one with Qwen's special tokens")
-    config = ModelConfig(text=text, vision=vision, eos_token_ids=ends, initializer_range=model.initializer_range, **ids)
-    (folder / "config.json").write_text(json.dumps(to_huggingface(config), indent=2) + "\n", "utf-8")
+        raise InfiniteVLError(
+            f"the tokenizer of {model.tokenizer} has no {', '.join(missing)}",
+            "use one with Qwen's special tokens",
+        )
+    config = ModelConfig(
+        text=text,
+        vision=vision,
+        eos_token_ids=ends,
+        initializer_range=model.initializer_range,
+        **ids,
+    )
+    (folder / "config.json").write_text(
+        json.dumps(to_huggingface(config), indent=2) + "\n", "utf-8"
+    )

@@ -30,7 +30,9 @@ REMAT: dict[str, Callable] = {
         jax.checkpoint,
         policy=jax.checkpoint_policies.save_from_both_policies(
             jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-            jax.checkpoint_policies.save_only_these_names(*attention.RESIDUAL_NAMES, *gated_delta_rule.RESIDUAL_NAMES),
+            jax.checkpoint_policies.save_only_these_names(
+                *attention.RESIDUAL_NAMES, *gated_delta_rule.RESIDUAL_NAMES
+            ),
         ),
     ),
     "full": jax.checkpoint,
@@ -58,19 +60,26 @@ class Metrics(NamedTuple):
     grad_norm: Array  # before clipping
 
 
-def model_of(config: ModelConfig, run: RunConfig, ops: Ops | None = None) -> Callable[[Params], VLM]:
-    """The function from parameters (scanned layout) to the module, with the run's precision, rematerialisation and way through layers.
+def model_of(
+    config: ModelConfig, run: RunConfig, ops: Ops | None = None
+) -> Callable[[Params], VLM]:
+    """The function from parameters (scanned layout) to the module, with the run's precision,
+    rematerialisation and way through layers.
 
-    Without `run.scan` the stacks are cut into layers here, inside the step: state and checkpoints are the same either way.
+    Without `run.scan` the stacks are cut into layers here, inside the step: state and checkpoints
+    are the same either way.
 
-    The layers' matrices are narrowed to the activations' dtype here, once a step. Each layer would do it to the same effect, but again
-    for every pass over it, and its slices of the float32 stacks, and of their gradients, would be copied at twice the width.
+    The layers' matrices are narrowed to the activations' dtype here, once a step. Each layer would
+    do it to the same effect, but again for every pass over it, and its slices of the float32
+    stacks, and of their gradients, would be copied at twice the width.
     """
     dtype = jnp.dtype(run.dtype)
     graphdef, _ = abstract(config, scanned=run.scan, dtype=dtype, ops=ops, remat=REMAT[run.remat])
 
     def narrow(name: str, p: Array) -> Array:
-        return p.astype(dtype) if MATRICES.fullmatch(name) and p.dtype.itemsize > dtype.itemsize else p
+        return (
+            p.astype(dtype) if MATRICES.fullmatch(name) and p.dtype.itemsize > dtype.itemsize else p
+        )
 
     def model(params: Params) -> VLM:
         params = params if run.scan else unstack(config, dict(params))
@@ -90,12 +99,17 @@ def evaluate_batch(model: Callable[[Params], VLM], params: Params, batch: TrainB
         cache = empty(vlm.cache_spec(count, longest + batch.branches.tokens.shape[1]))
         _, cache, _ = vlm.decode(vlm.embed(batch.prefix, vision), batch.prefix, cache)
         vlm = model(params)  # cast anew, so that the gradients of both passes are added in float32
-        hidden, _, _ = vlm.decode(vlm.embed(batch.branches, None), batch.branches, cache.select(batch.parents))
+        hidden, _, _ = vlm.decode(
+            vlm.embed(batch.branches, None), batch.branches, cache.select(batch.parents)
+        )
     return answer_loss(vlm.logits, hidden, batch.targets, batch.weights)
 
 
 def train_step(
-    model: Callable[[Params], VLM], optimizer: optax.GradientTransformation, state: TrainState, batch: TrainBatch
+    model: Callable[[Params], VLM],
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    batch: TrainBatch,
 ) -> tuple[TrainState, Metrics]:
     """Gradient of the mean loss over the answer tokens of the global batch, and the update.
 
@@ -112,11 +126,15 @@ def train_step(
     metrics = Metrics(value, tally.right / tally.tokens, optax.global_norm(gradient))
     new = (optax.apply_updates(state.trainable, update), moments, state.step + 1)
     finite = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.grad_norm)
-    trainable, moments, step = jax.tree.map(partial(jnp.where, finite), new, (state.trainable, state.optimizer, state.step))
+    trainable, moments, step = jax.tree.map(
+        partial(jnp.where, finite), new, (state.trainable, state.optimizer, state.step)
+    )
     return TrainState(trainable, state.frozen, moments, step), metrics
 
 
-def init_state(params: Params, trainable: list[str], optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(
+    params: Params, trainable: list[str], optimizer: optax.GradientTransformation
+) -> TrainState:
     """The state before the first step: what trains becomes f32, the rest keeps its dtype."""
     train = {name: params[name].astype(jnp.float32) for name in trainable}
     frozen = {name: value for name, value in params.items() if name not in train}
@@ -124,7 +142,8 @@ def init_state(params: Params, trainable: list[str], optimizer: optax.GradientTr
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
-    """Where everything lives: parameters by the table of rules, moments with their parameters, counters everywhere.
+    """Where everything lives: parameters by the table of rules, moments with their parameters,
+    counters everywhere.
 
     state: arrays or their shapes.
     """
@@ -133,7 +152,11 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
 
     def moment(path, leaf):
         name = getattr(path[-1], "key", None) if path else None
-        return places[name] if name in places and leaf.shape == state.trainable[name].shape else everywhere
+        return (
+            places[name]
+            if name in places and leaf.shape == state.trainable[name].shape
+            else everywhere
+        )
 
     return TrainState(
         {name: places[name] for name in state.trainable},
@@ -172,7 +195,8 @@ def batch_axes(batch: TrainBatch) -> TrainBatch:
 def batch_shardings(batch: TrainBatch, mesh: Mesh) -> TrainBatch:
     """Every leaf of a process's part cut along its batch axis over (data, fsdp).
 
-    Raises InfiniteVLError where that axis does not divide: a silent copy on every device would only look right.
+    Raises InfiniteVLError where that axis does not divide: a silent copy on every device would only
+      look right.
     """
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -183,11 +207,14 @@ def batch_shardings(batch: TrainBatch, mesh: Mesh) -> TrainBatch:
         if size % parts:
             raise InfiniteVLError(
                 f"a batch of {size} rows does not divide over data x fsdp = {parts}",
-                f"make train.data.batch a multiple of {parts}, or the mesh smaller (run.data, run.fsdp)",
+                f"make train.data.batch a multiple of {parts}, or the mesh smaller (run.data,"
+                " run.fsdp)",
             )
         return NamedSharding(mesh, spec(axes, tuple(shape), mesh))
 
-    return jax.tree.map(place, batch_axes(batch), batch, is_leaf=lambda x: isinstance(x, tuple) and "batch" in x)
+    return jax.tree.map(
+        place, batch_axes(batch), batch, is_leaf=lambda x: isinstance(x, tuple) and "batch" in x
+    )
 
 
 def put_batch(batch: TrainBatch, mesh: Mesh) -> TrainBatch:

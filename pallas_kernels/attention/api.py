@@ -115,9 +115,11 @@ def complete(
     check(q, k, v, q_segment_ids, k_segment_ids, mask)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     indices = (
-        jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-        if index is None
-        else index
+        (
+            jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+            if index is None
+            else index
+        )
         for x, index in ((q, q_token_index), (k, k_token_index))
     )
     return Call(q, k, v, *indices, q_segment_ids, k_segment_ids, mask, scale)
@@ -152,13 +154,16 @@ def check(
     if k.shape[1] != v.shape[1] or not q.shape[0] == k.shape[0] == v.shape[0]:
         shapes = f"q {list(q.shape[:2])}, k {list(k.shape[:2])} and v {list(v.shape[:2])}"
         raise ValueError(
-            f"attention: batch and length are {shapes}\n  -> one batch size, and a value for each key"
+            f"attention: batch and length are {shapes}\n  -> one batch size, and a value for"
+            " each key"
         )
     if (q_segment_ids is None) != (k_segment_ids is None):
         raise ValueError(
-            "attention: segments given on one side only\n  -> give q_segment_ids and k_segment_ids, or neither"
+            "attention: segments given on one side only\n  -> give q_segment_ids and k_segment_ids,"
+            " or neither"
         )
     if mask.aligned and q.shape[1] != k.shape[1]:
         raise ValueError(
-            f"attention: aligned mask, but {q.shape[1]} queries and {k.shape[1]} keys\n  -> aligned=False"
+            f"attention: aligned mask, but {q.shape[1]} queries and {k.shape[1]} keys\n  ->"
+            " aligned=False"
         )

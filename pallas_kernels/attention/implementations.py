@@ -21,13 +21,30 @@ def _on_tpu(q, *others, **named) -> str | None:
     return tpu_attention.supports(q, *others, **named)
 
 
-ATTENTION = Operator("attention", arguments, partition_attention, (
-    Implementation("mosaic_tpu", tpu_attention.attention, tpu, _on_tpu),
-    Implementation("mosaic_gpu", hopper_attention.attention, hopper, hopper_attention.supports, hopper_attention.gradients_by, ("d_q",)),
-    Implementation("xla", xla.attention),
-))  # fmt: skip
+ATTENTION = Operator(
+    "attention",
+    arguments,
+    partition_attention,
+    (
+        Implementation("mosaic_tpu", tpu_attention.attention, tpu, _on_tpu),
+        Implementation(
+            "mosaic_gpu",
+            hopper_attention.attention,
+            hopper,
+            hopper_attention.supports,
+            hopper_attention.gradients_by,
+            ("d_q",),
+        ),
+        Implementation("xla", xla.attention),
+    ),
+)
 
-ATTENTION_STEP = Operator("attention_step", step_arguments, partition_attention_step, (
-    Implementation("mosaic_gpu", hopper_step.step, hopper, hopper_step.supports),
-    Implementation("xla", step.step),
-))  # fmt: skip
+ATTENTION_STEP = Operator(
+    "attention_step",
+    step_arguments,
+    partition_attention_step,
+    (
+        Implementation("mosaic_gpu", hopper_step.step, hopper, hopper_step.supports),
+        Implementation("xla", step.step),
+    ),
+)

@@ -148,7 +148,10 @@ def check(q, k, v, g, beta, initial_state) -> None:
         wanted["initial_state"] = initial_state, (batch, heads, width, v.shape[3])
     for name, (x, shape) in wanted.items():
         if x.shape != shape:
-            fit = f"as many heads, tokens and rows as k, which is {list(k.shape)} (v, g and beta: or a multiple of its heads)"
+            fit = (
+                f"as many heads, tokens and rows as k, which is {list(k.shape)} (v, g and beta: or"
+                " a multiple of its heads)"
+            )
             raise ValueError(
                 f"gated_delta_rule: {name} is {list(x.shape)}\n  -> give it {list(shape)}: {fit}"
             )

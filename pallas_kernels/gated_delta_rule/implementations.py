@@ -17,13 +17,23 @@ from pallas_kernels.gated_delta_rule.partition import (
 from pallas_kernels.gated_delta_rule.tpu import gated_delta_rule as tpu_rule
 from pallas_kernels.hardware import hopper, tpu
 
-GATED_DELTA_RULE = Operator("gated_delta_rule", arguments, partition_gated_delta_rule, (
-    Implementation("mosaic_tpu", tpu_rule.gated_delta_rule, tpu, tpu_rule.supports),
-    Implementation("mosaic_gpu", hopper_rule.gated_delta_rule, hopper, hopper_rule.supports),
-    Implementation("xla", xla.gated_delta_rule),
-))  # fmt: skip
+GATED_DELTA_RULE = Operator(
+    "gated_delta_rule",
+    arguments,
+    partition_gated_delta_rule,
+    (
+        Implementation("mosaic_tpu", tpu_rule.gated_delta_rule, tpu, tpu_rule.supports),
+        Implementation("mosaic_gpu", hopper_rule.gated_delta_rule, hopper, hopper_rule.supports),
+        Implementation("xla", xla.gated_delta_rule),
+    ),
+)
 
-GATED_DELTA_RULE_STEP = Operator("gated_delta_rule_step", step_arguments, partition_gated_delta_rule_step, (
-    Implementation("mosaic_gpu", hopper_step.step, hopper, hopper_step.supports),
-    Implementation("xla", step.step),
-))  # fmt: skip
+GATED_DELTA_RULE_STEP = Operator(
+    "gated_delta_rule_step",
+    step_arguments,
+    partition_gated_delta_rule_step,
+    (
+        Implementation("mosaic_gpu", hopper_step.step, hopper, hopper_step.supports),
+        Implementation("xla", step.step),
+    ),
+)

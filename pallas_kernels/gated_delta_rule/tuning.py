@@ -16,10 +16,14 @@ class HopperChunks:
 class HopperSpans:
     """python -m benchmarks.gated_delta_rule --shapes 1x8192 --heads 16 8 4 2"""
 
-    row = 64  # chunks of a row that is cut: a kernel more, and the products between spans, take as long as some chunks
+    # chunks of a row that is cut: a kernel more, and the products between spans, take as long as
+    # some chunks
+    row = 64
     shortest = 16  # chunks of a span
     most = 8  # spans: the products between them go one after the other
-    two = 128  # most chunks of a row in two spans, which won 6 % there; longer rows, and the backward scan, were only timed whole
+    # most chunks of a row in two spans, which won 6 % there; longer rows, and the backward scan,
+    # were only timed whole
+    two = 128
 
 
 class HopperSpanTransitions:
@@ -35,7 +39,10 @@ class HopperChunkScan:
     stages, out_stages = (
         2,
         2,
-    )  # chunks in shared memory: of what the carrying warpgroup reads, and of what the one that puts out reads
+        # chunks in shared memory: of what the carrying warpgroup reads, and of what the one that
+        #   puts
+        # out reads
+    )
     registers = 240, 152, 24
 
 

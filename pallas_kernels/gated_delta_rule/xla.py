@@ -31,7 +31,9 @@ from pallas_kernels.gated_delta_rule.api import check, repeat_key_heads
 from pallas_kernels.gated_delta_rule.tuning import XLA as XLADelta
 from pallas_kernels.segments import segment_numbers
 
-FLOOR = -200.0  # below it exp and its derivative are 0 in float32; above it sums of 128 coarse gates are exact
+FLOOR = (
+    -200.0
+)  # below it exp and its derivative are 0 in float32; above it sums of 128 coarse gates are exact
 COARSE = 256.0  # gates are split into a multiple of 1/COARSE and a rest
 
 f32 = jnp.float32
@@ -63,7 +65,9 @@ def _start(k, v, g, beta, initial_state):
     if initial_state is None and not k.shape[1]:
         initial_state = jnp.zeros((k.shape[0], *k.shape[2:], v.shape[3]), f32)
     if initial_state is None:  # zeros that are sharded as the inputs are
-        initial_state = jnp.zeros_like(k[:, 0, :, :, None], f32) + jnp.zeros_like(v[:, 0, :, None, :], f32)
+        initial_state = jnp.zeros_like(k[:, 0, :, :, None], f32) + jnp.zeros_like(
+            v[:, 0, :, None, :], f32
+        )
     return g.astype(f32), beta.astype(f32), initial_state.astype(f32)
 
 
@@ -75,7 +79,10 @@ def _step(q, k, v, g, beta, state, token_index):
     q, k, v_ = (x.astype(f32) for x in (q, k, v_))
     decay = jnp.exp(g)[..., None]  # [B, H, 1]
     update = beta[..., None] * (v_ - decay * jnp.sum(k[..., None] * state, axis=-2))  # [B, H, V]
-    out = decay * jnp.sum(q[..., None] * state, axis=-2) + jnp.sum(q * k, axis=-1, keepdims=True) * update
+    out = (
+        decay * jnp.sum(q[..., None] * state, axis=-2)
+        + jnp.sum(q * k, axis=-1, keepdims=True) * update
+    )
     new = decay[..., None] * state + k[..., None] * update[..., None, :]  # [B, H, K, V]
     if valid is not None:
         out = _without_pads(out, valid)
@@ -84,7 +91,7 @@ def _step(q, k, v, g, beta, state, token_index):
 
 
 # --- products
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class How(NamedTuple):
@@ -109,12 +116,16 @@ def _products(*inputs) -> Products:
     # chunk needs more bits, or gate gradients go wrong; so does what is added to the state, where
     # one key comes again and again.
     once, more = (jnp.bfloat16, lax.Precision.DEFAULT), (f32, lax.Precision.HIGH)
-    return Products(gram=How(once, more), chunk=How(more, more), state=How(once, once), update=How(more, more))
+    return Products(
+        gram=How(once, more), chunk=How(more, more), state=How(once, once), update=How(more, more)
+    )
 
 
 def _dot(a, b, operands):
     dtype, precision = operands
-    return jnp.matmul(a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=f32)
+    return jnp.matmul(
+        a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=f32
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -126,19 +137,25 @@ def _matmul(a, b, how: How):
 
 def _matmul_backward(how, operands, ct):
     a, b = operands
-    return _dot(ct, b.mT, how.backward).astype(a.dtype), _dot(a.mT, ct, how.backward).astype(b.dtype)
+    return _dot(ct, b.mT, how.backward).astype(a.dtype), _dot(a.mT, ct, how.backward).astype(
+        b.dtype
+    )
 
 
 _matmul.defvjp(lambda a, b, how: (_dot(a, b, how.forward), (a, b)), _matmul_backward)
 
 
 # --- inside a chunk
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def _without_pads(x, valid):
     """Zero the pads of x; `valid` covers x's leading axes."""
-    return x if valid is None else jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - valid.ndim)), x, 0)
+    return (
+        x
+        if valid is None
+        else jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - valid.ndim)), x, 0)
+    )
 
 
 def _chunk_size(length: int) -> int:
@@ -166,9 +183,13 @@ def _segment_masks(token_index, segment_ids, length, size):
     if segment_ids is None:
         return None, None
     run = segment_numbers(token_index, segment_ids)
-    run = jnp.concatenate([run, jnp.repeat(run[:, -1:], -length % size, axis=1)], axis=1)  # what fills up is like pads
+    run = jnp.concatenate(
+        [run, jnp.repeat(run[:, -1:], -length % size, axis=1)], axis=1
+    )  # what fills up is like pads
     run = _split(run[:, :, None], size)  # [N, B, 1, C]
-    before = jnp.pad(run[:-1, ..., -1:], ((1, 0), (0, 0), (0, 0), (0, 0)))  # the first chunk's state belongs to segment 0
+    before = jnp.pad(
+        run[:-1, ..., -1:], ((1, 0), (0, 0), (0, 0), (0, 0))
+    )  # the first chunk's state belongs to segment 0
     return run[..., :, None] == run[..., None, :], run == before
 
 
@@ -183,7 +204,9 @@ def _running_sums(g):
     rounding, and the fine rest stays small.
     """
     coarse = jnp.round(g * COARSE) / COARSE
-    return jnp.matmul(jnp.stack([coarse, g - coarse]), _lower(g.shape[-1]).T, precision=lax.Precision.HIGHEST)
+    return jnp.matmul(
+        jnp.stack([coarse, g - coarse]), _lower(g.shape[-1]).T, precision=lax.Precision.HIGHEST
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -216,7 +239,9 @@ def _decays_backward(how, decays, ct):
     strict = _lower(size, bool) & ~jnp.eye(size, dtype=bool)
     pairs = jnp.where(strict, ct[0] * between, 0)  # [..., i, j]
     dtype, precision = how.backward
-    spanned = jnp.einsum("...ij,it->...jt", pairs.astype(dtype), _lower(size, dtype), precision=precision)
+    spanned = jnp.einsum(
+        "...ij,it->...jt", pairs.astype(dtype), _lower(size, dtype), precision=precision
+    )
     through_pairs = jnp.where(strict.T, spanned, 0).sum(-2)
     through_carried = jnp.matmul(ct[1] * since, _lower(size), precision=lax.Precision.HIGHEST)
     return through_pairs + through_carried, None, None
@@ -238,13 +263,17 @@ def _unit_lower_inverse(a):
     place = jnp.arange(size)
 
     def joins(level):  # between the two halves of each block of 2^(level + 1)
-        return (place[:, None] >> (level + 1) == place >> (level + 1)) & (place[:, None] >> level > place >> level)
+        return (place[:, None] >> (level + 1) == place >> (level + 1)) & (
+            place[:, None] >> level > place >> level
+        )
 
     def double(level, inverse):
         return inverse - multiply(inverse, multiply(jnp.where(joins(level), a, 0), inverse))
 
     pairs = jnp.eye(size, dtype=a.dtype) - jnp.where(joins(0), a, 0)
-    return lax.fori_loop(1, size.bit_length() - 1, double, pairs)  # a loop: the doublings would compile one by one
+    return lax.fori_loop(
+        1, size.bit_length() - 1, double, pairs
+    )  # a loop: the doublings would compile one by one
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -255,7 +284,10 @@ def _known_inverse(a, inverse, how: How):
 
 _known_inverse.defvjp(
     lambda a, inverse, how: (inverse, inverse),
-    lambda how, t, ct: (-jnp.tril(_dot(t.mT, _dot(ct, t.mT, how.backward), how.backward), -1), jnp.zeros_like(t)),
+    lambda how, t, ct: (
+        -jnp.tril(_dot(t.mT, _dot(ct, t.mT, how.backward), how.backward), -1),
+        jnp.zeros_like(t),
+    ),
 )
 
 
@@ -271,13 +303,19 @@ class Chunks(NamedTuple):
     decay: jax.Array  # d_C [1, 1]
 
 
-def _prepare(q, k, v, g, beta, token_index, segment_ids, how: Products, size, invert=_unit_lower_inverse) -> Chunks:
+def _prepare(
+    q, k, v, g, beta, token_index, segment_ids, how: Products, size, invert=_unit_lower_inverse
+) -> Chunks:
     """Everything inside chunks of `size` tokens; `invert` makes T of A, or gives it where it is
     known."""
     length = k.shape[1]
     valid = None if token_index is None else token_index >= 0
-    q, k, v, g, beta = (_split(_without_pads(x, valid), size).astype(f32) for x in (q, k, v, g, beta))
-    between, since = _decays(jnp.maximum(g, FLOOR), *_segment_masks(token_index, segment_ids, length, size), how.chunk)
+    q, k, v, g, beta = (
+        _split(_without_pads(x, valid), size).astype(f32) for x in (q, k, v, g, beta)
+    )
+    between, since = _decays(
+        jnp.maximum(g, FLOOR), *_segment_masks(token_index, segment_ids, length, size), how.chunk
+    )
     a = jnp.tril(beta[..., None] * _matmul(k, k.mT, how.gram) * between, -1)
     inverse = _known_inverse(a, checkpoint_name(invert(a), "gdn_inverse"), how.chunk)
     return Chunks(
@@ -305,7 +343,9 @@ def _chunk_scan(chunks: Chunks, state, how: Products):
         new = u - _matmul(w, state, how.state)
         return decay * state + _matmul(keys, new, how.update), state.astype(dtype)
 
-    last, states = lax.scan(chunk, state, (chunks.w.astype(dtype), chunks.u, chunks.keys, chunks.decay))
+    last, states = lax.scan(
+        chunk, state, (chunks.w.astype(dtype), chunks.u, chunks.keys, chunks.decay)
+    )
     return states, last
 
 
@@ -321,7 +361,9 @@ def _chunk_scan_backward(chunks: Chunks, ct_out, ct_last, how: Products):
     (float32)."""
     dtype = how.state.backward[0]
     readers = jnp.concatenate([chunks.queries, -chunks.w], axis=-2).mT.astype(dtype)  # [K, 2 C]
-    ct_new = _dot(chunks.scores.mT, ct_out, how.chunk.backward)  # [C, V], lacks what comes through the state after
+    ct_new = _dot(
+        chunks.scores.mT, ct_out, how.chunk.backward
+    )  # [C, V], lacks what comes through the state after
 
     def chunk(ct, x):
         readers, keys, ct_out, ct_new, decay = x
@@ -340,13 +382,20 @@ def _run(q, k, v, g, beta, initial_state, token_index, segment_ids):
     states, last = _chunk_scan(chunks, initial_state, how)
     states = checkpoint_name(states, "gdn_states")
     out, _ = _outputs(chunks, states, how)
-    return (_join(out.astype(v.dtype), k.shape[1]), _kept(initial_state, last, token_index)), (chunks.inverse, states)
+    return (_join(out.astype(v.dtype), k.shape[1]), _kept(initial_state, last, token_index)), (
+        chunks.inverse,
+        states,
+    )
 
 
 def _kept(initial_state, last, token_index):
     """The last state, but of rows without valid tokens the initial one: adding zero would have
     turned -0 into 0."""
-    return last if token_index is None else jnp.where((token_index >= 0).any(1)[:, None, None, None], last, initial_state)
+    return (
+        last
+        if token_index is None
+        else jnp.where((token_index >= 0).any(1)[:, None, None, None], last, initial_state)
+    )
 
 
 @jax.custom_vjp
@@ -356,7 +405,17 @@ def _delta_rule(q, k, v, g, beta, initial_state, token_index, segment_ids):
 
 def _delta_rule_forward(q, k, v, g, beta, initial_state, token_index, segment_ids):
     results, (inverse, states) = _run(q, k, v, g, beta, initial_state, token_index, segment_ids)
-    return (checkpoint_name(results[0], "gdn_out"), results[1]), (q, k, v, g, beta, token_index, segment_ids, inverse, states)
+    return (checkpoint_name(results[0], "gdn_out"), results[1]), (
+        q,
+        k,
+        v,
+        g,
+        beta,
+        token_index,
+        segment_ids,
+        inverse,
+        states,
+    )
 
 
 def _delta_rule_backward(residuals, cts):
@@ -368,9 +427,18 @@ def _backward(residuals, cts, size):
     q, k, v, g, beta, token_index, segment_ids, inverse, states = residuals
     ct_out, ct_last = cts
     how = _products(q, k, v)
-    ct_out = _split(_without_pads(ct_out, None if token_index is None else token_index >= 0), size).astype(f32)
+    ct_out = _split(
+        _without_pads(ct_out, None if token_index is None else token_index >= 0), size
+    ).astype(f32)
 
-    chunks, pull = jax.vjp(lambda *inputs: _prepare(*inputs, token_index, segment_ids, how, size, lambda a: inverse), q, k, v, g, beta)
+    chunks, pull = jax.vjp(
+        lambda *inputs: _prepare(*inputs, token_index, segment_ids, how, size, lambda a: inverse),
+        q,
+        k,
+        v,
+        g,
+        beta,
+    )
     _, pull_outputs = jax.vjp(lambda chunks: _outputs(chunks, states, how), chunks)
     ct_states, ct_initial = _chunk_scan_backward(chunks, ct_out, ct_last.astype(f32), how)
     return *pull(*pull_outputs((ct_out, ct_states.astype(f32)))), ct_initial, None, None

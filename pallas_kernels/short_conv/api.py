@@ -47,5 +47,9 @@ def short_conv(
 def arguments(x, weight, conv_state=None, token_index=None, segment_ids=None) -> dict:
     """The arguments of `short_conv` by name."""
     return {
-        "x": x, "weight": weight, "conv_state": conv_state, "token_index": token_index, "segment_ids": segment_ids,
-    }  # fmt: skip
+        "x": x,
+        "weight": weight,
+        "conv_state": conv_state,
+        "token_index": token_index,
+        "segment_ids": segment_ids,
+    }

@@ -60,7 +60,9 @@ IMPLEMENTATIONS = {
     "attention": (*ATTENTION.implementations, cudnn_attention.CUDNN),
     "gated_delta_rule": GATED_DELTA_RULE.implementations,
     "attention_step": tuple(map(implementation_in_a_row, ATTENTION_STEP.implementations)),
-    "gated_delta_rule_step": tuple(map(implementation_in_a_row, GATED_DELTA_RULE_STEP.implementations)),
+    "gated_delta_rule_step": tuple(
+        map(implementation_in_a_row, GATED_DELTA_RULE_STEP.implementations)
+    ),
 }
 REFERENCES = {
     "attention": attention_reference.attention,
@@ -68,14 +70,20 @@ REFERENCES = {
     "attention_step": in_a_row(attention_step.step),
     "gated_delta_rule_step": in_a_row(delta_step.step),
 }
-ROWS_ALONE = "attention", "gated_delta_rule"  # all arrays begin with the axis of rows, which have nothing to do with each other
+ROWS_ALONE = (
+    "attention",
+    "gated_delta_rule",
+)  # all arrays begin with the axis of rows, which have nothing to do with each other
 HEADS_AT_ONCE = 16  # of a reference in float64: what it keeps for gradients grows with them
 ALLOWED = {name: 5e-3 for results in RESULTS.values() for name in results}
 ALLOWED |= {f"d_{name}": 8e-3 for name in ("q", "k", "v", "initial_state")}
 ALLOWED |= {"d_g": 2e-2, "d_beta": 2e-2}
 ANY = {"race": 1.0, "repeats": 1.0, "raised": 1.0}  # these are 0 or infinite
 INTERPRETED = pltpu.InterpretParams(
-    detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise", dma_execution_mode="on_wait"
+    detect_races=True,
+    uninitialized_memory="nan",
+    out_of_bounds_reads="raise",
+    dma_execution_mode="on_wait",
 )
 PROGRAMS = Programs()
 
@@ -115,11 +123,17 @@ class Cell(NamedTuple):
 
     def __str__(self) -> str:
         found = f"no: {self.refusal}" if self.refusal else f"{self.share:5.2f} of what is allowed"
-        shares = {n: np.nan_to_num(error / self.allowed[n], nan=np.inf) for n, error in self.errors.items()}
+        shares = {
+            n: np.nan_to_num(error / self.allowed[n], nan=np.inf)
+            for n, error in self.errors.items()
+        }
         worst = max(shares, key=shares.get) if shares else ""
         differing = ", ".join(f"{name} differs in {n}" for name, n in self.differing.items())
         differing = f" ({differing} of {self.repeats} calls)" if differing else ""
-        return f"{self.implementation:11} {self.dtype:9} {self.case:48} {found} {worst}{differing}{self.note and ': '}{self.note}"
+        return (
+            f"{self.implementation:11} {self.dtype:9} {self.case:48} {found}"
+            f" {worst}{differing}{self.note and ': '}{self.note}"
+        )
 
 
 class Group(NamedTuple):
@@ -131,7 +145,9 @@ class Group(NamedTuple):
     implementations: tuple[Implementation, ...]
 
 
-def groups(operator: str, longest: int, wanted: Callable[[Implementation, str, str], bool]) -> Iterator[Group]:
+def groups(
+    operator: str, longest: int, wanted: Callable[[Implementation, str, str], bool]
+) -> Iterator[Group]:
     """All cells of an operator's matrix, of which `wanted(implementation, dtype, name of the
     case)` says that they are to run."""
     for case in CASES[operator](longest):
@@ -145,7 +161,9 @@ def compare(group: Group, problem: Problem, repeats: int) -> Iterator[Cell]:
     want = None
     for implementation in group.implementations:
         runs, inside, refusal = _runnable(group.operator, implementation, jax.devices()[0])
-        refusal = refusal or implementation.supports(*problem.inputs.values(), **problem.tokens, **problem.rule)
+        refusal = refusal or implementation.supports(
+            *problem.inputs.values(), **problem.tokens, **problem.rule
+        )
         errors, differing, note, start = {}, {}, "", time.monotonic()
         if not refusal:
             try:
@@ -156,15 +174,34 @@ def compare(group: Group, problem: Problem, repeats: int) -> Iterator[Cell]:
                 if differing.keys() - set(implementation.unordered):
                     errors["repeats"] = float("inf")
             except Exception as error:  # a cell of its own, for a run of hours must not end with it
-                errors, note = {"raised": float("inf")}, f"{type(error).__name__}: {error}".splitlines()[0]
-        allowed = {name: ANY.get(name) or (ALLOWED[name] if group.dtype == "bfloat16" else 1e-4) for name in errors}
-        cell = Cell(group.operator, implementation.name, group.case.name, group.dtype, errors, allowed, refusal)
-        yield cell._replace(repeats=repeats, differing=differing, note=note, seconds=time.monotonic() - start)
+                errors, note = (
+                    {"raised": float("inf")},
+                    f"{type(error).__name__}: {error}".splitlines()[0],
+                )
+        allowed = {
+            name: ANY.get(name) or (ALLOWED[name] if group.dtype == "bfloat16" else 1e-4)
+            for name in errors
+        }
+        cell = Cell(
+            group.operator,
+            implementation.name,
+            group.case.name,
+            group.dtype,
+            errors,
+            allowed,
+            refusal,
+        )
+        yield cell._replace(
+            repeats=repeats, differing=differing, note=note, seconds=time.monotonic() - start
+        )
 
 
 def prepare(group: Group, compiled: bool) -> Problem:
     """The group's problem as numpy arrays; its programs, if they are to be `compiled` ahead."""
-    problem = _with_each(group.case.make(), lambda name, x: np.asarray(x, group.dtype if x.dtype == np.float64 else x.dtype))
+    problem = _with_each(
+        group.case.make(),
+        lambda name, x: np.asarray(x, group.dtype if x.dtype == np.float64 else x.dtype),
+    )
     if compiled:
         with suppress(Exception):  # which the cell raises again
             _compile_ahead(group, problem)
@@ -175,15 +212,26 @@ def _compile_ahead(group: Group, problem: Problem) -> None:
     device, used = jax.devices()[0], False
     for implementation in group.implementations:
         runs, _, refusal = _runnable(group.operator, implementation, device)
-        if refusal or implementation.supports(*problem.inputs.values(), **problem.tokens, **problem.rule):
+        if refusal or implementation.supports(
+            *problem.inputs.values(), **problem.tokens, **problem.rule
+        ):
             continue
         program, used = PROGRAMS(_function(runs, *_signature(problem)), *_arrays(problem)), True
         PROGRAMS(disturb.work(disturb.sizes(program), device))
         results = jax.tree.leaves(program.out_info)
-        PROGRAMS(judge, results, results, [jax.ShapeDtypeStruct(x.shape, np.float64) for x in results], _exact(group.operator, problem))
+        PROGRAMS(
+            judge,
+            results,
+            results,
+            [jax.ShapeDtypeStruct(x.shape, np.float64) for x in results],
+            _exact(group.operator, problem),
+        )
     if used:
         for part in _parts(group.operator, problem):
-            PROGRAMS(_function(REFERENCES[group.operator], *_signature(part)), *jax.tree.map(_wide, _arrays(part)))
+            PROGRAMS(
+                _function(REFERENCES[group.operator], *_signature(part)),
+                *jax.tree.map(_wide, _arrays(part)),
+            )
 
 
 def _reference(operator: str, problem: Problem) -> list[jax.Array]:
@@ -191,16 +239,26 @@ def _reference(operator: str, problem: Problem) -> list[jax.Array]:
     found = []
     for part in _parts(operator, problem):
         arrays = _arrays(part)
-        program = PROGRAMS(_function(REFERENCES[operator], *_signature(part)), *jax.tree.map(_wide, arrays))
+        program = PROGRAMS(
+            _function(REFERENCES[operator], *_signature(part)), *jax.tree.map(_wide, arrays)
+        )
         with jax.enable_x64(True):  # widened on the device
-            found.append(jax.tree.leaves(program(*jax.tree.map(lambda x: jnp.asarray(x).astype(_wide(x).dtype), arrays))))
+            found.append(
+                jax.tree.leaves(
+                    program(*jax.tree.map(lambda x: jnp.asarray(x).astype(_wide(x).dtype), arrays))
+                )
+            )
     with jax.enable_x64(True):
-        return found[0] if len(found) == 1 else [jnp.concatenate(x) for x in zip(*found, strict=True)]
+        return (
+            found[0] if len(found) == 1 else [jnp.concatenate(x) for x in zip(*found, strict=True)]
+        )
 
 
 def _wide(x) -> jax.ShapeDtypeStruct:
     """The shape of an array with every floating dtype as float64."""
-    return jax.ShapeDtypeStruct(x.shape, np.float64 if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype)
+    return jax.ShapeDtypeStruct(
+        x.shape, np.float64 if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
+    )
 
 
 def _parts(operator: str, problem: Problem) -> list[Problem]:
@@ -217,12 +275,17 @@ def _parts(operator: str, problem: Problem) -> list[Problem]:
     return [cut(start) for start in range(0, batch, rows)]
 
 
-def _errors(operator: str, runs: Callable, inside: Callable, problem: Problem, want: list, repeats: int) -> tuple[dict, dict]:
+def _errors(
+    operator: str, runs: Callable, inside: Callable, problem: Problem, want: list, repeats: int
+) -> tuple[dict, dict]:
     """By the name of a result, the worst of its errors in so many calls, and how many of these
     differ from the first."""
     raced, exact = {"race": float("inf")}, _exact(operator, problem)
     try:
-        with inside(), redirect_stdout(StringIO()) as said:  # the TPU interpreter only prints that it found a race
+        with (
+            inside(),
+            redirect_stdout(StringIO()) as said,
+        ):  # the TPU interpreter only prints that it found a race
             arrays = jax.tree.map(jnp.asarray, _arrays(_poisoned(problem)))
             program = PROGRAMS(_function(runs, *_signature(problem)), *arrays)
             first, verdicts = jax.block_until_ready(jax.tree.leaves(program(*arrays))), []
@@ -242,7 +305,9 @@ def _errors(operator: str, runs: Callable, inside: Callable, problem: Problem, w
         return raced, {}
     errors, differs = (np.asarray(jax.device_get(x)) for x in zip(*verdicts, strict=True))
     names = _names(operator, problem)
-    return dict(zip(names, errors.max(0).tolist(), strict=True)), dict(zip(names, differs.sum(0).tolist(), strict=True))
+    return dict(zip(names, errors.max(0).tolist(), strict=True)), dict(
+        zip(names, differs.sum(0).tolist(), strict=True)
+    )
 
 
 def _names(operator: str, problem: Problem) -> list[str]:
@@ -277,7 +342,9 @@ def _with_each(problem: Problem, change: Callable) -> Problem:
 
 
 @cache
-def _runnable(operator: str, implementation: Implementation, device) -> tuple[Callable, Callable[[], AbstractContextManager], str | None]:
+def _runnable(
+    operator: str, implementation: Implementation, device
+) -> tuple[Callable, Callable[[], AbstractContextManager], str | None]:
     """The function to call here, inside what, and why there is none: on a CPU, kernels are
     interpreted."""
     reason = implementation.device(device)
@@ -285,7 +352,11 @@ def _runnable(operator: str, implementation: Implementation, device) -> tuple[Ca
         return partial(implementation.run, interpret=INTERPRETED), nullcontext, None
     if reason and device.platform == "cpu" and implementation.name == "mosaic_gpu":
         if operator == "gated_delta_rule_step":
-            return implementation.run, nullcontext, "for Hopper GPUs; not interpreted, for its blocks write into each other's memory"
+            return (
+                implementation.run,
+                nullcontext,
+                "for Hopper GPUs; not interpreted, for its blocks write into each other's memory",
+            )
         # a block of the other step writes the slot that another may be reading, which then leaves
         # it out of the window
         inside = partial(mosaic_gpu_interpreter.interpreted, races=operator != "attention_step")
@@ -310,17 +381,39 @@ def _function(function: Callable, names: tuple[str, ...], rule: tuple) -> Callab
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--operator", choices=CASES, action="append", help="default: all")
     names = sorted({i.name for table in IMPLEMENTATIONS.values() for i in table})
-    parser.add_argument("--implementation", action="append", choices=names, help="only this one (several allowed)")
-    parser.add_argument("--case", default="", help="only cases whose names match this regular expression")
-    parser.add_argument("--only", default="", help='only cells whose names, "OPERATOR IMPLEMENTATION DTYPE CASE", match this one')
+    parser.add_argument(
+        "--implementation", action="append", choices=names, help="only this one (several allowed)"
+    )
+    parser.add_argument(
+        "--case", default="", help="only cases whose names match this regular expression"
+    )
+    parser.add_argument(
+        "--only",
+        default="",
+        help='only cells whose names, "OPERATOR IMPLEMENTATION DTYPE CASE", match this one',
+    )
     parser.add_argument("--longest", type=int, default=1000, help="leave out longer cases")
-    parser.add_argument("--repeats", type=int, help="calls of each cell; default 20 on a GPU, else 1")
-    parser.add_argument("--workers", type=int, help="threads that compile ahead; default one a core on a GPU, else none")
-    parser.add_argument("--record", type=Path, help="append each cell to this file of JSON lines, and leave out those that passed in it")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after so long")
+    parser.add_argument(
+        "--repeats", type=int, help="calls of each cell; default 20 on a GPU, else 1"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        help="threads that compile ahead; default one a core on a GPU, else none",
+    )
+    parser.add_argument(
+        "--record",
+        type=Path,
+        help="append each cell to this file of JSON lines, and leave out those that passed in it",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="begin no case after so long"
+    )
     args = parser.parse_args()
     start, gpu, record = time.monotonic(), jax.default_backend() == "gpu", Record(args.record)
     repeats = args.repeats or (20 if gpu else 1)
@@ -329,11 +422,17 @@ def main() -> None:
 
     def wanted(operator, implementation, dtype, case):
         name = f"{operator} {implementation.name} {dtype} {case}"
-        if args.implementation and implementation.name not in args.implementation or record.passed(name):
+        if (
+            args.implementation
+            and implementation.name not in args.implementation
+            or record.passed(name)
+        ):
             return False
         return bool(re.search(args.case, case) and re.search(args.only, name))
 
-    chosen = [g for o in args.operator or CASES for g in groups(o, args.longest, partial(wanted, o))]
+    chosen = [
+        g for o in args.operator or CASES for g in groups(o, args.longest, partial(wanted, o))
+    ]
     left, operator = len(chosen), None
     for group, problem in ahead(chosen, partial(prepare, compiled=bool(workers)), workers):
         if time.monotonic() - start > 60 * args.minutes:
@@ -343,14 +442,28 @@ def main() -> None:
             print(f"{operator} on {about['device']}, JAX {about['jax']}", flush=True)
         for cell in compare(group, problem, repeats):
             print(f"  {cell}", flush=True)
-            facts = {"errors": {n: float(f"{e:.3g}") for n, e in cell.errors.items()}, "differing": cell.differing, "repeats": repeats}
+            facts = {
+                "errors": {n: float(f"{e:.3g}") for n, e in cell.errors.items()},
+                "differing": cell.differing,
+                "repeats": repeats,
+            }
             seconds = round(cell.seconds, 2)
-            record.add(cell.name, cell.passed, str(cell), facts | {"refusal": cell.refusal, "seconds": seconds} | about)
+            record.add(
+                cell.name,
+                cell.passed,
+                str(cell),
+                facts | {"refusal": cell.refusal, "seconds": seconds} | about,
+            )
         left -= 1
     if not (left or record.ran()):
         sys.exit("nothing ran: no case of that name, or each was refused")
     if bad := record.bad():
-        print(f"{len(bad)} too far from the reference, or not the same each time:", *bad, sep="\n", file=sys.stderr)
+        print(
+            f"{len(bad)} too far from the reference, or not the same each time:",
+            *bad,
+            sep="\n",
+            file=sys.stderr,
+        )
     if left:
         print(f"{left} cases are left: the same command goes on with them", file=sys.stderr)
     if bad or left:

@@ -32,7 +32,10 @@ class Raced(RuntimeError):
 def refusal() -> str | None:
     """Why kernels cannot be interpreted here, or None."""
     if jax.__version_info__ != VERSION:
-        return f"for Hopper GPUs; interpreted by JAX {'.'.join(map(str, VERSION))} alone, this is {jax.__version__}"
+        return (
+            f"for Hopper GPUs; interpreted by JAX {'.'.join(map(str, VERSION))} alone, this is"
+            f" {jax.__version__}"
+        )
     if int(os.environ.get("NPROC", "0")) < THREADS:
         return (
             f"for Hopper GPUs; interpreted in a process that was started with NPROC={2 * THREADS}"
@@ -64,9 +67,12 @@ def interpreted(races: bool = True) -> Iterator[None]:
     def call(self, eqn, function, token, **arrays):
         run = partial(gpu_callbacks.fail_on_exception(function), source_info=eqn.source_info)
         place = {"mesh_location": self.mesh_location, "thread": self.thread}
-        return callback.io_callback(
-            run, gpu_callbacks.TOKEN_SHAPE_DTYPE, token=token, **place, **arrays
-        ), []
+        return (
+            callback.io_callback(
+                run, gpu_callbacks.TOKEN_SHAPE_DTYPE, token=token, **place, **arrays
+            ),
+            [],
+        )
 
     def access(key, transforms, mesh_location, thread, source_info):
         """The memory, a buffer's key, what part of it is meant, and who asks."""
@@ -155,7 +161,8 @@ def interpreted(races: bool = True) -> Iterator[None]:
     ):
         if reduction_op != "add" or predicate is not None:
             raise ValueError(
-                f"a copy that combines by {reduction_op} or under a predicate is not interpreted\n  -> check it on a GPU"
+                f"a copy that combines by {reduction_op} or under a predicate is not interpreted\n "
+                " -> check it on a GPU"
             )
         ends = {}
         for end, name in (("src", "src_allocation_key"), ("dst", "dst_allocation_key")):

@@ -60,7 +60,8 @@ def compile_for_pod(
         )
     if text and not hlo:
         raise RuntimeError(
-            "the compiler left no text of the program\n  -> see what its dump is called in this libtpu"
+            "the compiler left no text of the program\n  -> see what its dump is called in this"
+            " libtpu"
         )
     memory = compiled.memory_analysis()
     return PodReport(

@@ -30,9 +30,9 @@ CONTROLS = {
     "initcheck": "uninitialised",
 }  # what `wrong_kernels` has for a tool
 CELLS = (
-    "^(attention mosaic_gpu bfloat16 (window, 65|packed, 300|ring, 65 x 128)"
-    "|gated_delta_rule mosaic_gpu bfloat16 (gates spread, 65|gates mild, alike|packed, 300)"
-    "|attention_step mosaic_gpu bfloat16 two tokens|gated_delta_rule_step mosaic_gpu bfloat16 two tokens, 6)"
+    "^(attention mosaic_gpu bfloat16 (window, 65|packed, 300|ring, 65 x 128)|gated_delta_rule"
+    " mosaic_gpu bfloat16 (gates spread, 65|gates mild, alike|packed, 300)|attention_step"
+    " mosaic_gpu bfloat16 two tokens|gated_delta_rule_step mosaic_gpu bfloat16 two tokens, 6)"
 )
 OPTIONS = {  # that newer versions have
     "--check-exit-code": "no",  # the matrix's own says something else
@@ -137,7 +137,8 @@ def main() -> None:
         return wrong_kernels(args.wrong)
     if not (sanitizer := shutil.which(args.sanitizer)):
         sys.exit(
-            f"{args.sanitizer} is not there\n  -> pip install nvidia-cuda-sanitizer-api, or name it by --sanitizer"
+            f"{args.sanitizer} is not there\n  -> pip install nvidia-cuda-sanitizer-api, or name it"
+            " by --sanitizer"
         )
     known, bad = subprocess.run([sanitizer, "--help"], capture_output=True, text=True).stdout, False
 
@@ -177,10 +178,8 @@ def main() -> None:
             args.only,
         )
         bad |= total != 0
-        print(
-            f"{tool}: {f'it came to no summary, see {args.log}' if total is None else f'{total} findings'}",
-            flush=True,
-        )
+        outcome = f"it came to no summary, see {args.log}" if total is None else f"{total} findings"
+        print(f"{tool}: {outcome}", flush=True)
         for kind, count in kinds.most_common():
             print(f"  {count:5} x {kind}", flush=True)
     sys.exit(bad)

@@ -150,7 +150,8 @@ def main() -> None:
         problems = overwritten(code)
         bad += len(problems)
         print(
-            f"{path.name}: {len(products)} products, {from_registers} with a register factor, {len(problems)} overwritten"
+            f"{path.name}: {len(products)} products, {from_registers} with a register factor,"
+            f" {len(problems)} overwritten"
         )
         for problem in problems:
             print(f"  {problem}")

@@ -91,7 +91,9 @@ def score(build: Callable, chip: str, *places, **names) -> Score:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with tempfile.TemporaryDirectory() as folder:
         environment |= {
-            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true {NO_OFFLOAD}",
+            "LIBTPU_INIT_ARGS": (
+                f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true {NO_OFFLOAD}"
+            ),
             "JAX_PLATFORMS": "cpu",
         }
         environment |= {
@@ -112,7 +114,8 @@ def score(build: Callable, chip: str, *places, **names) -> Score:
         result = Path(folder) / "score.json"
         if not result.exists():
             raise RuntimeError(
-                f"{build.__qualname__} does not compile for {chip}: {places} {names}\n{done.stderr[-3000:]}"
+                f"{build.__qualname__} does not compile for {chip}: {places}"
+                f" {names}\n{done.stderr[-3000:]}"
             )
         programs = json.loads(result.read_text())
     return Score(chip, tuple(Program(**program) for program in programs))
@@ -142,7 +145,8 @@ def _compile_and_read(
     for kernel in _kernels(traced.jaxpr.jaxpr):
         if kernels.setdefault((kernel["name"], kernel["results"]), kernel) != kernel:
             raise ValueError(
-                f"two kernels are called {kernel['name']} and differ in grid or blocks alone: rename one"
+                f"two kernels are called {kernel['name']} and differ in grid or blocks alone:"
+                " rename one"
             )
     return read_hlo(hlo, kernels, folder)
 
@@ -190,7 +194,8 @@ def _block_traffic(block, grid) -> int:
 
 
 INSTRUCTION = re.compile(
-    r"^\s+(?:ROOT )?%(?P<name>\S+) = (?P<type>\(.*?\)|\S+) (?P<op>[\w-]+)\((?P<operands>.*?)\)(?P<rest>.*)$"
+    r"^\s+(?:ROOT )?%(?P<name>\S+) = (?P<type>\(.*?\)|\S+)"
+    r" (?P<op>[\w-]+)\((?P<operands>.*?)\)(?P<rest>.*)$"
 )
 ARRAY = re.compile(r"(?P<dtype>[a-z]+\d*)\[(?P<shape>[\d,]*)\](?:\{(?P<layout>[^}]*)\})?")
 BITS = {"pred": 8, "s4": 4, "u4": 4}
@@ -313,7 +318,9 @@ def _hbm_bytes(instruction, table, computations) -> int:
     op = instruction["op"]
     if op.endswith(
         "-start"
-    ):  # (to, from, flag) or ((from), to, flag): one side in HBM, or what is moved between two places there
+        # (to, from, flag) or ((from), to, flag): one side in HBM, or what is moved between two
+        # places there
+    ):
         return max(_sizes(re.sub(r"S\(1\)", "", instruction["type"]))[1:2], default=0)
     if op in ("dynamic-slice", "slice", "gather"):
         return 2 * result

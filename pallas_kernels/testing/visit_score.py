@@ -79,7 +79,10 @@ def scores(chip: str, **case) -> list[Score]:
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with tempfile.TemporaryDirectory() as folder:
-        dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final"
+        dump = (
+            f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+            " --xla_jf_dump_llo_pass_label_regex=final"
+        )
         environment |= {"LIBTPU_INIT_ARGS": dump, "JAX_PLATFORMS": "cpu"}
         environment |= {
             "TPU_SKIP_MDS_QUERY": "1",
@@ -220,7 +223,8 @@ def read(folder: str, name: str) -> tuple[Bundles, int]:
     multiply = [x for x in loops if products(x)]
     if len(multiply) not in (2, 3):
         raise ValueError(
-            f"{name}: {len(multiply)} loops that multiply, not without a mask, with one, and perhaps on the diagonal"
+            f"{name}: {len(multiply)} loops that multiply, not without a mask, with one, and"
+            " perhaps on the diagonal"
         )
     around = [
         min((x for x in regions if inside(x, [y])), key=lambda x: x[1] - x[0]) for y in multiply

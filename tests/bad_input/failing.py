@@ -1,4 +1,5 @@
-"""What every bad-input test of conversion asks: our error, one screen with the culprits in it, and nothing left behind."""
+"""What every bad-input test of conversion asks: our error, one screen with the culprits in it, and
+nothing left behind."""
 
 import json
 from pathlib import Path
@@ -10,11 +11,14 @@ from infinitevl_jax.errors import InfiniteVLError
 
 
 def tree(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() if p.is_file() else b"" for p in root.rglob("*")}
+    return {
+        str(p.relative_to(root)): p.read_bytes() if p.is_file() else b"" for p in root.rglob("*")
+    }
 
 
 def fails(root: Path, action, *culprits: str):
-    """`action` raises our error, one screen with the culprits in it, and leaves no trace under `root`."""
+    """`action` raises our error, one screen with the culprits in it, and leaves no trace under
+    `root`."""
     before = tree(root)
     with pytest.raises(InfiniteVLError) as caught:
         action()
@@ -29,7 +33,9 @@ def config(*culprits, vision=None, drop=(), **keys):
         content = HYBRID | keys
         if vision is not None:
             content["vision_config"] = HYBRID["vision_config"] | vision
-        (src / "config.json").write_text(json.dumps({k: v for k, v in content.items() if k not in drop}))
+        (src / "config.json").write_text(
+            json.dumps({k: v for k, v in content.items() if k not in drop})
+        )
         return "config.json", *culprits
 
     return case

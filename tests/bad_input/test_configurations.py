@@ -33,14 +33,27 @@ CONFIGURATIONS = {
     "size-in-quotes": config("hidden_size", "'32'", hidden_size="32"),
     "negative-size": config("vocab_size", "-5", vocab_size=-5),
     "heads-do-not-divide": config("num_attention_heads", num_attention_heads=3),
-    "kv-heads-do-not-divide": config("num_key_value_heads", num_key_value_heads=3, head_dim=16, num_attention_heads=4),
+    "kv-heads-do-not-divide": config(
+        "num_key_value_heads", num_key_value_heads=3, head_dim=16, num_attention_heads=4
+    ),
     "other-depth": config("54 missing", num_hidden_layers=12),
     "gelu": config("hidden_act", "'gelu'", hidden_act="gelu"),
-    "yarn": config("rope_scaling", "'yarn'", rope_scaling={"rope_type": "yarn", "factor": 4.0, "mrope_section": [2, 3, 3]}),
-    "partial-rotary": config("partial_rotary_factor", rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}),
-    "mrope-sections": config("mrope_section", rope_scaling={"type": "mrope", "mrope_section": [2, 3, 4]}),
+    "yarn": config(
+        "rope_scaling",
+        "'yarn'",
+        rope_scaling={"rope_type": "yarn", "factor": 4.0, "mrope_section": [2, 3, 3]},
+    ),
+    "partial-rotary": config(
+        "partial_rotary_factor",
+        rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5},
+    ),
+    "mrope-sections": config(
+        "mrope_section", rope_scaling={"type": "mrope", "mrope_section": [2, 3, 4]}
+    ),
     "no-mrope-sections": config("mrope_section", rope_scaling=None),
-    "quantised": config("quantization_config", quantization_config={"quant_method": "awq", "bits": 4}),
+    "quantised": config(
+        "quantization_config", quantization_config={"quant_method": "awq", "bits": 4}
+    ),
     "logit-softcap": config("final_logit_softcapping", final_logit_softcapping=30.0),
     "experts": config("num_experts", num_experts=8),
     "grouped-linear-heads": config("num_linear_key_value_heads", num_linear_key_value_heads=1),

@@ -58,8 +58,14 @@ def extra(t):
 
 
 def misshapen(t):
-    t["model.layers.1.self_attn.q_conv1d.weight"] = t["model.layers.1.self_attn.q_conv1d.weight"][..., :3]
-    return "1 misshapen", "model.layers.1.self_attn.q_conv1d.weight", "[16, 1, 3] instead of [16, 1, 4]"
+    t["model.layers.1.self_attn.q_conv1d.weight"] = t["model.layers.1.self_attn.q_conv1d.weight"][
+        ..., :3
+    ]
+    return (
+        "1 misshapen",
+        "model.layers.1.self_attn.q_conv1d.weight",
+        "[16, 1, 3] instead of [16, 1, 4]",
+    )
 
 
 def nan(t):
@@ -221,7 +227,9 @@ def index_not_json(src, index):
 def tensor_in_two_shards(src, index):
     index.unlink()
     name = "model-00003-of-00003.safetensors"
-    (src / name).write_bytes(safetensors_bytes({"visual.patch_embed.proj.weight": np.zeros((16, 3, 2, 2, 2), BF16)}))
+    (src / name).write_bytes(
+        safetensors_bytes({"visual.patch_embed.proj.weight": np.zeros((16, 3, 2, 2, 2), BF16)})
+    )
     return "visual.patch_embed.proj.weight", name, "twice"
 
 
@@ -278,39 +286,71 @@ SOURCES = {
     "empty-file": raw(lambda d: b""),
     "seven-bytes": raw(lambda d: d[:7]),
     "web-page": raw(lambda d: b"<!DOCTYPE html><html><body>404</body></html>" * 20),
-    "lfs-pointer": raw(lambda d: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 8\n"),
+    "lfs-pointer": raw(
+        lambda d: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 8\n"
+    ),
     "trailing-bytes": raw(lambda d: d + b"\0" * 16),
     "header-too-long": raw(lambda d: struct.pack("<Q", 1 << 50) + d[8:]),
     "header-not-json": header(lambda h: json.dumps(h)[:-5] + "     ", "not a JSON object"),
     "header-a-list": header(lambda h: "[1, 2, 3]", "not a JSON object"),
     "header-entry-damaged": header(set_entry("model.norm.weight", shape="x"), "model.norm.weight"),
     "negative-shape": header(set_entry("model.norm.weight", shape=[-32]), "model.norm.weight"),
-    "unknown-dtype": header(set_entry("model.norm.weight", dtype="F12"), "model.norm.weight", "F12"),
-    "shape-against-bytes": header(set_entry("model.norm.weight", shape=[33]), "model.norm.weight", "66"),
-    "begin-after-end": header(set_entry("model.norm.weight", data_offsets=[64, 0]), "model.norm.weight"),
-    "offset-huge": header(set_entry("model.norm.weight", data_offsets=[0, 2**62]), "model.norm.weight"),
-    "offset-beyond-64-bits": header(set_entry("model.norm.weight", data_offsets=[0, 10**30]), "model.norm.weight"),
-    "offset-a-fraction": header(set_entry("model.norm.weight", data_offsets=[0, 6.5]), "model.norm.weight"),
-    "offset-true": header(set_entry("model.norm.weight", data_offsets=[False, True]), "model.norm.weight"),
-    "three-offsets": header(set_entry("model.norm.weight", data_offsets=[0, 1, 2]), "model.norm.weight"),
-    "shape-huge": header(set_entry("model.norm.weight", shape=[2**40, 2**40, 0]), "model.norm.weight", "impossible shape"),
-    "shape-of-5000-axes": header(set_entry("model.norm.weight", shape=[1] * 5000), "model.norm.weight"),
+    "unknown-dtype": header(
+        set_entry("model.norm.weight", dtype="F12"), "model.norm.weight", "F12"
+    ),
+    "shape-against-bytes": header(
+        set_entry("model.norm.weight", shape=[33]), "model.norm.weight", "66"
+    ),
+    "begin-after-end": header(
+        set_entry("model.norm.weight", data_offsets=[64, 0]), "model.norm.weight"
+    ),
+    "offset-huge": header(
+        set_entry("model.norm.weight", data_offsets=[0, 2**62]), "model.norm.weight"
+    ),
+    "offset-beyond-64-bits": header(
+        set_entry("model.norm.weight", data_offsets=[0, 10**30]), "model.norm.weight"
+    ),
+    "offset-a-fraction": header(
+        set_entry("model.norm.weight", data_offsets=[0, 6.5]), "model.norm.weight"
+    ),
+    "offset-true": header(
+        set_entry("model.norm.weight", data_offsets=[False, True]), "model.norm.weight"
+    ),
+    "three-offsets": header(
+        set_entry("model.norm.weight", data_offsets=[0, 1, 2]), "model.norm.weight"
+    ),
+    "shape-huge": header(
+        set_entry("model.norm.weight", shape=[2**40, 2**40, 0]),
+        "model.norm.weight",
+        "impossible shape",
+    ),
+    "shape-of-5000-axes": header(
+        set_entry("model.norm.weight", shape=[1] * 5000), "model.norm.weight"
+    ),
     "shape-true": header(set_entry("model.norm.weight", shape=[True]), "model.norm.weight"),
     "dtype-a-list": header(set_entry("model.norm.weight", dtype=["BF16"]), "model.norm.weight"),
     "entry-null": header(lambda h: h.update({"model.norm.weight": None}), "model.norm.weight"),
     "header-deep": header(lambda h: "[" * 200_000, "not a JSON object"),
-    "header-half-a-surrogate": header(lambda h: json.dumps(h | {"\ud800": h["model.norm.weight"]}), "not a JSON object"),
-    "header-dtype-half-a-surrogate": header(set_entry("model.norm.weight", dtype="\ud800"), "not a JSON object"),
+    "header-half-a-surrogate": header(
+        lambda h: json.dumps(h | {"\ud800": h["model.norm.weight"]}), "not a JSON object"
+    ),
+    "header-dtype-half-a-surrogate": header(
+        set_entry("model.norm.weight", dtype="\ud800"), "not a JSON object"
+    ),
     "header-nan": header(set_entry("model.norm.weight", shape=[float("nan")]), "not a JSON object"),
     "index-damaged-twice": sharded(index_damaged_twice),
     "header-null": header(lambda h: "null", "not a JSON object"),
     "header-of-5000-digits": header(lambda h: '{"a": ' + "9" * 5000 + "}"),
-    "header-over-the-limit": header(lambda h: json.dumps(h) + " " * HEADER_BYTES, f"{HEADER_BYTES:,} that are read"),
+    "header-over-the-limit": header(
+        lambda h: json.dumps(h) + " " * HEADER_BYTES, f"{HEADER_BYTES:,} that are read"
+    ),
     "weights-a-pipe": pipe,
     "torch-pipe": torch_pipe,
     "overlap": header(overlap, "overlaps"),
     "hole": header(hole, "hole"),
-    "twice-in-header": header(lambda h: json.dumps(h)[:-1] + ', "model.norm.weight": {}}', "model.norm.weight", "twice"),
+    "twice-in-header": header(
+        lambda h: json.dumps(h)[:-1] + ', "model.norm.weight": {}}', "model.norm.weight", "twice"
+    ),
     "metadata-a-text": header(lambda h: h.update(__metadata__=""), "__metadata__"),
     "metadata-a-list": header(lambda h: h.update(__metadata__=[]), "__metadata__"),
     "metadata-false": header(lambda h: h.update(__metadata__=False), "__metadata__"),
@@ -337,8 +377,12 @@ SOURCES = {
     "torch-file-numbered": torch_file({3: torch.ones(3)}, "3 is no plain tensor"),
     "torch-file-sparse": torch_file({"a": torch.eye(3).to_sparse()}, "'a' is no plain tensor"),
     "torch-file-meta": torch_file({"a": torch.ones(3, device="meta")}, "'a' is no plain tensor"),
-    "torch-file-larger-than-it-is": torch_file({"a": torch.ones(1).expand(1 << 40)}, "'a' is no plain tensor"),
-    "torch-file-int8": torch_file({"model.norm.weight": torch.ones(3, dtype=torch.int8)}, "model.norm.weight"),
+    "torch-file-larger-than-it-is": torch_file(
+        {"a": torch.ones(1).expand(1 << 40)}, "'a' is no plain tensor"
+    ),
+    "torch-file-int8": torch_file(
+        {"model.norm.weight": torch.ones(3, dtype=torch.int8)}, "model.norm.weight"
+    ),
     "torch-named-safetensors": torch_named_safetensors,
 }
 
@@ -354,13 +398,17 @@ def test_source(tmp_path, good, name):
 
 @pytest.mark.parametrize("said, twice", [("100000 extra", []), ("t0 stands twice", [0])])
 def test_long_header(tmp_path, good, said, twice):
-    """A header of 100,000 tensors is read in a time that follows its length; what is twice in it is named."""
+    """A header of 100,000 tensors is read in a time that follows its length; what is twice in it is
+    named."""
     src = tmp_path / "src"
     shutil.copytree(good / "hf", src)
     data = (src / WEIGHTS).read_bytes()
     start = 8 + struct.unpack("<Q", data[:8])[0]
     end = len(data) - start
-    more = "".join(f',"t{i}":{{"dtype":"F32","shape":[0],"data_offsets":[{end},{end}]}}' for i in [*range(100_000), *twice])
+    more = "".join(
+        f',"t{i}":{{"dtype":"F32","shape":[0],"data_offsets":[{end},{end}]}}'
+        for i in [*range(100_000), *twice]
+    )
     text = data[8:start].rstrip()[:-1] + f"{more}}}".encode()
     (src / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + data[start:])
     began = time.monotonic()

@@ -21,34 +21,65 @@ S = "sliding_attention"
 def model():
     """Never computes, so zeros will do."""
     config = hybrid_config()
-    return InfiniteVL(config, {name: np.zeros(s.shape, np.float32) for name, s in abstract(config, scanned=False)[1].items()})
+    return InfiniteVL(
+        config,
+        {
+            name: np.zeros(s.shape, np.float32)
+            for name, s in abstract(config, scanned=False)[1].items()
+        },
+    )
 
 
 def full(model):
     config = hybrid_config(layer_types=("full_attention",))
-    return InfiniteVL(config, {name: np.zeros(s.shape, np.float32) for name, s in abstract(config, scanned=False)[1].items()})
+    return InfiniteVL(
+        config,
+        {
+            name: np.zeros(s.shape, np.float32)
+            for name, s in abstract(config, scanned=False)[1].items()
+        },
+    )
 
 
 CASES = {
-    "cache of another batch": (lambda m: m([[1], [2], [3]], cache=m.init_cache(1)), "holds 1 sequences, input_ids 3"),
+    "cache of another batch": (
+        lambda m: m([[1], [2], [3]], cache=m.init_cache(1)),
+        "holds 1 sequences, input_ids 3",
+    ),
     "full-attention cache without size": (lambda m: full(m).init_cache(1), "max_length"),
-    "full-attention cache too small": (lambda m: full(m)([[1, 2, 3]], cache=full(m).init_cache(1, 2)), "made for 2 tokens"),
+    "full-attention cache too small": (
+        lambda m: full(m)([[1, 2, 3]], cache=full(m).init_cache(1, 2)),
+        "made for 2 tokens",
+    ),
     "unknown dtype": (lambda m: InfiniteVL.from_pretrained("anywhere", dtype="int8"), "int8"),
-    "unknown mesh axis": (lambda m: InfiniteVL.random(m.config, mesh=jax.make_mesh((8,), ("model",))), "'model' is unknown"),
+    "unknown mesh axis": (
+        lambda m: InfiniteVL.random(m.config, mesh=jax.make_mesh((8,), ("model",))),
+        "'model' is unknown",
+    ),
     "explicit mesh axes": (
         lambda m: InfiniteVL.random(
-            m.config, mesh=jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Explicit,))
+            m.config,
+            mesh=jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Explicit,)),
         ),
         "explicit axes",
     ),
     "three convolution taps": (lambda m: TextConfig((S,), conv_size=3), "conv_size is 3"),
     "odd head width": (lambda m: TextConfig((S,), head_dim=15, mrope_section=None), "head_dim 15"),
-    "fractional value width": (lambda m: TextConfig((S,), linear_head_dim=15, expand_v=1.5), "expand_v 1.5"),
+    "fractional value width": (
+        lambda m: TextConfig((S,), linear_head_dim=15, expand_v=1.5),
+        "expand_v 1.5",
+    ),
     "unknown layer": (lambda m: TextConfig(("mamba",)), "mamba"),
     "no layers": (lambda m: TextConfig(()), "nothing"),
-    "heads that do not divide": (lambda m: TextConfig((S,), num_key_value_heads=3), "num_key_value_heads 3"),
+    "heads that do not divide": (
+        lambda m: TextConfig((S,), num_key_value_heads=3),
+        "num_key_value_heads 3",
+    ),
     "window of nothing": (lambda m: TextConfig((S,), sliding_window=0), "sliding_window is 0"),
-    "sections that do not fill a head": (lambda m: TextConfig((S,), mrope_section=(1, 2, 3)), "sums to 6"),
+    "sections that do not fill a head": (
+        lambda m: TextConfig((S,), mrope_section=(1, 2, 3)),
+        "sums to 6",
+    ),
     "vision window of broken tokens": (lambda m: VisionConfig(window_size=100), "window_size 100"),
 }
 

@@ -1,4 +1,5 @@
-"""Chat templates that loop, or that build more than a machine holds: stopped in seconds, with little memory."""
+"""Chat templates that loop, or that build more than a machine holds: stopped in seconds, with
+little memory."""
 
 import resource
 import sys
@@ -17,31 +18,65 @@ BOMBS = {
     "a constant the other way round": "{{ 4000000000 * 'a' }}",
     "a long list": "{{ ([0] * 10 ** 9) | length }}",
     "a tuple": "{{ ((0, 1) * 10 ** 9) | length }}",
-    "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}x",
-    "nested loops that write": "{% for i in range(99999) %}{% for j in range(99999) %}literal{% endfor %}{% endfor %}x",
-    "a loop over all messages": "{% for a in messages * 9999 %}{% for b in messages * 9999 %}{{ b.content }}{% endfor %}{% endfor %}",
+    "nested loops": (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}x"
+    ),
+    "nested loops that write": (
+        "{% for i in range(99999) %}{% for j in range(99999) %}literal{% endfor %}{% endfor %}x"
+    ),
+    "a loop over all messages": (
+        "{% for a in messages * 9999 %}{% for b in messages * 9999 %}{{ b.content }}{% endfor %}{%"
+        " endfor %}"
+    ),
     "a recursive loop": "{% for i in range(9) recursive %}{{ loop(range(9)) }}{% endfor %}",
-    "a macro that calls itself": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-    "a macro's text": "{% macro f() %}"
-    + "x" * 1000
-    + "{% endmacro %}{% for i in range(99999) %}{{ f() }}{% endfor %}",
-    "doublings": "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s | length }}",
-    "sums": "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s | length }}",
-    "doublings in a block": "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set t %}{{ n.s }}{{ n.s }}{% endset %}"
-    "{% set n.s = t %}{% endfor %}{{ n.s | length }}",
+    "a macro that calls itself": (
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}"
+    ),
+    "a macro's text": (
+        "{% macro f() %}"
+        + "x" * 1000
+        + "{% endmacro %}{% for i in range(99999) %}{{ f() }}{% endfor %}"
+    ),
+    "doublings": (
+        "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor"
+        " %}{{ n.s | length }}"
+    ),
+    "sums": (
+        "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor"
+        " %}{{ n.s | length }}"
+    ),
+    "doublings in a block": (
+        "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set t %}{{ n.s }}{{ n.s }}{%"
+        " endset %}{% set n.s = t %}{% endfor %}{{ n.s | length }}"
+    ),
     "many at once": LONG + "{{ (" + " ~ ".join(["s"] * 5000) + ") | length }}",
-    "a shared list": "{% set n = namespace(l=[1]) %}{% for i in range(60) %}"
-    "{% set n.l = [n.l, n.l] %}{% endfor %}{{ n.l | string | length }}",
-    "two shared lists": "{% set n = namespace(a=[1], b=[1]) %}{% for i in range(60) %}{% set n.a = [n.a, n.a] %}"
-    "{% set n.b = [n.b, n.b] %}{% endfor %}{{ n.a == n.b }}",
-    "shared objects": "{% set n = namespace(l={}) %}{% for i in range(60) %}{% set n.l = {1: n.l, 2: n.l} %}{% endfor %}{{ n.l | tojson }}",
-    "shared namespaces": "{% set n = namespace(l=namespace(x=1)) %}{% for i in range(60) %}{% set n.l = namespace(a=n.l, b=n.l) %}"
-    "{% endfor %}{{ n.l }}",
-    "pieces kept": LONG
-    + "{% set n = namespace(l=[]) %}{% for i in range(9999) %}{% set n.l = n.l + [s[i:]] %}{% endfor %}",
+    "a shared list": (
+        "{% set n = namespace(l=[1]) %}{% for i in range(60) %}"
+        "{% set n.l = [n.l, n.l] %}{% endfor %}{{ n.l | string | length }}"
+    ),
+    "two shared lists": (
+        "{% set n = namespace(a=[1], b=[1]) %}{% for i in range(60) %}{% set n.a = [n.a, n.a] %}"
+        "{% set n.b = [n.b, n.b] %}{% endfor %}{{ n.a == n.b }}"
+    ),
+    "shared objects": (
+        "{% set n = namespace(l={}) %}{% for i in range(60) %}{% set n.l = {1: n.l, 2: n.l} %}{%"
+        " endfor %}{{ n.l | tojson }}"
+    ),
+    "shared namespaces": (
+        "{% set n = namespace(l=namespace(x=1)) %}{% for i in range(60) %}{% set n.l ="
+        " namespace(a=n.l, b=n.l) %}{% endfor %}{{ n.l }}"
+    ),
+    "pieces kept": (
+        LONG
+        + "{% set n = namespace(l=[]) %}{% for i in range(9999) %}{% set n.l = n.l + [s[i:]] %}{%"
+        " endfor %}"
+    ),
     "slices": LONG + "".join(f"{{% set a{i} = s[{i}:] %}}" for i in range(4000)),
     "a number": "{{ 10 ** 100000 ** 2 }}",
-    "a number by squares": "{% set n = namespace(x=7) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}{{ n.x > 3 }}",
+    "a number by squares": (
+        "{% set n = namespace(x=7) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor"
+        " %}{{ n.x > 3 }}"
+    ),
     "a rounding": "{{ 1.5 | round(1000000000, 'floor') }}",
     "a wide filter": "{{ 'x' | center(1000000000) }}",
     "a wide filter on a constant": "{% if 'x' | center(1000000000) %}{% endif %}",
@@ -56,7 +91,9 @@ BOMBS = {
     "a join by a filter": LONG + "{{ range(9999) | map('string') | join(s) | length }}",
     "a join of letters": LONG + "{{ s | join(s) | length }}",
     "a sum of lists": "{{ range(9999) | map('batch', 9999) | sum(start=[]) }}",
-    "a sum of many lists": "{% set l = [range(4000) | list] * 4000 %}{{ l | sum(none, []) | length }}",
+    "a sum of many lists": (
+        "{% set l = [range(4000) | list] * 4000 %}{{ l | sum(none, []) | length }}"
+    ),
     "joined references": LONG + "{{ ([s] * 9999) | join | length }}",
     "an indent": "{{ ('x\n' * 100000) | indent(100000) | length }}",
     "an indent of JSON": "{{ messages | tojson(indent=1000000000) }}",
@@ -73,8 +110,9 @@ BOMBS = {
     "batches": "{{ [1] | batch(1000000000, 0) | list | length }}",
     "slices of a list": "{{ [1] | slice(1000000000) | list | length }}",
     "numbers": "{% for i in range(99999) %}{% set x = range(99999) | list %}{% endfor %}",
-    "comparisons": LONG
-    + "{% for i in range(99999) %}{% if (s ~ 'y') in s %}{% endif %}{% endfor %}",
+    "comparisons": (
+        LONG + "{% for i in range(99999) %}{% if (s ~ 'y') in s %}{% endif %}{% endfor %}"
+    ),
     "tests": LONG + "{% for i in range(99999) %}{% if s is in s %}{% endif %}{% endfor %}",
     "lorem ipsum": "{{ lipsum(n=10000000) }}",
     "depth": "{{ " + "(" * 20000 + "1" + ")" * 20000 + " }}",
@@ -101,7 +139,8 @@ def test_a_bomb_is_stopped(case, monkeypatch):
 
 
 def test_a_budget_grows_with_the_conversation():
-    """A conversation far over the budget of a bare template is rendered, also where a template copies what it writes."""
+    """A conversation far over the budget of a bare template is rendered, also where a template
+    copies what it writes."""
     messages = [{"role": "user", "content": "x" * 5_000_000}] * 10
     template = (
         "{% for m in messages %}{% set c = m.content | trim ~ '' %}{{ c + '\n' }}{% endfor %}"
@@ -121,41 +160,67 @@ WRITES = [
     ("{{ 'a' ~ 1 ~ none ~ unknown }}", "a1None"),
     ("{% set a, b = 1, [2, 3] %}{{ a }}{{ b[1:] }}{{ (1, 2)[0] }}{{ {'k': 'v'}['k'] }}", "1[3]1v"),
     (
-        "{% for k, v in {'a': 1}.items() %}{{ k }}={{ v }}{{ loop.index }}{{ loop.last }}{% endfor %}",
+        (
+            "{% for k, v in {'a': 1}.items() %}{{ k }}={{ v }}{{ loop.index }}{{ loop.last }}{%"
+            " endfor %}"
+        ),
         "a=11True",
     ),
     (
-        "{% for m in messages recursive %}{{ loop.length }}{{ loop(m.more) if m.more else '' }}{% else %}none{% endfor %}",
+        (
+            "{% for m in messages recursive %}{{ loop.length }}{{ loop(m.more) if m.more else ''"
+            " }}{% else %}none{% endfor %}"
+        ),
         "22",
     ),
     (
-        "{% for i in range(9) if i is odd %}{% if i == 5 %}{% continue %}{% endif %}{{ i }}{% endfor %}",
+        (
+            "{% for i in range(9) if i is odd %}{% if i == 5 %}{% continue %}{% endif %}{{ i }}{%"
+            " endfor %}"
+        ),
         "137",
     ),
     (
-        "{% macro f(x, y='!') %}<{{ x }}{{ y }}{{ caller() if caller else '' }}>{% endmacro %}"
-        "{{ f('a') }}{% call f('b', y='?') %}c{% endcall %}",
+        (
+            "{% macro f(x, y='!') %}<{{ x }}{{ y }}{{ caller() if caller else '' }}>{% endmacro %}"
+            "{{ f('a') }}{% call f('b', y='?') %}c{% endcall %}"
+        ),
         "<a!><b?c>",
     ),
     ("{% set x %}{{ 'a' }}b{% endset %}{{ x | upper }}{% filter trim %}  y {% endfilter %}", "ABy"),
     (
-        "{{ messages | map(attribute='role') | join(', ') }}{{ messages | selectattr('role', 'equalto', 'user') | list | length }}",
+        (
+            "{{ messages | map(attribute='role') | join(', ') }}{{ messages | selectattr('role',"
+            " 'equalto', 'user') | list | length }}"
+        ),
         "user, assistant1",
     ),
     (
-        "{{ messages[0].content.split('i')[0].strip() }}{{ 'x' in 'xy' }}{{ 1 < 2 <= 2 }}{{ messages is iterable }}",
+        (
+            "{{ messages[0].content.split('i')[0].strip() }}{{ 'x' in 'xy' }}{{ 1 < 2 <= 2 }}{{"
+            " messages is iterable }}"
+        ),
         "HTrueTrueTrue",
     ),
     (
-        "{% set ns = namespace(found=false) %}{% for m in messages %}{% set ns.found = true %}{% endfor %}{{ ns.found }}",
+        (
+            "{% set ns = namespace(found=false) %}{% for m in messages %}{% set ns.found = true"
+            " %}{% endfor %}{{ ns.found }}"
+        ),
         "True",
     ),
     (
-        "{{ messages[::-1][0]['role'] }}{{ messages[-1:] | length }}{{ 'abc'[1:] }}{{ 1.5 | round | int }}",
+        (
+            "{{ messages[::-1][0]['role'] }}{{ messages[-1:] | length }}{{ 'abc'[1:] }}{{ 1.5 |"
+            " round | int }}"
+        ),
         "assistant1bc2",
     ),
     (
-        "{{ (messages | first).role }}{{ 'é' | tojson }}{{ '<' | e }}{{ undefined | default('d') }}",
+        (
+            "{{ (messages | first).role }}{{ 'é' | tojson }}{{ '<' | e }}{{ undefined |"
+            " default('d') }}"
+        ),
         'user"é"&lt;d',
     ),
 ]

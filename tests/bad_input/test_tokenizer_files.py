@@ -1,4 +1,5 @@
-"""Tokenizer files that are damaged, mixed up or made to do harm: refused in words, in little time, whatever is in them."""
+"""Tokenizer files that are damaged, mixed up or made to do harm: refused in words, in little time,
+whatever is in them."""
 
 import json
 import random
@@ -369,19 +370,31 @@ def test_added_tokens_beside_a_vocabulary_and_alone(tmp_path):
     assert Tokenizer.builtin().token_id("<answer>") is None
 
 
-# How published tokenizers cut text: GPT-2, Llama 3, Qwen2.5, GPT-4o, DeepSeek V3, and a group of letters.
+# How published tokenizers cut text: GPT-2, Llama 3, Qwen2.5, GPT-4o, DeepSeek V3, and a group of
+# letters.
 EXPRESSIONS = [
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
     SPLIT,
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{M}]*[\p{Ll}\p{Lm}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}",
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*",
+    (
+        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"
+        r" ?[\p{P}\p{S}]+[\r\n]*"
+    ),
     r"(?:\p{Lu}|\p{Ll})+",
 ]
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
 def test_published_expressions_are_taken(tmp_path, expression):
-    split = {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": expression},
+        "behavior": "Isolated",
+        "invert": False,
+    }
     steps = {"type": "Sequence", "pretokenizers": [split, GOOD["pre_tokenizer"]]}
     assert load(tmp_path, GOOD | {"pre_tokenizer": steps}) == "Hello, 3 cafés\n"

@@ -1,4 +1,5 @@
-"""What cannot work in a preset, a data set, a mesh or an output folder: one screen that names the culprit, and nothing left behind."""
+"""What cannot work in a preset, a data set, a mesh or an output folder: one screen that names the
+culprit, and nothing left behind."""
 
 import json
 import shutil
@@ -21,28 +22,61 @@ def refuses(action, *culprits):
     assert message.count("\n") < 15 and len(message) < 1600 and "->" in message, message
 
 
-# --- presets -------------------------------------------------------------------------------------------------------------------------
+# --- presets
+# --------------------------------------------------------------------------------------------------
 
 PRESETS = {
-    "unknown key": (("peak_lr = 1e-3", "peek_lr = 1e-3"), "train.optimizer.peek_lr", "train.optimizer.peak_lr"),
-    "key of another section": (("[train]", "[train]\npeak_lr = 1"), "'train.peak_lr'", "train.optimizer.peak_lr"),
+    "unknown key": (
+        ("peak_lr = 1e-3", "peek_lr = 1e-3"),
+        "train.optimizer.peek_lr",
+        "train.optimizer.peak_lr",
+    ),
+    "key of another section": (
+        ("[train]", "[train]\npeak_lr = 1"),
+        "'train.peak_lr'",
+        "train.optimizer.peak_lr",
+    ),
     "unknown section": (("[train.data]", "[train.dota]"), "'train.dota'", "train.data"),
-    "unknown size": (("hidden_size = 32", "hiden_size = 32"), "model.text.hiden_size", "model.text.hidden_size"),
+    "unknown size": (
+        ("hidden_size = 32", "hiden_size = 32"),
+        "model.text.hiden_size",
+        "model.text.hidden_size",
+    ),
     "text for a number": (("steps = 6", 'steps = "six"'), "train.steps", "'six'", "whole number"),
-    "fraction for a count": (("batch = 8", "batch = 8.5"), "train.data.batch", "8.5", "whole number"),
+    "fraction for a count": (
+        ("batch = 8", "batch = 8.5"),
+        "train.data.batch",
+        "8.5",
+        "whole number",
+    ),
     "true for a count": (("batch = 8", "batch = true"), "train.data.batch", "True"),
     "number for text": (('name = "tiny_vqa"', "name = 3"), "train.data.name", "give a text"),
     "number for a list": (("steps = 6", "trainable = 3"), "train.trainable", "list"),
-    "value for a table": (("[train.optimizer]\npeak_lr = 1e-3", "[train.data.optimizer]"), "train.data.optimizer"),
+    "value for a table": (
+        ("[train.optimizer]\npeak_lr = 1e-3", "[train.data.optimizer]"),
+        "train.data.optimizer",
+    ),
     "missing key": (("layer_types = ", "rope_theta = 1e4 # "), "model.text.layer_types", "missing"),
-    "unknown layer type": (('["sliding_attention", "lin', '["slide", "lin'), "slide", "linear_attention"),
+    "unknown layer type": (
+        ('["sliding_attention", "lin', '["slide", "lin'),
+        "slide",
+        "linear_attention",
+    ),
     "rotary sections": (("[2, 1, 1]", "[2, 2, 2]"), "mrope_section", "head_dim"),
     "negative learning rate": (("peak_lr = 1e-3", "peak_lr = -1"), "train.optimizer.peak_lr", "-1"),
     "no learning rate": (("peak_lr = 1e-3", "peak_lr = 0"), "peak_lr", "nothing would train"),
     "beta over one": (("peak_lr = 1e-3", "beta2 = 1.5"), "beta2", "1.5"),
     "no length of training": (("steps = 6", "epochs = 0"), "train.steps", "epochs"),
-    "broken expression": (("steps = 6", 'trainable = ["layers.(*"]'), "layers.(*", "regular expression"),
-    "broken opening": (("batch = 8", 'batch = 8\nopening = "(shape"'), "train.data.opening", "(shape"),
+    "broken expression": (
+        ("steps = 6", 'trainable = ["layers.(*"]'),
+        "layers.(*",
+        "regular expression",
+    ),
+    "broken opening": (
+        ("batch = 8", 'batch = 8\nopening = "(shape"'),
+        "train.data.opening",
+        "(shape",
+    ),
     "unknown precision": (("fsdp = 1", 'fsdp = 1\ndtype = "float8"'), "float8", "bfloat16"),
     "unknown remat": (("fsdp = 1", 'fsdp = 1\nremat = "some"'), "'some'", "dots"),
     "context axis": (("fsdp = 1", "fsdp = 1\ncontext = 2"), "run.context", "reserved"),
@@ -83,18 +117,28 @@ def test_no_such_preset(tmp_path):
     refuses(lambda: load_preset(tmp_path / "nowhere.toml"), "nowhere.toml")
 
 
-# --- meshes --------------------------------------------------------------------------------------------------------------------------
+# --- meshes
+# --------------------------------------------------------------------------------------------------
 
 
 def test_mesh_larger_than_the_machine():
-    refuses(lambda: make_mesh(RunConfig(fsdp=16, tensor=2)), "fsdp 16", "tensor 2", "32 devices", "8 cpu devices")
+    refuses(
+        lambda: make_mesh(RunConfig(fsdp=16, tensor=2)),
+        "fsdp 16",
+        "tensor 2",
+        "32 devices",
+        "8 cpu devices",
+    )
 
 
 def test_mesh_that_does_not_divide_the_machine():
-    refuses(lambda: make_mesh(RunConfig(tensor=3)), "tensor 3", "8 cpu devices", "not a multiple of 3")
+    refuses(
+        lambda: make_mesh(RunConfig(tensor=3)), "tensor 3", "8 cpu devices", "not a multiple of 3"
+    )
 
 
-# --- runs ----------------------------------------------------------------------------------------------------------------------------
+# --- runs
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -126,15 +170,27 @@ def test_runs(change, attempt):
 def test_a_run_that_never_began_makes_way(attempt, tmp_path):
     refuses(lambda: attempt("train.trainable=['decoder.*']"), "matches no parameter")
     assert (tmp_path / "run" / "preset.json").exists()
-    refuses(lambda: attempt("train.trainable=['encoder.*']"), "'encoder.*'", "matches no parameter")  # not: another configuration
+    refuses(
+        lambda: attempt("train.trainable=['encoder.*']"), "'encoder.*'", "matches no parameter"
+    )  # not: another configuration
 
 
 def test_batch_that_does_not_divide(attempt):
-    refuses(lambda: attempt("run.fsdp=8", "train.data.batch=6", "train.steps=1"), "6 rows", "data x fsdp = 8", "train.data.batch")
+    refuses(
+        lambda: attempt("run.fsdp=8", "train.data.batch=6", "train.steps=1"),
+        "6 rows",
+        "data x fsdp = 8",
+        "train.data.batch",
+    )
 
 
 def test_packed_conversation_that_never_fits(attempt):
-    changes = ("train.data.questions=0", "train.data.patches=64", "train.data.length=12", "train.steps=1")
+    changes = (
+        "train.data.questions=0",
+        "train.data.patches=64",
+        "train.data.length=12",
+        "train.steps=1",
+    )
     refuses(lambda: attempt(*changes), "tokens", "train.data.length is 12")
 
 
@@ -158,7 +214,8 @@ def test_output_that_is_a_file(tmp_path, attempt):
     assert (tmp_path / "run").read_text() == "mine"
 
 
-# --- going on ------------------------------------------------------------------------------------------------------------------------
+# --- going on
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -174,13 +231,19 @@ def going_on(trained, tmp_path, tiny_data):
     """Tries to go on with a copy of that run."""
     shutil.copytree(trained, tmp_path / "run")
     path = write_preset(tmp_path, tiny_data)
-    return lambda *changes: train(load_preset(path, ["train.steps=1", "train.data.held_out=''", *changes]))
+    return lambda *changes: train(
+        load_preset(path, ["train.steps=1", "train.data.held_out=''", *changes])
+    )
 
 
 def test_run_of_another_configuration(going_on, tmp_path):
     before = (tmp_path / "run" / "preset.json").read_text()
     refuses(
-        lambda: going_on("train.optimizer.peak_lr=0.5", "model.text.hidden_size=64", "model.vision.out_hidden_size=64"),
+        lambda: going_on(
+            "train.optimizer.peak_lr=0.5",
+            "model.text.hidden_size=64",
+            "model.vision.out_hidden_size=64",
+        ),
         "train.optimizer.peak_lr: 0.001 there, 0.5 now",
         "model.text.hidden_size: 32 there, 64 now",
         "train.output",
@@ -200,15 +263,26 @@ def test_how_a_run_is_carried_out_may_change(going_on, tmp_path):
 def test_checkpoint_of_another_model(going_on, tmp_path):
     """The preset was tampered with, or the checkpoint copied from elsewhere: the tensors tell."""
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
-    (tmp_path / "run" / "model" / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
-    refuses(going_on, "layers.blocks.0.mlp.gate_proj.kernel", "(2, 32, 48)", "(2, 32, 64)", "another configuration")
+    (tmp_path / "run" / "model" / "config.json").write_text(
+        json.dumps(config | {"intermediate_size": 64})
+    )
+    refuses(
+        going_on,
+        "layers.blocks.0.mlp.gate_proj.kernel",
+        "(2, 32, 48)",
+        "(2, 32, 64)",
+        "another configuration",
+    )
 
 
 def test_checkpoint_of_another_optimiser(going_on, tmp_path):
     preset = json.loads((tmp_path / "run" / "preset.json").read_text())
     preset["train"]["trainable"] = ["layers.*"]
     (tmp_path / "run" / "preset.json").write_text(json.dumps(preset))
-    refuses(lambda: going_on("train.trainable=['layers.*']"), str(tmp_path / "run" / "checkpoints" / "1"))
+    refuses(
+        lambda: going_on("train.trainable=['layers.*']"),
+        str(tmp_path / "run" / "checkpoints" / "1"),
+    )
 
 
 def test_damaged_checkpoint(going_on, tmp_path):

@@ -8,32 +8,62 @@ import pytest
 from benchmarks.pods import TRAINABLE
 from benchmarks.train_flops import causal_pairs, step_flops
 from benchmarks.train_step import TRAIN, measure, random_batch, starter
-from infinitevl_jax.config.model import ModelConfig, TextConfig, VisionConfig, hybrid_pattern, infinitevl_4b
+from infinitevl_jax.config.model import (
+    ModelConfig,
+    TextConfig,
+    VisionConfig,
+    hybrid_pattern,
+    infinitevl_4b,
+)
 from infinitevl_jax.model.params import abstract
 from infinitevl_jax.training.optimizer import split_trainable
 
 TINY = ModelConfig(
     TextConfig(
-        hybrid_pattern(4, period=2), vocab_size=100, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=16, sliding_window=24, mrope_section=(2, 3, 3), num_linear_heads=2, linear_head_dim=16,
+        hybrid_pattern(4, period=2),
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=24,
+        mrope_section=(2, 3, 3),
+        num_linear_heads=2,
+        linear_head_dim=16,
     ),
     VisionConfig(
-        depth=2, hidden_size=32, intermediate_size=40, num_heads=2, patch_size=2, window_size=8, out_hidden_size=32,
+        depth=2,
+        hidden_size=32,
+        intermediate_size=40,
+        num_heads=2,
+        patch_size=2,
+        window_size=8,
+        out_hidden_size=32,
         fullatt_block_indexes=(1,),
     ),
-    image_token_id=91, video_token_id=92, vision_start_token_id=93, vision_end_token_id=94, pad_token_id=0, eos_token_ids=(98,),
-)  # fmt: skip
+    image_token_id=91,
+    video_token_id=92,
+    vision_start_token_id=93,
+    vision_end_token_id=94,
+    pad_token_id=0,
+    eos_token_ids=(98,),
+)
 GRID = (1, 4, 8)
 
 
 def counted(config, patterns, length, images, grid):
     names, _ = split_trainable(list(abstract(config, scanned=True)[1]), patterns)
-    return step_flops(config, names, random_batch(config, np.random.default_rng(0), length, images, grid))
+    return step_flops(
+        config, names, random_batch(config, np.random.default_rng(0), length, images, grid)
+    )
 
 
 def test_visible_pairs():
     for length, window in ((5, None), (5, 8), (9, 4), (1, 1)):
-        seen = [(i, j) for i in range(length) for j in range(i + 1) if window is None or i - j < window]
+        seen = [
+            (i, j) for i in range(length) for j in range(i + 1) if window is None or i - j < window
+        ]
         assert causal_pairs(length, window) == len(seen)
 
 
@@ -50,11 +80,14 @@ def test_flops_by_hand():
     assert found["head"] == 2 * 2 * 40 * 100 * 32
     block = 4 * 32 * 32 + 3 * 32 * 40
     tower = 2 * 32 * (24 * 32 + 2 * block) + 2 * 8 * (128 * 128 + 128 * 32)
-    assert found["vision"] == tower + 4 * 32 * (2 * 16**2 + 32**2)  # two windows of 16 patches, one slice of 32
+    assert found["vision"] == tower + 4 * 32 * (
+        2 * 16**2 + 32**2
+    )  # two windows of 16 patches, one slice of 32
 
 
 def test_flops_of_the_published_size():
-    """The usual 6 N a token where all of the decoder trains, within what the first layer and the tied head save."""
+    """The usual 6 N a token where all of the decoder trains, within what the first layer and the
+    tied head save."""
     found = counted(infinitevl_4b(), TRAINABLE, 8192, 0, None)
     shapes = abstract(infinitevl_4b(), scanned=True)[1]
     n = sum(np.prod(s.shape) for name, s in shapes.items() if name.startswith("layers."))
@@ -67,7 +100,16 @@ def test_flops_of_the_published_size():
 def test_a_setting_is_measured():
     """Text and softmax layers only, for the sake of the time it takes to compile."""
     config = replace(TINY, text=replace(TINY.text, layer_types=("sliding_attention",) * 2))
-    line = measure(config, starter(config), TRAIN["mixers"], remat="none", steps=2, warmup=1, length=24, images=0)
+    line = measure(
+        config,
+        starter(config),
+        TRAIN["mixers"],
+        remat="none",
+        steps=2,
+        warmup=1,
+        length=24,
+        images=0,
+    )
     assert line["loss_finite"] and line["loss"][0] != line["loss"][-1] and line["mfu"] is None
     assert 0 < line["trained"] < line["parameters"] and line["step_ms"]["steps"] == 2
     assert all(": xla" in ran for ran in line["ran"])

@@ -91,7 +91,9 @@ def test_a_step_that_holds_a_pipe_is_damaged(opened, saved):
     os.mkfifo(saved / "4" / "params" / "d" / "pipe")
     step, _, places = restore(opened())
     assert step == 2 and places == [2]
-    assert "pipe is not a regular file" in opened.said[0] and "going back to step 2" in opened.said[0]
+    assert (
+        "pipe is not a regular file" in opened.said[0] and "going back to step 2" in opened.said[0]
+    )
 
 
 def test_what_was_saved_comes_back(opened, saved):

@@ -1,4 +1,5 @@
-"""A tiny checkpoint, a picture, and a runner for commands; the model is loaded once and shared, for its compiled functions."""
+"""A tiny checkpoint, a picture, and a runner for commands; the model is loaded once and shared, for
+its compiled functions."""
 
 import av
 import numpy as np
@@ -37,17 +38,28 @@ def film(tmp_path_factory):
         stream.width = stream.height = 16
         stream.pix_fmt = "yuv420p"
         for _ in range(6):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(rng.integers(0, 255, (16, 16, 3), np.uint8), format="rgb24")))
+            container.mux(
+                stream.encode(
+                    av.VideoFrame.from_ndarray(
+                        rng.integers(0, 255, (16, 16, 3), np.uint8), format="rgb24"
+                    )
+                )
+            )
         container.mux(stream.encode())
     return path
 
 
 @pytest.fixture
 def run(monkeypatch, model):
-    """run(arguments, typed="") -> the result of a command, with the shared model in the place of one loaded anew."""
-    monkeypatch.setattr(InfiniteVL, "from_pretrained", classmethod(lambda cls, folder, **options: model))
+    """run(arguments, typed="") -> the result of a command, with the shared model in the place of
+    one loaded anew."""
+    monkeypatch.setattr(
+        InfiniteVL, "from_pretrained", classmethod(lambda cls, folder, **options: model)
+    )
 
     def run(*arguments, typed=""):
-        return CliRunner().invoke(app, [str(a) for a in arguments], input=typed, catch_exceptions=False)
+        return CliRunner().invoke(
+            app, [str(a) for a in arguments], input=typed, catch_exceptions=False
+        )
 
     return run

@@ -18,26 +18,50 @@ def expected(folder, model, content, **settings):
     """The answer by the public interface."""
     processor = Processor.from_pretrained(folder)
     batch = processor([{"role": "user", "content": content}])
-    return processor.decode(model.generate(**batch, eos_token_ids=end_tokens(model, processor), **settings)[0])
+    return processor.decode(
+        model.generate(**batch, eos_token_ids=end_tokens(model, processor), **settings)[0]
+    )
 
 
 def test_an_image_and_a_question(run, folder, model, picture):
     result = run("ask", folder, "What is it?", "--image", picture, "--max-new-tokens", 8)
-    answer = expected(folder, model, [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}], max_new_tokens=8)
+    answer = expected(
+        folder,
+        model,
+        [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}],
+        max_new_tokens=8,
+    )
     assert result.exit_code == 0 and answer and result.stdout == answer + "\n"
     for said in ("infinite_vl", "parameters", "float32", "cpu", "a second", "read ", "first after"):
         assert said in result.stderr, result.stderr
 
 
 def test_two_images_and_a_video(run, folder, model, picture, film):
-    result = run("ask", folder, "Well?", "--video", film, "--image", picture, "--image", picture, "--max-new-tokens", 3)
-    content = [{"type": "image", "image": picture}] * 2 + [{"type": "video", "video": film}, {"type": "text", "text": "Well?"}]
+    result = run(
+        "ask",
+        folder,
+        "Well?",
+        "--video",
+        film,
+        "--image",
+        picture,
+        "--image",
+        picture,
+        "--max-new-tokens",
+        3,
+    )
+    content = [{"type": "image", "image": picture}] * 2 + [
+        {"type": "video", "video": film},
+        {"type": "text", "text": "Well?"},
+    ]
     assert result.stdout == expected(folder, model, content, max_new_tokens=3) + "\n"
 
 
 def test_sampling_goes_by_the_seed(run, folder, model):
     options = ["--max-new-tokens", 8, "--temperature", 1.5, "--top-k", 20, "--top-p", 0.9]
-    one, again, other = (run("ask", folder, "Hi", *options, "--seed", seed).stdout for seed in (1, 1, 2))
+    one, again, other = (
+        run("ask", folder, "Hi", *options, "--seed", seed).stdout for seed in (1, 1, 2)
+    )
     assert one == again != other
     sampling = Sampling(1.5, 20, 0.9)
     assert one == expected(folder, model, "Hi", max_new_tokens=8, sampling=sampling, seed=1) + "\n"
@@ -66,23 +90,43 @@ def test_a_question_from_standard_input_with_a_system_message(run, folder, model
     processor = Processor.from_pretrained(folder)
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
     batch = processor(messages)
-    answer = processor.decode(model.generate(**batch, eos_token_ids=end_tokens(model, processor), max_new_tokens=6)[0])
+    answer = processor.decode(
+        model.generate(**batch, eos_token_ids=end_tokens(model, processor), max_new_tokens=6)[0]
+    )
     result = run("ask", folder, "-", "--system", "Be brief.", "--max-new-tokens", 6, typed="Who?\n")
     assert result.exit_code == 0 and result.stdout == answer + "\n"
     assert f"read {batch['input_ids'].size} tokens" in result.stderr
 
 
 def test_min_p_and_a_penalty(run, folder, model):
-    options = ["--max-new-tokens", 8, "--temperature", 1.5, "--min-p", 0.2, "--repetition-penalty", 1.5]
+    options = [
+        "--max-new-tokens",
+        8,
+        "--temperature",
+        1.5,
+        "--min-p",
+        0.2,
+        "--repetition-penalty",
+        1.5,
+    ]
     sampling = Sampling(1.5, min_p=0.2, repetition_penalty=1.5)
-    assert run("ask", folder, "Hi", *options).stdout == expected(folder, model, "Hi", max_new_tokens=8, sampling=sampling) + "\n"
+    assert (
+        run("ask", folder, "Hi", *options).stdout
+        == expected(folder, model, "Hi", max_new_tokens=8, sampling=sampling) + "\n"
+    )
 
 
 def test_the_checkpoint_penalty_is_the_default(run, folder, model, monkeypatch):
     monkeypatch.setattr(model, "defaults", Defaults(repetition_penalty=1.6))
-    asked = [run("ask", folder, "Hi", "--max-new-tokens", 8, *more).stdout for more in ((), ("--repetition-penalty", 1))]
+    asked = [
+        run("ask", folder, "Hi", "--max-new-tokens", 8, *more).stdout
+        for more in ((), ("--repetition-penalty", 1))
+    ]
     penalties = [Sampling(repetition_penalty=1.6), Sampling()]
-    assert asked == [expected(folder, model, "Hi", max_new_tokens=8, sampling=sampling) + "\n" for sampling in penalties]
+    assert asked == [
+        expected(folder, model, "Hi", max_new_tokens=8, sampling=sampling) + "\n"
+        for sampling in penalties
+    ]
     assert asked[0] != asked[1]
 
 
@@ -90,7 +134,10 @@ def test_ends_at_the_end_of_the_turn(model, folder):
     """The template's <|im_end|> ends an answer although config.json names another token."""
     processor = Processor.from_pretrained(folder)
     assert model.config.eos_token_ids == (256,)
-    assert end_tokens(model, processor) == (256, 258) and processor.tokenizer.token_id("<|im_end|>") == 258
+    assert (
+        end_tokens(model, processor) == (256, 258)
+        and processor.tokenizer.token_id("<|im_end|>") == 258
+    )
 
 
 @pytest.mark.parametrize("command", [[], ["ask"], ["chat"], ["info"]])
@@ -101,13 +148,30 @@ def test_help_has_examples(run, command):
 
 
 def test_help_does_not_load_jax():
-    code = "import sys; from infinitevl_jax.cli import app; app(['ask', '-h'], standalone_mode=False); assert 'jax' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+    code = (
+        "import sys; from infinitevl_jax.cli import app; app(['ask', '-h'], standalone_mode=False);"
+        " assert 'jax' not in sys.modules"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode
+        == 0
+    )
 
 
 def test_in_a_process_of_its_own(folder, model):
     """The real thing: a fresh process that reads the weights."""
-    command = [sys.executable, "-m", "infinitevl_jax", "ask", str(folder), "Hi", "--max-new-tokens", "4", "--dtype", "float32"]
+    command = [
+        sys.executable,
+        "-m",
+        "infinitevl_jax",
+        "ask",
+        str(folder),
+        "Hi",
+        "--max-new-tokens",
+        "4",
+        "--dtype",
+        "float32",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == expected(folder, model, "Hi", max_new_tokens=4) + "\n"
@@ -116,9 +180,18 @@ def test_in_a_process_of_its_own(folder, model):
 
 def test_dtype_and_mesh_reach_the_loader(folder, model, monkeypatch):
     seen = {}
-    monkeypatch.setattr(InfiniteVL, "from_pretrained", classmethod(lambda cls, folder, **options: seen.update(options) or model))
+    monkeypatch.setattr(
+        InfiniteVL,
+        "from_pretrained",
+        classmethod(lambda cls, folder, **options: seen.update(options) or model),
+    )
     options = ["--max-new-tokens", "2", "--dtype", "bfloat16", "--mesh", "fsdp=2, tensor=-1"]
     result = CliRunner().invoke(app, ["ask", str(folder), "Hi", *options], catch_exceptions=False)
     assert result.exit_code == 0 and "x 8 (fsdp=2, tensor=-1)" in result.stderr
-    assert seen["dtype"] == "bfloat16" and dict(seen["mesh"].shape) == {"data": 1, "fsdp": 2, "tensor": 4, "context": 1}
+    assert seen["dtype"] == "bfloat16" and dict(seen["mesh"].shape) == {
+        "data": 1,
+        "fsdp": 2,
+        "tensor": 4,
+        "context": 1,
+    }
     assert seen["progress"]

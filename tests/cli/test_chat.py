@@ -11,7 +11,11 @@ from infinitevl_jax.inference.conversation import Conversation
 def asked(monkeypatch):
     """Contents that reach the model, and the conversation they belong to."""
     log, ask = [], Conversation.ask
-    monkeypatch.setattr(Conversation, "ask", lambda self, content, **rest: log.append((content, self)) or ask(self, content, **rest))
+    monkeypatch.setattr(
+        Conversation,
+        "ask",
+        lambda self, content, **rest: log.append((content, self)) or ask(self, content, **rest),
+    )
     return log
 
 
@@ -20,11 +24,23 @@ def text(line):
 
 
 def test_turns_pictures_and_commands(run, folder, picture, film, asked):
-    typed = f"Hello\n\n/image '{picture}'\n/video {film}\nWhat are these?\n/undo\n/undo\n/help\nBye\n/reset\nHello\n/quit\nnever read\n"
+    typed = (
+        f"Hello\n\n/image '{picture}'\n/video {film}\nWhat are"
+        " these?\n/undo\n/undo\n/help\nBye\n/reset\nHello\n/quit\nnever read\n"
+    )
     result = run("chat", folder, "--max-new-tokens", 4, typed=typed)
     assert result.exit_code == 0, result.stderr
-    seen = [{"type": "image", "image": str(picture)}, {"type": "video", "video": str(film)}, text("What are these?")]
-    assert [content for content, _ in asked] == [[text("Hello")], seen, [text("Bye")], [text("Hello")]]
+    seen = [
+        {"type": "image", "image": str(picture)},
+        {"type": "video", "video": str(film)},
+        text("What are these?"),
+    ]
+    assert [content for content, _ in asked] == [
+        [text("Hello")],
+        seen,
+        [text("Bye")],
+        [text("Hello")],
+    ]
     answers = result.stdout.splitlines()
     assert len(answers) == 4 and all(answers) and answers[0] == answers[3]
     for said in (
@@ -44,11 +60,18 @@ def test_turns_pictures_and_commands(run, folder, picture, film, asked):
 
 def test_mistakes_do_not_end_a_conversation(run, folder, tmp_path, asked):
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    typed = f"/image\n/image /no/such.png\n/image {tmp_path}/broken.png\n/imagine\nIt spells <|image_pad|>\nHello\n"
+    typed = (
+        f"/image\n/image /no/such.png\n/image {tmp_path}/broken.png\n/imagine\nIt spells"
+        " <|image_pad|>\nHello\n"
+    )
     result = run("chat", folder, "--max-new-tokens", 3, typed=typed)
     assert result.exit_code == 0 and len(result.stdout.splitlines()) == 1
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    for error, culprit in zip(errors, ["/image has no path", "/no/such.png", "broken.png", "/imagine", "<|image_pad|>"], strict=True):
+    for error, culprit in zip(
+        errors,
+        ["/image has no path", "/no/such.png", "broken.png", "/imagine", "<|image_pad|>"],
+        strict=True,
+    ):
         assert culprit in error
     assert asked[-1][0] == [text("Hello")]
 
@@ -71,7 +94,12 @@ def test_interrupting_ends_the_answer_alone(run, folder, model, asked, monkeypat
     assert result.exit_code == 0 and len(first) == 2 and len(second) == 5
     assert signal.getsignal(signal.SIGINT) is usual and pressed[0] is not usual
     messages = asked[0][1].messages
-    assert [message["content"] for message in messages] == [[text("One")], first, [text("Two")], second]
+    assert [message["content"] for message in messages] == [
+        [text("One")],
+        first,
+        [text("Two")],
+        second,
+    ]
 
 
 def test_the_seed_goes_on(run, folder):

@@ -1,4 +1,5 @@
-"""The commands around `infinitevl`: how they are called, and what they say before anything is computed."""
+"""The commands around `infinitevl`: how they are called, and what they say before anything is
+computed."""
 
 import re
 import runpy
@@ -14,30 +15,52 @@ ROOT = Path(__file__).parents[2]
 
 
 def call(*arguments):
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, check=False
+    )
 
 
 @pytest.mark.parametrize("module", ["infinitevl_jax", "infinitevl_jax.cli"])
 def test_as_a_module(module):
     done = call("-m", module, "--help")
-    assert done.returncode == 0 and "Usage: infinitevl" in done.stdout and "--version" in done.stdout, done.stderr
+    assert (
+        done.returncode == 0 and "Usage: infinitevl" in done.stdout and "--version" in done.stdout
+    ), done.stderr
 
 
 def test_train_alone_prints_help_and_presets():
     done = call("train.py")
     assert done.returncode == 2 and done.stdout == ""
-    assert "usage: train.py" in done.stderr and "--no-compilation-cache" in done.stderr and "required" not in done.stderr
-    assert done.stderr.splitlines()[-1] == "error: name a preset. Those that come along: configs/easy_vqa.toml"
+    assert (
+        "usage: train.py" in done.stderr
+        and "--no-compilation-cache" in done.stderr
+        and "required" not in done.stderr
+    )
+    assert (
+        done.stderr.splitlines()[-1]
+        == "error: name a preset. Those that come along: configs/easy_vqa.toml"
+    )
 
 
 def test_mistakes_of_train_and_convert_are_one_message():
-    for arguments, culprit in ((("train.py", "no.toml"), "no.toml"), (("convert_torch.py", "inspect", "/no/where"), "/no/where")):
+    for arguments, culprit in (
+        (("train.py", "no.toml"), "no.toml"),
+        (("convert_torch.py", "inspect", "/no/where"), "/no/where"),
+    ):
         done = call(*arguments)
-        assert done.returncode in (1, 2) and done.stderr.startswith("error: ") and culprit in done.stderr
+        assert (
+            done.returncode in (1, 2)
+            and done.stderr.startswith("error: ")
+            and culprit in done.stderr
+        )
         assert len(done.stderr.splitlines()) == 2
 
 
-@pytest.mark.parametrize("arguments", [("convert_torch.py", "--help"), ("-m", "infinitevl_jax", "info", "--help")], ids=lambda a: a[-2])
+@pytest.mark.parametrize(
+    "arguments",
+    [("convert_torch.py", "--help"), ("-m", "infinitevl_jax", "info", "--help")],
+    ids=lambda a: a[-2],
+)
 def test_paths_in_help_are_those_that_runs_have(arguments):
     help_text = call(*arguments).stdout
     assert "runs/sft/checkpoints/1000/" in help_text and not re.search(r"step_\d", help_text)
@@ -56,12 +79,19 @@ run(lambda: warnings.warn("x is y", InfiniteVLWarning))
 
 def test_a_status_is_passed_on():
     for main, status in (("lambda: 3", 3), ("lambda: None", 0), ("lambda: sys.exit(5)", 5)):
-        assert call("-c", f"import sys; from infinitevl_jax.command import run; run({main})").returncode == status
+        assert (
+            call(
+                "-c", f"import sys; from infinitevl_jax.command import run; run({main})"
+            ).returncode
+            == status
+        )
 
 
 def test_a_bug_keeps_its_traceback():
     done = call("-c", "from infinitevl_jax.command import run; run(lambda: 1 / 0)")
-    assert done.returncode == 1 and "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
+    assert (
+        done.returncode == 1 and "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
+    )
 
 
 def test_scripts_are_thin(monkeypatch):

@@ -1,4 +1,5 @@
-"""Compiled programs: kept in the user's cache folder, read from there, never in the way; `--version` says where."""
+"""Compiled programs: kept in the user's cache folder, read from there, never in the way;
+`--version` says where."""
 
 import os
 import re
@@ -32,7 +33,11 @@ def counted():
 
 
 def settings():
-    names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache", "jax_persistent_cache_min_compile_time_secs")
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_enable_compilation_cache",
+        "jax_persistent_cache_min_compile_time_secs",
+    )
     return [getattr(jax.config, name) for name in names]
 
 
@@ -66,11 +71,15 @@ def test_a_folder_that_cannot_be_written_is_mentioned(tmp_path, monkeypatch, obs
     if obstacle == "a file":
         (tmp_path / "infinitevl_jax").mkdir()
         (tmp_path / "infinitevl_jax" / "compiled").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path if obstacle == "a file" else tmp_path / "taken"))
+    monkeypatch.setenv(
+        "XDG_CACHE_HOME", str(tmp_path if obstacle == "a file" else tmp_path / "taken")
+    )
     said = []
     with compilation.kept(True, said.append):
         assert float(compute(5)[0]) == 6
-    assert len(said) == 1 and re.fullmatch(r"compiled programs are not kept: .*compiled cannot be written: .*", said[0])
+    assert len(said) == 1 and re.fullmatch(
+        r"compiled programs are not kept: .*compiled cannot be written: .*", said[0]
+    )
 
 
 def test_a_folder_that_jax_was_given_is_left_alone(home, tmp_path):
@@ -78,7 +87,10 @@ def test_a_folder_that_jax_was_given_is_left_alone(home, tmp_path):
     jax.config.update("jax_compilation_cache_dir", given)
     try:
         with compilation.kept(True, pytest.fail):
-            assert jax.config.jax_compilation_cache_dir == given and compilation.folder() == (Path(given), "")
+            assert jax.config.jax_compilation_cache_dir == given and compilation.folder() == (
+                Path(given),
+                "",
+            )
     finally:
         jax.config.update("jax_compilation_cache_dir", None)
     assert not home.exists()
@@ -96,7 +108,10 @@ def test_long_compiling_is_said(home, monkeypatch):
     """Compiling that takes longer than patience lasts, and not when it is over before."""
     monkeypatch.setattr(compilation, "PATIENCE", 0.05)
     said = []
-    lowered, compiled = "/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration"
+    lowered, compiled = (
+        "/jax/core/compile/jaxpr_to_mlir_module_duration",
+        "/jax/core/compile/backend_compile_duration",
+    )
     with compilation.kept(False, said.append):
         jax.monitoring.record_event_duration_secs(lowered, 0.0)
         jax.monitoring.record_event_duration_secs(compiled, 0.0)
@@ -122,7 +137,10 @@ def test_jax_tells_of_compiling():
         jax.jit(lambda x: x * 17 + 3)(x)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    assert seen[-2:] == ["jaxpr_to_mlir_module_duration", "backend_compile_duration"] and seen.count("backend_compile_duration") == 1
+    assert (
+        seen[-2:] == ["jaxpr_to_mlir_module_duration", "backend_compile_duration"]
+        and seen.count("backend_compile_duration") == 1
+    )
 
 
 def test_pictures_of_one_bucket_share_their_programs(home, run, folder, counted, tmp_path):
@@ -133,10 +151,23 @@ def test_pictures_of_one_bucket_share_their_programs(home, run, folder, counted,
     rng = np.random.default_rng(0)
     sizes, misses = [(12, 20), (14, 22), (20, 12), (16, 16)], []
     for i, (rows, columns) in enumerate(sizes):
-        Image.fromarray(rng.integers(0, 255, (rows, columns, 3), np.uint8)).save(tmp_path / f"{i}.png")
+        Image.fromarray(rng.integers(0, 255, (rows, columns, 3), np.uint8)).save(
+            tmp_path / f"{i}.png"
+        )
         jax.clear_caches()
         before = counted()[1]
-        assert run("ask", folder, "What is it?", "--image", tmp_path / f"{i}.png", "--max-new-tokens", 3).exit_code == 0
+        assert (
+            run(
+                "ask",
+                folder,
+                "What is it?",
+                "--image",
+                tmp_path / f"{i}.png",
+                "--max-new-tokens",
+                3,
+            ).exit_code
+            == 0
+        )
         misses.append(counted()[1] - before)
     assert misses[0] > 5 and misses[1:] == [0, 0, 0]
 
@@ -144,7 +175,13 @@ def test_pictures_of_one_bucket_share_their_programs(home, run, folder, counted,
 def test_version(home, run):
     result = run("--version")
     assert result.exit_code == 0
-    for said in ("infinitevl_jax 0.1.0", f"jax {jax.__version__}, jaxlib", "flax ", "backend cpu: 8 x cpu", f"cache {home} (0 programs"):
+    for said in (
+        "infinitevl_jax 0.1.0",
+        f"jax {jax.__version__}, jaxlib",
+        "flax ",
+        "backend cpu: 8 x cpu",
+        f"cache {home} (0 programs",
+    ):
         assert said in result.stdout, result.stdout
 
 

@@ -12,7 +12,11 @@ import pytest
 from infinitevl_jax.extras import EXTRAS, MissingExtra, says_which_extra
 
 ROOT = Path(__file__).parents[2]
-MODULES = {"pillow": "PIL", "orbax-checkpoint": "orbax", "tensorflow-datasets": "tensorflow_datasets"}
+MODULES = {
+    "pillow": "PIL",
+    "orbax-checkpoint": "orbax",
+    "tensorflow-datasets": "tensorflow_datasets",
+}
 # No package of these extras can be found, as in an environment that lacks them.
 HIDE = """
 import sys
@@ -25,18 +29,36 @@ sys.meta_path.insert(0, Hidden())
 
 
 def without(hidden, code, *arguments):
-    script = HIDE.format(hidden=sorted(hidden)) + f"sys.argv[1:] = {[str(a) for a in arguments]!r}\n" + code
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+    script = (
+        HIDE.format(hidden=sorted(hidden))
+        + f"sys.argv[1:] = {[str(a) for a in arguments]!r}\n"
+        + code
+    )
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False
+    )
 
 
 FLAX = {"optax", "orbax", "tensorstore"}  # which flax brings
-RUN, TRAIN = ({name for name, extra in EXTRAS.items() if extra == which} - FLAX for which in ("run", "train"))
+RUN, TRAIN = (
+    {name for name, extra in EXTRAS.items() if extra == which} - FLAX for which in ("run", "train")
+)
 COMMANDS = {
     "infinitevl": "from infinitevl_jax.__main__ import main; main()",
-    "python -m infinitevl_jax": "import runpy; runpy.run_module('infinitevl_jax', run_name='__main__', alter_sys=True)",
-    "infinitevl ask": "sys.argv[1:] = ['ask', 'folder', 'Hi']; from infinitevl_jax.__main__ import main; main()",
-    "convert_torch.py": "sys.argv[1:] = ['inspect', 'x']; import runpy; runpy.run_path('convert_torch.py', run_name='__main__')",
-    "train.py": "sys.argv[1:] = ['configs/easy_vqa.toml']; import runpy; runpy.run_path('train.py', run_name='__main__')",
+    "python -m infinitevl_jax": (
+        "import runpy; runpy.run_module('infinitevl_jax', run_name='__main__', alter_sys=True)"
+    ),
+    "infinitevl ask": (
+        "sys.argv[1:] = ['ask', 'folder', 'Hi']; from infinitevl_jax.__main__ import main; main()"
+    ),
+    "convert_torch.py": (
+        "sys.argv[1:] = ['inspect', 'x']; import runpy; runpy.run_path('convert_torch.py',"
+        " run_name='__main__')"
+    ),
+    "train.py": (
+        "sys.argv[1:] = ['configs/easy_vqa.toml']; import runpy; runpy.run_path('train.py',"
+        " run_name='__main__')"
+    ),
 }
 
 
@@ -46,11 +68,16 @@ def test_commands_say_which_extra(name):
     done = without(hidden, COMMANDS[name])
     assert done.returncode == 2 and done.stdout == "", done.stderr
     first, cure = done.stderr.splitlines()
-    assert re.fullmatch(r"error: the package \w+ is not installed, which this needs", first) and f"infinitevl-jax[{extra}]" in cure
+    assert (
+        re.fullmatch(r"error: the package \w+ is not installed, which this needs", first)
+        and f"infinitevl-jax[{extra}]" in cure
+    )
 
 
 def test_the_library_says_which_extra():
-    done = without(RUN | TRAIN, """
+    done = without(
+        RUN | TRAIN,
+        """
 from infinitevl_jax import InfiniteVLError
 import infinitevl_jax
 try:
@@ -59,18 +86,24 @@ except InfiniteVLError as error:
     assert isinstance(error, ModuleNotFoundError) and "infinitevl-jax[run]" in str(error)
 else:
     raise SystemExit("nothing was said")
-""")
+""",
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_a_model_runs_without_extras():
-    done = without(RUN | TRAIN, """
+    done = without(
+        RUN | TRAIN,
+        """
 from infinitevl_jax import InfiniteVL
 from infinitevl_jax.config.model import ModelConfig, TextConfig
-text = TextConfig(("full_attention",), hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+text = TextConfig(("full_attention",), hidden_size=32, intermediate_size=48, num_attention_heads=2,
+num_key_value_heads=1, head_dim=16,
                   vocab_size=50, mrope_section=None)
-print(InfiniteVL.random(ModelConfig(text, None, family="qwen2")).generate([[1, 2]], max_new_tokens=2, eos_token_ids=[]).shape)
-""")
+print(InfiniteVL.random(ModelConfig(text, None, family="qwen2")).generate([[1, 2]],
+max_new_tokens=2, eos_token_ids=[]).shape)
+""",
+    )
     assert done.stdout == "(1, 2)\n", done.stderr
 
 
@@ -79,14 +112,20 @@ def test_every_package_that_is_imported_has_its_extra():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
     def modules(requirements):
-        names = [re.match(r"[\w-]+", r)[0] for r in requirements if not r.startswith("infinitevl-jax")]
+        names = [
+            re.match(r"[\w-]+", r)[0] for r in requirements if not r.startswith("infinitevl-jax")
+        ]
         return {MODULES.get(name, name.replace("-", "_")) for name in names}
 
     extras = {name: modules(project["optional-dependencies"][name]) for name in ("run", "train")}
     for extra, packages in extras.items():
-        assert {name for name, which in EXTRAS.items() if which == extra} == packages - {"safetensors"}
+        assert {name for name, which in EXTRAS.items() if which == extra} == packages - {
+            "safetensors"
+        }
     used = set()
-    exported = ROOT / "infinitevl_jax" / "conversion" / "transformers_code"  # goes along with exports, for transformers to run
+    exported = (
+        ROOT / "infinitevl_jax" / "conversion" / "transformers_code"
+    )  # goes along with exports, for transformers to run
     for path in [*ROOT.glob("infinitevl_jax/**/*.py"), *ROOT.glob("*.py")]:
         if exported in path.parents:
             continue
@@ -95,7 +134,11 @@ def test_every_package_that_is_imported_has_its_extra():
                 used |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 used.add(node.module.partition(".")[0])
-    ours = {"infinitevl_jax", "pallas_kernels"} | modules(project["dependencies"]) | {"jaxlib", "ml_dtypes", "torch"}
+    ours = (
+        {"infinitevl_jax", "pallas_kernels"}
+        | modules(project["dependencies"])
+        | {"jaxlib", "ml_dtypes", "torch"}
+    )
     assert used - ours - set(sys.stdlib_module_names) <= set(EXTRAS)
 
 

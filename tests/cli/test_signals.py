@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM, each in a process of its own: one line, the signal's exit status, within two seconds, nothing half-written."""
+"""Ctrl-C and SIGTERM, each in a process of its own: one line, the signal's exit status, within two
+seconds, nothing half-written."""
 
 import os
 import signal
@@ -11,18 +12,34 @@ import pytest
 from quick import QUICK
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK, "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": QUICK,
+    "PYTHONUNBUFFERED": "1",
+}
 SECONDS = 2.0
 
 
 def start(*arguments):
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *map(str, arguments)], env=ENVIRONMENT, cwd=ROOT, **pipes)
+    pipes = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)], env=ENVIRONMENT, cwd=ROOT, **pipes
+    )
 
 
 def program(body):
     """A command whose main is `body`, indented; it prints "ready" when the signal may come."""
-    return start("-c", f"import signal, sys, threading, time\nfrom infinitevl_jax.command import run\ndef main():\n{body}\nrun(main)\n")
+    return start(
+        "-c",
+        "import signal, sys, threading, time\nfrom infinitevl_jax.command import run\ndef"
+        f" main():\n{body}\nrun(main)\n",
+    )
 
 
 def end(process, number=signal.SIGINT, words="interrupted"):
@@ -43,28 +60,38 @@ def end(process, number=signal.SIGINT, words="interrupted"):
 
 ANYWHERE = {
     "in a call that blocks": "    print('ready', flush=True); time.sleep(99)",
-    "in code that swallows every exception": """\
+    "in code that swallows every exception": (
+        """\
     print('ready', flush=True)
     while True:
         try: time.sleep(99)
-        except BaseException: pass""",
-    "in a finaliser": """\
+        except BaseException: pass"""
+    ),
+    "in a finaliser": (
+        """\
     class Slow:
         def __del__(self): print('ready', flush=True); time.sleep(99)
-    Slow()""",
-    "while threads work": """\
+    Slow()"""
+    ),
+    "while threads work": (
+        """\
     for _ in range(4): threading.Thread(target=time.sleep, args=(99,)).start()
-    print('ready', flush=True); time.sleep(99)""",
+    print('ready', flush=True); time.sleep(99)"""
+    ),
     "while reading standard input": "    print('ready', flush=True); sys.stdin.read()",
     "in Python's own loop": "    print('ready', flush=True)\n    while True: pass",
-    "while the device computes": """\
+    "while the device computes": (
+        """\
     import jax, jax.numpy as jnp
-    long = jax.jit(lambda n: jax.lax.fori_loop(0, n, lambda i, x: jnp.sin(x) @ x, jnp.ones((64, 64))))
-    long(1).block_until_ready()
-    print('ready', flush=True); long(10**8).block_until_ready()""",
-    "while the main thread ends on an error": """\
+    long = jax.jit(lambda n: jax.lax.fori_loop(0, n, lambda i, x: jnp.sin(x) @ x, jnp.ones((64,
+    64)))) long(1).block_until_ready()
+    print('ready', flush=True); long(10**8).block_until_ready()"""
+    ),
+    "while the main thread ends on an error": (
+        """\
     import atexit
-    print('ready', flush=True); time.sleep(99); raise ValueError""",
+    print('ready', flush=True); time.sleep(99); raise ValueError"""
+    ),
 }
 
 
@@ -97,7 +124,9 @@ def test_a_signal_that_is_handled_elsewhere_ends_nothing():
 WORK = {"in Python": "while True: pass", "in a call that blocks": "time.sleep(99)"}
 
 
-@pytest.mark.parametrize("first", [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]], ids=["SIGINT", "SIGTERM twice"])
+@pytest.mark.parametrize(
+    "first", [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]], ids=["SIGINT", "SIGTERM twice"]
+)
 @pytest.mark.parametrize("work", WORK)
 def test_a_postponed_signal(work, first):
     """As training does, for the step at hand; the SIGINT after it ends the process."""
@@ -150,7 +179,9 @@ def test_a_folder_under_construction_goes(tmp_path, number):
 
 def test_an_import_leaves_nothing(tmp_path):
     """convert_torch.py, in the middle of what orbax's threads write."""
-    process = start("-c", f"""
+    process = start(
+        "-c",
+        f"""
 import sys, time
 from torch_folders import hybrid_folder
 from pathlib import Path
@@ -166,7 +197,8 @@ def slow(*arguments):
     return read(*arguments)
 importer.read_leaf = slow
 run(lambda: convert_torch.main(["import", {str(tmp_path / "src")!r}, {str(tmp_path / "dst")!r}]))
-""")
+""",
+    )
     assert process.stdout.readline() == "ready\n", process.communicate()[1]
     out, before = end(process)
     assert [p.name for p in tmp_path.iterdir()] == ["src"] and out == "" and before == []
@@ -206,7 +238,9 @@ def test_chat_stops_an_answer_and_then_leaves(folder):
 
 
 def test_train_before_it_trains(tmp_path):
-    process = start("-c", """
+    process = start(
+        "-c",
+        """
 import sys, time
 import infinitevl_jax.config.presets as presets
 def load(*_): print("ready", flush=True); time.sleep(99)
@@ -215,6 +249,7 @@ sys.argv = ["train.py", "configs/easy_vqa.toml"]
 import train
 from infinitevl_jax.command import run
 run(train.main)
-""")
+""",
+    )
     assert process.stdout.readline() == "ready\n", process.communicate()[1]
     end(process)

@@ -6,7 +6,14 @@ import json
 import pytest
 
 from infinitevl_jax.config.huggingface import model_config, read_config, to_huggingface
-from infinitevl_jax.config.model import FULL, LINEAR, SLIDING, ModelConfig, TextConfig, infinitevl_4b
+from infinitevl_jax.config.model import (
+    FULL,
+    LINEAR,
+    SLIDING,
+    ModelConfig,
+    TextConfig,
+    infinitevl_4b,
+)
 from infinitevl_jax.errors import InfiniteVLError
 
 # Qwen2.5-VL-3B-Instruct as published (transformers 4): flat, vision apart.
@@ -69,22 +76,41 @@ INFINITE_VL = QWEN_VL_3B | {
 
 def nested(flat, **text):
     """The same as transformers 5 writes it."""
-    top = ("architectures", "model_type", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    top = (
+        "architectures",
+        "model_type",
+        "image_token_id",
+        "video_token_id",
+        "vision_start_token_id",
+        "vision_end_token_id",
+    )
     out = {key: flat[key] for key in (*top, "tie_word_embeddings", "vision_config") if key in flat}
-    inner = {key: value for key, value in flat.items() if key not in out and key not in ("rope_theta", "rope_scaling", "torch_dtype")}
-    section = {"mrope_section": flat["rope_scaling"]["mrope_section"]} if "rope_scaling" in flat else {}
+    inner = {
+        key: value
+        for key, value in flat.items()
+        if key not in out and key not in ("rope_theta", "rope_scaling", "torch_dtype")
+    }
+    section = (
+        {"mrope_section": flat["rope_scaling"]["mrope_section"]} if "rope_scaling" in flat else {}
+    )
     inner["rope_parameters"] = {"rope_type": "default", "rope_theta": flat["rope_theta"]} | section
     inner["dtype"] = out["dtype"] = "bfloat16"
     return out | {"text_config": inner | text}
 
 
 def test_published_infinitevl():
-    assert model_config(INFINITE_VL) == dataclasses.replace(infinitevl_4b(), eos_token_ids=(151645,))
+    assert model_config(INFINITE_VL) == dataclasses.replace(
+        infinitevl_4b(), eos_token_ids=(151645,)
+    )
 
 
 def test_published_qwen2_5_vl():
     config = model_config(QWEN_VL_3B)
-    assert config.text.layer_types == (FULL,) * 36 and config.text.tie_word_embeddings and config.family == "qwen2_5_vl"
+    assert (
+        config.text.layer_types == (FULL,) * 36
+        and config.text.tie_word_embeddings
+        and config.family == "qwen2_5_vl"
+    )
     assert config.vision == infinitevl_4b().vision and config.text.mrope_section == (16, 24, 24)
 
 
@@ -101,11 +127,34 @@ def test_training_code_says_full_attention():
 
 def test_what_the_file_says_counts():
     vision = INFINITE_VL["vision_config"] | {"tokens_per_second": 4, "window_size": 56}
-    hf = INFINITE_VL | {"rms_norm_eps": 1e-5, "norm_eps": 1e-4, "tie_word_embeddings": False, "sliding_window": 4096, "rope_theta": 5e6}
-    config = model_config(hf | {"vision_config": vision, "expand_v": 1.5, "num_linear_heads": 8, "num_linear_key_value_heads": 8})
+    hf = INFINITE_VL | {
+        "rms_norm_eps": 1e-5,
+        "norm_eps": 1e-4,
+        "tie_word_embeddings": False,
+        "sliding_window": 4096,
+        "rope_theta": 5e6,
+    }
+    config = model_config(
+        hf
+        | {
+            "vision_config": vision,
+            "expand_v": 1.5,
+            "num_linear_heads": 8,
+            "num_linear_key_value_heads": 8,
+        }
+    )
     text = config.text
-    assert (text.rms_norm_eps, text.norm_eps, text.sliding_window, text.rope_theta) == (1e-5, 1e-4, 4096, 5e6)
-    assert (text.linear_value_dim, text.num_linear_heads, text.tie_word_embeddings) == (192, 8, False)
+    assert (text.rms_norm_eps, text.norm_eps, text.sliding_window, text.rope_theta) == (
+        1e-5,
+        1e-4,
+        4096,
+        5e6,
+    )
+    assert (text.linear_value_dim, text.num_linear_heads, text.tie_word_embeddings) == (
+        192,
+        8,
+        False,
+    )
     assert (config.vision.tokens_per_second, config.vision.window_size) == (4, 56)
 
 
@@ -118,22 +167,47 @@ def test_tie_in_text_config_of_older_nested_files():
 
 
 QWEN2 = {
-    "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "vocab_size": 100, "hidden_act": "silu",
-}  # fmt: skip
+    "model_type": "qwen2",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+    "hidden_act": "silu",
+}
 
 
 def test_qwen2():
     config = model_config(QWEN2)
-    assert config.vision is None and config.text.num_key_value_heads == 4 and config.text.head_dim == 16
-    assert config.text.rope_theta == 1e4 and config.text.mrope_section is None and not config.text.tie_word_embeddings
-    assert config.eos_token_ids == () and config.pad_token_id == 0  # an id outside the table is never looked up
+    assert (
+        config.vision is None
+        and config.text.num_key_value_heads == 4
+        and config.text.head_dim == 16
+    )
+    assert (
+        config.text.rope_theta == 1e4
+        and config.text.mrope_section is None
+        and not config.text.tie_word_embeddings
+    )
+    assert (
+        config.eos_token_ids == () and config.pad_token_id == 0
+    )  # an id outside the table is never looked up
 
 
 def test_qwen2_windows():
     window = {"use_sliding_window": True, "sliding_window": 32}
-    assert model_config(QWEN2 | window | {"max_window_layers": 3}).text.layer_types == (FULL, FULL, FULL, SLIDING)
-    assert model_config(QWEN2 | window | {"use_sliding_window": False, "max_window_layers": 0}).text.layer_types == (FULL,) * 4
+    assert model_config(QWEN2 | window | {"max_window_layers": 3}).text.layer_types == (
+        FULL,
+        FULL,
+        FULL,
+        SLIDING,
+    )
+    assert (
+        model_config(
+            QWEN2 | window | {"use_sliding_window": False, "max_window_layers": 0}
+        ).text.layer_types
+        == (FULL,) * 4
+    )
     kinds = [FULL, SLIDING, FULL, SLIDING]
     assert model_config(QWEN2 | window | {"layer_types": kinds}).text.layer_types == tuple(kinds)
 
@@ -142,7 +216,9 @@ def test_end_tokens(tmp_path):
     """generation_config.json wins; a list stays a list."""
     (tmp_path / "config.json").write_text(json.dumps(INFINITE_VL))
     assert read_config(tmp_path).eos_token_ids == (151645,)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [151645, 151643], "pad_token_id": 151643}')
+    (tmp_path / "generation_config.json").write_text(
+        '{"eos_token_id": [151645, 151643], "pad_token_id": 151643}'
+    )
     assert read_config(tmp_path).eos_token_ids == (151645, 151643)
 
 
@@ -163,7 +239,15 @@ def test_keys_that_change_nothing(keys):
 
 def hybrid_text(**changes):
     kinds = (SLIDING, LINEAR, LINEAR, SLIDING, LINEAR)
-    return TextConfig(kinds, vocab_size=90, hidden_size=64, num_attention_heads=2, head_dim=16, mrope_section=None, **changes)
+    return TextConfig(
+        kinds,
+        vocab_size=90,
+        hidden_size=64,
+        num_attention_heads=2,
+        head_dim=16,
+        mrope_section=None,
+        **changes,
+    )
 
 
 @pytest.mark.parametrize(
@@ -171,10 +255,23 @@ def hybrid_text(**changes):
     [
         infinitevl_4b(),
         model_config(QWEN_VL_3B),
-        model_config(QWEN2 | {"use_sliding_window": True, "max_window_layers": 2, "eos_token_id": [7, 8], "head_dim": 32}),
-        ModelConfig(hybrid_text(expand_v=1.0, linear_head_dim=24), None, pad_token_id=0, eos_token_ids=(1,)),
+        model_config(
+            QWEN2
+            | {
+                "use_sliding_window": True,
+                "max_window_layers": 2,
+                "eos_token_id": [7, 8],
+                "head_dim": 32,
+            }
+        ),
+        ModelConfig(
+            hybrid_text(expand_v=1.0, linear_head_dim=24), None, pad_token_id=0, eos_token_ids=(1,)
+        ),
         dataclasses.replace(
-            infinitevl_4b(), vision=dataclasses.replace(infinitevl_4b().vision, tokens_per_second=2.5, rope_theta=5e3, rms_norm_eps=1e-5)
+            infinitevl_4b(),
+            vision=dataclasses.replace(
+                infinitevl_4b().vision, tokens_per_second=2.5, rope_theta=5e3, rms_norm_eps=1e-5
+            ),
         ),
     ],
     ids=["infinitevl", "qwen2_5_vl", "qwen2", "text-hybrid", "odd-vision"],
@@ -184,16 +281,39 @@ def test_written_configs_read_back(config):
 
 
 HUGE = 10**30
-ODD = (True, 0, -1, 0.5, 2**31, 2**63, HUGE, 1e308, "", "x", "32", [], [1], [[1]], ["a"], [None], {}, {"a": {"b": 1}}, "a" * 5000)
+ODD = (
+    True,
+    0,
+    -1,
+    0.5,
+    2**31,
+    2**63,
+    HUGE,
+    1e308,
+    "",
+    "x",
+    "32",
+    [],
+    [1],
+    [[1]],
+    ["a"],
+    [None],
+    {},
+    {"a": {"b": 1}},
+    "a" * 5000,
+)
 TEXT_KEYS = (
-    "hidden_size num_attention_heads num_key_value_heads num_hidden_layers intermediate_size vocab_size head_dim sliding_window"
-    " rms_norm_eps rope_theta rope_scaling rope_parameters layer_types tie_word_embeddings initializer_range conv_size expand_v"
-    " num_linear_heads num_linear_key_value_heads linear_head_dim norm_eps model_type architectures vision_config text_config eos_token_id"
-    " image_token_id vision_start_token_id use_sliding_window max_window_layers hidden_act quantization_config num_experts"
+    "hidden_size num_attention_heads num_key_value_heads num_hidden_layers intermediate_size"
+    " vocab_size head_dim sliding_window rms_norm_eps rope_theta rope_scaling rope_parameters"
+    " layer_types tie_word_embeddings initializer_range conv_size expand_v num_linear_heads"
+    " num_linear_key_value_heads linear_head_dim norm_eps model_type architectures vision_config"
+    " text_config eos_token_id image_token_id vision_start_token_id use_sliding_window"
+    " max_window_layers hidden_act quantization_config num_experts"
 )
 VISION_KEYS = (
-    "depth hidden_size intermediate_size num_heads in_channels patch_size temporal_patch_size spatial_merge_size window_size"
-    " fullatt_block_indexes out_hidden_size tokens_per_second rms_norm_eps rope_parameters hidden_act"
+    "depth hidden_size intermediate_size num_heads in_channels patch_size temporal_patch_size"
+    " spatial_merge_size window_size fullatt_block_indexes out_hidden_size tokens_per_second"
+    " rms_norm_eps rope_parameters hidden_act"
 )
 
 
@@ -205,33 +325,59 @@ def right_or_refused(hf, generation=None):
         assert error.culprit.startswith("config.json") and len(str(error)) < 3000
         return None
     text, vision = config.text, config.vision
-    sizes = [text.hidden_size, text.head_dim, text.vocab_size, text.num_key_value_heads, text.linear_head_dim, text.num_linear_heads]
+    sizes = [
+        text.hidden_size,
+        text.head_dim,
+        text.vocab_size,
+        text.num_key_value_heads,
+        text.linear_head_dim,
+        text.num_linear_heads,
+    ]
     sizes += [text.rope_theta, text.num_hidden_layers]
     if vision is not None:
-        sizes += [vision.depth, vision.num_heads, vision.patch_size, vision.temporal_patch_size, vision.window_size]
-    assert all(0 < size < 2**31 or size == text.rope_theta for size in sizes) and text.num_hidden_layers <= 128
+        sizes += [
+            vision.depth,
+            vision.num_heads,
+            vision.patch_size,
+            vision.temporal_patch_size,
+            vision.window_size,
+        ]
+    assert (
+        all(0 < size < 2**31 or size == text.rope_theta for size in sizes)
+        and text.num_hidden_layers <= 128
+    )
     return config
 
 
-@pytest.mark.parametrize("base", [INFINITE_VL, QWEN_VL_3B, QWEN2], ids=["infinite_vl", "qwen2_5_vl", "qwen2"])
+@pytest.mark.parametrize(
+    "base", [INFINITE_VL, QWEN_VL_3B, QWEN2], ids=["infinite_vl", "qwen2_5_vl", "qwen2"]
+)
 def test_any_value_under_any_key(base):
     for key in TEXT_KEYS.split():
         for value in ODD:
             right_or_refused(base | {key: value})
-            right_or_refused(nested(base, **{key: value}) if "rope_scaling" in base else base | {"text_config": {key: value}})
+            right_or_refused(
+                nested(base, **{key: value})
+                if "rope_scaling" in base
+                else base | {"text_config": {key: value}}
+            )
 
 
 def test_any_value_under_any_key_of_vision():
     for key in VISION_KEYS.split():
         for value in ODD:
-            right_or_refused(INFINITE_VL | {"vision_config": QWEN_VL_3B["vision_config"] | {key: value}})
+            right_or_refused(
+                INFINITE_VL | {"vision_config": QWEN_VL_3B["vision_config"] | {key: value}}
+            )
 
 
 @pytest.mark.parametrize("value", [*ODD, float("nan"), float("inf")])
 def test_any_end_token(value):
     for key in ("eos_token_id", "pad_token_id"):
         config = right_or_refused(QWEN2, {key: value})
-        assert config is None or all(-1 <= token < 2**31 for token in (*config.eos_token_ids, config.pad_token_id))
+        assert config is None or all(
+            -1 <= token < 2**31 for token in (*config.eos_token_ids, config.pad_token_id)
+        )
 
 
 @pytest.mark.parametrize(
@@ -240,11 +386,23 @@ def test_any_end_token(value):
         ({"num_hidden_layers": 10**6}, "num_hidden_layers"),
         ({"num_hidden_layers": 1000}, "num_hidden_layers"),
         ({"layer_types": [FULL] * 1000, "num_hidden_layers": 1000}, "num_hidden_layers"),
-        ({"vision_config": QWEN_VL_3B["vision_config"] | {"depth": 10**6}}, "vision_config: $.depth"),
-        ({"vision_config": QWEN_VL_3B["vision_config"] | {"num_heads": 0}}, "vision_config: $.num_heads: 0"),
+        (
+            {"vision_config": QWEN_VL_3B["vision_config"] | {"depth": 10**6}},
+            "vision_config: $.depth",
+        ),
+        (
+            {"vision_config": QWEN_VL_3B["vision_config"] | {"num_heads": 0}},
+            "vision_config: $.num_heads: 0",
+        ),
         ({"vision_config": QWEN_VL_3B["vision_config"] | {"patch_size": 0}}, "patch_size"),
-        ({"vision_config": QWEN_VL_3B["vision_config"] | {"spatial_merge_size": 0}}, "spatial_merge_size"),
-        ({"vision_config": QWEN_VL_3B["vision_config"] | {"rope_parameters": [1]}}, "rope_parameters"),
+        (
+            {"vision_config": QWEN_VL_3B["vision_config"] | {"spatial_merge_size": 0}},
+            "spatial_merge_size",
+        ),
+        (
+            {"vision_config": QWEN_VL_3B["vision_config"] | {"rope_parameters": [1]}},
+            "rope_parameters",
+        ),
         ({"model_type": ["qwen2"]}, "model_type is ['qwen2']"),
         ({"hidden_size": float("nan")}, "hidden_size"),
         ({"hidden_size": float("inf")}, "hidden_size"),
@@ -265,14 +423,34 @@ def test_damaged_values_are_named(keys, said):
 
 def test_whole_numbers_with_a_point():
     """Some writers have 36.0 for 36, and [14, 14] for a square patch."""
-    vision = INFINITE_VL["vision_config"] | {"patch_size": [14, 14], "depth": 32.0, "tokens_per_second": 2.0}
-    assert model_config(INFINITE_VL | {"num_hidden_layers": 36.0, "vision_config": vision}) == model_config(INFINITE_VL)
+    vision = INFINITE_VL["vision_config"] | {
+        "patch_size": [14, 14],
+        "depth": 32.0,
+        "tokens_per_second": 2.0,
+    }
+    assert model_config(
+        INFINITE_VL | {"num_hidden_layers": 36.0, "vision_config": vision}
+    ) == model_config(INFINITE_VL)
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"[]", b"3", b"null", b'"x"', b"{" * 200_000, b'{"a":' * 200_000 + b"1" + b"}" * 200_000, b"\xff\xfe", b"{\"a\": NaN}"]
-    + [b'{"model_type": ' + b"9" * 5000 + b"}", b'{"model_type": "\\ud800"}', b'{"model_type": "qwen2", "hidden_size": 1e999}'],
+    [
+        b"",
+        b"[]",
+        b"3",
+        b"null",
+        b'"x"',
+        b"{" * 200_000,
+        b'{"a":' * 200_000 + b"1" + b"}" * 200_000,
+        b"\xff\xfe",
+        b'{"a": NaN}',
+    ]
+    + [
+        b'{"model_type": ' + b"9" * 5000 + b"}",
+        b'{"model_type": "\\ud800"}',
+        b'{"model_type": "qwen2", "hidden_size": 1e999}',
+    ],
 )
 def test_files_that_are_no_configuration(tmp_path, content):
     for name in ("config.json", "generation_config.json"):

@@ -1,4 +1,5 @@
-"""Destinations: what appears meanwhile is kept, an old checkpoint is replaced in one step, and a kill leaves nothing for long."""
+"""Destinations: what appears meanwhile is kept, an old checkpoint is replaced in one step, and a
+kill leaves nothing for long."""
 
 import os
 import signal
@@ -66,7 +67,8 @@ def test_what_is_no_folder_is_kept(tmp_path, kind):
 
 
 def test_appears_between_the_check_and_the_exchange(tmp_path, monkeypatch):
-    """The last moment: what lay there when the folders changed places is looked at again, and put back."""
+    """The last moment: what lay there when the folders changed places is looked at again, and put
+    back."""
     dst, exchange = tmp_path / "dst", destination._exchange
     checkpoint(dst, "old")
 
@@ -138,7 +140,8 @@ def test_any_exception_leaves_nothing(tmp_path, stop):
 BEGIN = """
 import importlib.util, os, sys, time
 from pathlib import Path
-spec = importlib.util.spec_from_file_location("destination", sys.argv.pop(1))  # without jax, which takes seconds
+# without jax, which takes seconds
+spec = importlib.util.spec_from_file_location("destination", sys.argv.pop(1))
 destination = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(destination)
 """
@@ -177,7 +180,11 @@ def test_leftovers_of_the_dead(tmp_path, caplog):
         dead.stdout.close(), alive.stdout.close()
     assert len(os.listdir(tmp_path)) == 4  # both results, the notes, and what the living one writes
     said = "\n".join(caplog.messages)
-    assert "left by a killed conversion" in said and "another conversion" in said and ".dst.partial-" in said
+    assert (
+        "left by a killed conversion" in said
+        and "another conversion" in said
+        and ".dst.partial-" in said
+    )
 
 
 def test_disk_too_small_names_leftovers(tmp_path, monkeypatch):
@@ -185,13 +192,16 @@ def test_disk_too_small_names_leftovers(tmp_path, monkeypatch):
     dead.kill()
     dead.wait()
     dead.stdout.close()
-    with pytest.raises(InfiniteVLError, match=r"are free there; a killed conversion left .*\.old name\.partial-"):
+    with pytest.raises(
+        InfiniteVLError, match=r"are free there; a killed conversion left .*\.old name\.partial-"
+    ):
         fill(tmp_path / "dst", needs=1 << 60)
 
 
 @pytest.mark.parametrize("atomic", [True, False])
 def test_killed_while_replacing(tmp_path, caplog, atomic):
-    """Between any two calls that touch the destination: the old checkpoint or the new one is there, or is put back."""
+    """Between any two calls that touch the destination: the old checkpoint or the new one is there,
+    or is put back."""
     dst = tmp_path / "dst"
     checkpoint(dst, "old")
     script = """
@@ -204,7 +214,8 @@ def dying(call):
         calls[0] -= 1
         return call(*args, **keys)
     return called
-for module, name in ((destination.os, "rename"), (destination, "_exchange"), (destination.shutil, "rmtree")):
+deaths = (destination.os, "rename"), (destination, "_exchange"), (destination.shutil, "rmtree")
+for module, name in deaths:
     setattr(module, name, dying(getattr(module, name)))
 if len(sys.argv) > 3:
     destination._exchange = lambda a, b: False

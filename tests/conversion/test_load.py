@@ -37,7 +37,9 @@ def mesh(fsdp, tensor):
 
 
 def equal(a, b):
-    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and np.array_equal(np.asarray(a[n]), np.asarray(b[n])) for n in a)
+    return a.keys() == b.keys() and all(
+        a[n].dtype == b[n].dtype and np.array_equal(np.asarray(a[n]), np.asarray(b[n])) for n in a
+    )
 
 
 def test_every_parameter_of_the_published_model_has_a_line():
@@ -45,9 +47,13 @@ def test_every_parameter_of_the_published_model_has_a_line():
     assert count(config) == 4_408_381_536
     scanned, single = leaves(config, scanned=True), leaves(config, scanned=False)
     names = [name for leaf in single for name in leaf.torch]
-    assert len(names) == len(set(names)) and sorted(names) == sorted(name for leaf in scanned for name in leaf.torch)
+    assert len(names) == len(set(names)) and sorted(names) == sorted(
+        name for leaf in scanned for name in leaf.torch
+    )
     assert all(published(live(name)) == name for name in names)
-    assert {leaf.name: leaf.shape for leaf in scanned} == {n: tuple(s.shape) for n, s in abstract(config, scanned=True)[1].items()}
+    assert {leaf.name: leaf.shape for leaf in scanned} == {
+        n: tuple(s.shape) for n, s in abstract(config, scanned=True)[1].items()
+    }
 
 
 @pytest.mark.parametrize("kind", ["hf", "ours"])
@@ -57,9 +63,16 @@ def test_layouts(folders, kind):
     config, single = load_params(folders[kind], scanned=False)
     assert single.keys() == abstract(config, scanned=False)[1].keys()
     _, scanned = load_params(folders[kind], scanned=True)
-    assert {n: p.shape for n, p in scanned.items()} == {n: s.shape for n, s in abstract(config, scanned=True)[1].items()}
+    assert {n: p.shape for n, p in scanned.items()} == {
+        n: s.shape for n, s in abstract(config, scanned=True)[1].items()
+    }
     # two repeats of [S, L L L] and one layer more: blocks of 2 and 6 layers, and a rest
-    places = ((0, "o_proj", "blocks.0", 0), (1, "v_proj", "blocks.1", 0), (5, "g_proj", "blocks.1", 3), (8, "q_proj", "rest.0", ...))
+    places = (
+        (0, "o_proj", "blocks.0", 0),
+        (1, "v_proj", "blocks.1", 0),
+        (5, "g_proj", "blocks.1", 3),
+        (8, "q_proj", "rest.0", ...),
+    )
     for layer, weight, place, index in places:
         torch = tensors[f"model.layers.{layer}.self_attn.{weight}.weight"]
         found = single[f"layers.rest.{layer}.self_attn.{weight}.kernel"]
@@ -67,10 +80,14 @@ def test_layouts(folders, kind):
         stacked = scanned[f"layers.{place}.self_attn.{weight}.kernel"][index]
         assert np.array_equal(np.asarray(stacked, np.float32), torch.T.astype(np.float32))
     conv = tensors["model.layers.1.self_attn.q_conv1d.weight"]
-    assert np.array_equal(np.asarray(single["layers.rest.1.self_attn.q_conv1d.weight"]), conv[:, 0].T)
+    assert np.array_equal(
+        np.asarray(single["layers.rest.1.self_attn.q_conv1d.weight"]), conv[:, 0].T
+    )
     patch = tensors["visual.patch_embed.proj.weight"]
     assert np.array_equal(np.asarray(single["visual.patch_embed.kernel"]), patch.reshape(16, -1).T)
-    assert np.array_equal(np.asarray(single["visual.merger.fc2.bias"]), tensors["visual.merger.mlp.2.bias"])
+    assert np.array_equal(
+        np.asarray(single["visual.merger.fc2.bias"]), tensors["visual.merger.mlp.2.bias"]
+    )
     bias = tensors["visual.blocks.2.attn.proj.bias"]
     assert np.array_equal(np.asarray(single["visual.blocks.rest.2.attn.proj.bias"]), bias)
 
@@ -103,7 +120,8 @@ def test_mesh(folders, kind, scanned):
 
 @pytest.mark.parametrize("damage", ["none", "zeros", "lost"])
 def test_threads_leave_the_process_as_it_was(folders, tmp_path, caplog, damage):
-    """Hooks and loggers belong to the program around us, while folders load side by side and after; one message says it all."""
+    """Hooks and loggers belong to the program around us, while folders load side by side and after;
+    one message says it all."""
     shutil.copytree(folders["ours"], tmp_path / "ours")
     for path in (tmp_path / "ours" / "params").rglob("d/*"):
         if damage == "lost":
@@ -113,7 +131,14 @@ def test_threads_leave_the_process_as_it_was(folders, tmp_path, caplog, damage):
 
     def state():
         absl = logging.getLogger("absl")
-        return sys.unraisablehook, threading.excepthook, sys.excepthook, absl.level, absl.disabled, list(absl.filters)
+        return (
+            sys.unraisablehook,
+            threading.excepthook,
+            sys.excepthook,
+            absl.level,
+            absl.disabled,
+            list(absl.filters),
+        )
 
     before, seen, results = state(), [], []
 
@@ -140,7 +165,8 @@ def test_threads_leave_the_process_as_it_was(folders, tmp_path, caplog, damage):
 
 
 def test_each_device_reads_only_its_shard(tmp_path):
-    """Bytes taken from a Hugging Face folder: the devices' shards together, and not one byte more."""
+    """Bytes taken from a Hugging Face folder: the devices' shards together, and not one byte
+    more."""
     source = open_source(hybrid_folder(tmp_path / "src"))
     config, whole = load_params(tmp_path / "src", scanned=True)
     wanted = leaves(config, scanned=True)
@@ -154,7 +180,9 @@ def test_each_device_reads_only_its_shard(tmp_path):
     for leaf in wanted:
         index = shardings[leaf.name].addressable_devices_indices_map(leaf.shape)[jax.devices()[5]]
         part = read_leaf(source, leaf, BF16, index)
-        shard = next(s for s in params[leaf.name].addressable_shards if s.device == jax.devices()[5])
+        shard = next(
+            s for s in params[leaf.name].addressable_shards if s.device == jax.devices()[5]
+        )
         assert np.array_equal(part, np.asarray(shard.data))
     alone = source.bytes_read - before
     assert alone == sum(p.addressable_shards[5].data.nbytes for p in params.values())
@@ -173,11 +201,15 @@ def test_each_device_reads_only_its_shard_of_ours(tmp_path):
             return int(file.readline().split()[1])
 
     for spec in (PartitionSpec(None, "fsdp", "tensor"), PartitionSpec(None, None, "fsdp")):
-        sharding = NamedSharding(jax.make_mesh((8, 1), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2), spec)
+        sharding = NamedSharding(
+            jax.make_mesh((8, 1), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2), spec
+        )
         before = read_bytes()
         whole = store.read("w", sharding)
         assert np.array_equal(np.asarray(whole), value)
-        assert read_bytes() - before < 1.2 * value.nbytes  # all eight together; were each to read it all, 8 times
+        assert (
+            read_bytes() - before < 1.2 * value.nbytes
+        )  # all eight together; were each to read it all, 8 times
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "nothing", "circle"])

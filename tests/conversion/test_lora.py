@@ -7,11 +7,23 @@ import peft
 import pytest
 import torch
 import transformers
-from torch_folders import BF16, hybrid_folder, hybrid_tensors, read_folder, safetensors_bytes, spell_live
+from torch_folders import (
+    BF16,
+    hybrid_folder,
+    hybrid_tensors,
+    read_folder,
+    safetensors_bytes,
+    spell_live,
+)
 
 from infinitevl_jax.conversion import export_folder, import_folder, inspect_folder, load_params
 
-TARGETS = ("model.layers.0.self_attn.q_proj", "model.layers.5.self_attn.g_proj", "model.layers.8.mlp.down_proj", "visual.blocks.1.attn.qkv")
+TARGETS = (
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.5.self_attn.g_proj",
+    "model.layers.8.mlp.down_proj",
+    "visual.blocks.1.attn.qkv",
+)
 
 
 def adapter(folder, *, seed=1, live=False, dtype=np.float32, default="", **config):
@@ -29,7 +41,10 @@ def adapter(folder, *, seed=1, live=False, dtype=np.float32, default="", **confi
     for name in TARGETS:
         rank = config.get("rank_pattern", {}).get(name.rsplit(".", 1)[1], config["r"])
         out, width = shapes[name + ".weight"]
-        a, b = rng.normal(size=(rank, width)).astype(dtype), rng.normal(size=(out, rank)).astype(dtype)
+        a, b = (
+            rng.normal(size=(rank, width)).astype(dtype),
+            rng.normal(size=(out, rank)).astype(dtype),
+        )
         module = "base_model.model." + (spell_live(name) if live else name)
         tensors |= {f"{module}.lora_A{default}.weight": a, f"{module}.lora_B{default}.weight": b}
         pairs[name + ".weight"] = a.astype(np.float32), b.astype(np.float32)
@@ -62,7 +77,9 @@ def check(src, tmp_path, want, adapters=()):
         if value.dtype == BF16:
             assert raw == plain[name].tobytes(), name  # untouched
         else:
-            assert np.abs(found - value).max() <= np.abs(value).max() * 2**-8, name  # half a bf16 step, at most
+            assert np.abs(found - value).max() <= np.abs(value).max() * 2**-8, (
+                name
+            )  # half a bf16 step, at most
             assert not np.array_equal(found, plain[name].astype(np.float64))
     assert not list((tmp_path / "back").glob("adapter*"))
 
@@ -70,14 +87,24 @@ def check(src, tmp_path, want, adapters=()):
 @pytest.mark.parametrize("live", [False, True])
 def test_merge(tmp_path, live):
     src = hybrid_folder(tmp_path / "src")
-    pairs = adapter(tmp_path / "lora", live=live, dtype=BF16 if live else np.float32, default=".default" if live else "")
+    pairs = adapter(
+        tmp_path / "lora",
+        live=live,
+        dtype=BF16 if live else np.float32,
+        default=".default" if live else "",
+    )
     check(src, tmp_path, expected((pairs, lambda _: 6 / 4)), [tmp_path / "lora"])
     assert "lora" in str(inspect_folder(tmp_path / "ours"))
 
 
 def test_rslora_and_patterns(tmp_path):
     src = hybrid_folder(tmp_path / "src")
-    pairs = adapter(tmp_path / "a", use_rslora=True, rank_pattern={"qkv": 2}, alpha_pattern={"layers.5.self_attn.g_proj": 20})
+    pairs = adapter(
+        tmp_path / "a",
+        use_rslora=True,
+        rank_pattern={"qkv": 2},
+        alpha_pattern={"layers.5.self_attn.g_proj": 20},
+    )
 
     def scale(name):
         return (20 if "layers.5" in name else 6) / (2 if "qkv" in name else 4) ** 0.5
@@ -86,7 +113,8 @@ def test_rslora_and_patterns(tmp_path):
 
 
 def test_several_and_beside_the_weights(tmp_path):
-    """One adapter lies beside the weights, a second one is given; both are summed before the one cast."""
+    """One adapter lies beside the weights, a second one is given; both are summed before the one
+    cast."""
     src = hybrid_folder(tmp_path / "src")
     first, second = adapter(src), adapter(tmp_path / "b", seed=2, lora_alpha=1)
     want = expected((first, lambda _: 1.5), (second, lambda _: 0.25))
@@ -105,7 +133,10 @@ def test_merge_of_a_shard_is_the_shard_of_the_merge(tmp_path):
     adapter(src)
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     _, whole = load_params(src, scanned=False)
-    shardings = {n: NamedSharding(mesh, PartitionSpec("a" if p.ndim == 2 and p.shape[0] % 4 == 0 else None)) for n, p in whole.items()}
+    shardings = {
+        n: NamedSharding(mesh, PartitionSpec("a" if p.ndim == 2 and p.shape[0] % 4 == 0 else None))
+        for n, p in whole.items()
+    }
     _, spread = load_params(src, scanned=False, shardings=shardings)
     for name in ("layers.rest.0.self_attn.q_proj.kernel", "layers.rest.8.mlp.down_proj.kernel"):
         near = np.asarray(spread[name], np.float32), np.asarray(whole[name], np.float32)
@@ -117,8 +148,14 @@ def test_merge_of_a_shard_is_the_shard_of_the_merge(tmp_path):
     [
         {},
         {"use_rslora": True, "lora_alpha": 3},
-        {"rank_pattern": {"q_proj": 2, "^model.layers.1.mlp.up_proj": 6}, "alpha_pattern": {r"layers\.[01]\..*up_proj": 5}},
-        {"rank_pattern": {"model.layers.(0|2).self_attn.q_proj": 3, "q_proj": 1}, "use_rslora": True},
+        {
+            "rank_pattern": {"q_proj": 2, "^model.layers.1.mlp.up_proj": 6},
+            "alpha_pattern": {r"layers\.[01]\..*up_proj": 5},
+        },
+        {
+            "rank_pattern": {"model.layers.(0|2).self_attn.q_proj": 3, "q_proj": 1},
+            "use_rslora": True,
+        },
         {"init_lora_weights": "gaussian", "lora_dropout": 0.3, "exclude_modules": "down_proj"},
         {"init_lora_weights": "orthogonal", "layers_to_transform": [1]},
         {"init_lora_weights": "eva", "eva_config": peft.tuners.lora.EvaConfig()},
@@ -129,8 +166,16 @@ def test_merge_of_a_shard_is_the_shard_of_the_merge(tmp_path):
 def test_as_peft_merges(tmp_path, options):
     """The weights of peft's own merge_and_unload of the same folder."""
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1)
-    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes, vocab_size=64, tie_word_embeddings=True))
+    sizes = dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    model = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**sizes, vocab_size=64, tie_word_embeddings=True)
+    )
     model.save_pretrained(tmp_path / "base")
     options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"]} | options
     adapted = peft.get_peft_model(model, peft.LoraConfig(**options))

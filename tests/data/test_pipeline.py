@@ -38,7 +38,10 @@ def same(a, b):
 
 def ask(start, source, row, question):
     """What the processor makes of an image and a question."""
-    content = [{"type": "image", "image": source[row].image}, {"type": "text", "text": source[row].questions[question]}]
+    content = [
+        {"type": "image", "image": source[row].image},
+        {"type": "text", "text": source[row].questions[question]},
+    ]
     return start.processor([{"role": "user", "content": content}])["input_ids"][0]
 
 
@@ -53,7 +56,9 @@ def test_prefix_and_branch_are_the_processor_s_prompt(made):
             answer = whole[len(prompt) :]
             assert start.processor.decode(answer) == encoder.source[number].answers[i]
             assert answer[-1] == start.config.eos_token_ids[0]
-            np.testing.assert_array_equal(branch.answer, np.arange(len(branch.tokens)) >= len(prompt) - len(row.prefix))
+            np.testing.assert_array_equal(
+                branch.answer, np.arange(len(branch.tokens)) >= len(prompt) - len(row.prefix)
+            )
 
 
 def test_a_batch_asks_each_image_its_own_questions(made):
@@ -106,14 +111,18 @@ def test_place_can_be_saved_and_found_again(made, questions):
 
 def test_held_out_asks_everything_once(made):
     data, start, encoder = made
-    asked = sum(int((b.weights.sum(1) > 0).sum()) for b in held_out_batches(encoder, start.config, data))
+    asked = sum(
+        int((b.weights.sum(1) > 0).sum()) for b in held_out_batches(encoder, start.config, data)
+    )
     assert asked == sum(len(encoder[i].branches) for i in range(len(encoder)))
 
 
 def test_groups_hold_every_question_once():
     groups = list(group_questions([3, 0, 5, 1, 9], images=2, branches=4))
     assert all(len(g) <= 2 and sum(len(w) for _, w in g) <= 4 for g in groups)
-    assert [(r, q) for g in groups for r, w in g for q in w] == [(r, q) for r, n in enumerate([3, 0, 5, 1, 9]) for q in range(n)]
+    assert [(r, q) for g in groups for r, w in g for q in w] == [
+        (r, q) for r, n in enumerate([3, 0, 5, 1, 9]) for q in range(n)
+    ]
 
 
 def test_processes_share_the_rows(made, monkeypatch):
@@ -134,17 +143,28 @@ def test_processes_share_the_rows(made, monkeypatch):
 
 def test_balance_draws_a_question_s_rare_answers_more_often(made):
     data, start, encoder = made
-    turns = Counter(turn for i in range(len(encoder)) for turn in zip(encoder.source[i].questions, encoder.source[i].answers, strict=True))
+    turns = Counter(
+        turn
+        for i in range(len(encoder))
+        for turn in zip(encoder.source[i].questions, encoder.source[i].answers, strict=True)
+    )
     question = next(q for (q, a) in turns if a == "yes" and turns[q, "no"] > turns[q, "yes"])
     asked = start.processor.tokenizer.encode(question)
     ids = [start.processor.tokenizer.token_id(answer) for answer in ("yes", "no")]
 
     def ratio(balance):
         """How often that question was drawn where the answer is yes, over where it is no."""
-        batches = train_batches(encoder, start.config, dataclasses.replace(data, batch=9, questions=1, balance=balance), 0)
+        batches = train_batches(
+            encoder,
+            start.config,
+            dataclasses.replace(data, batch=9, questions=1, balance=balance),
+            0,
+        )
         drawn = Counter()
         for batch in (next(batches) for _ in range(60)):
-            for tokens, targets, weights in zip(batch.branches.tokens, batch.targets, batch.weights, strict=True):
+            for tokens, targets, weights in zip(
+                batch.branches.tokens, batch.targets, batch.weights, strict=True
+            ):
                 if list(tokens[: len(asked)]) == list(asked):
                     drawn[int(targets[weights > 0][0])] += 1
         return drawn[ids[0]] / drawn[ids[1]]
@@ -165,8 +185,8 @@ def test_a_script_named_like_the_package_is_no_hindrance(tmp_path):
     """A script of the same name stands first on the path, and must not be taken for the package."""
     script = tmp_path / "easy_vqa.py"
     script.write_text(
-        f"import sys; sys.path.append({str(ROOT)!r})\nfrom infinitevl_jax.data.source import Source\n"
-        f"print(len(Source('easy_vqa', {str(tmp_path / 'data')!r}, 'test')))\n"
+        f"import sys; sys.path.append({str(ROOT)!r})\nfrom infinitevl_jax.data.source import"
+        f" Source\nprint(len(Source('easy_vqa', {str(tmp_path / 'data')!r}, 'test')))\n"
     )
     out = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
     assert out.stdout.strip() == "1000", out.stderr

@@ -1,4 +1,5 @@
-"""Rows of every kind: none is encoded by what another was, an epoch has each once, and what is wrong with one names it."""
+"""Rows of every kind: none is encoded by what another was, an epoch has each once, and what is
+wrong with one names it."""
 
 import dataclasses
 
@@ -42,7 +43,8 @@ def made(tmp_path_factory, tiny_data):
 
 @pytest.fixture(scope="module")
 def headed(made):
-    """A processor whose template opens every conversation with words of its own, and the configuration."""
+    """A processor whose template opens every conversation with words of its own, and the
+    configuration."""
     start = made[1]
     header = (
         "what color <|im_end|>{% if messages[0].content is string %}is it <|im_end|>{% endif %}"
@@ -52,7 +54,8 @@ def headed(made):
 
 
 def test_a_row_is_encoded_alike_whatever_came_before(made, headed):
-    """With and without a picture, and with pictures of two sizes: the same words are asked of each."""
+    """With and without a picture, and with pictures of two sizes: the same words are asked of
+    each."""
     source, _ = made
     image, turns = source[0].image, (["what color is it?", "is it red?"], ["red", "yes"])
     rows = Rows(Row(image, *turns), Row(b"", *turns), Row(source[1].image, *turns))
@@ -172,7 +175,9 @@ BAD = {
 def test_a_bad_row_is_named(made, case, questions):
     row, changes, reason = BAD[case]
     start = made[1]
-    data = DataConfig(questions=questions, batch=1, max_skipped=0.0, **{"length": 60, "patches": 64, **changes})
+    data = DataConfig(
+        questions=questions, batch=1, max_skipped=0.0, **{"length": 60, "patches": 64, **changes}
+    )
     encoder = Encoder(Rows(Row(b"", *GOOD), row), start.processor, start.config).within(data)
     read = encoder.__getitem__ if questions else encoder.conversation
     read(0)
@@ -222,7 +227,13 @@ def test_what_is_stored_wrongly_is_named(stored):
         {"questions": [b"a?"], "answers": [b"a"], "image": np.zeros((2, 2, 3), np.uint8)},
     )
     assert source[0] == Row(b"", ["a?"], ["a"])
-    reasons = ["2 questions and 1 answers", "0 questions", "not UTF-8", "bytes stands", "list stands"]
+    reasons = [
+        "2 questions and 1 answers",
+        "0 questions",
+        "not UTF-8",
+        "bytes stands",
+        "list stands",
+    ]
     reasons += ["NoneType stands", "image is of type ndarray"]
     for number, reason in enumerate(reasons, 1):
         with pytest.raises(BadRow, match=f"stored train row {number}: .*{reason}"):

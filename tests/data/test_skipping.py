@@ -179,9 +179,24 @@ def test_held_out_rows_are_skipped_alike(made, questions):
 
 
 def test_how_many_may_be():
-    assert [Skipped(rows, share).limit for rows, share in ((10_000, 0.01), (50, 0.01), (2, 0.01), (1, 0.5), (10, 1.0), (10_000, 0.0))] == [
-        100, 3, 1, 0, 9, 0,
-    ]  # fmt: skip
+    assert [
+        Skipped(rows, share).limit
+        for rows, share in (
+            (10_000, 0.01),
+            (50, 0.01),
+            (2, 0.01),
+            (1, 0.5),
+            (10, 1.0),
+            (10_000, 0.0),
+        )
+    ] == [
+        100,
+        3,
+        1,
+        0,
+        9,
+        0,
+    ]
     skipped = Skipped(10, 0.5)
     for _ in range(9):  # one row, met in every epoch
         skipped.add(BadRow("rows", 3, "gone", "mend"))

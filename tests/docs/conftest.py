@@ -1,4 +1,5 @@
-"""A folder with what the documentation's commands and snippets name: a tiny model, a picture, a film, an adapter, a preset."""
+"""A folder with what the documentation's commands and snippets name: a tiny model, a picture, a
+film, an adapter, a preset."""
 
 import json
 import os
@@ -23,7 +24,9 @@ ADAPTED = "model.layers.0.self_attn.q_proj"
 def stocked(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
     rng = np.random.default_rng(0)
-    ours = write_folder(folder / "runs" / "mixers" / "checkpoints" / "1000", tiny_model(tiny_config()))
+    ours = write_folder(
+        folder / "runs" / "mixers" / "checkpoints" / "1000", tiny_model(tiny_config())
+    )
     export_folder(ours, folder / "InfiniteVL")
     Image.fromarray(rng.integers(0, 255, (12, 20, 3), np.uint8)).save(folder / "photo.jpg")
     with av.open(str(folder / "clip.mp4"), "w") as container:
@@ -31,7 +34,13 @@ def stocked(tmp_path_factory):
         stream.width = stream.height = 16
         stream.pix_fmt = "yuv420p"
         for _ in range(6):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(rng.integers(0, 255, (16, 16, 3), np.uint8), format="rgb24")))
+            container.mux(
+                stream.encode(
+                    av.VideoFrame.from_ndarray(
+                        rng.integers(0, 255, (16, 16, 3), np.uint8), format="rgb24"
+                    )
+                )
+            )
         container.mux(stream.encode())
     write_adapter(folder / "my-lora", read_folder(folder / "InfiniteVL")[ADAPTED + ".weight"][1])
     shutil.copytree(ROOT / "configs", folder / "configs")
@@ -43,9 +52,13 @@ def write_adapter(folder, shape):
     """A LoRA adapter of rank 2 for one projection."""
     folder.mkdir()
     sides = {"A": np.ones((2, shape[1]), np.float32), "B": np.ones((shape[0], 2), np.float32)}
-    tensors = {f"base_model.model.{ADAPTED}.lora_{side}.weight": value for side, value in sides.items()}
+    tensors = {
+        f"base_model.model.{ADAPTED}.lora_{side}.weight": value for side, value in sides.items()
+    }
     (folder / "adapter_model.safetensors").write_bytes(safetensors_bytes(tensors, {"format": "pt"}))
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2})
+    )
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""Shell commands of the documentation in this process: run, or only checked for programs and arguments that exist."""
+"""Shell commands of the documentation in this process: run, or only checked for programs and
+arguments that exist."""
 
 import argparse
 import importlib
@@ -49,7 +50,9 @@ def python(arguments: tuple[str, ...], runs: bool) -> None:
         tests(arguments[2:], runs)
     else:
         assert runs and arguments[1] in ("venv", "ruff")
-        lenient = ["--exit-zero"] if arguments[1] == "ruff" else []  # what it finds is no fault of the documentation
+        lenient = (
+            ["--exit-zero"] if arguments[1] == "ruff" else []
+        )  # what it finds is no fault of the documentation
         subprocess.run([sys.executable, *arguments, *lenient], check=True, capture_output=True)
 
 
@@ -89,13 +92,17 @@ def infinitevl(arguments: tuple[str, ...], runs: bool) -> None:
         assert result.exit_code == 0, result.output
         assert result.stdout.strip(), "it said nothing"
     else:
-        typer.main.get_command(app).commands[arguments[0]].make_context(arguments[0], list(arguments[1:]))
+        typer.main.get_command(app).commands[arguments[0]].make_context(
+            arguments[0], list(arguments[1:])
+        )
 
 
 def pip(arguments: tuple[str, ...], runs: bool) -> None:
     """Extras that are asked for are declared."""
     assert not runs and arguments[0] == "install"
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"][
+        "optional-dependencies"
+    ]
     for extras in re.findall(r"^\.\[(.+)\]$", "\n".join(arguments[1:]), flags=re.MULTILINE):
         assert set(extras.split(",")) <= set(declared)
 
@@ -111,4 +118,11 @@ def run_tests(arguments: tuple[str, ...], runs: bool) -> None:
     tests(arguments, runs)
 
 
-PROGRAMS = {"python": python, "python3": python, "infinitevl": infinitevl, "pip": pip, "pytest": tests, "tests/run": run_tests}
+PROGRAMS = {
+    "python": python,
+    "python3": python,
+    "infinitevl": infinitevl,
+    "pip": pip,
+    "pytest": tests,
+    "tests/run": run_tests,
+}

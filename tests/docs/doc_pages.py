@@ -1,4 +1,5 @@
-"""Code in Markdown files: fenced blocks, shell lines, commands inside sentences and tables, links."""
+"""Code in Markdown files: fenced blocks, shell lines, commands inside sentences and tables,
+links."""
 
 import re
 import shlex
@@ -60,7 +61,11 @@ def mentioned(page: Path) -> list[Command]:
     """Commands of this project in sentences and tables, which are not run."""
     outside = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
     spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", outside)]
-    return [Command(tuple(shlex.split(span)), False) for span in spans if re.match(r"python -?[\w/. ]", span) and "..." not in span]
+    return [
+        Command(tuple(shlex.split(span)), False)
+        for span in spans
+        if re.match(r"python -?[\w/. ]", span) and "..." not in span
+    ]
 
 
 def links(page: Path) -> list[str]:

@@ -1,4 +1,5 @@
-"""README, CONTRIBUTING and docs/ hold: commands run or at least parse, snippets run, links lead somewhere."""
+"""README, CONTRIBUTING and docs/ hold: commands run or at least parse, snippets run, links lead
+somewhere."""
 
 import subprocess
 import sys
@@ -60,7 +61,11 @@ def test_readme_is_short():
 
 
 def test_every_page_is_linked_from_the_readme():
-    linked = {(ROOT / target.partition("#")[0]).resolve() for target in links(ROOT / "README.md") if "://" not in target}
+    linked = {
+        (ROOT / target.partition("#")[0]).resolve()
+        for target in links(ROOT / "README.md")
+        if "://" not in target
+    }
     assert {page for page in PAGES if page.name != "README.md"} <= linked
 
 
@@ -88,8 +93,13 @@ def test_what_is_wrong_fails(line, runs, workspace, tmp_path):
 
 def test_the_picture_is_what_its_script_draws(workspace):
     script = ROOT / "docs" / "draw_architecture.py"
-    subprocess.run([sys.executable, str(script), "--output", "again.svg"], check=True, capture_output=True)
-    again, kept = (path.read_text("utf-8") for path in (workspace / "again.svg", ROOT / "docs" / "architecture.svg"))
+    subprocess.run(
+        [sys.executable, str(script), "--output", "again.svg"], check=True, capture_output=True
+    )
+    again, kept = (
+        path.read_text("utf-8")
+        for path in (workspace / "again.svg", ROOT / "docs" / "architecture.svg")
+    )
     texts = [text.split("<text")[1:] for text in (again, kept)]
     words = [[part.partition(">")[2].partition("<")[0] for part in found] for found in texts]
     assert words[0] == words[1] and "Gated DeltaNet" in words[0]

@@ -1,4 +1,5 @@
-"""The wheel is what an outsider installs: it holds everything that the package reads at run time, and nothing else."""
+"""The wheel is what an outsider installs: it holds everything that the package reads at run time,
+and nothing else."""
 
 import configparser
 import email
@@ -27,7 +28,19 @@ def built(tmp_path_factory):
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, folder / name)
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", "dist", "."]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        "dist",
+        ".",
+    ]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (path,) = (folder / "dist").glob("*.whl")
@@ -48,7 +61,11 @@ def read(wheel, ending: str) -> str:
 def test_every_file_of_the_packages_is_in_it(wheel):
     held = set(wheel.namelist())
     for package in ("infinitevl_jax", "pallas_kernels"):
-        files = [path for path in (ROOT / package).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+        files = [
+            path
+            for path in (ROOT / package).rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts
+        ]
         missing = {str(path.relative_to(ROOT)) for path in files} - held
         assert not missing
         assert f"{package}/py.typed" in held
@@ -57,7 +74,9 @@ def test_every_file_of_the_packages_is_in_it(wheel):
 
 def test_presets_are_in_it(wheel):
     for preset in (ROOT / "configs").glob("*.toml"):
-        assert read(wheel, f".data/data/share/infinitevl_jax/configs/{preset.name}") == preset.read_text("utf-8")
+        assert read(
+            wheel, f".data/data/share/infinitevl_jax/configs/{preset.name}"
+        ) == preset.read_text("utf-8")
 
 
 def test_the_command_is_in_it(wheel):
@@ -79,16 +98,31 @@ def test_nothing_else_is_in_it(wheel):
 def test_metadata_names_licence_and_extras(wheel):
     metadata = email.message_from_string(read(wheel, "/METADATA"))
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    assert metadata["License-Expression"] == "Apache-2.0" and metadata.get_all("License-File") == ["LICENSE"]
+    assert metadata["License-Expression"] == "Apache-2.0" and metadata.get_all("License-File") == [
+        "LICENSE"
+    ]
     assert read(wheel, "/licenses/LICENSE") == (ROOT / "LICENSE").read_text("utf-8")
     assert metadata.get_all("Provides-Extra") == list(declared["optional-dependencies"])
     assert len(metadata.get_all("Project-URL")) == len(declared["urls"])
 
 
 def test_it_works_outside_the_checkout(built, tmp_path):
-    """Installed without its dependencies, which are those of this environment, and started from elsewhere."""
+    """Installed without its dependencies, which are those of this environment, and started from
+    elsewhere."""
     there = tmp_path / "installed"
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-compile", "--target", str(there), str(built)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        "--no-compile",
+        "--target",
+        str(there),
+        str(built),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     code = (
         "import infinitevl_jax, pallas_kernels; from infinitevl_jax.processing import Processor;"
@@ -96,7 +130,12 @@ def test_it_works_outside_the_checkout(built, tmp_path):
     )
     environment = os.environ | {"PYTHONPATH": str(there)}
     for run in ([sys.executable, "-c", code], [str(there / "bin" / "infinitevl"), "--help"]):
-        done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         assert str(ROOT) not in done.stdout
-    assert "infinitevl" in done.stdout and (there / "share" / "infinitevl_jax" / "configs" / "easy_vqa.toml").is_file()
+    assert (
+        "infinitevl" in done.stdout
+        and (there / "share" / "infinitevl_jax" / "configs" / "easy_vqa.toml").is_file()
+    )

@@ -22,31 +22,48 @@ def made(tmp_path_factory, tiny_data):
     model = InfiniteVL.random(start.config, 5)
     # a fresh model repeats the last token, which is a special one: let it say words
     special = start.processor.tokenizer.token_id("<|endoftext|>")
-    model.params["embed_tokens.embedding"] = model.params["embed_tokens.embedding"].at[special:].multiply(1e-2)
+    model.params["embed_tokens.embedding"] = (
+        model.params["embed_tokens.embedding"].at[special:].multiply(1e-2)
+    )
     return model, start, source
 
 
 def test_every_question_is_answered_as_if_alone(made):
     model, start, source = made
-    answers = answer_split(model, start.processor, Encoder(source, start.processor, start.config), images=4, branches=7)
+    answers = answer_split(
+        model, start.processor, Encoder(source, start.processor, start.config), images=4, branches=7
+    )
     assert [len(a) for a in answers] == [len(source[i].questions) for i in range(len(source))]
     for i in range(len(source)):
         row = source[i]
         for question, answer in zip(row.questions, answers[i], strict=True):
             content = [{"type": "image", "image": row.image}, {"type": "text", "text": question}]
-            alone = model.generate(**start.processor([{"role": "user", "content": content}]), max_new_tokens=4)
+            alone = model.generate(
+                **start.processor([{"role": "user", "content": content}]), max_new_tokens=4
+            )
             assert start.processor.decode(alone[0]).strip() == answer
     assert len({a for row in answers for a in row}) > 1
 
 
 def test_scores_and_the_blind_baseline():
-    train = [Row(b"", ["color?", "is it red?"], ["red", "yes"]), Row(b"", ["color?", "is it red?"], ["blue", "no"])]
+    train = [
+        Row(b"", ["color?", "is it red?"], ["red", "yes"]),
+        Row(b"", ["color?", "is it red?"], ["blue", "no"]),
+    ]
     train += [Row(b"", ["is it red?"], ["no"]), Row(b"", ["shade?"], ["blue"])]
     test = [Row(b"", ["color?", "is it red?"], ["blue", "yes"]), Row(b"", ["new?"], ["no"])]
     blind = answer_blind(train, test)
-    assert blind == [["blue", "no"], ["blue"]]  # equal counts: the answer that is commoner overall; unknown question: the commonest
+    assert blind == [
+        ["blue", "no"],
+        ["blue"],
+    ]  # equal counts: the answer that is commoner overall; unknown question: the commonest
     result = score(test, blind)
-    assert (result.right, result.questions, result.right_other, result.questions_other) == (1, 3, 1, 1)
+    assert (result.right, result.questions, result.right_other, result.questions_other) == (
+        1,
+        3,
+        1,
+        1,
+    )
     assert result.all == pytest.approx(1 / 3) and result.other == 1
 
 
@@ -58,7 +75,8 @@ def test_picture(tmp_path, made):
 
 
 def test_the_official_split_and_its_blind_baseline(tmp_path):
-    """Published sizes; 67.0 % of all and 23.3 % of the questions that are not yes/no can be had without looking."""
+    """Published sizes; 67.0 % of all and 23.3 % of the questions that are not yes/no can be had
+    without looking."""
     train, test = (Source("easy_vqa", tmp_path, split) for split in ("train", "test"))
     train, test = ([source[i] for i in range(len(source))] for source in (train, test))
     assert (len(train), len(test)) == (4000, 1000)
@@ -68,12 +86,15 @@ def test_the_official_split_and_its_blind_baseline(tmp_path):
     assert (round(blind.all, 3), round(blind.other, 3)) == (0.670, 0.233)
     held = Source("easy_vqa", tmp_path, "train[90%:]")
     kept = Source("easy_vqa", tmp_path, "train[:90%]")
-    assert not {held[i].image for i in range(len(held))} & {kept[i].image for i in range(len(kept))} or _twins(train)
+    assert not {held[i].image for i in range(len(held))} & {
+        kept[i].image for i in range(len(kept))
+    } or _twins(train)
     assert len(held) + len(kept) == 4000
 
 
 def _twins(rows):
-    """Whether two pictures of the split are the same file contents: then a cut by row cannot keep them apart."""
+    """Whether two pictures of the split are the same file contents: then a cut by row cannot keep
+    them apart."""
     return len({r.image for r in rows}) < len(rows)
 
 
@@ -83,4 +104,6 @@ def test_answers_pad_to_one_shape(made):
     small = answer_split(model, start.processor, encoder, images=2, branches=3)
     large = answer_split(model, start.processor, encoder, images=6, branches=32)
     assert small == large
-    assert np.asarray([len(a) for a in small]).sum() == sum(len(source[i].questions) for i in range(len(source)))
+    assert np.asarray([len(a) for a in small]).sum() == sum(
+        len(source[i].questions) for i in range(len(source))
+    )

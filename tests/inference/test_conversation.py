@@ -1,4 +1,5 @@
-"""A conversation on one cache against reading it anew each time, and what stopping, undoing and failing leave behind."""
+"""A conversation on one cache against reading it anew each time, and what stopping, undoing and
+failing leave behind."""
 
 import jax
 import numpy as np
@@ -43,7 +44,8 @@ def stop_after(pieces, count):
 
 
 def test_only_the_new_turn_is_read_and_nothing_is_lost(conversation, model, processor, monkeypatch):
-    """Answers that end at the limit, at an end token and where the listener stops: the model then holds what reading all of it gives."""
+    """Answers that end at the limit, at an end token and where the listener stops: the model then
+    holds what reading all of it gives."""
     held, last, prefill = [], [], model.prefill
 
     def spy(prepared, cache):
@@ -61,10 +63,15 @@ def test_only_the_new_turn_is_read_and_nothing_is_lost(conversation, model, proc
             assert rel_rms(last[1], model(**whole).logits[0, -1]) <= 1e-5
         said = processor.tokenizer.encode(conversation.messages[-1]["content"])
         held.extend(said[: conversation.tokens - len(held)])
-        assert len(held) == conversation.tokens >= whole["input_ids"].size + len(said) - 1  # one may wait for the next turn
+        assert (
+            len(held) == conversation.tokens >= whole["input_ids"].size + len(said) - 1
+        )  # one may wait for the next turn
 
     first = "".join(conversation.ask(SEEN, max_new_tokens=6))
-    assert len(first) == 6 and conversation.messages == ({"role": "user", "content": SEEN}, {"role": "assistant", "content": first})
+    assert len(first) == 6 and conversation.messages == (
+        {"role": "user", "content": SEEN},
+        {"role": "assistant", "content": first},
+    )
     check()
     before = list(held)
     free = "".join(conversation.ask(FILM, max_new_tokens=6))
@@ -86,7 +93,11 @@ def test_only_the_new_turn_is_read_and_nothing_is_lost(conversation, model, proc
 def test_the_cache_stays_as_small_as_it_is(conversation):
     sizes = []
     for _ in range(4):
-        "".join(conversation.ask("Once more, and in some more words than the window holds", max_new_tokens=3))
+        "".join(
+            conversation.ask(
+                "Once more, and in some more words than the window holds", max_new_tokens=3
+            )
+        )
         sizes.append(conversation._state.cache.nbytes)
     assert len(set(sizes)) == 1 and conversation.tokens > 16
 
@@ -97,7 +108,9 @@ def test_undo_takes_back_one_question_exactly(conversation):
     before, messages = jax.tree.map(np.asarray, conversation._state.cache), conversation.messages
     two = "".join(conversation.ask("Two", max_new_tokens=4))
     assert conversation.undo() and conversation.messages == messages
-    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, conversation._state.cache))
+    jax.tree.map(
+        np.testing.assert_array_equal, before, jax.tree.map(np.asarray, conversation._state.cache)
+    )
     assert not conversation.undo()
     assert "".join(conversation.ask("Two", max_new_tokens=4)) == two
     conversation.reset()
@@ -111,7 +124,11 @@ def test_an_error_leaves_the_conversation_where_it_stood(conversation, model, mo
         "".join(conversation.ask([{"type": "image", "image": "/no/such.png"}]))
     with monkeypatch.context() as patch:
         steps, step = iter(range(9)), model._programs.step
-        patch.setattr(model._programs, "step", lambda *args, **kwargs: step(*args, **kwargs) if next(steps) < 2 else 1 / 0)
+        patch.setattr(
+            model._programs,
+            "step",
+            lambda *args, **kwargs: step(*args, **kwargs) if next(steps) < 2 else 1 / 0,
+        )
         with pytest.raises(ZeroDivisionError):
             "".join(conversation.ask("Two", max_new_tokens=8))
     assert conversation.messages == messages and conversation.tokens == tokens
@@ -133,7 +150,9 @@ def answering(model, monkeypatch, ids):
     decode = model.decode
 
     def say(logits, cache, **settings):
-        for token, (_, held) in zip([*ids, IDS["<|endoftext|>"]], decode(logits, cache, **settings), strict=False):
+        for token, (_, held) in zip(
+            [*ids, IDS["<|endoftext|>"]], decode(logits, cache, **settings), strict=False
+        ):
             yield np.array([token], np.int32), held
 
     monkeypatch.setattr(model, "decode", say)
@@ -152,20 +171,29 @@ SAID = {
 
 
 @pytest.mark.parametrize("case", SAID)
-def test_a_conversation_goes_on_whatever_was_said(conversation, model, processor, monkeypatch, case):
-    """What is read next is the new turn alone, with the token that closes the answer, and the answer's last one where it waited."""
+def test_a_conversation_goes_on_whatever_was_said(
+    conversation, model, processor, monkeypatch, case
+):
+    """What is read next is the new turn alone, with the token that closes the answer, and the
+    answer's last one where it waited."""
     "".join(conversation.ask(SEEN, max_new_tokens=3))
     with monkeypatch.context() as patch:
         answering(model, patch, SAID[case])
         stop_after(conversation.ask("Next", max_new_tokens=40), len(SAID[case]))
     assert conversation._state.said == SAID[case]
     prepared, prefill = [], model.prefill
-    monkeypatch.setattr(model, "prefill", lambda inputs, cache: prepared.append(inputs.inputs) or prefill(inputs, cache))
+    monkeypatch.setattr(
+        model,
+        "prefill",
+        lambda inputs, cache: prepared.append(inputs.inputs) or prefill(inputs, cache),
+    )
     "".join(conversation.ask(SEEN, max_new_tokens=3))
     ids = prepared[0].tokens[0].tolist()
     before = {"role": "user", "content": "Next"}, {"role": "assistant", "content": "x"}
     _, prompt = processor.continuation(before[:1])
-    turn = processor.continuation([*before, {"role": "user", "content": SEEN}], prompt)[0]["input_ids"][0].tolist()
+    turn = processor.continuation([*before, {"role": "user", "content": SEEN}], prompt)[0][
+        "input_ids"
+    ][0].tolist()
     assert ids[len(ids) - len(turn) :] == turn
     waited = ids[: len(ids) - len(turn)]
     assert waited == SAID[case][len(SAID[case]) - len(waited) :]
@@ -183,7 +211,8 @@ def begun(conversation, question="first", count=2):
 
 
 def test_a_new_question_ends_the_answer_before_it(conversation, model, processor):
-    """The generator of the first answer goes on being listened to; nothing of it comes into the second turn."""
+    """The generator of the first answer goes on being listened to; nothing of it comes into the
+    second turn."""
     first = begun(conversation)
     second = "".join(conversation.ask("second", max_new_tokens=6))
     held, turn = conversation.messages, conversation.turn
@@ -194,7 +223,9 @@ def test_a_new_question_ends_the_answer_before_it(conversation, model, processor
     assert "".join(other.ask("second", max_new_tokens=6)) == second
     assert other.messages == held and other.tokens == conversation.tokens
     jax.tree.map(np.testing.assert_array_equal, conversation._state.cache, other._state.cache)
-    assert "".join(conversation.ask("x", max_new_tokens=4)) == "".join(other.ask("x", max_new_tokens=4))
+    assert "".join(conversation.ask("x", max_new_tokens=4)) == "".join(
+        other.ask("x", max_new_tokens=4)
+    )
     assert conversation.undo() and conversation.messages == held
 
 
@@ -202,10 +233,19 @@ def test_undo_and_reset_end_an_answer(conversation):
     "".join(conversation.ask("One", max_new_tokens=4))
     messages, tokens = conversation.messages, conversation.tokens
     pieces = begun(conversation, "Two")
-    assert conversation.undo() and "".join(pieces) == "" and (conversation.messages, conversation.tokens) == (messages, tokens)
+    assert (
+        conversation.undo()
+        and "".join(pieces) == ""
+        and (conversation.messages, conversation.tokens) == (messages, tokens)
+    )
     pieces = begun(conversation, "Two")
     conversation.reset()
-    assert "".join(pieces) == "" and conversation.messages == () and conversation.tokens == 0 and not conversation.undo()
+    assert (
+        "".join(pieces) == ""
+        and conversation.messages == ()
+        and conversation.tokens == 0
+        and not conversation.undo()
+    )
 
 
 def test_undo_brings_the_state_back_and_not_the_answer_that_made_it(conversation):
@@ -238,6 +278,9 @@ def test_a_repetition_penalty_counts_the_whole_conversation(conversation, model,
 
     monkeypatch.setattr(model._programs, "choose", spy)
     penalty = Sampling(repetition_penalty=1000.0)
-    answers = ["".join(conversation.ask(question, max_new_tokens=5, sampling=penalty)) for question in ("abc", "xyz")]
+    answers = [
+        "".join(conversation.ask(question, max_new_tokens=5, sampling=penalty))
+        for question in ("abc", "xyz")
+    ]
     assert len(set(answers[0])) == 5 and not set(answers[0]) & set("abcuser")  # said once
     assert heard[1][[ord(c) for c in "abcxyz" + answers[0]]].all() and not heard[0][ord("x")]

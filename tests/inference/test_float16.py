@@ -12,14 +12,21 @@ from pallas_kernels.testing.parity import rel_rms
 
 
 def test_float16_is_kept_on_disk_and_computed_in_float32(tmp_path):
-    """Activations of 10^6, which float16 cannot hold; on export the same bytes come back, by both ways."""
+    """Activations of 10^6, which float16 cannot hold; on export the same bytes come back, by both
+    ways."""
     tensors = {name: value.astype(np.float16) for name, value in hybrid_tensors().items()}
     for name, factor in (("up", 100), ("down", 300)):
         tensors[f"model.layers.0.mlp.{name}_proj.weight"] *= np.float16(factor)
     write_folder(tmp_path / "half", tensors, shards=1)
-    with pytest.warns(InfiniteVLWarning, match="float16.*computing in float32.*dtype='bfloat16'") as said:
+    with pytest.warns(
+        InfiniteVLWarning, match="float16.*computing in float32.*dtype='bfloat16'"
+    ) as said:
         own = InfiniteVL.from_pretrained(tmp_path / "half")
-    assert len(said) == 1 and own.dtype == np.float32 and {p.dtype.name for p in own.params.values()} == {"float16"}
+    assert (
+        len(said) == 1
+        and own.dtype == np.float32
+        and {p.dtype.name for p in own.params.values()} == {"float16"}
+    )
     ids = np.array([[1, 2, 3, 4, 5]])
     wide = InfiniteVL.from_pretrained(tmp_path / "half", dtype="float32")
     out = own(ids, output_hidden_states=True)

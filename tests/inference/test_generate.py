@@ -1,4 +1,5 @@
-"""Generation: greedy against repeated full calls, batches, end tokens, streaming, chunks, branches of one cache, a mesh."""
+"""Generation: greedy against repeated full calls, batches, end tokens, streaming, chunks, branches
+of one cache, a mesh."""
 
 import dataclasses
 import sys
@@ -30,7 +31,13 @@ def model():
     config = hybrid_config(layers=2, window=8, tie_word_embeddings=False)
     rng = np.random.default_rng(0)
     shapes = abstract(config, scanned=False)[1]
-    return InfiniteVL(config, {name: jnp.asarray(rng.normal(scale=0.4, size=s.shape), "float32") for name, s in shapes.items()})
+    return InfiniteVL(
+        config,
+        {
+            name: jnp.asarray(rng.normal(scale=0.4, size=s.shape), "float32")
+            for name, s in shapes.items()
+        },
+    )
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +79,16 @@ def test_greedy_is_the_argmax_of_repeated_full_calls(model, prompt, greedy):
 
 def test_a_ragged_batch_equals_single_prompts(model, prompt, greedy, together):
     batch, rows = ragged(prompt, "right")
-    np.testing.assert_array_equal(model.generate(**batch, max_new_tokens=NEW, eos_token_ids=NEVER), together)
-    alone = [greedy[0], *(model.generate(row[None], max_new_tokens=NEW, eos_token_ids=NEVER)[0] for row in rows[1:])]
+    np.testing.assert_array_equal(
+        model.generate(**batch, max_new_tokens=NEW, eos_token_ids=NEVER), together
+    )
+    alone = [
+        greedy[0],
+        *(
+            model.generate(row[None], max_new_tokens=NEW, eos_token_ids=NEVER)[0]
+            for row in rows[1:]
+        ),
+    ]
     np.testing.assert_array_equal(together, alone)
 
 
@@ -83,23 +98,32 @@ def test_stops_at_an_end_token_and_pads_after_it(model, prompt, together):
     expected[0, 3:] = model.config.pad_token_id
     assert end not in together[1:]  # the other rows go on
     batch, _ = ragged(prompt)
-    np.testing.assert_array_equal(model.generate(**batch, max_new_tokens=NEW, eos_token_ids=[end]), expected)
+    np.testing.assert_array_equal(
+        model.generate(**batch, max_new_tokens=NEW, eos_token_ids=[end]), expected
+    )
     # with every row at its end nothing more is made
-    assert model.generate(**prompt, max_new_tokens=NEW, eos_token_ids=[end]).tolist() == [together[0, :3].tolist()]
+    assert model.generate(**prompt, max_new_tokens=NEW, eos_token_ids=[end]).tolist() == [
+        together[0, :3].tolist()
+    ]
 
 
 def test_end_tokens_come_from_the_configuration(model, prompt, greedy, monkeypatch):
-    monkeypatch.setattr(model, "config", dataclasses.replace(model.config, eos_token_ids=(int(greedy[0, 1]),)))
+    monkeypatch.setattr(
+        model, "config", dataclasses.replace(model.config, eos_token_ids=(int(greedy[0, 1]),))
+    )
     assert model.generate(**prompt, max_new_tokens=NEW).tolist() == [greedy[0, :2].tolist()]
 
 
 def test_a_sequence_that_has_ended_leaves_its_cache_as_it_is(model, prompt, greedy):
-    """The cache that `decode` gives has every token but the one that ended the sequence, bit for bit."""
+    """The cache that `decode` gives has every token but the one that ended the sequence, bit for
+    bit."""
 
     def after(count, ends):
         logits, cache = model.prefill(prepare(model.config, **prompt), model.init_cache(1))
         made = model.decode(logits, cache, max_new_tokens=NEW, eos_token_ids=ends)
-        return jax.tree.map(np.asarray, [cache for _, (_, cache) in zip(range(count), made, strict=False)][-1])
+        return jax.tree.map(
+            np.asarray, [cache for _, (_, cache) in zip(range(count), made, strict=False)][-1]
+        )
 
     stopped, before = after(4, [int(greedy[0, 3])]), after(3, NEVER)
     assert stopped.length.tolist() == [prompt["input_ids"].shape[1] + 3]
@@ -108,7 +132,9 @@ def test_a_sequence_that_has_ended_leaves_its_cache_as_it_is(model, prompt, gree
 
 def test_stream_gives_tokens_as_they_are_made(model, prompt, greedy, monkeypatch):
     steps, step = [], model._programs.step
-    monkeypatch.setattr(model._programs, "step", lambda *args, **kwargs: steps.append(1) or step(*args, **kwargs))
+    monkeypatch.setattr(
+        model._programs, "step", lambda *args, **kwargs: steps.append(1) or step(*args, **kwargs)
+    )
     seen = []
     for token in model.stream(**prompt, max_new_tokens=NEW, eos_token_ids=NEVER):
         seen.append(token)
@@ -118,19 +144,24 @@ def test_stream_gives_tokens_as_they_are_made(model, prompt, greedy, monkeypatch
 
 
 def test_a_prompt_in_several_chunks_equals_one(model, prompt, together, monkeypatch):
-    """Chunks of 16 cut through the image and the video; the second row ends in the first of them."""
+    """Chunks of 16 cut through the image and the video; the second row ends in the first of
+    them."""
     batch, rows = ragged(prompt)
     whole, _ = model.prefill(prepare(model.config, **batch), model.init_cache(3))
     monkeypatch.setattr(infinitevl, "PREFILL_CHUNK", 16)
     parts, cache = model.prefill(prepare(model.config, **batch), model.init_cache(3))
     assert rel_rms(parts, whole) <= 1e-5
     assert cache.length.tolist() == [len(row) for row in rows]
-    np.testing.assert_array_equal(model.generate(**batch, max_new_tokens=NEW, eos_token_ids=NEVER), together)
+    np.testing.assert_array_equal(
+        model.generate(**batch, max_new_tokens=NEW, eos_token_ids=NEVER), together
+    )
 
 
 def test_sampling_is_reproducible_by_seed(model, prompt):
     def sample(seed):
-        return model.generate(**prompt, max_new_tokens=NEW, eos_token_ids=NEVER, sampling=WARM, seed=seed).tolist()
+        return model.generate(
+            **prompt, max_new_tokens=NEW, eos_token_ids=NEVER, sampling=WARM, seed=seed
+        ).tolist()
 
     assert sample(1) == sample(1) and sample(1) != sample(2)
 
@@ -142,12 +173,21 @@ LOGITS = np.log(np.array([0.4, 0.25, 0.2, 0.1, 0.05]))
     ("sampling", "expected"),
     [
         (Sampling(temperature=1.0), [0.4, 0.25, 0.2, 0.1, 0.05]),
-        (Sampling(temperature=0.5), np.square([0.4, 0.25, 0.2, 0.1, 0.05]) / np.square([0.4, 0.25, 0.2, 0.1, 0.05]).sum()),
+        (
+            Sampling(temperature=0.5),
+            np.square([0.4, 0.25, 0.2, 0.1, 0.05]) / np.square([0.4, 0.25, 0.2, 0.1, 0.05]).sum(),
+        ),
         (Sampling(temperature=1.0, top_k=2), [0.4 / 0.65, 0.25 / 0.65, 0, 0, 0]),
         (Sampling(temperature=1.0, top_k=99), [0.4, 0.25, 0.2, 0.1, 0.05]),
-        (Sampling(temperature=1.0, top_p=0.6), [0.4 / 0.65, 0.25 / 0.65, 0, 0, 0]),  # the least set that reaches 0.6
+        (
+            Sampling(temperature=1.0, top_p=0.6),
+            [0.4 / 0.65, 0.25 / 0.65, 0, 0, 0],
+        ),  # the least set that reaches 0.6
         (Sampling(temperature=1.0, top_p=0.3), [1, 0, 0, 0, 0]),
-        (Sampling(temperature=1.0, top_k=3, top_p=0.8), [0.4 / 0.85, 0.25 / 0.85, 0.2 / 0.85, 0, 0]),
+        (
+            Sampling(temperature=1.0, top_k=3, top_p=0.8),
+            [0.4 / 0.85, 0.25 / 0.85, 0.2 / 0.85, 0, 0],
+        ),
         (Sampling(temperature=0.0), [1, 0, 0, 0, 0]),
         (Sampling(temperature=1e-30), [1, 0, 0, 0, 0]),
     ],
@@ -155,7 +195,13 @@ LOGITS = np.log(np.array([0.4, 0.25, 0.2, 0.1, 0.05]))
 def test_sampled_tokens_have_the_distribution_asked_for(sampling, expected):
     count = 20_000
     order = np.array([3, 0, 4, 1, 2])  # nothing may depend on the tokens being sorted
-    tokens = np.asarray(choose(jnp.asarray(np.tile(LOGITS[order], (count, 1)) + 7, "float32"), jax.random.key(0), sampling))
+    tokens = np.asarray(
+        choose(
+            jnp.asarray(np.tile(LOGITS[order], (count, 1)) + 7, "float32"),
+            jax.random.key(0),
+            sampling,
+        )
+    )
     seen = np.bincount(order[tokens], minlength=5) / count
     expected = np.asarray(expected)
     assert (seen[expected == 0] == 0).all()
@@ -170,8 +216,18 @@ def test_a_mesh_of_eight_devices_generates_the_same(model, prompt, greedy, tmp_p
     mesh = make_mesh(RunConfig(data=1, fsdp=4, tensor=2))
     spread = InfiniteVL.from_pretrained(tmp_path / "model", mesh=mesh)
     embedding = spread.params["embed_tokens.embedding"]
-    assert len(embedding.sharding.device_set) == 8 and embedding.addressable_shards[0].data.size == embedding.size // 8
-    np.testing.assert_array_equal(spread.generate(**prompt, max_new_tokens=NEW, eos_token_ids=NEVER), greedy)
-    assert all(leaf.addressable_shards[0].data.shape[0] == 1 for leaf in jax.tree.leaves(spread.init_cache(4).layers))
+    assert (
+        len(embedding.sharding.device_set) == 8
+        and embedding.addressable_shards[0].data.size == embedding.size // 8
+    )
+    np.testing.assert_array_equal(
+        spread.generate(**prompt, max_new_tokens=NEW, eos_token_ids=NEVER), greedy
+    )
+    assert all(
+        leaf.addressable_shards[0].data.shape[0] == 1
+        for leaf in jax.tree.leaves(spread.init_cache(4).layers)
+    )
     one = InfiniteVL.from_pretrained(tmp_path / "model")
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), one.params, dict(model.params)))
+    assert jax.tree.all(
+        jax.tree.map(lambda a, b: bool((a == b).all()), one.params, dict(model.params))
+    )

@@ -1,4 +1,5 @@
-"""What `generate` is asked for: Hugging Face's words, the checkpoint's own settings, stop strings, streamers; what is refused."""
+"""What `generate` is asked for: Hugging Face's words, the checkpoint's own settings, stop strings,
+streamers; what is refused."""
 
 import json
 
@@ -7,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from tiny_folder import IDS, full_attention_config, tiny_config, tiny_model, write_folder, write_tokenizer
+from tiny_folder import (
+    IDS,
+    full_attention_config,
+    tiny_config,
+    tiny_model,
+    write_folder,
+    write_tokenizer,
+)
 from transformers import GenerationConfig, MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
 
 from infinitevl_jax import InfiniteVL, InfiniteVLError, InfiniteVLWarning, Processor, Sampling
@@ -55,7 +63,11 @@ OWN = Defaults(1.05, {"temperature": 0.7, "top_k": 20, "top_p": 0.8}, {"max_new_
         ({"top_p": 0.9}, OWN, Sampling(0.7, 20, 0.9, repetition_penalty=1.05)),
         ({"temperature": 0}, OWN, Sampling(repetition_penalty=1.05)),
         ({"do_sample": False, "temperature": 0.7}, OWN, Sampling(repetition_penalty=1.05)),
-        ({"do_sample": False, "temperature": None, "top_p": None}, OWN, Sampling(repetition_penalty=1.05)),
+        (
+            {"do_sample": False, "temperature": None, "top_p": None},
+            OWN,
+            Sampling(repetition_penalty=1.05),
+        ),
         ({"repetition_penalty": 1.0}, OWN, Sampling()),
         ({"repetition_penalty": np.float32(1.5)}, OWN, Sampling(repetition_penalty=1.5)),
         ({"sampling": Sampling(2.0)}, OWN, Sampling(2.0)),
@@ -67,12 +79,36 @@ def test_how_tokens_are_chosen(arguments, defaults, expected):
 
 def test_how_many_tokens_and_what_ends_them():
     assert asked().max_new_tokens == 256 and asked(OWN).max_new_tokens == 2048
-    assert asked(OWN, max_length=10).max_new_tokens == 7 and asked(max_length=10, max_new_tokens=4).max_new_tokens == 4
-    assert asked(Defaults(lengths={"max_length": 20}), width=50).max_new_tokens == 1  # transformers' own would make none
-    assert asked().ends == (256,) and asked(eos_token_id=5).ends == (5,) and asked(eos_token_ids=torch.tensor([5, 6])).ends == (5, 6)
+    assert (
+        asked(OWN, max_length=10).max_new_tokens == 7
+        and asked(max_length=10, max_new_tokens=4).max_new_tokens == 4
+    )
+    assert (
+        asked(Defaults(lengths={"max_length": 20}), width=50).max_new_tokens == 1
+    )  # transformers' own would make none
+    assert (
+        asked().ends == (256,)
+        and asked(eos_token_id=5).ends == (5,)
+        and asked(eos_token_ids=torch.tensor([5, 6])).ends == (5, 6)
+    )
     assert asked(eos_token_ids=[]).ends == () and asked(pad_token_id=7).pad == 7
-    same = {"num_beams": 1, "use_cache": True, "num_return_sequences": 1, "return_dict_in_generate": False, "logits_processor": []}
-    assert asked(**same, no_repeat_ngram_size=0, stopping_criteria=None, synced_gpus=False, length_penalty=1.0) == asked()
+    same = {
+        "num_beams": 1,
+        "use_cache": True,
+        "num_return_sequences": 1,
+        "return_dict_in_generate": False,
+        "logits_processor": [],
+    }
+    assert (
+        asked(
+            **same,
+            no_repeat_ngram_size=0,
+            stopping_criteria=None,
+            synced_gpus=False,
+            length_penalty=1.0,
+        )
+        == asked()
+    )
 
 
 REFUSED = {
@@ -120,7 +156,9 @@ def test_numbers_of_new_tokens_are_whole(value, model):
         model.stream(IDS_IN, max_new_tokens=value)  # at once, not with the first token
 
 
-@pytest.mark.parametrize("arguments", [{"stop_strings": "a"}, {"sampling": Sampling(1.0), "top_k": 5}], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [{"stop_strings": "a"}, {"sampling": Sampling(1.0), "top_k": 5}], ids=str
+)
 def test_what_does_not_go_together(arguments, model):
     with pytest.raises(InfiniteVLError, match="without a tokenizer|came together"):
         model.generate(IDS_IN, **arguments)
@@ -132,7 +170,12 @@ def test_a_penalty_is_that_of_transformers():
     theirs = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor(held), torch.tensor(logits)).numpy()
     occurred = np.zeros((3, 50), bool)
     occurred[np.arange(3)[:, None], held] = True
-    tokens = choose(jnp.asarray(logits), jax.random.key(0), Sampling(repetition_penalty=1.7), jnp.asarray(occurred))
+    tokens = choose(
+        jnp.asarray(logits),
+        jax.random.key(0),
+        Sampling(repetition_penalty=1.7),
+        jnp.asarray(occurred),
+    )
     assert np.asarray(tokens).tolist() == theirs.argmax(-1).tolist() != logits.argmax(-1).tolist()
 
 
@@ -150,7 +193,9 @@ def test_generate_applies_a_penalty_to_prompt_and_answer(model):
     for _ in range(6):
         logits = np.array(model(ids).logits)[:, -1]
         held = np.unique(ids)
-        logits[:, held] = np.where(logits[:, held] < 0, logits[:, held] * penalty, logits[:, held] / penalty)
+        logits[:, held] = np.where(
+            logits[:, held] < 0, logits[:, held] * penalty, logits[:, held] / penalty
+        )
         ids = np.concatenate([ids, logits.argmax(-1)[:, None]], 1)
     made = model.generate(IDS_IN, max_new_tokens=6, repetition_penalty=penalty, **NEVER)
     np.testing.assert_array_equal(made, ids[:, 3:])
@@ -164,37 +209,66 @@ def write_settings(folder, **settings):
 def test_a_published_penalty_is_applied(model, tmp_path):
     """As Qwen2.5-VL has it: sampling so cold that it is greedy, and a penalty."""
     folder = write_folder(tmp_path / "m", model)
-    write_settings(folder, do_sample=True, temperature=1e-6, repetition_penalty=1.4, eos_token_id=[258, 256], bos_token_id=1)
+    write_settings(
+        folder,
+        do_sample=True,
+        temperature=1e-6,
+        repetition_penalty=1.4,
+        eos_token_id=[258, 256],
+        bos_token_id=1,
+    )
     loaded = InfiniteVL.from_pretrained(folder)
     np.testing.assert_array_equal(
-        loaded.generate(IDS_IN, max_new_tokens=6, **NEVER), model.generate(IDS_IN, max_new_tokens=6, repetition_penalty=1.4, **NEVER)
+        loaded.generate(IDS_IN, max_new_tokens=6, **NEVER),
+        model.generate(IDS_IN, max_new_tokens=6, repetition_penalty=1.4, **NEVER),
     )
-    assert loaded.generate(IDS_IN, max_new_tokens=6, repetition_penalty=1.0, **NEVER).tolist() == model.generate(
-        IDS_IN, max_new_tokens=6, **NEVER
-    ).tolist()
+    assert (
+        loaded.generate(IDS_IN, max_new_tokens=6, repetition_penalty=1.0, **NEVER).tolist()
+        == model.generate(IDS_IN, max_new_tokens=6, **NEVER).tolist()
+    )
 
 
 ASIDE = {
-    "no_repeat_ngram_size": 2, "num_beams": 4, "suppress_tokens": [5], "min_new_tokens": 3, "do_sample": True, "typical_p": 0.9,
-    "a_setting_of_tomorrow": 1, "stop_strings": ["x"], "bad_words_ids": [[5]], "penalty_alpha": 0.6,
-}  # fmt: skip
+    "no_repeat_ngram_size": 2,
+    "num_beams": 4,
+    "suppress_tokens": [5],
+    "min_new_tokens": 3,
+    "do_sample": True,
+    "typical_p": 0.9,
+    "a_setting_of_tomorrow": 1,
+    "stop_strings": ["x"],
+    "bad_words_ids": [[5]],
+    "penalty_alpha": 0.6,
+}
 
 
 @pytest.mark.parametrize("name", ASIDE)
 def test_a_setting_that_is_not_applied_is_named_in_one_line(name, tmp_path):
     write_settings(tmp_path, **{name: ASIDE[name], "temperature": 0.7, "top_k": 20})
-    with pytest.warns(InfiniteVLWarning, match=f"generation_config.json: not applied: .*{name}") as said:
+    with pytest.warns(
+        InfiniteVLWarning, match=f"generation_config.json: not applied: .*{name}"
+    ) as said:
         defaults = read_defaults(tmp_path)
-    assert len(said) == 1 and "\n" not in str(said[0].message) and defaults.warpers == {"temperature": 0.7, "top_k": 20}
+    assert (
+        len(said) == 1
+        and "\n" not in str(said[0].message)
+        and defaults.warpers == {"temperature": 0.7, "top_k": 20}
+    )
 
 
 def test_settings_that_change_nothing_are_not_mentioned(tmp_path):
-    GenerationConfig(eos_token_id=5, no_repeat_ngram_size=0, num_beams=1, use_cache=True, length_penalty=1.0).save_pretrained(tmp_path)
+    GenerationConfig(
+        eos_token_id=5, no_repeat_ngram_size=0, num_beams=1, use_cache=True, length_penalty=1.0
+    ).save_pretrained(tmp_path)
     assert read_defaults(tmp_path) == Defaults()
     assert read_defaults(tmp_path / "nowhere") == Defaults()
 
 
-@pytest.mark.parametrize("settings", [{"repetition_penalty": "1.05"}, {"temperature": -1}, {"top_k": 1.5}, {"max_new_tokens": 0}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{"repetition_penalty": "1.05"}, {"temperature": -1}, {"top_k": 1.5}, {"max_new_tokens": 0}],
+    ids=str,
+)
 def test_settings_out_of_range_name_the_file(settings, tmp_path):
     write_settings(tmp_path, **settings)
     with pytest.raises(InfiniteVLError, match=rf"generation_config.json: .*{next(iter(settings))}"):
@@ -208,15 +282,37 @@ def test_stop_strings_end_each_sequence_by_itself(model, processor, greedy):
     free = model.generate(both, max_new_tokens=8, **NEVER)
     stop = processor.decode(free[0, 2:4])
     assert free[0].tolist() == greedy[0].tolist() and stop not in processor.decode(free[1])
-    made = model.generate(both, max_new_tokens=8, stop_strings=[stop, "never said"], tokenizer=processor, **NEVER)
-    assert made[0].tolist() == [*free[0, :4], *[model.config.pad_token_id] * 4] and made[1].tolist() == free[1].tolist()
-    alone = model.generate(IDS_IN, max_new_tokens=8, stop_strings=stop, tokenizer=processor.tokenizer, pad_token_id=3, **NEVER)
+    made = model.generate(
+        both, max_new_tokens=8, stop_strings=[stop, "never said"], tokenizer=processor, **NEVER
+    )
+    assert (
+        made[0].tolist() == [*free[0, :4], *[model.config.pad_token_id] * 4]
+        and made[1].tolist() == free[1].tolist()
+    )
+    alone = model.generate(
+        IDS_IN,
+        max_new_tokens=8,
+        stop_strings=stop,
+        tokenizer=processor.tokenizer,
+        pad_token_id=3,
+        **NEVER,
+    )
     assert alone.tolist() == free[:1, :4].tolist()
 
 
 def test_stop_strings_see_special_tokens(model, processor):
-    ended = model.generate(IDS_IN, max_new_tokens=64, stop_strings="<|im_end|>", tokenizer=processor, seed=1, temperature=2.0, **NEVER)
-    assert IDS["<|im_end|>"] not in ended[0, :-1] and (ended.shape[1] == 64 or ended[0, -1] == IDS["<|im_end|>"])
+    ended = model.generate(
+        IDS_IN,
+        max_new_tokens=64,
+        stop_strings="<|im_end|>",
+        tokenizer=processor,
+        seed=1,
+        temperature=2.0,
+        **NEVER,
+    )
+    assert IDS["<|im_end|>"] not in ended[0, :-1] and (
+        ended.shape[1] == 64 or ended[0, -1] == IDS["<|im_end|>"]
+    )
 
 
 def test_a_streamer_gets_the_prompt_the_steps_and_the_end(model, greedy):
@@ -283,7 +379,10 @@ def test_a_cache_counts_to_the_end_of_int32_and_no_further(model):
     cache = model.init_cache(1)
     near = cache._replace(length=cache.length + (2**31 - 4), next_position=cache.next_position + 7)
     assert model(IDS_IN, cache=near).cache.length.tolist() == [2**31 - 1]
-    for far in (near._replace(length=near.length + 1), cache._replace(next_position=cache.length + (2**31 - 3))):
+    for far in (
+        near._replace(length=near.length + 1),
+        cache._replace(next_position=cache.length + (2**31 - 3)),
+    ):
         with pytest.raises(InfiniteVLError, match="its cache counts to 2,147,483,647"):
             model(IDS_IN, cache=far)
         with pytest.raises(InfiniteVLError, match="its cache counts to 2,147,483,647"):
@@ -304,7 +403,9 @@ def test_calls_of_any_length_compile_nothing_new(model):
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         for length in (5, 17, 33, 41, 58, 63):
-            out = model(np.full((1, length), 100), cache=cache, attention_mask=[[0, *[1] * (length - 1)]])
+            out = model(
+                np.full((1, length), 100), cache=cache, attention_mask=[[0, *[1] * (length - 1)]]
+            )
             cache = out.cache
             assert out.logits.shape == (1, length, 272)
     finally:

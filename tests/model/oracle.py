@@ -1,14 +1,18 @@
-"""An independent hybrid in torch, straight from the formulas, token by token, sharing no code with the package.
+"""An independent hybrid in torch, straight from the formulas, token by token, sharing no code with
+the package.
 
-In float64 it is the truth; in bfloat16 it is torch's own bfloat16, with float32 where Hugging Face's models have it: norms, softmax, gates
-and the delta rule's state. It works on Hugging Face's tensor names and (out, in) weights; the vision tower is transformers' own.
+In float64 it is the truth; in bfloat16 it is torch's own bfloat16, with float32 where Hugging
+Face's models have it: norms, softmax, gates and the delta rule's state. It works on Hugging Face's
+  tensor names and (out, in) weights; the vision tower is transformers' own.
 """
 
 import numpy as np
 import torch
 from torch.nn.functional import silu, softplus
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VisionTransformerPretrainedModel,
+)
 
 
 def wide(x):
@@ -33,7 +37,9 @@ def rotary(x, positions, theta, sections):
 
 def softmax_mixer(x, w, text, positions):
     length, dim = len(x), text.head_dim
-    q, k, v = ((x @ w[f"{n}_proj.weight"].T + w[f"{n}_proj.bias"]).view(length, -1, dim) for n in "qkv")
+    q, k, v = (
+        (x @ w[f"{n}_proj.weight"].T + w[f"{n}_proj.bias"]).view(length, -1, dim) for n in "qkv"
+    )
     q, k = (rotary(y, positions, text.rope_theta, text.mrope_section) for y in (q, k))
     share = q.shape[1] // k.shape[1]
     out = torch.zeros_like(q)
@@ -49,7 +55,9 @@ def convolve(x, weight):
     """Causal depthwise, weight [channels, 1, 4], last tap = current token; summed in float32."""
     taps = weight.shape[-1]
     padded = torch.cat([x.new_zeros(taps - 1, x.shape[1]), x])
-    return silu(sum(wide(padded[i : i + len(x)]) * wide(weight[:, 0, i]) for i in range(taps))).to(x.dtype)
+    return silu(sum(wide(padded[i : i + len(x)]) * wide(weight[:, 0, i]) for i in range(taps))).to(
+        x.dtype
+    )
 
 
 def unit(x):
@@ -57,11 +65,21 @@ def unit(x):
 
 
 def delta_mixer(x, w, text):
-    length, heads, dk, dv = len(x), text.num_linear_heads, text.linear_head_dim, text.linear_value_dim
-    q, k, v = (convolve(x @ w[f"{n}_proj.weight"].T, w[f"{n}_conv1d.weight"]).view(length, heads, -1) for n in "qkv")
+    length, heads, dk, dv = (
+        len(x),
+        text.num_linear_heads,
+        text.linear_head_dim,
+        text.linear_value_dim,
+    )
+    q, k, v = (
+        convolve(x @ w[f"{n}_proj.weight"].T, w[f"{n}_conv1d.weight"]).view(length, heads, -1)
+        for n in "qkv"
+    )
     q, k, v = wide((unit(q) * dk**-0.5).to(x.dtype)), wide(unit(k)), wide(v)
     beta = wide(x @ w["b_proj.weight"].T).sigmoid()
-    decay = (-wide(w["A_log"]).exp() * softplus(wide(x @ w["a_proj.weight"].T) + wide(w["dt_bias"]))).exp()
+    decay = (
+        -wide(w["A_log"]).exp() * softplus(wide(x @ w["a_proj.weight"].T) + wide(w["dt_bias"]))
+    ).exp()
     state, out = q.new_zeros(heads, dk, dv), v.new_zeros(length, heads, dv)
     for t in range(length):
         state = state * decay[t, :, None, None]
@@ -70,20 +88,31 @@ def delta_mixer(x, w, text):
         out[t] = torch.einsum("hk,hkv->hv", q[t], state)
     gate = silu(wide(x @ w["g_proj.weight"].T)).view(length, heads, dv)
     out = out.to(x.dtype)
-    normed = wide(out) * torch.rsqrt((wide(out) ** 2).mean(-1, keepdim=True) + text.norm_eps) * wide(w["o_norm.weight"])
+    normed = (
+        wide(out)
+        * torch.rsqrt((wide(out) ** 2).mean(-1, keepdim=True) + text.norm_eps)
+        * wide(w["o_norm.weight"])
+    )
     return (normed * gate).to(x.dtype).reshape(length, -1) @ w["o_proj.weight"].T
 
 
 def decode(weights, text, embeds, positions):
-    """Logits [length, vocab] of embedded tokens [length, width], in their dtype; `weights` by published name."""
+    """Logits [length, vocab] of embedded tokens [length, width], in their dtype; `weights` by
+    published name."""
     x = embeds
     w = {name: value.to(x.dtype) for name, value in weights.items()}
     for i, kind in enumerate(text.layer_types):
         prefix = f"model.layers.{i}."
-        layer = {name.removeprefix(prefix): value for name, value in w.items() if name.startswith(prefix)}
+        layer = {
+            name.removeprefix(prefix): value for name, value in w.items() if name.startswith(prefix)
+        }
         mixer = {name.removeprefix("self_attn."): value for name, value in layer.items()}
         h = rms(x, layer["input_layernorm.weight"], text.rms_norm_eps)
-        x = x + (delta_mixer(h, mixer, text) if kind == "linear_attention" else softmax_mixer(h, mixer, text, positions))
+        x = x + (
+            delta_mixer(h, mixer, text)
+            if kind == "linear_attention"
+            else softmax_mixer(h, mixer, text, positions)
+        )
         h = rms(x, layer["post_attention_layernorm.weight"], text.rms_norm_eps)
         gated = silu(h @ layer["mlp.gate_proj.weight"].T) * (h @ layer["mlp.up_proj.weight"].T)
         x = x + gated @ layer["mlp.down_proj.weight"].T
@@ -92,19 +121,32 @@ def decode(weights, text, embeds, positions):
 
 def vision_tokens(weights, vision, pixels, grids, dtype):
     """What transformers' tower makes of patches [patches, features] with grids [items, 3]."""
-    names = ("depth", "hidden_size", "intermediate_size", "num_heads", "patch_size", "window_size", "out_hidden_size")
+    names = (
+        "depth",
+        "hidden_size",
+        "intermediate_size",
+        "num_heads",
+        "patch_size",
+        "window_size",
+        "out_hidden_size",
+    )
     config = Qwen2_5_VLVisionConfig(
-        **{name: getattr(vision, name) for name in names}, fullatt_block_indexes=list(vision.fullatt_block_indexes)
+        **{name: getattr(vision, name) for name in names},
+        fullatt_block_indexes=list(vision.fullatt_block_indexes),
     )
     config._attn_implementation = "eager"
     tower = Qwen2_5_VisionTransformerPretrainedModel(config).to(dtype)
-    tower.load_state_dict({n.removeprefix("visual."): x for n, x in weights.items() if n.startswith("visual.")}, strict=True)
+    tower.load_state_dict(
+        {n.removeprefix("visual."): x for n, x in weights.items() if n.startswith("visual.")},
+        strict=True,
+    )
     with torch.no_grad():
         return tower(torch.tensor(pixels, dtype=dtype), grid_thw=torch.tensor(grids)).pooler_output
 
 
 def positions_of(ids, image_grids, video_grids, seconds, config):
-    """[3, length] by the written rule: text counts up on all axes; a segment starts one past the largest so far."""
+    """[3, length] by the written rule: text counts up on all axes; a segment starts one past the
+    largest so far."""
     items = {config.image_token_id: [(g, 0) for g in image_grids]}
     items[config.video_token_id] = list(zip(video_grids, seconds, strict=True))
     out, next_one, i = [], 0, 0
@@ -115,7 +157,10 @@ def positions_of(ids, image_grids, video_grids, seconds, config):
             continue
         (t, h, w), step = items[ids[i]].pop(0)
         segment = [
-            (next_one + int(a * step * 2), next_one + b, next_one + c) for a in range(t) for b in range(h // 2) for c in range(w // 2)
+            (next_one + int(a * step * 2), next_one + b, next_one + c)
+            for a in range(t)
+            for b in range(h // 2)
+            for c in range(w // 2)
         ]
         out += segment
         next_one, i = max(map(max, segment)) + 1, i + len(segment)
@@ -123,7 +168,8 @@ def positions_of(ids, image_grids, video_grids, seconds, config):
 
 
 def logits(params, config, batch, dtype):
-    """Logits [length, vocab] of one sequence with an image and a video, float64 numpy, everything computed in `dtype`."""
+    """Logits [length, vocab] of one sequence with an image and a video, float64 numpy, everything
+    computed in `dtype`."""
     weights = published(params)
     ids = batch["input_ids"][0]
     x = weights["model.embed_tokens.weight"].to(dtype)[torch.tensor(ids)]
@@ -131,18 +177,25 @@ def logits(params, config, batch, dtype):
         (config.image_token_id, "pixel_values", "image_grid_thw"),
         (config.video_token_id, "pixel_values_videos", "video_grid_thw"),
     ):
-        x[torch.tensor(ids == token)] = vision_tokens(weights, config.vision, batch[pixels], batch[grid], dtype)
+        x[torch.tensor(ids == token)] = vision_tokens(
+            weights, config.vision, batch[pixels], batch[grid], dtype
+        )
     grids = batch["image_grid_thw"].tolist(), batch["video_grid_thw"].tolist()
     positions = positions_of(ids.tolist(), *grids, batch["second_per_grid_ts"], config)
     return decode(weights, config.text, x, positions).double().numpy()
 
 
 def published(params):
-    """Our unrolled parameters as torch tensors under Hugging Face's names and shapes, without the package's weight table."""
+    """Our unrolled parameters as torch tensors under Hugging Face's names and shapes, without the
+    package's weight table."""
     out = {}
     for name, value in params.items():
         value = np.asarray(value, np.float32)
-        name = name.replace("layers.rest.", "layers.").replace("blocks.rest.", "blocks.").replace("patch_embed.", "patch_embed.proj.")
+        name = (
+            name.replace("layers.rest.", "layers.")
+            .replace("blocks.rest.", "blocks.")
+            .replace("patch_embed.", "patch_embed.proj.")
+        )
         name = name.replace("merger.fc1", "merger.mlp.0").replace("merger.fc2", "merger.mlp.2")
         name = name.replace("kernel", "weight").replace("embedding", "weight")
         if "conv1d" in name:
@@ -152,5 +205,7 @@ def published(params):
             value = value.T.reshape(-1, 3, 2, side, side)
         elif value.ndim == 2 and "embed_tokens" not in name:
             value = value.T
-        out[name if name.startswith("visual.") else f"model.{name}"] = torch.tensor(np.ascontiguousarray(value))
+        out[name if name.startswith("visual.") else f"model.{name}"] = torch.tensor(
+            np.ascontiguousarray(value)
+        )
     return out

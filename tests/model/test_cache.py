@@ -1,4 +1,5 @@
-"""One call does prefill, chunked prefill and single steps: all must agree, far past the window, padded or not, alone or interleaved."""
+"""One call does prefill, chunked prefill and single steps: all must agree, far past the window,
+padded or not, alone or interleaved."""
 
 import jax
 import jax.numpy as jnp
@@ -60,14 +61,27 @@ def test_images_and_video_in_chunks(model):
     ids = batch["input_ids"]
     # text, image and text, video and text: each part starts where the cache left off
     image = {k: v for k, v in batch.items() if k in ("pixel_values", "image_grid_thw")}
-    video = {k: v for k, v in batch.items() if k in ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")}
+    video = {
+        k: v
+        for k, v in batch.items()
+        if k in ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+    }
     cache, logits = model.init_cache(1), []
-    for part, extra in ((slice(0, 4), {}), (slice(4, 24), image), (slice(24, 100), video), (slice(100, None), {})):
+    for part, extra in (
+        (slice(0, 4), {}),
+        (slice(4, 24), image),
+        (slice(24, 100), video),
+        (slice(100, None), {}),
+    ):
         out = model(ids[:, part], cache=cache, **extra)
         cache = out.cache
         logits.append(np.asarray(out.logits))
     assert rel_rms(np.concatenate(logits, 1), expected.logits) <= TOLERANCE
-    assert cache.next_position.tolist() == expected.cache.next_position.tolist() == [int(prepared.inputs.positions.max()) + 1]
+    assert (
+        cache.next_position.tolist()
+        == expected.cache.next_position.tolist()
+        == [int(prepared.inputs.positions.max()) + 1]
+    )
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -82,7 +96,13 @@ def test_padded_batch_equals_single(model, tokens, side):
         alone = model(tokens[:, :n], use_cache=True)
         assert rel_rms(out.logits[row, where], alone.logits[0]) <= TOLERANCE
         following = np.full((3, 1), 7)
-        assert rel_rms(model(following, cache=out.cache).logits[row], model(following[:1], cache=alone.cache).logits[0]) <= TOLERANCE
+        assert (
+            rel_rms(
+                model(following, cache=out.cache).logits[row],
+                model(following[:1], cache=alone.cache).logits[0],
+            )
+            <= TOLERANCE
+        )
 
 
 def test_interleaved_conversations_are_bit_equal_to_separate_ones(model, tokens):
@@ -103,7 +123,9 @@ def test_interleaved_conversations_are_bit_equal_to_separate_ones(model, tokens)
 
 def test_idle_rows_keep_their_state_bit_for_bit(model, tokens):
     cache = model(np.repeat(tokens[:, :30], 2, 0), use_cache=True).cache
-    after = model(np.repeat(tokens[:, 30:40], 2, 0), np.array([[1] * 10, [0] * 10]), cache=cache).cache
+    after = model(
+        np.repeat(tokens[:, 30:40], 2, 0), np.array([[1] * 10, [0] * 10]), cache=cache
+    ).cache
     for before, now in zip(jax.tree.leaves(cache), jax.tree.leaves(after), strict=True):
         np.testing.assert_array_equal(np.asarray(before)[1], np.asarray(now)[1])
 
@@ -118,12 +140,17 @@ def test_branches_do_not_touch_their_parent(model, tokens):
 
 
 def test_cache_bytes_do_not_grow(model):
-    """At 100 and at 100,000 tokens, and by the formula; for the published model the formula gives 127.3 MiB + one slot a window layer."""
+    """At 100 and at 100,000 tokens, and by the formula; for the published model the formula gives
+    127.3 MiB + one slot a window layer."""
     from infinitevl_jax.config.model import infinitevl_4b
 
     short = model(np.ones((1, 100), int), use_cache=True).cache
     assert short.nbytes == cache_bytes(model.config, 1, jnp.float32)
-    step = jax.jit(lambda cache: model._programs.forward(model.params, chunk, None, cache, np.zeros((1, 1), np.int32))[1])
+    step = jax.jit(
+        lambda cache: model._programs.forward(
+            model.params, chunk, None, cache, np.zeros((1, 1), np.int32)
+        )[1]
+    )
     chunk = prepare(model.config, np.ones((1, 5000), int)).inputs
     long = model.init_cache(1)
     for _ in range(20):
@@ -143,7 +170,8 @@ def test_slots_follow_from_length(length, capacity):
 
 
 def test_packed_equals_unpacked_with_gradients():
-    """Three texts in one row against one a row: loss and every gradient, through the scanned training layout."""
+    """Three texts in one row against one a row: loss and every gradient, through the scanned
+    training layout."""
     from tiny import hybrid_config, loud
 
     config = hybrid_config(layers=9, window=24)  # two periods and a remainder
@@ -159,16 +187,29 @@ def test_packed_equals_unpacked_with_gradients():
 
     def row(tokens, segment, size):
         pad = size - len(tokens)
-        at = np.concatenate([np.arange(n) for n in np.bincount(segment)]) if len(tokens) else np.zeros(0, int)
+        at = (
+            np.concatenate([np.arange(n) for n in np.bincount(segment)])
+            if len(tokens)
+            else np.zeros(0, int)
+        )
         ordinal = np.pad(at, (0, pad), constant_values=-1)
         positions = np.broadcast_to(np.maximum(ordinal, 0), (3, 1, size))
-        return Inputs(np.pad(tokens, (0, pad))[None], ordinal[None], np.pad(segment, (0, pad))[None], positions, None)
+        return Inputs(
+            np.pad(tokens, (0, pad))[None],
+            ordinal[None],
+            np.pad(segment, (0, pad))[None],
+            positions,
+            None,
+        )
 
     step = jax.jit(jax.value_and_grad(loss))
     packed = row(np.concatenate(texts), np.repeat([0, 1, 2], [17, 40, 5]), 64)
     value, grads = step(params, packed, np.pad(np.concatenate(weight), ((0, 2), (0, 0)))[None])
     rows = [row(t, np.zeros(len(t), int), 64) for t in texts]
-    parts = [step(params, r, np.pad(w, ((0, 64 - len(w)), (0, 0)))[None]) for r, w in zip(rows, weight, strict=True)]
+    parts = [
+        step(params, r, np.pad(w, ((0, 64 - len(w)), (0, 0)))[None])
+        for r, w in zip(rows, weight, strict=True)
+    ]
     assert rel_rms(value, sum(p[0] for p in parts)) <= TOLERANCE
     for name in grads:
         if not name.startswith("visual."):

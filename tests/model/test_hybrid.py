@@ -18,11 +18,16 @@ def model():
 
 def test_float32_against_float64(model):
     batch = conversation(model.config, text=120)  # 160 tokens, a window of 24
-    assert rel_rms(model(**batch).logits[0], logits(model.params, model.config, batch, torch.float64)) <= 1e-5
+    assert (
+        rel_rms(model(**batch).logits[0], logits(model.params, model.config, batch, torch.float64))
+        <= 1e-5
+    )
 
 
 def test_bfloat16_is_as_near_as_torchs_own(model):
-    half = InfiniteVL(model.config, {name: p.astype(jnp.bfloat16) for name, p in model.params.items()})
+    half = InfiniteVL(
+        model.config, {name: p.astype(jnp.bfloat16) for name, p in model.params.items()}
+    )
     ours, theirs = [], []
     for seed in range(3):
         batch = conversation(model.config, seed, text=120)

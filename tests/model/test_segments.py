@@ -1,4 +1,5 @@
-"""Texts packed into one row, told apart by position ids that start anew: each has the logits that it has alone."""
+"""Texts packed into one row, told apart by position ids that start anew: each has the logits that
+it has alone."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,5 @@
-"""A real pretrained language model: SmolLM2-135M-Instruct (Apache-2.0), imported as a Qwen2 text model whose biases are zero."""
+"""A real pretrained language model: SmolLM2-135M-Instruct (Apache-2.0), imported as a Qwen2 text
+model whose biases are zero."""
 
 import importlib.metadata
 import json
@@ -26,14 +27,26 @@ def smollm2(tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32).eval()
     folder = tmp_path_factory.mktemp("smollm2")
-    weights = {name: w.contiguous() for name, w in model.state_dict().items() if name != "lm_head.weight"}
-    for name in [n for n in weights if n.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))]:
+    weights = {
+        name: w.contiguous() for name, w in model.state_dict().items() if name != "lm_head.weight"
+    }
+    for name in [
+        n for n in weights if n.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+    ]:
         weights[name.removesuffix("weight") + "bias"] = torch.zeros(len(weights[name]))
     (folder / "qwen2").mkdir()
     save_file(weights, folder / "qwen2" / "model.safetensors", metadata={"format": "pt"})
-    sizes = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads rms_norm_eps eos_token_id"
+    sizes = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
+        " num_key_value_heads rms_norm_eps eos_token_id"
+    )
     config = {name: getattr(model.config, name) for name in sizes.split()}
-    config |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True, "rope_theta": 100000.0}
+    config |= {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "tie_word_embeddings": True,
+        "rope_theta": 100000.0,
+    }
     (folder / "qwen2" / "config.json").write_text(json.dumps(config))
     import_folder(folder / "qwen2", folder / "ours")
     return model, tokenizer, InfiniteVL.from_pretrained(folder / "ours")

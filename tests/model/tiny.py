@@ -10,23 +10,50 @@ IMAGE, VIDEO, START, END = 91, 92, 93, 94
 
 
 def hybrid_config(layers: int = 5, window: int = 24, **text) -> ModelConfig:
-    """[S, G, G, G] and a remainder, two kv heads, value width twice the key's, every special id below 100."""
-    text = dict(
-        layer_types=hybrid_pattern(layers), vocab_size=100, hidden_size=32, intermediate_size=48, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, sliding_window=window, mrope_section=(2, 3, 3), num_linear_heads=2, linear_head_dim=16,
-    ) | text  # fmt: skip
+    """[S, G, G, G] and a remainder, two kv heads, value width twice the key's, every special id
+    below 100."""
+    text = (
+        dict(
+            layer_types=hybrid_pattern(layers),
+            vocab_size=100,
+            hidden_size=32,
+            intermediate_size=48,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            sliding_window=window,
+            mrope_section=(2, 3, 3),
+            num_linear_heads=2,
+            linear_head_dim=16,
+        )
+        | text
+    )
     vision = VisionConfig(
-        depth=4, hidden_size=32, intermediate_size=40, num_heads=2, patch_size=2, window_size=8, out_hidden_size=32,
+        depth=4,
+        hidden_size=32,
+        intermediate_size=40,
+        num_heads=2,
+        patch_size=2,
+        window_size=8,
+        out_hidden_size=32,
         fullatt_block_indexes=(1, 3),
-    )  # fmt: skip
+    )
     return ModelConfig(
-        TextConfig(**text), vision, image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END,
-        pad_token_id=0, eos_token_ids=(98,), initializer_range=0.5,
-    )  # fmt: skip
+        TextConfig(**text),
+        vision,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+        pad_token_id=0,
+        eos_token_ids=(98,),
+        initializer_range=0.5,
+    )
 
 
 def loud(params, seed=0):
-    """Random numbers everywhere, also where a fresh model has zeros and ones: biases, norms, convolutions, gates."""
+    """Random numbers everywhere, also where a fresh model has zeros and ones: biases, norms,
+    convolutions, gates."""
     rng = np.random.default_rng(seed)
     out = {}
     for name, p in params.items():
@@ -50,7 +77,10 @@ def conversation(config: ModelConfig, seed: int = 0, text: int = 30):
     ids = [*before, START, *[IMAGE] * 15, END, *between, START, *[VIDEO] * 18, END, *after]
     features = config.vision.patch_features
     return {
-        "input_ids": np.array([ids]), "second_per_grid_ts": [1.5],
-        "pixel_values": rng.normal(size=(60, features)).astype(np.float32), "image_grid_thw": np.array([image]),
-        "pixel_values_videos": rng.normal(size=(72, features)).astype(np.float32), "video_grid_thw": np.array([video]),
-    }  # fmt: skip
+        "input_ids": np.array([ids]),
+        "second_per_grid_ts": [1.5],
+        "pixel_values": rng.normal(size=(60, features)).astype(np.float32),
+        "image_grid_thw": np.array([image]),
+        "pixel_values_videos": rng.normal(size=(72, features)).astype(np.float32),
+        "video_grid_thw": np.array([video]),
+    }

@@ -10,7 +10,9 @@ FOREIGN = {
     "a git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n",
     "a web page": b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
     "a zip": b"PK\3\4" + b"\0" * 60,
-    "a pickle": b"\x80\x04\x95\x1f\0\0\0\0\0\0\0\x8c\x05posix\x94\x8c\x06system\x94\x93\x94\x8c\x04true\x94\x85\x94R\x94.",
+    "a pickle": (
+        b"\x80\x04\x95\x1f\0\0\0\0\0\0\0\x8c\x05posix\x94\x8c\x06system\x94\x93\x94\x8c\x04true\x94\x85\x94R\x94."
+    ),
     "zeros": b"\0" * 4096,
     "ones": b"\xff" * 4096,
     "an ELF": b"\x7fELF\2\1\1" + b"\0" * 57,
@@ -59,15 +61,17 @@ def mutate_bytes(rng: Random, data: bytes, *, head: int = 0) -> tuple[bytes, str
         name = rng.choice(list(FOREIGN))
         return FOREIGN[name], name
     if kind == "after":
-        return data + bytes(
-            rng.randrange(256) for _ in range(length)
-        ), f"{length} bytes after the end"
+        return (
+            data + bytes(rng.randrange(256) for _ in range(length)),
+            f"{length} bytes after the end",
+        )
     if kind == "field":
         width, order = rng.choice([2, 4, 8]), rng.choice(["little", "big"])
         value = rng.choice(FIELDS) & (256**width - 1)
-        return data[:place] + value.to_bytes(width, order) + data[
-            place + width :
-        ], f"{width} bytes at {place} = {value:#x} {order}"
+        return (
+            data[:place] + value.to_bytes(width, order) + data[place + width :],
+            f"{width} bytes at {place} = {value:#x} {order}",
+        )
     new = {
         "flip": bytes([data[place] ^ 1 << rng.randrange(8)]) + data[place + 1 : place + length],
         "byte": bytes([rng.randrange(256)]) + data[place + 1 : place + length],
@@ -76,9 +80,10 @@ def mutate_bytes(rng: Random, data: bytes, *, head: int = 0) -> tuple[bytes, str
         "drop": b"",
         "double": data[place : place + length] * 2,
     }[kind]
-    return data[:place] + new + data[
-        place + length :
-    ], f"{kind} at {place}, {length} bytes of {size}"
+    return (
+        data[:place] + new + data[place + length :],
+        f"{kind} at {place}, {length} bytes of {size}",
+    )
 
 
 ODD_TEXT = [
@@ -129,9 +134,10 @@ def mutate_text(rng: Random, text: str) -> tuple[str, str]:
     if kind == "cut":
         return text[:place], f"cut to {place} characters"
     if kind == "drop":
-        return text[:place] + text[
-            place + rng.choice([1, 3, 20]) :
-        ], f"characters dropped at {place}"
+        return (
+            text[:place] + text[place + rng.choice([1, 3, 20]) :],
+            f"characters dropped at {place}",
+        )
     if kind == "double":
         return text[:place] + text[max(place - 20, 0) :], f"characters doubled at {place}"
     if kind == "line":
@@ -143,9 +149,10 @@ def mutate_text(rng: Random, text: str) -> tuple[str, str]:
         lines[line], lines[other] = lines[other], lines[line]
         return "\n".join(lines), f"lines {line} and {other} swapped"
     if kind == "long":
-        return text[:place] + rng.choice("ax {") * rng.choice([1000, 300_000]) + text[
-            place:
-        ], f"a long run at {place}"
+        return (
+            text[:place] + rng.choice("ax {") * rng.choice([1000, 300_000]) + text[place:],
+            f"a long run at {place}",
+        )
     return (
         (text.replace("\n", "\r\n"), "carriage returns") if kind == "returns" else ("", "nothing")
     )

@@ -1,4 +1,5 @@
-"""Every implementation of `attend` against dense softmax in float64: value and gradient, of out and of lse."""
+"""Every implementation of `attend` against dense softmax in float64: value and gradient, of out and
+of lse."""
 
 import dataclasses
 import functools
@@ -24,7 +25,8 @@ TOLERANCE = 1e-5  # relative RMS error of float32 against float64
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Random tensors and the order of their tokens. cached: keys of an earlier call, in ring order, before the new."""
+    """Random tensors and the order of their tokens. cached: keys of an earlier call, in ring order,
+    before the new."""
 
     length: int
     mask: Mask
@@ -45,17 +47,30 @@ class Case:
             token_index = np.concatenate([np.arange(n) for n in self.segments])
             segment_ids = np.repeat(np.arange(len(self.segments)), self.segments)
             left = self.length - len(token_index)
-            token_index, segment_ids = np.pad(token_index, (0, left), constant_values=-1), np.pad(segment_ids, (0, left))
+            token_index, segment_ids = (
+                np.pad(token_index, (0, left), constant_values=-1),
+                np.pad(segment_ids, (0, left)),
+            )
         else:
             token_index, segment_ids = np.arange(self.length) + self.cached, None
-            token_index = np.where(np.arange(self.length) < self.length - self.pads, token_index, -1)
+            token_index = np.where(
+                np.arange(self.length) < self.length - self.pads, token_index, -1
+            )
         k_token_index, k_segment_ids = token_index, segment_ids
         if self.cached:
             old = np.random.default_rng(1).permutation(self.cached)
             old[old % 7 == 3] = -1  # slots not yet filled
             k_token_index = np.concatenate([old, token_index])
-        rows = {"q_token_index": token_index, "k_token_index": k_token_index, "q_segment_ids": segment_ids, "k_segment_ids": k_segment_ids}
-        return {name: None if x is None else np.tile(x.astype(np.int32), (self.batch, 1)) for name, x in rows.items()}
+        rows = {
+            "q_token_index": token_index,
+            "k_token_index": k_token_index,
+            "q_segment_ids": segment_ids,
+            "k_segment_ids": k_segment_ids,
+        }
+        return {
+            name: None if x is None else np.tile(x.astype(np.int32), (self.batch, 1))
+            for name, x in rows.items()
+        }
 
     def tensors(self):
         """q, k, v and the cotangents of out and lse."""
@@ -95,10 +110,16 @@ CASES = {
     "middling window": Case(1000, Mask(window=300, aligned=True)),
     "sinks": Case(1000, Mask(window=280, sinks=40, aligned=True), pads=70),
     "packed sinks": Case(1000, Mask(window=280, sinks=40, aligned=True), segments=(400, 1, 590)),
-    "band, packed": Case(300, Mask(window=64, aligned=True), width=80, segments=(100, 180), batch=2),
+    "band, packed": Case(
+        300, Mask(window=64, aligned=True), width=80, segments=(100, 180), batch=2
+    ),
     "band, many steps": Case(1000, Mask(window=200, aligned=True), heads=(2, 1), pads=5),
     "vision windows": Case(
-        1000, Mask(False, window=64, aligned=True), heads=(2, 2), width=80, segments=(64, 64, 32, 16) * 5
+        1000,
+        Mask(False, window=64, aligned=True),
+        heads=(2, 2),
+        width=80,
+        segments=(64, 64, 32, 16) * 5,
     ),
     "vision full": Case(300, Mask(causal=False), heads=(2, 2), width=80, segments=(150, 100)),
     "window both ways": Case(1000, Mask(causal=False, window=300, sinks=5, aligned=True), pads=30),
@@ -134,7 +155,8 @@ def test_reference_and_mask_by_hand():
             s
             for s in range(11)
             if token_index[t] >= 0 and token_index[s] >= 0 and segment_ids[t] == segment_ids[s]
-            if token_index[s] <= token_index[t] and (token_index[t] - token_index[s] < 3 or token_index[s] < 1)
+            if token_index[s] <= token_index[t]
+            and (token_index[t] - token_index[s] < 3 or token_index[s] < 1)
         ]
         weights = np.exp([case.scale * q[0, t, h] @ k[0, s, 0] for s in seen])
         values = sum((w * v[0, s, 0] for w, s in zip(weights, seen, strict=True)), np.zeros(16))
@@ -145,7 +167,9 @@ def test_reference_and_mask_by_hand():
 
 @pytest.mark.parametrize("length", [1, 300, 2500, 5000])
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window, sinks", [(None, 0), (64, 0), (65, 0), (256, 0), (256, 9), (700, 0), (3000, 300)])
+@pytest.mark.parametrize(
+    "window, sinks", [(None, 0), (64, 0), (65, 0), (256, 0), (256, 9), (700, 0), (3000, 300)]
+)
 def test_plan_covers_each_pair_once(length, causal, window, sinks):
     mask = Mask(causal, window, sinks, aligned=True)
     steps = xla_blocks.plan(length, length, mask, packed=False)
@@ -171,9 +195,29 @@ def test_cached_and_new_merge_to_one_call():
     cached = case.cached
 
     def in_two(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, mask, scale):
-        old = attention(q, k[:, :cached], v[:, :cached], q_token_index, k_token_index[:, :cached], None, None, mask, scale)
+        old = attention(
+            q,
+            k[:, :cached],
+            v[:, :cached],
+            q_token_index,
+            k_token_index[:, :cached],
+            None,
+            None,
+            mask,
+            scale,
+        )
         aligned = dataclasses.replace(mask, aligned=True)
-        new = attention(q, k[:, cached:], v[:, cached:], q_token_index, k_token_index[:, cached:], None, None, aligned, scale)
+        new = attention(
+            q,
+            k[:, cached:],
+            v[:, cached:],
+            q_token_index,
+            k_token_index[:, cached:],
+            None,
+            None,
+            aligned,
+            scale,
+        )
         return merge(*old, *new)
 
     assert_same(values_and_gradients(in_two, case), truth(case), TOLERANCE)
@@ -181,7 +225,10 @@ def test_cached_and_new_merge_to_one_call():
 
 def test_merge_with_empty_sides():
     draw = np.random.default_rng(0).normal
-    full = jnp.asarray(draw(size=(2, 3, 8)), jnp.float32), jnp.asarray(draw(size=(2, 3)), jnp.float32)
+    full = (
+        jnp.asarray(draw(size=(2, 3, 8)), jnp.float32),
+        jnp.asarray(draw(size=(2, 3)), jnp.float32),
+    )
     none = jnp.zeros_like(full[0]), jnp.full_like(full[1], -jnp.inf)
 
     @jax.jit
@@ -195,7 +242,9 @@ def test_merge_with_empty_sides():
         np.testing.assert_array_equal(outputs[1], union[1])
         for got, side in zip(gradients, (a, a, b, b), strict=True):
             np.testing.assert_array_equal(got, np.full(got.shape, float(side is full)))
-    assert jax.eval_shape(merge, full[0].astype(jnp.bfloat16), full[1], *none)[0].dtype == jnp.bfloat16
+    assert (
+        jax.eval_shape(merge, full[0].astype(jnp.bfloat16), full[1], *none)[0].dtype == jnp.bfloat16
+    )
 
 
 @pytest.mark.parametrize(
@@ -238,7 +287,10 @@ def program(case, gradients):
         return jax.vjp(op, q, k, v)[1]((d_out, d_lse))
 
     (hq, hkv), shape = case.heads, jax.ShapeDtypeStruct
-    q, lse = shape((1, case.length, hq, case.width), jnp.float32), shape((1, case.length, hq), jnp.float32)
+    q, lse = (
+        shape((1, case.length, hq, case.width), jnp.float32),
+        shape((1, case.length, hq), jnp.float32),
+    )
     k = shape((1, case.length + case.cached, hkv, case.width), jnp.float32)
     return jax.jit(run).lower(q, k, k, q, lse, case.tokens())
 
@@ -275,7 +327,9 @@ def test_inside_shard_map():
 
     def spread(*arrays, q_token_index, k_token_index, q_segment_ids, k_segment_ids, mask, scale):
         local = partial(attention, q_segment_ids=None, k_segment_ids=None, mask=mask, scale=scale)
-        return jax.shard_map(local, mesh=mesh, in_specs=P("data"), out_specs=P("data"))(*arrays, q_token_index, k_token_index)
+        return jax.shard_map(local, mesh=mesh, in_specs=P("data"), out_specs=P("data"))(
+            *arrays, q_token_index, k_token_index
+        )
 
     ours, plain = (values_and_gradients(f, case) for f in (spread, attention))
     assert_same(ours, plain, 1e-6)
@@ -287,9 +341,22 @@ def test_what_does_not_fit_together_is_told_by_all(implementation):
 
     def run(k=x, v=x, q_segment_ids=None, k_segment_ids=None):
         k_token_index = jnp.zeros(k.shape[:2], jnp.int32)
-        return implementation.attention(x, k, v, token_index, k_token_index, q_segment_ids, k_segment_ids, Mask(aligned=True), 1.0)
+        return implementation.attention(
+            x,
+            k,
+            v,
+            token_index,
+            k_token_index,
+            q_segment_ids,
+            k_segment_ids,
+            Mask(aligned=True),
+            1.0,
+        )
 
-    with pytest.raises(ValueError, match="4 query heads, 3 key heads and 3 value heads\n  -> key and value heads must"):
+    with pytest.raises(
+        ValueError,
+        match="4 query heads, 3 key heads and 3 value heads\n  -> key and value heads must",
+    ):
         run(x[:, :, :3], x[:, :, :3])
     with pytest.raises(ValueError, match="4 query heads, 2 key heads and 4 value heads"):
         run(x[:, :, :2])
@@ -297,7 +364,10 @@ def test_what_does_not_fit_together_is_told_by_all(implementation):
         run(x[:, :, :0], x[:, :, :0])
     with pytest.raises(ValueError, match="queries 128 wide, keys 64"):
         run(x[..., :64])
-    with pytest.raises(ValueError, match=r"k \[1, 4\] and v \[1, 3\]\n  -> one batch size, and a value for each key"):
+    with pytest.raises(
+        ValueError,
+        match=r"k \[1, 4\] and v \[1, 3\]\n  -> one batch size, and a value for each key",
+    ):
         run(v=x[:, :3])
     with pytest.raises(ValueError, match="one side only"):
         run(q_segment_ids=token_index)
@@ -319,11 +389,18 @@ def test_the_widest_window_is_no_window(causal):
     case = Case(65, Mask(causal=causal, aligned=True), segments=(20, 40))
     tokens = [jnp.asarray(x) for x in case.tokens().values()]
     wide = dataclasses.replace(case.mask, window=2**31 - 1)
-    for mine, plain in zip(visible_ranges(tokens[0], tokens[2], wide), visible_ranges(tokens[0], tokens[2], case.mask), strict=True):
+    for mine, plain in zip(
+        visible_ranges(tokens[0], tokens[2], wide),
+        visible_ranges(tokens[0], tokens[2], case.mask),
+        strict=True,
+    ):
         np.testing.assert_array_equal(mine, plain)
     loose, wide = (dataclasses.replace(mask, aligned=False) for mask in (case.mask, wide))
     token_index = jnp.asarray([[0, 5, 2**30, 2**31 - 3]])
-    low, high = ([np.asarray(x) for x in reach(token_index, token_index, None, None, mask)[:2]] for mask in (loose, wide))
+    low, high = (
+        [np.asarray(x) for x in reach(token_index, token_index, None, None, mask)[:2]]
+        for mask in (loose, wide)
+    )
     np.testing.assert_array_equal(low[1], high[1])
     assert (high[0] <= np.maximum(token_index - (2**31 - 2), 0)).all()
 
@@ -335,7 +412,9 @@ def test_nothing_gives_nothing(shape):
     keys = jnp.zeros((*shape[:2], max(1, shape[2]), 8))
     for mask in (Mask(aligned=True), Mask(window=3, aligned=True), Mask(causal=False)):
         rest = token_index, token_index, None, None, mask, 1.0
-        (out, lse), pull = jax.vjp(lambda q, k, v, rest=rest: attention(q, k, v, *rest), x, keys, keys)
+        (out, lse), pull = jax.vjp(
+            lambda q, k, v, rest=rest: attention(q, k, v, *rest), x, keys, keys
+        )
         assert out.shape == shape and lse.shape == shape[:3]
         assert [g.shape for g in pull((out, lse))] == [shape, keys.shape, keys.shape]
 

@@ -1,4 +1,5 @@
-"""The call of cuDNN, made without it: what is handed over and what comes back are the same (a GPU runs it in the parity matrix)."""
+"""The call of cuDNN, made without it: what is handed over and what comes back are the same (a GPU
+runs it in the parity matrix)."""
 
 from dataclasses import replace
 from functools import partial

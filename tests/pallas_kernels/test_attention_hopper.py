@@ -1,7 +1,7 @@
 """Attention for Hopper: the plan against the mask, and the frame around the kernels.
 
-Not every JAX can interpret these kernels on a CPU (test_mosaic_gpu_interpreted.py): here they are lowered, and dense products over the
-same runs of rows take their place.
+Not every JAX can interpret these kernels on a CPU (test_mosaic_gpu_interpreted.py): here they are
+lowered, and dense products over the same runs of rows take their place.
 """
 
 import dense_kernels
@@ -40,7 +40,8 @@ CACHED = {
 
 
 def compare(case, out_tolerance=5e-3, gradient_tolerance=8e-3):
-    """Value and gradient in bfloat16, pads poisoned, against the reference in float64 on the same numbers."""
+    """Value and gradient in bfloat16, pads poisoned, against the reference in float64 on the same
+    numbers."""
     tokens = case.tokens()
     rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in case.tensors()]
     *qkv, d_out, d_lse = rounded

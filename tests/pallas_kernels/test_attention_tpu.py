@@ -1,4 +1,5 @@
-"""Attention for TPU in JAX's TPU interpreter: value and gradient against dense softmax in float64, races and stray memory found.
+"""Attention for TPU in JAX's TPU interpreter: value and gradient against dense softmax in float64,
+races and stray memory found.
 
 Uninitialised memory reads as NaN, reads out of bounds raise, and pads hold NaN in every case.
 """
@@ -131,7 +132,8 @@ def test_visits_are_the_mask(name, by_key):
 
 
 def test_visits_are_few():
-    """Nothing but the diagonal and what the window, the segments and the filled part of a ring leave."""
+    """Nothing but the diagonal and what the window, the segments and the filled part of a ring
+    leave."""
     token_index = np.arange(8192, dtype=np.int32)[None]
 
     @partial(jax.jit, static_argnums=(0, 3, 4))

@@ -1,4 +1,5 @@
-"""Attention for TPU, compiled by libtpu for four generations of the chip, forward and backward, at the sizes of the model."""
+"""Attention for TPU, compiled by libtpu for four generations of the chip, forward and backward, at
+the sizes of the model."""
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,8 @@ def test_float32_packed_sinks():
 
 
 def test_over_a_mesh():
-    """Sequences and heads spread, each chip with the kernels on its own, under shard_map's own checks."""
+    """Sequences and heads spread, each chip with the kernels on its own, under shard_map's own
+    checks."""
     mesh = pod_mesh("v5p:2x2x1", {"data": 2, "tensor": 2})
     spec = PartitionSpec("data", None, "tensor")
     q, k = (

@@ -40,7 +40,8 @@ def test_the_first_that_can_runs_and_is_reported():
     first, second = op.report()
     assert (
         first
-        == "op of bfloat16[2, 3] on cpu: any (elsewhere: for Hopper GPUs, this is cpu; narrow: 3 columns)"
+        == "op of bfloat16[2, 3] on cpu: any (elsewhere: for Hopper GPUs, this is cpu; narrow: 3"
+        " columns)"
     )
     assert second.startswith("op of bfloat16[2, 2] on cpu: narrow (elsewhere")
 

@@ -1,4 +1,5 @@
-"""What other hybrid models need of the contracts: heads 256 wide, grouped value heads. Kernels refuse them by name, xla runs."""
+"""What other hybrid models need of the contracts: heads 256 wide, grouped value heads. Kernels
+refuse them by name, xla runs."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,5 @@
-"""The chunked gated delta rule against transformers' torch functions and against the float64 recurrence."""
+"""The chunked gated delta rule against transformers' torch functions and against the float64
+recurrence."""
 
 import jax
 import jax.numpy as jnp
@@ -260,7 +261,8 @@ def test_remat_policy_can_keep_the_sequential_parts():
 
 @pytest.mark.parametrize("implementation", (xla, delta_tpu, delta_hopper))
 def test_what_the_backward_pass_keeps_grows_linearly(implementation):
-    """No state for each token: of 32,768 numbers a head, what is kept for a token is less than one in twenty."""
+    """No state for each token: of 32,768 numbers a head, what is kept for a token is less than one
+    in twenty."""
 
     def kept(length):
         lead = 1, length, 2

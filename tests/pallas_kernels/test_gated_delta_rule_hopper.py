@@ -1,7 +1,7 @@
 """The gated delta rule for Hopper: the frame around the kernels, and their lowering.
 
-Not every JAX can interpret these kernels on a CPU (test_mosaic_gpu_interpreted.py): here they are lowered, and the portable path over the
-same whole chunks takes their place.
+Not every JAX can interpret these kernels on a CPU (test_mosaic_gpu_interpreted.py): here they are
+lowered, and the portable path over the same whole chunks takes their place.
 """
 
 import dense_kernels

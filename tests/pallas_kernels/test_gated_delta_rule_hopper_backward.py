@@ -1,4 +1,5 @@
-"""The backward pass for Hopper: its gate vectors, its formulas and how they are put together. The kernels' own products run on a GPU only.
+"""The backward pass for Hopper: its gate vectors, its formulas and how they are put together. The
+kernels' own products run on a GPU only.
 
 On a CPU the kernels are lowered, and dense products over the same chunks take their place.
 """

@@ -1,4 +1,5 @@
-"""How the walks for Hopper are cut into spans: which, by how many blocks, and the states between them. (What the kernels make of a
+"""How the walks for Hopper are cut into spans: which, by how many blocks, and the states between
+them. (What the kernels make of a
 span: test_mosaic_gpu_interpreted.py.)"""
 
 import itertools
@@ -63,7 +64,8 @@ def test_each_block_has_its_own_columns(spans, parts):
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_states_between_spans(backward):
-    """From passages through spans by the recurrence in float64, those of the recurrence without spans."""
+    """From passages through spans by the recurrence in float64, those of the recurrence without
+    spans."""
     rng, (count, spans, heads, width) = np.random.default_rng(0), (7, 3, 2, 5)
     lead = 1, count, heads
     q, k, v = unit(rng, (*lead, KEY)), unit(rng, (*lead, KEY)), rng.standard_normal((*lead, width))
@@ -77,7 +79,8 @@ def test_states_between_spans(backward):
         )
 
     def chunk_scan(state, share, at):
-        """The state after some tokens, or the gradient of the state before them from that of the state after."""
+        """The state after some tokens, or the gradient of the state before them from that of the
+        state after."""
         at, values = slice(*at), share * np.resize(v, (*lead, state.shape[3]))
         if not backward:
             return forward(state, values, at)[1]

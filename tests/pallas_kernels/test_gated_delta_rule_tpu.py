@@ -1,4 +1,5 @@
-"""The TPU kernels of the gated delta rule, interpreted on the CPU, against the float64 recurrence."""
+"""The TPU kernels of the gated delta rule, interpreted on the CPU, against the float64
+recurrence."""
 
 from functools import cache, partial
 

@@ -1,4 +1,5 @@
-"""Heads divided by their lengths, by groups and by products: against float64, value and gradient, and on a mesh."""
+"""Heads divided by their lengths, by groups and by products: against float64, value and gradient,
+and on a mesh."""
 
 import jax
 import jax.numpy as jnp

@@ -20,7 +20,8 @@ from pallas_kernels.testing.steps import in_a_row
 
 
 def run(monkeypatch, *arguments, **functions):
-    """The command, with functions as the only implementations of their operators; the code that it ends with."""
+    """The command, with functions as the only implementations of their operators; the code that it
+    ends with."""
     for operator, function in functions.items():
         monkeypatch.setitem(matrix.IMPLEMENTATIONS, operator, (Implementation("xla", function),))
     monkeypatch.setattr(sys, "argv", ["matrix", *arguments])
@@ -136,7 +137,8 @@ def test_nothing_to_run_is_no_success(monkeypatch):
 
 
 def now_and_then(change, unordered=()):
-    """XLA's attention, but of every third call the gradient in q is another, as a race would make it."""
+    """XLA's attention, but of every third call the gradient in q is another, as a race would make
+    it."""
     calls = itertools.count(1)
 
     def attention(q, *args, **kwargs):

@@ -1,6 +1,8 @@
-"""The kernels for Hopper GPUs, interpreted on a CPU with races detected: in processes of their own, with threads enough for their blocks.
+"""The kernels for Hopper GPUs, interpreted on a CPU with races detected: in processes of their own,
+with threads enough for their blocks.
 
-JAX 0.11.2 alone can do that (Python 3.12: .ci/run); with others the matrix must say so, and nothing passes for having run.
+JAX 0.11.2 alone can do that (Python 3.12: .ci/run); with others the matrix must say so, and nothing
+passes for having run.
 """
 
 import os
@@ -29,7 +31,7 @@ SEVERAL = """
     from pallas_kernels.testing import matrix
     from pallas_kernels.gated_delta_rule.hopper import gradients
 
-    gradients.HOPPER_MULTIPROCESSORS = 3  # blocks, so that each takes several chunks one after the other
+    gradients.HOPPER_MULTIPROCESSORS = 3  # blocks: each takes several chunks in turn
     matrix.main()
 """
 RACE = """
@@ -43,7 +45,8 @@ RACE = """
     try:
         with interpreted():
             x = jnp.zeros((128, 128))
-            jax.block_until_ready(plgpu.kernel(kernel, out_type=x, num_threads=2, thread_name="group")(x))
+            add = plgpu.kernel(kernel, out_type=x, num_threads=2, thread_name="group")
+            jax.block_until_ready(add(x))
     except Raced:
         print("raced")
 """

@@ -1,4 +1,5 @@
-"""Products of the Hopper kernels: issued in one place, and their registers left alone in the machine code."""
+"""Products of the Hopper kernels: issued in one place, and their registers left alone in the
+machine code."""
 
 import ast
 from pathlib import Path
@@ -9,7 +10,8 @@ from pallas_kernels.testing.sass import instructions, left_factor, overwritten, 
 ROOT = Path(pallas_kernels.__file__).parent
 ISSUERS = {"wgmma", "wgmma_accumulator_load", "wgmma_wait"}
 
-# What ptxas 13.0 made of a triangle of ones as the left factor of two products (R226: the element that is 1 for all threads).
+# What ptxas 13.0 made of a triangle of ones as the left factor of two products (R226: the element
+# that is 1 for all threads).
 MISCOMPILED = """
         /*107b0*/                   HGMMA.64x64x16.F32.BF16 R88, R216, gdesc[UR8].tnspB, R88 ;
         /*107c0*/                   UMOV UR10, UR56 ;
@@ -28,19 +30,29 @@ def test_products_are_issued_in_one_place():
         path.relative_to(ROOT).as_posix()
         for path in ROOT.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute) and node.attr in ISSUERS and getattr(node.value, "id", "") == "plgpu"
-        or isinstance(node, ast.ImportFrom) and {alias.name for alias in node.names} & ISSUERS
+        if isinstance(node, ast.Attribute)
+        and node.attr in ISSUERS
+        and getattr(node.value, "id", "") == "plgpu"
+        or isinstance(node, ast.ImportFrom)
+        and {alias.name for alias in node.names} & ISSUERS
     }
     assert users == {"mosaic_gpu.py"}
 
 
 def test_a_register_written_before_the_wait_is_found():
     (found,) = overwritten(instructions(MISCOMPILED))
-    assert (found.register, found.product.address, found.writer.address) == ("R226", "107e0", "10810")
+    assert (found.register, found.product.address, found.writer.address) == (
+        "R226",
+        "107e0",
+        "10810",
+    )
 
 
 def test_writes_after_the_wait_are_allowed():
-    mended = MISCOMPILED.replace("/*10810*/                   IMAD.MOV.U32 R226", "/*10810*/                   IMAD.MOV.U32 R236")
+    mended = MISCOMPILED.replace(
+        "/*10810*/                   IMAD.MOV.U32 R226",
+        "/*10810*/                   IMAD.MOV.U32 R236",
+    )
     assert overwritten(instructions(mended)) == []
 
 

@@ -1,4 +1,5 @@
-"""What compute-sanitizer says is read rightly: findings, none, and a tool that did not come to its end."""
+"""What compute-sanitizer says is read rightly: findings, none, and a tool that did not come to its
+end."""
 
 import subprocess
 import sys
@@ -30,7 +31,11 @@ DIED = """========= COMPUTE-SANITIZER
         (UNINITIALISED, 128, {"Uninitialized __global__ memory read of size _ bytes": 1}),
         ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", 0, {}),
         ("========= ERROR SUMMARY: 0 errors\n", 0, {}),
-        (DIED, None, {"Error: Target application terminated before first instrumented API call": 1}),
+        (
+            DIED,
+            None,
+            {"Error: Target application terminated before first instrumented API call": 1},
+        ),
         ("", None, {}),
     ],
 )
@@ -40,7 +45,9 @@ def test_findings(said, total, kinds):
 
 def test_only_options_that_the_version_has_are_given():
     line = sanitize.command("sanitizer", "racecheck", "--check-tensor-ops arg (=no)", ["-m", "x"])
-    assert "--check-tensor-ops=yes" in line and not any("warpgroup" in x or "initcheck" in x for x in line)
+    assert "--check-tensor-ops=yes" in line and not any(
+        "warpgroup" in x or "initcheck" in x for x in line
+    )
     assert line[-3:] == [sys.executable, "-m", "x"]
 
 
@@ -70,20 +77,48 @@ def test_wrong_kernels_lower_for_cuda(monkeypatch, kind, kernels):
     ],
 )
 def test_what_ends_with_an_error(monkeypatch, capsys, tmp_path, said, ends, prints):
-    monkeypatch.setattr(subprocess, "run", lambda line, **how: subprocess.CompletedProcess(line, 0, said, ""))
-    monkeypatch.setattr(sys, "argv", ["sanitize", "--tool", "racecheck", "--sanitizer", sys.executable, "--log", str(tmp_path / "log")])
+    monkeypatch.setattr(
+        subprocess, "run", lambda line, **how: subprocess.CompletedProcess(line, 0, said, "")
+    )
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "sanitize",
+            "--tool",
+            "racecheck",
+            "--sanitizer",
+            sys.executable,
+            "--log",
+            str(tmp_path / "log"),
+        ],
+    )
     with pytest.raises(SystemExit) as end:
         sanitize.main()
     assert end.value.code == ends and prints in capsys.readouterr().out
 
 
-def test_a_tool_that_sees_the_wrong_kernel_and_nothing_else_is_content(monkeypatch, capsys, tmp_path):
+def test_a_tool_that_sees_the_wrong_kernel_and_nothing_else_is_content(
+    monkeypatch, capsys, tmp_path
+):
     def run(line, **how):
         clean = "========= RACECHECK SUMMARY: 0 hazards displayed\n"
         return subprocess.CompletedProcess(line, 0, RACE if "--wrong" in line else clean, "")
 
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(sys, "argv", ["sanitize", "--tool", "racecheck", "--sanitizer", sys.executable, "--log", str(tmp_path / "log")])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "sanitize",
+            "--tool",
+            "racecheck",
+            "--sanitizer",
+            sys.executable,
+            "--log",
+            str(tmp_path / "log"),
+        ],
+    )
     with pytest.raises(SystemExit) as end:
         sanitize.main()
     assert not end.value.code and "it finds what is wrong" in capsys.readouterr().out

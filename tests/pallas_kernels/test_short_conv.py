@@ -1,4 +1,5 @@
-"""The causal convolution against the float64 definition: values, gradients, packing, pads and tails."""
+"""The causal convolution against the float64 definition: values, gradients, packing, pads and
+tails."""
 
 import jax
 import jax.numpy as jnp

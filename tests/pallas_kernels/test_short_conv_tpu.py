@@ -1,4 +1,5 @@
-"""The TPU kernels of the causal convolution, interpreted, against the float64 definition: values and gradients."""
+"""The TPU kernels of the causal convolution, interpreted, against the float64 definition: values
+and gradients."""
 
 from functools import partial
 

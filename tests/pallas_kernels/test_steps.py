@@ -1,5 +1,5 @@
-"""Token steps of both mixers: their definitions against the layers' own path, and the Hopper kernels as far as a CPU goes
-(their results are checked by the parity matrix, on a GPU)."""
+"""Token steps of both mixers: their definitions against the layers' own path, and the Hopper
+kernels as far as a CPU goes (their results are checked by the parity matrix, on a GPU)."""
 
 import jax
 import jax.numpy as jnp

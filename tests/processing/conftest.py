@@ -16,15 +16,22 @@ def write_json(path, value):
 
 @pytest.fixture
 def byte_folder(tmp_path):
-    """A folder whose tokenizer knows bytes and Qwen's special tokens, in the vocab.json + merges.txt form."""
+    """A folder whose tokenizer knows bytes and Qwen's special tokens, in the vocab.json +
+    merges.txt form."""
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     write_json(folder / "vocab.json", {letter: i for i, letter in enumerate(_byte_letters())})
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    added = {str(256 + i): {"content": token, "special": True} for i, token in enumerate(SPECIAL_TOKENS)}
+    added = {
+        str(256 + i): {"content": token, "special": True} for i, token in enumerate(SPECIAL_TOKENS)
+    }
     write_json(
         folder / "tokenizer_config.json",
-        {"added_tokens_decoder": added, "eos_token": "<|im_end|>", "pad_token": {"content": "<|endoftext|>"}},
+        {
+            "added_tokens_decoder": added,
+            "eos_token": "<|im_end|>",
+            "pad_token": {"content": "<|endoftext|>"},
+        },
     )
     return folder
 
@@ -46,7 +53,10 @@ def reference(tmp_path_factory):
     """transformers' Qwen2.5-VL processor over the same tokenizer and template."""
     folder = tmp_path_factory.mktemp("reference")
     Tokenizer.builtin().backend.save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "padding_side": "left"})
+    write_json(
+        folder / "tokenizer_config.json",
+        {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "padding_side": "left"},
+    )
     return _WithoutVideo(
         image_processor=Qwen2VLImageProcessorPil(),
         tokenizer=Qwen2Tokenizer.from_pretrained(folder),

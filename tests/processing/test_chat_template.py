@@ -6,7 +6,14 @@ from infinitevl_jax.processing import ChatTemplate
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 CHAT = [
-    {"role": "user", "content": [{"type": "image", "image": "x"}, {"type": "text", "text": "One?"}, {"type": "video", "video": "y"}]},
+    {
+        "role": "user",
+        "content": [
+            {"type": "image", "image": "x"},
+            {"type": "text", "text": "One?"},
+            {"type": "video", "video": "y"},
+        ],
+    },
     {"role": "assistant", "content": "Two."},
 ]
 
@@ -16,20 +23,27 @@ def test_builtin_template():
     assert template.is_builtin
     text = template.render(CHAT, add_generation_prompt=True)
     assert text == (
-        SYSTEM + "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>One?<|vision_start|><|video_pad|><|vision_end|><|im_end|>\n"
+        SYSTEM + "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>One?"
+        "<|vision_start|><|video_pad|><|vision_end|><|im_end|>\n"
         "<|im_start|>assistant\nTwo.<|im_end|>\n<|im_start|>assistant\n"
     )
     assert template.render(CHAT) == text.removesuffix("<|im_start|>assistant\n")
 
 
 def test_own_system_message_replaces_the_default():
-    text = ChatTemplate.builtin().render([{"role": "system", "content": "  Be brief.\n"}, {"role": "user", "content": " <b>&\n"}])
-    assert text == "<|im_start|>system\n  Be brief.\n<|im_end|>\n<|im_start|>user\n <b>&\n<|im_end|>\n"
+    text = ChatTemplate.builtin().render(
+        [{"role": "system", "content": "  Be brief.\n"}, {"role": "user", "content": " <b>&\n"}]
+    )
+    assert (
+        text == "<|im_start|>system\n  Be brief.\n<|im_end|>\n<|im_start|>user\n <b>&\n<|im_end|>\n"
+    )
 
 
 def test_folder_files_win_in_order(tmp_path):
     assert ChatTemplate.from_folder(tmp_path).is_builtin
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": [{"name": "default", "template": "one"}]}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": [{"name": "default", "template": "one"}]})
+    )
     assert ChatTemplate.from_folder(tmp_path).render(CHAT) == "one"
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "two"}))
     assert ChatTemplate.from_folder(tmp_path).render(CHAT) == "two"
@@ -43,10 +57,22 @@ def test_folder_files_win_in_order(tmp_path):
     [
         ("  {% if true %}\nx\n  {% endif %}\ny", "x\ny"),  # block lines leave no trace
         ("{{ {'a': '<é>'} | tojson }}", '{"a": "<é>"}'),
-        ("{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{{ m.role }}{% endfor %}", "user"),
+        (
+            (
+                "{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{{ m.role }}{%"
+                " endfor %}"
+            ),
+            "user",
+        ),
         ("{% generation %}{{ messages[1].content }}{% endgeneration %}!", "Two.!"),
         ("{{ strftime_now('%Y') | length }}{{ bos_token }}{{ unknown }}", "4<s>"),
-        ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}", "2"),
+        (
+            (
+                "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{%"
+                " endfor %}{{ ns.n }}"
+            ),
+            "2",
+        ),
     ],
 )
 def test_templates_are_rendered_as_hugging_face_does(template, text):

@@ -12,12 +12,20 @@ FRAMES = [PICTURE] * 4
 
 
 def user(*content):
-    return {"role": "user", "content": [c if isinstance(c, dict) else {"type": "text", "text": c} for c in content]}
+    return {
+        "role": "user",
+        "content": [c if isinstance(c, dict) else {"type": "text", "text": c} for c in content],
+    }
 
 
 TURNS = [
     (user({"type": "image", "image": PICTURE}, "What is this?"), "A cat, I'd say: 猫 🦊."),
-    (user("And\n\nthis? ", {"type": "video", "video": FRAMES}, {"type": "image", "image": PICTURE}), "Two things.\n  One of them   moves!"),
+    (
+        user(
+            "And\n\nthis? ", {"type": "video", "video": FRAMES}, {"type": "image", "image": PICTURE}
+        ),
+        "Two things.\n  One of them   moves!",
+    ),
     ({"role": "user", "content": "Thanks"}, "12,345.67 times\tgladly"),
     (user("Bye."), ""),
     (user("Really."), "Yes"),
@@ -34,7 +42,9 @@ def test_turn_by_turn_gives_the_ids_of_the_whole(builtin, system):
         held = np.concatenate([held, batch["input_ids"][0]])
         whole = builtin(messages)
         np.testing.assert_array_equal(held, whole["input_ids"][0])
-        assert prompt.startswith(before) and prompt.endswith(builtin.template.render([question], True).split("\n", 2)[2])
+        assert prompt.startswith(before) and prompt.endswith(
+            builtin.template.render([question], True).split("\n", 2)[2]
+        )
         assert batch["attention_mask"].shape == batch["input_ids"].shape
         before = prompt
         for name in batch.keys() - {"input_ids", "attention_mask"}:
@@ -42,7 +52,10 @@ def test_turn_by_turn_gives_the_ids_of_the_whole(builtin, system):
         held = np.concatenate([held, builtin.tokenizer.encode(answer)]).astype(np.int32)
         messages.append({"role": "assistant", "content": answer})
     # each picture came once, with its own turn
-    assert arrays.keys() == whole.keys() - {"input_ids", "attention_mask"} and len(arrays["pixel_values"]) == 2
+    assert (
+        arrays.keys() == whole.keys() - {"input_ids", "attention_mask"}
+        and len(arrays["pixel_values"]) == 2
+    )
     for name, values in arrays.items():
         np.testing.assert_array_equal(np.concatenate(values), whole[name])
 
@@ -52,26 +65,47 @@ def with_template(text):
 
 
 def test_what_a_template_trims_off_an_answer_is_no_rewriting():
-    trims = ChatTemplate.builtin().text.replace('message["content"] -', 'message["content"] | trim -')
+    trims = ChatTemplate.builtin().text.replace(
+        'message["content"] -', 'message["content"] | trim -'
+    )
     processor = with_template(trims)
     _, prompt = processor.continuation([user("Hi")])
-    batch, _ = processor.continuation([user("Hi"), {"role": "assistant", "content": "\n Hello \n"}, user("Bye")], prompt)
-    assert processor.decode(batch["input_ids"][0], False) == "<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"
+    batch, _ = processor.continuation(
+        [user("Hi"), {"role": "assistant", "content": "\n Hello \n"}, user("Bye")], prompt
+    )
+    assert (
+        processor.decode(batch["input_ids"][0], False)
+        == "<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 @pytest.mark.parametrize(
     "template",
     [
-        "{% for m in messages[-1:] %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}",  # forgets what came before
-        "{{ messages | length }} messages: {% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",  # counts ahead
+        # forgets what came before
+        "{% for m in messages[-1:] %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}",
+        # counts ahead
+        (
+            "{{ messages | length }} messages: {% for m in messages %}{{ m.content }}<|im_end|>{%"
+            " endfor %}"
+        ),
         "{% for m in messages %}{{ m.content[:3] }}<|im_end|>{% endfor %}",  # cuts answers off
-        "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<think></think>{% endif %}",
-        "{% for m in messages %}{{ m.role if m.role == 'assistant' else m.content }}<|im_end|>{% endfor %}",  # loses the answer
+        (
+            "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{% if"
+            " add_generation_prompt %}<think></think>{% endif %}"
+        ),
+        # loses the answer
+        (
+            "{% for m in messages %}{{ m.role if m.role == 'assistant' else m.content"
+            " }}<|im_end|>{% endfor %}"
+        ),
     ],
 )
 def test_a_template_that_rewrites_earlier_turns_is_refused(template):
     processor = with_template(template)
     _, prompt = processor.continuation([user("Question")])
     messages = [user("Question"), {"role": "assistant", "content": "A long answer"}, user("More")]
-    with pytest.raises(InfiniteVLError, match=r"folder/chat_template.jinja rewrites earlier turns[^>]*\n  -> "):
+    with pytest.raises(
+        InfiniteVLError, match=r"folder/chat_template.jinja rewrites earlier turns[^>]*\n  -> "
+    ):
         processor.continuation(messages, prompt)

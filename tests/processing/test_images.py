@@ -9,11 +9,19 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference_resize
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+    smart_resize as reference_resize,
+)
 
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.processing import images
-from infinitevl_jax.processing.images import ImageOptions, load_image, patchify, process_image, smart_resize
+from infinitevl_jax.processing.images import (
+    ImageOptions,
+    load_image,
+    patchify,
+    process_image,
+    smart_resize,
+)
 from infinitevl_jax.processing.video import VideoOptions, load_video
 
 
@@ -50,7 +58,9 @@ def test_smart_resize_equals_transformers():
             continue
         low, factor = rng.choice([3136, 100_352]), rng.choice([8, 28])
         high = rng.choice([low, 602_112, 12_845_056])
-        assert smart_resize(height, width, factor, low, high) == reference_resize(height, width, factor, low, high)
+        assert smart_resize(height, width, factor, low, high) == reference_resize(
+            height, width, factor, low, high
+        )
 
 
 def test_patches_stand_in_the_published_order():
@@ -66,9 +76,15 @@ def test_patches_stand_in_the_published_order():
                 for i in range(2):
                     for j in range(2):
                         top, left = 4 * merged_row + 2 * i, 4 * merged_column + 2 * j
-                        pair = frames[[min(2 * t, 2), min(2 * t + 1, 2)], top : top + 2, left : left + 2]  # the odd last frame twice
-                        want = (pair / 255 - np.asarray(options.mean)) / np.asarray(options.std)  # [2, 2, 2, 3]
-                        np.testing.assert_allclose(patches[row], want.transpose(3, 0, 1, 2).reshape(-1), atol=1e-5)
+                        pair = frames[
+                            [min(2 * t, 2), min(2 * t + 1, 2)], top : top + 2, left : left + 2
+                        ]  # the odd last frame twice
+                        want = (pair / 255 - np.asarray(options.mean)) / np.asarray(
+                            options.std
+                        )  # [2, 2, 2, 3]
+                        np.testing.assert_allclose(
+                            patches[row], want.transpose(3, 0, 1, 2).reshape(-1), atol=1e-5
+                        )
                         row += 1
     assert row == len(patches)
 
@@ -76,7 +92,11 @@ def test_patches_stand_in_the_published_order():
 @pytest.mark.parametrize("size", [(448, 448), (61, 203), (17, 40), (900, 1400)])
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L"])
 def test_pixels_equal_transformers(size, mode):
-    picture = Image.fromarray(noise(*size, 4), "RGBA") if mode == "RGBA" else Image.fromarray(noise(*size)).convert(mode)
+    picture = (
+        Image.fromarray(noise(*size, 4), "RGBA")
+        if mode == "RGBA"
+        else Image.fromarray(noise(*size)).convert(mode)
+    )
     limits = {"min_pixels": 50 * 784, "max_pixels": 600 * 784}
     ours, grid = process_image(load_image(picture), ImageOptions(**limits))
     theirs = Qwen2VLImageProcessorPil(**limits)(picture, return_tensors="np")
@@ -91,7 +111,16 @@ def test_every_kind_of_source_gives_the_same_picture(tmp_path):
     Image.fromarray(pixels).save(path)
     data = path.read_bytes()
     uri = "data:image/png;base64," + base64.b64encode(data).decode()
-    for source in (path, str(path), path.as_uri(), uri, data, bytearray(data), Image.open(path), pixels):
+    for source in (
+        path,
+        str(path),
+        path.as_uri(),
+        uri,
+        data,
+        bytearray(data),
+        Image.open(path),
+        pixels,
+    ):
         picture = load_image(source)
         assert picture.mode == "RGB"
         np.testing.assert_array_equal(np.asarray(picture), pixels)
@@ -103,7 +132,9 @@ def test_camera_orientation_is_applied():
     exif[0x0112] = 6  # turn 90 degrees clockwise to view
     file = io.BytesIO()
     picture.save(file, "PNG", exif=exif)
-    np.testing.assert_array_equal(np.asarray(load_image(file.getvalue())), np.rot90(np.asarray(picture), -1))
+    np.testing.assert_array_equal(
+        np.asarray(load_image(file.getvalue())), np.rot90(np.asarray(picture), -1)
+    )
 
 
 def test_transparency_becomes_white():
@@ -128,10 +159,15 @@ def exif_entry(tag, kind, count, value):
     return struct.pack("<HHI", tag, kind, count) + value
 
 
-TURNED = exif_entry(0x112, 3, 1, struct.pack("<HH", 6, 0))  # rotate 90 degrees clockwise for display
+TURNED = exif_entry(
+    0x112, 3, 1, struct.pack("<HH", 6, 0)
+)  # rotate 90 degrees clockwise for display
 BEHIND = 8 + 2 + 2 * 12 + 4  # where values that do not fit into an entry stand
 SIDE_TAGS = {
-    "resolution of -1/0": ([TURNED, exif_entry(0x11A, 10, 1, struct.pack("<I", BEHIND))], struct.pack("<ii", -1, 0)),
+    "resolution of -1/0": (
+        [TURNED, exif_entry(0x11A, 10, 1, struct.pack("<I", BEHIND))],
+        struct.pack("<ii", -1, 0),
+    ),
     "resolution as text": ([TURNED, exif_entry(0x11A, 2, 3, b"72\0\0")], b""),
     "resolution NaN": ([TURNED, exif_entry(0x11A, 11, 1, struct.pack("<f", float("nan")))], b""),
     "negative unit": ([TURNED, exif_entry(0x128, 8, 1, struct.pack("<hh", -5, 0))], b""),
@@ -144,7 +180,13 @@ SIDE_TAGS = {
 
 
 def exif_block(entries, extra=b""):
-    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(entries) + b"\0\0\0\0" + extra
+    return (
+        b"Exif\0\0II*\0\x08\0\0\0"
+        + struct.pack("<H", len(entries))
+        + b"".join(entries)
+        + b"\0\0\0\0"
+        + extra
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Metadata Warning")
@@ -152,7 +194,12 @@ def exif_block(entries, extra=b""):
 @pytest.mark.parametrize("case", SIDE_TAGS)
 def test_orientation_is_read_whatever_stands_beside_it(kind, case):
     picture, file = Image.fromarray(noise(20, 30)), io.BytesIO()
-    picture.save(file, kind, exif=exif_block(*SIDE_TAGS[case]), **({"lossless": True} if kind == "WEBP" else {}))
+    picture.save(
+        file,
+        kind,
+        exif=exif_block(*SIDE_TAGS[case]),
+        **({"lossless": True} if kind == "WEBP" else {}),
+    )
     stored = np.asarray(Image.open(io.BytesIO(file.getvalue())).convert("RGB"))
     np.testing.assert_array_equal(np.asarray(load_image(file.getvalue())), np.rot90(stored, -1))
 
@@ -210,7 +257,26 @@ def sample_of(mode):
     return plain.convert(mode), plain.convert(mode)
 
 
-MODES = ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "LA", "PA", "RGBX", "RGBa", "La", "I;16", "I;16L", "I;16B", "I;16N"]
+MODES = [
+    "1",
+    "L",
+    "P",
+    "RGB",
+    "RGBA",
+    "CMYK",
+    "YCbCr",
+    "LAB",
+    "HSV",
+    "LA",
+    "PA",
+    "RGBX",
+    "RGBa",
+    "La",
+    "I;16",
+    "I;16L",
+    "I;16B",
+    "I;16N",
+]
 
 
 @pytest.mark.parametrize("rows", [20, 3])
@@ -222,7 +288,9 @@ def test_every_mode_of_pillow_becomes_rgb_in_bands_of_any_height(monkeypatch, mo
     found = load_image(picture)
     assert found.mode == "RGB"
     near = 2 if mode == "LAB" else 0  # eight bits of L, a and b hold fewer colours
-    np.testing.assert_allclose(np.asarray(found).astype(int), np.asarray(want.convert("RGB")).astype(int), atol=near)
+    np.testing.assert_allclose(
+        np.asarray(found).astype(int), np.asarray(want.convert("RGB")).astype(int), atol=near
+    )
 
 
 def test_a_transparent_level_of_sixteen_bit_grey_becomes_white():
@@ -249,9 +317,19 @@ def test_alpha_of_a_large_picture_is_laid_over_white_in_bands(monkeypatch):
 
 def png_header(width, height, colours=6):
     """A PNG of a few bytes that unfolds to width x height."""
-    chunk = lambda kind, data: len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")  # noqa: E731
+
+    def chunk(kind, data):
+        return (
+            len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+        )
+
     head = struct.pack(">IIBBBBB", width, height, 8, colours, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(bytes(100)))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -265,7 +343,9 @@ def test_a_picture_that_unfolds_is_stopped_by_a_stated_limit(size):
 @pytest.mark.parametrize("given", ["bytes", "path"])
 def test_only_listed_formats_are_decoded(tmp_path, monkeypatch, kind, given):
     """Pillow would start Ghostscript on the first."""
-    monkeypatch.setattr("subprocess.check_call", lambda *a, **k: pytest.fail("a program was started"))
+    monkeypatch.setattr(
+        "subprocess.check_call", lambda *a, **k: pytest.fail("a program was started")
+    )
     file = io.BytesIO()
     Image.new("RGB", (20, 20)).save(file, kind)
     (tmp_path / "photo.jpg").write_bytes(file.getvalue())
@@ -307,7 +387,9 @@ def test_a_resized_picture_has_a_stated_limit():
         process_image(load_image(noise(28, 28)), ImageOptions(max_pixels=10**9), (20_000, 20_000))
 
 
-@pytest.mark.parametrize("size", [("8", 8), (8.0, 8), (True, 8), 3, (8,), "88", (8, 8, 3), (0, 8), (float("nan"), 8)])
+@pytest.mark.parametrize(
+    "size", [("8", 8), (8.0, 8), (True, 8), 3, (8,), "88", (8, 8, 3), (0, 8), (float("nan"), 8)]
+)
 def test_sides_that_are_none_are_refused(size):
     with pytest.raises(InfiniteVLError):
         process_image(load_image(noise(28, 28)), ImageOptions(), size)

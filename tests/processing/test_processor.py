@@ -11,11 +11,18 @@ from infinitevl_jax.processing import Processor
 
 
 def picture(height, width, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 def user(*content):
-    return {"role": "user", "content": [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]}
+    return {
+        "role": "user",
+        "content": [
+            {"type": "text", "text": part} if isinstance(part, str) else part for part in content
+        ],
+    }
 
 
 def image(source, **options):
@@ -29,7 +36,12 @@ def assistant(text):
 CONVERSATIONS = [
     [user(image(picture(100, 150)), "What is this?")],
     [user("Compare: ", image(picture(64, 64, 1)), " and\n", image(picture(300, 90, 2)), "图？ 🦊")],
-    [{"role": "system", "content": "Be brief."}, user("Hi"), assistant("Hello."), user("  again\n\n", image(picture(57, 201, 3)))],
+    [
+        {"role": "system", "content": "Be brief."},
+        user("Hi"),
+        assistant("Hello."),
+        user("  again\n\n", image(picture(57, 201, 3))),
+    ],
     [{"role": "user", "content": "text alone"}],
 ]
 
@@ -38,19 +50,32 @@ CONVERSATIONS = [
 @pytest.mark.parametrize("prompt", [True, False])
 def test_equals_transformers(builtin, reference, conversation, prompt):
     ours = builtin(conversation, add_generation_prompt=prompt)
-    theirs = reference.apply_chat_template(conversation, tokenize=True, add_generation_prompt=prompt, return_dict=True, return_tensors="np")
+    theirs = reference.apply_chat_template(
+        conversation,
+        tokenize=True,
+        add_generation_prompt=prompt,
+        return_dict=True,
+        return_tensors="np",
+    )
     assert set(ours) == set(theirs) - {"mm_token_type_ids"}
     for name in ("input_ids", "attention_mask", "image_grid_thw"):
         if name in theirs:
             np.testing.assert_array_equal(ours[name], theirs[name])
     if "pixel_values" in theirs:
-        np.testing.assert_allclose(ours["pixel_values"], theirs["pixel_values"], rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(
+            ours["pixel_values"], theirs["pixel_values"], rtol=1e-6, atol=1e-6
+        )
 
 
 def test_batch_equals_transformers(builtin, reference):
     ours = builtin(CONVERSATIONS)
     theirs = reference.apply_chat_template(
-        CONVERSATIONS, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="np", padding=True
+        CONVERSATIONS,
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="np",
+        padding=True,
     )
     for name in ("input_ids", "attention_mask", "image_grid_thw"):
         np.testing.assert_array_equal(ours[name], theirs[name])
@@ -58,19 +83,37 @@ def test_batch_equals_transformers(builtin, reference):
 
 
 def test_a_batch_from_transformers_passes_unchanged(builtin, reference):
-    """Their BatchFeature, as numpy and as torch gives it, through the model and through generation."""
+    """Their BatchFeature, as numpy and as torch gives it, through the model and through
+    generation."""
     text = TextConfig(
-        layer_types=("sliding_attention", "linear_attention"), hidden_size=32, intermediate_size=48, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, mrope_section=(2, 3, 3), num_linear_heads=2, linear_head_dim=16,
-    )  # fmt: skip
+        layer_types=("sliding_attention", "linear_attention"),
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        mrope_section=(2, 3, 3),
+        num_linear_heads=2,
+        linear_head_dim=16,
+    )
     vision = VisionConfig(
-        depth=1, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=32, fullatt_block_indexes=(0,)
+        depth=1,
+        hidden_size=32,
+        intermediate_size=48,
+        num_heads=2,
+        out_hidden_size=32,
+        fullatt_block_indexes=(0,),
     )
     model = InfiniteVL.random(ModelConfig(text, vision))
     ours = builtin(CONVERSATIONS[:2])
     for tensors in ("np", "pt"):
         theirs = reference.apply_chat_template(
-            CONVERSATIONS[:2], tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors=tensors, padding=True
+            CONVERSATIONS[:2],
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors=tensors,
+            padding=True,
         )
         assert "mm_token_type_ids" in theirs
         np.testing.assert_allclose(model(**theirs).logits, model(**ours).logits, atol=1e-5)
@@ -93,8 +136,13 @@ def test_video_and_image_in_one_conversation(builtin):
     frames = np.stack([np.asarray(picture(112, 140, seed)) for seed in range(5)])
     video = {"type": "video", "video": frames, "fps": 4, "min_pixels": 784, "max_pixels": 112 * 140}
     batch = builtin([user(video, image(picture(56, 56)), "What moves?")])
-    assert batch["video_grid_thw"].tolist() == [[3, 8, 10]] and batch["image_grid_thw"].tolist() == [[1, 4, 4]]
-    assert batch["pixel_values_videos"].shape == (240, 1176) and batch["pixel_values"].shape == (16, 1176)
+    assert batch["video_grid_thw"].tolist() == [[3, 8, 10]] and batch[
+        "image_grid_thw"
+    ].tolist() == [[1, 4, 4]]
+    assert batch["pixel_values_videos"].shape == (240, 1176) and batch["pixel_values"].shape == (
+        16,
+        1176,
+    )
     np.testing.assert_array_equal(batch["second_per_grid_ts"], [0.5])  # not truncated to 0
     ids = batch["input_ids"][0]
     assert (ids == 151_656).sum() == 60 and (ids == 151_655).sum() == 4
@@ -102,9 +150,13 @@ def test_video_and_image_in_one_conversation(builtin):
 
 
 def test_item_options_replace_the_processors(builtin):
-    grid = builtin([user(image(picture(560, 560), max_pixels=280 * 280), image(picture(560, 560)), "?")])["image_grid_thw"]
+    grid = builtin(
+        [user(image(picture(560, 560), max_pixels=280 * 280), image(picture(560, 560)), "?")]
+    )["image_grid_thw"]
     assert grid.tolist() == [[1, 20, 20], [1, 40, 40]]
-    grid = builtin([user(image(picture(560, 560), resized_height=112, resized_width=224, min_pixels=None))])["image_grid_thw"]
+    grid = builtin(
+        [user(image(picture(560, 560), resized_height=112, resized_width=224, min_pixels=None))]
+    )["image_grid_thw"]
     assert grid.tolist() == [[1, 8, 16]]
 
 
@@ -112,27 +164,70 @@ def test_folder_settings_and_their_overrides(byte_folder):
     write = lambda name, value: (byte_folder / name).write_text(json.dumps(value))  # noqa: E731
     vision = {"patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2}
     write("config.json", {"image_token_id": 268, "video_token_id": 269, "vision_config": vision})
-    assert Processor.from_pretrained(byte_folder).images.factor == 8  # geometry from config.json alone
+    assert (
+        Processor.from_pretrained(byte_folder).images.factor == 8
+    )  # geometry from config.json alone
     write(
-        "preprocessor_config.json", {"size": {"shortest_edge": 64, "longest_edge": 1024}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        "preprocessor_config.json",
+        {
+            "size": {"shortest_edge": 64, "longest_edge": 1024},
+            "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+        },
     )
     processor = Processor.from_pretrained(byte_folder)
-    assert (processor.images.min_pixels, processor.images.max_pixels, processor.images.mean) == (64, 1024, (0.5, 0.5, 0.5))
-    assert (processor.videos.min_pixels, processor.videos.max_pixels, processor.videos.mean) == (100_352, 602_112, (0.5, 0.5, 0.5))
-    write("preprocessor_config.json", {"min_pixels": 128, "max_pixels": 2048, "patch_size": 4, "merge_size": 2})
-    processor = Processor.from_pretrained(byte_folder, max_pixels=512, video_min_pixels=64, video_max_pixels=256, fps=1.0, max_frames=8)
+    assert (processor.images.min_pixels, processor.images.max_pixels, processor.images.mean) == (
+        64,
+        1024,
+        (0.5, 0.5, 0.5),
+    )
+    assert (processor.videos.min_pixels, processor.videos.max_pixels, processor.videos.mean) == (
+        100_352,
+        602_112,
+        (0.5, 0.5, 0.5),
+    )
+    write(
+        "preprocessor_config.json",
+        {"min_pixels": 128, "max_pixels": 2048, "patch_size": 4, "merge_size": 2},
+    )
+    processor = Processor.from_pretrained(
+        byte_folder,
+        max_pixels=512,
+        video_min_pixels=64,
+        video_max_pixels=256,
+        fps=1.0,
+        max_frames=8,
+    )
     assert (processor.images.min_pixels, processor.images.max_pixels) == (128, 512)
-    assert (processor.videos.max_pixels, processor.videos.fps, processor.videos.max_frames) == (256, 1.0, 8)
+    assert (processor.videos.max_pixels, processor.videos.fps, processor.videos.max_frames) == (
+        256,
+        1.0,
+        8,
+    )
     batch = processor([user(image(picture(16, 32)), "a")])
-    assert batch["image_grid_thw"].tolist() == [[1, 4, 8]] and batch["pixel_values"].shape == (32, 96)
+    assert batch["image_grid_thw"].tolist() == [[1, 4, 8]] and batch["pixel_values"].shape == (
+        32,
+        96,
+    )
     assert (batch["input_ids"] == 268).sum() == 8
-    write("processor_config.json", {"image_processor": {"size": {"shortest_edge": 16, "longest_edge": 256}}, "video_processor": {"fps": 3}})
+    write(
+        "processor_config.json",
+        {
+            "image_processor": {"size": {"shortest_edge": 16, "longest_edge": 256}},
+            "video_processor": {"fps": 3},
+        },
+    )
     processor = Processor.from_pretrained(byte_folder)
     assert (processor.images.max_pixels, processor.videos.fps) == (256, 3)
 
 
 def test_answers_are_masked_with_their_end_token(builtin):
-    chat = [user(image(picture(56, 56)), "Colour?"), assistant("Red."), user("Sure?"), assistant(" Yes\n🦊")]
+    chat = [
+        user(image(picture(56, 56)), "Colour?"),
+        assistant("Red."),
+        user("Sure?"),
+        assistant(" Yes\n🦊"),
+    ]
     example = builtin.encode_example(chat)
     said = example["answer_mask"]
     assert said.dtype == bool and said.shape == example["input_ids"].shape
@@ -157,7 +252,8 @@ def test_the_prompt_of_an_example_is_what_generation_sees(builtin, answer):
 
 def test_a_folders_own_template_and_tokenizer(byte_folder):
     template = (
-        "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|im_end|>{% endfor %}{% if"
+        " add_generation_prompt %}[assistant] {% endif %}"
     )
     (byte_folder / "chat_template.jinja").write_text(template)
     processor = Processor.from_pretrained(byte_folder)
@@ -207,7 +303,9 @@ ODD = {"deep": deep(), "awkward": Awkward(), "deep inside": {"a": deep()}, "digi
 
 
 @pytest.mark.parametrize("odd", ODD)
-@pytest.mark.parametrize("place", ["message", "role", "part", "type", "min_pixels", "max_length", "padding_side"])
+@pytest.mark.parametrize(
+    "place", ["message", "role", "part", "type", "min_pixels", "max_length", "padding_side"]
+)
 def test_values_that_cannot_be_quoted_are_refused(builtin, odd, place):
     odd = ODD[odd]
     part = {"type": "image", "image": Image.new("RGB", (28, 28))}

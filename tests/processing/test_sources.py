@@ -1,4 +1,5 @@
-"""Where pictures come from: every name is the one file that lies there, data: URLs as browsers take them."""
+"""Where pictures come from: every name is the one file that lies there, data: URLs as browsers take
+them."""
 
 import base64
 import io
@@ -23,7 +24,16 @@ def png():
 
 FLAT = base64.b64encode(png()).decode()
 WRAPPED = base64.encodebytes(png()).decode()
-NAMES = ["2024-01-01T12:30:00.png", "12:30.png", "concat:part.png", "a%20b#c?.png", "100%.png", "%03d.png", "data:image", "http:x"]
+NAMES = [
+    "2024-01-01T12:30:00.png",
+    "12:30.png",
+    "concat:part.png",
+    "a%20b#c?.png",
+    "100%.png",
+    "%03d.png",
+    "data:image",
+    "http:x",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -50,7 +60,18 @@ def test_a_name_is_the_file_that_lies_there(tmp_path, monkeypatch, name, kind):
         "DATA:image/png;name=a.png;Base64," + FLAT,
         "data:image/png," + "".join(f"%{byte:02x}" for byte in png()),
     ],
-    ids=["flat", "wrapped", "carriage_returns", "newline", "tabs", "no_padding", "url_safe", "escaped", "capitals", "no_base64"],
+    ids=[
+        "flat",
+        "wrapped",
+        "carriage_returns",
+        "newline",
+        "tabs",
+        "no_padding",
+        "url_safe",
+        "escaped",
+        "capitals",
+        "no_base64",
+    ],
 )
 def test_a_data_url_is_read_as_browsers_read_it(url):
     np.testing.assert_array_equal(np.asarray(load_image(url)), PIXELS)
@@ -84,9 +105,16 @@ def test_only_regular_files_are_opened(tmp_path, noun):
 
 
 CONTENT = {
-    "OpenAI": {"type": "image_url", "image_url": {"url": "data:image/png;base64," + FLAT, "detail": "auto"}},
+    "OpenAI": {
+        "type": "image_url",
+        "image_url": {"url": "data:image/png;base64," + FLAT, "detail": "auto"},
+    },
     "OpenAI, as a string": {"type": "image_url", "image_url": "data:image/png;base64," + FLAT},
-    "OpenAI's responses": {"type": "input_image", "image_url": "data:image/png;base64," + FLAT, "detail": "auto"},
+    "OpenAI's responses": {
+        "type": "input_image",
+        "image_url": "data:image/png;base64," + FLAT,
+        "detail": "auto",
+    },
     "url": {"type": "image", "url": "data:image/png;base64," + WRAPPED},
     "path": {"type": "image", "path": "12:30.png", "url": None},
     "file url": {"type": "image", "url": "file://{folder}/12:30.png"},
@@ -99,8 +127,14 @@ def test_items_in_other_interfaces_spelling(tmp_path, monkeypatch, byte_folder, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "12:30.png").write_bytes(png())
     processor = Processor.from_pretrained(byte_folder)
-    item = {key: value.replace("{folder}", str(tmp_path)) if isinstance(value, str) else value for key, value in item.items()}
-    ask = lambda part: processor([{"role": "user", "content": [part, {"type": "input_text", "text": "?"}]}])  # noqa: E731
+    item = {
+        key: value.replace("{folder}", str(tmp_path)) if isinstance(value, str) else value
+        for key, value in item.items()
+    }
+
+    def ask(part):
+        return processor([{"role": "user", "content": [part, {"type": "input_text", "text": "?"}]}])
+
     want = ask({"type": "image", "image": Image.fromarray(PIXELS)})
     found = ask(item)
     assert found.keys() == want.keys()
@@ -111,7 +145,9 @@ def test_items_in_other_interfaces_spelling(tmp_path, monkeypatch, byte_folder, 
 def test_a_path_is_never_read_as_a_url(tmp_path, monkeypatch, byte_folder):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InfiniteVLError, match="does not exist"):
-        Processor.from_pretrained(byte_folder)([{"role": "user", "content": [{"type": "image", "path": "http://x/y.png"}]}])
+        Processor.from_pretrained(byte_folder)(
+            [{"role": "user", "content": [{"type": "image", "path": "http://x/y.png"}]}]
+        )
 
 
 def test_the_first_bytes_tell_pictures_from_films():

@@ -33,7 +33,8 @@ def test_a_broken_character_does_not_swallow_the_whole_one_behind_it(builtin):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_tokens(builtin, byte_folder, seed):
-    """Bytes of one vocabulary in any order, tokens of the other with some lost, special ones among them."""
+    """Bytes of one vocabulary in any order, tokens of the other with some lost, special ones among
+    them."""
     rng = np.random.default_rng(seed)
     single = Tokenizer.from_folder(byte_folder)
     pool = (
@@ -76,7 +77,8 @@ def test_broken_bytes_without_end_cost_no_more_than_others(byte_folder):
 
 
 def byte_fallback():
-    """A vocabulary that spells unknown bytes, as Llama's: any byte of a run may spoil the whole run."""
+    """A vocabulary that spells unknown bytes, as Llama's: any byte of a run may spoil the whole
+    run."""
     vocab = {f"<0x{i:02X}>": i for i in range(256)} | {"▁a": 256, "b": 257, "<unk>": 258}
     backend = tokenizers.Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
     backend.decoder = decoders.Sequence(

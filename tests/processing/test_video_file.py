@@ -1,4 +1,5 @@
-"""Which stream of a file is the video, how it is turned, when its frames are shown, and that nothing but the one file is opened."""
+"""Which stream of a file is the video, how it is turned, when its frames are shown, and that
+nothing but the one file is opened."""
 
 import fractions
 import io
@@ -22,7 +23,9 @@ SIZE = (64, 48)
 
 def encode(container, stream, shades, size):
     for i, shade in enumerate(shades):
-        frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), shade, np.uint8), format="rgb24")
+        frame = av.VideoFrame.from_ndarray(
+            np.full((size[1], size[0], 3), shade, np.uint8), format="rgb24"
+        )
         frame.pts = i
         container.mux(stream.encode(frame.reformat(format=stream.pix_fmt)))
     container.mux(stream.encode())
@@ -31,7 +34,9 @@ def encode(container, stream, shades, size):
 def add(container, codec="libx264", size=SIZE, rate=10, flags=None):
     stream = container.add_stream(codec, rate=rate)
     stream.width, stream.height = size
-    stream.pix_fmt = {"mjpeg": "yuvj420p", "gif": "rgb8", "apng": "rgb24", "png": "rgb24"}.get(codec, "yuv420p")
+    stream.pix_fmt = {"mjpeg": "yuvj420p", "gif": "rgb8", "apng": "rgb24", "png": "rgb24"}.get(
+        codec, "yuv420p"
+    )
     if flags is not None:
         stream.disposition = flags
     return stream
@@ -39,15 +44,24 @@ def add(container, codec="libx264", size=SIZE, rate=10, flags=None):
 
 def film(path, codec="libx264", frames=20, rate=10, shade=lambda i: 5 * i, size=SIZE, **options):
     """A film of frames that grow brighter."""
-    with av.open(str(path), "w", options={"movflags": "faststart"} if str(path).endswith(("mp4", "mov")) else {}, **options) as container:
-        encode(container, add(container, codec, size, rate), [shade(i) for i in range(frames)], size)
+    with av.open(
+        str(path),
+        "w",
+        options={"movflags": "faststart"} if str(path).endswith(("mp4", "mov")) else {},
+        **options,
+    ) as container:
+        encode(
+            container, add(container, codec, size, rate), [shade(i) for i in range(frames)], size
+        )
     return path
 
 
 def two_streams(path, first, second):
     """A file with two picture streams, each given as (codec, frames, shade, size, flags)."""
     with av.open(str(path), "w") as container:
-        streams = [add(container, codec, size, flags=flags) for codec, _, _, size, flags in (first, second)]
+        streams = [
+            add(container, codec, size, flags=flags) for codec, _, _, size, flags in (first, second)
+        ]
         for stream, (_, frames, shade, size, _) in zip(streams, (first, second), strict=True):
             encode(container, stream, [shade] * frames, size)
     return path
@@ -58,7 +72,10 @@ FLIGHT = ("libx264", 40, 200, SIZE, DEFAULT)
 PREVIEWS = {
     "one frame, first": (("mjpeg", 1, 20, (120, 120), Disposition(0)), FLIGHT),
     "one frame, last": (FLIGHT, ("mjpeg", 1, 20, (120, 120), Disposition(0))),
-    "one frame, first, marked as default": (("mjpeg", 1, 20, (120, 120), DEFAULT), ("libx264", 40, 200, SIZE, Disposition(0))),
+    "one frame, first, marked as default": (
+        ("mjpeg", 1, 20, (120, 120), DEFAULT),
+        ("libx264", 40, 200, SIZE, Disposition(0)),
+    ),
     "three frames, first": (("mjpeg", 3, 20, (120, 120), DEFAULT), FLIGHT),
     "as long, but small": (("libx264", 40, 20, (32, 32), DEFAULT), FLIGHT),
     "as long and large, not default": (("libx264", 40, 20, (128, 96), Disposition(0)), FLIGHT),
@@ -77,12 +94,16 @@ def song(path, cover=None):
     """Three seconds of silence, with a cover picture of these flags."""
     with av.open(str(path), "w") as container:
         picture = None if cover is None else add(container, "mjpeg", (120, 120), 1, cover)
-        codec = {"mp3": "libmp3lame", "flac": "flac", "wav": "pcm_s16le"}.get(path.suffix[1:], "aac")
+        codec = {"mp3": "libmp3lame", "flac": "flac", "wav": "pcm_s16le"}.get(
+            path.suffix[1:], "aac"
+        )
         sound = container.add_stream(codec, rate=44_100, layout="mono")
         if picture is not None:
             encode(container, picture, [90], (120, 120))
         for i in range(130):
-            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.int16), format="s16", layout="mono")
+            frame = av.AudioFrame.from_ndarray(
+                np.zeros((1, 1024), np.int16), format="s16", layout="mono"
+            )
             frame.rate, frame.pts = 44_100, 1024 * i
             container.mux(sound.encode(frame))
         container.mux(sound.encode())
@@ -109,8 +130,11 @@ def test_a_song_is_no_video(tmp_path, name, cover):
 ONE = 1 << 16
 
 
-@pytest.mark.parametrize("matrix", [(a, b, c, d) for a, d in ((1, 1), (1, -1), (-1, 1), (-1, -1)) for b, c in ((0, 0),)]
-                         + [(0, b, c, 0) for b in (1, -1) for c in (1, -1)])  # fmt: skip
+@pytest.mark.parametrize(
+    "matrix",
+    [(a, b, c, d) for a, d in ((1, 1), (1, -1), (-1, 1), (-1, -1)) for b, c in ((0, 0),)]
+    + [(0, b, c, 0) for b in (1, -1) for c in (1, -1)],
+)
 def test_the_whole_display_matrix_is_applied(tmp_path, matrix):
     size = (112, 56)
     pixels = np.zeros((56, 112, 3), np.uint8)
@@ -131,14 +155,20 @@ def test_the_whole_display_matrix_is_applied(tmp_path, matrix):
     # The bright corner, seen from the centre, is at (-1, -1).
     x, y = -matrix[0] - matrix[2], -matrix[1] - matrix[3]
     rows, columns = found.shape[0] // 2, found.shape[1] // 2
-    corner = found[slice(rows, None) if y > 0 else slice(rows), slice(columns, None) if x > 0 else slice(columns)]
+    corner = found[
+        slice(rows, None) if y > 0 else slice(rows),
+        slice(columns, None) if x > 0 else slice(columns),
+    ]
     assert (found.shape[0] > found.shape[1]) == (matrix[0] == 0)
     assert corner.mean() > 200 and (found.sum() - corner.sum()) / (3 * corner.size) < 20
 
 
 @pytest.mark.parametrize("rate", [30, 24, 12])
 def test_a_raw_stream_is_timed_by_the_rate_that_it_states(tmp_path, rate):
-    video = load_video(film(tmp_path / "a.h264", frames=2 * rate, rate=rate, format="h264", shade=lambda i: 3 * i), OPTIONS)
+    video = load_video(
+        film(tmp_path / "a.h264", frames=2 * rate, rate=rate, format="h264", shade=lambda i: 3 * i),
+        OPTIONS,
+    )
     assert video.times.tolist() == [0, 0.5, 1, 1.5] and video.fps == 2
     np.testing.assert_allclose(video.frames.mean((1, 2, 3)), np.arange(4) * 3 * rate / 2, atol=4)
 
@@ -149,8 +179,21 @@ def test_a_raw_stream_without_a_rate_says_so(tmp_path):
         load_video(path, OPTIONS)
 
 
-NAMES = ["2024-01-01T12:30:00.mp4", "12:30.mp4", "concat:part.mp4", "a%20b#c?.mp4", "clip 100%.mp4", "%03d.mp4", "http:/x/y.mp4",
-         "subfile,,start,0,end,100,,:a.mp4", "concat:a.mp4|b.mp4", "data:video", "pipe:0", "lavfi:testsrc", "-"]  # fmt: skip
+NAMES = [
+    "2024-01-01T12:30:00.mp4",
+    "12:30.mp4",
+    "concat:part.mp4",
+    "a%20b#c?.mp4",
+    "clip 100%.mp4",
+    "%03d.mp4",
+    "http:/x/y.mp4",
+    "subfile,,start,0,end,100,,:a.mp4",
+    "concat:a.mp4|b.mp4",
+    "data:video",
+    "pipe:0",
+    "lavfi:testsrc",
+    "-",
+]
 
 
 @pytest.fixture(scope="module")
@@ -173,12 +216,22 @@ PLAYLISTS = {
     "m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{clip}\n#EXT-X-ENDLIST\n",
     "m3u8 of addresses": "#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1\nhttp://127.0.0.1:9/v.m3u8\n",
     "ffconcat": "ffconcat version 1.0\nfile '{clip}'\n",
-    "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 55555 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
-    "dash": '<?xml version="1.0"?>\n<MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" mediaPresentationDuration="PT1S"'
-    ' profiles="urn:mpeg:dash:profile:isoff-on-demand:2011"><Period><AdaptationSet mimeType="video/mp4"><Representation id="1"'
-    ' bandwidth="1"><BaseURL>{clip}</BaseURL></Representation></AdaptationSet></Period></MPD>',
+    "sdp": (
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 55555 RTP/AVP"
+        " 96\na=rtpmap:96 H264/90000\n"
+    ),
+    "dash": (
+        '<?xml version="1.0"?>\n<MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"'
+        ' mediaPresentationDuration="PT1S"'
+        ' profiles="urn:mpeg:dash:profile:isoff-on-demand:2011"><Period><AdaptationSet'
+        ' mimeType="video/mp4"><Representation id="1"'
+        ' bandwidth="1"><BaseURL>{clip}</BaseURL></Representation></AdaptationSet></Period></MPD>'
+    ),
     "rtsp": "rtsp://127.0.0.1:9/x\n",
-    "vobsub": "# VobSub index file, v7 (do not modify this line!)\nsize: 720x480\nid: en, index: 0\ntimestamp: 00:00:01:101, filepos: 0\n",
+    "vobsub": (
+        "# VobSub index file, v7 (do not modify this line!)\nsize: 720x480\nid: en, index:"
+        " 0\ntimestamp: 00:00:01:101, filepos: 0\n"
+    ),
 }
 
 
@@ -209,8 +262,17 @@ def test_a_movie_that_refers_to_another_file_is_not_followed(tmp_path, clip):
     np.testing.assert_array_equal(video.frames, load_video(clip, OPTIONS).frames)
 
 
-CONTAINERS = [("mp4", "libx264"), ("mov", "mpeg4"), ("mkv", "libx264"), ("webm", "libvpx-vp9"), ("avi", "mpeg4"),
-              ("flv", "flv"), ("gif", "gif"), ("ogg", "libvpx"), ("asf", "msmpeg4")]  # fmt: skip
+CONTAINERS = [
+    ("mp4", "libx264"),
+    ("mov", "mpeg4"),
+    ("mkv", "libx264"),
+    ("webm", "libvpx-vp9"),
+    ("avi", "mpeg4"),
+    ("flv", "flv"),
+    ("gif", "gif"),
+    ("ogg", "libvpx"),
+    ("asf", "msmpeg4"),
+]
 
 
 @pytest.mark.parametrize(("suffix", "codec"), CONTAINERS)
@@ -236,7 +298,9 @@ def test_a_raw_stream_cut_inside_a_frame_says_so(tmp_path):
     with av.open(str(tmp_path / "a.h264"), "w", format="h264") as container:
         stream = add(container)
         for i in range(20):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(noise, 3 * i, 1), format="rgb24")))
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(np.roll(noise, 3 * i, 1), format="rgb24"))
+            )
         container.mux(stream.encode())
     data = (tmp_path / "a.h264").read_bytes()
     assert len(load_video(data, OPTIONS).frames) == 4
@@ -255,7 +319,9 @@ def late(path, first, frames, rate):
     with av.open(str(path), "w") as container:
         stream = add(container, rate=rate)
         for i in range(frames):
-            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 2 * i, np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                np.full((48, 64, 3), 2 * i, np.uint8), format="rgb24"
+            )
             frame.pts, frame.time_base = first + i, fractions.Fraction(1, rate)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -269,7 +335,12 @@ def test_temporal_steps_do_not_depend_on_where_a_video_starts(tmp_path, suffix, 
     video = load_video(late(tmp_path / f"a.{suffix}", round(first * rate), 4 * rate, rate), OPTIONS)
     assert video.fps == 2 and video.times.tolist() == [0.5 * k for k in range(8)]
     seconds = np.float64(OPTIONS.temporal_patch_size / video.fps)
-    assert vision_positions(VisionItem("video", (4, 1, 1), seconds), 0, 2.0)[0].tolist() == [0, 2, 4, 6]
+    assert vision_positions(VisionItem("video", (4, 1, 1), seconds), 0, 2.0)[0].tolist() == [
+        0,
+        2,
+        4,
+        6,
+    ]
 
 
 def test_the_times_of_a_track_are_exact(tmp_path):
@@ -287,5 +358,9 @@ def test_frames_beyond_the_limit_are_named(tmp_path, monkeypatch):
 
 
 def test_all_frames_together_have_a_stated_limit(clip):
-    with pytest.raises(InfiniteVLError, match=r"20 frames of .* over the limit of 134,217,728 in all"):
-        load_video(clip, VideoOptions(min_pixels=1 << 23, max_pixels=1 << 23, fps=10, total_pixels=None))
+    with pytest.raises(
+        InfiniteVLError, match=r"20 frames of .* over the limit of 134,217,728 in all"
+    ):
+        load_video(
+            clip, VideoOptions(min_pixels=1 << 23, max_pixels=1 << 23, fps=10, total_pixels=None)
+        )

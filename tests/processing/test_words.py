@@ -1,4 +1,5 @@
-"""What a model said is data, and every part of a message stands in the text or is refused by its name."""
+"""What a model said is data, and every part of a message stands in the text or is refused by its
+name."""
 
 import random
 
@@ -97,7 +98,8 @@ KNOWS = """\
     <|im_start|>{{ m.role }}
 {{ m.content or "" }}
     {%- for call in m.tool_calls or [] -%}
-        <tool_call>{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}</tool_call>
+        <tool_call>{"name": "{{ call.function.name }}", "arguments": \
+{{ call.function.arguments | tojson }}}</tool_call>
     {%- endfor -%}
     {{ "<|im_end|>\\n" }}
 {%- endfor -%}
@@ -115,7 +117,10 @@ def test_a_tool_call_is_learnt_where_the_template_knows_it(content):
     turns = [TURNS[0], assistant(content, tool_calls=[CALL]), *TURNS[2:]]
     example = processor.encode_example(turns, tools=[TOOL])
     learnt = processor.decode(example["input_ids"][example["answer_mask"]], False)
-    call = '<tool_call>{"name": "get_weather", "arguments": {"city": "Oslo", "days": 3, "metric": true}}</tool_call><|im_end|>'
+    call = (
+        '<tool_call>{"name": "get_weather", "arguments": {"city": "Oslo", "days": 3, "metric":'
+        " true}}</tool_call><|im_end|>"
+    )
     assert learnt == call + "It is 12 C.<|im_end|>"
     prompt = processor.decode(processor(turns[:3], tools=[TOOL])["input_ids"][0], False)
     assert (
@@ -128,7 +133,10 @@ def test_a_tool_call_is_learnt_where_the_template_knows_it(content):
 
 ONLY_NAMES = KNOWS.replace("{{ call.function.arguments | tojson }}", "{}")
 ONLY_CITIES = KNOWS.replace("call.function.arguments | tojson", "call.function.arguments.city")
-NO_SYSTEM = "{% for m in messages if m.role != 'system' %}{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
+NO_SYSTEM = (
+    "{% for m in messages if m.role != 'system' %}{{ m.role }} {{ m.content }}<|im_end|>{%"
+    " endfor %}"
+)
 BARE = [TURNS[0], assistant(None, tool_calls=[{"function": {"name": "now", "arguments": {}}}])]
 LOST = {
     "a call by name": (None, TURNS, {}, "messages[1].tool_calls[0].function.name"),
@@ -299,11 +307,35 @@ def test_calls_that_are_too_deep_are_refused(builtin):
         )
 
 
-ODD = [None, True, 0, -1, 10**30, 1.5, float("nan"), "", "x", "\ud83d", "\0", [], [1], [None], {}, {"a": 1}, {"type": "text"}]
+ODD = [
+    None,
+    True,
+    0,
+    -1,
+    10**30,
+    1.5,
+    float("nan"),
+    "",
+    "x",
+    "\ud83d",
+    "\0",
+    [],
+    [1],
+    [None],
+    {},
+    {"a": 1},
+    {"type": "text"},
+]
 ODD += [b"bytes", np.ones(2), (1, 2), {1: 2}, object(), "<|image_pad|>", "data:image/png;base64,x"]
 WHOLE = [
     {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": [{"type": "image", "image": PICTURE, "max_pixels": 4000}, {"type": "text", "text": "What?"}]},
+    {
+        "role": "user",
+        "content": [
+            {"type": "image", "image": PICTURE, "max_pixels": 4000},
+            {"type": "text", "text": "What?"},
+        ],
+    },
     *TURNS[1:],
     user("Thanks"),
 ]
@@ -312,7 +344,13 @@ WHOLE = [
 def places(tree, path=()):
     """Every place of a nested value."""
     yield path
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    items = (
+        tree.items()
+        if isinstance(tree, dict)
+        else enumerate(tree)
+        if isinstance(tree, list)
+        else ()
+    )
     for key, value in items:
         yield from places(value, (*path, key))
 
@@ -349,7 +387,7 @@ def changed(tree, path, value):
 
 KNOWS_PICTURES = KNOWS.replace(
     '{{ m.content or "" }}',
-    """{%- if m.content is string or not m.content %}{{ m.content or "" }}{% else %}{% for part in m.content -%}
-    {{ part.text if part.type == "text" else "<|vision_start|><|image_pad|><|vision_end|>" }}
-    {%- endfor %}{% endif %}""",
+    """{%- if m.content is string or not m.content %}{{ m.content or "" }}{% else %}{% for part in
+    m.content -%} {{ part.text if part.type == "text" else
+    "<|vision_start|><|image_pad|><|vision_end|>" }} {%- endfor %}{% endif %}""",
 )

@@ -1,6 +1,8 @@
-"""The kernels for Hopper on meshes of 8 devices: lowered for CUDA, and dense products in their place on a CPU against one device.
+"""The kernels for Hopper on meshes of 8 devices: lowered for CUDA, and dense products in their
+place on a CPU against one device.
 
-The products themselves are interpreted on one device (tests/pallas_kernels/test_mosaic_gpu_interpreted.py).
+The products themselves are interpreted on one device
+(tests/pallas_kernels/test_mosaic_gpu_interpreted.py).
 """
 
 import re
@@ -128,7 +130,8 @@ def test_frame(case, meshes, monkeypatch):
                 1e-6 if a.dtype == np.float32 else 1e-4
             )  # in bfloat16 a few numbers are rounded the other way
             if a.ndim == 4 and a.shape[2] < run.tensor:
-                allowed = 4e-3  # gradients of keys that shards share: a sum of parts that are rounded to bfloat16
+                # gradients of keys that shards share: a sum of parts that are rounded to bfloat16
+                allowed = 4e-3
             assert rel_rms(a[finite], b[finite]) <= allowed
 
 

@@ -117,7 +117,8 @@ def test_gated_delta_rule():
 
 @pytest.mark.parametrize("heads", [(8, 2), (6, 3)], ids=str)
 def test_attention_step(heads):
-    """8 heads on 2: with 4 shards two use each key head. 6 on 3: 2 shards would have queries of two key heads each."""
+    """8 heads on 2: with 4 shards two use each key head. 6 on 3: 2 shards would have queries of two
+    key heads each."""
     case = attention_step_case("", [TOKEN], heads, 16, capacity=8, window=5)
     compare_step(attention_step.step, partition_attention_step, case)
 
@@ -143,7 +144,8 @@ def test_a_mesh_of_one_axis():
 
 
 def test_nothing_is_gathered():
-    """Heads and rows stay where they are: no collective but for the key heads that shards share in the gradient."""
+    """Heads and rows stay where they are: no collective but for the key heads that shards share in
+    the gradient."""
     mesh = make_mesh(RunConfig(data=2, fsdp=2, tensor=2))
     sharded = partition_attention(attention, operator_mesh(mesh))
     place = jax.sharding.NamedSharding(

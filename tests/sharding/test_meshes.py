@@ -1,4 +1,5 @@
-"""One step on meshes of 8 devices against one device: loss, gradients, and where everything lives."""
+"""One step on meshes of 8 devices against one device: loss, gradients, and where everything
+lives."""
 
 import dataclasses
 from functools import cache, partial
@@ -21,16 +22,27 @@ from infinitevl_jax.model.params import initialize
 from infinitevl_jax.sharding import kept_whole, make_mesh, parameter_shardings
 from infinitevl_jax.training.optimizer import make_optimizer
 from infinitevl_jax.training.setup import prepare_start
-from infinitevl_jax.training.step import init_state, model_of, put_batch, state_shardings, train_step
+from infinitevl_jax.training.step import (
+    init_state,
+    model_of,
+    put_batch,
+    state_shardings,
+    train_step,
+)
 from pallas_kernels.testing.parity import rel_rms
 
 # every matrix side a multiple of 8, so that 8 devices can share it
 SIZES = (
-    ("hidden_size = 32", "hidden_size = 64"), ("out_hidden_size = 32", "out_hidden_size = 64"), ("head_dim = 8", "head_dim = 16"),
-    ("[2, 1, 1]", "[4, 2, 2]"), ("num_linear_heads = 2", "num_linear_heads = 8"), ("num_key_value_heads = 2", "num_key_value_heads = 4"),
-    ("linear_head_dim = 16", "linear_head_dim = 8"), ("num_heads = 2", "num_heads = 8"),
+    ("hidden_size = 32", "hidden_size = 64"),
+    ("out_hidden_size = 32", "out_hidden_size = 64"),
+    ("head_dim = 8", "head_dim = 16"),
+    ("[2, 1, 1]", "[4, 2, 2]"),
+    ("num_linear_heads = 2", "num_linear_heads = 8"),
+    ("num_key_value_heads = 2", "num_key_value_heads = 4"),
+    ("linear_head_dim = 16", "linear_head_dim = 8"),
+    ("num_heads = 2", "num_heads = 8"),
     ("intermediate_size = 48", "intermediate_size = 64"),
-)  # fmt: skip
+)
 
 
 class Setting:
@@ -45,7 +57,9 @@ class Setting:
         source = Source("tiny_vqa", data, "train")
         start = prepare_start(preset.model, source, folder, 0)
         # a vocabulary that 8 devices can share
-        self.config = dataclasses.replace(start.config, text=dataclasses.replace(start.config.text, vocab_size=64))
+        self.config = dataclasses.replace(
+            start.config, text=dataclasses.replace(start.config.text, vocab_size=64)
+        )
         encoder = Encoder(source, start.processor, self.config)
         packed = dataclasses.replace(preset.train.data, questions=0, length=64, patches=64)
         self.batches = {
@@ -64,7 +78,10 @@ class Setting:
             state = jax.device_put(state, state_shardings(state, mesh))
             # code optimisation is most of the compile time, and changes nothing that is tested here
             options = {"xla_backend_optimization_level": 0}
-            step = jax.jit(partial(train_step, model_of(self.config, run, resolve_ops(mesh)), optimizer), compiler_options=options)
+            step = jax.jit(
+                partial(train_step, model_of(self.config, run, resolve_ops(mesh)), optimizer),
+                compiler_options=options,
+            )
             new, metrics = step(state, put_batch(self.batches[form], mesh))
         return new, metrics, {name: np.asarray(g) for name, g in new.optimizer.trace.items()}
 
@@ -74,7 +91,9 @@ def setting(tmp_path_factory, tiny_data):
     return Setting(tmp_path_factory.mktemp("mesh"), tiny_data)
 
 
-@pytest.mark.parametrize("fsdp,tensor,form,scan", [(4, 2, "branches", True), (2, 4, "rows", True), (8, 1, "rows", False)])
+@pytest.mark.parametrize(
+    "fsdp,tensor,form,scan", [(4, 2, "branches", True), (2, 4, "rows", True), (8, 1, "rows", False)]
+)
 def test_loss_and_gradients_agree(setting, fsdp, tensor, form, scan):
     new, metrics, gradient = setting.step(RunConfig(fsdp=fsdp, tensor=tensor, scan=scan), form)
     _, alone, expected = setting.alone(form)
@@ -101,14 +120,27 @@ def test_moments_live_with_their_parameters(setting):
 
 
 def test_open_axis_takes_the_devices_that_are_left():
-    assert dict(make_mesh(RunConfig(tensor=2)).shape) == {"data": 1, "fsdp": 4, "tensor": 2, "context": 1}
-    assert dict(make_mesh(RunConfig(fsdp=2, data=-1)).shape) == {"data": 4, "fsdp": 2, "tensor": 1, "context": 1}
+    assert dict(make_mesh(RunConfig(tensor=2)).shape) == {
+        "data": 1,
+        "fsdp": 4,
+        "tensor": 2,
+        "context": 1,
+    }
+    assert dict(make_mesh(RunConfig(fsdp=2, data=-1)).shape) == {
+        "data": 4,
+        "fsdp": 2,
+        "tensor": 1,
+        "context": 1,
+    }
     assert make_mesh(RunConfig(fsdp=1)).size == 1  # fewer than there are is fine
 
 
 def test_matrices_that_no_axis_divides_are_told():
     shape = jax.ShapeDtypeStruct
-    shapes = {"layers.rest.0.mlp.up_proj.kernel": shape((30, 66), jnp.float32), "norm.weight": shape((30,), jnp.float32)}
+    shapes = {
+        "layers.rest.0.mlp.up_proj.kernel": shape((30, 66), jnp.float32),
+        "norm.weight": shape((30,), jnp.float32),
+    }
     assert kept_whole(shapes, make_mesh(RunConfig(fsdp=2, tensor=4))) == []  # 30 divides by 2
     (line,) = kept_whole(shapes, make_mesh(RunConfig(fsdp=8)))
     assert line == "layers.rest.0.mlp.up_proj.kernel [30, 66]: no side divides by fsdp 8"

@@ -8,29 +8,44 @@ from pallas_kernels.testing.pods import HBM
 
 def test_collectives_are_counted_in_any_form():
     text = (
-        "%a = bf16[2048,11008]{1,0:T(8,128)} all-gather(%x)\n"
-        "%b = (f32[1,8192,16]{2,1,0}, bf16[8]{0}) all-reduce(%y, %z)\n"
-        '%c = (bf16[1,8192,2048]{2,1,0}, bf16[64,8192,2048]{2,1,0}) all-gather-start(%x), metadata={op_name="all-to-all("}\n'
-        "%d = bf16[2048,11008]{1,0} all-gather(%w)\n"
-        "%e = bf16[18192,5]{1,0} collective-permute(%w)\n"
+        "%a = bf16[2048,11008]{1,0:T(8,128)} all-gather(%x)\n%b = (f32[1,8192,16]{2,1,0},"
+        " bf16[8]{0}) all-reduce(%y, %z)\n%c = (bf16[1,8192,2048]{2,1,0},"
+        ' bf16[64,8192,2048]{2,1,0}) all-gather-start(%x), metadata={op_name="all-to-all("}\n%d ='
+        " bf16[2048,11008]{1,0} all-gather(%w)\n%e = bf16[18192,5]{1,0} collective-permute(%w)\n"
     )
     found = collectives(text)
-    gathered = {("all-gather", "bf16[2048,11008]"): 2, ("all-gather", "bf16[1,8192,2048]"): 1, ("all-gather", "bf16[64,8192,2048]"): 1}
-    others = {("all-reduce", "f32[1,8192,16]"): 1, ("all-reduce", "bf16[8]"): 1, ("collective-permute", "bf16[18192,5]"): 1}
+    gathered = {
+        ("all-gather", "bf16[2048,11008]"): 2,
+        ("all-gather", "bf16[1,8192,2048]"): 1,
+        ("all-gather", "bf16[64,8192,2048]"): 1,
+    }
+    others = {
+        ("all-reduce", "f32[1,8192,16]"): 1,
+        ("all-reduce", "bf16[8]"): 1,
+        ("collective-permute", "bf16[18192,5]"): 1,
+    }
     assert found == Counter(gathered | others)
-    assert of_rows(found, 8192) == ["all-gather bf16[1,8192,2048]", "all-gather bf16[64,8192,2048]", "all-reduce f32[1,8192,16]"]
+    assert of_rows(found, 8192) == [
+        "all-gather bf16[1,8192,2048]",
+        "all-gather bf16[64,8192,2048]",
+        "all-reduce f32[1,8192,16]",
+    ]
 
 
 def test_training_step_of_4b_fits_v6e_8x8():
-    """64 rows of 8K tokens, all but tower and embeddings training: 64 chips of 32 GB, a row each. (With images, a minute longer to
+    """64 rows of 8K tokens, all but tower and embeddings training: 64 chips of 32 GB, a row each.
+    (With images, a minute longer to
     compile: benchmarks/pods.py.)"""
     report, ran = compile_step("v6e:8x8", patches=0)
-    assert 0.5e9 < report.arguments < 1.5e9  # 3.4 B parameters in f32 with two moments and 1 B in bf16, over 64 chips
+    assert (
+        0.5e9 < report.arguments < 1.5e9
+    )  # 3.4 B parameters in f32 with two moments and 1 B in bf16, over 64 chips
     assert report.peak < 0.5 * HBM["v6e"]
     norms = [line for line in ran if line.startswith("l2norm ")]
     assert norms and all(": products" in line for line in norms), norms
     assert all(": mosaic_tpu" in line for line in ran if line not in norms), ran
     found = collectives(report.hlo)
     assert any(kind == "all-gather" for kind, _ in found)  # of parameters
-    # Of what is as long as a row, token ids and looked-up embeddings alone change chips: queries, keys and values stay where their row is.
+    # Of what is as long as a row, token ids and looked-up embeddings alone change chips: queries,
+    # keys and values stay where their row is.
     assert set(of_rows(found, 8192)) <= {"all-reduce s32[64,8192]", "all-to-all bf16[64,1,8192,32]"}

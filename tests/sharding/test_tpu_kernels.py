@@ -1,4 +1,5 @@
-"""The kernels for TPUs, interpreted on meshes of 8 devices, against the same kernels interpreted on one: values and gradients."""
+"""The kernels for TPUs, interpreted on meshes of 8 devices, against the same kernels interpreted on
+one: values and gradients."""
 
 from functools import partial
 

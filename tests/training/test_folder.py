@@ -73,7 +73,8 @@ def test_a_lost_run_s_log_is_kept(preset, tmp_path):
         (run / "log.jsonl").write_text(f'{{"step": {number}}}\n')
         claim(preset(run), said)
         assert said == [
-            f"a run that left no checkpoint was here: its log is kept as {run / f'log.{number}.jsonl'}"
+            "a run that left no checkpoint was here: its log is kept as"
+            f" {run / f'log.{number}.jsonl'}"
         ]
         assert (run / f"log.{number}.jsonl").read_text() == f'{{"step": {number}}}\n' and not (
             run / "log.jsonl"

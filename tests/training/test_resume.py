@@ -1,4 +1,5 @@
-"""A run killed at any step goes on to the same losses, bit for bit; Ctrl-C saves; a step's folder is one of ours."""
+"""A run killed at any step goes on to the same losses, bit for bit; Ctrl-C saves; a step's folder
+is one of ours."""
 
 import json
 import os
@@ -31,19 +32,34 @@ def losses(run):
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """Starts train.py in a process of its own, on one CPU device; what one process compiled, the next ones find."""
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    """Starts train.py in a process of its own, on one CPU device; what one process compiled, the
+    next ones find."""
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     return lambda preset: launch(preset, cache)
 
 
 def launch(preset, more):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK, "PYTHONUNBUFFERED": "1"} | more
+    environment = (
+        os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK, "PYTHONUNBUFFERED": "1"} | more
+    )
     command = [sys.executable, str(ROOT / "train.py"), str(preset)]
-    return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command,
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def wait_for_step(process, run, step):
-    while process.poll() is None and not any(line["step"] >= step for line in read_log(run / "log.jsonl")):
+    while process.poll() is None and not any(
+        line["step"] >= step for line in read_log(run / "log.jsonl")
+    ):
         time.sleep(0.01)
 
 
@@ -65,13 +81,17 @@ def test_killed_run_goes_on_to_the_same_losses(tmp_path, tiny_data, whole, start
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     assert len(losses(run)) < len(losses(whole)), f"finished before it was killed at step {step}"
-    saved = any(path.name.isdigit() for path in (run / "checkpoints").glob("*"))  # killed before its first checkpoint it begins anew
+    saved = any(
+        path.name.isdigit() for path in (run / "checkpoints").glob("*")
+    )  # killed before its first checkpoint it begins anew
     process = start(preset)
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and ("going on from step" in out) == saved, out
     assert losses(run) == losses(whole), f"killed at step {step}"
     params = [load_params(r / "checkpoints" / "6", scanned=True)[1] for r in (run, whole)]
-    assert all(np.asarray(params[0][k]).tobytes() == np.asarray(params[1][k]).tobytes() for k in params[1])
+    assert all(
+        np.asarray(params[0][k]).tobytes() == np.asarray(params[1][k]).tobytes() for k in params[1]
+    )
 
 
 def test_what_a_run_leaves(whole):
@@ -88,16 +108,34 @@ def test_a_step_can_be_opened_exported_and_imported(whole, tmp_path):
     export_folder(step, tmp_path / "hf")
     import_folder(tmp_path / "hf", tmp_path / "back")
     assert {p.name for p in (tmp_path / "hf").iterdir()} == {
-        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json",
-        "configuration_infinitevl.py", "modeling_infinitevl.py",
-    }  # fmt: skip
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "preprocessor_config.json",
+        "configuration_infinitevl.py",
+        "modeling_infinitevl.py",
+    }
     old, new = (load_params(folder, scanned=True)[1] for folder in (step, tmp_path / "back"))
     assert old.keys() == new.keys()
     assert all(np.asarray(old[k]).tobytes() == np.asarray(new[k]).tobytes() for k in old)
     processor = Processor.from_pretrained(tmp_path / "back")
     image = np.full((16, 16, 3), 90, np.uint8)
-    batch = processor([{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "what color is it?"}]}])
-    logits = [InfiniteVL.from_pretrained(folder)(**batch).logits for folder in (step, tmp_path / "back")]
+    batch = processor(
+        [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image", "image": image},
+                    {"type": "text", "text": "what color is it?"},
+                ],
+            }
+        ]
+    )
+    logits = [
+        InfiniteVL.from_pretrained(folder)(**batch).logits for folder in (step, tmp_path / "back")
+    ]
     assert jnp.array_equal(*logits)
 
 
@@ -127,12 +165,22 @@ def test_stopping_saves_and_going_on_changes_nothing(tmp_path, tiny_data, whole,
 
 
 def test_training_from_a_checkpoint_with_frozen_parts(tmp_path, tiny_data, whole):
-    """model.from takes a step's folder; what does not train keeps its bits and stays in the checkpoint."""
+    """model.from takes a step's folder; what does not train keeps its bits and stays in the
+    checkpoint."""
     path = tmp_path / "tune.toml"
     text = (tmp_path / write_preset(tmp_path, tiny_data).name).read_text()
     head, tail = text.split("[run]")
     path.write_text(f'[model]\nfrom = "{whole / "checkpoints" / "6"}"\n\n[run]{tail}')
-    outcome = train(load_preset(path, ["train.steps=1", "train.trainable=['layers\\..*self_attn.*']", "train.data.held_out=''"]))
+    outcome = train(
+        load_preset(
+            path,
+            [
+                "train.steps=1",
+                "train.trainable=['layers\\..*self_attn.*']",
+                "train.data.held_out=''",
+            ],
+        )
+    )
     old = load_params(whole / "checkpoints" / "6", scanned=True)[1]
     new = load_params(outcome.checkpoint, scanned=True)[1]
     assert old.keys() == new.keys()

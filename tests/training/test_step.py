@@ -1,4 +1,5 @@
-"""A question on a branch of its image's state against the same conversation from its start: loss and gradients."""
+"""A question on a branch of its image's state against the same conversation from its start: loss
+and gradients."""
 
 import dataclasses
 
@@ -20,7 +21,8 @@ from pallas_kernels.testing.parity import rel_rms
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, tiny_data):
-    """Parameters, and the same questions as branches, as rows of one conversation each, and as packed rows."""
+    """Parameters, and the same questions as branches, as rows of one conversation each, and as
+    packed rows."""
     folder = tmp_path_factory.mktemp("run")
     preset = load_preset(write_preset(folder, tiny_data))
     source = Source("tiny_vqa", tiny_data, "train")
@@ -32,13 +34,17 @@ def made(tmp_path_factory, tiny_data):
     count = sum(map(len, questions))
     batches = {"branches": branch_batch(rows, questions, start.config, data, 3, count)}
     for name, size, length in (("rows", count, 24), ("packed", 2, 96)):
-        packed = PackedRows(start.config, dataclasses.replace(data, length=length, patches=256), size)
+        packed = PackedRows(
+            start.config, dataclasses.replace(data, length=length, patches=256), size
+        )
         for row in rows:
             for branch in row.branches:
                 whole = np.concatenate([row.prefix, branch.tokens])
                 answer = np.concatenate([np.zeros(len(row.prefix), bool), branch.answer])
                 if name == "rows":
-                    packed.used = [length if row and used else used for row, used in enumerate(packed.used, 1)]
+                    packed.used = [
+                        length if row and used else used for row, used in enumerate(packed.used, 1)
+                    ]
                 assert packed.add(Branch(whole, answer, branch.turn), row.pixels, row.grid)
         batches[name] = packed.batch()
     return start.config, initialize(start.config, jax.random.key(1), scanned=True), batches
@@ -53,7 +59,9 @@ def gradient(made, form, run=RunConfig(fsdp=1)):  # noqa: B008  frozen
         return tally.loss / tally.tokens, tally
 
     options = {"xla_backend_optimization_level": 0}
-    (value, tally), found = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=options)(params)
+    (value, tally), found = jax.jit(
+        jax.value_and_grad(loss, has_aux=True), compiler_options=options
+    )(params)
     return float(value), tally, found
 
 
@@ -65,13 +73,20 @@ def expected(made):
 @pytest.mark.parametrize("form", ["branches", "packed"])
 def test_forms_of_the_same_questions_agree(made, expected, form):
     value, tally, found = gradient(made, form)
-    assert int(tally.tokens) == int(expected[1].tokens) == 2 * sum(int(w.sum() > 0) for w in made[2]["branches"].weights)
+    assert (
+        int(tally.tokens)
+        == int(expected[1].tokens)
+        == 2 * sum(int(w.sum() > 0) for w in made[2]["branches"].weights)
+    )
     assert abs(value - expected[0]) <= 1e-5 * expected[0]
     for name, wanted in expected[2].items():
         assert rel_rms(found[name], wanted) <= 2e-5, name
 
 
-@pytest.mark.parametrize("form, remat, scan", [("rows", "dots", False), ("rows", "full", True), ("branches", "full", True)])
+@pytest.mark.parametrize(
+    "form, remat, scan",
+    [("rows", "dots", False), ("rows", "full", True), ("branches", "full", True)],
+)
 def test_neither_rematerialisation_nor_scanning_changes_anything(made, expected, form, remat, scan):
     value, _, found = gradient(made, form, RunConfig(fsdp=1, remat=remat, scan=scan))
     assert abs(value - expected[0]) <= 1e-5 * expected[0]

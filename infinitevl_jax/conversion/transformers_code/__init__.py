@@ -1,4 +1,5 @@
-"""Code of ours that goes along with an exported hybrid, so that transformers opens it (trust_remote_code=True).
+"""Code of ours that goes along with an exported hybrid, so that transformers opens it
+(trust_remote_code=True).
 
 The modules beside this one are copied, not imported: they need torch and transformers.
 """
@@ -23,13 +24,15 @@ AUTO_MAP = {
 def add_transformers_code(folder: Path, config: ModelConfig) -> None:
     """Add our code to a Hugging Face folder under construction, and name it in config.json.
 
-    Nothing is done where transformers knows the model itself, or where the source brought code of its own or names
-    code elsewhere.
+    Nothing is done where transformers knows the model itself, or where the source brought code of
+    its own or names code elsewhere.
     """
     path = folder / "config.json"
     content = read_json(path)
     named = content.get("auto_map") or {}
-    foreign = not isinstance(named, dict) or any(AUTO_MAP.get(key) != value for key, value in named.items())
+    foreign = not isinstance(named, dict) or any(
+        AUTO_MAP.get(key) != value for key, value in named.items()
+    )
     if config.family != "infinite_vl" or foreign or any(folder.glob("*.py")):
         return
     here = importlib.resources.files(__name__)

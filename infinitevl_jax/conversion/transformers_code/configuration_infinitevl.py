@@ -25,8 +25,13 @@ class InfiniteVLConfig(PretrainedConfig):
 
     def __init__(self, vision_config=None, text_config=None, **keys):
         keys = {**(text_config or {}), **keys}
-        keys.pop("attn_implementation", None)  # of the machine that trained it: flash-attn need not be here
-        rope = {**(keys.pop("rope_scaling", None) or {}), **(keys.pop("rope_parameters", None) or {})}
+        keys.pop(
+            "attn_implementation", None
+        )  # of the machine that trained it: flash-attn need not be here
+        rope = {
+            **(keys.pop("rope_scaling", None) or {}),
+            **(keys.pop("rope_parameters", None) or {}),
+        }
         theta = keys.pop("rope_theta", None)
         depth = keys.get("num_hidden_layers", 36)
         types = keys.pop("layer_types", None)
@@ -42,4 +47,6 @@ class InfiniteVLConfig(PretrainedConfig):
             "rope_theta": rope.get("rope_theta") or theta or 1e6,
             "mrope_section": rope.get("mrope_section"),
         }
-        self.layer_types = types or ["linear_attention" if i % 4 else "sliding_attention" for i in range(depth)]
+        self.layer_types = types or [
+            "linear_attention" if i % 4 else "sliding_attention" for i in range(depth)
+        ]

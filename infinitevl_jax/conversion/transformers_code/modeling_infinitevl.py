@@ -1,7 +1,10 @@
-"""InfiniteVL in plain torch for transformers, loaded with trust_remote_code=True: no fla, no flash-attn.
+"""InfiniteVL in plain torch for transformers, loaded with trust_remote_code=True: no fla, no
+flash-attn.
 
-Written to be read and to be right: every sequence of a batch is computed by itself, without its padding, token by
-token in the linear layers and without a cache. For speed and constant memory use the JAX package that wrote this file.
+Written to be read and to be right: every sequence of a batch is computed by itself, without its
+  padding, token by
+token in the linear layers and without a cache. For speed and constant memory use the JAX package
+that wrote this file.
 """
 
 import torch
@@ -9,7 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VisionTransformerPretrainedModel,
+)
 
 from .configuration_infinitevl import InfiniteVLConfig
 
@@ -30,7 +35,8 @@ class InfiniteVLRMSNorm(nn.Module):
 
 
 class InfiniteVLAttention(nn.Module):
-    """Softmax attention over a causal window: a token sees itself and the sliding_window - 1 tokens before it."""
+    """Softmax attention over a causal window: a token sees itself and the sliding_window - 1 tokens
+    before it."""
 
     def __init__(self, config):
         super().__init__()
@@ -68,12 +74,20 @@ class InfiniteVLGatedDeltaNet(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        hidden, self.heads, self.key = config.hidden_size, config.num_linear_heads, config.linear_head_dim
+        hidden, self.heads, self.key = (
+            config.hidden_size,
+            config.num_linear_heads,
+            config.linear_head_dim,
+        )
         self.value = int(self.key * config.expand_v)
         keys, values = self.heads * self.key, self.heads * self.value
         for name, width in (("q", keys), ("k", keys), ("v", values)):
             setattr(self, f"{name}_proj", nn.Linear(hidden, width, bias=False))
-            setattr(self, f"{name}_conv1d", nn.Conv1d(width, width, config.conv_size, groups=width, bias=False))
+            setattr(
+                self,
+                f"{name}_conv1d",
+                nn.Conv1d(width, width, config.conv_size, groups=width, bias=False),
+            )
         self.a_proj = nn.Linear(hidden, self.heads, bias=False)
         self.b_proj = nn.Linear(hidden, self.heads, bias=False)
         self.g_proj = nn.Linear(hidden, values, bias=False)
@@ -105,7 +119,8 @@ class InfiniteVLGatedDeltaNet(nn.Module):
         return self.o_proj(out.flatten(1).to(x.dtype))
 
     def _mixed(self, name, x):
-        """Projection, causal depthwise convolution (the last tap is the current token), SiLU; f32."""
+        """Projection, causal depthwise convolution (the last tap is the current token), SiLU;
+        f32."""
         y = getattr(self, f"{name}_proj")(x).float().T
         taps = getattr(self, f"{name}_conv1d").weight.float()
         return F.silu(F.conv1d(F.pad(y, (taps.shape[-1] - 1, 0)), taps, groups=len(taps))).T
@@ -143,7 +158,9 @@ class InfiniteVLDecoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([InfiniteVLDecoderLayer(config, kind) for kind in config.layer_types])
+        self.layers = nn.ModuleList(
+            [InfiniteVLDecoderLayer(config, kind) for kind in config.layer_types]
+        )
         self.norm = InfiniteVLRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, positions):
@@ -156,7 +173,9 @@ class InfiniteVLDecoder(nn.Module):
     def _rotary(self, positions):
         """cos and sin [length, head_dim]; each frequency follows time, height or width."""
         rope, config = self.config.rope_parameters, self.config
-        half = (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) // 2
+        half = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        ) // 2
         sections = rope["mrope_section"] or [half, 0, 0]
         axis = torch.arange(3).repeat_interleave(torch.tensor(sections))
         # f64: angles at position 10^6 would be off by 0.03 in f32
@@ -176,7 +195,11 @@ class InfiniteVLQwen2_5_VLForConditionalGeneration(PreTrainedModel, GenerationMi
     def __init__(self, config):
         super().__init__(config)
         vision = config.vision_config
-        self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(vision) if vision is not None else None
+        self.visual = (
+            Qwen2_5_VisionTransformerPretrainedModel._from_config(vision)
+            if vision is not None
+            else None
+        )
         self.model = InfiniteVLDecoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -201,7 +224,13 @@ class InfiniteVLQwen2_5_VLForConditionalGeneration(PreTrainedModel, GenerationMi
         return super().generate(*args, **{**kwargs, "use_cache": False})
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
-        names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+        names = (
+            "pixel_values",
+            "image_grid_thw",
+            "pixel_values_videos",
+            "video_grid_thw",
+            "second_per_grid_ts",
+        )
         media = {name: kwargs.get(name) for name in names}
         return {"input_ids": input_ids, "attention_mask": attention_mask, **media}
 
@@ -219,7 +248,8 @@ class InfiniteVLQwen2_5_VLForConditionalGeneration(PreTrainedModel, GenerationMi
         logits_to_keep=0,
         **kwargs,
     ):
-        """input_ids [batch, length], position_ids [3, batch, length] or None -> CausalLMOutput; logits of pads are 0."""
+        """input_ids [batch, length], position_ids [3, batch, length] or None -> CausalLMOutput;
+        logits of pads are 0."""
         x = self.model.embed_tokens(input_ids)
         media = (
             (self.config.image_token_id, pixel_values, image_grid_thw),
@@ -250,12 +280,19 @@ class InfiniteVLQwen2_5_VLForConditionalGeneration(PreTrainedModel, GenerationMi
         """An iterator over (frames, rows, columns, seconds between frames) in merged tokens."""
         grid = [] if grid is None else torch.as_tensor(grid).tolist()
         seconds = 1.0 if seconds is None else seconds
-        seconds = [seconds] * len(grid) if isinstance(seconds, float) else torch.as_tensor(seconds).tolist()
+        seconds = (
+            [seconds] * len(grid)
+            if isinstance(seconds, float)
+            else torch.as_tensor(seconds).tolist()
+        )
         size = self.config.vision_config.spatial_merge_size if grid else 1
-        return iter([(t, h // size, w // size, s) for (t, h, w), s in zip(grid, seconds, strict=True)])
+        return iter(
+            [(t, h // size, w // size, s) for (t, h, w), s in zip(grid, seconds, strict=True)]
+        )
 
     def _positions(self, tokens, images, videos):
-        """[3, length]: text counts up on all axes; what follows an image or a video starts after its largest position."""
+        """[3, length]: text counts up on all axes; what follows an image or a video starts after
+        its largest position."""
         media = {self.config.image_token_id: images, self.config.video_token_id: videos}
         media = media if self.config.vision_config is not None else {}
         parts, at, start = [], 0, 0
@@ -265,7 +302,11 @@ class InfiniteVLQwen2_5_VLForConditionalGeneration(PreTrainedModel, GenerationMi
             else:
                 t, h, w, seconds = next(media[tokens[at]])
                 rate = seconds * self.config.vision_config.tokens_per_second
-                axes = (torch.arange(t).double() * rate).floor().long(), torch.arange(h), torch.arange(w)
+                axes = (
+                    (torch.arange(t).double() * rate).floor().long(),
+                    torch.arange(h),
+                    torch.arange(w),
+                )
                 parts.append(start + torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1))
             at += parts[-1].shape[1]
             start = int(parts[-1].max()) + 1

@@ -27,7 +27,10 @@ def supports(
 ) -> str | None:
     """Returns the reason it does not take these arrays (or shapes with dtypes), else None."""
     if not mask.aligned and (q_segment_ids is not None or not mask.causal):
-        return "keys other than the queries' own, and these with packed segments or a mask that is not causal"
+        return (
+            "keys other than the queries' own, and these with packed segments or a mask that is not"
+            " causal"
+        )
     if q.shape[1] == 1:
         return "a single query, which fills no block"
     if mask.sinks and mask.window is not None:

@@ -67,7 +67,8 @@ def gated_delta_rule(
     check(q, k, v, g, beta, initial_state)
     if reason := supports(q, k, v, g, beta, initial_state, token_index, segment_ids):
         raise ValueError(
-            f"the gated delta rule on Hopper does not take {reason}\n  -> use the implementation xla"
+            f"the gated delta rule on Hopper does not take {reason}\n  -> use the"
+            " implementation xla"
         )
     if initial_state is not None:
         initial_state = initial_state.astype(f32)

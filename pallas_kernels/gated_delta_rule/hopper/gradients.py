@@ -39,11 +39,27 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.gated_delta_rule.hopper.chunk_scan_backward import BETA, CHUNK, ROWS, SINCE, UNTIL, decays
+from pallas_kernels.gated_delta_rule.hopper.chunk_scan_backward import (
+    BETA,
+    CHUNK,
+    ROWS,
+    SINCE,
+    UNTIL,
+    decays,
+)
 from pallas_kernels.gated_delta_rule.hopper.spans import KEY, WIDTH
 from pallas_kernels.gated_delta_rule.tuning import HopperGradients as Tuning
 from pallas_kernels.hardware import HOPPER_MULTIPROCESSORS
-from pallas_kernels.mosaic_gpu import Products, across, full, load, multiply, rounded_halves, spread, transposed
+from pallas_kernels.mosaic_gpu import (
+    Products,
+    across,
+    full,
+    load,
+    multiply,
+    rounded_halves,
+    spread,
+    transposed,
+)
 
 D_BETA, PRODUCT, D_GATE, D_BETA_TOO, SUMS = range(5)  # rows of what is summed for each token
 STAGES = Tuning.stages
@@ -80,7 +96,22 @@ def gradients(
     last = CHUNK - 1
 
     def kernel(refs, smem, barriers):
-        q_ref, k_ref, v_ref, do_ref, t_ref, s_ref, x_ref, ds_ref, vectors_ref, zero_ref, dq_ref, dk_ref, dv_ref, sums_ref = refs
+        (
+            q_ref,
+            k_ref,
+            v_ref,
+            do_ref,
+            t_ref,
+            s_ref,
+            x_ref,
+            ds_ref,
+            vectors_ref,
+            zero_ref,
+            dq_ref,
+            dk_ref,
+            dv_ref,
+            sums_ref,
+        ) = refs
         q_smem, k_smem, t_smem, vectors_smem, v_smem, do_smem, x_smem, s_smem, ds_smem = smem[:9]
         work_smem, new_smem, sums_smem, row_smem = smem[9:]
         chunk_ready, chunk_free, q_ready, q_free, slice_ready, slice_free, *barriers = barriers
@@ -91,7 +122,11 @@ def gradients(
 
         def place(j):
             item = first + j * blocks
-            return lax.div(item, count * heads), lax.rem(item, heads), lax.rem(lax.div(item, heads), count)  # rows of all heads together
+            return (
+                lax.div(item, count * heads),
+                lax.rem(item, heads),
+                lax.rem(lax.div(item, heads), count),
+            )  # rows of all heads together
 
         def columns(s):
             return pl.ds(s * WIDTH, WIDTH)
@@ -99,7 +134,9 @@ def gradients(
         @pl.when(me == 0)
         def _queries():
             plgpu.set_max_registers(Tuning.registers[0], action="increase")
-            row, column = (plgpu.broadcasted_iota(jnp.int32, square, i, layout=wgmma) for i in (0, 1))
+            row, column = (
+                plgpu.broadcasted_iota(jnp.int32, square, i, layout=wgmma) for i in (0, 1)
+            )
 
             @pl.loop(0, mine)
             def _(j):
@@ -133,7 +170,9 @@ def gradients(
                         products.add(reads_acc, do_smem.at[here], transposed(s_smem.at[here]))
                         products.add(product_acc, ds_smem.at[here], s_smem.at[here])
                         known = products.wait(known_acc, running=2)
-                        rest = v_smem.at[here][...].astype(f32) - spread(of_row(SINCE), WIDTH) * known
+                        rest = (
+                            v_smem.at[here][...].astype(f32) - spread(of_row(SINCE), WIDTH) * known
+                        )
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
                         @pl.when((s == 0) & (j > 0))
@@ -144,19 +183,29 @@ def gradients(
                         work_smem[...] = (spread(of_row(BETA), WIDTH) * rest).astype(bf16)
                         plgpu.commit_smem()
                         more = jnp.sum(x_smem.at[here][...].astype(f32) * rest, axis=1)
-                        return lax.optimization_barrier((products.wait(reads_acc), products.take(product_acc), more))
+                        return lax.optimization_barrier(
+                            (products.wait(reads_acc), products.take(product_acc), more)
+                        )
 
                     refs = (plgpu.ACC(shape, f32) for shape in (square, wide, square))
                     reads, product, more = pl.run_scoped(read, *refs)
                     share(p, multiply(square, (t_, work_smem)))
-                    work_smem[...] = (spread(of_row(BETA), WIDTH) * x_smem.at[here][...].astype(f32)).astype(bf16)
+                    work_smem[...] = (
+                        spread(of_row(BETA), WIDTH) * x_smem.at[here][...].astype(f32)
+                    ).astype(bf16)
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(work_smem, dv_ref.at[b, tokens, head, columns(s)])
-                    d_scores = multiply(d_scores, *((do_smem.at[here], transposed(new_smem.at[there, i])) for i in range(2)))
+                    d_scores = multiply(
+                        d_scores,
+                        *((do_smem.at[here], transposed(new_smem.at[there, i])) for i in range(2)),
+                    )
                     plgpu.barrier_arrive(slice_free.at[here])
                     return reads, d_scores, product, d_beta + more
 
-                start = *(full(shape, 0, wgmma) for shape in (wide, square, square)), full((CHUNK,), 0, by_row)
+                start = (
+                    *(full(shape, 0, wgmma) for shape in (wide, square, square)),
+                    full((CHUNK,), 0, by_row),
+                )
                 reads, d_scores, product, d_beta = lax.fori_loop(0, slices, step, start)
 
                 d_gram = d_scores * decays(vector, row, column)
@@ -168,10 +217,15 @@ def gradients(
                 sums_smem[D_BETA] = d_beta
                 sums_smem[PRODUCT] = jnp.sum(jnp.where(column == row, product, 0.0), axis=1)
                 plgpu.barrier_wait(q_ready)
-                gates = jnp.where(column < row, d_gram * multiply(square, (q_smem, transposed(k_))), 0.0)
+                gates = jnp.where(
+                    column < row, d_gram * multiply(square, (q_smem, transposed(k_))), 0.0
+                )
                 since = of_row(SINCE)
                 from_state = since * jnp.sum(q_smem[...].astype(f32) * reads, axis=1)
-                share(j * (slices + 1) + slices, jnp.where(column == last, spread(from_state, CHUNK), gates))
+                share(
+                    j * (slices + 1) + slices,
+                    jnp.where(column == last, spread(from_state, CHUNK), gates),
+                )
                 dq = multiply(spread(since, KEY) * reads, (t_, k_), (work_smem, k_))
                 plgpu.barrier_arrive(k_read)
                 plgpu.barrier_wait(scores_read)
@@ -180,14 +234,18 @@ def gradients(
                 q_smem[...] = dq.astype(bf16)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(q_smem, dq_ref.at[b, tokens, head])
-                plgpu.copy_smem_to_gmem(sums_smem.at[pl.ds(D_BETA, 2)], sums_ref.at[b, head, n, pl.ds(D_BETA, 2)])
+                plgpu.copy_smem_to_gmem(
+                    sums_smem.at[pl.ds(D_BETA, 2)], sums_ref.at[b, head, n, pl.ds(D_BETA, 2)]
+                )
 
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(me == 1)
         def _keys():
             plgpu.set_max_registers(Tuning.registers[0], action="increase")
-            row, column = (plgpu.broadcasted_iota(jnp.int32, square, i, layout=wgmma) for i in (0, 1))
+            row, column = (
+                plgpu.broadcasted_iota(jnp.int32, square, i, layout=wgmma) for i in (0, 1)
+            )
             # Not a constant: some elements of `later`, the register factor below, would be known to
             # the compiler (`Products`).
             later = jnp.where(column >= row + zero_ref[0], 1.0, 0.0).astype(bf16)
@@ -205,7 +263,12 @@ def gradients(
                 def step(s, carry):
                     c, p = j * slices + s, j * (slices + 1) + s
                     here, there = lax.rem(c, STAGES), lax.rem(p, STAGES)
-                    x_, s_, ds_, new_ = x_smem.at[here], s_smem.at[here], ds_smem.at[here], new_smem.at[there]
+                    x_, s_, ds_, new_ = (
+                        x_smem.at[here],
+                        s_smem.at[here],
+                        ds_smem.at[here],
+                        new_smem.at[there],
+                    )
 
                     def run(*sums):
                         for acc, start in zip(sums, carry, strict=True):
@@ -218,9 +281,13 @@ def gradients(
                         products.add(keeps, new_.at[0], ds_)
                         for i in range(2):
                             products.add(d_a, x_, transposed(new_.at[i]))
-                        return lax.optimization_barrier((products.wait(writes), products.take(keeps), products.take(d_a)))
+                        return lax.optimization_barrier(
+                            (products.wait(writes), products.take(keeps), products.take(d_a))
+                        )
 
-                    carry = pl.run_scoped(run, *(plgpu.ACC(shape, f32) for shape in (wide, wide, square)))
+                    carry = pl.run_scoped(
+                        run, *(plgpu.ACC(shape, f32) for shape in (wide, wide, square))
+                    )
                     plgpu.barrier_arrive(slice_free.at[here])
                     plgpu.barrier_arrive(new_free.at[there])
 
@@ -248,7 +315,9 @@ def gradients(
                     plgpu.barrier_wait(q_ready)
                     plgpu.barrier_wait(scores_ready)
                     products.add(dk_acc, transposed(t_smem.at[at]), q_smem)
-                    return lax.optimization_barrier((products.wait(dk_acc), products.take(gram_acc)))
+                    return lax.optimization_barrier(
+                        (products.wait(dk_acc), products.take(gram_acc))
+                    )
 
                 dk, gram = pl.run_scoped(early, plgpu.ACC(wide, f32), plgpu.ACC(square, f32))
                 plgpu.barrier_arrive(scores_read)
@@ -256,7 +325,9 @@ def gradients(
                 sums_smem[D_BETA_TOO] = jnp.sum(d_a * gram, axis=1)
                 d_gram = spread(beta, CHUNK) * d_a
                 gates = d_gram * gram
-                gates += jnp.where((row == last) & (column < last), across(load(row_smem, by_column), CHUNK), 0.0)
+                gates += jnp.where(
+                    (row == last) & (column < last), across(load(row_smem, by_column), CHUNK), 0.0
+                )
                 gates = jnp.where(column == last, spread(from_state, CHUNK), gates)
                 there = lax.rem(j * (slices + 1) + slices, STAGES)
                 tiles = [new_smem.at[there, i] for i in range(2)]
@@ -278,7 +349,9 @@ def gradients(
                 k_[...] = dk.astype(bf16)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(k_, dk_ref.at[b, pl.ds(n * CHUNK, CHUNK), head])
-                plgpu.copy_smem_to_gmem(sums_smem.at[pl.ds(D_GATE, 2)], sums_ref.at[b, head, n, pl.ds(D_GATE, 2)])
+                plgpu.copy_smem_to_gmem(
+                    sums_smem.at[pl.ds(D_GATE, 2)], sums_ref.at[b, head, n, pl.ds(D_GATE, 2)]
+                )
 
             plgpu.wait_smem_to_gmem(0)
 
@@ -292,7 +365,11 @@ def gradients(
                 tokens = pl.ds(n * CHUNK, CHUNK)
                 at = lax.rem(j, STAGES)
                 pl.when(j >= STAGES)(lambda: plgpu.barrier_wait(chunk_free.at[at]))
-                whole = (k_ref.at[b, tokens, head], k_smem), (t_ref.at[b, head, n, 0], t_smem), (vectors_ref.at[b, head, n], vectors_smem)
+                whole = (
+                    (k_ref.at[b, tokens, head], k_smem),
+                    (t_ref.at[b, head, n, 0], t_smem),
+                    (vectors_ref.at[b, head, n], vectors_smem),
+                )
                 for source, target in whole:
                     plgpu.copy_gmem_to_smem(source, target.at[at], chunk_ready.at[at])
 
@@ -301,8 +378,14 @@ def gradients(
                     c = j * slices + s
                     here = lax.rem(c, STAGES)
                     pl.when(c >= STAGES)(lambda: plgpu.barrier_wait(slice_free.at[here]))
-                    parts = [(ref.at[b, tokens, head, columns(s)], x) for ref, x in ((v_ref, v_smem), (do_ref, do_smem))]
-                    parts += [(ref.at[b, head, n, :, columns(s)], x) for ref, x in ((x_ref, x_smem), (s_ref, s_smem))]
+                    parts = [
+                        (ref.at[b, tokens, head, columns(s)], x)
+                        for ref, x in ((v_ref, v_smem), (do_ref, do_smem))
+                    ]
+                    parts += [
+                        (ref.at[b, head, n, :, columns(s)], x)
+                        for ref, x in ((x_ref, x_smem), (s_ref, s_smem))
+                    ]
                     parts += [(ds_ref.at[b, head, n, columns(s)], ds_smem)]
                     for source, target in parts:
                         plgpu.copy_gmem_to_smem(source, target.at[here], slice_ready.at[here])
@@ -314,7 +397,11 @@ def gradients(
 
     def entry(*refs):
         def shared(*shape):
-            return plgpu.SMEM(shape, bf16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+            return plgpu.SMEM(
+                shape,
+                bf16,
+                transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)),
+            )
 
         smem = (
             shared(*wide),
@@ -344,7 +431,12 @@ def gradients(
             plgpu.Barrier(),
             plgpu.Barrier(),
         )
-        pl.run_scoped(lambda *scratch: kernel(refs, scratch[:-1], scratch[-1]), *smem, barriers, collective_axes="group")
+        pl.run_scoped(
+            lambda *scratch: kernel(refs, scratch[:-1], scratch[-1]),
+            *smem,
+            barriers,
+            collective_axes="group",
+        )
 
     return plgpu.kernel(
         entry,
@@ -358,6 +450,8 @@ def gradients(
         grid_names=("work",),
         num_threads=3,
         thread_name="group",
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
         kernel_name="gdn_gradients",
     )(q, k, v, d_out, inverse, states, x, d_states, vectors, jnp.zeros(1, jnp.int32))

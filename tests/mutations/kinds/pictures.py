@@ -183,10 +183,23 @@ def _path(rng: Random, place: Place, data: bytes, label: str) -> Case:
         path.touch()
     elif kind != "absent":
         made = {
-            "device": "/dev/zero", "socket": "/dev/log", "null": f"{path}\0", "long": "x" * 5000,
+            "device": "/dev/zero",
+            "socket": "/dev/log",
+            "null": f"{path}\0",
+            "long": "x" * 5000,
             "proc": "/proc/self/mem",
-            "address": rng.choice(["http:/127.0.0.1:9/x.png", "HTTP://127.0.0.1:9/x", "ftp://x/y", "file://host/x", "s3://x", "data:", "file://"]),
-        }[kind]  # fmt: skip
+            "address": rng.choice(
+                [
+                    "http:/127.0.0.1:9/x.png",
+                    "HTTP://127.0.0.1:9/x",
+                    "ftp://x/y",
+                    "file://host/x",
+                    "s3://x",
+                    "data:",
+                    "file://",
+                ]
+            ),
+        }[kind]
     source = str(made) if rng.random() < 0.5 or isinstance(made, str) else made
     checked = (lambda found: check(found, data)) if kind == "link" else refused_only(kind)
     return Case(
@@ -226,11 +239,13 @@ def _object(rng: Random, way: str) -> Case:
         image = Image.new(
             mode,
             size,
-            rng.choice(
-                [0, 1, 7] if len(mode) < 3 and mode[0] in "1LPIF" and mode[1:2] != "a" else [0]
-            )
-            if "A" not in mode
-            else 0,
+            (
+                rng.choice(
+                    [0, 1, 7] if len(mode) < 3 and mode[0] in "1LPIF" and mode[1:2] != "a" else [0]
+                )
+                if "A" not in mode
+                else 0
+            ),
         )
         return Case(
             f"PIL {mode} {size}", lambda: use(image), lambda found: check_object(found, image)

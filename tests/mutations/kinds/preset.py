@@ -281,7 +281,12 @@ def _check(found: Preset, path: Path, changes: list[str]) -> str:
         if (
             key[0] == "model"
             and isinstance(said, int | float)
-            and said < (0 if key[-2] == "mrope_section" or isinstance(key[-1], int) or key[-1].endswith("eps") else 1e-12)
+            and said
+            < (
+                0
+                if key[-2] == "mrope_section" or isinstance(key[-1], int) or key[-1].endswith("eps")
+                else 1e-12
+            )
         ):
             return f"a size out of range: {'.'.join(map(str, key))} = {said}"
     if bad := [p for p in found.train.trainable if not _compiles(p)]:

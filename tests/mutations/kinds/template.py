@@ -36,8 +36,14 @@ BOMBS = [
     "{{ '{:>N}'.format(1) }}",
     "{{ 'a'.ljust(N) }}",
     "{{ 'a'.center(N) }}",
-    "{% set x = namespace(v='a') %}{% for i in range(99) %}{% set x.v = x.v + x.v %}{% endfor %}{{ x.v }}",
-    "{% set x = namespace(v=[1]) %}{% for i in range(99) %}{% set x.v = x.v + x.v %}{% endfor %}{{ x.v|length }}",
+    (
+        "{% set x = namespace(v='a') %}{% for i in range(99) %}{% set x.v = x.v + x.v %}{% endfor"
+        " %}{{ x.v }}"
+    ),
+    (
+        "{% set x = namespace(v=[1]) %}{% for i in range(99) %}{% set x.v = x.v + x.v %}{% endfor"
+        " %}{{ x.v|length }}"
+    ),
     "{{ [0] * N }}",
     "{{ range(99999)|list * 9999 }}",
     "{{ 9 ** 9 ** 9 }}",
