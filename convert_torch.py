@@ -75,8 +75,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     args = parser().parse_args(arguments)
-    from infinitevl_jax.conversion import export_folder, import_folder, inspect_folder
-    from infinitevl_jax.conversion.newest import checkpoint_folder
+    from infinitevl_jax.checkpoints import export_folder, import_folder, inspect_folder
+    from infinitevl_jax.checkpoints.newest import checkpoint_folder
 
     try:
         args.src = checkpoint_folder(Path(args.src))

@@ -50,7 +50,7 @@ def main() -> int:
 
     from infinitevl_jax import compilation
     from infinitevl_jax.config.presets import load_preset
-    from infinitevl_jax.training.loop import train
+    from infinitevl_jax.train.loop import train
 
     preset = load_preset(arguments.config, arguments.changes)
     with compilation.kept(

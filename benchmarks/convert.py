@@ -23,10 +23,10 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.record import add_commit, record
-from infinitevl_jax.config.huggingface import to_huggingface
+from infinitevl_jax.checkpoints.safetensors_file import SafetensorsFile, SafetensorsWriter
+from infinitevl_jax.checkpoints.weights import count, leaves
 from infinitevl_jax.config.model import hybrid_pattern, infinitevl_4b
-from infinitevl_jax.conversion.safetensors_file import SafetensorsFile, SafetensorsWriter
-from infinitevl_jax.conversion.weights import count, leaves
+from infinitevl_jax.families.huggingface import to_huggingface
 
 ROOT = Path(__file__).resolve().parents[1]
 BF16 = np.dtype(ml_dtypes.bfloat16)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from benchmarks.record import add_commit, record
 from benchmarks.timing import compiled, summary
 from benchmarks.trace import kernels
-from infinitevl_jax.model.attention import slot_index, write
+from infinitevl_jax.nn.mixers.softmax_attention import slot_index, write
 from pallas_kernels.attention import KVCache, Mask, merge
 from pallas_kernels.attention.implementations import ATTENTION_STEP
 from pallas_kernels.attention.xla import attention
@@ -48,7 +48,7 @@ bf16 = jnp.bfloat16
 
 
 def delta_layers(inputs, weights, state, index, eps):
-    """The operations of `infinitevl_jax.model.deltanet`, one after the other."""
+    """The operations of `infinitevl_jax.nn.mixers.gated_delta_net`, one after the other."""
     index, batch = index[:, None], len(index)
     segment = jnp.zeros_like(index)
 
@@ -81,7 +81,7 @@ def delta_layers(inputs, weights, state, index, eps):
 
 
 def attend_layers(q, k, v, kv_cache, index, window, scale):
-    """The operations of `infinitevl_jax.model.attention`, one after the other."""
+    """The operations of `infinitevl_jax.nn.mixers.softmax_attention`, one after the other."""
     index, length = index[:, None], jnp.maximum(index, 0)
     q, k, v = q[:, None], k[:, None], v[:, None]
     segment = jnp.zeros_like(index)

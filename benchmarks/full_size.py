@@ -21,10 +21,10 @@ from benchmarks.timing import summary
 from infinitevl_jax import InfiniteVL, Processor
 from infinitevl_jax.config.model import infinitevl_4b
 from infinitevl_jax.config.run import OpsConfig
-from infinitevl_jax.inference.sampling import Sampling
-from infinitevl_jax.model.cache import cache_bytes
-from infinitevl_jax.model.inputs import prepare
-from infinitevl_jax.model.ops import resolve_ops
+from infinitevl_jax.inputs.model_inputs import prepare
+from infinitevl_jax.nn.cache import cache_bytes
+from infinitevl_jax.nn.ops import resolve_ops
+from infinitevl_jax.serve.sampling import Sampling
 
 GREEDY = Sampling()
 

@@ -17,7 +17,7 @@ from benchmarks.train_step import starter
 from infinitevl_jax.config.model import ModelConfig, TextConfig, VisionConfig, hybrid_pattern
 from infinitevl_jax.config.run import RunConfig
 from infinitevl_jax.sharding import make_mesh
-from infinitevl_jax.training.step import TrainState, state_shardings
+from infinitevl_jax.train.step import TrainState, state_shardings
 from pallas_kernels.testing.parity import rel_rms
 
 AGREE = 1e-5  # relative: losses, and the root mean square over each gradient
@@ -133,11 +133,11 @@ def restored_alone(setting: Setting, axes: Mapping[str, int], begin, folder: str
 
     folder: on a disk with room for the state; a temporary folder is made in it.
     """
-    from infinitevl_jax.checkpoints.manager import (
+    from infinitevl_jax.checkpoints.manifest import Manifest
+    from infinitevl_jax.train.checkpoints import (
         Checkpoints,
         abstract_state,
     )  # only here: it needs the extra `run`
-    from infinitevl_jax.conversion.manifest import Manifest
 
     training = Training(setting, axes, begin).train(setting.batches[:2])
     state = training.state

@@ -35,11 +35,11 @@ from infinitevl_jax.config.model import ModelConfig, infinitevl_4b  # noqa: E402
 from infinitevl_jax.config.run import OpsConfig, RunConfig  # noqa: E402
 from infinitevl_jax.config.train import OptimizerConfig  # noqa: E402
 from infinitevl_jax.data.batch import TrainBatch  # noqa: E402
-from infinitevl_jax.model.ops import resolve_ops  # noqa: E402
-from infinitevl_jax.model.params import abstract  # noqa: E402
+from infinitevl_jax.nn.ops import resolve_ops  # noqa: E402
+from infinitevl_jax.nn.params import abstract  # noqa: E402
 from infinitevl_jax.sharding import make_mesh  # noqa: E402
-from infinitevl_jax.training.optimizer import make_optimizer, split_trainable  # noqa: E402
-from infinitevl_jax.training.step import batch_axes, put_batch  # noqa: E402
+from infinitevl_jax.train.optimizer import make_optimizer, split_trainable  # noqa: E402
+from infinitevl_jax.train.step import batch_axes, put_batch  # noqa: E402
 
 WARMUP = 3  # steps whose losses count and whose times do not
 SEED = 0  # of the rows

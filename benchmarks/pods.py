@@ -27,10 +27,10 @@ from benchmarks.record import add_commit, record  # noqa: E402
 from infinitevl_jax.config.model import infinitevl_4b  # noqa: E402
 from infinitevl_jax.config.run import RunConfig  # noqa: E402
 from infinitevl_jax.config.train import OptimizerConfig  # noqa: E402
-from infinitevl_jax.model.ops import resolve_ops  # noqa: E402
-from infinitevl_jax.training.optimizer import make_optimizer  # noqa: E402
-from infinitevl_jax.training.plan import abstract_batch, abstract_state  # noqa: E402
-from infinitevl_jax.training.step import model_of, train_step  # noqa: E402
+from infinitevl_jax.nn.ops import resolve_ops  # noqa: E402
+from infinitevl_jax.train.optimizer import make_optimizer  # noqa: E402
+from infinitevl_jax.train.plan import abstract_batch, abstract_state  # noqa: E402
+from infinitevl_jax.train.step import model_of, train_step  # noqa: E402
 from pallas_kernels.testing.pods import HBM, PodReport, compile_for_pod, pod_mesh  # noqa: E402
 
 COLLECTIVES = (

@@ -20,8 +20,8 @@ from benchmarks.record import add_commit, record
 from infinitevl_jax import InfiniteVL
 from infinitevl_jax.config.model import infinitevl_4b
 from infinitevl_jax.config.run import OpsConfig
-from infinitevl_jax.model.inputs import prepare
-from infinitevl_jax.model.ops import resolve_ops
+from infinitevl_jax.inputs.model_inputs import prepare
+from infinitevl_jax.nn.ops import resolve_ops
 from pallas_kernels.testing.parity import rel_rms
 
 

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from infinitevl_jax.config.model import TextConfig
-from infinitevl_jax.model.deltanet import GatedDeltaNet
-from infinitevl_jax.model.keys import Keys
-from infinitevl_jax.model.ops import Ops
-from infinitevl_jax.model.span import Span
+from infinitevl_jax.nn.mixers.gated_delta_net import GatedDeltaNet
+from infinitevl_jax.nn.ops import Ops
+from infinitevl_jax.nn.rngs import Rngs
+from infinitevl_jax.nn.token_info import TokenInfo
 from pallas_kernels.gated_delta_rule import xla
 from pallas_kernels.gated_delta_rule.tpu import gated_delta_rule as delta_tpu
 from pallas_kernels.gated_delta_rule.tpu.backward import backward
@@ -148,7 +148,7 @@ def gdn_layer(
     if implementation == "mosaic_tpu":
         ops = dataclasses.replace(ops, short_conv=short_conv_tpu.short_conv)
     graphdef, params = nnx.split(
-        nnx.eval_shape(lambda: GatedDeltaNet(config, ops, Keys(jax.random.key(0))))
+        nnx.eval_shape(lambda: GatedDeltaNet(config, ops, Rngs(jax.random.key(0))))
     )
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16), params)
     x, token = (
@@ -157,9 +157,9 @@ def gdn_layer(
     )
 
     def forward(params, x, index, segment):
-        return nnx.merge(graphdef, params)(x, None, Span(index, segment, index[:, 0], None, None))[
-            0
-        ]
+        return nnx.merge(graphdef, params)(
+            x, None, TokenInfo(index, segment, index[:, 0], None, None)
+        )[0]
 
     def both(params, x, index, segment, ct):
         y, pull = jax.vjp(lambda *inputs: forward(*inputs, index, segment), params, x)

@@ -6,8 +6,8 @@ import numpy as np
 
 from infinitevl_jax.config.model import LINEAR, SLIDING, ModelConfig
 from infinitevl_jax.data.batch import TrainBatch
-from infinitevl_jax.model.params import abstract, stack_layouts
-from infinitevl_jax.model.vision import SLICE, block_kinds
+from infinitevl_jax.nn.params import abstract, stack_layouts
+from infinitevl_jax.nn.towers.qwen2_5_vl import SLICE, block_kinds
 
 # matrices that open a mixer or an MLP; o_proj and down_proj close them
 MIXER_IN = ("q_proj", "k_proj", "v_proj", "a_proj", "b_proj", "g_proj")

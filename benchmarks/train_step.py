@@ -43,12 +43,12 @@ from infinitevl_jax.config.model import ModelConfig, infinitevl_4b  # noqa: E402
 from infinitevl_jax.config.run import REMATS, OpsConfig, RunConfig  # noqa: E402
 from infinitevl_jax.config.train import OptimizerConfig  # noqa: E402
 from infinitevl_jax.data.batch import TrainBatch  # noqa: E402
-from infinitevl_jax.model.inputs import prepare  # noqa: E402
-from infinitevl_jax.model.ops import resolve_ops  # noqa: E402
-from infinitevl_jax.model.params import Params, abstract, initialize  # noqa: E402
+from infinitevl_jax.inputs.model_inputs import prepare  # noqa: E402
+from infinitevl_jax.nn.ops import resolve_ops  # noqa: E402
+from infinitevl_jax.nn.params import Params, abstract, initialize  # noqa: E402
 from infinitevl_jax.sharding import make_mesh, parameter_shardings  # noqa: E402
-from infinitevl_jax.training.optimizer import make_optimizer, split_trainable  # noqa: E402
-from infinitevl_jax.training.step import (
+from infinitevl_jax.train.optimizer import make_optimizer, split_trainable  # noqa: E402
+from infinitevl_jax.train.step import (
     init_state,
     model_of,
     put_batch,

@@ -25,7 +25,7 @@ def convert_there_and_back(checkpoint: Path, run: Path) -> Path:
     to equal the checkpoint's bit by bit."""
     import numpy as np
 
-    from infinitevl_jax.conversion import export_folder, import_folder, load_params
+    from infinitevl_jax.checkpoints import export_folder, import_folder, load_params
 
     torch_folder, back = run / "huggingface", run / "reimported"
     for folder in (torch_folder, back):
@@ -59,9 +59,9 @@ def main() -> None:
     from infinitevl_jax.config.presets import load_preset
     from infinitevl_jax.data.encode import Encoder
     from infinitevl_jax.data.source import Source
-    from infinitevl_jax.evaluation.picture import draw_samples
-    from infinitevl_jax.evaluation.vqa import answer_blind, answer_split, score
-    from infinitevl_jax.training.loop import train
+    from infinitevl_jax.eval.picture import draw_samples
+    from infinitevl_jax.eval.vqa import answer_blind, answer_split, score
+    from infinitevl_jax.train.loop import train
 
     preset = load_preset(
         PRESET,

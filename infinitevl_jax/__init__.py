@@ -13,11 +13,11 @@ def __getattr__(name: str):
     # not have the other.
     with says_which_extra():
         if name == "InfiniteVL":
-            from infinitevl_jax.inference.infinitevl import InfiniteVL
+            from infinitevl_jax.serve.infinitevl import InfiniteVL
 
             return InfiniteVL
         if name == "Sampling":
-            from infinitevl_jax.inference.sampling import Sampling
+            from infinitevl_jax.serve.sampling import Sampling
 
             return Sampling
         if name == "Processor":

@@ -9,13 +9,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent / "model"))
+sys.path.insert(0, str(Path(__file__).parent / "nn"))
 from tiny import hybrid_config
 
 from infinitevl_jax import InfiniteVL
+from infinitevl_jax.checkpoints import save_params
 from infinitevl_jax.config.model import FULL, ModelConfig
-from infinitevl_jax.conversion import save_params
-from infinitevl_jax.model.params import abstract
+from infinitevl_jax.nn.params import abstract
 from infinitevl_jax.processing.tokenizer import SPECIAL_TOKENS, _byte_letters
 
 IDS = {token: 256 + i for i, token in enumerate(SPECIAL_TOKENS)}  # after one token for every byte

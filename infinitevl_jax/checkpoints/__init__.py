@@ -1,5 +1,27 @@
-"""Saving a run and going on from where it was, bit for bit."""
+"""Hugging Face folders <-> ours, in both directions through one weight table."""
 
-from infinitevl_jax.checkpoints.manager import Checkpoints
+from infinitevl_jax.checkpoints.load import load_params, save_params
+from infinitevl_jax.checkpoints.reading import read_config
 
-__all__ = ["Checkpoints"]
+__all__ = [
+    "export_folder",
+    "import_folder",
+    "inspect_folder",
+    "load_params",
+    "read_config",
+    "save_params",
+]
+
+
+def __getattr__(name: str):
+    """Import the converters when they are asked for: loading a Hugging Face folder needs neither
+    orbax nor tqdm."""
+    if name == "import_folder":
+        from infinitevl_jax.checkpoints.importer import import_folder as found
+    elif name == "export_folder":
+        from infinitevl_jax.checkpoints.exporter import export_folder as found
+    elif name == "inspect_folder":
+        from infinitevl_jax.checkpoints.inspect import inspect_folder as found
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return found

@@ -11,9 +11,9 @@ import typer
 from infinitevl_jax import compilation
 from infinitevl_jax.cli.session import Place, Settings, answer, media, open_model, say
 from infinitevl_jax.errors import InfiniteVLError
-from infinitevl_jax.inference.conversation import Conversation
 from infinitevl_jax.interrupts import postponed
 from infinitevl_jax.processing import Processor
+from infinitevl_jax.serve.conversation import Conversation
 
 HELP = """\
 /image PATH   show an image along with what you say next

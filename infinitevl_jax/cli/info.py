@@ -7,18 +7,18 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from infinitevl_jax.checkpoints import read_config
+from infinitevl_jax.checkpoints.files import is_ours
+from infinitevl_jax.checkpoints.load import own_dtypes
+from infinitevl_jax.checkpoints.manifest import Manifest
+from infinitevl_jax.checkpoints.newest import checkpoint_folder
+from infinitevl_jax.checkpoints.source import open_source
+from infinitevl_jax.checkpoints.weights import leaves, match
 from infinitevl_jax.config.model import FULL, LINEAR, SLIDING, ModelConfig
-from infinitevl_jax.conversion import read_config
-from infinitevl_jax.conversion.files import is_ours
-from infinitevl_jax.conversion.load import own_dtypes
-from infinitevl_jax.conversion.manifest import Manifest
-from infinitevl_jax.conversion.newest import checkpoint_folder
-from infinitevl_jax.conversion.source import open_source
-from infinitevl_jax.conversion.weights import leaves, match
 from infinitevl_jax.errors import InfiniteVLError
-from infinitevl_jax.inference.infinitevl import compute_dtype
-from infinitevl_jax.model.cache import cache_bytes
+from infinitevl_jax.nn.cache import cache_bytes
 from infinitevl_jax.processing import ChatTemplate, Tokenizer
+from infinitevl_jax.serve.infinitevl import compute_dtype
 
 LENGTHS = (1_000, 100_000)
 PARTS = (
@@ -83,7 +83,7 @@ def _dtypes(folder: Path, config: ModelConfig) -> dict[str, np.dtype]:
         source = open_source(folder)
         match(config, source.shapes, str(folder))
         return {name: source.dtype(name) for name in source.names}
-    from infinitevl_jax.conversion.ours import Store
+    from infinitevl_jax.checkpoints.orbax_store import Store
 
     stored, store, manifest = leaves(config, scanned=True), Store(folder), Manifest.read(folder)
     store.check(stored, str(folder / "config.json"))

@@ -10,14 +10,14 @@ from pathlib import Path
 import typer
 
 from infinitevl_jax import compilation
+from infinitevl_jax.checkpoints import read_config
+from infinitevl_jax.checkpoints.newest import checkpoint_folder
 from infinitevl_jax.config.run import RunConfig
-from infinitevl_jax.conversion import read_config
-from infinitevl_jax.conversion.newest import checkpoint_folder
 from infinitevl_jax.errors import InfiniteVLError
-from infinitevl_jax.inference.conversation import Conversation
-from infinitevl_jax.inference.infinitevl import InfiniteVL
-from infinitevl_jax.inference.sampling import Sampling
 from infinitevl_jax.processing import Processor, check_video, load_image
+from infinitevl_jax.serve.conversation import Conversation
+from infinitevl_jax.serve.infinitevl import InfiniteVL
+from infinitevl_jax.serve.sampling import Sampling
 from infinitevl_jax.sharding import make_mesh
 
 AXES = ("data", "fsdp", "tensor")

@@ -3,7 +3,7 @@ model.
 
 One decoder serves InfiniteVL (sliding-window attention and Gated DeltaNet), Qwen2.5-VL (full
 attention with M-RoPE) and Qwen2 text models (full attention with plain RoPE): they differ in data
-alone. Reading Hugging Face's config.json is `infinitevl_jax.config.huggingface`.
+alone. Reading Hugging Face's config.json is `infinitevl_jax.families.huggingface`.
 """
 
 import dataclasses

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from jax import Array
 
-from infinitevl_jax.model.inputs import Inputs
-from infinitevl_jax.model.patches import Patches
+from infinitevl_jax.inputs.model_inputs import Inputs
+from infinitevl_jax.inputs.patches import Patches
 
 
 class TrainBatch(NamedTuple):

@@ -9,9 +9,9 @@ from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.config.train import DataConfig
 from infinitevl_jax.data.batch import TrainBatch
 from infinitevl_jax.data.encode import Branch, Encoded, Packable
-from infinitevl_jax.model.inputs import Inputs, prepare
-from infinitevl_jax.model.patches import Patches, pack
-from infinitevl_jax.model.positions import VisionItem, sequence_positions
+from infinitevl_jax.inputs.model_inputs import Inputs, prepare
+from infinitevl_jax.inputs.patches import Patches, pack
+from infinitevl_jax.inputs.positions import VisionItem, sequence_positions
 
 
 def group_questions(

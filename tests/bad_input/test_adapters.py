@@ -9,8 +9,8 @@ import pytest
 from failing import fails
 from torch_folders import HYBRID, hybrid_folder, safetensors_bytes
 
-from infinitevl_jax.conversion import import_folder, load_params
-from infinitevl_jax.conversion.lora import Adapter
+from infinitevl_jax.checkpoints import import_folder, load_params
+from infinitevl_jax.checkpoints.lora import Adapter
 from infinitevl_jax.errors import InfiniteVLError
 
 

@@ -6,7 +6,7 @@ import pytest
 from failing import config, fails, text
 from torch_folders import hybrid_folder
 
-from infinitevl_jax.conversion import import_folder, load_params
+from infinitevl_jax.checkpoints import import_folder, load_params
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ import torch
 from failing import fails
 from torch_folders import BF16, hybrid_folder, hybrid_tensors, safetensors_bytes, write_folder
 
-from infinitevl_jax.conversion import import_folder, load_params
-from infinitevl_jax.conversion.safetensors_file import HEADER_BYTES
+from infinitevl_jax.checkpoints import import_folder, load_params
+from infinitevl_jax.checkpoints.safetensors_file import HEADER_BYTES
 
 WEIGHTS = "model.safetensors"
 

@@ -17,8 +17,8 @@ import pytest
 from failing import config, fails, text, tree
 from torch_folders import BF16, hybrid_folder, hybrid_tensors, write_folder
 
-import infinitevl_jax.conversion.importer as importer
-from infinitevl_jax.conversion import (
+import infinitevl_jax.checkpoints.importer as importer
+from infinitevl_jax.checkpoints import (
     export_folder,
     import_folder,
     inspect_folder,

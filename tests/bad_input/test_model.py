@@ -9,9 +9,9 @@ import pytest
 
 from infinitevl_jax import InfiniteVL, InfiniteVLError
 from infinitevl_jax.config.model import TextConfig, VisionConfig
-from infinitevl_jax.model.params import abstract
+from infinitevl_jax.nn.params import abstract
 
-sys.path.append(str(Path(__file__).parent.parent / "model"))
+sys.path.append(str(Path(__file__).parent.parent / "nn"))
 from tiny import hybrid_config  # noqa: E402  the model tests' tiny configurations
 
 S = "sliding_attention"

@@ -11,7 +11,7 @@ from infinitevl_jax import InfiniteVLError
 from infinitevl_jax.config.presets import ModelSource, load_preset
 from infinitevl_jax.config.run import RunConfig
 from infinitevl_jax.sharding import make_mesh
-from infinitevl_jax.training.loop import train
+from infinitevl_jax.train.loop import train
 
 
 def refuses(action, *culprits):

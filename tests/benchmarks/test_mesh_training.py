@@ -13,7 +13,7 @@ from test_train_step import GRID, TINY
 from benchmarks import mesh_checks, mesh_training, meshes
 from benchmarks.mesh_training import Setting, joined
 from benchmarks.meshes import all_meshes, difference, main, parse_mesh, verdict
-from infinitevl_jax.training.step import TrainState
+from infinitevl_jax.train.step import TrainState
 
 MODEL = replace(
     TINY,

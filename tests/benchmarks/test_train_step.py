@@ -15,8 +15,8 @@ from infinitevl_jax.config.model import (
     hybrid_pattern,
     infinitevl_4b,
 )
-from infinitevl_jax.model.params import abstract
-from infinitevl_jax.training.optimizer import split_trainable
+from infinitevl_jax.nn.params import abstract
+from infinitevl_jax.train.optimizer import split_trainable
 
 TINY = ModelConfig(
     TextConfig(

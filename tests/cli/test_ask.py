@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 from infinitevl_jax import InfiniteVL, Processor
 from infinitevl_jax.cli import app
-from infinitevl_jax.inference.conversation import end_tokens
-from infinitevl_jax.inference.generation import Defaults
-from infinitevl_jax.inference.sampling import Sampling
+from infinitevl_jax.serve.conversation import end_tokens
+from infinitevl_jax.serve.generation import Defaults
+from infinitevl_jax.serve.sampling import Sampling
 
 
 def expected(folder, model, content, **settings):

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from infinitevl_jax.inference.conversation import Conversation
+from infinitevl_jax.serve.conversation import Conversation
 
 
 @pytest.fixture

@@ -124,7 +124,7 @@ def test_every_package_that_is_imported_has_its_extra():
         }
     used = set()
     exported = (
-        ROOT / "infinitevl_jax" / "conversion" / "transformers_code"
+        ROOT / "infinitevl_jax" / "checkpoints" / "transformers_code"
     )  # goes along with exports, for transformers to run
     for path in [*ROOT.glob("infinitevl_jax/**/*.py"), *ROOT.glob("*.py")]:
         if exported in path.parents:

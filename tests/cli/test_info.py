@@ -9,12 +9,12 @@ import pytest
 from tiny_folder import full_attention_config
 from torch_folders import hybrid_folder, hybrid_shapes
 
+from infinitevl_jax.checkpoints import export_folder
+from infinitevl_jax.checkpoints.source import Source
+from infinitevl_jax.checkpoints.weights import leaves
 from infinitevl_jax.cli import info
 from infinitevl_jax.config.model import infinitevl_4b
-from infinitevl_jax.conversion import export_folder
-from infinitevl_jax.conversion.source import Source
-from infinitevl_jax.conversion.weights import leaves
-from infinitevl_jax.model.cache import cache_bytes
+from infinitevl_jax.nn.cache import cache_bytes
 
 
 def test_parts_of_the_published_model():

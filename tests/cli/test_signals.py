@@ -83,8 +83,9 @@ ANYWHERE = {
     "while the device computes": (
         """\
     import jax, jax.numpy as jnp
-    long = jax.jit(lambda n: jax.lax.fori_loop(0, n, lambda i, x: jnp.sin(x) @ x, jnp.ones((64,
-    64)))) long(1).block_until_ready()
+    step = lambda i, x: jnp.sin(x) @ x
+    long = jax.jit(lambda n: jax.lax.fori_loop(0, n, step, jnp.ones((64, 64))))
+    long(1).block_until_ready()
     print('ready', flush=True); long(10**8).block_until_ready()"""
     ),
     "while the main thread ends on an error": (
@@ -164,7 +165,7 @@ def test_a_folder_under_construction_goes(tmp_path, number):
     (tmp_path / "dst").mkdir()
     (tmp_path / "dst" / "config.json").write_text("{}")
     process = program(f"""\
-    from infinitevl_jax.conversion.destination import new_folder
+    from infinitevl_jax.checkpoints.destination import new_folder
     with new_folder({str(tmp_path / "dst")!r}, overwrite=True) as work:
         def fill():
             for i in range(10**6):
@@ -188,7 +189,7 @@ from pathlib import Path
 hybrid_folder(Path({str(tmp_path)!r}) / "src")
 import convert_torch
 from infinitevl_jax.command import run
-from infinitevl_jax.conversion import importer
+from infinitevl_jax.checkpoints import importer
 read, count = importer.read_leaf, [0]
 def slow(*arguments):
     count[0] += 1
@@ -223,7 +224,7 @@ def test_ask_once_the_answer_has_begun(folder):
 
 def test_ask_before_the_weights_are_read(folder):
     process = start("-X", "importtime", "-m", "infinitevl_jax", "ask", folder, "Hi")
-    wait_for(process.stderr, "infinitevl_jax.inference.sampling\n")
+    wait_for(process.stderr, "infinitevl_jax.serve.sampling\n")
     end(process)
 
 

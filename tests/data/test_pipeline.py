@@ -17,7 +17,7 @@ from infinitevl_jax.data.collate import group_questions
 from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.pipeline import held_out_batches, train_batches
 from infinitevl_jax.data.source import Source
-from infinitevl_jax.training.setup import prepare_start
+from infinitevl_jax.train.setup import prepare_start
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,7 +15,7 @@ from infinitevl_jax.data.pipeline import count_steps, held_out_batches, train_ba
 from infinitevl_jax.data.source import Row, Source, _texts
 from infinitevl_jax.errors import BadRow
 from infinitevl_jax.processing import ChatTemplate, Processor
-from infinitevl_jax.training.setup import prepare_start
+from infinitevl_jax.train.setup import prepare_start
 
 
 class Rows:

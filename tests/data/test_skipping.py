@@ -15,7 +15,7 @@ from infinitevl_jax.data.pipeline import held_out_batches, train_batches
 from infinitevl_jax.data.skipping import Skipped
 from infinitevl_jax.data.source import Row, Source
 from infinitevl_jax.errors import BadRow, InfiniteVLError
-from infinitevl_jax.training.setup import prepare_start
+from infinitevl_jax.train.setup import prepare_start
 
 
 class Rows:

@@ -15,7 +15,7 @@ from tiny_folder import tiny_config, tiny_model, write_folder
 from torch_folders import read_folder, safetensors_bytes
 
 from benchmarks import kernels
-from infinitevl_jax.conversion import export_folder
+from infinitevl_jax.checkpoints import export_folder
 
 ADAPTED = "model.layers.0.self_attn.q_proj"
 

@@ -8,7 +8,7 @@ import pytest
 
 from infinitevl_jax.config.run import OpsConfig
 from infinitevl_jax.errors import InfiniteVLError
-from infinitevl_jax.model.ops import resolve_ops
+from infinitevl_jax.nn.ops import resolve_ops
 from pallas_kernels.attention import Mask
 from pallas_kernels.attention.implementations import ATTENTION
 from pallas_kernels.dispatch import Dispatch, Implementation, Operator

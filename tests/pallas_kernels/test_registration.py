@@ -9,7 +9,7 @@ import pytest
 
 from infinitevl_jax.config.run import OpsConfig, RunConfig
 from infinitevl_jax.errors import InfiniteVLError
-from infinitevl_jax.model.ops import resolve_ops
+from infinitevl_jax.nn.ops import resolve_ops
 from infinitevl_jax.sharding import make_mesh
 from pallas_kernels.attention import KVCache, Mask, attention, attention_step, step, xla
 from pallas_kernels.attention.implementations import ATTENTION, ATTENTION_STEP

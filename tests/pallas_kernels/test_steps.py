@@ -8,12 +8,12 @@ import pytest
 from flax import nnx
 
 from infinitevl_jax.config.model import TextConfig
-from infinitevl_jax.model.attention import Retention, SoftmaxAttention
-from infinitevl_jax.model.deltanet import GatedDeltaNet
-from infinitevl_jax.model.keys import Keys
-from infinitevl_jax.model.ops import Ops
-from infinitevl_jax.model.rope import rotate
-from infinitevl_jax.model.span import Span
+from infinitevl_jax.nn.mixers.gated_delta_net import GatedDeltaNet
+from infinitevl_jax.nn.mixers.softmax_attention import Retention, SoftmaxAttention
+from infinitevl_jax.nn.ops import Ops
+from infinitevl_jax.nn.rngs import Rngs
+from infinitevl_jax.nn.rope import rotate
+from infinitevl_jax.nn.token_info import TokenInfo
 from pallas_kernels.attention import KVCache
 from pallas_kernels.attention import step as attention_step
 from pallas_kernels.attention.hopper import step as attention_step_hopper
@@ -46,7 +46,7 @@ def span(token_index, seed=0):
     token_index = jnp.asarray(token_index, jnp.int32)
     angles = normal(len(token_index), 1, CONFIG.head_dim // 2, seed=seed)
     segment_ids = jnp.zeros((len(token_index), 1), jnp.int32)
-    return Span(
+    return TokenInfo(
         token_index[:, None],
         segment_ids,
         jnp.maximum(token_index, 0),
@@ -61,7 +61,7 @@ def filled(spec, seed):
 
 @pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
 def test_delta_step_is_the_layer(dtype):
-    layer = GatedDeltaNet(CONFIG, Ops(), Keys(jax.random.key(0)))
+    layer = GatedDeltaNet(CONFIG, Ops(), Rngs(jax.random.key(0)))
     for conv in (layer.q_conv1d, layer.k_conv1d, layer.v_conv1d):
         conv.weight[...] = normal(*conv.weight[...].shape, seed=1)
     now = span([4, -1, 0])
@@ -87,7 +87,7 @@ def test_delta_step_is_the_layer(dtype):
             *convolutions, layer.A_log[...], layer.dt_bias[...], layer.o_norm.weight[...]
         )
         poisoned = jax.tree.map(lambda y: y.at[1].set(jnp.nan), inputs)
-        out, new = delta_step.step(poisoned, weights, past, now.index[:, 0], layer.o_norm.eps)
+        out, new = delta_step.step(poisoned, weights, past, now.token_index[:, 0], layer.o_norm.eps)
         return layer(x, state, now), (layer.o_proj(out[:, None]), new)
 
     (want, want_state), (got, state_) = run(layer, x, state)
@@ -104,7 +104,7 @@ def test_delta_step_is_the_layer(dtype):
 
 @pytest.mark.parametrize("window", (CAPACITY, 5))
 def test_attention_step_is_the_layer(window):
-    layer = SoftmaxAttention(CONFIG, Retention(window), Ops(), Keys(jax.random.key(0)))
+    layer = SoftmaxAttention(CONFIG, Retention(window), Ops(), Rngs(jax.random.key(0)))
     token_index = [
         0,
         3,
@@ -126,7 +126,7 @@ def test_attention_step_is_the_layer(window):
         q, k = (rotate(y, now.cos, now.sin) for y in (q, k))
         q, k, v = (y[:, 0].at[2].set(jnp.nan) for y in (q, k, v))
         out, new = attention_step.step(
-            q, k, v, kv_cache, now.index[:, 0], window, CONFIG.head_dim**-0.5
+            q, k, v, kv_cache, now.token_index[:, 0], window, CONFIG.head_dim**-0.5
         )
         return layer(x, kv_cache, now), (layer.o_proj(out.reshape(len(token_index), 1, -1)), new)
 

@@ -12,7 +12,7 @@ import pytest
 from av.stream import Disposition
 
 from infinitevl_jax.errors import InfiniteVLError
-from infinitevl_jax.model.positions import VisionItem, vision_positions
+from infinitevl_jax.inputs.positions import VisionItem, vision_positions
 from infinitevl_jax.processing.completeness import stated_size
 from infinitevl_jax.processing.video import VideoOptions, load_video
 from infinitevl_jax.processing.video_file import read_track

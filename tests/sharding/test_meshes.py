@@ -17,12 +17,12 @@ from infinitevl_jax.config.train import OptimizerConfig
 from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.pipeline import train_batches
 from infinitevl_jax.data.source import Source
-from infinitevl_jax.model.ops import resolve_ops
-from infinitevl_jax.model.params import initialize
+from infinitevl_jax.nn.ops import resolve_ops
+from infinitevl_jax.nn.params import initialize
 from infinitevl_jax.sharding import kept_whole, make_mesh, parameter_shardings
-from infinitevl_jax.training.optimizer import make_optimizer
-from infinitevl_jax.training.setup import prepare_start
-from infinitevl_jax.training.step import (
+from infinitevl_jax.train.optimizer import make_optimizer
+from infinitevl_jax.train.setup import prepare_start
+from infinitevl_jax.train.step import (
     init_state,
     model_of,
     put_batch,

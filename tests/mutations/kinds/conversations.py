@@ -6,7 +6,7 @@ What a tidy conversation holds, one holds in which old answers were left open.
 import functools
 from random import Random
 
-from infinitevl_jax.inference.conversation import Conversation
+from infinitevl_jax.serve.conversation import Conversation
 
 from ..case import Case, Place
 from ..values import BAD

@@ -7,8 +7,8 @@ import numpy as np
 import safetensors
 from torch_folders import HYBRID, hybrid_tensors, write_folder
 
-from infinitevl_jax.conversion import import_folder, load_params
-from infinitevl_jax.conversion.weights import leaves, published
+from infinitevl_jax.checkpoints import import_folder, load_params
+from infinitevl_jax.checkpoints.weights import leaves, published
 
 VISION = HYBRID["vision_config"] | {"depth": 1, "fullatt_block_indexes": [0]}
 CONFIG = HYBRID | {"num_hidden_layers": 2, "vision_config": VISION}

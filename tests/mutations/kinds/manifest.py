@@ -6,7 +6,7 @@ from random import Random
 
 from torch_folders import read_folder
 
-from infinitevl_jax.conversion import export_folder, inspect_folder
+from infinitevl_jax.checkpoints import export_folder, inspect_folder
 
 from ..case import Case, Place
 from ..content import mutate_bytes, mutate_file

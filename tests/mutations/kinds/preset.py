@@ -14,11 +14,11 @@ from infinitevl_jax.config.presets import Preset, load_preset, to_tree
 from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.pipeline import train_batches
 from infinitevl_jax.data.source import Source
-from infinitevl_jax.model.ops import resolve_ops
-from infinitevl_jax.model.params import abstract
+from infinitevl_jax.nn.ops import resolve_ops
+from infinitevl_jax.nn.params import abstract
 from infinitevl_jax.sharding import make_mesh
-from infinitevl_jax.training.optimizer import make_optimizer, schedule, split_trainable
-from infinitevl_jax.training.setup import prepare_start
+from infinitevl_jax.train.optimizer import make_optimizer, schedule, split_trainable
+from infinitevl_jax.train.setup import prepare_start
 
 from ..case import Case, Place
 from ..content import encode, mutate_bytes, mutate_file, mutate_text

@@ -9,8 +9,8 @@ from pathlib import Path
 from random import Random
 
 from infinitevl_jax.config.presets import load_preset
-from infinitevl_jax.training.log import read_log
-from infinitevl_jax.training.loop import train
+from infinitevl_jax.train.log import read_log
+from infinitevl_jax.train.loop import train
 
 from ..case import Case, Place
 from ..content import encode, mutate_bytes, mutate_file, mutate_text

@@ -5,7 +5,7 @@ from pathlib import Path
 from tiny_run import PRESET, prepare_tiny_vqa
 
 from infinitevl_jax.config.presets import load_preset
-from infinitevl_jax.training.loop import train
+from infinitevl_jax.train.loop import train
 
 from ..case import Place
 

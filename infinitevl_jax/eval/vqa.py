@@ -1,0 +1,161 @@
+"""Questions about images: answered one by one, scored by exact match, beside what answering blind
+would give."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+
+from infinitevl_jax.data.collate import group_questions
+from infinitevl_jax.data.encode import Encoded, Encoder
+from infinitevl_jax.data.source import Row
+from infinitevl_jax.processing import Processor
+from infinitevl_jax.serve.infinitevl import InfiniteVL
+
+YES_NO = ("yes", "no")
+
+
+def answer_branches(
+    model: InfiniteVL,
+    processor: Processor,
+    rows: Sequence[Encoded],
+    questions: Sequence[Sequence[int]],
+    *,
+    images: int,
+    branches: int,
+    max_new_tokens: int = 4,
+) -> list[str]:
+    """Greedy answers to questions about some images, in their order.
+
+    An image goes through the model once; each question goes on from a copy of the state that it
+    left, so no question sees another.
+
+    Args:
+      rows: at most `images`. Of their questions only the tokens before the answer are read.
+      questions: which questions of each row; at most `branches` in all. What is missing to either
+        number is padding: one shape serves all.
+    """
+    prompts = [
+        row.branches[i].tokens for row, which in zip(rows, questions, strict=True) for i in which
+    ]
+    opens = [
+        int(np.argmax(row.branches[i].answer))
+        for row, which in zip(rows, questions, strict=True)
+        for i in which
+    ]
+    prompts = [tokens[:size] for tokens, size in zip(prompts, opens, strict=True)]
+    count, spare = len(prompts), branches - len(prompts)
+    parents = np.pad(
+        np.repeat(np.arange(len(rows)), [len(which) for which in questions]), (0, spare)
+    )
+    filled = [*rows, *[rows[0]] * (images - len(rows))]
+    ids, mask = _pad([row.prefix for row in filled])
+    vision = {}
+    if pixels := [row for row in filled if row.pixels is not None]:
+        vision = {
+            "pixel_values": np.concatenate([r.pixels for r in pixels]),
+            "image_grid_thw": np.concatenate([r.grid for r in pixels]),
+        }
+    longest = ids.shape[1] + max(map(len, prompts)) + max_new_tokens
+    seen = model(
+        ids, mask, **vision, use_cache=True, max_length=longest if model.keeps_everything else None
+    ).cache
+
+    ids, mask = _pad([*prompts, *[prompts[0]] * spare])
+    out = model(ids, mask, cache=seen.select(jnp.asarray(parents)))
+    token = np.asarray(jnp.argmax(out.logits[jnp.arange(branches), mask.sum(1) - 1], -1), np.int32)
+    answers, ended = [token], np.isin(token, model.config.eos_token_ids)
+    while len(answers) < max_new_tokens and not ended[:count].all():
+        out = model(token[:, None], cache=out.cache)
+        token = np.asarray(jnp.argmax(out.logits[:, 0], -1), np.int32)
+        answers.append(np.where(ended, model.config.pad_token_id, token))
+        ended |= np.isin(token, model.config.eos_token_ids)
+    return [text.strip() for text in processor.batch_decode(np.stack(answers, 1)[:count])]
+
+
+def answer_split(
+    model: InfiniteVL,
+    processor: Processor,
+    encoder: Encoder,
+    *,
+    images: int = 48,
+    branches: int = 512,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> list[list[str]]:
+    """Answers to all questions of a split, one list for each row; `images` and `branches` size a
+    call."""
+    answers: list[list[str]] = []
+    groups = list(
+        group_questions([len(encoder[i].branches) for i in range(len(encoder))], images, branches)
+    )
+    for group in progress(groups):
+        rows, questions = [encoder[i] for i, _ in group], [which for _, which in group]
+        texts = iter(
+            answer_branches(model, processor, rows, questions, images=images, branches=branches)
+        )
+        for number, which in group:
+            if number == len(answers):
+                answers.append([])
+            answers[number] += [next(texts) for _ in which]
+    return answers
+
+
+def _pad(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Token rows as [rows, longest] ids and mask, padded on the right."""
+    ids = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = row, 1
+    return ids, mask
+
+
+@dataclass(frozen=True)
+class Score:
+    """Exact matches, in all and of the questions whose answer is neither yes nor no."""
+
+    right: int
+    questions: int
+    right_other: int
+    questions_other: int
+
+    @property
+    def all(self) -> float:
+        return self.right / max(self.questions, 1)
+
+    @property
+    def other(self) -> float:
+        return self.right_other / max(self.questions_other, 1)
+
+
+def score(rows: Sequence[Row], answers: Sequence[Sequence[str]]) -> Score:
+    """Compare answers with what the rows say."""
+    pairs = [
+        (a, t)
+        for row, given in zip(rows, answers, strict=True)
+        for a, t in zip(given, row.answers, strict=True)
+    ]
+    other = [(a, t) for a, t in pairs if t not in YES_NO]
+    return Score(
+        sum(a == t for a, t in pairs), len(pairs), sum(a == t for a, t in other), len(other)
+    )
+
+
+def answer_blind(train: Sequence[Row], rows: Sequence[Row]) -> list[list[str]]:
+    """The best answers without looking: each question's commonest answer in the training split (of
+    equals, the one commoner overall)."""
+    by_question: dict[str, Counter[str]] = defaultdict(Counter)
+    overall: Counter[str] = Counter()
+    for row in train:
+        for question, answer in zip(row.questions, row.answers, strict=True):
+            by_question[question][answer] += 1
+            overall[answer] += 1
+    best = {
+        question: max(counts, key=lambda a, counts=counts: (counts[a], overall[a]))
+        for question, counts in by_question.items()
+    }
+    return [
+        [best.get(question, overall.most_common(1)[0][0]) for question in row.questions]
+        for row in rows
+    ]

@@ -1,0 +1,1 @@
+"""Model families: how each writes config.json and names its tensors."""

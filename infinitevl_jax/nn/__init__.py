@@ -1,0 +1,1 @@
+"""The model: flax modules over arrays."""

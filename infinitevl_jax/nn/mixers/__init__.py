@@ -1,0 +1,1 @@
+"""Token mixers of the decoder, by layer type."""

@@ -1,0 +1,178 @@
+"""A stack of layers whose pattern is data, stored so that equal layers can be scanned.
+
+A pattern such as [S, L, L, L] x 9 has a period of two runs, S and L L L, and 9 repeats:
+`Stack.blocks` then holds one module a run, whose parameters carry a leading axis over all layers of
+that run, in order: 9 and 27. What does not fill a whole period, and everything in the unrolled
+  layout, lives in `Stack.rest` without that axis.
+Training scans the repeats, and inside each the runs (compile time follows the runs of a period, not
+the depth); decoding unrolls (a scan would copy each layer's weights out of the stack on every
+token).
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from infinitevl_jax.nn.rngs import Rngs
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each of `sum(runs) * repeats + rest` layers lives.
+
+    Attributes:
+      runs: lengths of the runs of equal layers that make up a period.
+    """
+
+    runs: tuple[int, ...]
+    repeats: int
+    rest: int
+
+    @property
+    def stacked(self) -> int:
+        return sum(self.runs) * self.repeats
+
+    @property
+    def depth(self) -> int:
+        return self.stacked + self.rest
+
+    def members(self, run: int) -> list[int]:
+        """The layers of a block, in the order of its leading axis."""
+        first, period = sum(self.runs[:run]), sum(self.runs)
+        return [
+            repeat * period + first + i
+            for repeat in range(self.repeats)
+            for i in range(self.runs[run])
+        ]
+
+    def places(self) -> list[tuple[str, int, int | None]]:
+        """Of every layer: list name, place in it, index along the leading axis (None where there is
+        no such axis)."""
+        found = {
+            layer: ("blocks", run, i)
+            for run in range(len(self.runs))
+            for i, layer in enumerate(self.members(run))
+        }
+        found |= {self.stacked + i: ("rest", i, None) for i in range(self.rest)}
+        return [found[layer] for layer in range(self.depth)]
+
+
+def layout(kinds: Sequence, scanned: bool) -> Layout:
+    """The smallest period with at least two repeats; failing that, or unrolled, everything is
+    rest."""
+    depth = len(kinds)
+    if scanned:
+        for period in range(1, depth // 2 + 1):
+            repeats = depth // period
+            if all(kinds[i] == kinds[i % period] for i in range(depth)):
+                runs = tuple(len(list(equal)) for _, equal in itertools.groupby(kinds[:period]))
+                return Layout(runs, repeats, depth - period * repeats)
+    return Layout((), 0, depth)
+
+
+class Stack(nnx.Module):
+    """Layers `make(kind, rngs)` for every kind of the pattern; each is called as `layer(x, state,
+    info) -> (x, state)`."""
+
+    def __init__(
+        self, make: Callable, kinds: Sequence, *, scanned: bool, remat: Callable, rngs: Rngs
+    ):
+        self.layout = layout(kinds, scanned)
+        self.remat = remat
+
+        def stacked(run):
+            of_each = [
+                jax.random.split(rngs(), self.layout.repeats) for _ in range(self.layout.runs[run])
+            ]
+            kind = kinds[self.layout.members(run)[0]]
+            return nnx.vmap(lambda key: make(kind, Rngs(key)))(
+                jnp.stack(of_each, axis=1).reshape(-1)
+            )
+
+        self.blocks = nnx.List([stacked(run) for run in range(len(self.layout.runs))])
+        self.rest = nnx.List([make(kind, rngs) for kind in kinds[self.layout.stacked :]])
+
+    def layers(self) -> list[nnx.Module]:
+        """Every layer on its own, in order; a stacked layer is a slice of its block."""
+        blocks = [nnx.split(block) for block in self.blocks]
+        out = []
+        for group, place, index in self.layout.places():
+            if group == "rest":
+                out.append(self.rest[place])
+            else:
+                graphdef, params = blocks[place]
+                out.append(nnx.merge(graphdef, jax.tree.map(lambda p, i=index: p[i], params)))
+        return out
+
+    def __call__(self, x: Array, info, states: Sequence | None = None, collect: bool = False):
+        """Run all layers.
+
+        Args:
+          x: [batch, length, width].
+          info: what every layer is told about the tokens.
+          states: one state a layer, in order, or None (neither states in nor out).
+          collect: return the output of every layer as well.
+
+        Returns:
+          y [batch, length, width]; the new states (None where there were none); the layers'
+          outputs, a list (empty unless asked for).
+        """
+        layout, given = self.layout, states or [None] * self.layout.depth
+        new, outputs = [None] * layout.stacked, [None] * layout.stacked
+
+        def split(leaf, run):
+            """The leading axis of a block as [repeats, layers of the run]."""
+            return leaf.reshape(layout.repeats, layout.runs[run], *leaf.shape[1:])
+
+        if layout.repeats:
+            graphdefs, params = zip(*(nnx.split(block) for block in self.blocks), strict=True)
+            # A block's states stand side by side while the scan runs; outside it each layer has its
+            # own, batch first.
+            side_by_side = [
+                jax.tree.map(
+                    lambda *leaves: jnp.stack(leaves), *(given[i] for i in layout.members(run))
+                )
+                for run in range(len(layout.runs))
+            ]
+            blocks = [
+                jax.tree.map(partial(split, run=run), block)
+                for run, block in enumerate(zip(params, side_by_side, strict=True))
+            ]
+
+            def one_period(x, blocks):
+                def one_layer(x, block, graphdef):
+                    x, state = self._apply(graphdef, block[0], x, block[1], info)
+                    return x, (x if collect else None, state)
+
+                after = []
+                for graphdef, block, length in zip(graphdefs, blocks, layout.runs, strict=True):
+                    x, found = jax.lax.scan(
+                        partial(one_layer, graphdef=graphdef), x, block, unroll=length == 1
+                    )
+                    after.append(found)
+                return x, after
+
+            x, after = jax.lax.scan(one_period, x, blocks)
+            for run, (ys, run_states) in enumerate(after):
+                flat = jax.tree.map(
+                    lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (ys, run_states)
+                )
+                for i, layer in enumerate(layout.members(run)):
+                    outputs[layer], new[layer] = jax.tree.map(lambda leaf, i=i: leaf[i], flat)
+        for layer, state in zip(self.rest, given[layout.stacked :], strict=True):
+            x, state = self._apply(*nnx.split(layer), x, state, info)
+            new.append(state)
+            outputs.append(x)
+        return x, tuple(new) if states is not None else None, outputs if collect else []
+
+    def _apply(self, graphdef, params, x, state, info):
+        """One layer under the rematerialisation the run asks for."""
+        return self.remat(lambda params, x, state: nnx.merge(graphdef, params)(x, state, info))(
+            params, x, state
+        )

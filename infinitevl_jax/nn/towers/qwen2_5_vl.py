@@ -1,0 +1,124 @@
+"""The Qwen2.5-VL vision tower over packed patches: any number of images and videos, of any size, in
+one sequence.
+
+Patches arrive in window order (`infinitevl_jax.inputs.patches`), so that an attention window is a
+run of neighbours: most blocks attend inside windows, a few over the whole temporal slice, and both
+  are segment ids over the same sequence.
+"""
+
+from functools import partial
+
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax import Array
+
+from infinitevl_jax.config.model import VisionConfig
+from infinitevl_jax.inputs.patches import Patches
+from infinitevl_jax.nn.layers import GatedMLP, Linear, RMSNorm
+from infinitevl_jax.nn.ops import Ops
+from infinitevl_jax.nn.rngs import Rngs
+from infinitevl_jax.nn.rope import rotate, vision_angles
+from infinitevl_jax.nn.stack import Stack
+from infinitevl_jax.nn.token_info import PatchInfo
+from infinitevl_jax.sharding import constrain
+from pallas_kernels.attention import Mask
+
+WINDOW, SLICE = "window", "slice"
+
+
+def block_kinds(config: VisionConfig) -> tuple[str, ...]:
+    """What each block's attention stays inside of."""
+    return tuple(
+        SLICE if i in config.fullatt_block_indexes else WINDOW for i in range(config.depth)
+    )
+
+
+class VisionAttention(nnx.Module):
+    """Non-causal attention inside windows, or inside temporal slices."""
+
+    def __init__(self, config: VisionConfig, ops: Ops, kind: str, rngs: Rngs):
+        self.kind, self.ops, self.head_dim = kind, ops, config.head_dim
+        self.window_patches = config.window_tokens**2 * config.merge_unit
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=True, rngs=rngs)
+        self.proj = Linear(config.hidden_size, config.hidden_size, bias=True, rngs=rngs)
+
+    def __call__(self, x: Array, info: PatchInfo) -> Array:
+        q, k, v = rearrange(
+            self.qkv(x), "r n (three h d) -> three r n h d", three=3, d=self.head_dim
+        )
+        q, k, v = (constrain(y, "batch", None, "heads", None) for y in (q, k, v))
+        q, k = rotate(q, info.cos, info.sin), rotate(k, info.cos, info.sin)
+        # a segment has at most `reach` patches in a row, so keys further away need not be looked at
+        segment, reach = (
+            (info.window, self.window_patches)
+            if self.kind == WINDOW
+            else (info.slice, info.slice_reach)
+        )
+        mask = Mask(causal=False, window=reach, aligned=True)
+        out, _ = self.ops.attention(
+            q,
+            k,
+            v,
+            info.patch_index,
+            info.patch_index,
+            segment,
+            segment,
+            mask=mask,
+            scale=self.head_dim**-0.5,
+        )
+        return self.proj(rearrange(out, "r n h d -> r n (h d)"))
+
+
+class VisionBlock(nnx.Module):
+    """x += attn(norm1(x)); x += mlp(norm2(x))."""
+
+    def __init__(self, config: VisionConfig, ops: Ops, kind: str, rngs: Rngs):
+        self.norm1 = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm2 = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attn = VisionAttention(config, ops, kind, rngs)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True, rngs=rngs)
+
+    def __call__(self, x: Array, state: None, info: PatchInfo) -> tuple[Array, None]:
+        x = x + self.attn(self.norm1(x), info)
+        return constrain(x + self.mlp(self.norm2(x)), "batch", None, None), None
+
+
+class PatchMerger(nnx.Module):
+    """Four neighbouring patches become one token of the decoder's width."""
+
+    def __init__(self, config: VisionConfig, rngs: Rngs):
+        self.merge_unit = config.merge_unit
+        merged = config.hidden_size * config.merge_unit
+        self.ln_q = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.fc1 = Linear(merged, merged, bias=True, rngs=rngs)
+        self.fc2 = Linear(merged, config.out_hidden_size, bias=True, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        x = rearrange(self.ln_q(x), "r (n unit) d -> r n (unit d)", unit=self.merge_unit)
+        return self.fc2(nnx.gelu(self.fc1(x), approximate=False))
+
+
+class VisionTower(nnx.Module):
+    """Patches [rows, patches, features] -> tokens [rows, patches / 4, decoder width], in window
+    order."""
+
+    def __init__(self, config: VisionConfig, ops: Ops, *, scanned: bool, remat, rngs: Rngs):
+        self.head_dim, self.theta = config.head_dim, config.rope_theta
+        self.patch_embed = Linear(config.patch_features, config.hidden_size, rngs=rngs)
+        make = partial(VisionBlock, config, ops)
+        self.blocks = Stack(make, block_kinds(config), scanned=scanned, remat=remat, rngs=rngs)
+        self.merger = PatchMerger(config, rngs)
+
+    def __call__(self, patches: Patches, dtype) -> Array:
+        angles = vision_angles(patches.row_column, self.head_dim, self.theta)
+        info = PatchInfo(
+            patches.index,
+            patches.window,
+            patches.slice,
+            jnp.cos(angles),
+            jnp.sin(angles),
+            patches.slice_reach,
+        )
+        x, _, _ = self.blocks(self.patch_embed(patches.pixels.astype(dtype)), info)
+        return self.merger(x)

@@ -1,0 +1,156 @@
+"""The whole model as one flax module over arrays: vision tower, embedding, decoder, head.
+
+It knows nothing of files, tokenizers or batching habits; `infinitevl_jax.serve` and
+`infinitevl_jax.train` bring it its inputs.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from infinitevl_jax.config.model import FULL, LINEAR, ModelConfig, TextConfig
+from infinitevl_jax.inputs.model_inputs import Inputs
+from infinitevl_jax.inputs.patches import Patches
+from infinitevl_jax.nn.cache import Cache
+from infinitevl_jax.nn.layers import Embedding, GatedMLP, Linear, RMSNorm
+from infinitevl_jax.nn.mixers.gated_delta_net import GatedDeltaNet
+from infinitevl_jax.nn.mixers.softmax_attention import Retention, SoftmaxAttention
+from infinitevl_jax.nn.ops import Ops
+from infinitevl_jax.nn.rngs import Rngs
+from infinitevl_jax.nn.rope import decoder_angles
+from infinitevl_jax.nn.stack import Stack
+from infinitevl_jax.nn.token_info import TokenInfo, inside_layer
+from infinitevl_jax.nn.towers.qwen2_5_vl import VisionTower
+from infinitevl_jax.sharding import constrain
+
+
+class DecoderLayer(nnx.Module):
+    """x += mixer(norm(x)); x += mlp(norm(x)). The mixer keeps Hugging Face's name, self_attn, also
+    where it is a Gated DeltaNet."""
+
+    def __init__(self, config: TextConfig, ops: Ops, kind: str, rngs: Rngs):
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if kind == LINEAR:
+            self.self_attn = GatedDeltaNet(config, ops, rngs)
+        else:
+            self.self_attn = SoftmaxAttention(
+                config, Retention(None if kind == FULL else config.sliding_window), ops, rngs
+            )
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, rngs=rngs)
+
+    def __call__(self, x: Array, state, info: TokenInfo):
+        info = (
+            info if state is not None else inside_layer(info, x)
+        )  # rows without a cache: what training scans
+        mixed, state = self.self_attn(self.input_layernorm(x), state, info)
+        x = x + mixed
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return constrain(x, "batch", "length", None), state
+
+
+class VLM(nnx.Module):
+    """Vision tower and decoder. `dtype` is what activations are computed in; parameters keep their
+    own."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype=jnp.float32,
+        ops: Ops | None = None,
+        scanned: bool = True,
+        remat: Callable = lambda layer: layer,
+        rngs: Rngs,
+    ):
+        text, ops = config.text, ops or Ops()
+        self.config, self.dtype = config, jnp.dtype(dtype)
+        tower = (
+            None
+            if config.vision is None
+            else VisionTower(config.vision, ops, scanned=scanned, remat=remat, rngs=rngs)
+        )
+        self.visual = tower
+        self.embed_tokens = Embedding(
+            text.vocab_size, text.hidden_size, std=config.initializer_range, rngs=rngs
+        )
+        make = partial(DecoderLayer, text, ops)
+        self.layers = Stack(make, text.layer_types, scanned=scanned, remat=remat, rngs=rngs)
+        self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
+        self.lm_head = (
+            None
+            if text.tie_word_embeddings
+            else Linear(text.hidden_size, text.vocab_size, rngs=rngs)
+        )
+
+    def encode(self, patches: Patches) -> Array:
+        """Image and video tokens: [rows, tokens, width], placed as `Inputs.vision_index` expects
+        them."""
+        return self.visual(patches, self.dtype)
+
+    def embed(self, inputs: Inputs, vision: Array | None) -> Array:
+        """[batch, length, width]: the token table, with image and video tokens taken from `vision`
+        [rows, tokens, width] instead.
+
+        One row serves the whole batch; with as many rows as sequences, each sequence reads its own
+        (and stays on its own device).
+        """
+        x = self.embed_tokens(inputs.tokens, self.dtype)
+        if vision is not None:
+            place = jnp.maximum(inputs.vision_index, 0)
+            seen = (
+                vision[0][place] if len(vision) == 1 else jax.vmap(lambda v, i: v[i])(vision, place)
+            )
+            x = jnp.where(inputs.vision_index[..., None] >= 0, seen.astype(x.dtype), x)
+        return constrain(x, "batch", "length", None)
+
+    def decode(self, x: Array, inputs: Inputs, cache: Cache | None = None, collect: bool = False):
+        """Run the decoder over embedded tokens.
+
+        Returns:
+          hidden [batch, length, width] after the final norm; the new cache (None without one); the
+          hidden states before every layer and the final one (an empty list unless `collect`), as
+          Hugging Face orders them.
+        """
+        length = jnp.zeros(x.shape[0], jnp.int32) if cache is None else cache.length
+        valid = inputs.index >= 0
+        positions = inputs.positions
+        if positions is None:  # text that follows what the cache holds
+            start = length if cache is None else cache.next_position
+            positions = jnp.broadcast_to(
+                start[:, None] + jnp.maximum(inputs.index, 0), (3, *inputs.index.shape)
+            )
+        text = self.config.text
+        angles = decoder_angles(positions, text.head_dim, text.rope_theta, text.mrope_section)
+        index = jnp.where(valid, inputs.index + length[:, None], -1)
+        info = TokenInfo(index, inputs.segment, length, jnp.cos(angles), jnp.sin(angles))
+
+        y, states, outputs = self.layers(x, info, None if cache is None else cache.layers, collect)
+        hidden = self.norm(y)
+        if cache is not None:
+            furthest = jnp.max(jnp.where(valid, positions, -1), axis=(0, 2)) + 1
+            cache = Cache(
+                states,
+                length + valid.sum(1, dtype=jnp.int32),
+                jnp.maximum(cache.next_position, furthest),
+            )
+        return hidden, cache, [x, *outputs[:-1], hidden] if collect else []
+
+    def logits(self, hidden: Array) -> Array:
+        """[batch, length, width] -> [batch, length, vocab]."""
+        out = self.embed_tokens.attend(hidden) if self.lm_head is None else self.lm_head(hidden)
+        return constrain(out, "batch", "length", "vocab")
+
+    def cache_spec(self, batch: int, max_length: int | None) -> Cache:
+        """Shapes of a cache for `batch` sequences of at most `max_length` tokens (None: any number,
+        which full attention cannot hold)."""
+        layers = tuple(
+            layer.self_attn.state_spec(batch, max_length, self.dtype)
+            for layer in self.layers.layers()
+        )
+        counter = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        return Cache(layers, counter, counter)

@@ -1,0 +1,556 @@
+"""InfiniteVL: the class people use. Inputs are named as in Hugging Face, so a batch from its
+Qwen2.5-VL processor passes unchanged.
+
+    model = InfiniteVL.from_pretrained(folder, dtype=jnp.bfloat16)
+    out = model(**batch)                                   # out.logits
+    tokens = model.generate(**batch, max_new_tokens=64)    # [batch, new]
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import cached_property, lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from infinitevl_jax.config.model import FULL, ModelConfig
+from infinitevl_jax.errors import InfiniteVLError, InfiniteVLWarning
+from infinitevl_jax.extras import says_which_extra
+from infinitevl_jax.inputs.arrays import INT32_MAX, as_numpy, whole_number
+from infinitevl_jax.inputs.model_inputs import Inputs, Prepared, prepare
+from infinitevl_jax.inputs.patches import bucket
+from infinitevl_jax.nn.cache import Cache, empty
+from infinitevl_jax.nn.ops import Ops, resolve_ops
+from infinitevl_jax.nn.params import Params, abstract, bind, initialize
+from infinitevl_jax.serve.generation import (
+    Defaults,
+    Request,
+    StopStrings,
+    read_defaults,
+    refuse,
+    resolve,
+)
+from infinitevl_jax.serve.output import Output
+from infinitevl_jax.serve.programs import Programs
+from infinitevl_jax.sharding import check_mesh, parameter_shardings
+
+VISION_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_values_videos",
+    "video_grid_thw",
+    "second_per_grid_ts",
+)
+PREFILL_CHUNK = 8192  # tokens of a prompt that go through the decoder at once
+
+# Hugging Face's other arguments of a call: name -> (what is done anyway, what to do instead)
+CALL_FIXED = {
+    "return_dict": (True, "the output has the fields logits, cache and hidden_states"),
+    "output_attentions": (False, "attention weights are never formed here"),
+    "labels": (None, "compute the loss from logits, or train with train.py"),
+    "past_key_values": (None, "pass cache=..., as an earlier call's output has it"),
+    "inputs_embeds": (None, "pass input_ids"),
+    "cache_position": (None, "the cache knows where it stands: leave it out"),
+    "rope_deltas": (None, "the cache knows where it stands: leave it out"),
+}
+
+
+class InfiniteVL:
+    """A configuration, its parameters, and the compiled functions that run them. Holds no
+    conversation: that is the cache's."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        *,
+        dtype=None,
+        mesh: Mesh | None = None,
+        ops: Ops | None = None,
+        defaults: Defaults = Defaults(),  # noqa: B008  frozen
+    ):
+        """
+        Args:
+          params: by dotted name, unrolled layout.
+          dtype: what activations are computed in (f32 or bf16); by default what the last norm is
+            stored in, as the bulk of a checkpoint is. Weights in float16 stay so and are computed
+            with in float32; an InfiniteVLWarning says it.
+          mesh: where the parameters live (axes as `infinitevl_jax.sharding.make_mesh` names them),
+            or None for one device.
+          ops: the operators, by default the first implementation of each that takes a case
+            (`ops.report()` tells which did).
+          defaults: what the checkpoint says of generation.
+        """
+        if mesh is not None:
+            check_mesh(mesh)
+        self.config, self.params, self.mesh, self.defaults = config, params, mesh, defaults
+        stored = params["norm.weight"].dtype
+        self.dtype = floating(dtype) or compute_dtype(stored)
+        if floating(dtype) is None and self.dtype != stored:
+            warnings.warn(
+                f"the weights are {stored}, whose range activations leave: computing in"
+                f" {self.dtype} (dtype='bfloat16' takes less)",
+                InfiniteVLWarning,
+                stacklevel=2,
+            )
+        self.ops = ops or resolve_ops(mesh)
+        graphdef, _ = abstract(config, scanned=False, dtype=self.dtype, ops=self.ops)
+        model = partial(bind, graphdef)
+        self._programs = Programs(model)
+        shapes = jax.eval_shape(lambda p: p, dict(params))
+        self._cache_spec = lru_cache(
+            lambda batch, max_length: model(shapes).cache_spec(batch, max_length)
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder,
+        *,
+        dtype=None,
+        mesh: Mesh | None = None,
+        ops: Ops | None = None,
+        progress: bool = False,
+    ) -> "InfiniteVL":
+        """Load a Hugging Face folder (config.json and safetensors are enough) or one of ours.
+
+        Args:
+          dtype: cast floating-point weights to this (f32 or bf16) and compute in it; None or "auto"
+            keeps each tensor's own.
+          mesh: place the weights on it; each device reads only its shard.
+          ops: as for the class itself, from `infinitevl_jax.nn.ops.resolve_ops`.
+          progress: show a bar while the weights are read.
+        """
+        with says_which_extra():
+            from infinitevl_jax.checkpoints import load_params, read_config
+
+        dtype, defaults = floating(dtype), read_defaults(folder)
+        shardings = None
+        if mesh is not None:
+            check_mesh(mesh)
+            shardings = parameter_shardings(abstract(read_config(folder), scanned=False)[1], mesh)
+        with says_which_extra():  # some files need packages of their own
+            config, params = load_params(
+                folder, scanned=False, dtype=dtype, shardings=shardings, progress=progress
+            )
+        return cls(config, params, dtype=dtype, mesh=mesh, ops=ops, defaults=defaults)
+
+    @classmethod
+    def random(
+        cls,
+        config: ModelConfig,
+        seed: int = 0,
+        *,
+        dtype=jnp.float32,
+        mesh: Mesh | None = None,
+        ops: Ops | None = None,
+    ) -> "InfiniteVL":
+        """A model with fresh random weights."""
+        shardings = (
+            None if mesh is None else parameter_shardings(abstract(config, scanned=True)[1], mesh)
+        )
+        return cls(
+            config,
+            initialize(
+                config, jax.random.key(seed), scanned=False, dtype=dtype, shardings=shardings
+            ),
+            mesh=mesh,
+            ops=ops,
+        )
+
+    @property
+    def parameter_count(self) -> int:
+        """Parameters, a tied head counted once."""
+        return sum(p.size for p in self.params.values())
+
+    @cached_property
+    def keeps_everything(self) -> bool:
+        """Whether some layer attends to the whole past, so that the cache must be sized to the
+        longest sequence."""
+        return FULL in self.config.text.layer_types
+
+    def init_cache(self, batch: int, max_length: int | None = None) -> Cache:
+        """An empty cache for `batch` sequences. `max_length` sizes full-attention layers; the
+        others stay as small as they are."""
+        batch = whole_number(batch, "batch", 1)
+        max_length = None if max_length is None else whole_number(max_length, "max_length", 1)
+        if self.keeps_everything and max_length is None:
+            raise InfiniteVLError(
+                "this model has full-attention layers, whose cache grows with the text",
+                "pass max_length in tokens",
+            )
+        with self._on_mesh():
+            spec = self._cache_spec(batch, max_length if self.keeps_everything else None)
+            return empty(spec) if self.mesh is None else jax.jit(lambda: empty(spec))()
+
+    def __call__(
+        self,
+        input_ids,
+        attention_mask=None,
+        position_ids=None,
+        pixel_values=None,
+        image_grid_thw=None,
+        pixel_values_videos=None,
+        video_grid_thw=None,
+        second_per_grid_ts=None,
+        mm_token_type_ids=None,
+        *,
+        cache: Cache | None = None,
+        use_cache: bool = False,
+        max_length: int | None = None,
+        output_hidden_states: bool = False,
+        logits_to_keep: int = 0,
+        **others,
+    ) -> Output:
+        """Logits of every token (rows of padding hold nothing of meaning).
+
+        Args:
+          input_ids ... second_per_grid_ts: as Hugging Face's Qwen2.5-VL processor returns them:
+            numpy, jax or torch, on any device.
+            mm_token_type_ids is accepted and ignored: placeholders say the same.
+          cache: what these tokens follow. It is not changed; the output carries the new one.
+          use_cache: start and return a cache. Where the model has full-attention layers it holds
+            `max_length` tokens, by default about twice the ones given.
+          logits_to_keep: compute logits of the last so many columns of input_ids alone; 0 computes
+            all.
+          others: Hugging Face's other arguments, where they ask for what is done anyway.
+
+        Raises InfiniteVLError for arguments that do not fit the model or each other.
+        """
+        refuse(others, (), CALL_FIXED, "a call")
+        vision = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
+        vision |= {"pixel_values_videos": pixel_values_videos, "video_grid_thw": video_grid_thw}
+        self._check_cache(cache)
+        start = None
+        if cache is not None and any(v is not None for v in vision.values()):
+            start = np.asarray(cache.next_position)
+        input_ids = as_numpy(input_ids, "input_ids")
+        width = input_ids.shape[-1] if input_ids.ndim else 0
+        length = width if width == 1 else bucket(width)
+        prepared = prepare(
+            self.config,
+            input_ids,
+            attention_mask,
+            position_ids,
+            **vision,
+            second_per_grid_ts=second_per_grid_ts,
+            start=start,
+            length=length,
+        )
+        if cache is None and use_cache:
+            cache = self.init_cache(
+                len(prepared.shift), 2 * bucket(width) if max_length is None else max_length
+            )
+        self._check_call(cache, prepared)
+        columns = min(whole_number(logits_to_keep, "logits_to_keep", 0), width) or None
+        keep = None
+        if columns is not None:
+            keep = np.maximum(
+                np.arange(width - columns, width) - prepared.shift[:, None], 0
+            ).astype(np.int32)
+        with self._on_mesh():
+            embeds = (
+                None
+                if prepared.patches is None
+                else self._programs.encode(self.params, prepared.patches)
+            )
+            logits, cache, hidden = self._programs.forward(
+                self.params,
+                prepared.inputs,
+                embeds,
+                cache,
+                keep,
+                collect=bool(output_hidden_states),
+            )
+        return Output(
+            logits,
+            cache,
+            tuple(hidden) if output_hidden_states else None,
+            prepared.shift,
+            width,
+            columns,
+        )
+
+    def generate(
+        self, input_ids, attention_mask=None, position_ids=None, mm_token_type_ids=None, **arguments
+    ) -> np.ndarray:
+        """The new token ids [batch, new], greedy by default; a sequence that has ended is filled up
+        with the pad token.
+
+        arguments: vision inputs as for a call of the model, and
+
+          max_new_tokens: at most so many (256); or max_length, which counts the prompt's columns as
+            well.
+          do_sample, temperature, top_k, top_p, min_p, repetition_penalty: as in transformers; what
+            is not given is as the checkpoint's generation_config.json says. do_sample=True, or one
+            of the four after it, draws tokens; else the likeliest is taken. sampling=Sampling(...)
+            says all of it at once, the checkpoint's penalty included.
+          seed: of what is drawn.
+          eos_token_ids (or eos_token_id): what ends a sequence; by default as the checkpoint says.
+          pad_token_id: what ended sequences are filled up with.
+          stop_strings: texts that end a sequence, which keeps them; needs tokenizer=, the processor
+            or a tokenizer.
+          streamer: gets the prompt, then each step's ids, by put(ids), then end(): transformers'
+            TextStreamer.
+
+        Hugging Face's other arguments are taken where they ask for what is done anyway
+        (num_beams=1, use_cache=True). Raises InfiniteVLError for others, naming the argument and
+        what to do instead.
+        """
+        tokens = list(
+            self.stream(input_ids, attention_mask, position_ids, mm_token_type_ids, **arguments)
+        )
+        return np.stack(tokens, 1) if tokens else np.zeros((len(input_ids), 0), np.int32)
+
+    def stream(
+        self, input_ids, attention_mask=None, position_ids=None, mm_token_type_ids=None, **arguments
+    ) -> Iterator[np.ndarray]:
+        """Yield [batch] token ids as they are made, until every sequence has ended or
+        `max_new_tokens` have come.
+
+        arguments: as for `generate`. What cannot work is an error of this call, not of the first
+          token.
+        """
+        vision = {name: arguments.pop(name) for name in VISION_INPUTS if name in arguments}
+        prepared = prepare(self.config, input_ids, attention_mask, position_ids, **vision)
+        request = resolve(arguments, self.defaults, self.config, prepared.inputs.tokens.shape[1])
+        return self._stream(prepared, request, as_numpy(input_ids, "input_ids"))
+
+    def _stream(
+        self, prepared: Prepared, request: Request, prompt: np.ndarray
+    ) -> Iterator[np.ndarray]:
+        batch, width = prepared.inputs.tokens.shape
+        if request.streamer is not None:
+            request.streamer.put(prompt)
+        if request.max_new_tokens:
+            logits, cache = self.prefill(
+                prepared, self.init_cache(batch, bucket(width + request.max_new_tokens))
+            )
+            occurred = None
+            if request.sampling.repetition_penalty != 1:
+                occurred = prepared.occurred(self.config.text.vocab_size)
+            stopped = StopStrings(request, batch) if request.stop_strings else None
+            for tokens, _ in self._decode(logits, cache, request, occurred, stopped):
+                if request.streamer is not None:
+                    request.streamer.put(tokens)
+                yield tokens
+        if request.streamer is not None:
+            request.streamer.end()
+
+    def decode(
+        self, logits: Array, cache: Cache, *, occurred: np.ndarray | None = None, **arguments
+    ) -> Iterator[tuple[np.ndarray, Cache]]:
+        """Go on from a prompt: yield [batch] token ids as they are made, each with the cache of
+        that moment.
+
+        The cache has taken in every token so far, except those that end a sequence and, at
+        `max_new_tokens`, the last: what a conversation goes on from. Asking for the next token uses
+          it up, as it does the `cache` passed in.
+
+        Args:
+          logits, cache: as `prefill` returns them.
+          occurred: [batch, vocab] bool, the tokens of the sequences so far, which
+            repetition_penalty counts; None for none.
+          arguments: as for `generate`; max_length, stop_strings and streamer are `generate`'s
+            alone.
+        """
+        self._check_cache(cache)
+        if alone := [
+            name
+            for name in ("max_length", "stop_strings", "streamer")
+            if arguments.get(name) is not None
+        ]:
+            raise InfiniteVLError(
+                f"decode has no argument {alone[0]!r}",
+                "use generate or stream, or say max_new_tokens",
+            )
+        request = resolve(arguments, self.defaults, self.config, 0)
+        if occurred is None and request.sampling.repetition_penalty != 1:
+            occurred = np.zeros((len(cache.length), self.config.text.vocab_size), bool)
+        return self._decode(logits, cache, request, occurred, None)
+
+    def _decode(
+        self,
+        logits: Array,
+        cache: Cache,
+        request: Request,
+        occurred: np.ndarray | None,
+        stopped: Callable | None,
+    ) -> Iterator[tuple[np.ndarray, Cache]]:
+        run, sampling, ends = self._programs, request.sampling, np.asarray(request.ends, np.int32)
+        key, penalised = jax.random.key(request.seed), sampling.repetition_penalty != 1
+        with self._on_mesh():
+            occurred = jnp.asarray(occurred) if penalised else None
+            token, device_ends = (
+                run.choose(logits, key, sampling=sampling, occurred=occurred),
+                jnp.asarray(ends),
+            )
+        self._check_room(cache, max(request.max_new_tokens - 1, 0))
+        done = np.zeros(token.shape, bool)
+        for i in range(1, request.max_new_tokens + 1):
+            following = None
+            if (
+                i < request.max_new_tokens
+            ):  # the device works on the next token while this one is looked at
+                with self._on_mesh():
+                    occurred = run.mark(occurred, token) if penalised else None
+                    drawn = jax.random.fold_in(key, i)
+                    following, cache = run.step(
+                        self.params,
+                        token,
+                        cache,
+                        drawn,
+                        sampling=sampling,
+                        ends=device_ends,
+                        occurred=occurred,
+                    )
+            now = np.asarray(token)
+            yield np.where(done, request.pad, now).astype(np.int32), cache
+            done |= np.isin(now, ends)
+            if stopped is not None:
+                done |= stopped(now)
+            if done.all():
+                return
+            token = following
+
+    def prefill(self, prepared: Prepared, cache: Cache) -> tuple[Array, Cache]:
+        """Take prepared inputs into a cache, in chunks: logits [batch, vocab] of every row's last
+        token, and the new cache."""
+        self._check_cache(cache)
+        self._check_call(cache, prepared)
+        with self._on_mesh():
+            embeds = (
+                None
+                if prepared.patches is None
+                else self._programs.encode(self.params, prepared.patches)
+            )
+            last = None
+            for part in _chunks(prepared.inputs):
+                ending = np.maximum((part.index >= 0).sum(1, keepdims=True) - 1, 0).astype(np.int32)
+                logits, cache, _ = self._programs.forward(self.params, part, embeds, cache, ending)
+                logits = logits[:, 0]
+                # a row that ended in an earlier chunk keeps the logits it had
+                last = logits if last is None else jnp.where(part.index[:, :1] >= 0, logits, last)
+        return last, cache
+
+    def _check_cache(self, cache: Cache | None) -> None:
+        """A cache is one of this model, and still there."""
+        if cache is None:
+            return
+        if not isinstance(cache, Cache):
+            raise InfiniteVLError(
+                f"cache is a {type(cache).__name__}",
+                "pass the cache of an earlier call's output, or init_cache(batch)",
+            )
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(cache) if isinstance(leaf, Array)):
+            raise InfiniteVLError(
+                "this cache has been used up by decode",
+                "go on from the cache that came with the last token",
+            )
+        spec = self._cache_spec(len(cache.length), self._capacity(cache))
+        if jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), cache) != jax.tree.map(
+            lambda leaf: (leaf.shape, leaf.dtype), spec
+        ):
+            raise InfiniteVLError(
+                "the cache is another model's, or of another dtype",
+                "make it with this model: init_cache(batch)",
+            )
+
+    def _check_call(self, cache: Cache | None, prepared: Prepared) -> None:
+        """A cache can take these inputs."""
+        if cache is not None and prepared.inputs.segment.any():
+            raise InfiniteVLError(
+                "position_ids start anew inside a row: several sequences are packed there, and a"
+                " cache holds one sequence a row",
+                "pass one row a sequence, padded with attention_mask, where a cache or new tokens"
+                " are wanted",
+            )
+        self._check_room(cache, prepared.counts)
+
+    def _capacity(self, cache: Cache) -> int | None:
+        """Tokens that the full-attention layers have room for, None without such layers."""
+        kinds = zip(self.config.text.layer_types, cache.layers, strict=False)
+        return min((state[0].shape[1] for kind, state in kinds if kind == FULL), default=None)
+
+    def _check_room(self, cache: Cache | None, tokens: np.ndarray | int) -> None:
+        """A cache takes so many tokens more: of the sequences it was made for, no more in full
+        attention than that, and of any model no more than its counters count.
+
+        tokens: [batch], or one number for all sequences.
+        """
+        if cache is None:
+            return
+        held = np.asarray(cache.length, np.int64)
+        if np.ndim(tokens) and len(held) != len(tokens):
+            raise InfiniteVLError(
+                f"the cache holds {len(held)} sequences, input_ids {len(tokens)}",
+                "pass one row a sequence, or cache.select(rows) to branch or leave some out",
+            )
+        needed = (held + tokens).max()
+        capacity = self._capacity(cache)
+        if capacity is not None and needed > capacity:
+            raise InfiniteVLError(
+                f"the cache was made for {capacity} tokens, this call brings it to {needed}",
+                "make it with a larger max_length",
+            )
+        furthest = max(needed, (np.asarray(cache.next_position, np.int64) + tokens).max())
+        if furthest > INT32_MAX:
+            raise InfiniteVLError(
+                f"this call brings a sequence to {furthest:,} tokens or positions, its cache counts"
+                f" to {INT32_MAX:,}",
+                "start anew with init_cache(batch): what lies further back than the window is in"
+                " the states alone",
+            )
+
+    def _on_mesh(self):
+        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+
+def compute_dtype(stored) -> np.dtype:
+    """The dtype to compute in for weights that are stored so: their own, float32 for float16, whose
+    range activations leave."""
+    return jnp.dtype("float32" if stored == jnp.float16 else stored)
+
+
+def floating(dtype) -> np.dtype | None:
+    """f32 or bf16 as a numpy dtype, from a name or a dtype of numpy, jax or torch; None for None
+    and "auto"."""
+    name = (
+        str(dtype).removeprefix("torch.") if not isinstance(dtype, type) else np.dtype(dtype).name
+    )
+    if name in ("None", "auto"):
+        return None
+    if name not in ("float32", "bfloat16"):
+        raise InfiniteVLError(
+            f"dtype is {dtype!r}",
+            "compute in float32 or bfloat16, or leave it out to keep the checkpoint's own",
+        )
+    return jnp.dtype(name)
+
+
+def _chunks(inputs: Inputs) -> Iterator[Inputs]:
+    """Pieces of at most PREFILL_CHUNK tokens, the last one padded to a bucket: few shapes, few
+    compilations."""
+    for at in range(0, inputs.tokens.shape[1], PREFILL_CHUNK):
+        width = min(PREFILL_CHUNK, inputs.tokens.shape[1] - at)
+        more = min(bucket(width), PREFILL_CHUNK) - width
+
+        def cut(x, fill, at=at, width=width, more=more):
+            if x is None:
+                return None
+            return np.pad(
+                x[..., at : at + width], [(0, 0)] * (x.ndim - 1) + [(0, more)], constant_values=fill
+            )
+
+        index = cut(inputs.index, -1)
+        yield Inputs(
+            cut(inputs.tokens, 0),
+            np.where(index >= 0, index - at, -1),
+            cut(inputs.segment, 0),
+            cut(inputs.positions, 0),
+            cut(inputs.vision_index, -1),
+        )

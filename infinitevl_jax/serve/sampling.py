@@ -1,0 +1,74 @@
+"""From logits to the next token: greedy, or sampled with temperature, top-k, top-p and min-p; what
+was said may be penalised."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from infinitevl_jax.inputs.arrays import INT32_MAX, number, whole_number
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose a token.
+
+    temperature: 0 is greedy; above, logits are divided by it and a token is drawn.
+    top_k: draw from the k likeliest tokens; 0 from all.
+    top_p: draw from the likeliest tokens that together reach this probability.
+    min_p: draw from the tokens at least this fraction as likely as the likeliest.
+    repetition_penalty: the logits of tokens that the sequence holds already, prompt included, are
+      divided by this where positive and multiplied where negative (greedy, too); 1 changes nothing.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self):
+        def check(name, low, high, cure):
+            object.__setattr__(
+                self, name, number(getattr(self, name), f"sampling with {name}", low, high, cure)
+            )
+
+        check("temperature", 0, 1e30, "temperature >= 0, and finite")
+        object.__setattr__(
+            self, "top_k", whole_number(self.top_k, "sampling with top_k", 0, INT32_MAX)
+        )
+        check("top_p", 1e-30, 1, "0 < top_p <= 1")
+        check("min_p", 0, 1, "0 <= min_p <= 1")
+        check("repetition_penalty", 1e-3, 1e3, "above 0; 1 changes nothing, 1.05 is usual")
+
+
+def choose(logits: Array, key: Array, sampling: Sampling, occurred: Array | None = None) -> Array:
+    """[batch, vocab] logits -> [batch] int32 tokens. occurred: [batch, vocab] bool, what
+    repetition_penalty applies to."""
+    logits = logits.astype(jnp.float32)
+    if occurred is not None:
+        penalty = sampling.repetition_penalty
+        logits = jnp.where(
+            occurred, jnp.where(logits < 0, logits * penalty, logits / penalty), logits
+        )
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, -1).astype(jnp.int32)
+    logits = (
+        logits - jnp.max(logits, -1, keepdims=True)
+    ) / sampling.temperature  # a cold temperature cannot overflow
+    if sampling.top_k:
+        kth = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if sampling.top_p < 1:
+        order = jnp.sort(logits, -1, descending=True)
+        before = jnp.cumsum(jax.nn.softmax(order, -1), -1) - jax.nn.softmax(order, -1)
+        # the smallest set of tokens whose probability reaches top_p: those with less than that
+        # before them
+        least = jnp.min(jnp.where(before < sampling.top_p, order, jnp.inf), -1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if sampling.min_p:
+        logits = jnp.where(
+            logits < jnp.log(sampling.min_p), -jnp.inf, logits
+        )  # the likeliest is 0 here
+    return jax.random.categorical(key, logits).astype(jnp.int32)

@@ -1,0 +1,62 @@
+"""Loss and exact answers over the whole held-out split."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from infinitevl_jax.config.train import DataConfig
+from infinitevl_jax.data.encode import Encoder
+from infinitevl_jax.data.pipeline import held_out_batches
+from infinitevl_jax.data.skipping import Skipped
+from infinitevl_jax.data.source import Source
+from infinitevl_jax.train.saving import Stop
+from infinitevl_jax.train.setup import Start
+from infinitevl_jax.train.step import TrainState, put_batch
+
+
+class HeldOut:
+    """A split that only measures."""
+
+    def __init__(
+        self,
+        data: DataConfig,
+        start: Start,
+        measure: Callable,
+        mesh: Mesh,
+        say: Callable[[str], None],
+    ):
+        """measure: parameters and a batch -> Tally. say: told of the rows that cannot be used."""
+        source = Source(data.name, data.folder, data.held_out)
+        self.encoder = Encoder(source, start.processor, start.config)
+        self.skipped = Skipped(len(source), data.max_skipped)
+        self.data, self.config, self._measure, self.mesh, self.say = (
+            data,
+            start.config,
+            measure,
+            mesh,
+            say,
+        )
+
+    def measure(self, state: TrainState, stop: Stop) -> dict[str, float] | None:
+        """The figures for the log; None if the run was asked to stop meanwhile.
+
+        Raises InfiniteVLError if more rows cannot be used than may be.
+        """
+        params, tallies = {**state.trainable, **state.frozen}, []
+        for batch in held_out_batches(self.encoder, self.config, self.data, self.skipped):
+            for line in self.skipped.news():
+                self.say(f"held out: {line}")
+            tallies.append(self._measure(params, put_batch(batch, self.mesh)))
+            jax.block_until_ready(tallies[-2:-1])  # so that a stop is heard
+            if stop.asked:
+                return None
+        total = jax.tree.map(
+            lambda *xs: float(np.sum([np.asarray(x) for x in xs], dtype=np.float64)), *tallies
+        )
+        return {
+            "held_out_loss": total.loss / max(total.tokens, 1),
+            "held_out_exact": total.exact / max(total.rows, 1),
+            "held_out_rows": int(total.rows),
+        }

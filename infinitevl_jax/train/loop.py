@@ -1,0 +1,237 @@
+"""The training loop, read from top to bottom: prepare, restore or start, step, save, measure,
+plot."""
+
+import contextlib
+import time
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from infinitevl_jax.config.presets import Preset
+from infinitevl_jax.config.ranges import INT32
+from infinitevl_jax.data.batch import TrainBatch
+from infinitevl_jax.data.encode import Encoder
+from infinitevl_jax.data.pipeline import count_steps, train_batches
+from infinitevl_jax.data.skipping import Skipped
+from infinitevl_jax.data.source import Source
+from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.nn.ops import resolve_ops
+from infinitevl_jax.nn.params import abstract
+from infinitevl_jax.sharding import kept_whole, make_mesh, parameter_shardings
+from infinitevl_jax.train.checkpoints import Checkpoints, abstract_state
+from infinitevl_jax.train.folder import claim_folder
+from infinitevl_jax.train.held_out import HeldOut
+from infinitevl_jax.train.log import Log, plot_log
+from infinitevl_jax.train.memory import check_memory
+from infinitevl_jax.train.optimizer import make_optimizer, schedule, split_trainable
+from infinitevl_jax.train.progress import Progress
+from infinitevl_jax.train.saving import Saver, Stop
+from infinitevl_jax.train.setup import prepare_start
+from infinitevl_jax.train.step import (
+    TrainState,
+    evaluate_batch,
+    init_state,
+    model_of,
+    put_batch,
+    state_shardings,
+    train_step,
+)
+
+
+class Outcome(NamedTuple):
+    """What a run leaves: its folder, the last checkpoint (one of our checkpoint folders), and
+    whether it came to its end."""
+
+    run: Path
+    checkpoint: Path
+    step: int
+    finished: bool
+
+
+def train(preset: Preset, say=print) -> Outcome:
+    """Run a preset to its end, or until Ctrl-C or SIGTERM; a run that finds its own checkpoints
+    goes on from the last one.
+
+    Raises InfiniteVLError for anything in preset, data, mesh or output folder that cannot work.
+    """
+    config, began = preset.train, time.monotonic()
+    if jax.process_count() > 1:
+        raise InfiniteVLError(
+            f"{jax.process_count()} processes take part in this run, and each would write the same"
+            " files",
+            "train with one process; the devices of one host form the mesh",
+        )
+    mesh = make_mesh(preset.run)
+    ops = resolve_ops(mesh, preset.run.ops)
+    with contextlib.ExitStack() as stack:
+        run, lock = claim_folder(preset, say)
+        stack.enter_context(lock)
+        source = Source(config.data.name, config.data.folder, config.data.train)
+        start = prepare_start(preset.model, source, run, config.seed)
+        encoder = Encoder(source, start.processor, start.config)
+        skipped = Skipped(len(source), config.data.max_skipped)
+        batches = train_batches(encoder, start.config, config.data, config.seed, skipped)
+        steps = config.steps or count_steps(
+            encoder, config.data, config.epochs, config.seed, _counting
+        )
+        if steps > INT32:
+            raise InfiniteVLError(
+                f"train.epochs = {config.epochs:g} are {steps:,} steps",
+                f"at most {INT32:,} are counted",
+            )
+        optimizer = make_optimizer(config.optimizer, steps)
+        rate = schedule(config.optimizer, steps)
+
+        stack.enter_context(jax.set_mesh(mesh))
+        model = model_of(start.config, preset.run, ops)
+        shapes = dict(abstract(start.config, scanned=True)[1])
+        names, frozen = split_trainable(list(shapes), config.trainable)
+        check_memory(shapes, names, mesh)
+        checkpoints = stack.enter_context(
+            contextlib.closing(Checkpoints(run, start.files, start.manifest, config.keep, say))
+        )
+
+        def set_place(place: dict[str, Any]) -> None:
+            batches.set_state(place["rows"])
+            skipped.set_state(place["skipped"])
+
+        state = _state(checkpoints, start, shapes, names, optimizer, mesh, set_place)
+        first = int(state.step)
+        log = stack.enter_context(contextlib.closing(Log(run / "log.jsonl", first, say)))
+
+        say(
+            f"{steps} steps of {config.data.batch} rows on {len(source):,} rows of"
+            f" {config.data.name}, output in {run}"
+        )
+        say(
+            f"device: {_devices(mesh)}; mesh: "
+            + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        )
+        say("activations: " + preset.run.dtype)
+        trained = sum(int(np.prod(shapes[n].shape)) for n in names)
+        say(
+            f"parameters: {trained:,} trained,"
+            f" {sum(int(np.prod(shapes[n].shape)) for n in frozen):,} frozen"
+        )
+        if whole := kept_whole(shapes, mesh):
+            say("\n  ".join(["on every device, whole:", *whole]))
+        if first:
+            say(f"going on from step {first}")
+
+        say = partial(_above_the_bar, say)
+        step_fn = jax.jit(partial(train_step, model, optimizer), donate_argnums=0)
+        held_out = None
+        if config.data.held_out:
+            held_out = HeldOut(
+                config.data, start, jax.jit(partial(evaluate_batch, model)), mesh, say
+            )
+        stop = Stop()
+        saver = Saver(checkpoints, lock, config, skipped, state, batches.get_state(), stop, say)
+        del state  # the first step takes its memory
+        with stop, Progress(steps, first) as bar, saver:
+            tokens, since = 0, time.monotonic()
+            while True:
+                step = saver.step
+                unmeasured = (
+                    held_out
+                    and _is_due(config.evaluate_every, step, steps)
+                    and not log.has(step, "held_out_loss")
+                )
+                if saver.due or unmeasured:
+                    saver.save()
+                if unmeasured and (found := held_out.measure(saver.state, stop)):
+                    log.write(step=step, **found)
+                    unmeasured, tokens, since = False, 0, time.monotonic()
+                if step == steps or stop.asked:
+                    break
+                batch = next(batches)
+                for line in skipped.news():
+                    say(line)
+                saver.advance(step_fn, put_batch(batch, mesh), batches.get_state())
+                tokens += _count(batch)
+                bar.update()
+                if saver.step == first + 1:  # traced by now
+                    say("\n  ".join(["what ran:", *ops.report()]))
+                if _is_due(config.log_every, saver.step, steps):
+                    saver.check()
+                    line = {name: float(value) for name, value in saver.metrics._asdict().items()}
+                    now = time.monotonic()
+                    speed, since, tokens = tokens / (now - since), now, 0
+                    line |= {
+                        "lr": float(rate(step)),
+                        "tokens_per_second": round(speed, 1),
+                        "seconds": round(now - began, 2),
+                    }
+                    log.write(step=saver.step, **line)
+                    bar.show(
+                        saver.step,
+                        [
+                            f"loss {line['loss']:.4f}",
+                            f"{line['accuracy']:.1%} right",
+                            f"{speed:,.0f} tokens/s",
+                        ],
+                    )
+            path = saver.save()
+        if finished := step == steps and not unmeasured:
+            say(f"done: checkpoint {path}, log {run / 'log.jsonl'}, {_plot(run)}")
+        else:
+            say(
+                f"stopped at step {step} of {steps}; saved in {path}\nthe same command goes on from"
+                " here"
+            )
+        return Outcome(run, path, step, finished)
+
+
+def _state(
+    checkpoints: Checkpoints, start, shapes, names, optimizer, mesh: Mesh, set_place
+) -> TrainState:
+    """The state of the newest checkpoint, whose place in the data `set_place` takes, or a fresh
+    one."""
+    begin = partial(init_state, trainable=names, optimizer=optimizer)
+    if checkpoints.last is None:
+        params = start.params(parameter_shardings(shapes, mesh))
+        shardings = state_shardings(jax.eval_shape(begin, params), mesh)
+        return jax.jit(begin, out_shardings=shardings)(params)
+    wanted = jax.eval_shape(begin, shapes)
+    return checkpoints.restore(abstract_state(wanted, state_shardings(wanted, mesh)), set_place)
+
+
+def _count(batch: TrainBatch) -> int:
+    """Decoder tokens of this process's part."""
+    return sum(
+        int((part.index >= 0).sum()) for part in (batch.prefix, batch.branches) if part is not None
+    )
+
+
+def _devices(mesh: Mesh) -> str:
+    devices = mesh.devices.reshape(-1)
+    return f"{len(devices)} x {devices[0].device_kind}"
+
+
+def _is_due(every: int, step: int, steps: int) -> bool:
+    """Whether what is done every so many steps (0: only at the end) is done after this one."""
+    return step == steps or (step > 0 and every > 0 and step % every == 0)
+
+
+def _counting(rows: Iterable[int]) -> Iterable[int]:
+    return tqdm(rows, desc="counting tokens", leave=False, dynamic_ncols=True, disable=None)
+
+
+def _above_the_bar(say, text: str) -> None:
+    with tqdm.external_write_mode():
+        say(text)
+
+
+def _plot(run: Path) -> str:
+    """Draw the log, and say where or why not: what was trained is saved either way."""
+    try:
+        plot_log(run / "log.jsonl", run / "loss.png")
+    except Exception as error:  # of whatever in fonts, disk or numbers
+        return f"no plot ({type(error).__name__}: {error})"
+    return f"plot {run / 'loss.png'}"

@@ -1,0 +1,67 @@
+"""The shapes of a training step before anything exists: what a pod's compiler needs, and nothing
+more."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from infinitevl_jax.config.model import ModelConfig
+from infinitevl_jax.data.batch import TrainBatch
+from infinitevl_jax.inputs.model_inputs import Inputs
+from infinitevl_jax.inputs.patches import Patches
+from infinitevl_jax.nn.params import abstract
+from infinitevl_jax.train.optimizer import split_trainable
+from infinitevl_jax.train.step import TrainState, batch_shardings, init_state, state_shardings
+
+
+def abstract_state(
+    config: ModelConfig,
+    trainable: list[str],
+    optimizer: optax.GradientTransformation,
+    dtype,
+    mesh: Mesh,
+) -> TrainState:
+    """Shapes and shardings of the state: parameters in `dtype`, those that match a `trainable`
+    pattern in f32 with moments."""
+    shapes = {
+        name: jax.ShapeDtypeStruct(s.shape, dtype)
+        for name, s in abstract(config, scanned=True)[1].items()
+    }
+    names, _ = split_trainable(list(shapes), trainable)
+    state = jax.eval_shape(lambda params: init_state(params, names, optimizer), shapes)
+    return _placed(state, state_shardings(state, mesh))
+
+
+def abstract_batch(
+    config: ModelConfig, rows: int, length: int, patches: int, mesh: Mesh
+) -> TrainBatch:
+    """Shapes and shardings of packed rows of `length` tokens, each with up to `patches` patches of
+    images (0: text only)."""
+    ints = np.broadcast_to(np.int32(0), (rows, length))
+    vision = None
+    if patches:
+        ids = np.broadcast_to(np.int32(0), (rows, patches))
+        pixels = np.broadcast_to(jnp.bfloat16(0), (rows, patches, config.vision.patch_features))
+        vision = Patches(
+            pixels,
+            np.broadcast_to(np.int32(0), (rows, patches, 2)),
+            ids,
+            ids,
+            ids,
+            slice_reach=1024,
+        )
+    inputs = Inputs(
+        ints, ints, ints, np.broadcast_to(np.int32(0), (3, rows, length)), ints if patches else None
+    )
+    batch = TrainBatch(
+        vision, None, inputs, None, ints, np.broadcast_to(np.float32(0), (rows, length))
+    )
+    return _placed(batch, batch_shardings(batch, mesh))
+
+
+def _placed(tree, shardings):
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )

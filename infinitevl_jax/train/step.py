@@ -1,0 +1,222 @@
+"""One optimisation step as a pure function of (state, batch)."""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from infinitevl_jax.config.model import ModelConfig
+from infinitevl_jax.config.run import RunConfig
+from infinitevl_jax.data.batch import TrainBatch
+from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.inputs.patches import Patches
+from infinitevl_jax.nn.cache import empty
+from infinitevl_jax.nn.ops import Ops
+from infinitevl_jax.nn.params import Params, abstract, bind, unstack
+from infinitevl_jax.nn.vlm import VLM
+from infinitevl_jax.sharding import parameter_shardings, spec
+from infinitevl_jax.train.losses import Tally, answer_loss
+from pallas_kernels import attention, gated_delta_rule
+
+REMAT: dict[str, Callable] = {
+    "none": lambda layer: layer,
+    "dots": partial(
+        jax.checkpoint,
+        policy=jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            jax.checkpoint_policies.save_only_these_names(
+                *attention.RESIDUAL_NAMES, *gated_delta_rule.RESIDUAL_NAMES
+            ),
+        ),
+    ),
+    "full": jax.checkpoint,
+}
+
+
+# matrices of the layers: nearly all parameters, and only ever used in the activations' dtype
+MATRICES = re.compile(r"(layers|visual\.blocks)\..*\.kernel")
+
+
+class TrainState(NamedTuple):
+    """All that a step changes (trainable in f32, moments) and the parameters it only reads."""
+
+    trainable: Params
+    frozen: Params
+    optimizer: Any  # optax state over `trainable`
+    step: Array  # [] int32, steps done
+
+
+class Metrics(NamedTuple):
+    """Scalars of one step."""
+
+    loss: Array  # mean cross entropy of the answer tokens of the global batch, nats
+    accuracy: Array  # share of answer tokens that were the model's first choice
+    grad_norm: Array  # before clipping
+
+
+def model_of(
+    config: ModelConfig, run: RunConfig, ops: Ops | None = None
+) -> Callable[[Params], VLM]:
+    """The function from parameters (scanned layout) to the module, with the run's precision,
+    rematerialisation and way through layers.
+
+    Without `run.scan` the stacks are cut into layers here, inside the step: state and checkpoints
+    are the same either way.
+
+    The layers' matrices are narrowed to the activations' dtype here, once a step. Each layer would
+    do it to the same effect, but again for every pass over it, and its slices of the float32
+    stacks, and of their gradients, would be copied at twice the width.
+    """
+    dtype = jnp.dtype(run.dtype)
+    graphdef, _ = abstract(config, scanned=run.scan, dtype=dtype, ops=ops, remat=REMAT[run.remat])
+
+    def narrow(name: str, p: Array) -> Array:
+        return (
+            p.astype(dtype) if MATRICES.fullmatch(name) and p.dtype.itemsize > dtype.itemsize else p
+        )
+
+    def model(params: Params) -> VLM:
+        params = params if run.scan else unstack(config, dict(params))
+        return bind(graphdef, {name: narrow(name, p) for name, p in params.items()})
+
+    return model
+
+
+def evaluate_batch(model: Callable[[Params], VLM], params: Params, batch: TrainBatch) -> Tally:
+    """Sums of loss and right answers over one batch."""
+    vlm = model(params)
+    vision = None if batch.patches is None else vlm.encode(batch.patches)
+    if batch.prefix is None:
+        hidden, _, _ = vlm.decode(vlm.embed(batch.branches, vision), batch.branches)
+    else:
+        count, longest = batch.prefix.tokens.shape
+        cache = empty(vlm.cache_spec(count, longest + batch.branches.tokens.shape[1]))
+        _, cache, _ = vlm.decode(vlm.embed(batch.prefix, vision), batch.prefix, cache)
+        vlm = model(params)  # cast anew, so that the gradients of both passes are added in float32
+        hidden, _, _ = vlm.decode(
+            vlm.embed(batch.branches, None), batch.branches, cache.select(batch.parents)
+        )
+    return answer_loss(vlm.logits, hidden, batch.targets, batch.weights)
+
+
+def train_step(
+    model: Callable[[Params], VLM],
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    batch: TrainBatch,
+) -> tuple[TrainState, Metrics]:
+    """Gradient of the mean loss over the answer tokens of the global batch, and the update.
+
+    The state stays as it is where loss or gradient is not finite: what was learnt so far is not
+      lost.
+    """
+
+    def loss(trainable):
+        tally = evaluate_batch(model, {**trainable, **state.frozen}, batch)
+        return tally.loss / tally.tokens, tally
+
+    (value, tally), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable)
+    update, moments = optimizer.update(gradient, state.optimizer, state.trainable)
+    metrics = Metrics(value, tally.right / tally.tokens, optax.global_norm(gradient))
+    new = (optax.apply_updates(state.trainable, update), moments, state.step + 1)
+    finite = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.grad_norm)
+    trainable, moments, step = jax.tree.map(
+        partial(jnp.where, finite), new, (state.trainable, state.optimizer, state.step)
+    )
+    return TrainState(trainable, state.frozen, moments, step), metrics
+
+
+def init_state(
+    params: Params, trainable: list[str], optimizer: optax.GradientTransformation
+) -> TrainState:
+    """The state before the first step: what trains becomes f32, the rest keeps its dtype."""
+    train = {name: params[name].astype(jnp.float32) for name in trainable}
+    frozen = {name: value for name, value in params.items() if name not in train}
+    return TrainState(train, frozen, optimizer.init(train), jnp.zeros((), jnp.int32))
+
+
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """Where everything lives: parameters by the table of rules, moments with their parameters,
+    counters everywhere.
+
+    state: arrays or their shapes.
+    """
+    places = parameter_shardings({**state.trainable, **state.frozen}, mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def moment(path, leaf):
+        name = getattr(path[-1], "key", None) if path else None
+        return (
+            places[name]
+            if name in places and leaf.shape == state.trainable[name].shape
+            else everywhere
+        )
+
+    return TrainState(
+        {name: places[name] for name in state.trainable},
+        {name: places[name] for name in state.frozen},
+        jax.tree_util.tree_map_with_path(moment, state.optimizer),
+        everywhere,
+    )
+
+
+def batch_axes(batch: TrainBatch) -> TrainBatch:
+    """The logical axes of every leaf, as a pytree of the batch's form whose leaves are tuples."""
+
+    def inputs(x):
+        rank2 = ("batch", None)
+        return x._replace(
+            tokens=rank2,
+            index=rank2,
+            segment=rank2,
+            positions=None if x.positions is None else (None, *rank2),
+            vision_index=None if x.vision_index is None else rank2,
+        )
+
+    def patches(x: Patches):
+        return jax.tree.map(lambda leaf: ("batch",) + (None,) * (leaf.ndim - 1), x)
+
+    return TrainBatch(
+        patches=None if batch.patches is None else patches(batch.patches),
+        prefix=None if batch.prefix is None else inputs(batch.prefix),
+        branches=inputs(batch.branches),
+        parents=None if batch.parents is None else ("batch",),
+        targets=("batch", None),
+        weights=("batch", None),
+    )
+
+
+def batch_shardings(batch: TrainBatch, mesh: Mesh) -> TrainBatch:
+    """Every leaf of a process's part cut along its batch axis over (data, fsdp).
+
+    Raises InfiniteVLError where that axis does not divide: a silent copy on every device would only
+      look right.
+    """
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def place(axes, leaf):
+        shape = list(leaf.shape)
+        shape[axes.index("batch")] *= jax.process_count()
+        size = shape[axes.index("batch")]
+        if size % parts:
+            raise InfiniteVLError(
+                f"a batch of {size} rows does not divide over data x fsdp = {parts}",
+                f"make train.data.batch a multiple of {parts}, or the mesh smaller (run.data,"
+                " run.fsdp)",
+            )
+        return NamedSharding(mesh, spec(axes, tuple(shape), mesh))
+
+    return jax.tree.map(
+        place, batch_axes(batch), batch, is_leaf=lambda x: isinstance(x, tuple) and "batch" in x
+    )
+
+
+def put_batch(batch: TrainBatch, mesh: Mesh) -> TrainBatch:
+    """A process's part of the global batch as global arrays on the mesh."""
+    return jax.tree.map(jax.make_array_from_process_local_data, batch_shardings(batch, mesh), batch)

@@ -1,0 +1,234 @@
+"""One call does prefill, chunked prefill and single steps: all must agree, far past the window,
+padded or not, alone or interleaved."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import conversation, hybrid
+
+from infinitevl_jax.inputs.model_inputs import Inputs, prepare
+from infinitevl_jax.nn.cache import cache_bytes
+from infinitevl_jax.nn.mixers.softmax_attention import slot_index
+from infinitevl_jax.nn.params import abstract, bind, initialize
+from infinitevl_jax.serve.infinitevl import InfiniteVL
+from pallas_kernels.testing.parity import rel_rms
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def model():
+    return hybrid(window=24)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(1).integers(1, 90, (1, 130))
+
+
+@pytest.fixture(scope="module")
+def whole(model, tokens):
+    return np.asarray(model(tokens).logits)
+
+
+def in_pieces(model, tokens, cuts):
+    """Logits of a text taken in pieces, and the cache at the end."""
+    cache, out = model.init_cache(1), []
+    for a, b in zip([0, *cuts], [*cuts, tokens.shape[1]], strict=True):
+        result = model(tokens[:, a:b], cache=cache)
+        cache = result.cache
+        out.append(np.asarray(result.logits))
+    return np.concatenate(out, 1), cache
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_chunks_equal_one_shot(model, tokens, whole, seed):
+    cuts = np.sort(np.random.default_rng(seed).choice(np.arange(1, 130), 4, replace=False)).tolist()
+    assert rel_rms(in_pieces(model, tokens, cuts)[0], whole) <= TOLERANCE
+
+
+def test_token_by_token_equals_one_shot(model, tokens, whole):
+    logits, cache = in_pieces(model, tokens, range(1, 130))
+    assert rel_rms(logits, whole) <= TOLERANCE
+    assert cache.length.tolist() == [130] and cache.next_position.tolist() == [130]
+
+
+def test_images_and_video_in_chunks(model):
+    batch = conversation(model.config, text=60)
+    expected = model(**batch, use_cache=True)
+    prepared = prepare(model.config, **batch)
+    ids = batch["input_ids"]
+    # text, image and text, video and text: each part starts where the cache left off
+    image = {k: v for k, v in batch.items() if k in ("pixel_values", "image_grid_thw")}
+    video = {
+        k: v
+        for k, v in batch.items()
+        if k in ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+    }
+    cache, logits = model.init_cache(1), []
+    for part, extra in (
+        (slice(0, 4), {}),
+        (slice(4, 24), image),
+        (slice(24, 100), video),
+        (slice(100, None), {}),
+    ):
+        out = model(ids[:, part], cache=cache, **extra)
+        cache = out.cache
+        logits.append(np.asarray(out.logits))
+    assert rel_rms(np.concatenate(logits, 1), expected.logits) <= TOLERANCE
+    assert (
+        cache.next_position.tolist()
+        == expected.cache.next_position.tolist()
+        == [int(prepared.inputs.positions.max()) + 1]
+    )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batch_equals_single(model, tokens, side):
+    lengths = [130, 3, 61]
+    ids, mask = np.zeros((3, 130), int), np.zeros((3, 130), int)
+    place = [slice(130 - n, 130) if side == "left" else slice(0, n) for n in lengths]
+    for row, (where, n) in enumerate(zip(place, lengths, strict=True)):
+        ids[row, where], mask[row, where] = tokens[0, :n], 1
+    out = model(ids, mask, use_cache=True)
+    for row, (where, n) in enumerate(zip(place, lengths, strict=True)):
+        alone = model(tokens[:, :n], use_cache=True)
+        assert rel_rms(out.logits[row, where], alone.logits[0]) <= TOLERANCE
+        following = np.full((3, 1), 7)
+        assert (
+            rel_rms(
+                model(following, cache=out.cache).logits[row],
+                model(following[:1], cache=alone.cache).logits[0],
+            )
+            <= TOLERANCE
+        )
+
+
+def test_interleaved_conversations_are_bit_equal_to_separate_ones(model, tokens):
+    texts = [tokens[:, :40], tokens[:, 40:90]]
+    separate = []
+    for text in texts:
+        cache = model.init_cache(1)
+        for at in range(0, 40, 10):
+            cache = model(text[:, at : at + 10], cache=cache).cache
+        separate.append(cache)
+    caches = [model.init_cache(1), model.init_cache(1)]
+    for at in range(0, 40, 10):
+        for i, text in enumerate(texts):
+            caches[i] = model(text[:, at : at + 10], cache=caches[i]).cache
+    for a, b in zip(jax.tree.leaves(separate), jax.tree.leaves(caches), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_idle_rows_keep_their_state_bit_for_bit(model, tokens):
+    cache = model(np.repeat(tokens[:, :30], 2, 0), use_cache=True).cache
+    after = model(
+        np.repeat(tokens[:, 30:40], 2, 0), np.array([[1] * 10, [0] * 10]), cache=cache
+    ).cache
+    for before, now in zip(jax.tree.leaves(cache), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(np.asarray(before)[1], np.asarray(now)[1])
+
+
+def test_branches_do_not_touch_their_parent(model, tokens):
+    cache = model(tokens[:, :50], use_cache=True).cache
+    kept = jax.tree.map(np.asarray, cache)
+    branches = cache.select(jnp.array([0, 0]))
+    out = model(np.array([[3, 4], [5, 6]]), cache=branches)
+    assert rel_rms(out.logits[1], model(np.array([[5, 6]]), cache=cache).logits[0]) <= TOLERANCE
+    jax.tree.map(np.testing.assert_array_equal, kept, jax.tree.map(np.asarray, cache))
+
+
+def test_cache_bytes_do_not_grow(model):
+    """At 100 and at 100,000 tokens, and by the formula; for the published model the formula gives
+    127.3 MiB + one slot a window layer."""
+    from infinitevl_jax.config.model import infinitevl_4b
+
+    short = model(np.ones((1, 100), int), use_cache=True).cache
+    assert short.nbytes == cache_bytes(model.config, 1, jnp.float32)
+    step = jax.jit(
+        lambda cache: model._programs.forward(
+            model.params, chunk, None, cache, np.zeros((1, 1), np.int32)
+        )[1]
+    )
+    chunk = prepare(model.config, np.ones((1, 5000), int)).inputs
+    long = model.init_cache(1)
+    for _ in range(20):
+        long = step(long)
+    assert long.length.tolist() == [100_000]
+    assert long.nbytes == short.nbytes
+    assert cache_bytes(infinitevl_4b(), 1, jnp.bfloat16) == 133_438_464 + 9 * 2 * 2 * 128 * 2
+
+
+@pytest.mark.parametrize("length, capacity", [(0, 4), (3, 4), (4, 4), (11, 4)])
+def test_slots_follow_from_length(length, capacity):
+    held = np.asarray(slot_index(jnp.array([length]), capacity))[0]
+    expected = np.full(capacity, -1)
+    for i in range(length):
+        expected[i % capacity] = i
+    np.testing.assert_array_equal(held, expected)
+
+
+def test_packed_equals_unpacked_with_gradients():
+    """Three texts in one row against one a row: loss and every gradient, through the scanned
+    training layout."""
+    from tiny import hybrid_config, loud
+
+    config = hybrid_config(layers=9, window=24)  # two periods and a remainder
+    params = loud(initialize(config, jax.random.key(0), scanned=True))
+    graphdef, _ = abstract(config, scanned=True)
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(1, 90, n) for n in (17, 40, 5)]
+    weight = [rng.normal(size=(n, config.text.hidden_size)) for n in (17, 40, 5)]
+
+    def loss(params, inputs, weight):
+        vlm = bind(graphdef, params)
+        return jnp.sum(vlm.decode(vlm.embed(inputs, None), inputs)[0] * weight)
+
+    def row(tokens, segment, size):
+        pad = size - len(tokens)
+        at = (
+            np.concatenate([np.arange(n) for n in np.bincount(segment)])
+            if len(tokens)
+            else np.zeros(0, int)
+        )
+        ordinal = np.pad(at, (0, pad), constant_values=-1)
+        positions = np.broadcast_to(np.maximum(ordinal, 0), (3, 1, size))
+        return Inputs(
+            np.pad(tokens, (0, pad))[None],
+            ordinal[None],
+            np.pad(segment, (0, pad))[None],
+            positions,
+            None,
+        )
+
+    step = jax.jit(jax.value_and_grad(loss))
+    packed = row(np.concatenate(texts), np.repeat([0, 1, 2], [17, 40, 5]), 64)
+    value, grads = step(params, packed, np.pad(np.concatenate(weight), ((0, 2), (0, 0)))[None])
+    rows = [row(t, np.zeros(len(t), int), 64) for t in texts]
+    parts = [
+        step(params, r, np.pad(w, ((0, 64 - len(w)), (0, 0)))[None])
+        for r, w in zip(rows, weight, strict=True)
+    ]
+    assert rel_rms(value, sum(p[0] for p in parts)) <= TOLERANCE
+    for name in grads:
+        if not name.startswith("visual."):
+            assert rel_rms(grads[name], sum(p[1][name] for p in parts)) <= TOLERANCE, name
+
+
+def test_layouts_agree():
+    """Scanned and unrolled layouts hold the same model."""
+    from tiny import hybrid_config
+
+    config = hybrid_config(layers=9)
+    tokens = np.random.default_rng(0).integers(1, 90, (2, 33))
+    scanned = initialize(config, jax.random.key(3), scanned=True)
+    model = InfiniteVL(config, initialize(config, jax.random.key(3), scanned=False))
+    inputs = prepare(config, tokens).inputs
+    vlm = bind(abstract(config, scanned=True)[0], scanned)
+    hidden, _, states = vlm.decode(vlm.embed(inputs, None), inputs, collect=True)
+    out = model(tokens, output_hidden_states=True)
+    assert rel_rms(vlm.logits(hidden), out.logits) <= TOLERANCE
+    assert len(states) == len(out.hidden_states) == 10
+    for a, b in zip(states, out.hidden_states, strict=True):
+        assert rel_rms(a, b) <= TOLERANCE

@@ -1,0 +1,316 @@
+"""Checkpoints on disks that fail, and checkpoints of which something is lost: the step before is
+used, and that is said."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from infinitevl_jax.checkpoints.manifest import Manifest
+from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.train.checkpoints import Checkpoints, abstract_state
+from infinitevl_jax.train.step import TrainState
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+
+
+def state(step, size=64):
+    values = jnp.arange(size, dtype=jnp.float32) + step
+    return TrainState(
+        {"a": values}, {"b": values * 2}, {"mu": {"a": values / 2}}, jnp.asarray(step, jnp.int32)
+    )
+
+
+def wanted(size=64):
+    shapes = jax.eval_shape(lambda: state(0, size))
+    return abstract_state(shapes, jax.tree.map(lambda _: HERE, shapes))
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A folder with a model's side files."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"a": 1}')
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def opened(tmp_path, model):
+    """Opens the run's checkpoints; what was said is in `opened.said`."""
+    made = []
+
+    def checkpoints(keep=3):
+        made.append(Checkpoints(tmp_path / "run", model, Manifest(), keep, said.append))
+        return made[-1]
+
+    said = checkpoints.said = []
+    yield checkpoints
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def saved(opened, tmp_path):
+    """A run with checkpoints of steps 2 and 4."""
+    checkpoints = opened()
+    for step in (2, 4):
+        checkpoints.save(state(step), {"rows": step})
+    return tmp_path / "run" / "checkpoints"
+
+
+def restore(checkpoints, accept=None, size=64):
+    places = []
+
+    def take(place):
+        places.append(place["rows"])
+        if accept:
+            accept(place)
+
+    found = checkpoints.restore(wanted(size), take)
+    return int(found.step), found, places
+
+
+def test_a_step_that_is_a_pipe_is_refused(opened, saved):
+    os.mkfifo(saved / "6")  # which a save of step 6 would wait for
+    with pytest.raises(InfiniteVLError, match="6 is not a folder\n  -> remove it"):
+        opened()
+
+
+def test_a_step_that_holds_a_pipe_is_damaged(opened, saved):
+    os.mkfifo(saved / "4" / "params" / "d" / "pipe")
+    step, _, places = restore(opened())
+    assert step == 2 and places == [2]
+    assert (
+        "pipe is not a regular file" in opened.said[0] and "going back to step 2" in opened.said[0]
+    )
+
+
+def test_what_was_saved_comes_back(opened, saved):
+    step, found, places = restore(opened())
+    assert step == 4 and places == [4] and opened.said == []
+    for there, here in zip(jax.tree.leaves(found), jax.tree.leaves(state(4)), strict=True):
+        np.testing.assert_array_equal(there, here)
+
+
+def test_the_newest_are_kept(opened, tmp_path):
+    checkpoints = opened(keep=2)
+    for step in (1, 3, 5):
+        checkpoints.save(state(step), {})
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["3", "5"]
+
+
+def largest(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:40])
+
+
+DAMAGE = {
+    "parameters' file deleted": lambda step: largest(step / "params" / "d").unlink(),
+    "parameters' file cut": lambda step: cut(largest(step / "params" / "d")),
+    "moments' file deleted": lambda step: largest(step / "optimizer" / "d").unlink(),
+    "place in the data is empty": lambda step: (step / "data" / "metadata").write_text(""),
+    "place in the data is {}": lambda step: (step / "data" / "metadata").write_text("{}"),
+    "place in the data is a list": lambda step: (step / "data" / "metadata").write_text("[3]"),
+    "place in the data is not JSON": lambda step: (step / "data" / "metadata").write_bytes(
+        b"\xff\xfe"
+    ),
+    "list of parameters is not JSON": lambda step: (step / "params" / "_METADATA").write_text("{"),
+    "list of parameters is another": lambda step: (step / "params" / "_METADATA").write_text("{}"),
+    "another step's files": lambda step: swap(step, step.with_name("2")),
+}
+
+
+def swap(step, other):
+    os.rename(step, step.with_name("away"))
+    os.rename(other, step)
+    os.rename(step.with_name("away"), other)
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_step_makes_way_for_the_one_before(case, opened, saved, tmp_path):
+    if case == "another step's files":  # named 4, and of step 2: neither can be trusted
+        DAMAGE[case](saved / "4")
+        with pytest.raises(InfiniteVLError, match="holds step 2"):
+            restore(opened())
+        return
+    DAMAGE[case](saved / "4")
+    step, found, places = restore(opened())
+    assert step == 2 and places[-1] == 2
+    np.testing.assert_array_equal(found.trainable["a"], state(2).trainable["a"])
+    (said,) = opened.said
+    assert (
+        str(saved / "4") in said
+        and f"kept as {tmp_path / 'run' / 'damaged-step-4'}" in said
+        and said.endswith("going back to step 2")
+    )
+    assert len(said) < 1600 and said.count("\n") < 10
+    again = opened()
+    assert again.last == 2
+    again.save(state(4), {"rows": 4})  # the place is free
+    assert restore(again)[0] == 4
+
+
+def test_when_every_step_is_damaged_nothing_moves(opened, saved, tmp_path):
+    for step in ("2", "4"):
+        largest(saved / step / "params" / "d").unlink()
+    with pytest.raises(InfiniteVLError) as caught:
+        restore(opened())
+    assert (
+        str(saved / "4") in caught.value.culprit
+        and "remove it to go on from step 2" in caught.value.cure
+    )
+    assert sorted(p.name for p in saved.iterdir()) == ["2", "4"] and opened.said == []
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoints"]
+
+
+def test_a_place_that_is_not_accepted_is_damage(opened, saved):
+    def accept(place):
+        if place["rows"] == 4:
+            raise IndexError("past the end")
+
+    assert restore(opened(), accept)[0] == 2 and "past the end" in opened.said[0]
+
+
+def test_another_model_is_refused_by_name(opened, saved):
+    with pytest.raises(InfiniteVLError) as caught:
+        restore(opened(), size=32)
+    assert caught.value.items[0] == "a is (64,) float32 there, (32,) float32 here"
+    assert str(caught.value).splitlines()[1].strip() == caught.value.items[0]  # a line of its own
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"spelling": "publ', b"\xff", b"[]"])
+@pytest.mark.parametrize("name", ["infinitevl_jax.json", "config.json", "tokenizer.json"])
+def test_side_files_cut_by_a_kill_heal(opened, saved, content, name):
+    whole = (saved / "4" / name).read_bytes()
+    (saved / "4" / name).unlink()
+    if content is not None:
+        (saved / "4" / name).write_bytes(content)
+    assert restore(opened())[0] == 4
+    assert (saved / "4" / name).read_bytes() == whole and Manifest.read(
+        saved / "4"
+    ) == Manifest.read(saved / "2")
+    assert not list((saved / "4").glob(".*"))
+
+
+def test_what_a_killed_save_left_is_removed(opened, saved):
+    (saved / "6.orbax-checkpoint-tmp").mkdir()
+    (saved / "6.orbax-checkpoint-tmp" / "x").write_text("part")
+    assert opened().last == 4 and sorted(p.name for p in saved.iterdir()) == ["2", "4"]
+
+
+FULL = """
+import resource, sys
+sys.path[:0] = sys.argv[1:3]
+import test_manager as t
+from infinitevl_jax.checkpoints.manifest import Manifest
+from pathlib import Path
+checkpoints = t.Checkpoints(Path(sys.argv[3]), Path(sys.argv[4]), Manifest(), 3)
+import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[5]),) * 2)
+try:
+    checkpoints.save(t.state(6, 300_000), {"rows": 6})
+except t.InfiniteVLError as error:
+    print(error)
+checkpoints.close()
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 300, 100_000])
+def test_a_full_disk(opened, saved, model, tmp_path, limit):
+    """Files that may not grow stand for a disk without room, in a process of its own."""
+    command = [
+        sys.executable,
+        "-c",
+        FULL,
+        str(ROOT),
+        str(Path(__file__).parent),
+        str(tmp_path / "run"),
+        str(model),
+        str(limit),
+    ]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    lines = told.stdout.splitlines()
+    assert told.returncode == 0 and "Traceback" not in told.stderr, told.stderr[-3000:]
+    assert lines[0].startswith(f"no space left for checkpoint {saved / '6'}"), lines
+    assert lines[1].strip().startswith("-> free some space") and lines[1].endswith(
+        "the same command goes on from step 4"
+    )
+    checkpoints = opened()
+    assert sorted(p.name for p in saved.iterdir()) == ["2", "4"]
+    assert restore(checkpoints)[0] == 4
+    checkpoints.save(state(6), {"rows": 6})
+    assert checkpoints.last == 6
+
+
+def test_a_disk_with_too_little_room(opened, saved, monkeypatch):
+    """It is not filled up first."""
+    checkpoints = opened()
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 700, 700)
+    )
+    with pytest.raises(InfiniteVLError) as caught:
+        checkpoints.save(state(6), {"rows": 6})
+    assert (
+        caught.value.culprit
+        == f"no space left for a checkpoint of 0.0 MB in {saved}, where 0.0 MB are free"
+    )
+    assert caught.value.cure == "free some space; then the same command goes on from step 4"
+    assert sorted(p.name for p in saved.iterdir()) == ["2", "4"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("RESOURCE_EXHAUSTED: no room"),
+        Exception("cannot write"),
+        PermissionError(13, "no"),
+    ],
+)
+def test_a_save_that_fails_says_where_to_go_on(opened, monkeypatch, error):
+    checkpoints = opened()
+
+    def fails(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(checkpoints._manager, "save", fails)
+    with pytest.raises(InfiniteVLError) as caught:
+        checkpoints.save(state(1), {})
+    assert "checkpoints/1" in caught.value.culprit and caught.value.cure.endswith(
+        "then the same command begins anew"
+    )
+
+
+def test_nothing_older_is_removed_before_the_new_one_is_on_the_disk(opened, saved, monkeypatch):
+    from infinitevl_jax.checkpoints import manager
+
+    def fails(folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(manager, "sync_tree", fails)
+    with pytest.raises(InfiniteVLError, match="no space left"):
+        opened(keep=1).save(state(6), {"rows": 6})
+    assert {"2", "4"} <= {p.name for p in saved.iterdir()}
+    monkeypatch.undo()
+    assert restore(opened())[0] in (4, 6)
+
+
+def test_places_are_json(opened, saved):
+    assert json.loads((saved / "4" / "data" / "metadata").read_text()) == {"rows": 4}
+    assert (
+        resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+    )  # the limit was another process's

@@ -1,0 +1,165 @@
+"""Whole runs that meet bad data, a bad held-out split or a disk without room for the picture:
+nothing learnt is lost."""
+
+import json
+
+import pytest
+from tiny_run import write_preset
+
+from infinitevl_jax import Processor
+from infinitevl_jax.config.presets import load_preset
+from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.train import loop
+from infinitevl_jax.train.held_out import HeldOut
+from infinitevl_jax.train.log import read_log
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def preset(folder, tiny_data):
+    path = write_preset(folder, tiny_data)
+    path.write_text(
+        path.read_text().replace("checkpoint_every = 2\n", "")
+    )  # as a preset has it that says nothing
+    return lambda *changes: load_preset(path, ["train.steps=4", *changes])
+
+
+def steps(folder):
+    return sorted(p.name for p in (folder / "run" / "checkpoints").iterdir())
+
+
+def test_a_default_run_that_meets_bad_data_keeps_what_it_learnt(folder, preset, monkeypatch):
+    real = loop.train_batches
+
+    class Bad:
+        def __init__(self, *arguments):
+            self.batches, self.count = real(*arguments), 0
+
+        def __next__(self):
+            self.count += 1
+            if self.count == 4:
+                raise InfiniteVLError("tiny_vqa train row 17: the image is damaged", "mend the row")
+            return next(self.batches)
+
+        def __getattr__(self, name):
+            return getattr(self.batches, name)
+
+    monkeypatch.setattr(loop, "train_batches", Bad)
+    with pytest.raises(InfiniteVLError) as caught:
+        loop.train(preset(), say=[].append)
+    assert caught.value.items == (f"step 3 is saved in {folder / 'run' / 'checkpoints' / '3'}",)
+    assert steps(folder) == ["3"] and [
+        line["step"] for line in read_log(folder / "run" / "log.jsonl")
+    ] == [1, 2, 3]
+
+
+def test_the_weights_are_saved_before_the_held_out_split_fails(folder, preset, monkeypatch):
+    """The run above goes on; its end is saved, and the split is measured when the command is given
+    again."""
+
+    def fails(self, state, stop):
+        raise InfiniteVLError(
+            "tiny_vqa train[75%:]: 4 of 6 rows cannot be used, 3 may be:",
+            "mend them",
+            ["row 2: truncated"],
+        )
+
+    said = []
+    with monkeypatch.context() as patch, pytest.raises(InfiniteVLError) as caught:
+        patch.setattr(HeldOut, "measure", fails)
+        loop.train(preset(), said.append)
+    assert "going on from step 3" in said and steps(folder) == ["3", "4"]
+    assert caught.value.items == (
+        "row 2: truncated",
+        f"step 4 is saved in {folder / 'run' / 'checkpoints' / '4'}",
+    )
+
+    def interrupted(self, state, stop):
+        stop.asked = True
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HeldOut, "measure", interrupted)
+        outcome = loop.train(preset(), said.append)
+    assert (
+        not outcome.finished
+        and outcome.step == 4
+        and said[-1].startswith("stopped at step 4 of 4; saved in ")
+    )
+
+
+def test_a_picture_that_cannot_be_drawn_is_no_end(folder, preset, monkeypatch):
+    def full(log, picture):
+        raise OSError(28, "No space left on device")
+
+    said = []
+    monkeypatch.setattr(loop, "plot_log", full)
+    outcome = loop.train(preset(), said.append)
+    assert outcome.finished and outcome.step == 4 and outcome.checkpoint.name == "4"
+    assert (
+        said[-1].startswith(f"done: checkpoint {outcome.checkpoint}, log ")
+        and "no plot (OSError" in said[-1]
+    )
+    lines = read_log(folder / "run" / "log.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 4] and lines[-1]["held_out_rows"] == 16
+
+
+def test_a_damaged_end_is_not_called_done(folder, preset):
+    """The newest step is checked before anything is said; the one before makes the end again, with
+    the same figures."""
+    run = folder / "run"
+    before = [line for line in read_log(run / "log.jsonl") if line["step"] == 4]
+    for path in (run / "checkpoints" / "4" / "params" / "d").iterdir():
+        path.write_bytes(path.read_bytes()[:20])
+    said = []
+    assert loop.train(preset(), said.append).finished
+    assert (
+        "going back to step 3" in said[0]
+        and str(run / "damaged-step-4") in said[0]
+        and (run / "damaged-step-4").is_dir()
+    )
+    after = [line for line in read_log(run / "log.jsonl") if line["step"] == 4]
+    assert [line.get("loss") for line in after] == [line.get("loss") for line in before] and len(
+        after
+    ) == 2
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+def test_pixel_limits_beside_a_checkpoint(folder, tiny_data, tmp_path, file):
+    """The cure that an error prints for images too large; what was trained is used with the same
+    limits."""
+    import shutil
+
+    from infinitevl_jax.config.presets import ModelSource
+    from infinitevl_jax.data.source import Source
+    from infinitevl_jax.train.setup import prepare_start
+
+    origin = tmp_path / "origin"
+    shutil.copytree(folder / "run" / "checkpoints" / "4", origin)
+    settings = json.loads((origin / "preprocessor_config.json").read_text())
+    if file == "processor_config.json":
+        settings["size"] = {
+            "shortest_edge": settings.pop("min_pixels"),
+            "longest_edge": settings.pop("max_pixels"),
+        }
+        (origin / "preprocessor_config.json").unlink()
+        (origin / file).write_text(
+            json.dumps({"image_processor": settings, "processor_class": "X"})
+        )
+    source = Source("tiny_vqa", tiny_data, "train")
+    start = prepare_start(
+        ModelSource(from_=str(origin), max_pixels=64), source, tmp_path / "run", 0
+    )
+    assert start.files == tmp_path / "run" / "model"
+    for processor in (start.processor, Processor.from_pretrained(start.files)):
+        assert (processor.images.min_pixels, processor.images.max_pixels) == (64, 64)
+    assert Processor.from_pretrained(origin).images.max_pixels == 256
+    assert (
+        prepare_start(ModelSource(from_=str(origin)), source, tmp_path / "run", 0).files == origin
+    )
+    with pytest.raises(InfiniteVLError, match="min_pixels 512 is above max_pixels 256"):
+        prepare_start(ModelSource(from_=str(origin), min_pixels=512), source, tmp_path / "other", 0)
+    assert not (tmp_path / "other" / "model").exists()
