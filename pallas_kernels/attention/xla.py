@@ -88,7 +88,7 @@ def _forward(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids
     )
 
 
-def _backward(mask, scale, kept, cotangents):
+def backward(mask, scale, kept, cotangents):
     q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, out, lse = kept
     d_out, d_lse = cotangents
     live = (
@@ -135,7 +135,7 @@ def _backward(mask, scale, kept, cotangents):
     return d_q, d_k, d_v, None, None, None, None
 
 
-_attention.defvjp(_forward, _backward)
+_attention.defvjp(_forward, backward)
 
 
 # One tile. Letters: b batch (times blocks), t queries, s keys, h key heads, g query heads of each,

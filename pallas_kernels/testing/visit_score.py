@@ -155,15 +155,15 @@ def _compile(
     found = []
     for name, block in zip(KERNELS, (tuning.forward, tuning.queries, tuning.keys), strict=True):
         by_key = name == KERNELS[2]
-        static = attention_tpu._Static(mask, 1.0, None, tuning)
-        who, options = attention_tpu._call(
+        static = attention_tpu.Static(mask, 1.0, None, tuning)
+        who, options = attention_tpu.kernel_call(
             q, k, reach(index, index, segments, segments, mask), block, static
         )
-        walk = jax.jit(visits, static_argnums=(1, 2, 3, 4))(
+        visited = jax.jit(visits, static_argnums=(1, 2, 3, 4))(
             who, mask, block.rows, block.keys, by_key
         )
-        count = int(walk.count)
-        outer, inner = np.asarray(walk.outer)[:count], np.asarray(walk.inner)[:count]
+        count = int(visited.count)
+        outer, inner = np.asarray(visited.outer)[:count], np.asarray(visited.inner)[:count]
         bundles, spills = read(folder, name)
         step_heads = options["heads"][0]
         groups = heads // step_heads

@@ -109,7 +109,7 @@ def test_blocks_cover_what_is_seen(name, strict):
     first, last, *_ = attention_hopper.visible_ranges(
         tokens["q_token_index"], tokens["q_segment_ids"], case.mask
     )
-    first, last = attention_hopper._pad(first, 0), attention_hopper._pad(last, -1)
+    first, last = attention_hopper.pad_to_blocks(first, 0), attention_hopper.pad_to_blocks(last, -1)
     length = first.shape[1]
     column = np.arange(length)
     seen = (column >= first[:, :, None]) & (column <= last[:, :, None])

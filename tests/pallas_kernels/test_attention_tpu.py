@@ -98,14 +98,14 @@ def test_visits_are_the_mask(name, by_key):
 
     @jax.jit
     def make(tokens):
-        who, _ = attention_tpu._call(
-            k, k, reach(**tokens, mask=mask), block, attention_tpu._Static(mask, 1.0, None, SMALL)
+        who, _ = attention_tpu.kernel_call(
+            k, k, reach(**tokens, mask=mask), block, attention_tpu.Static(mask, 1.0, None, SMALL)
         )
         return who, visits(who, mask, rows, keys, by_key)
 
-    who, walk = make(tokens)
-    outer, inner = (np.asarray(x)[: walk.count] for x in (walk.outer, walk.inner))
-    assert walk.count <= len(walk.outer)
+    who, visited = make(tokens)
+    outer, inner = (np.asarray(x)[: visited.count] for x in (visited.outer, visited.inner))
+    assert visited.count <= len(visited.outer)
 
     far, near = who.low.shape[1] - case.length, who.number.shape[1] - k.shape[1]
     seen = np.asarray(mask.visible(*tokens.values()))

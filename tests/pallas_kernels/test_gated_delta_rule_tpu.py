@@ -89,8 +89,8 @@ def test_bfloat16(length):
 def test_blocks_of_heads_and_an_odd_number_of_chunks():
     inputs, cotangents = case(260, batch=2, heads=6, value_dim=384)
     assert (
-        delta_tpu._heads(6, 128, 384, jnp.float32, TPUDelta.backward) == 1
-        and delta_tpu._heads(6, 128, 384, jnp.float32) == 2
+        delta_tpu.block_heads(6, 128, 384, jnp.float32, TPUDelta.backward) == 1
+        and delta_tpu.block_heads(6, 128, 384, jnp.float32) == 2
     )
     assert_close(ours(inputs, cotangents), truth(inputs, cotangents))
 

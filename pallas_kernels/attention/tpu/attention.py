@@ -116,11 +116,11 @@ def attention(
             f"attention on TPU does not take {reason}\n  -> use the implementation xla"
         )
     tuning = tuning or tuned(q.shape[1], k.shape[1], call.mask, q.dtype)
-    return _attention(*call[:7], _Static(call.mask, call.scale, interpret, tuning))
+    return _attention(*call[:7], Static(call.mask, call.scale, interpret, tuning))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Static:
+class Static:
     """What is known when a program is made."""
 
     mask: Mask
@@ -137,14 +137,14 @@ def _attention(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_i
 def _forward(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, static):
     block = static.tuning.forward
     who = reach(q_token_index, k_token_index, q_segment_ids, k_segment_ids, static.mask)
-    who, options = _call(q, k, who, block, static)
+    who, options = kernel_call(q, k, who, block, static)
     rows = (
         _rows(q, block.rows),
         _rows(_erase(k, k_token_index), block.keys),
         _rows(_erase(v, k_token_index), block.keys),
     )
-    walk = visits(who, static.mask, block.rows, block.keys)
-    out, lse = forward(*rows, _columns(*who[:3]), _columns(*who[3:]).T, walk, **options)
+    visited = visits(who, static.mask, block.rows, block.keys)
+    out, lse = forward(*rows, _columns(*who[:3]), _columns(*who[3:]).T, visited, **options)
     out = _tokens(out, q.shape[:3] + v.shape[3:])
     lse = lse.reshape(q.shape[2], q.shape[0], -1)[:, :, : q.shape[1]].transpose(1, 2, 0)
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
@@ -176,7 +176,7 @@ def _backward(static, kept, cotangents):
     everyone = reach(q_token_index, k_token_index, q_segment_ids, k_segment_ids, static.mask)
 
     def arguments(block):
-        who, options = _call(q, k, everyone, block, static)
+        who, options = kernel_call(q, k, everyone, block, static)
         rows = (
             _rows(q, block.rows),
             _rows(k, block.keys),
@@ -190,19 +190,19 @@ def _backward(static, kept, cotangents):
 
     block = static.tuning.queries
     arrays, ranges, numbers, who, options = arguments(block)
-    walk = visits(who, static.mask, block.rows, block.keys)
-    d_q = _tokens(backward_queries(*arrays, ranges, numbers.T, walk, **options), q.shape)
+    visited = visits(who, static.mask, block.rows, block.keys)
+    d_q = _tokens(backward_queries(*arrays, ranges, numbers.T, visited, **options), q.shape)
     block = static.tuning.keys
     arrays, ranges, numbers, who, options = arguments(block)
-    walk = visits(who, static.mask, block.rows, block.keys, by_key=True)
-    d_k, d_v = backward_keys(*arrays, ranges.T, numbers, walk, **options)
+    visited = visits(who, static.mask, block.rows, block.keys, by_key=True)
+    d_k, d_v = backward_keys(*arrays, ranges.T, numbers, visited, **options)
     return d_q, _tokens(d_k, k.shape), _tokens(d_v, v.shape), None, None, None, None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _call(q, k, who: Reach, block: Block, static: _Static):
+def kernel_call(q, k, who: Reach, block: Block, static: Static):
     """The reach of padded rows, and what the kernels are told besides arrays."""
     fills = (0, BLIND, 0, NOBODY, 0)
     steps = (block.rows,) * 3 + (block.keys,) * 2

@@ -16,12 +16,12 @@ from pallas_kernels.gated_delta_rule.hopper.chunk_scan_backward import (
     chunk_scan_backward,
     span_transitions_backward,
 )
-from pallas_kernels.gated_delta_rule.hopper.gradients import (
+from pallas_kernels.gated_delta_rule.hopper.gradients import gradients
+from pallas_kernels.gated_delta_rule.hopper.gradients_memory import (
     D_BETA,
     D_BETA_TOO,
     D_GATE,
     PRODUCT,
-    gradients,
 )
 from pallas_kernels.gated_delta_rule.hopper.spans import WIDTH, compose, spans_of
 

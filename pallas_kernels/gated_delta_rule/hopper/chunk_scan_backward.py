@@ -49,7 +49,7 @@ from pallas_kernels.mosaic_gpu import (
 )
 
 CHUNK = 64  # tokens of a chunk
-SUM, SINCE, BETA, UNTIL, RUN, ROWS = range(6)  # rows of a chunk's vectors
+SUM, SINCE, BETA, UNTIL, SEGMENT, ROWS = range(6)  # rows of a chunk's vectors
 AHEAD, STAGES = Tuning.ahead, Tuning.stages
 
 f32, bf16 = jnp.float32, jnp.bfloat16
@@ -336,7 +336,7 @@ def decays(vector, row, column):
     exponent = spread(load(vector.at[SUM], by_row), CHUNK) - across(
         load(vector.at[SUM], by_column), CHUNK
     )
-    same = spread(load(vector.at[RUN], by_row), CHUNK) == across(
-        load(vector.at[RUN], by_column), CHUNK
+    same = spread(load(vector.at[SEGMENT], by_row), CHUNK) == across(
+        load(vector.at[SEGMENT], by_column), CHUNK
     )
     return jnp.exp(jnp.where((column <= row) & same, exponent, -jnp.inf))

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.gated_delta_rule import xla
 from pallas_kernels.gated_delta_rule.api import check
+from pallas_kernels.gated_delta_rule.chunk_layout import without_pads
 from pallas_kernels.gated_delta_rule.hopper import backward, forward
 from pallas_kernels.gated_delta_rule.hopper.chunks import CHUNK, KEY
 from pallas_kernels.gated_delta_rule.hopper.spans import WIDTH
@@ -83,9 +83,9 @@ def _run(q, k, v, g, beta, initial_state, token_index, segment_ids, keep):
         q, k, v, g, beta, token_index, segment_ids
     )
     valid = None if token_index is None else token_index >= 0
-    q, k, v, g, beta = (xla._without_pads(x, valid) for x in (q, k, v, g, beta))
+    q, k, v, g, beta = (without_pads(x, valid) for x in (q, k, v, g, beta))
     g, beta = jnp.maximum(g, FLOOR).swapaxes(1, 2), beta.swapaxes(1, 2)
-    starts = None if segment_ids is None else _starts(token_index, segment_ids)
+    starts = None if segment_ids is None else sequence_starts(token_index, segment_ids)
     out, last, inverse, states = forward.forward(q, k, v, g, beta, starts, initial_state, keep)
     if token_index is not None:  # also where nothing was added, 1 * S + 0 turns -0 into 0
         before = jnp.zeros_like(last) if initial_state is None else initial_state
@@ -93,7 +93,7 @@ def _run(q, k, v, g, beta, initial_state, token_index, segment_ids, keep):
     return (out[:, :length], last), (inverse, states)
 
 
-def _starts(token_index, segment_ids):
+def sequence_starts(token_index, segment_ids):
     """[B, T] float32: 1 for the first token of each sequence but a row's first, else 0."""
     segments = segment_numbers(token_index, segment_ids)
     return jnp.diff(segments, axis=1, prepend=0).astype(f32)
@@ -146,14 +146,14 @@ def _delta_rule_backward(residuals, cts):
         q, k, v, g, beta, token_index, segment_ids
     )
     valid = None if token_index is None else token_index >= 0
-    q, k, v, g, beta, d_out = (xla._without_pads(x, valid) for x in (q, k, v, g, beta, d_out))
+    q, k, v, g, beta, d_out = (without_pads(x, valid) for x in (q, k, v, g, beta, d_out))
     g, beta = jnp.maximum(g, FLOOR).swapaxes(1, 2), beta.swapaxes(1, 2)
     segments = None if segment_ids is None else segment_numbers(token_index, segment_ids)
     found = backward.backward(
         q, k, v, g, beta, segments, inverse, states, d_out, cts[1].astype(f32)
     )
     *wide, d_g, d_beta, d_initial = found
-    d_g, d_beta = (xla._without_pads(x.swapaxes(1, 2), valid) for x in (d_g, d_beta))
+    d_g, d_beta = (without_pads(x.swapaxes(1, 2), valid) for x in (d_g, d_beta))
     return (
         *(x[:, :length] for x in (*wide, d_g, d_beta)),
         None if initial_state is None else d_initial,

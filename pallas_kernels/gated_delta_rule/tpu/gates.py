@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.gated_delta_rule import xla
+from pallas_kernels.gated_delta_rule.chunk_layout import split_chunks, without_pads
+from pallas_kernels.gated_delta_rule.xla_decays import FLOOR, running_sums
 from pallas_kernels.segments import segment_numbers
 
 RESET = -256.0  # exp(-256 + 127 gates) is 0 in float32, and sums of 128 of them are exact
@@ -29,12 +30,12 @@ def gate_rows(
     token the running sum of the gates in its chunk in two parts (coarse, fine), beta, the decay
     since the state before the chunk, the decay until the chunk's end."""
     valid = None if token_index is None else token_index >= 0
-    g, beta = (xla._without_pads(x, valid) for x in (jnp.maximum(g, xla.FLOOR), beta))
+    g, beta = (without_pads(x, valid) for x in (jnp.maximum(g, FLOOR), beta))
     if segment_ids is not None:
         run = segment_numbers(token_index, segment_ids)
         g = jnp.where(jnp.diff(run, axis=1, prepend=0)[..., None] > 0, RESET, g)
-    g, beta = (xla._split(x, size) for x in (g, beta))  # [N, B, H, C]
-    coarse, fine = xla._running_sums(g)
+    g, beta = (split_chunks(x, size) for x in (g, beta))  # [N, B, H, C]
+    coarse, fine = running_sums(g)
     until = jnp.exp((coarse[..., -1:] - coarse) + (fine[..., -1:] - fine))
     rows = jnp.stack([coarse, fine, beta, jnp.exp(coarse + fine), until], axis=-2)
     return jnp.pad(rows, [(0, 0)] * 3 + [(0, ROWS - rows.shape[-2]), (0, 0)])
