@@ -121,8 +121,7 @@ def score(build: Callable, chip: str, *places, **names) -> Score:
     return Score(chip, tuple(Program(**program) for program in programs))
 
 
-# --- in the process that compiles
-# -------------------------------------------------------------------------------------
+# In the process that compiles.
 
 
 def _compile_and_read(

@@ -27,9 +27,31 @@ from pathlib import Path
 from pallas_kernels.testing.static_score import CHIPS, TOPOLOGIES
 
 KERNELS = ("attention_forward", "attention_backward_queries", "attention_backward_keys")
-SMALL = (
-    300  # bundles: smaller regions without products (waits for copies, mostly) count in every step
-)
+CASES = {
+    "decoder layer": {"length": 8192, "heads": 16, "key_heads": 2, "width": 128, "window": 8192},
+    "tower, windows": {
+        "length": 4096,
+        "heads": 16,
+        "key_heads": 16,
+        "width": 80,
+        "window": 64,
+        "causal": False,
+        "segment": 64,
+    },
+    "tower, slices": {
+        "length": 4096,
+        "heads": 16,
+        "key_heads": 16,
+        "width": 80,
+        "window": 1024,
+        "causal": False,
+        "segment": 1024,
+    },
+}
+"""Cases whose scores are recorded, as `scores` takes them."""
+
+# Bundles. Smaller regions without products, mostly waits for copies, count in every step.
+SMALL = 300
 DELAY = 5  # bundles from a jump to the first that it may skip
 BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|0)\s+([A-Z]{2}(?:/[A-Z]{2})*)?\s*:([ >]*)\{")
 JUMP = re.compile(r"sbr\.rel \(!?%p\w+\) target")
@@ -107,8 +129,7 @@ def scores(chip: str, **case) -> list[Score]:
         ]
 
 
-# --- in the process that compiles
-# -------------------------------------------------------------------------------------
+# In the process that compiles.
 
 
 def _compile(

@@ -25,7 +25,7 @@ from pallas_kernels.attention.tpu.plan import (
     reach,
     visits,
 )
-from pallas_kernels.testing.matrix import INTERPRETED
+from pallas_kernels.testing.comparison import INTERPRETED
 from pallas_kernels.testing.parity import poison, rel_rms
 
 SMALL = attention_tpu.Block(128, 128, 2)  # so that these lengths take several steps

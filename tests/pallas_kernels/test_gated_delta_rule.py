@@ -12,7 +12,7 @@ from pallas_kernels.gated_delta_rule import gated_delta_rule, reference, xla
 from pallas_kernels.gated_delta_rule.hopper import gated_delta_rule as delta_hopper
 from pallas_kernels.gated_delta_rule.tpu import gated_delta_rule as delta_tpu
 from pallas_kernels.testing import parity
-from pallas_kernels.testing.matrix import ALLOWED
+from pallas_kernels.testing.cells import ALLOWED
 from pallas_kernels.testing.parity import GATES, LENGTHS, poison, rel_rms, unit
 
 TOLERANCE = 1e-5

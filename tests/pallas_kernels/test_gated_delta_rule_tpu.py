@@ -12,7 +12,8 @@ from pallas_kernels.gated_delta_rule import reference
 from pallas_kernels.gated_delta_rule.tpu import gated_delta_rule as delta_tpu
 from pallas_kernels.gated_delta_rule.tuning import TPU as TPUDelta
 from pallas_kernels.testing import parity
-from pallas_kernels.testing.matrix import ALLOWED, INTERPRETED
+from pallas_kernels.testing.cells import ALLOWED
+from pallas_kernels.testing.comparison import INTERPRETED
 from pallas_kernels.testing.parity import GATES, poison, rel_rms, unit
 
 NAMES = ("out", "state", "d_q", "d_k", "d_v", "d_g", "d_beta", "d_initial_state")
