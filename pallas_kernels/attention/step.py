@@ -45,9 +45,8 @@ def step(
     }
     real = token_index >= 0
     slot = token_index % capacity
-    age = (
-        slot[:, None] - jnp.arange(capacity) - 1
-    ) % capacity + 1  # [batch, capacity] how many tokens ago: 1 to capacity
+    # [batch, capacity] how many tokens ago: 1 to capacity
+    age = (slot[:, None] - jnp.arange(capacity) - 1) % capacity + 1
     seen = real[:, None] & (age <= token_index[:, None]) & (age < window)
 
     q, k, v = (jnp.where(real[:, None, None], x, 0) for x in (q, k, v))

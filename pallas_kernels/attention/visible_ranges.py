@@ -25,9 +25,8 @@ def visible_ranges(
         stop = jax.lax.cummin(jnp.where(stops, row, length), axis=1, reverse=True)
     before, after = start, stop
     if mask.window is not None:
-        far = (
-            min(mask.window, length) - 1
-        )  # a window may be as wide as an int32, a row number plus it not
+        # A window may be as wide as an int32, a row number plus it not.
+        far = min(mask.window, length) - 1
         before, after = jnp.maximum(start, row - far), jnp.minimum(stop, row + far)
     if mask.causal:
         ends = before, row, row, after

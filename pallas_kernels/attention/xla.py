@@ -91,9 +91,8 @@ def _forward(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids
 def backward(mask, scale, kept, cotangents):
     q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, out, lse = kept
     d_out, d_lse = cotangents
-    live = (
-        lse != -jnp.inf
-    )  # the other queries saw nothing: nothing comes back through them, whatever their rows hold
+    # The other queries saw nothing: nothing comes back through them, whatever their rows hold.
+    live = lse != -jnp.inf
     d_out = jnp.where(live[..., None], d_out, 0)
     # d score = p (d p - sum(out * d out) + d lse): the last two are one number a row.
     shift = jnp.where(live, jnp.sum(d_out.astype(jnp.float32) * out, axis=-1) - d_lse, 0)
@@ -191,9 +190,8 @@ def _erase(x: jax.Array, token_index: jax.Array) -> jax.Array:
 
 
 def _filled(x: jax.Array, value: float, shape: tuple[int, ...] | None = None) -> jax.Array:
-    return lax.full_like(
-        x, value, jnp.float32, shape
-    )  # "like" also in how it varies over a mesh, inside shard_map
+    # "like" also in how it varies over a mesh, inside shard_map.
+    return lax.full_like(x, value, jnp.float32, shape)
 
 
 def _pad(tree: Any, front: int, total: int) -> Any:

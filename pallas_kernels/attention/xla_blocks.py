@@ -55,9 +55,8 @@ def _band(length: int, mask: Mask) -> Plan:
     """A narrow window: each small query block and the few key blocks around it, many of them
     batched in one step."""
     block = 64 if mask.window <= 64 else 128
-    back = -(
-        -(mask.window - 1) // block
-    )  # key blocks before the query's own that are in the window
+    # Key blocks before the query's own that are in the window.
+    back = -(-(mask.window - 1) // block)
     wide = back + 1 + (0 if mask.causal else back)
     blocks = -(-length // block)
     steps = -(-blocks * block * wide * block // XLAAttention.band_area)
@@ -78,9 +77,8 @@ def _pairs(q_length: int, k_length: int, mask: Mask, packed: bool) -> Plan:
     """Pairs of one query block and one key block, less those that alignment rules out."""
     side = XLAAttention.side
     if mask.aligned and mask.window is not None:
-        side = min(
-            XLAAttention.side, max(256, mask.window // 2)
-        )  # larger blocks would mostly hold keys out of reach
+        # Larger blocks would mostly hold keys out of reach.
+        side = min(XLAAttention.side, max(256, mask.window // 2))
     q_block, q_count = _share(q_length, side)
     k_block, k_count = _share(k_length, side if mask.aligned else XLAAttention.area // q_block)
     q_start, k_start = np.arange(q_count) * q_block, np.arange(k_count) * k_block

@@ -58,9 +58,8 @@ def gated_delta_rule(
     Raises ValueError for shapes that do not fit together; Refusal where no allowed implementation
     takes the call.
     """
-    from pallas_kernels.gated_delta_rule.implementations import (
-        GATED_DELTA_RULE,
-    )  # imports the kernels' compilers
+    # Imports the kernels' compilers.
+    from pallas_kernels.gated_delta_rule.implementations import GATED_DELTA_RULE
 
     call = q, k, v, g, beta, initial_state, token_index, segment_ids
     return GATED_DELTA_RULE(*call, implementation=implementation)

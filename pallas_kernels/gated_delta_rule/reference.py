@@ -45,9 +45,8 @@ def gated_delta_rule(q, k, v, g, beta, initial_state=None, token_index=None, seg
 
     size = max(1, min(length, BLOCK))
     over_time = [jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, beta, valid, segment_ids)]
-    over_time = [
-        jnp.pad(x, [(0, -length % size)] + [(0, 0)] * (x.ndim - 1)) for x in over_time
-    ]  # by pads
+    # By pads.
+    over_time = [jnp.pad(x, [(0, -length % size)] + [(0, 0)] * (x.ndim - 1)) for x in over_time]
     start = (state, jnp.zeros(batch, bool), jnp.zeros(batch, segment_ids.dtype))
     with jax.default_matmul_precision("highest"):
         (state, _, _), out = jax.lax.scan(

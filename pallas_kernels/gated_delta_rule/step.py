@@ -64,9 +64,10 @@ def step(
     )
     decay = jnp.exp(-jnp.exp(rate) * jax.nn.softplus(a + bias))[..., None]  # [batch, heads, 1]
     recurrent_state = state.recurrent_state
+    # [batch, heads, V]
     update = jax.nn.sigmoid(b)[..., None] * (
         v - decay * jnp.sum(k[..., None] * recurrent_state, axis=2)
-    )  # [batch, heads, V]
+    )
     out = (
         decay * jnp.sum(q[..., None] * recurrent_state, axis=2)
         + jnp.sum(q * k, axis=-1, keepdims=True) * update

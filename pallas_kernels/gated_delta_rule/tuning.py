@@ -49,10 +49,8 @@ class HopperChunkScan:
 class HopperChunkScanBackward:
     """python -m benchmarks.gated_delta_rule"""
 
-    ahead, stages = (
-        2,
-        3,
-    )  # chunks in shared memory: of what one warpgroup reads early, and of what is held longer
+    # Chunks in shared memory: of what one warpgroup reads early, and of what is held longer.
+    ahead, stages = (2, 3)
     registers = 240, 24
 
 

@@ -35,9 +35,8 @@ def short_conv(
     Differentiable in x, weight and conv_state; the backward pass saves the inputs alone. Raises
     Refusal where no allowed implementation takes the call.
     """
-    from pallas_kernels.short_conv.implementations import (
-        SHORT_CONV,
-    )  # imports the kernels' compilers
+    # Imports the kernels' compilers.
+    from pallas_kernels.short_conv.implementations import SHORT_CONV
 
     return SHORT_CONV(
         x, weight, conv_state, token_index, segment_ids, implementation=implementation

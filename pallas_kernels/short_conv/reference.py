@@ -17,9 +17,10 @@ def short_conv(x, weight, conv_state=None, token_index=None, segment_ids=None):
         x, valid, segment_ids = now
         here = valid[:, None]
         reset = (valid & started & (segment_ids != last))[:, None, None]
+        # [B, 4, C]
         seen = jnp.concatenate(
             [jnp.where(reset, 0, conv_state), jnp.where(here, x, 0)[:, None]], axis=1
-        )  # [B, 4, C]
+        )
         out = jnp.where(here, jax.nn.silu(jnp.sum(seen * weight, axis=1)), 0)
         return (
             jnp.where(here[..., None], seen[:, 1:], conv_state),

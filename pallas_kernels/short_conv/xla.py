@@ -22,9 +22,8 @@ def short_conv(
 def start(x, conv_state):
     """The inputs before this call, [B, 3, C] in x's dtype."""
     if conv_state is None:
-        return jnp.repeat(
-            jnp.zeros_like(x[:, :1]), TAPS - 1, axis=1
-        )  # zeros that are sharded as x is
+        # Zeros that are sharded as x is.
+        return jnp.repeat(jnp.zeros_like(x[:, :1]), TAPS - 1, axis=1)
     return conv_state.astype(x.dtype)
 
 

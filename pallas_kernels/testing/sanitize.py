@@ -25,10 +25,8 @@ from collections import Counter
 from pathlib import Path
 
 TOOLS = "racecheck", "initcheck", "synccheck", "memcheck"
-CONTROLS = {
-    "racecheck": "race",
-    "initcheck": "uninitialised",
-}  # what `wrong_kernels` has for a tool
+# What `wrong_kernels` has for a tool.
+CONTROLS = {"racecheck": "race", "initcheck": "uninitialised"}
 CELLS = (
     "^(attention mosaic_gpu bfloat16 (window, 65|packed, 300|ring, 65 x 128)|gated_delta_rule"
     " mosaic_gpu bfloat16 (gates spread, 65|gates mild, alike|packed, 300)|attention_step"

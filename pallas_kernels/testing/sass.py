@@ -114,9 +114,8 @@ def written(instruction: Instruction) -> frozenset[int]:
 def overwritten(code: list[Instruction]) -> list[Overwritten]:
     """Registers of left factors that are written before the wait that covers their product, in
     straight-line order."""
-    groups: list[list[Instruction]] = [
-        []
-    ]  # products by the group that a wait counts; the last one is still open
+    # Products by the group that a wait counts; the last one is still open.
+    groups: list[list[Instruction]] = [[]]
     found = []
     for instruction in code:
         if instruction.opcode.startswith("HGMMA"):

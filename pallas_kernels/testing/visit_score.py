@@ -198,10 +198,8 @@ def _compile(
             masked * bundles.mask + diagonal * bundles.diagonal_mask + count * bundles.step
         )
         cycles += groups * rows * (bundles.row + options["heads"][by_key] * bundles.row_head)
-        moved = (
-            rows,
-            1 + int(np.sum(np.diff(inner) != 0)),
-        )  # blocks of the side that stays, and of the other
+        # Blocks of the side that stays, and of the other.
+        moved = (rows, 1 + int(np.sum(np.diff(inner) != 0)))
         query, key = (
             2 * 128 * heads * block.rows,
             2 * 128 * block.keys * options["heads"][1] * groups,
@@ -275,9 +273,8 @@ def _regions(text: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         if "PF" in label and open_regions:
             regions.append((open_regions.pop(), at))
         if JUMP.search(line):
-            if (
-                start is not None
-            ):  # what follows a loop may already run in the last bundles of its body
+            # What follows a loop may already run in the last bundles of its body.
+            if start is not None:
                 loops.append((start, at + DELAY))
                 start = None
             else:

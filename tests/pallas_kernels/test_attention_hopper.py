@@ -113,9 +113,8 @@ def test_blocks_cover_what_is_seen(name, strict):
     length = first.shape[1]
     column = np.arange(length)
     seen = (column >= first[:, :, None]) & (column <= last[:, :, None])
-    seen = seen.reshape(-1, length // rows, rows, length // keys, keys).swapaxes(
-        2, 3
-    )  # [b, tile, block, row, key]
+    # [b, tile, block, row, key]
+    seen = seen.reshape(-1, length // rows, rows, length // keys, keys).swapaxes(2, 3)
     real = np.asarray(first <= last).reshape(-1, length // rows, 1, rows, 1)
     bounds = np.asarray(attention_forward.tile_blocks(first, last, rows, keys, strict))
     begin, whole, broken, end = np.moveaxis(bounds, 2, 0)[..., None]

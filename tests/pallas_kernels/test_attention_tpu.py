@@ -123,9 +123,8 @@ def test_visits_are_the_mask(name, by_key):
     kinds[b, i, j] = flags & (MASKED | DIAGONAL | WHOLE)
     assert (kinds[some] > 0).all() and every[kinds == WHOLE].all()
     blocks = np.split(outer >> FLAG_BITS, np.flatnonzero(np.diff(outer >> FLAG_BITS)) + 1)
-    assert [x[0] for x in blocks] == list(
-        range(case.batch * some.shape[2 if by_key else 1])
-    )  # each, in one stretch
+    # Each, in one stretch.
+    assert [x[0] for x in blocks] == list(range(case.batch * some.shape[2 if by_key else 1]))
     ends = np.cumsum([len(x) for x in blocks])
     np.testing.assert_array_equal(np.flatnonzero(flags & LAST), ends - 1)
     np.testing.assert_array_equal(np.flatnonzero(flags & FIRST), ends - [len(x) for x in blocks])

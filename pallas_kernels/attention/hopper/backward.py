@@ -136,9 +136,8 @@ def backward(
                 p, dp = pl.run_scoped(weigh, scores, scores)
                 ds = p * (dp - across(load(shift_smem.at[at], by_column, optimized=True), ROWS))
                 p, ds = p.astype(q.dtype), ds.astype(q.dtype)
-                mine = lax.rem(
-                    i, 2
-                )  # two places in turn, so that one meeting of the warpgroups a step is enough
+                # Two places in turn, so that one meeting of the warpgroups a step is enough.
+                mine = lax.rem(i, 2)
                 ds_smem[mine, me] = ds
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(ds_ready)

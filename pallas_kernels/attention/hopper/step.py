@@ -115,9 +115,8 @@ def attention_parts(q, k, v, kv_cache, cache_shape, token_index, window, scale):
         heads = pl.ds(key_head * group, group)
         token_index = index_ref[b]
         real = token_index >= 0
-        live = lax.div(
-            jnp.clip(token_index, 0, capacity) + keys - 1, keys
-        )  # blocks with a token in them
+        # Blocks with a token in them.
+        live = lax.div(jnp.clip(token_index, 0, capacity) + keys - 1, keys)
         count = lax.div(jnp.maximum(live - split, 0) + splits - 1, splits)
         slot = lax.rem(jnp.maximum(token_index, 0), capacity)
 

@@ -48,14 +48,14 @@ def tuned(q_length: int, k_length: int, mask: Mask, dtype) -> Tuning:
     def share(length, most):
         """Even shares of at most `most` rows, that fill registers."""
         if window is not None and window > LANES:
-            most = min(
-                most, max(TPUAttention.least, up(window // 2, LANES))
-            )  # larger blocks would mostly hold keys out of reach
+            # Larger blocks would mostly hold keys out of reach.
+            most = min(most, max(TPUAttention.least, up(window // 2, LANES)))
         return up(-(-length // -(-length // most)), LANES)
 
+    # As many bytes.
     rows, keys = (
         max(LANES, most * 2 // jnp.dtype(dtype).itemsize) for most in (block.rows, block.keys)
-    )  # as many bytes
+    )
     block = Block(share(q_length, rows), share(k_length, keys), block.heads)
     return Tuning(block, block, block)
 
@@ -164,14 +164,12 @@ def _forward(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids
 def _backward(static, kept, cotangents):
     q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, out, lse = kept
     d_out, d_lse = cotangents
-    live = (
-        lse != -jnp.inf
-    )  # the other queries saw nothing: nothing comes back through them, whatever their rows hold
+    # The other queries saw nothing: nothing comes back through them, whatever their rows hold.
+    live = lse != -jnp.inf
     d_out = jnp.where(live[..., None], d_out, 0)
     shift = jnp.where(live, jnp.sum(d_out.astype(jnp.float32) * out, axis=-1) - d_lse, 0)
-    lse = jnp.where(
-        live, lse * math.log2(math.e), -jnp.finfo(jnp.float32).min
-    )  # weights exp2(score - lse) are 0 there
+    # Weights exp2(score - lse) are 0 there.
+    lse = jnp.where(live, lse * math.log2(math.e), -jnp.finfo(jnp.float32).min)
     q, k, v = _erase(q, q_token_index), _erase(k, k_token_index), _erase(v, k_token_index)
     everyone = reach(q_token_index, k_token_index, q_segment_ids, k_segment_ids, static.mask)
 

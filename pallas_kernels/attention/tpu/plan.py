@@ -30,11 +30,8 @@ FAR = NOBODY - 1
 BLIND = -1  # `high` of a query that is a pad: before every key
 
 FIRST, LAST = 1, 2  # of a visit: begins or ends its row of blocks ...
-MASKED, DIAGONAL, WHOLE = (
-    4,
-    8,
-    16,
-)  # ... some pairs are seen; some, none of them with a key below its query; all
+# ... some pairs are seen; some, none of them with a key below its query; all.
+MASKED, DIAGONAL, WHOLE = (4, 8, 16)
 FLAG_BITS = 5
 
 
@@ -75,16 +72,14 @@ def reach(
         low, high = jnp.zeros_like(q_token_index), jnp.full_like(q_token_index, FAR)
         if mask.window is not None:
             low = jnp.maximum(q_token_index - (mask.window - 1), 0)
-            high = q_token_index + jnp.minimum(
-                mask.window - 1, FAR - q_token_index
-            )  # no further than int32 goes
+            # No further than int32 goes.
+            high = q_token_index + jnp.minimum(mask.window - 1, FAR - q_token_index)
         if mask.causal:
             high = q_token_index
         number = k_token_index
         if mask.sinks and mask.window is not None and not mask.causal:
-            high = jnp.maximum(
-                high, mask.sinks - 1
-            )  # sinks ahead are in reach as well, and nothing between is not
+            # Sinks ahead are in reach as well, and nothing between is not.
+            high = jnp.maximum(high, mask.sinks - 1)
     return Reach(
         jnp.where(dead, 0, low).astype(jnp.int32),
         jnp.where(dead, BLIND, high).astype(jnp.int32),

@@ -82,9 +82,8 @@ def gate_vectors(g: jax.Array, beta: jax.Array, segments: jax.Array | None) -> j
     segment = jnp.zeros_like(g)
     if segments is not None:
         segments = segments.reshape(batch, 1, -1, CHUNK)
-        before = jnp.pad(
-            segments[:, :, :-1, -1:], ((0, 0), (0, 0), (1, 0), (0, 0))
-        )  # the first chunk's state belongs to segment 0
+        # The first chunk's state belongs to segment 0.
+        before = jnp.pad(segments[:, :, :-1, -1:], ((0, 0), (0, 0), (1, 0), (0, 0)))
         since = jnp.where(segments == before, since, 0)
         until = jnp.where(segments == segments[..., -1:], until, 0)
         segment = jnp.broadcast_to(segments.astype(f32), g.shape)

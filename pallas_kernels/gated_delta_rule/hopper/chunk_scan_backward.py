@@ -112,9 +112,10 @@ def _chunk_scan_backward(q, k, d_out, inverse, vectors, d_ends, passed_spans):
         work = lax.axis_index("work")
         block, head = lax.rem(work, blocks), lax.rem(lax.div(work, blocks), heads)
         b = lax.div(work, blocks * heads)
+        # The last span is 0.
         span, slice_ = (
             place(block, slices) if passing else (lax.div(block, slices), lax.rem(block, slices))
-        )  # the last span is 0
+        )
         first, chunks = cut(count, spans, spans - 1 - span)
         mine = pl.ds(slice_ * WIDTH, WIDTH)
         columns = pl.ds(jnp.minimum(slice_, slices - 1) * WIDTH, WIDTH)

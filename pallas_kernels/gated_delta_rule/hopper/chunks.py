@@ -47,9 +47,8 @@ CHUNK = 64
 GROUPS = Tuning.groups
 BETA, SINCE, UNTIL, PARTS = 0, 1, 2, 3  # rows of the chunk's vectors
 
-FAR = (
-    1e6  # taken from the logarithm of a decay for each start of a sequence on the way: it becomes 0
-)
+# Taken from the logarithm of a decay for each start of a sequence on the way: it becomes 0.
+FAR = 1e6
 
 f32, bf16 = jnp.float32, jnp.bfloat16
 
@@ -122,9 +121,8 @@ def chunks(
                 all_tiles.at[*at],
                 [all_steps.at[*at, j] for j in range(2 + len(starts_refs))],
             )
-            plgpu.wait_smem_to_gmem(
-                0, wait_read_only=True
-            )  # the last chunk's results, out of the tiles that are filled next
+            # The last chunk's results, out of the tiles that are filled next.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             pl.when(i + 1 < mine)(lambda: fetch(i + 1))
             plgpu.barrier_wait(ready.at[*at])
             by_rows = [
@@ -152,9 +150,8 @@ def chunks(
                     for x, y in zip(by_rows, by_columns, strict=True)
                 )
             )
-            between = jnp.exp(
-                jnp.where(column < row, between, -jnp.inf)
-            )  # masked before: exp would overflow above the diagonal
+            # Masked before: exp would overflow above the diagonal.
+            between = jnp.exp(jnp.where(column < row, between, -jnp.inf))
 
             def put(halves, first, target):
                 """Write the halves of a matrix through two tiles."""
@@ -173,9 +170,8 @@ def chunks(
             put(rounded_halves(jnp.where(column == row, scores, scores * between)), 0, scores_ref)
             plgpu.copy_smem_to_gmem(vectors_smem, vectors_ref.at[b, head, n])
             gram = multiply(square, *[(tiles.at[j], transposed(tiles.at[j])) for j in (2, 3)])
-            a = (
-                spread(load(beta_smem, by_row, optimized=True), CHUNK) * gram * between
-            )  # 0 on and above the diagonal
+            # 0 on and above the diagonal.
+            a = spread(load(beta_smem, by_row, optimized=True), CHUNK) * gram * between
             inverse = jnp.where(column == row, 1.0, jnp.where(joins(row, column, 0), -a, 0.0))
             a_high, a_low = rounded_halves(a)
 
@@ -194,9 +190,8 @@ def chunks(
                 )
                 return jnp.where(joins(row, column, level), -joined, inverse)
 
-            inverse = lax.fori_loop(
-                1, CHUNK.bit_length() - 1, double, inverse
-            )  # a loop: short code stays in its cache
+            # A loop: short code stays in its cache.
+            inverse = lax.fori_loop(1, CHUNK.bit_length() - 1, double, inverse)
             put(nearest_halves(inverse), 2, inverse_ref)
 
         plgpu.wait_smem_to_gmem(0)

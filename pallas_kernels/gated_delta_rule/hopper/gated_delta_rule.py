@@ -16,9 +16,8 @@ from pallas_kernels.gated_delta_rule.hopper.chunks import CHUNK, KEY
 from pallas_kernels.gated_delta_rule.hopper.spans import WIDTH
 from pallas_kernels.segments import segment_numbers
 
-FLOOR = (
-    -90.0
-)  # of log decays: e^-90 is no normal float32, and sums of 64 of these keep four decimals
+# Of log decays: e^-90 is no normal float32, and sums of 64 of these keep four decimals.
+FLOOR = -90.0
 
 f32 = jnp.float32
 

@@ -118,8 +118,7 @@ def queries(work: Work, refs: Refs, smem: Memory, barriers: Barriers) -> None:
         since = of_row(SINCE)
         from_state = since * jnp.sum(smem.q[...].astype(f32) * reads, axis=1)
         share(
-            j * (slices + 1) + slices,
-            jnp.where(column == LAST, spread(from_state, CHUNK), gates),
+            j * (slices + 1) + slices, jnp.where(column == LAST, spread(from_state, CHUNK), gates)
         )
         dq = multiply(spread(since, KEY) * reads, (t_, k_), (smem.work, k_))
         plgpu.barrier_arrive(barriers.k_read)

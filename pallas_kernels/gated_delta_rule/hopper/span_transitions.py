@@ -155,7 +155,6 @@ def entering(known, span, part, parts: int):
         plgpu.broadcasted_iota(jnp.int32, (WIDTH, KEY), i, layout=plgpu.Layout.WGMMA)
         for i in (0, 1)
     )
-    identity = (key == column + (part - parts) * WIDTH).astype(
-        f32
-    )  # all zeros for the first `parts`
+    # All zeros for the first `parts`.
+    identity = (key == column + (part - parts) * WIDTH).astype(f32)
     return jnp.where(key < jnp.where(span == 0, KEY, 0), known, identity)

@@ -99,9 +99,8 @@ def step(
         work, part = lax.axis_index("work"), lax.axis_index("part")
         b, head = lax.div(work, heads), lax.rem(work, heads)
         whole = pl.ds(head * keys, keys)  # the head's channels of q and k
-        slice_ = pl.ds(
-            head * values + part * COLUMNS, COLUMNS
-        )  # this block's of v, the gate and the output
+        # This block's of v, the gate and the output.
+        slice_ = pl.ds(head * values + part * COLUMNS, COLUMNS)
         columns = pl.ds(part * COLUMNS, COLUMNS)
         mine = state.recurrent_state.at[b, head, :, columns]
 

@@ -116,9 +116,8 @@ def backward(
             ct_a = [jnp.where(row > column, -dot(narrow_x[h], new[h], (1, 1)), 0.0) for h in block]
             ct_grams = [gates[h].beta * ct_a[h] for h in block]
             e = [ct_scores[h] * scores[h] + ct_grams[h] * grams[h] for h in block]
-            spanned = [
-                sum(dot(part, lower, (0, 0)) for part in split(e[h])) for h in block
-            ]  # [j, t]
+            # [j, t]
+            spanned = [sum(dot(part, lower, (0, 0)) for part in split(e[h])) for h in block]
 
             ct_scores = [(ct_scores[h] * between[h]).astype(dtype) for h in block]
             ct_grams = [(ct_grams[h] * between[h]).astype(dtype) for h in block]
@@ -149,10 +148,11 @@ def backward(
                 dk_ref[keys(n, h)] = (from_new[h] - from_x[h] + through_k[h]).astype(dtype)
                 dv_ref[values(n, h)] = (gates[h].beta * x[h]).astype(dtype)
                 q, k = q_ref[keys(n, h)].astype(f32), k_ref[keys(n, h)].astype(f32)
+                # [C, 1]
                 until_end, since_start = (
                     over(k * from_new[h]),
                     over(q * from_out[h] - k * from_x[h]),
-                )  # [C, 1]
+                )
                 state = jnp.sum(states[h].astype(f32) * ct_ref[0, h]) * gates[h].whole
                 through = jnp.where(row < column, spanned[h] + until_end, 0.0)
                 through += jnp.where(row >= column, since_start, 0.0)

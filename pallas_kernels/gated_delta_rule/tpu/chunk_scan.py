@@ -67,9 +67,10 @@ def chunk_scan(
             keys, values = ([tile(n, h, size, width) for h in block] for width in (key, value))
             gates = [Gates(rows_ref[n, h], exact) for h in block]
             states = [state_ref[0, h].astype(dtype) for h in block]
+            # [2 C, V]
             read = [
                 dot(jnp.concatenate([k_ref[keys[h]], q_ref[keys[h]]]), states[h]) for h in block
-            ]  # [2 C, V]
+            ]
             grams = [dot(q_ref[keys[h]], k_ref[keys[h]], (1, 1)) for h in block]
             wrong = [
                 gates[h].beta * (v_ref[values[h]].astype(f32) - gates[h].since * read[h][:size])

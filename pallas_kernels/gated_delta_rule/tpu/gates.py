@@ -64,6 +64,5 @@ class Gates:
         row, column = (
             lax.broadcasted_iota(jnp.int32, (self.size, self.size), axis) for axis in (0, 1)
         )
-        return jnp.where(
-            row >= column, jnp.exp(exponent), 0.0
-        )  # a choice, not a product: what is not chosen may be inf
+        # A choice, not a product: what is not chosen may be inf.
+        return jnp.where(row >= column, jnp.exp(exponent), 0.0)

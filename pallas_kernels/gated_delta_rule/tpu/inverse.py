@@ -81,9 +81,8 @@ def unit_lower_inverses(matrices, narrow: bool) -> list[tuple]:
     )
     count = size // BASE
     row, lane = (lax.broadcasted_iota(jnp.int32, (BASE, size), axis) for axis in (0, 1))
-    slabs = [
-        [x[BASE * s : BASE * (s + 1)] for s in range(count)] for x in matrices
-    ]  # [matrix][slab] of BASE rows
+    # [matrix][slab] of BASE rows
+    slabs = [[x[BASE * s : BASE * (s + 1)] for s in range(count)] for x in matrices]
 
     # The diagonal blocks side by side, [BASE, C], inverted by substitution.
     blocks = [

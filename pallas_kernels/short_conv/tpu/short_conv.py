@@ -28,11 +28,8 @@ from pallas_kernels.short_conv import xla
 from pallas_kernels.short_conv.tuning import TPU as TPUShortConv
 from pallas_kernels.short_conv.xla import TAPS
 
-LANES, BEFORE, AFTER = (
-    128,
-    16,
-    8,
-)  # channels of a register; rows of the smallest blocks of bfloat16, and of float32
+# Channels of a register; rows of the smallest blocks of bfloat16, and of float32.
+LANES, BEFORE, AFTER = (128, 16, 8)
 f32 = jnp.float32
 
 
@@ -101,9 +98,10 @@ def _seen(token_index, segment_ids, batch: int, length: int, rows: int) -> jax.A
     )
     edge = [(0, 0), (TAPS - 1, 0)]  # conv_state belongs to segment 0
     segment, valid = jnp.pad(segment, edge), jnp.pad(valid, edge, constant_values=True)
+    # Of the token d before.
     segments, valids = (
         [x[:, TAPS - 1 - d :][:, :length] for d in range(TAPS)] for x in (segment, valid)
-    )  # of the token d before
+    )
     taps = [(segments[d] == segments[0]) & valids[d] & valids[0] for d in range(TAPS)]
     return jnp.pad(
         jnp.stack(taps, axis=1).astype(f32), [(0, 0), (0, 8 - TAPS), (0, -length % rows)]
