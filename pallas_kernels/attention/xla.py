@@ -91,10 +91,10 @@ def _forward(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids
 def backward(mask, scale, kept, cotangents):
     q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, out, lse = kept
     d_out, d_lse = cotangents
-    # The other queries saw nothing: nothing comes back through them, whatever their rows hold.
+    # Queries that saw no key have no gradient, whatever their rows hold.
     live = lse != -jnp.inf
     d_out = jnp.where(live[..., None], d_out, 0)
-    # d score = p (d p - sum(out * d out) + d lse): the last two are one number a row.
+    # d score = p (d p - sum(out * d out) + d lse). The last two terms are one number a row.
     shift = jnp.where(live, jnp.sum(d_out.astype(jnp.float32) * out, axis=-1) - d_lse, 0)
     lse = jnp.where(live, lse, 0)
 
@@ -185,12 +185,12 @@ def _by_group(x: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def _erase(x: jax.Array, token_index: jax.Array) -> jax.Array:
-    """Zeros in the rows of pads, for a weight of 0 does not silence a NaN."""
+    """Zeros in the rows of pads: a weight of 0 does not remove a NaN."""
     return jnp.where(token_index[:, :, None, None] >= 0, x, 0)
 
 
 def _filled(x: jax.Array, value: float, shape: tuple[int, ...] | None = None) -> jax.Array:
-    # "like" also in how it varies over a mesh, inside shard_map.
+    # full_like also copies how x varies over a mesh inside shard_map.
     return lax.full_like(x, value, jnp.float32, shape)
 
 

@@ -1,4 +1,4 @@
-"""Reference: the short convolution as it is defined, token by token, in the precision of the
+"""Reference: the definition of the short convolution, token by token, in the precision of the
 inputs."""
 
 import jax
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 
 def short_conv(x, weight, conv_state=None, token_index=None, segment_ids=None):
-    """The contract of `pallas_kernels.short_conv.short_conv`; here pads may stand anywhere."""
+    """The contract of `pallas_kernels.short_conv.short_conv`. Here pads may be anywhere."""
     batch, length, channels = x.shape
     valid = jnp.ones((batch, length), bool) if token_index is None else token_index >= 0
     segment_ids = jnp.zeros((batch, length), jnp.int32) if segment_ids is None else segment_ids

@@ -1,17 +1,17 @@
-"""Score the attention kernels for TPU without one: libtpu compiles them on any CPU and tells what
+"""Scores the attention kernels for TPU without one: libtpu compiles them on any CPU and tells what
 the chip would execute.
 
     score = max(cycles / clock, bytes / HBM rate)
 
 The steps of these kernels differ: some begin or end a row of blocks, some need no mask, and each
-loops over heads. So the bundles (one a cycle) are counted by region of the compiled program: the
-loops that multiply, first the one without a mask, then the one with it, then the one for the
-diagonal; other large regions, which run once a row of blocks; and the rest, which runs in every
-step. Regions are weighed with how often they run, taken from the list of visits. Bytes are the
-blocks that change between steps. No stall on memory or DMA is seen: an estimate. One core is
-counted: a v5p has two, and the blocks of heads spread over them.
+loops over heads. The bundles (one a cycle) are therefore counted by region of the compiled program.
+Regions are the loops that multiply (without a mask, with it, on the diagonal), other large regions,
+which run once a row of blocks, and the rest, which runs in every step. Each is weighted by how
+often it runs, from the list of visits. Bytes are the blocks that change between steps. The score is
+an estimate: it sees no stalls on memory or DMA. It counts one core; a v5p has two, and the blocks
+of heads spread over them.
 
-Compiling happens in a process of its own, because the compiler takes its dump flags once.
+Compiling happens in a process of its own, because the compiler reads its dump flags once.
 """
 
 import dataclasses
@@ -59,9 +59,9 @@ JUMP = re.compile(r"sbr\.rel \(!?%p\w+\) target")
 
 @dataclasses.dataclass(frozen=True)
 class Bundles:
-    """Of one head in a step without a mask, with one, and on the diagonal (0: there is none); of
-    the masks; of one head, and of what is not for each head, where a row of blocks begins and
-    ends; of every step."""
+    """whole, masked, diagonal: of one head in a step without a mask, with one, and on the diagonal
+    (0: there is none). mask, diagonal_mask: of the masks. row_head, row: where a row of blocks
+    begins and ends, for each head and once. step: of every step."""
 
     whole: int
     masked: int
@@ -261,8 +261,8 @@ def read(folder: str, name: str) -> tuple[Bundles, int]:
 
 
 def _regions(text: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Regions of bundles that a jump may skip, and loops inside the loop over the grid's steps
-    (with no jumps in them)."""
+    """Regions of bundles that a jump may skip, and loops without jumps inside the loop over the
+    grid's steps."""
     open_regions, regions, loops, start = [], [], [], None
     for line in text.splitlines():
         if not (found := BUNDLE.match(line)):

@@ -1,7 +1,7 @@
 """Attention for Hopper: the plan against the mask, and the frame around the kernels.
 
 Not every JAX can interpret these kernels on a CPU (test_mosaic_gpu_interpreted.py): here they are
-lowered, and dense products over the same runs of rows take their place.
+lowered, and dense products over the same ranges of rows take their place.
 """
 
 import dense_kernels

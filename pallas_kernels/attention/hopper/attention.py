@@ -1,9 +1,9 @@
 """Attention on Hopper GPUs (H100, H200), by Mosaic GPU kernels.
 
-With an aligned mask each query sees one contiguous range of key rows, whatever the mix of causal
-order, window, packed segments and pads. With a causal mask over cached keys so does each query once
-the keys are sorted by token index. The kernels take only these ranges. Measurements and other
-libraries: benchmarks/results/attend.jsonl.
+The kernels take one contiguous range of key rows for each query. With an aligned mask each query
+sees such a range, for any mix of causal order, window, packed segments and pads. With a causal mask
+over cached keys it does once the keys are sorted by token index. Measurements and comparisons with
+other libraries: benchmarks/results/attend.jsonl.
 """
 
 from functools import partial
@@ -78,7 +78,7 @@ def attention(
 
 
 def gradients_by(*_, mask: Mask, **__) -> str | None:
-    """The implementation that computes the gradients, where it is another one."""
+    """The implementation that computes the gradients, None for this one."""
     return None if mask.aligned else "xla"
 
 
@@ -139,7 +139,7 @@ _attention.defvjp(_forward, _backward)
 
 
 def _erase(x: jax.Array, token_index: jax.Array) -> jax.Array:
-    """Zeros in the rows of pads, for a weight of 0 does not silence a NaN."""
+    """Zeros in the rows of pads: a weight of 0 does not remove a NaN."""
     return jnp.where(token_index[:, :, None, None] >= 0, x, 0)
 
 

@@ -1,10 +1,10 @@
 """Attention on TPUs, by Pallas kernels that visit only pairs of blocks in which some query sees
 some key.
 
-The kernels take ranges of numbers and a list of block pairs, both made by plan.py from the arrays;
-they know nothing of order, windows, segments and pads. Operands are rows of tokens with the heads
-side by side, 128 lanes each: for heads 128 wide this is the memory layout of [B, T, H, D]; narrower
-heads are padded with zeros.
+plan.py turns order, windows, segments and pads into ranges of numbers and a list of block pairs.
+The kernels take only these. Operands are rows of tokens with the heads side by side, 128 lanes
+each. For heads 128 wide this is the memory layout of [B, T, H, D]; narrower heads are padded with
+zeros.
 
 There are three kernels: output (forward.py), gradient of the queries (backward_queries.py),
 gradients of keys and values (backward_keys.py). Static scores: benchmarks/tpu_scores.py.
@@ -28,7 +28,7 @@ from pallas_kernels.attention.tpu.plan import BLIND, NOBODY, Reach, has_diagonal
 from pallas_kernels.attention.tuning import TPU as TPUAttention
 from pallas_kernels.attention.tuning import Block
 
-MOST_VISITS = 1 << 16  # pairs of blocks: the list lies in scalar memory, 8 bytes for each
+MOST_VISITS = 1 << 16  # pairs of blocks: the list is in scalar memory, 8 bytes each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +48,11 @@ def tuned(q_length: int, k_length: int, mask: Mask, dtype) -> Tuning:
     def share(length, most):
         """Even shares of at most `most` rows, that fill registers."""
         if window is not None and window > LANES:
-            # Larger blocks would mostly hold keys out of reach.
+            # Larger blocks would mostly hold keys outside the window.
             most = min(most, max(TPUAttention.least, up(window // 2, LANES)))
         return up(-(-length // -(-length // most)), LANES)
 
-    # As many bytes.
+    # As many bytes in each dtype.
     rows, keys = (
         max(LANES, most * 2 // jnp.dtype(dtype).itemsize) for most in (block.rows, block.keys)
     )
@@ -121,7 +121,7 @@ def attention(
 
 @dataclasses.dataclass(frozen=True)
 class Static:
-    """What is known when a program is made."""
+    """What is known when a program is traced."""
 
     mask: Mask
     scale: float
@@ -164,11 +164,11 @@ def _forward(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids
 def _backward(static, kept, cotangents):
     q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, out, lse = kept
     d_out, d_lse = cotangents
-    # The other queries saw nothing: nothing comes back through them, whatever their rows hold.
+    # Queries that saw no key have no gradient, whatever their rows hold.
     live = lse != -jnp.inf
     d_out = jnp.where(live[..., None], d_out, 0)
     shift = jnp.where(live, jnp.sum(d_out.astype(jnp.float32) * out, axis=-1) - d_lse, 0)
-    # Weights exp2(score - lse) are 0 there.
+    # For the others, this lse makes all weights exp2(score - lse) 0.
     lse = jnp.where(live, lse * math.log2(math.e), -jnp.finfo(jnp.float32).min)
     q, k, v = _erase(q, q_token_index), _erase(k, k_token_index), _erase(v, k_token_index)
     everyone = reach(q_token_index, k_token_index, q_segment_ids, k_segment_ids, static.mask)
@@ -201,7 +201,7 @@ _attention.defvjp(_forward, _backward)
 
 
 def kernel_call(q, k, who: Reach, block: Block, static: Static):
-    """The reach of padded rows, and what the kernels are told besides arrays."""
+    """The reach of padded rows, and the keyword arguments of the kernels."""
     fills = (0, BLIND, 0, NOBODY, 0)
     steps = (block.rows,) * 3 + (block.keys,) * 2
     who = Reach(
@@ -233,7 +233,7 @@ def _divisor(n: int, most: int) -> int:
 
 
 def _erase(x: jax.Array, token_index: jax.Array) -> jax.Array:
-    """Zeros in the rows of pads, for a weight of 0 does not silence a NaN."""
+    """Zeros in the rows of pads: a weight of 0 does not remove a NaN."""
     return jnp.where(token_index[:, :, None, None] >= 0, x, 0)
 
 

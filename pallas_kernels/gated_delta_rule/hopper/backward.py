@@ -1,9 +1,9 @@
-"""All gradients of the gated delta rule, by the backward kernels for Hopper GPUs.
+"""The gradients of the gated delta rule by the backward kernels for Hopper GPUs.
 
-chunk_scan_backward.py carries the gradient of the state through the chunks, last to first;
-gradients.py then computes all chunks in parallel. Between them are 96 KiB for each chunk of each
-head, with V 256. Where few heads would leave multiprocessors idle, the backward chunk scan is cut
-into spans (spans.py).
+chunk_scan_backward.py carries the gradient of the state through the chunks, last to first.
+gradients.py then computes all chunks in parallel. It reads 96 KiB that the first kernel wrote for
+each chunk of a head, with V 256. Where few heads would leave multiprocessors idle, the backward
+scan is cut into spans (spans.py).
 """
 
 import jax
@@ -41,22 +41,21 @@ def backward(
     d_out: jax.Array,
     d_last: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """dq, dk, dv in bfloat16, dg and dbeta [B, H, T] float32, and the initial state's gradient [B,
-    H, 128, V] float32.
+    """dq, dk, dv in bfloat16, dg and dbeta [B, H, T] float32, and the gradient of the initial state
+    [B, H, 128, V] float32. dg is not zero at pads.
 
     q, k: [B, T, H, 128], v, d_out: [B, T, H, V], bfloat16, zero at pads, T and V multiples of 64.
-    g, beta: [B, H, T] float32, finite, zero at pads. segments: [B, T] int32 from `segment_numbers`,
-    None if no row is packed. inverse [B, H, N, 64, 64] bfloat16, T, or [B, H, N, 2, 64, 64], two
-    that add up to it, and states [B, H, N, 128, V] bfloat16: as kept by `forward`. d_last: [B, H,
-    128, V] float32.
-
-    At pads dg is not zero.
+    g, beta: [B, H, T] float32, finite, zero at pads.
+    segments: [B, T] int32 from `segment_numbers`; None: no row is packed.
+    inverse: from `forward`, [B, H, N, 64, 64] bfloat16, or [B, H, N, 2, 64, 64], two parts of T.
+    states: from `forward`, [B, H, N, 128, V] bfloat16.
+    d_last: [B, H, 128, V] float32.
     """
     inverse = inverse.reshape(*inverse.shape[:3], -1, CHUNK, CHUNK)
     vectors = gate_vectors(g, beta, segments)
     batch, length, heads, width = d_out.shape
-    # Two spans were not measured; they should save nothing, for the backward scan is hardly faster
-    # without writing.
+    # Two spans were not measured. They should save nothing: without results to write, the backward
+    # scan is hardly faster.
     spans = spans_of(batch * heads, width // WIDTH, length // CHUNK, back=True)
     if spans > 1:
         d_ends = compose(
@@ -73,8 +72,8 @@ def backward(
 
 
 def gate_vectors(g: jax.Array, beta: jax.Array, segments: jax.Array | None) -> jax.Array:
-    """The chunks' vectors of `chunk_scan_backward`, in the order of its constants, of g and beta
-    [B, H, T]."""
+    """The vectors of `chunk_scan_backward`, in the order of its constants, from g and beta [B, H,
+    T]."""
     batch, heads, _ = g.shape
     g, beta = (x.reshape(batch, heads, -1, CHUNK) for x in (g, beta))
     sums = jnp.matmul(g, jnp.tri(CHUNK, dtype=f32).T, precision=lax.Precision.HIGHEST)

@@ -75,10 +75,11 @@ def gradients(
     vectors: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """dq, dk [B, T, H, 128] and dv [B, T, H, V], bfloat16, and sums [B, H, N, SUMS, 64] float32:
-    two parts of dbeta, dg but for d_C S.dS', and 64 parts of S.dS'.
+    two parts of dbeta, dg without d_C S.dS', and 64 parts of S.dS'.
 
-    q, k, v, d_out, inverse and vectors as in `chunk_scan_backward`, x and d_states from there;
-    states: [B, H, N, 128, V] bfloat16, that before each chunk.
+    q, k, v, d_out, inverse, vectors: as in `chunk_scan_backward`.
+    x, d_states: from there.
+    states: [B, H, N, 128, V] bfloat16, the state before each chunk.
     """
     batch, length, heads, width = v.shape
     slices, odd = divmod(width, WIDTH)

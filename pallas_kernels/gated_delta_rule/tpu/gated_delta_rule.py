@@ -1,12 +1,12 @@
-"""The gated delta rule on TPU, with Pallas kernels for what XLA is slow at.
+"""The gated delta rule on TPU, with Pallas kernels for the parts that XLA is slow at.
 
 Forward: inverse.py computes T of every chunk, chunk_scan.py scans the chunks and writes the output.
-Backward: backward.py scans back and writes all gradients. Chunks are 128 tokens because an MXU is
-128 or 256 wide and half as many states pass through memory as with 64; rows of up to 64 tokens are
-one chunk of 64.
+Backward: backward.py scans back and writes all gradients. Chunks are 128 tokens: an MXU is 128 or
+256 wide, and half as many states pass through memory as with 64. Rows of up to 64 tokens are one
+chunk of 64.
 
-Static scores (benchmarks.tpu_scores; an estimate by the compiler's own account) and the assumptions
-behind them: benchmarks/results/tpu_scores.jsonl.
+Static scores, estimates from the compiler's own output, and their assumptions:
+benchmarks.tpu_scores, benchmarks/results/tpu_scores.jsonl.
 """
 
 from functools import partial
@@ -61,9 +61,9 @@ def gated_delta_rule(
 ) -> tuple[jax.Array, jax.Array]:
     """The contract of `pallas_kernels.gated_delta_rule.gated_delta_rule`.
 
-    Of "gdn_states" every second is saved, and "gdn_inverse" is two bfloat16 arrays where the inputs
-    are bfloat16. interpret: pltpu.InterpretParams runs the kernels without a TPU. Raises ValueError
-    where `check` does or `supports` gives a reason.
+    Every second state of "gdn_states" is saved. With bfloat16 inputs "gdn_inverse" is two bfloat16
+    arrays. interpret: pltpu.InterpretParams runs the kernels without a TPU. Raises ValueError where
+    `check` does or `supports` gives a reason.
     """
     check(q, k, v, g, beta, initial_state)
     if reason := supports(q, k, v):
@@ -79,8 +79,8 @@ def chunk_size(length: int) -> int:
 
 
 def block_heads(heads: int, key: int, value: int, dtype, most: int = TPUDelta.forward) -> int:
-    """Heads of a block: as many as the vector memory takes with two buffers of everything,
-    `most` at K 128, V 256 and bfloat16."""
+    """Heads of a block: as many as fit into vector memory with two buffers of everything. `most` is
+    for K 128, V 256 and bfloat16."""
     most = max(1, most * 128 * 256 // (key * value) // (jnp.dtype(dtype).itemsize // 2))
     return max(n for n in range(1, most + 1) if heads % n == 0)
 
