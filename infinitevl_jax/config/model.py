@@ -130,7 +130,7 @@ class TextConfig:
         unknown = sorted(set(self.layer_types) - LAYER_TYPES)
         if unknown or not self.layer_types:
             raise InfiniteVLError(
-                f"layer_types holds {unknown or 'nothing'}",
+                f"layer_types has {unknown or 'no entries'}",
                 f"every layer is one of {', '.join(sorted(LAYER_TYPES))}",
             )
         if self.conv_size != 4:
@@ -142,7 +142,7 @@ class TextConfig:
             raise InfiniteVLError(
                 f"head_dim {self.head_dim}, linear_head_dim {self.linear_head_dim} x expand_v"
                 f" {self.expand_v}",
-                "head_dim is even (rotary halves), and expand_v x linear_head_dim a whole number",
+                "make head_dim even, and expand_v x linear_head_dim a whole number",
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise InfiniteVLError(
@@ -198,7 +198,7 @@ class ModelConfig:
             raise InfiniteVLError(
                 f"vision out_hidden_size {self.vision.out_hidden_size} differs from the decoder's"
                 f" hidden_size {self.text.hidden_size}",
-                "the merger writes straight into the decoder: make them equal",
+                "make them equal",
             )
 
 

@@ -210,7 +210,7 @@ def _override(tree: dict, change: str) -> None:
     key, equals, text = change.partition("=")
     if not equals or not all(key.split(".")):
         raise InfiniteVLError(
-            f"{change!r} is no change to the preset",
+            f"{change!r} is not an override of the preset",
             "write dotted.key=value, such as train.optimizer.peak_lr=1e-4",
         )
     try:
@@ -220,13 +220,13 @@ def _override(tree: dict, change: str) -> None:
     except (ValueError, RecursionError) as error:
         reason = "it nests too deep" if isinstance(error, RecursionError) else error
         raise InfiniteVLError(
-            f"{key}: its value cannot be read: {reason}", "give a number, a text, or a short list"
+            f"{key}: its value cannot be read: {reason}", "give a number, a string or a short list"
         ) from None
     *path, last = key.split(".")
     for name in path:
         tree = tree.setdefault(name, {})
         if not isinstance(tree, dict):
             raise InfiniteVLError(
-                f"{change!r}: {name} holds a value, no further keys", "check the dotted name"
+                f"{change!r}: {name} is a value, not a table", "check the dotted name"
             )
     tree[last] = value

@@ -67,7 +67,7 @@ class RunConfig:
             )
         if list(sizes.values()).count(-1) > 1:
             raise InfiniteVLError(
-                f"the mesh {sizes} leaves more than one axis open", "give -1 to one axis only"
+                f"the mesh {sizes} has more than one axis of -1", "give -1 to one axis only"
             )
         if self.context != 1:
             raise InfiniteVLError(

@@ -58,7 +58,7 @@ class ChatTemplate:
                 named = {item.name: item.template for item in entry}
                 if named and "default" not in named:
                     raise InfiniteVLError(
-                        f"{path} has the chat templates {', '.join(named)}, and none is called"
+                        f"{path} has the chat templates {', '.join(named)}, but none is named"
                         " default",
                         "write the one to use into chat_template.jinja",
                     )
@@ -94,7 +94,7 @@ class ChatTemplate:
         except sandbox.OverBudget as error:
             raise InfiniteVLError(
                 f"chat template {self.source} was stopped: {error}",
-                "get it from the source checkpoint; it is not made to be rendered",
+                "use the template of the source checkpoint",
             ) from error
         except jinja2.TemplateSyntaxError as error:
             raise InfiniteVLError(

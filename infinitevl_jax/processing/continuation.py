@@ -40,7 +40,7 @@ def after_answer(whole: str, prompt: str, messages: list[dict], source: str) -> 
     if not answers or set(messages[answers[-1]]) != {"role", "content"}:
         raise InfiniteVLError(
             "messages holds no answer in words to the prompt",
-            "pass the whole conversation: the question, the answer to it as text, and what follows",
+            "pass the whole conversation: the question, its answer as text, and the next turns",
         )
     said, rest = STAND_IN.format(answers[-1]), whole[len(prompt) :].lstrip()
     if not whole.startswith(prompt) or not rest.startswith(said) or rest.count(said) > 1:

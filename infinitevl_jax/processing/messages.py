@@ -157,7 +157,7 @@ class _Text:
         """Copy JSON-like data and check its texts."""
         if depth > DEPTH:
             raise InfiniteVLError(
-                f"{where} is more than {DEPTH} lists or objects deep", "make it flatter"
+                f"{where} is more than {DEPTH} lists or objects deep", "reduce the nesting"
             )
         if isinstance(value, str):
             return self.text(value, where)
@@ -288,7 +288,7 @@ def _source(part: dict, kind: str, where: str) -> tuple[object, set[str]]:
     given = [name for name in names if part.get(name) is not None]
     if len(given) != 1:
         if given:
-            raise InfiniteVLError(f"{where} has {' and '.join(given)}", f"give one {kind} an item")
+            raise InfiniteVLError(f"{where} has {' and '.join(given)}", f"give one {kind} per item")
         return None, set()
     source, used = part[given[0]], {given[0]}
     if given[0] == kind:

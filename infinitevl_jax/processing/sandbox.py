@@ -145,7 +145,7 @@ def _filter(name: str, function: Callable) -> Callable:
         if name == "sum" and not isinstance(
             kwargs.get("start", [0, 0, *others[1:]][-1]), int | float
         ):
-            raise OverBudget("it sums up lists, which takes longer the longer they are")
+            raise OverBudget("it sums lists, which takes quadratic time")
         return made(function(*args[:first], value, *others, **kwargs))
 
     return run

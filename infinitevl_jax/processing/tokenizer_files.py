@@ -194,7 +194,7 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
             pair = tuple(line.split(" "))
             if len(pair) != 2:
                 raise InfiniteVLError(
-                    f"{path}, line {number} is no pair: {line[:80]!r}",
+                    f"{path}, line {number} is not a pair: {line[:80]!r}",
                     "copy it again from the source checkpoint",
                 )
             pairs.append(pair)
@@ -243,7 +243,7 @@ def _check_steps(file: TokenizerFile, path: Path) -> None:
             patterns = part.pattern if isinstance(part.pattern, dict) else {}
             if nested := NESTED.search(CLASS.sub("x", patterns.get("Regex", ""))):
                 raise InfiniteVLError(
-                    f"{path}: {name} has an expression that repeats a repetition,"
+                    f"{path}: {name} has an expression with a nested repetition,"
                     f" {nested.group()!r}, and may never end",
                     cure,
                 )

@@ -108,9 +108,9 @@ def read_track(file: BinaryIO, name: str) -> Track:
         stream = _moving(streams, packets, bool(container.streams.audio))
         if stream is None:
             raise InfiniteVLError(
-                f"{name} has no video stream that can be decoded (sound and cover pictures are"
-                " none)",
-                "pass a file with moving pictures; a song's cover goes in as an image",
+                f"{name} has no video stream that can be decoded (audio and cover"
+                " images do not count)",
+                "pass a video file; pass a cover image as an image",
             )
         if stream.index in corrupt:
             total = f"{stream.frames:,}" if stream.frames else "its"
@@ -258,7 +258,7 @@ def _track(
         rate = stream.codec_context.framerate
         if not rate:
             raise InfiniteVLError(
-                f"{name} is a raw stream that states no frame rate, so that nothing tells its time",
+                f"{name} is a raw stream that states no frame rate",
                 "put it into a container at its true rate: ffmpeg -framerate RATE -i IN -c copy"
                 " OUT.mp4",
             )
