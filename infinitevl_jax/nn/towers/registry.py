@@ -16,8 +16,7 @@ def register_tower(config: type, make: Callable[..., nnx.Module]) -> None:
 
     Args:
       config: type of `ModelConfig.vision`.
-      make: creates the tower, which is called as `tower(patches, dtype)` and returns
-        [rows, tokens, decoder width].
+      make: creates the tower: `tower(patches, dtype)` -> [rows, tokens, decoder width].
     """
     _TOWERS[config] = make
 
