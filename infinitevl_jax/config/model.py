@@ -119,7 +119,8 @@ class TextConfig:
             raise InfiniteVLError(
                 f"mrope_section {list(self.mrope_section)} sums to {sum(self.mrope_section)}, not"
                 f" half of the {self.rotary_dim} rotary channels of a head",
-                "make the sections (temporal, height, width) add up to half of the rotary channels",
+                "make the sections (temporal, height, width) add up to half of head_dim x"
+                " partial_rotary_factor",
             )
         if self.num_linear_heads % self.linear_key_heads:
             raise InfiniteVLError(
