@@ -1,8 +1,7 @@
-"""What a conversation leaves behind: one fixed-shape pytree, batch leading every leaf, nothing on
-the module.
+"""The decoding cache: an immutable pytree of fixed shape, batch first in every leaf.
 
-Because it is a plain value, branching is a gather over the batch, a rollback is keeping the old
-one, and two conversations cannot touch each other.
+The model returns a new cache and keeps none. Branching is a gather over the batch; rolling back is
+keeping the old value.
 """
 
 from typing import NamedTuple
@@ -11,50 +10,35 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from infinitevl_jax.config.model import FULL, LINEAR, SLIDING, ModelConfig
 from infinitevl_jax.sharding import constrain
 
 
 class Cache(NamedTuple):
-    """The state of `batch` sequences."""
+    """The state of `batch` sequences.
 
-    layers: tuple  # one state a layer: KVCache or DeltaState
-    length: Array  # [batch] int32 tokens seen
-    next_position: (
-        Array  # [batch] int32 rotary position of the next text token: the largest so far + 1
-    )
+    Attributes:
+      layers: one state per layer (`Mixer.state_spec`).
+      length: [batch] int32, tokens seen.
+      next_position: [batch] int32, rotary position of the next text token: the largest so far + 1.
+    """
+
+    layers: tuple
+    length: Array
+    next_position: Array
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all layers' states."""
+        """Bytes of all layer states; works on arrays and on shapes."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.layers))
 
     def select(self, rows: Array) -> "Cache":
-        """Sequences `rows` [n] of this cache as a new one: branching (repeat a row), reordering, or
-        leaving some out."""
+        """Gather the sequences `rows` [n] into a new cache: branch, reorder or drop sequences."""
         return jax.tree.map(lambda leaf: leaf[rows], self)
 
 
 def empty(specs) -> Cache:
-    """A cache of zeros from `VLM.cache_spec`; on a mesh each device holds its own sequences."""
+    """A zero cache with the shapes of `VLM.cache_spec`, sharded by batch on the ambient mesh."""
     return jax.tree.map(
         lambda s: constrain(jnp.zeros(s.shape, s.dtype), "batch", *[None] * (len(s.shape) - 1)),
         specs,
     )
-
-
-def cache_bytes(config: ModelConfig, batch: int, dtype, max_length: int = 0) -> int:
-    """Bytes that `batch` sequences keep, by formula.
-
-    A window layer holds `sliding_window` keys and values, a full-attention layer `max_length`; a
-    Gated DeltaNet layer its f32 state and the last conv_size - 1 inputs of three convolutions.
-    """
-    text, item = config.text, jnp.dtype(dtype).itemsize
-    slot = 2 * text.num_key_value_heads * text.head_dim * item
-    keys, values = (
-        text.num_linear_heads * text.linear_head_dim,
-        text.num_linear_heads * text.linear_value_dim,
-    )
-    linear = 4 * keys * text.linear_value_dim + (text.conv_size - 1) * (2 * keys + values) * item
-    sizes = {SLIDING: slot * text.sliding_window, FULL: slot * max_length, LINEAR: linear}
-    return batch * sum(sizes[kind] for kind in text.layer_types)

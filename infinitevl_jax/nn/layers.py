@@ -1,8 +1,7 @@
-"""The pieces every block is made of: Linear, RMSNorm, the gated MLP, the embedding.
+"""Basic layers: Linear, RMSNorm, GatedMLP, Embedding.
 
-Weights keep the dtype they are stored in and are cast to the activation's dtype when used, so one
-set of parameters serves f32 and bf16 computation. f32 activations mean f32 arithmetic on every
-device (matmul precision HIGHEST).
+Parameters keep their storage dtype and are cast to the activation dtype at use, so one set of
+parameters serves float32 and bfloat16. Float32 activations use matmul precision HIGHEST.
 """
 
 import jax
@@ -10,24 +9,49 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from infinitevl_jax.nn.parameter import parameter
 from infinitevl_jax.nn.rngs import Rngs
+
+Axes = tuple[str | None, str | None]
 
 
 def matmul_precision(dtype) -> jax.lax.Precision | None:
-    """HIGHEST for f32 and wider (no silent TF32 or bf16 passes), the device's native one
-    otherwise."""
+    """HIGHEST for float32 and wider, which rules out TF32 and bf16 passes; else the default."""
     return jax.lax.Precision.HIGHEST if jnp.finfo(dtype).bits >= 32 else None
 
 
 class Linear(nnx.Module):
-    """y = x kernel + bias, kernel [in, out]. Fresh kernels are U(+-1/sqrt(in)), biases zero."""
+    """y = x kernel + bias. The kernel [in, out] starts as U(+-1/sqrt(in)), the bias as zeros."""
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, rngs: Rngs):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        axes: Axes,
+        *,
+        bias: bool = False,
+        torch_shape: tuple[int, ...] | None = None,
+        rngs: Rngs,
+    ):
+        """Create a linear layer.
+
+        Args:
+          axes: logical axes of the kernel.
+          torch_shape: shape of the weight in a torch checkpoint if it is not [out, in].
+        """
         bound = in_features**-0.5
-        self.kernel = nnx.Param(
-            jax.random.uniform(rngs(), (in_features, out_features), minval=-bound, maxval=bound)
+        self.kernel = parameter(
+            (in_features, out_features),
+            lambda shape: jax.random.uniform(rngs(), shape, minval=-bound, maxval=bound),
+            axes,
+            matmul=True,
+            torch_name="weight",
+            torch_shape=torch_shape,
+            transposed=True,
         )
-        self.bias = nnx.Param(jnp.zeros(out_features)) if bias else None
+        # "width" is sharded to save memory only; a vector is too small for that
+        split = None if axes[1] == "width" else axes[1]
+        self.bias = parameter((out_features,), jnp.zeros, (split,), decay=False) if bias else None
 
     def __call__(self, x: Array) -> Array:
         y = jnp.dot(x, self.kernel[...].astype(x.dtype), precision=matmul_precision(x.dtype))
@@ -35,12 +59,11 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * weight over the last axis: variance in f32, cast back to the input dtype, then
-    times weight."""
+    """x / rms(x) * weight over the last axis. The variance is float32."""
 
     def __init__(self, features: int, eps: float):
         self.eps = eps
-        self.weight = nnx.Param(jnp.ones(features))
+        self.weight = parameter((features,), jnp.ones, (None,), decay=False)
 
     def __call__(self, x: Array) -> Array:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -52,25 +75,30 @@ class GatedMLP(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
     def __init__(self, features: int, hidden: int, *, bias: bool = False, rngs: Rngs):
-        self.gate_proj = Linear(features, hidden, bias=bias, rngs=rngs)
-        self.up_proj = Linear(features, hidden, bias=bias, rngs=rngs)
-        self.down_proj = Linear(hidden, features, bias=bias, rngs=rngs)
+        self.gate_proj = Linear(features, hidden, ("width", "hidden"), bias=bias, rngs=rngs)
+        self.up_proj = Linear(features, hidden, ("width", "hidden"), bias=bias, rngs=rngs)
+        self.down_proj = Linear(hidden, features, ("hidden", "width"), bias=bias, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Embedding(nnx.Module):
-    """Token table [vocab, width]; also the output head where the two are tied."""
+    """Token embedding [vocab, width], and the output head if the two are tied."""
 
     def __init__(self, vocab: int, features: int, *, std: float, rngs: Rngs):
-        self.embedding = nnx.Param(std * jax.random.normal(rngs(), (vocab, features)))
+        self.embedding = parameter(
+            (vocab, features),
+            lambda shape: std * jax.random.normal(rngs(), shape),
+            ("vocab", "width"),
+            torch_name="weight",
+        )
 
     def __call__(self, tokens: Array, dtype) -> Array:
         return self.embedding[...][tokens].astype(dtype)
 
     def attend(self, x: Array) -> Array:
-        """Scores of every token: x [..., width] -> [..., vocab]."""
+        """Logits: x [..., width] -> [..., vocab]."""
         return jnp.einsum(
             "...d,vd->...v",
             x,

@@ -1,5 +1,4 @@
-"""The training loop, read from top to bottom: prepare, restore or start, step, save, measure,
-plot."""
+"""The training loop: prepare, restore or start, step, save, evaluate, plot."""
 
 import contextlib
 import time
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -22,7 +20,7 @@ from infinitevl_jax.data.skipping import Skipped
 from infinitevl_jax.data.source import Source
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.nn.ops import resolve_ops
-from infinitevl_jax.nn.params import abstract
+from infinitevl_jax.nn.params import parameters
 from infinitevl_jax.sharding import kept_whole, make_mesh, parameter_shardings
 from infinitevl_jax.train.checkpoints import Checkpoints, abstract_state
 from infinitevl_jax.train.folder import claim_folder
@@ -45,8 +43,7 @@ from infinitevl_jax.train.step import (
 
 
 class Outcome(NamedTuple):
-    """What a run leaves: its folder, the last checkpoint (one of our checkpoint folders), and
-    whether it came to its end."""
+    """Result of a run: its folder, its last checkpoint and step, and whether it finished."""
 
     run: Path
     checkpoint: Path
@@ -55,10 +52,13 @@ class Outcome(NamedTuple):
 
 
 def train(preset: Preset, say=print) -> Outcome:
-    """Run a preset to its end, or until Ctrl-C or SIGTERM; a run that finds its own checkpoints
-    goes on from the last one.
+    """Train a preset to its end, or until Ctrl-C or SIGTERM. Resumes from its last checkpoint.
 
-    Raises InfiniteVLError for anything in preset, data, mesh or output folder that cannot work.
+    Args:
+      say: receives messages.
+
+    Raises:
+      InfiniteVLError: the preset, data, mesh or output folder is invalid.
     """
     config, began = preset.train, time.monotonic()
     if jax.process_count() > 1:
@@ -85,14 +85,14 @@ def train(preset: Preset, say=print) -> Outcome:
                 f"train.epochs = {config.epochs:g} are {steps:,} steps",
                 f"at most {INT32:,} are counted",
             )
-        optimizer = make_optimizer(config.optimizer, steps)
+        known = parameters(start.config, scanned=True)
+        optimizer = make_optimizer(config.optimizer, steps, known)
         rate = schedule(config.optimizer, steps)
 
         stack.enter_context(jax.set_mesh(mesh))
         model = model_of(start.config, preset.run, ops)
-        shapes = dict(abstract(start.config, scanned=True)[1])
-        names, frozen = split_trainable(list(shapes), config.trainable)
-        check_memory(shapes, names, mesh)
+        names, frozen = split_trainable(known, config.trainable)
+        check_memory(known, names, mesh)
         checkpoints = stack.enter_context(
             contextlib.closing(Checkpoints(run, start.files, start.manifest, config.keep, say))
         )
@@ -101,7 +101,7 @@ def train(preset: Preset, say=print) -> Outcome:
             batches.set_state(place["rows"])
             skipped.set_state(place["skipped"])
 
-        state = _state(checkpoints, start, shapes, names, optimizer, mesh, set_place)
+        state = _state(checkpoints, start, known, names, optimizer, mesh, set_place)
         first = int(state.step)
         log = stack.enter_context(contextlib.closing(Log(run / "log.jsonl", first, say)))
 
@@ -114,12 +114,9 @@ def train(preset: Preset, say=print) -> Outcome:
             + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         )
         say("activations: " + preset.run.dtype)
-        trained = sum(int(np.prod(shapes[n].shape)) for n in names)
-        say(
-            f"parameters: {trained:,} trained,"
-            f" {sum(int(np.prod(shapes[n].shape)) for n in frozen):,} frozen"
-        )
-        if whole := kept_whole(shapes, mesh):
+        sizes = [sum(known[name].size for name in group) for group in (names, frozen)]
+        say(f"parameters: {sizes[0]:,} trained, {sizes[1]:,} frozen")
+        if whole := kept_whole(known, mesh):
             say("\n  ".join(["on every device, whole:", *whole]))
         if first:
             say(f"going on from step {first}")
@@ -133,7 +130,7 @@ def train(preset: Preset, say=print) -> Outcome:
             )
         stop = Stop()
         saver = Saver(checkpoints, lock, config, skipped, state, batches.get_state(), stop, say)
-        del state  # the first step takes its memory
+        del state  # the first step donates its memory
         with stop, Progress(steps, first) as bar, saver:
             tokens, since = 0, time.monotonic()
             while True:
@@ -156,7 +153,7 @@ def train(preset: Preset, say=print) -> Outcome:
                 saver.advance(step_fn, put_batch(batch, mesh), batches.get_state())
                 tokens += _count(batch)
                 bar.update()
-                if saver.step == first + 1:  # traced by now
+                if saver.step == first + 1:  # all operators are traced
                     say("\n  ".join(["what ran:", *ops.report()]))
                 if _is_due(config.log_every, saver.step, steps):
                     saver.check()
@@ -189,21 +186,26 @@ def train(preset: Preset, say=print) -> Outcome:
 
 
 def _state(
-    checkpoints: Checkpoints, start, shapes, names, optimizer, mesh: Mesh, set_place
+    checkpoints: Checkpoints, start, known, names, optimizer, mesh: Mesh, set_place
 ) -> TrainState:
-    """The state of the newest checkpoint, whose place in the data `set_place` takes, or a fresh
-    one."""
+    """The restored state of the newest checkpoint, or a new one.
+
+    Args:
+      set_place: receives the data position of a restored checkpoint.
+    """
     begin = partial(init_state, trainable=names, optimizer=optimizer)
     if checkpoints.last is None:
-        params = start.params(parameter_shardings(shapes, mesh))
-        shardings = state_shardings(jax.eval_shape(begin, params), mesh)
+        params = start.params(parameter_shardings(known, mesh))
+        shardings = state_shardings(jax.eval_shape(begin, params), known, mesh)
         return jax.jit(begin, out_shardings=shardings)(params)
+    shapes = {name: jax.ShapeDtypeStruct(p.shape, p.dtype) for name, p in known.items()}
     wanted = jax.eval_shape(begin, shapes)
-    return checkpoints.restore(abstract_state(wanted, state_shardings(wanted, mesh)), set_place)
+    places = state_shardings(wanted, known, mesh)
+    return checkpoints.restore(abstract_state(wanted, places), set_place)
 
 
 def _count(batch: TrainBatch) -> int:
-    """Decoder tokens of this process's part."""
+    """Number of decoder tokens in this process's part of the batch."""
     return sum(
         int((part.index >= 0).sum()) for part in (batch.prefix, batch.branches) if part is not None
     )
@@ -215,7 +217,7 @@ def _devices(mesh: Mesh) -> str:
 
 
 def _is_due(every: int, step: int, steps: int) -> bool:
-    """Whether what is done every so many steps (0: only at the end) is done after this one."""
+    """Whether something done every `every` steps (0: only at the end) is due after this step."""
     return step == steps or (step > 0 and every > 0 and step % every == 0)
 
 
@@ -229,9 +231,9 @@ def _above_the_bar(say, text: str) -> None:
 
 
 def _plot(run: Path) -> str:
-    """Draw the log, and say where or why not: what was trained is saved either way."""
+    """Plot the log. Returns a message; an error must not fail the finished run."""
     try:
         plot_log(run / "log.jsonl", run / "loss.png")
-    except Exception as error:  # of whatever in fonts, disk or numbers
+    except Exception as error:  # of fonts, disk or values
         return f"no plot ({type(error).__name__}: {error})"
     return f"plot {run / 'loss.png'}"

@@ -1,5 +1,4 @@
-"""The shapes of a training step before anything exists: what a pod's compiler needs, and nothing
-more."""
+"""Abstract inputs of a training step, for ahead-of-time compilation."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.data.batch import TrainBatch
 from infinitevl_jax.inputs.model_inputs import Inputs
 from infinitevl_jax.inputs.patches import Patches
-from infinitevl_jax.nn.params import abstract
+from infinitevl_jax.nn.params import parameters
 from infinitevl_jax.train.optimizer import split_trainable
 from infinitevl_jax.train.step import TrainState, batch_shardings, init_state, state_shardings
 
@@ -23,22 +22,28 @@ def abstract_state(
     dtype,
     mesh: Mesh,
 ) -> TrainState:
-    """Shapes and shardings of the state: parameters in `dtype`, those that match a `trainable`
-    pattern in f32 with moments."""
-    shapes = {
-        name: jax.ShapeDtypeStruct(s.shape, dtype)
-        for name, s in abstract(config, scanned=True)[1].items()
-    }
-    names, _ = split_trainable(list(shapes), trainable)
+    """Shapes and shardings of the training state.
+
+    Args:
+      trainable: patterns of the trained parameters, which are float32 with moments.
+      dtype: of the frozen parameters.
+    """
+    known = parameters(config, scanned=True)
+    shapes = {name: jax.ShapeDtypeStruct(p.shape, dtype) for name, p in known.items()}
+    names, _ = split_trainable(known, trainable)
     state = jax.eval_shape(lambda params: init_state(params, names, optimizer), shapes)
-    return _placed(state, state_shardings(state, mesh))
+    return _placed(state, state_shardings(state, known, mesh))
 
 
 def abstract_batch(
     config: ModelConfig, rows: int, length: int, patches: int, mesh: Mesh
 ) -> TrainBatch:
-    """Shapes and shardings of packed rows of `length` tokens, each with up to `patches` patches of
-    images (0: text only)."""
+    """Shapes and shardings of packed rows.
+
+    Args:
+      length: tokens per row.
+      patches: image patches per row; 0 is text only.
+    """
     ints = np.broadcast_to(np.int32(0), (rows, length))
     vision = None
     if patches:

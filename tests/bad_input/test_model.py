@@ -1,4 +1,4 @@
-"""Calls of a model that cannot work: each is named before anything is computed."""
+"""Invalid calls of a model are refused by name before any computation."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 
 from infinitevl_jax import InfiniteVL, InfiniteVLError
 from infinitevl_jax.config.model import TextConfig, VisionConfig
-from infinitevl_jax.nn.params import abstract
+from infinitevl_jax.nn.params import parameters
 
 sys.path.append(str(Path(__file__).parent.parent / "nn"))
 from tiny import hybrid_config  # noqa: E402  the model tests' tiny configurations
@@ -19,13 +19,13 @@ S = "sliding_attention"
 
 @pytest.fixture(scope="module")
 def model():
-    """Never computes, so zeros will do."""
+    """A model of zeros; it never computes."""
     config = hybrid_config()
     return InfiniteVL(
         config,
         {
             name: np.zeros(s.shape, np.float32)
-            for name, s in abstract(config, scanned=False)[1].items()
+            for name, s in parameters(config, scanned=False).items()
         },
     )
 
@@ -36,7 +36,7 @@ def full(model):
         config,
         {
             name: np.zeros(s.shape, np.float32)
-            for name, s in abstract(config, scanned=False)[1].items()
+            for name, s in parameters(config, scanned=False).items()
         },
     )
 

@@ -1,4 +1,4 @@
-"""`infinitevl info`: every figure against the facts, from headers alone."""
+"""`infinitevl info`: all figures against the truth, from headers only."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from infinitevl_jax.checkpoints.source import Source
 from infinitevl_jax.checkpoints.weights import leaves
 from infinitevl_jax.cli import info
 from infinitevl_jax.config.model import infinitevl_4b
-from infinitevl_jax.nn.cache import cache_bytes
+from infinitevl_jax.nn.params import cache_spec
 
 
 def test_parts_of_the_published_model():
@@ -36,7 +36,7 @@ def test_parts_of_the_published_model():
 
 def by_hand(formula: str, length: int) -> int:
     words = (
-        re.sub(r"layers|slots|heads|inputs|bytes", "", formula)
+        re.sub(r"layers|bytes|\b\w*(?:state|[kv])\b", "", formula)
         .replace("length", str(length))
         .replace("x", "*")
     )
@@ -49,9 +49,9 @@ def by_hand(formula: str, length: int) -> int:
 )
 def test_the_printed_formula_gives_the_bytes(config):
     for length in info.LENGTHS:
-        assert by_hand(info.cache_formula(config, np.dtype("bfloat16")), length) == cache_bytes(
-            config, 1, "bfloat16", length
-        )
+        formula = info.cache_formula(config, np.dtype("bfloat16"))
+        spec = cache_spec(config, 1, length, "bfloat16")
+        assert by_hand(formula, length) == spec.nbytes
 
 
 def test_ours_as_json_and_as_a_table(run, folder, model):
@@ -78,7 +78,7 @@ def test_ours_as_json_and_as_a_table(run, folder, model):
     table = run("info", folder).stdout
     for figure in (
         f"{model.parameter_count:,}",
-        facts["cache"]["formula"],
+        *re.findall(r"\d+ layers x \(.*?\)", facts["cache"]["formula"]),
         "100,000 tokens",
         "softmax mixers",
         "float32",
@@ -89,7 +89,7 @@ def test_ours_as_json_and_as_a_table(run, folder, model):
 
 
 def test_hugging_face_folders_read_from_headers_alone(run, tmp_path, monkeypatch):
-    """Mixed dtypes, a tied head that is there as well, and a tokenizer that is none."""
+    """Mixed dtypes, a stored tied head, an invalid tokenizer."""
     hybrid_folder(tmp_path / "hf", mixed=True, head=True)
     monkeypatch.setattr(Source, "read", lambda *_: pytest.fail("a weight was read"))
     facts = json.loads(run("info", tmp_path / "hf", "--json").stdout)

@@ -1,9 +1,8 @@
-"""The Qwen2.5-VL vision tower over packed patches: any number of images and videos, of any size, in
-one sequence.
+"""The Qwen2.5-VL vision tower.
 
-Patches arrive in window order (`infinitevl_jax.inputs.patches`), so that an attention window is a
-run of neighbours: most blocks attend inside windows, a few over the whole temporal slice, and both
-  are segment ids over the same sequence.
+Images and videos of any number and size are packed into one sequence of patches. Patches are in
+window order (`infinitevl_jax.inputs.patches`), so an attention window is contiguous. Most blocks
+attend within windows, a few within temporal slices; segment ids express both.
 """
 
 from functools import partial
@@ -21,6 +20,7 @@ from infinitevl_jax.nn.rngs import Rngs
 from infinitevl_jax.nn.rope import rotate, vision_angles
 from infinitevl_jax.nn.stack import Stack
 from infinitevl_jax.nn.token_info import PatchInfo
+from infinitevl_jax.nn.towers.registry import register_tower
 from infinitevl_jax.sharding import constrain
 from pallas_kernels.attention import Mask
 
@@ -28,20 +28,21 @@ WINDOW, SLICE = "window", "slice"
 
 
 def block_kinds(config: VisionConfig) -> tuple[str, ...]:
-    """What each block's attention stays inside of."""
+    """Attention segment of each block: WINDOW or SLICE."""
     return tuple(
         SLICE if i in config.fullatt_block_indexes else WINDOW for i in range(config.depth)
     )
 
 
 class VisionAttention(nnx.Module):
-    """Non-causal attention inside windows, or inside temporal slices."""
+    """Bidirectional attention within windows or temporal slices."""
 
     def __init__(self, config: VisionConfig, ops: Ops, kind: str, rngs: Rngs):
         self.kind, self.ops, self.head_dim = kind, ops, config.head_dim
+        width = config.hidden_size
         self.window_patches = config.window_tokens**2 * config.merge_unit
-        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=True, rngs=rngs)
-        self.proj = Linear(config.hidden_size, config.hidden_size, bias=True, rngs=rngs)
+        self.qkv = Linear(width, 3 * width, ("width", "heads"), bias=True, rngs=rngs)
+        self.proj = Linear(width, width, ("heads", "width"), bias=True, rngs=rngs)
 
     def __call__(self, x: Array, info: PatchInfo) -> Array:
         q, k, v = rearrange(
@@ -49,7 +50,7 @@ class VisionAttention(nnx.Module):
         )
         q, k, v = (constrain(y, "batch", None, "heads", None) for y in (q, k, v))
         q, k = rotate(q, info.cos, info.sin), rotate(k, info.cos, info.sin)
-        # a segment has at most `reach` patches in a row, so keys further away need not be looked at
+        # a segment spans at most `reach` patches, so keys farther away can be skipped
         segment, reach = (
             (info.window, self.window_patches)
             if self.kind == WINDOW
@@ -85,14 +86,15 @@ class VisionBlock(nnx.Module):
 
 
 class PatchMerger(nnx.Module):
-    """Four neighbouring patches become one token of the decoder's width."""
+    """Merge each group of neighbouring patches into one token of the decoder's width."""
 
     def __init__(self, config: VisionConfig, rngs: Rngs):
         self.merge_unit = config.merge_unit
         merged = config.hidden_size * config.merge_unit
         self.ln_q = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.fc1 = Linear(merged, merged, bias=True, rngs=rngs)
-        self.fc2 = Linear(merged, config.out_hidden_size, bias=True, rngs=rngs)
+        self.fc1 = Linear(merged, merged, ("width", "hidden"), bias=True, rngs=rngs)
+        out = config.out_hidden_size
+        self.fc2 = Linear(merged, out, ("hidden", "width"), bias=True, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         x = rearrange(self.ln_q(x), "r (n unit) d -> r n (unit d)", unit=self.merge_unit)
@@ -100,12 +102,21 @@ class PatchMerger(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    """Patches [rows, patches, features] -> tokens [rows, patches / 4, decoder width], in window
-    order."""
+    """Patches [rows, patches, features] -> tokens [rows, patches / merge_unit, decoder width].
+
+    Patches and tokens are in window order.
+    """
 
     def __init__(self, config: VisionConfig, ops: Ops, *, scanned: bool, remat, rngs: Rngs):
         self.head_dim, self.theta = config.head_dim, config.rope_theta
-        self.patch_embed = Linear(config.patch_features, config.hidden_size, rngs=rngs)
+        patch = (config.in_channels, config.temporal_patch_size, *[config.patch_size] * 2)
+        self.patch_embed = Linear(
+            config.patch_features,
+            config.hidden_size,
+            ("hidden", "width"),
+            torch_shape=(config.hidden_size, *patch),
+            rngs=rngs,
+        )
         make = partial(VisionBlock, config, ops)
         self.blocks = Stack(make, block_kinds(config), scanned=scanned, remat=remat, rngs=rngs)
         self.merger = PatchMerger(config, rngs)
@@ -122,3 +133,6 @@ class VisionTower(nnx.Module):
         )
         x, _, _ = self.blocks(self.patch_embed(patches.pixels.astype(dtype)), info)
         return self.merger(x)
+
+
+register_tower(VisionConfig, VisionTower)

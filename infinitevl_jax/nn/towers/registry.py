@@ -1,0 +1,26 @@
+"""Registry of vision towers by type of their configuration."""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+
+from infinitevl_jax.nn.ops import Ops
+from infinitevl_jax.nn.rngs import Rngs
+
+_TOWERS: dict[type, Callable[..., nnx.Module]] = {}
+
+
+def register_tower(config: type, make: Callable[..., nnx.Module]) -> None:
+    """Register the vision tower of a configuration type.
+
+    Args:
+      config: type of `ModelConfig.vision`.
+      make: creates the tower: `tower(patches, dtype)` -> [rows, tokens, decoder width].
+    """
+    _TOWERS[config] = make
+
+
+def make_tower(config: Any, ops: Ops, *, scanned: bool, remat: Callable, rngs: Rngs) -> nnx.Module:
+    """Create the tower of a vision configuration."""
+    return _TOWERS[type(config)](config, ops, scanned=scanned, remat=remat, rngs=rngs)
