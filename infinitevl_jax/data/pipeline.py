@@ -18,8 +18,13 @@ import numpy as np
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.config.train import DataConfig
 from infinitevl_jax.data.batch import TrainBatch
-from infinitevl_jax.data.collate import PackedRows, Room, branch_batch, group_questions
-from infinitevl_jax.data.encode import Encoded, Encoder
+from infinitevl_jax.data.collate import (
+    PackedRows,
+    branch_batch,
+    empty_packing,
+    group_questions,
+)
+from infinitevl_jax.data.encode import EncodedRow, Encoder
 from infinitevl_jax.data.skipping import Skipped
 from infinitevl_jax.errors import BadRow, InfiniteVLError
 
@@ -90,7 +95,7 @@ class _UsableRows:
     def __len__(self) -> int:
         return len(self.encoder)
 
-    def __getitem__(self, number: int) -> Encoded | None:
+    def __getitem__(self, number: int) -> EncodedRow | None:
         try:
             return self.encoder[number]
         except BadRow as row:
@@ -128,14 +133,14 @@ def count_steps(
             row = encoder.conversation(number)
             sizes[number] = row.tokens, row.patches
     wanted, repeated = max(1, round(epochs * len(order))), order.repeat()
-    steps, room = 0, None
+    steps, packing = 0, None
     for taken in range(wanted):
         size = sizes.get(int(repeated[taken]))
-        if size is not None and (room is None or room.take(*size) is None):
-            steps, room = steps + 1, Room(data, _share(data))
-            room.take(*size)
+        if size is not None and (packing is None or not packing.add(*size)):
+            steps, packing = steps + 1, empty_packing(data, _share(data))
+            packing.add(*size)
         if (taken + 1) % len(order) == 0:
-            room = None
+            packing = None
     return max(1, steps)
 
 
@@ -149,12 +154,12 @@ class _Chooser:
         if data.balance:
             counts = Counter(
                 turn
-                for row in encoder.source.readable()
+                for row in encoder.dataset.readable()
                 for turn in zip(row.questions, row.answers, strict=True)
             )
             self.weights = {turn: count**-data.balance for turn, count in counts.items()}
 
-    def __call__(self, number: int, row: Encoded) -> tuple[Encoded, list[int]]:
+    def __call__(self, number: int, row: EncodedRow) -> tuple[EncodedRow, list[int]]:
         """`number` counts the rows of this process from the start of the run."""
         rng = np.random.default_rng([self.seed, jax.process_index(), number])
         candidates = list(range(len(row.branches)))
@@ -168,7 +173,7 @@ class _Chooser:
 
 
 def _collate(
-    items: list[tuple[Encoded, list[int]]], config: ModelConfig, data: DataConfig
+    items: list[tuple[EncodedRow, list[int]]], config: ModelConfig, data: DataConfig
 ) -> TrainBatch:
     rows, questions = zip(*items, strict=True)
     return branch_batch(rows, questions, config, data, len(rows), len(rows) * data.questions)
@@ -198,7 +203,7 @@ class PackedBatches:
         packed = PackedRows(self.config, self.data, self.rows)
         while _add(packed, self.encoder, int(self.order[self.taken]), self.skipped):
             self.taken += 1
-            if self.taken % self.epoch == 0 and packed.items:
+            if self.taken % self.epoch == 0 and packed.conversations:
                 break
         return packed.batch()
 
@@ -215,7 +220,7 @@ def _add(packed: PackedRows, encoder: Encoder, number: int, skipped: Skipped) ->
     """Take a row's conversation, or leave it out if it cannot be used. False: there is no room left
     for it."""
     try:
-        return packed.add(*encoder.conversation(number))
+        return packed.add(encoder.conversation(number))
     except BadRow as row:
         skipped.add(row)
         return True

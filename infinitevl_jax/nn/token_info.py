@@ -35,8 +35,8 @@ class PatchInfo(NamedTuple):
     """Patches of one vision tower call, in window order."""
 
     patch_index: Array  # [rows, patches] int32; -1 = pad
-    window: Array  # [rows, patches] int32 attention window of the patch
-    slice: Array  # [rows, patches] int32 temporal slice of its image or video
+    window_ids: Array  # [rows, patches] int32 attention window of the patch
+    slice_ids: Array  # [rows, patches] int32 temporal slice of its image or video
     cos: Array  # [rows, patches, head_dim / 2] f32
     sin: Array
     slice_reach: int  # the longest slice has no more patches than this (static)

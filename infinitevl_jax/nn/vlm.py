@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 
 from infinitevl_jax.config.model import FULL, LINEAR, ModelConfig, TextConfig
-from infinitevl_jax.inputs.model_inputs import Inputs
+from infinitevl_jax.inputs.model_inputs import DecoderInputs
 from infinitevl_jax.inputs.patches import Patches
 from infinitevl_jax.nn.cache import Cache
 from infinitevl_jax.nn.layers import Embedding, GatedMLP, Linear, RMSNorm
@@ -88,11 +88,11 @@ class VLM(nnx.Module):
         )
 
     def encode(self, patches: Patches) -> Array:
-        """Image and video tokens: [rows, tokens, width], placed as `Inputs.vision_index` expects
-        them."""
+        """Image and video tokens [rows, tokens, width]; `DecoderInputs.vision_index` are places
+        among them."""
         return self.visual(patches, self.dtype)
 
-    def embed(self, inputs: Inputs, vision: Array | None) -> Array:
+    def embed(self, inputs: DecoderInputs, vision: Array | None) -> Array:
         """[batch, length, width]: the token table, with image and video tokens taken from `vision`
         [rows, tokens, width] instead.
 
@@ -108,7 +108,9 @@ class VLM(nnx.Module):
             x = jnp.where(inputs.vision_index[..., None] >= 0, seen.astype(x.dtype), x)
         return constrain(x, "batch", "length", None)
 
-    def decode(self, x: Array, inputs: Inputs, cache: Cache | None = None, collect: bool = False):
+    def decode(
+        self, x: Array, inputs: DecoderInputs, cache: Cache | None = None, collect: bool = False
+    ):
         """Run the decoder over embedded tokens.
 
         Returns:
@@ -117,17 +119,17 @@ class VLM(nnx.Module):
           Hugging Face orders them.
         """
         length = jnp.zeros(x.shape[0], jnp.int32) if cache is None else cache.length
-        valid = inputs.index >= 0
+        valid = inputs.token_index >= 0
         positions = inputs.positions
         if positions is None:  # text that follows what the cache holds
             start = length if cache is None else cache.next_position
             positions = jnp.broadcast_to(
-                start[:, None] + jnp.maximum(inputs.index, 0), (3, *inputs.index.shape)
+                start[:, None] + jnp.maximum(inputs.token_index, 0), (3, *inputs.token_index.shape)
             )
         text = self.config.text
         angles = decoder_angles(positions, text.head_dim, text.rope_theta, text.mrope_section)
-        index = jnp.where(valid, inputs.index + length[:, None], -1)
-        info = TokenInfo(index, inputs.segment, length, jnp.cos(angles), jnp.sin(angles))
+        index = jnp.where(valid, inputs.token_index + length[:, None], -1)
+        info = TokenInfo(index, inputs.segment_ids, length, jnp.cos(angles), jnp.sin(angles))
 
         y, states, outputs = self.layers(x, info, None if cache is None else cache.layers, collect)
         hidden = self.norm(y)

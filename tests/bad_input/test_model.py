@@ -1,18 +1,13 @@
 """Calls of a model that cannot work: each is named before anything is computed."""
 
-import sys
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
+from tiny import hybrid_config
 
 from infinitevl_jax import InfiniteVL, InfiniteVLError
 from infinitevl_jax.config.model import TextConfig, VisionConfig
 from infinitevl_jax.nn.params import abstract
-
-sys.path.append(str(Path(__file__).parent.parent / "nn"))
-from tiny import hybrid_config  # noqa: E402  the model tests' tiny configurations
 
 S = "sliding_attention"
 

@@ -8,9 +8,9 @@ import numpy as np
 from tiny_folder import IDS, tiny_config
 
 from infinitevl_jax.config.train import DataConfig
+from infinitevl_jax.data.dataset import Dataset, Row
 from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.pipeline import held_out_batches, train_batches
-from infinitevl_jax.data.source import Row, Source
 
 from ..case import Case, Place
 from ..content import ODD_TEXT, mutate_bytes, mutate_text
@@ -33,7 +33,7 @@ ODD += [None, 3, b"bytes", b"\xff\xfe", ["a"], np.str_("x"), np.array(["a"]), {"
 QUESTIONS, ANSWERS = ["what color is it?", "is it red?"], ["blue", "no"]
 
 
-class Rows(Source):
+class Rows(Dataset):
     """A data set in memory: rows as tfds gives them."""
 
     def __init__(self, rows: list[dict]):

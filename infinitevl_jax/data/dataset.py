@@ -29,8 +29,8 @@ class Row(NamedTuple):
     answers: list[str]
 
 
-class Source:
-    """A split of a data set as a sequence of `Row`."""
+class Dataset:
+    """A split of a prepared data set as a sequence of `Row`."""
 
     def __init__(self, name: str, folder: str | Path, split: str):
         """Prepare the data set in `folder` unless it is there.
