@@ -1,7 +1,7 @@
-"""The endless stream of training batches, and the held-out batches that only measure. Both depend
-on nothing but seed and position.
+"""Training batches, an endless stream, and held-out batches. Both are determined by the seed and
+the position in the stream.
 
-Rows that cannot be used are left out of either; the others keep their order.
+Rows that cannot be used are skipped; the others keep their order.
 """
 
 import contextlib
@@ -30,8 +30,8 @@ from infinitevl_jax.errors import BadRow, InfiniteVLError
 
 
 class Batches(Protocol):
-    """An iterator over this process's part of the global batches, whose place can be saved and
-    found again."""
+    """An iterator over this process's part of the global batches. Its state can be saved and
+    restored."""
 
     def __next__(self) -> TrainBatch: ...
 
@@ -41,7 +41,7 @@ class Batches(Protocol):
 
 
 def _share(data: DataConfig) -> int:
-    """Rows of the global batch that this process brings."""
+    """Rows of the global batch that belong to this process."""
     if data.batch % jax.process_count():
         raise InfiniteVLError(
             f"train.data.batch {data.batch} does not divide over {jax.process_count()} processes",
@@ -57,7 +57,7 @@ def train_batches(
     seed: int,
     skipped: Skipped | None = None,
 ) -> Batches:
-    """Endless batches in an order that seed and epoch decide; each process takes its own rows.
+    """Endless batches, shuffled anew each epoch by the seed; each process takes its own rows.
 
     skipped: counts the rows that cannot be used; left out, as `data` says.
     """
@@ -104,7 +104,7 @@ class _UsableRows:
 
 
 def _order(encoder: Encoder, seed: int) -> grain.MapDataset:
-    """This process's row numbers of one epoch, in another order each time they are repeated."""
+    """This process's row numbers of one epoch, shuffled anew at each repetition."""
     return (
         grain.MapDataset.range(len(encoder))
         .seed(seed)
@@ -119,7 +119,7 @@ def count_steps(
     seed: int,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> int:
-    """Steps that `epochs` passes over the rows take, at least one.
+    """Number of steps, at least one, for `epochs` passes over the rows.
 
     Where conversations are packed, their lengths decide, so every row is encoded once, under
     `progress`. Rows that cannot be used are left out.
@@ -145,7 +145,7 @@ def count_steps(
 
 
 class _Chooser:
-    """Which questions of a row are asked: no question twice unless there are too few."""
+    """Draws the questions asked of a row, without replacement unless there are too few."""
 
     def __init__(self, encoder: Encoder, data: DataConfig, seed: int, share: int):
         self.data, self.seed, self.share = data, seed, share
@@ -180,8 +180,8 @@ def _collate(
 
 
 class PackedBatches:
-    """Whole conversations packed into rows, every one once an epoch: an epoch ends with a batch of
-    its own. Its place is the number of conversations taken."""
+    """Batches of packed conversations, each conversation once an epoch. No batch spans two epochs.
+    The state is the number of conversations taken."""
 
     def __init__(
         self,
@@ -217,8 +217,7 @@ class PackedBatches:
 
 
 def _add(packed: PackedRows, encoder: Encoder, number: int, skipped: Skipped) -> bool:
-    """Take a row's conversation, or leave it out if it cannot be used. False: there is no room left
-    for it."""
+    """Add a row's conversation, or skip it if it cannot be used. False: the batch is full."""
     try:
         return packed.add(encoder.conversation(number))
     except BadRow as row:
@@ -229,7 +228,7 @@ def _add(packed: PackedRows, encoder: Encoder, number: int, skipped: Skipped) ->
 def held_out_batches(
     encoder: Encoder, config: ModelConfig, data: DataConfig, skipped: Skipped | None = None
 ) -> Iterator[TrainBatch]:
-    """Every question of the split once, in batches of the training shape; the last one is filled up
+    """Every question of the split once, in batches of the training shape; the last one is filled
     with padding.
 
     skipped: counts the rows that cannot be used; left out, as `data` says.

@@ -106,8 +106,15 @@ def build_inputs(
         truncate_seconds=truncate_seconds,
     )
     packed = packing is not None
+    lengths = [len(s) for s in batch.sequences]
     if packing is None:
-        packing = Packing.one_per_row([len(s) for s in batch.sequences], length or batch.width)
+        packing = Packing.one_per_row(lengths, length or batch.width)
+    elif [place.stop - place.start for place in packing.places] != lengths:
+        raise InfiniteVLError(
+            f"the packing has {len(packing.places)} places, which do not fit the lengths of the"
+            f" {len(lengths)} sequences",
+            "add every sequence to the packing, in the order of the batch",
+        )
     # ids where they may stand for an image or a video, else -1
     kinds = [np.where(np.arange(len(s)) < generated, -1, s) for s in batch.sequences]
     positions, items = _positions(config, batch, kinds, start)
