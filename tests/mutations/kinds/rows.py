@@ -159,8 +159,8 @@ def _check(found: tuple, row: Row, packed: bool) -> str:
         ]
         return _same(encoded.tokens, encoded.answer, dialogue, row.answers)
     for i, branch in enumerate(encoded.branches):
-        tokens = np.concatenate([encoded.prefix, branch.tokens])
-        answer = np.concatenate([np.zeros(len(encoded.prefix), bool), branch.answer])
+        tokens = np.concatenate([encoded.prefix.tokens, branch.tokens])
+        answer = np.concatenate([np.zeros(len(encoded.prefix.tokens), bool), branch.answer])
         if wrong := _same(tokens, answer, turn(i, picture), [row.answers[i]]):
             return wrong
     return ""
