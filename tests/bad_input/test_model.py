@@ -7,7 +7,7 @@ from tiny import hybrid_config
 
 from infinitevl_jax import InfiniteVL, InfiniteVLError
 from infinitevl_jax.config.model import TextConfig, VisionConfig
-from infinitevl_jax.nn.params import abstract
+from infinitevl_jax.nn.params import parameters
 
 S = "sliding_attention"
 
@@ -20,7 +20,7 @@ def model():
         config,
         {
             name: np.zeros(s.shape, np.float32)
-            for name, s in abstract(config, scanned=False)[1].items()
+            for name, s in parameters(config, scanned=False).items()
         },
     )
 
@@ -31,7 +31,7 @@ def full(model):
         config,
         {
             name: np.zeros(s.shape, np.float32)
-            for name, s in abstract(config, scanned=False)[1].items()
+            for name, s in parameters(config, scanned=False).items()
         },
     )
 
