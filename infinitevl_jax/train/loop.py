@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from infinitevl_jax.checkpoints.layers import stack_names
 from infinitevl_jax.config.presets import Preset
 from infinitevl_jax.config.ranges import INT32
 from infinitevl_jax.data.batch import TrainBatch
@@ -93,8 +94,8 @@ def train(preset: Preset, say=print) -> Outcome:
         shapes = dict(abstract(start.config, scanned=True)[1])
         names, frozen = split_trainable(list(shapes), config.trainable)
         check_memory(shapes, names, mesh)
-        checkpoints = stack.enter_context(
-            contextlib.closing(Checkpoints(run, start.files, start.manifest, config.keep, say))
+        checkpoints = Checkpoints(
+            run, start.files, start.manifest, config.keep, say, stack_names(start.config)
         )
 
         def set_place(place: dict[str, Any]) -> None:
