@@ -12,14 +12,19 @@ from tqdm import tqdm
 from infinitevl_jax.checkpoints.destination import new_folder
 from infinitevl_jax.checkpoints.dtypes import narrowed
 from infinitevl_jax.checkpoints.files import copy_side_files, is_ours
-from infinitevl_jax.checkpoints.layers import layer_leaves
 from infinitevl_jax.checkpoints.manifest import Manifest
 from infinitevl_jax.checkpoints.reading import read_config
 from infinitevl_jax.checkpoints.safetensors_file import SafetensorsWriter
 from infinitevl_jax.checkpoints.source import check_finite, index_json, respell
 from infinitevl_jax.checkpoints.stored import open_params
 from infinitevl_jax.checkpoints.transformers_code import add_transformers_code
-from infinitevl_jax.checkpoints.weights import EMBEDDING, HEAD, complain, published
+from infinitevl_jax.checkpoints.weights import (
+    complain,
+    embedding_name,
+    head_name,
+    hub_name,
+    leaves,
+)
 from infinitevl_jax.errors import InfiniteVLError
 
 DEFAULT_SHARD = 5 * 10**9
@@ -78,16 +83,18 @@ def export_folder(
         )
     limit = _bytes(max_shard_size)
     config, manifest = read_config(src), Manifest.read(src)
-    reader, stored = open_params(src, config), {leaf.name: leaf for leaf in layer_leaves(config)}
+    reader = open_params(src, config)
+    stored = {leaf.name: leaf for leaf in leaves(config, scanned=False)}
     tensors = {
         leaf.torch[0]: _Tensor(
             respell(leaf.torch[0], manifest.spelling), reader.dtypes[leaf.name], leaf.torch_shape
         )
         for leaf in stored.values()
     }
-    tied = config.text.tie_word_embeddings
-    if tied and HEAD in manifest.dtypes:
-        tensors[HEAD] = _Tensor(HEAD, tensors[EMBEDDING].dtype, tensors[EMBEDDING].shape)
+    head, table = head_name(config), tensors[embedding_name(config)]
+    tied = config.text.tie_word_embeddings and head in manifest.dtypes
+    if tied:
+        tensors[head] = _Tensor(head, table.dtype, table.shape)
     plan = _plan(tensors, manifest, limit, src)
     total = sum(tensor.nbytes for tensor in tensors.values())
     bar = tqdm(
@@ -118,8 +125,8 @@ def export_folder(
             torch = leaf.torch[0]
             value = narrowed(leaf.to_torch(value), tensors[torch].dtype, torch, src)
             put(torch, value)
-            if torch == EMBEDDING and tied and HEAD in tensors:
-                put(HEAD, value)
+            if tied and torch == embedding_name(config):
+                put(head, value)
         for writer in {id(writer): writer for writer, _ in writers.values()}.values():
             writer.close()
         if list(plan) != ["model.safetensors"] or manifest.index_metadata is not None:
@@ -141,10 +148,10 @@ def _plan(
         )
     if manifest.files and limit is None:
         return {
-            f.name: (f.metadata, [(raw, published(raw)) for raw, _ in f.tensors])
+            f.name: (f.metadata, [(raw, hub_name(raw)) for raw, _ in f.tensors])
             for f in manifest.files
         }
-    listed = [(raw, published(raw)) for file in manifest.files for raw, _ in file.tensors]
+    listed = [(raw, hub_name(raw)) for file in manifest.files for raw, _ in file.tensors]
     order = listed or [(tensors[name].name, name) for name in sorted(tensors, key=_natural)]
     metadata = manifest.files[0].metadata if manifest.files else {"format": "pt"}
     shards, room = [[]], limit or DEFAULT_SHARD

@@ -2,14 +2,15 @@
 were stored layer by layer."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 
 from infinitevl_jax.checkpoints.array_reader import ArrayReader
 from infinitevl_jax.checkpoints.dtypes import common
 from infinitevl_jax.config.model import ModelConfig
-from infinitevl_jax.nn.params import stack_layouts
+from infinitevl_jax.nn.params import parameters, stack_layouts
 
 _LAYER = re.compile(r"(layers|visual\.blocks)\.(\d+)\.(.+)")
 
@@ -26,18 +27,16 @@ class StackReader:
         self,
         reader: ArrayReader,
         config: ModelConfig,
-        names: Iterable[str],
-        source: Mapping[str, np.dtype],
+        source: Mapping[str, np.dtype] = MappingProxyType({}),
     ):
         """
         Args:
-          names: of the model's parameters in format 3.
-          source: name -> dtype of the parameter that was imported. A stack has one dtype, which is
-            wider where its layers differed.
+          source: name -> dtype of the parameter that was imported, where it was. A stack has one
+            dtype, which is wider where its layers differed.
         """
         self.path, self._reader = reader.path, reader
         members: dict[str, list[tuple[str, int | None]]] = {}
-        for name in names:
+        for name in parameters(config, scanned=False):
             stored, place = _place(name, config)
             members.setdefault(stored, []).append((name, place))
         self._places: dict[str, tuple[str, int | None]] = {}

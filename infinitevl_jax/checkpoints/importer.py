@@ -8,10 +8,9 @@ from tqdm import tqdm
 from infinitevl_jax.checkpoints.array_writer import LazyArray, write_arrays
 from infinitevl_jax.checkpoints.destination import new_folder
 from infinitevl_jax.checkpoints.files import PARAMS, copy_side_files, is_ours
-from infinitevl_jax.checkpoints.layers import layer_leaves
 from infinitevl_jax.checkpoints.manifest import Manifest
 from infinitevl_jax.checkpoints.reading import leaf_dtype, open_model, read_leaf
-from infinitevl_jax.checkpoints.weights import Leaf
+from infinitevl_jax.checkpoints.weights import Leaf, leaves
 from infinitevl_jax.errors import InfiniteVLError
 
 
@@ -44,7 +43,7 @@ def import_folder(
             "import takes a Hugging Face folder; to go back, use export",
         )
     config, source = open_model(src, adapters)
-    stored = layer_leaves(config)
+    stored = leaves(config, scanned=False)
     merged = [adapter.folder.resolve().name for adapter in getattr(source, "adapters", ())]
     needs = sum(leaf_dtype(source, leaf).itemsize * leaf.size for leaf in stored)
     bar = tqdm(

@@ -10,7 +10,6 @@ from jax.sharding import Sharding
 
 from infinitevl_jax.checkpoints.dtypes import common, narrowed
 from infinitevl_jax.checkpoints.files import is_ours
-from infinitevl_jax.checkpoints.layers import disk_names
 from infinitevl_jax.checkpoints.placing import place
 from infinitevl_jax.checkpoints.reading import leaf_dtype, open_model, read_config, read_leaf
 from infinitevl_jax.checkpoints.source import Source, check_finite
@@ -105,11 +104,9 @@ def _from_stored(
     # orbax takes its time to import, and Hugging Face folders do without
     from infinitevl_jax.checkpoints.stored import open_params, read_stack
 
-    reader, names = open_params(folder, config), disk_names(config)
-    out = {}
+    reader, out = open_params(folder, config), {}
     for leaf in wanted:
-        layers = [names[torch] for torch in leaf.torch]
-        kind = dtype or common([reader.dtypes[name] for name in layers])
+        kind = dtype or common([reader.dtypes[name] for name in leaf.layers])
 
         def convert(name: str, value: np.ndarray, kind: np.dtype = kind) -> np.ndarray:
             check_finite(value, f"{reader.path}: {name}")
@@ -118,7 +115,7 @@ def _from_stored(
         out[leaf.name] = place(
             leaf.shape,
             shardings and shardings[leaf.name],
-            partial(read_stack, reader, layers, leaf.shape, kind, convert=convert),
+            partial(read_stack, reader, leaf.layers, leaf.shape, kind, convert=convert),
             whole=True,
         )
     return out

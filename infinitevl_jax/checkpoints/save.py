@@ -10,11 +10,10 @@ import numpy as np
 from infinitevl_jax.checkpoints.destination import new_folder
 from infinitevl_jax.checkpoints.dtypes import FLOATS, common
 from infinitevl_jax.checkpoints.files import PARAMS, copy_side_files, is_ours
-from infinitevl_jax.checkpoints.layers import disk_names
 from infinitevl_jax.checkpoints.manifest import Manifest
 from infinitevl_jax.checkpoints.reading import read_config
 from infinitevl_jax.checkpoints.source import open_source
-from infinitevl_jax.checkpoints.weights import EMBEDDING, HEAD, complain, leaves
+from infinitevl_jax.checkpoints.weights import complain, embedding_name, head_name, leaves
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.families.huggingface import to_huggingface
@@ -43,7 +42,7 @@ def save_params(
     from infinitevl_jax.checkpoints.array_writer import layers_of, write_arrays
 
     shapes = {name: tuple(value.shape) for name, value in params.items()}
-    names, layouts = disk_names(config), [leaves(config, scanned=s) for s in (True, False)]
+    layouts = [leaves(config, scanned=scanned) for scanned in (True, False)]
     stored = next((x for x in layouts if {leaf.name for leaf in x} == shapes.keys()), layouts[0])
     complain(
         {leaf.name: leaf.shape for leaf in stored},
@@ -56,11 +55,7 @@ def save_params(
         raise InfiniteVLError(
             f"parameter {strange[0]} is {dtypes[strange[0]]}", "weights are bf16, f16 or f32"
         )
-    arrays = [
-        array
-        for leaf in stored
-        for array in layers_of(params[leaf.name], [names[torch] for torch in leaf.torch])
-    ]
+    arrays = [array for leaf in stored for array in layers_of(params[leaf.name], leaf.layers)]
     needs = sum(array.nbytes for array in arrays)
     side = None if side_files_from is None else Path(side_files_from)
     with new_folder(
@@ -75,7 +70,8 @@ def save_params(
                 json.dumps(to_huggingface(config) | {"torch_dtype": spelled}, indent=2) + "\n"
             )
         own = {torch: dtypes[leaf.name] for leaf in stored for torch in leaf.torch}
-        _manifest(side, config).stored_as({HEAD: own[EMBEDDING]} | own).write(work)
+        own |= {head_name(config): own.get(head_name(config), own[embedding_name(config)])}
+        _manifest(side, config).stored_as(own).write(work)
         write_arrays(work, PARAMS, arrays)
 
 
@@ -100,6 +96,6 @@ def _manifest(side: Path | None, config: ModelConfig) -> Manifest:
         return Manifest(tie_word_embeddings=tied)
     return (
         manifest
-        if names == manifest.dtypes.keys() - ({HEAD} - names)
+        if names == manifest.dtypes.keys() - ({head_name(config)} - names)
         else Manifest(tie_word_embeddings=tied)
     )

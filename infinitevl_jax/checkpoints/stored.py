@@ -10,9 +10,8 @@ from infinitevl_jax.checkpoints.array_reader import ArrayReader, is_format_2
 from infinitevl_jax.checkpoints.dtypes import FLOATS
 from infinitevl_jax.checkpoints.files import PARAMS
 from infinitevl_jax.checkpoints.format2 import StackReader
-from infinitevl_jax.checkpoints.layers import disk_names, layer_leaves
 from infinitevl_jax.checkpoints.manifest import Manifest
-from infinitevl_jax.checkpoints.weights import complain
+from infinitevl_jax.checkpoints.weights import complain, leaves
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.errors import InfiniteVLError
 
@@ -34,16 +33,17 @@ def open_params(folder: Path, config: ModelConfig) -> Reader:
       InfiniteVLError: damaged, missing, extra or misshapen arrays, or such as are no weights.
     """
     reader: Reader = ArrayReader(folder, PARAMS)
+    stored = leaves(config, scanned=False)
     if strange := [name for name, dtype in reader.dtypes.items() if dtype not in FLOATS]:
         raise InfiniteVLError(
             f"{reader.path}: {strange[0]} is {reader.dtypes[strange[0]]}",
             "weights are bf16, f16 or f32: import or save the model again",
         )
     if is_format_2(folder, PARAMS):
-        names, source = disk_names(config), Manifest.read(folder).dtypes
-        own = {names[torch]: dtype for torch, dtype in source.items() if torch in names}
-        reader = StackReader(reader, config, names.values(), own)
-    expected = {leaf.name: leaf.shape for leaf in layer_leaves(config)}
+        source = Manifest.read(folder).dtypes
+        own = {leaf.name: source[leaf.torch[0]] for leaf in stored if leaf.torch[0] in source}
+        reader = StackReader(reader, config, own)
+    expected = {leaf.name: leaf.shape for leaf in stored}
     complain(expected, reader.shapes, str(reader.path), str(folder / "config.json"))
     return reader
 

@@ -9,7 +9,7 @@ Qwen2.5-VL processor passes unchanged.
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from infinitevl_jax.config.model import FULL, ModelConfig
+from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.errors import InfiniteVLError, InfiniteVLWarning
 from infinitevl_jax.extras import says_which_extra
 from infinitevl_jax.inputs.arrays import INT32_MAX, as_numpy, whole_number
@@ -25,7 +25,12 @@ from infinitevl_jax.inputs.model_inputs import Inputs, Prepared, prepare
 from infinitevl_jax.inputs.patches import bucket
 from infinitevl_jax.nn.cache import Cache, empty
 from infinitevl_jax.nn.ops import Ops, resolve_ops
-from infinitevl_jax.nn.params import Params, abstract, bind, initialize
+from infinitevl_jax.nn.params import (
+    Params,
+    functional,
+    initialize,
+    parameters,
+)
 from infinitevl_jax.serve.generation import (
     Defaults,
     Request,
@@ -98,13 +103,10 @@ class InfiniteVL:
                 stacklevel=2,
             )
         self.ops = ops or resolve_ops(mesh)
-        graphdef, _ = abstract(config, scanned=False, dtype=self.dtype, ops=self.ops)
-        model = partial(bind, graphdef)
+        model = functional(config, scanned=False, dtype=self.dtype, ops=self.ops)
         self._programs = Programs(model)
-        shapes = jax.eval_shape(lambda p: p, dict(params))
-        self._cache_spec = lru_cache(
-            lambda batch, max_length: model(shapes).cache_spec(batch, max_length)
-        )
+        self._module = model(jax.eval_shape(lambda p: p, dict(params)))
+        self._cache_spec = lru_cache(self._module.cache_spec)
 
     @classmethod
     def from_pretrained(
@@ -132,7 +134,7 @@ class InfiniteVL:
         shardings = None
         if mesh is not None:
             check_mesh(mesh)
-            shardings = parameter_shardings(abstract(read_config(folder), scanned=False)[1], mesh)
+            shardings = parameter_shardings(parameters(read_config(folder), scanned=False), mesh)
         with says_which_extra():  # some files need packages of their own
             config, params = load_params(
                 folder, scanned=False, dtype=dtype, shardings=shardings, progress=progress
@@ -151,7 +153,7 @@ class InfiniteVL:
     ) -> "InfiniteVL":
         """A model with fresh random weights."""
         shardings = (
-            None if mesh is None else parameter_shardings(abstract(config, scanned=True)[1], mesh)
+            None if mesh is None else parameter_shardings(parameters(config, scanned=True), mesh)
         )
         return cls(
             config,
@@ -171,7 +173,7 @@ class InfiniteVL:
     def keeps_everything(self) -> bool:
         """Whether some layer attends to the whole past, so that the cache must be sized to the
         longest sequence."""
-        return FULL in self.config.text.layer_types
+        return self._module.keeps_everything
 
     def init_cache(self, batch: int, max_length: int | None = None) -> Cache:
         """An empty cache for `batch` sequences. `max_length` sizes full-attention layers; the
@@ -472,9 +474,8 @@ class InfiniteVL:
         self._check_room(cache, prepared.counts)
 
     def _capacity(self, cache: Cache) -> int | None:
-        """Tokens that the full-attention layers have room for, None without such layers."""
-        kinds = zip(self.config.text.layer_types, cache.layers, strict=False)
-        return min((state[0].shape[1] for kind, state in kinds if kind == FULL), default=None)
+        """Tokens of a sequence that a cache has room for, None where it takes any number."""
+        return self._module.max_length(cache)
 
     def _check_room(self, cache: Cache | None, tokens: np.ndarray | int) -> None:
         """A cache takes so many tokens more: of the sequences it was made for, no more in full

@@ -24,7 +24,6 @@ from infinitevl_jax.checkpoints.array_reader import ArrayReader, is_format_2
 from infinitevl_jax.checkpoints.array_writer import layers_of, write_arrays
 from infinitevl_jax.checkpoints.files import MANIFEST, PARAMS, copy_side_files, side_files
 from infinitevl_jax.checkpoints.format2 import StackReader
-from infinitevl_jax.checkpoints.layers import disk_names
 from infinitevl_jax.checkpoints.manifest import FORMAT, Manifest
 from infinitevl_jax.checkpoints.placing import place
 from infinitevl_jax.checkpoints.reading import read_config
@@ -234,8 +233,7 @@ class Checkpoints:
         reader = ArrayReader(self.path(step), item)
         if not is_format_2(self.path(step), item):
             return reader
-        config = read_config(self.files)
-        return StackReader(reader, config, disk_names(config).values(), {})
+        return StackReader(reader, read_config(self.files))
 
     def _instead_of(self, step: int) -> str:
         before = [other for other in self.steps if other < step]

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from infinitevl_jax.checkpoints.layers import stack_names
 from infinitevl_jax.config.presets import Preset
 from infinitevl_jax.config.ranges import INT32
 from infinitevl_jax.data.batch import TrainBatch
@@ -23,7 +21,7 @@ from infinitevl_jax.data.skipping import Skipped
 from infinitevl_jax.data.source import Source
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.nn.ops import resolve_ops
-from infinitevl_jax.nn.params import abstract
+from infinitevl_jax.nn.params import parameters
 from infinitevl_jax.sharding import kept_whole, make_mesh, parameter_shardings
 from infinitevl_jax.train.checkpoints import Checkpoints, abstract_state
 from infinitevl_jax.train.folder import claim_folder
@@ -86,23 +84,22 @@ def train(preset: Preset, say=print) -> Outcome:
                 f"train.epochs = {config.epochs:g} are {steps:,} steps",
                 f"at most {INT32:,} are counted",
             )
-        optimizer = make_optimizer(config.optimizer, steps)
+        known = parameters(start.config, scanned=True)
+        optimizer = make_optimizer(config.optimizer, steps, known)
         rate = schedule(config.optimizer, steps)
 
         stack.enter_context(jax.set_mesh(mesh))
         model = model_of(start.config, preset.run, ops)
-        shapes = dict(abstract(start.config, scanned=True)[1])
-        names, frozen = split_trainable(list(shapes), config.trainable)
-        check_memory(shapes, names, mesh)
-        checkpoints = Checkpoints(
-            run, start.files, start.manifest, config.keep, say, stack_names(start.config)
-        )
+        names, frozen = split_trainable(known, config.trainable)
+        check_memory(known, names, mesh)
+        layers = {name: parameter.layers for name, parameter in known.items()}
+        checkpoints = Checkpoints(run, start.files, start.manifest, config.keep, say, layers)
 
         def set_place(place: dict[str, Any]) -> None:
             batches.set_state(place["rows"])
             skipped.set_state(place["skipped"])
 
-        state = _state(checkpoints, start, shapes, names, optimizer, mesh, set_place)
+        state = _state(checkpoints, start, known, names, optimizer, mesh, set_place)
         first = int(state.step)
         log = stack.enter_context(contextlib.closing(Log(run / "log.jsonl", first, say)))
 
@@ -115,12 +112,9 @@ def train(preset: Preset, say=print) -> Outcome:
             + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         )
         say("activations: " + preset.run.dtype)
-        trained = sum(int(np.prod(shapes[n].shape)) for n in names)
-        say(
-            f"parameters: {trained:,} trained,"
-            f" {sum(int(np.prod(shapes[n].shape)) for n in frozen):,} frozen"
-        )
-        if whole := kept_whole(shapes, mesh):
+        sizes = [sum(known[name].size for name in group) for group in (names, frozen)]
+        say(f"parameters: {sizes[0]:,} trained, {sizes[1]:,} frozen")
+        if whole := kept_whole(known, mesh):
             say("\n  ".join(["on every device, whole:", *whole]))
         if first:
             say(f"going on from step {first}")
@@ -190,17 +184,19 @@ def train(preset: Preset, say=print) -> Outcome:
 
 
 def _state(
-    checkpoints: Checkpoints, start, shapes, names, optimizer, mesh: Mesh, set_place
+    checkpoints: Checkpoints, start, known, names, optimizer, mesh: Mesh, set_place
 ) -> TrainState:
     """The state of the newest checkpoint, whose place in the data `set_place` takes, or a fresh
     one."""
     begin = partial(init_state, trainable=names, optimizer=optimizer)
     if checkpoints.last is None:
-        params = start.params(parameter_shardings(shapes, mesh))
-        shardings = state_shardings(jax.eval_shape(begin, params), mesh)
+        params = start.params(parameter_shardings(known, mesh))
+        shardings = state_shardings(jax.eval_shape(begin, params), known, mesh)
         return jax.jit(begin, out_shardings=shardings)(params)
+    shapes = {name: jax.ShapeDtypeStruct(p.shape, p.dtype) for name, p in known.items()}
     wanted = jax.eval_shape(begin, shapes)
-    return checkpoints.restore(abstract_state(wanted, state_shardings(wanted, mesh)), set_place)
+    places = state_shardings(wanted, known, mesh)
+    return checkpoints.restore(abstract_state(wanted, places), set_place)
 
 
 def _count(batch: TrainBatch) -> int:

@@ -5,6 +5,7 @@ twice, and one more) with bf16 and f32 tensors, imported, and a step of its trai
 """
 
 import json
+import re
 import shutil
 import tarfile
 import zlib
@@ -17,13 +18,12 @@ import pytest
 from torch_folders import BF16, read_folder
 
 from infinitevl_jax.checkpoints import export_folder, inspect_folder, load_params, read_config
-from infinitevl_jax.checkpoints.layers import stack_names
 from infinitevl_jax.checkpoints.manifest import Manifest
 from infinitevl_jax.checkpoints.save import run_manifest
 from infinitevl_jax.checkpoints.weights import leaves
 from infinitevl_jax.config.train import OptimizerConfig
 from infinitevl_jax.errors import InfiniteVLError
-from infinitevl_jax.nn.params import abstract
+from infinitevl_jax.nn.params import parameters, stack_layouts
 from infinitevl_jax.sharding import parameter_shardings
 from infinitevl_jax.train.checkpoints import Checkpoints, abstract_state
 from infinitevl_jax.train.optimizer import make_optimizer
@@ -63,7 +63,7 @@ def expected(config, scanned) -> dict[str, np.ndarray]:
     source, out = tensors(config), {}
     for leaf in leaves(config, scanned=scanned):
         parts = [source[name] for name in leaf.torch]
-        parts = [(p.reshape(len(p), -1).T if leaf.turned else p) for p in parts]
+        parts = [(p.reshape(len(p), -1).T if leaf.transposed else p) for p in parts]
         dtype = parts[0].dtype if len({p.dtype for p in parts}) == 1 else np.float32
         value = np.stack(parts) if leaf.stacked else parts[0]
         out[leaf.name] = value.astype(dtype).reshape(leaf.shape)
@@ -84,7 +84,7 @@ def test_every_parameter_is_the_same(old, scanned):
     config, params = load_params(folder, scanned=scanned)
     same(params, expected(config, scanned))
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
-    shardings = parameter_shardings(abstract(config, scanned=scanned)[1], mesh)
+    shardings = parameter_shardings(parameters(config, scanned=scanned), mesh)
     _, spread = load_params(folder, scanned=scanned, shardings=shardings)
     same(spread, expected(config, scanned))
     assert all(spread[name].sharding == shardings[name] for name in spread)
@@ -141,13 +141,14 @@ def test_a_run_goes_on(old, tmp_path):
     params = expected(config, True)
     names = [n for n in params if "norm" in n or n.endswith("A_log") or "v_proj.bias" in n]
     params |= {name: params[name].astype(np.float32) for name in names}
-    optimizer = make_optimizer(OptimizerConfig(), 10)
+    optimizer = make_optimizer(OptimizerConfig(), 10, parameters(config, scanned=True))
     shapes = jax.eval_shape(lambda: init_state(params, trainable=names, optimizer=optimizer))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = abstract_state(shapes, jax.tree.map(lambda _: here, shapes))
 
     manifest = Manifest.read(run / "checkpoints" / "3")
-    checkpoints = Checkpoints(run, files, manifest, 3, layers=stack_names(config))
+    layers = {name: p.layers for name, p in parameters(config, scanned=True).items()}
+    checkpoints = Checkpoints(run, files, manifest, 3, layers=layers)
     for step in (3, 4):
         places = []
         state = checkpoints.restore(wanted, places.append)
@@ -158,7 +159,7 @@ def test_a_run_goes_on(old, tmp_path):
             assert len(moments) == len(stored.files)
             for path, value in moments:
                 name = jax.tree_util.keystr(path, simple=True, separator=".")
-                np.testing.assert_array_equal(np.asarray(value), stored[old_name(name, stored)])
+                np.testing.assert_array_equal(np.asarray(value), stored[old_name(name, config)])
         checkpoints.save(state._replace(step=jnp.asarray(4, jnp.int32)), places[0])
     assert Manifest.read(run / "checkpoints" / "3").format == 2
     assert Manifest.read(run / "checkpoints" / "4").format == 3
@@ -166,9 +167,14 @@ def test_a_run_goes_on(old, tmp_path):
         same(load_params(run / "checkpoints" / step, scanned=True)[1], params)
 
 
-def old_name(name, stored):
-    """The name of a moment at that time."""
-    return name
+def old_name(name: str, config) -> str:
+    """The name that a moment had: what is in no block was counted from the first such layer."""
+
+    def counted(found) -> str:
+        stack, layer = found[1], int(found[2])
+        return f"{stack}.rest.{layer - stack_layouts(config, scanned=True)[stack].stacked}."
+
+    return re.sub(r"(?<=\.)(layers|visual\.blocks)\.(\d+)\.", counted, name)
 
 
 def test_a_run_that_starts_from_it(old):
