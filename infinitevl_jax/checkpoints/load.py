@@ -101,7 +101,7 @@ def _from_stored(
     shardings: Mapping[str, Sharding] | None,
 ) -> Params:
     """These leaves out of one of our folders."""
-    # orbax takes its time to import, and Hugging Face folders do without
+    # needs TensorStore, which Hugging Face folders do without
     from infinitevl_jax.checkpoints.stored import open_params, read_stack
 
     reader, out = open_params(folder, config), {}
