@@ -1,5 +1,4 @@
-"""Questions about images: answered one by one, scored by exact match, beside what answering blind
-would give."""
+"""Visual question answering: greedy answers, exact-match score, blind baseline."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -9,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from infinitevl_jax.data.collate import group_questions
-from infinitevl_jax.data.encode import Encoded, Encoder
-from infinitevl_jax.data.source import Row
+from infinitevl_jax.data.dataset import Row
+from infinitevl_jax.data.encode import EncodedRow, Encoder
+from infinitevl_jax.inputs.batch import join_sequences
 from infinitevl_jax.processing import Processor
 from infinitevl_jax.serve.infinitevl import InfiniteVL
 
@@ -20,52 +20,43 @@ YES_NO = ("yes", "no")
 def answer_branches(
     model: InfiniteVL,
     processor: Processor,
-    rows: Sequence[Encoded],
+    rows: Sequence[EncodedRow],
     questions: Sequence[Sequence[int]],
     *,
     images: int,
     branches: int,
     max_new_tokens: int = 4,
 ) -> list[str]:
-    """Greedy answers to questions about some images, in their order.
+    """Answer questions about images greedily.
 
-    An image goes through the model once; each question goes on from a copy of the state that it
-    left, so no question sees another.
+    Each image is encoded once. Its questions continue from copies of its cache, so no question sees
+    another.
 
     Args:
-      rows: at most `images`. Of their questions only the tokens before the answer are read.
-      questions: which questions of each row; at most `branches` in all. What is missing to either
-        number is padding: one shape serves all.
+      rows: at most `images`. Answers in them are not read.
+      questions: indices of the questions of each row; at most `branches` in total.
+      images, branches: the batch is padded to these numbers, so that all calls have one shape.
+
+    Returns:
+      The answers in the order of the questions.
     """
     prompts = [
-        row.branches[i].tokens for row, which in zip(rows, questions, strict=True) for i in which
+        row.branches[i].question for row, which in zip(rows, questions, strict=True) for i in which
     ]
-    opens = [
-        int(np.argmax(row.branches[i].answer))
-        for row, which in zip(rows, questions, strict=True)
-        for i in which
-    ]
-    prompts = [tokens[:size] for tokens, size in zip(prompts, opens, strict=True)]
     count, spare = len(prompts), branches - len(prompts)
     parents = np.pad(
         np.repeat(np.arange(len(rows)), [len(which) for which in questions]), (0, spare)
     )
-    filled = [*rows, *[rows[0]] * (images - len(rows))]
-    ids, mask = _pad([row.prefix for row in filled])
-    vision = {}
-    if pixels := [row for row in filled if row.pixels is not None]:
-        vision = {
-            "pixel_values": np.concatenate([r.pixels for r in pixels]),
-            "image_grid_thw": np.concatenate([r.grid for r in pixels]),
-        }
-    longest = ids.shape[1] + max(map(len, prompts)) + max_new_tokens
-    seen = model(
-        ids, mask, **vision, use_cache=True, max_length=longest if model.keeps_everything else None
+    seen = join_sequences([row.prefix for row in [*rows, *[rows[0]] * (images - len(rows))]])
+    asked = join_sequences([*prompts, *[prompts[0]] * spare])
+    longest = seen["input_ids"].shape[1] + asked["input_ids"].shape[1] + max_new_tokens
+    cache = model(
+        **seen, use_cache=True, max_length=longest if model.keeps_everything else None
     ).cache
 
-    ids, mask = _pad([*prompts, *[prompts[0]] * spare])
-    out = model(ids, mask, cache=seen.select(jnp.asarray(parents)))
-    token = np.asarray(jnp.argmax(out.logits[jnp.arange(branches), mask.sum(1) - 1], -1), np.int32)
+    out = model(**asked, cache=cache.select(jnp.asarray(parents)))
+    last = asked["attention_mask"].sum(1) - 1
+    token = np.asarray(jnp.argmax(out.logits[jnp.arange(branches), last], -1), np.int32)
     answers, ended = [token], np.isin(token, model.config.eos_token_ids)
     while len(answers) < max_new_tokens and not ended[:count].all():
         out = model(token[:, None], cache=out.cache)
@@ -84,8 +75,11 @@ def answer_split(
     branches: int = 512,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> list[list[str]]:
-    """Answers to all questions of a split, one list for each row; `images` and `branches` size a
-    call."""
+    """Answer all questions of a split. `images` and `branches` are the sizes of one call.
+
+    Returns:
+      A list of answers per row.
+    """
     answers: list[list[str]] = []
     groups = list(
         group_questions([len(encoder[i].branches) for i in range(len(encoder))], images, branches)
@@ -102,18 +96,9 @@ def answer_split(
     return answers
 
 
-def _pad(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Token rows as [rows, longest] ids and mask, padded on the right."""
-    ids = np.zeros((len(rows), max(map(len, rows))), np.int32)
-    mask = np.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)], mask[i, : len(row)] = row, 1
-    return ids, mask
-
-
 @dataclass(frozen=True)
 class Score:
-    """Exact matches, in all and of the questions whose answer is neither yes nor no."""
+    """Exact matches of all questions, and of those whose answer is neither yes nor no."""
 
     right: int
     questions: int
@@ -130,7 +115,7 @@ class Score:
 
 
 def score(rows: Sequence[Row], answers: Sequence[Sequence[str]]) -> Score:
-    """Compare answers with what the rows say."""
+    """Compare answers with the labels of the rows."""
     pairs = [
         (a, t)
         for row, given in zip(rows, answers, strict=True)
@@ -143,8 +128,10 @@ def score(rows: Sequence[Row], answers: Sequence[Sequence[str]]) -> Score:
 
 
 def answer_blind(train: Sequence[Row], rows: Sequence[Row]) -> list[list[str]]:
-    """The best answers without looking: each question's commonest answer in the training split (of
-    equals, the one commoner overall)."""
+    """Blind baseline: the most frequent answer to each question in the training split.
+
+    Ties are broken by overall frequency.
+    """
     by_question: dict[str, Counter[str]] = defaultdict(Counter)
     overall: Counter[str] = Counter()
     for row in train:

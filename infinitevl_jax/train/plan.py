@@ -1,16 +1,14 @@
-"""The shapes of a training step before anything exists: what a pod's compiler needs, and nothing
-more."""
+"""Abstract inputs of a training step, for ahead-of-time compilation."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.data.batch import TrainBatch
-from infinitevl_jax.inputs.model_inputs import Inputs
-from infinitevl_jax.inputs.patches import Patches
+from infinitevl_jax.inputs.model_inputs import packed_shapes
+from infinitevl_jax.inputs.packing import Packing
 from infinitevl_jax.nn.params import parameters
 from infinitevl_jax.train.optimizer import split_trainable
 from infinitevl_jax.train.step import TrainState, batch_shardings, init_state, state_shardings
@@ -23,8 +21,12 @@ def abstract_state(
     dtype,
     mesh: Mesh,
 ) -> TrainState:
-    """Shapes and shardings of the state: parameters in `dtype`, those that match a `trainable`
-    pattern in f32 with moments."""
+    """Shapes and shardings of the training state.
+
+    Args:
+      trainable: patterns of the trained parameters, which are float32 with moments.
+      dtype: of the frozen parameters.
+    """
     known = parameters(config, scanned=True)
     shapes = {name: jax.ShapeDtypeStruct(p.shape, dtype) for name, p in known.items()}
     names, _ = split_trainable(known, trainable)
@@ -35,27 +37,18 @@ def abstract_state(
 def abstract_batch(
     config: ModelConfig, rows: int, length: int, patches: int, mesh: Mesh
 ) -> TrainBatch:
-    """Shapes and shardings of packed rows of `length` tokens, each with up to `patches` patches of
-    images (0: text only)."""
-    ints = np.broadcast_to(np.int32(0), (rows, length))
-    vision = None
-    if patches:
-        ids = np.broadcast_to(np.int32(0), (rows, patches))
-        pixels = np.broadcast_to(jnp.bfloat16(0), (rows, patches, config.vision.patch_features))
-        vision = Patches(
-            pixels,
-            np.broadcast_to(np.int32(0), (rows, patches, 2)),
-            ids,
-            ids,
-            ids,
-            slice_reach=1024,
-        )
-    inputs = Inputs(
-        ints, ints, ints, np.broadcast_to(np.int32(0), (3, rows, length)), ints if patches else None
+    """Shapes and shardings of packed rows.
+
+    Args:
+      length: tokens per row.
+      patches: image patches per row; 0 is text only.
+    """
+    inputs, vision = packed_shapes(
+        config, Packing(rows, length, patches), pixel_dtype=jnp.bfloat16, slice_reach=1024
     )
-    batch = TrainBatch(
-        vision, None, inputs, None, ints, np.broadcast_to(np.float32(0), (rows, length))
-    )
+    tokens = inputs.tokens
+    weights = jax.ShapeDtypeStruct(tokens.shape, jnp.float32)
+    batch = TrainBatch(vision, None, inputs, None, targets=tokens, weights=weights)
     return _placed(batch, batch_shardings(batch, mesh))
 
 

@@ -1,25 +1,20 @@
-"""Calls of a model that cannot work: each is named before anything is computed."""
-
-import sys
-from pathlib import Path
+"""Invalid calls of a model are refused by name before any computation."""
 
 import jax
 import numpy as np
 import pytest
+from tiny import hybrid_config
 
 from infinitevl_jax import InfiniteVL, InfiniteVLError
 from infinitevl_jax.config.model import TextConfig, VisionConfig
 from infinitevl_jax.nn.params import parameters
-
-sys.path.append(str(Path(__file__).parent.parent / "nn"))
-from tiny import hybrid_config  # noqa: E402  the model tests' tiny configurations
 
 S = "sliding_attention"
 
 
 @pytest.fixture(scope="module")
 def model():
-    """Never computes, so zeros will do."""
+    """A model of zeros; it never computes."""
     config = hybrid_config()
     return InfiniteVL(
         config,

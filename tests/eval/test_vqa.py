@@ -1,4 +1,4 @@
-"""Answers on branches against asking each question alone; scores; the blind baseline."""
+"""Answers on branches equal questions asked alone; scores; the blind baseline."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,8 @@ from tiny_run import write_preset
 
 from infinitevl_jax import InfiniteVL
 from infinitevl_jax.config.presets import load_preset
+from infinitevl_jax.data.dataset import Dataset, Row
 from infinitevl_jax.data.encode import Encoder
-from infinitevl_jax.data.source import Row, Source
 from infinitevl_jax.eval.picture import draw_samples
 from infinitevl_jax.eval.vqa import answer_blind, answer_split, score
 from infinitevl_jax.train.setup import prepare_start
@@ -17,10 +17,10 @@ from infinitevl_jax.train.setup import prepare_start
 def made(tmp_path_factory, tiny_data):
     folder = tmp_path_factory.mktemp("run")
     preset = load_preset(write_preset(folder, tiny_data))
-    source = Source("tiny_vqa", tiny_data, "train[75%:]")
+    source = Dataset("tiny_vqa", tiny_data, "train[75%:]")
     start = prepare_start(preset.model, source, folder, 0)
     model = InfiniteVL.random(start.config, 5)
-    # a fresh model repeats the last token, which is a special one: let it say words
+    # an untrained model repeats the last token, a special one: bias it towards words
     special = start.processor.tokenizer.token_id("<|endoftext|>")
     model.params["embed_tokens.embedding"] = (
         model.params["embed_tokens.embedding"].at[special:].multiply(1e-2)
@@ -75,17 +75,16 @@ def test_picture(tmp_path, made):
 
 
 def test_the_official_split_and_its_blind_baseline(tmp_path):
-    """Published sizes; 67.0 % of all and 23.3 % of the questions that are not yes/no can be had
-    without looking."""
-    train, test = (Source("easy_vqa", tmp_path, split) for split in ("train", "test"))
+    """Known sizes. The blind baseline is 67.0 % of all questions, 23.3 % without yes/no."""
+    train, test = (Dataset("easy_vqa", tmp_path, split) for split in ("train", "test"))
     train, test = ([source[i] for i in range(len(source))] for source in (train, test))
     assert (len(train), len(test)) == (4000, 1000)
     assert sum(len(r.questions) for r in train) == 38575
     blind = score(test, answer_blind(train, test))
     assert (blind.questions, blind.questions_other) == (9673, 2537)
     assert (round(blind.all, 3), round(blind.other, 3)) == (0.670, 0.233)
-    held = Source("easy_vqa", tmp_path, "train[90%:]")
-    kept = Source("easy_vqa", tmp_path, "train[:90%]")
+    held = Dataset("easy_vqa", tmp_path, "train[90%:]")
+    kept = Dataset("easy_vqa", tmp_path, "train[:90%]")
     assert not {held[i].image for i in range(len(held))} & {
         kept[i].image for i in range(len(kept))
     } or _twins(train)
@@ -93,8 +92,7 @@ def test_the_official_split_and_its_blind_baseline(tmp_path):
 
 
 def _twins(rows):
-    """Whether two pictures of the split are the same file contents: then a cut by row cannot keep
-    them apart."""
+    """Whether images repeat in a split, so that a split by row cannot separate them."""
     return len({r.image for r in rows}) < len(rows)
 
 
