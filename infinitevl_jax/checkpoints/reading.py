@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from infinitevl_jax.checkpoints.dtypes import common
 from infinitevl_jax.checkpoints.files import is_ours
 from infinitevl_jax.checkpoints.lora import Adapter, Merged
 from infinitevl_jax.checkpoints.manifest import Manifest
@@ -78,12 +79,6 @@ def _check_tied(source: Source, table: str, head: str) -> None:
                 "set tie_word_embeddings to false in config.json if the model has a head of its"
                 " own, else delete the head",
             )
-
-
-def common(dtypes: Sequence[np.dtype]) -> np.dtype:
-    """The narrowest dtype that holds all of these without loss: their own, or f32 where they
-    differ."""
-    return dtypes[0] if len(set(dtypes)) == 1 else np.dtype(np.float32)
 
 
 def leaf_dtype(source: Source, leaf: Leaf) -> np.dtype:

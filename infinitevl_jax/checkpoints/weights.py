@@ -42,12 +42,14 @@ class Leaf:
 
     Attributes:
       name, shape: ours; a stacked leaf has a leading axis over `torch`.
+      layers: names on disk, one for each slice.
       torch: published names, one for each slice.
       torch_shape: of each of them.
     """
 
     name: str
     shape: tuple[int, ...]
+    layers: tuple[str, ...]
     torch: tuple[str, ...]
     torch_shape: tuple[int, ...]
     stacked: bool
@@ -74,7 +76,8 @@ def leaves(config: ModelConfig, *, scanned: bool) -> list[Leaf]:
         facts = parameter.facts
         torch = tuple(names.tensor_name(_torch_path(layer, facts)) for layer in parameter.layers)
         shape, stacked = parameter.shape, parameter.stacked
-        out.append(Leaf(name, shape, torch, facts.torch_shape, stacked, facts.transposed))
+        kind = (facts.torch_shape, stacked, facts.transposed)
+        out.append(Leaf(name, shape, parameter.layers, torch, *kind))
     return out
 
 

@@ -10,8 +10,6 @@ import numpy as np
 
 from infinitevl_jax.checkpoints import read_config
 from infinitevl_jax.checkpoints.files import is_ours
-from infinitevl_jax.checkpoints.load import own_dtypes
-from infinitevl_jax.checkpoints.manifest import Manifest
 from infinitevl_jax.checkpoints.newest import checkpoint_folder
 from infinitevl_jax.checkpoints.source import open_source
 from infinitevl_jax.checkpoints.weights import leaves, match
@@ -74,15 +72,10 @@ def _dtypes(folder: Path, config: ModelConfig) -> dict[str, np.dtype]:
         source = open_source(folder)
         match(config, source.shapes, str(folder))
         return {name: source.dtype(name) for name in source.names}
-    from infinitevl_jax.checkpoints.orbax_store import Store
+    from infinitevl_jax.checkpoints.stored import open_params
 
-    stored, store, manifest = leaves(config, scanned=True), Store(folder), Manifest.read(folder)
-    store.check(stored, str(folder / "config.json"))
-    pairs = [
-        zip(leaf.torch, own_dtypes(leaf, store.dtypes[leaf.name], manifest.dtypes), strict=True)
-        for leaf in stored
-    ]
-    return {name: dtype for pair in pairs for name, dtype in pair}
+    reader = open_params(folder, config)
+    return {leaf.torch[0]: reader.dtypes[leaf.name] for leaf in leaves(config, scanned=False)}
 
 
 def _parts(config: ModelConfig, dtypes: dict[str, np.dtype]) -> dict[str, dict]:
