@@ -3,7 +3,7 @@ model.
 
 One decoder serves InfiniteVL (sliding-window attention and Gated DeltaNet), Qwen2.5-VL (full
 attention with M-RoPE) and Qwen2 text models (full attention with plain RoPE): they differ in data
-alone. Reading Hugging Face's config.json is `infinitevl_jax.families.huggingface`.
+alone. How their files are written is `infinitevl_jax.families`.
 """
 
 import dataclasses
@@ -185,7 +185,7 @@ class ModelConfig:
 
     text: TextConfig
     vision: VisionConfig | None = dataclasses.field(default_factory=VisionConfig)
-    family: str = "infinite_vl"  # model_type on disk: infinite_vl, qwen2_5_vl or qwen2
+    family: str = "infinite_vl"  # model_type on disk, of a registered family
     image_token_id: Count = 151655
     video_token_id: Count = 151656
     vision_start_token_id: Count = 151652
