@@ -24,6 +24,7 @@ from infinitevl_jax.checkpoints.weights import (
     head_name,
     hub_name,
     leaves,
+    own_spelling,
 )
 from infinitevl_jax.errors import InfiniteVLError
 
@@ -86,8 +87,9 @@ def export_folder(
     stored = leaves(config, scanned=True)
     store.check(stored, str(src / "config.json"))
 
+    spelling = manifest.spelling if manifest.files else own_spelling(config)
     tensors = {
-        name: _Tensor(respell(name, manifest.spelling), dtype, leaf.torch_shape)
+        name: _Tensor(respell(name, spelling), dtype, leaf.torch_shape)
         for leaf in stored
         for name, dtype in zip(
             leaf.torch, own_dtypes(leaf, store.dtypes[leaf.name], manifest.dtypes), strict=True
