@@ -12,6 +12,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from infinitevl_jax.config import special_tokens
 from infinitevl_jax.config.ranges import (
     INT32,
     LAYERS,
@@ -186,12 +187,12 @@ class ModelConfig:
     text: TextConfig
     vision: VisionConfig | None = dataclasses.field(default_factory=VisionConfig)
     family: str = "infinite_vl"  # model_type on disk, of a registered family
-    image_token_id: Count = 151655
-    video_token_id: Count = 151656
-    vision_start_token_id: Count = 151652
-    vision_end_token_id: Count = 151653
-    pad_token_id: Count = 151643
-    eos_token_ids: tuple[Count, ...] = (151645, 151643)
+    image_token_id: Count = special_tokens.IDS[special_tokens.IMAGE]
+    video_token_id: Count = special_tokens.IDS[special_tokens.VIDEO]
+    vision_start_token_id: Count = special_tokens.IDS[special_tokens.VISION_START]
+    vision_end_token_id: Count = special_tokens.IDS[special_tokens.VISION_END]
+    pad_token_id: Count = special_tokens.IDS[special_tokens.END_OF_TEXT]
+    eos_token_ids: tuple[Count, ...] = special_tokens.EOS_IDS
     initializer_range: Annotated[float, Meta(ge=0, le=1e6)] = 0.02
 
     def __post_init__(self):

@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from infinitevl_jax.config.model import FULL, SLIDING, ModelConfig, TextConfig
+from infinitevl_jax.config.special_tokens import VISION_TOKENS
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.families.config_file import (
     SILU,
@@ -72,13 +73,6 @@ class TokenKeys(msgspec.Struct):
     vision_start_token_id: TokenId | None = None
     vision_end_token_id: TokenId | None = None
 
-
-VISION_TOKENS = (
-    "image_token_id",
-    "video_token_id",
-    "vision_start_token_id",
-    "vision_end_token_id",
-)
 
 # Keys that change the maths -> the values this package computes with (null and absent are always
 # fine). What only adds or drops tensors (attention_bias, mlp_bias, ...) needs no line here: the

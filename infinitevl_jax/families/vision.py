@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from infinitevl_jax.config.model import ModelConfig, VisionConfig
+from infinitevl_jax.config.special_tokens import VISION_TOKENS
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.families.config_file import (
     SILU,
@@ -23,7 +24,7 @@ from infinitevl_jax.families.config_file import (
     Size,
     given,
 )
-from infinitevl_jax.families.decoder import VISION_TOKENS, RopeKeys
+from infinitevl_jax.families.decoder import RopeKeys
 
 # our path -> name on disk
 TENSOR_NAMES = (

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from infinitevl_jax.config.special_tokens import END_OF_TURN, IMAGE, VIDEO, VISION_TOKENS
 from infinitevl_jax.errors import InfiniteVLError, shown
 from infinitevl_jax.processing.chat_template import ChatTemplate
 from infinitevl_jax.processing.continuation import after_answer, without_answers
@@ -26,15 +27,7 @@ from infinitevl_jax.processing.tokenizer import Tokenizer
 from infinitevl_jax.processing.trace import check_traces
 from infinitevl_jax.processing.video import VideoOptions, load_video
 
-# What config.json calls the ids of the tokens that frame and stand for pictures.
-VISION_TOKENS = {
-    "image_token_id": "<|image_pad|>",
-    "video_token_id": "<|video_pad|>",
-    "vision_start_token_id": "<|vision_start|>",
-    "vision_end_token_id": "<|vision_end|>",
-}
-PLACEHOLDERS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
-END_OF_TURN = "<|im_end|>"
+PLACEHOLDERS = {"image": IMAGE, "video": VIDEO}
 ANSWERS = 256  # of one training example: to find each, the conversation up to it is rendered
 
 

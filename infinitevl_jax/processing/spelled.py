@@ -6,19 +6,17 @@ no end. In an assistant's text such spellings are broken up by a guard, which th
 along and the tokenizer never sees.
 """
 
+from infinitevl_jax.config import special_tokens
 from infinitevl_jax.errors import InfiniteVLError
 
 GUARD = "\ufdd0\ufdd1"  # noncharacters: Unicode keeps them out of all text
 # What decides where pictures stand and turns end. Others (boxes, tool calls) are an answer's own to
 # use.
 CONTROL = (
-    "<|image_pad|>",
-    "<|video_pad|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|endoftext|>",
+    *special_tokens.VISION_TOKENS.values(),
+    special_tokens.START_OF_TURN,
+    special_tokens.END_OF_TURN,
+    special_tokens.END_OF_TEXT,
 )
 
 
