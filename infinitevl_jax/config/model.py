@@ -32,7 +32,10 @@ LAYER_TYPES = {SLIDING, FULL, LINEAR}  # and what `infinitevl_jax.nn.mixers.regi
 @dataclass(frozen=True)
 class VisionConfig:
     """The Qwen2.5-VL vision tower. Sizes in pixels where named `*_size`, else in patches or
-    channels."""
+    channels.
+
+    The configuration of another tower is a subclass: inputs are laid out by its patches.
+    """
 
     depth: Annotated[int, Meta(ge=1, le=LAYERS)] = 32
     hidden_size: Width = 1280
