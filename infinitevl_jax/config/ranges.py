@@ -39,7 +39,7 @@ def check_ranges(config: Any) -> None:
 
 
 def _check_kind(value: Any, hint: Any, key: str) -> None:
-    """A configuration within another, which has held its own fields against their ranges."""
+    """Check the type of a nested configuration, which has checked its own fields."""
     kind = plain(hint)
     optional = kind is not hint
     if not isinstance(value, kind) and not (optional and value is None):

@@ -1,4 +1,4 @@
-"""A Hugging Face config.json as families read it: declared keys, types and ranges."""
+"""Hugging Face's config.json with declared keys, types and ranges."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ K = TypeVar("K", bound=msgspec.Struct)
 
 
 class Keys:
-    """Several objects of a file, read as one: the first that has a key (not null) wins.
+    """Several JSON objects read as one. The first that has a key (not null) has precedence.
 
     Attributes:
       source: what the file is called in messages.
@@ -50,10 +50,13 @@ class Keys:
         return convert(self.merged, kind, self.source)
 
     def check(self, accepted: Mapping[str, tuple]) -> None:
-        """Hold keys that change the maths against the values that this package computes with.
+        """Check keys that change the maths.
 
-        accepted: key -> its values; absent and null are always fine.
-        Raises InfiniteVLError for the first key that has another value.
+        Args:
+          accepted: key -> values that are implemented. Absent and null are always accepted.
+
+        Raises:
+          InfiniteVLError: names the first key with another value.
         """
         for name, value in ((name, scope.get(name)) for name in accepted for scope in self.scopes):
             if value is not None and value not in accepted[name]:
@@ -74,9 +77,9 @@ class Keys:
 
 
 def given(keys: msgspec.Struct, *names: str) -> dict[str, Any]:
-    """Those of the keys that the file has (of `names`, or all of them).
+    """The keys that the file has, of `names` or of all.
 
-    The others keep the default of the configuration class.
+    For the others the configuration class has the default.
     """
     names = names or keys.__struct_fields__
     return {name: getattr(keys, name) for name in names if getattr(keys, name) is not None}

@@ -1,6 +1,6 @@
-"""Keys of a decoder in Hugging Face's config.json, read and written.
+"""Reading and writing of the decoder's keys in Hugging Face's config.json.
 
-What families have in common. Which keys a family has, and their defaults, is in the family's file.
+Shared by families. The keys and defaults of one family are in its file.
 """
 
 from collections.abc import Mapping
@@ -115,8 +115,7 @@ TEXT_VALUES: dict[str, tuple] = {
 
 
 def read_keys(file: ConfigFile) -> tuple[Keys, DecoderKeys]:
-    """The decoder's keys, all and those that are declared, once those of TEXT_VALUES are held
-    against them."""
+    """All keys of the decoder, checked against TEXT_VALUES, and those that DecoderKeys declares."""
     keys = file.decoder
     keys.check(TEXT_VALUES)
     return keys, keys.read(DecoderKeys)
@@ -144,7 +143,7 @@ def read_sizes(source: str, decoder: DecoderKeys, default_eps: float) -> dict[st
 
 
 def read_depth(source: str, decoder: DecoderKeys) -> int:
-    """num_hidden_layers, once layer_types is held against it."""
+    """num_hidden_layers. Raises InfiniteVLError where layer_types has another length."""
     types, depth = decoder.layer_types, decoder.num_hidden_layers
     if types is not None and len(types) != depth:
         raise InfiniteVLError(
@@ -155,10 +154,10 @@ def read_depth(source: str, decoder: DecoderKeys) -> int:
 
 
 def read_softmax_layers(source: str, decoder: DecoderKeys, default_first: int) -> tuple[str, ...]:
-    """layer_types of a decoder of softmax attention alone: full, or with a window.
+    """layer_types of a decoder whose layers are full or sliding-window attention.
 
-    default_first: the first layer that has the window, where neither layer_types nor
-      max_window_layers says it.
+    default_first: the first layer with a window, if the file has neither layer_types nor
+      max_window_layers.
     """
     types, depth = decoder.layer_types, read_depth(source, decoder)
     window = decoder.use_sliding_window and decoder.sliding_window is not None
@@ -183,9 +182,9 @@ def read_softmax_layers(source: str, decoder: DecoderKeys, default_first: int) -
 def read_rope(
     keys: Keys, default_theta: float, types: tuple[str, ...] = ("default", "mrope")
 ) -> RopeKeys:
-    """Rotary embedding: the base of its angles, and the sections of M-RoPE where there are any.
+    """Base of the rotary frequencies, and the sections of M-RoPE if the file has them.
 
-    types: the values of rope_type that the family has.
+    types: the values of rope_type that the family accepts.
     """
     ropes = []
     for name in ("rope_scaling", "rope_parameters"):
@@ -212,9 +211,9 @@ def read_rope(
 
 
 def read_mrope(keys: Keys, head_dim: int, *, required: bool) -> dict[str, Any]:
-    """Rotary embedding of a decoder that sees images, as arguments of TextConfig.
+    """Rotary embedding of a vision-language model, as arguments of TextConfig.
 
-    required: whether the sections have to be there, or known from a head width of 128.
+    required: whether M-RoPE sections are needed. A head width of 128 has a default.
     """
     rope = read_rope(keys, default_theta=1e6)
     section = rope.mrope_section
@@ -241,9 +240,9 @@ def read_tied(file: ConfigFile, default: bool) -> bool:
 def read_tokens(
     file: ConfigFile, vocab_size: int, default_eos: tuple[int, ...] = ModelConfig.eos_token_ids
 ) -> dict[str, Any]:
-    """Special tokens, as arguments of ModelConfig; generation_config.json wins.
+    """Special tokens, as arguments of ModelConfig. generation_config.json has precedence.
 
-    default_eos: where neither file has the key. Null means that there is no end token.
+    default_eos: used if neither file has the key. Null means that there is no end token.
     """
     scopes = file.generation or {}, file.nested, file.content
     tokens = Keys(f"{file.source} / generation_config.json", *scopes).read(TokenKeys)
@@ -294,7 +293,7 @@ def write_decoder(config: ModelConfig, architecture: str) -> dict[str, Any]:
 
 
 def refuse_options(config: ModelConfig) -> None:
-    """Raise InfiniteVLError where the decoder has an option that the family has no key for."""
+    """Raise InfiniteVLError if the decoder uses an option that the family has no key for."""
     text = config.text
     options = {
         "partial_rotary_factor": (text.partial_rotary_factor, 1),
@@ -311,7 +310,7 @@ def refuse_options(config: ModelConfig) -> None:
 
 
 def refuse_layer_types(config: ModelConfig, refused: set[str], cure: str) -> None:
-    """Raise InfiniteVLError where the decoder has layers of these types."""
+    """Raise InfiniteVLError if the decoder has layers of these types."""
     if found := sorted(refused & set(config.text.layer_types)):
         raise InfiniteVLError(
             f"layer_types has {', '.join(found)}, which {config.family} cannot say on disk", cure

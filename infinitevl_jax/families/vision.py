@@ -1,7 +1,7 @@
-"""vision_config of the Qwen2.5-VL tower, read and written.
+"""Reading and writing of the Qwen2.5-VL tower's vision_config.
 
-A family with another tower has its own configuration class, registered in
-`infinitevl_jax.nn.towers`, and reads and writes it in its file.
+A family with another tower reads and writes the configuration of that tower
+(`infinitevl_jax.nn.towers.register_tower`) in its own file.
 """
 
 from collections.abc import Mapping
@@ -93,7 +93,7 @@ def read_vision(
 
 
 def write_vision(config: ModelConfig) -> dict[str, Any]:
-    """The keys of config.json that a model with a tower has, a text model not."""
+    """Keys of config.json that only a model with a tower has."""
     vision = config.vision
     names = (
         "depth hidden_size intermediate_size num_heads in_channels patch_size temporal_patch_size"
