@@ -6,6 +6,7 @@ used once and every parameter filled once; what does not fit is named.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -76,6 +77,12 @@ def leaves(config: ModelConfig, *, scanned: bool) -> list[Leaf]:
         torch = tuple(tensor_name(config, _torch_path(layer, facts)) for layer in parameter.layers)
         shape, stacked = parameter.shape, parameter.stacked
         out.append(Leaf(name, shape, torch, facts.torch_shape, stacked, facts.transposed))
+    times = Counter(name for leaf in out for name in leaf.torch)
+    if twice := [name for name in times if times[name] > 1]:
+        raise InfiniteVLError(
+            f"the family {config.family} gives several tensors the name {twice[0]}",
+            "correct its tensor_names",
+        )
     return out
 
 

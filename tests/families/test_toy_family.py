@@ -309,17 +309,20 @@ def test_a_model_born_here_has_the_same_names(tmp_path):
         np.testing.assert_array_equal(again.params[name], value)
 
 
-NESTED = dataclasses.replace(
-    TOY,
-    name="nested_toy",
-    read=lambda file: dataclasses.replace(read(file), family="nested_toy"),
-    tensor_names=((r"^(layers|embed_tokens|norm)\.", r"model.language_model.\1."),),
-)
-register_family(NESTED)
+def renamed(name: str, tensor_names) -> Family:
+    """The toy under another name, with other tensor names."""
+    return dataclasses.replace(
+        TOY,
+        name=name,
+        read=lambda file: dataclasses.replace(read(file), family=name),
+        tensor_names=tensor_names,
+    )
 
 
 def test_names_as_transformers_spells_its_live_modules(tmp_path):
     """A family may have on the hub what others have in memory alone."""
+    nested = ((r"^(layers|embed_tokens|norm)\.", r"model.language_model.\1."),)
+    register_family(renamed("nested_toy", nested))
     config = dataclasses.replace(model_config(CONFIG), family="nested_toy")
     model = InfiniteVL.random(config)
     save_params(tmp_path / "ours", model.params, config)
@@ -330,6 +333,18 @@ def test_names_as_transformers_spells_its_live_modules(tmp_path):
     import_folder(tmp_path / "hf", tmp_path / "again")
     export_folder(tmp_path / "again", tmp_path / "back")
     assert read_folder(tmp_path / "back") == read_folder(tmp_path / "hf")
+
+
+def test_two_tensors_of_one_name(tmp_path):
+    names = (*TENSOR_NAMES, (r"\.ffn\.(gate|up)\.", ".ffn.wide."))
+    register_family(renamed("short_toy", names))
+    config = CONFIG | {"model_type": "short_toy"}
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes().items()}
+    write_folder(tmp_path / "hf", tensors, config=config, side=False)
+    with pytest.raises(
+        InfiniteVLError, match="short_toy gives several tensors the name .*ffn.wide"
+    ):
+        import_folder(tmp_path / "hf", tmp_path / "ours")
 
 
 def test_families_are_known_by_name():
