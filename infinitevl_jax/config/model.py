@@ -11,7 +11,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from infinitevl_jax.config import special_tokens
+from infinitevl_jax import special_tokens
 from infinitevl_jax.config.ranges import (
     INT32,
     LAYERS,

@@ -11,7 +11,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, models, pre_tokenizers
 
-from infinitevl_jax.config import special_tokens
+from infinitevl_jax import special_tokens
 from infinitevl_jax.config.model import VisionConfig
 
 SPECIAL = [

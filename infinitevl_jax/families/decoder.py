@@ -10,7 +10,6 @@ import msgspec
 from msgspec import Meta
 
 from infinitevl_jax.config.model import FULL, SLIDING, ModelConfig, TextConfig
-from infinitevl_jax.config.special_tokens import VISION_TOKENS
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.families.config_file import (
     SILU,
@@ -27,6 +26,7 @@ from infinitevl_jax.families.config_file import (
     Window,
     given,
 )
+from infinitevl_jax.special_tokens import VISION_TOKENS
 
 # our path -> name on disk, of all tensors but the vision tower's
 TENSOR_NAMES = ((r"^(layers|embed_tokens|norm)\.", r"model.\1."),)

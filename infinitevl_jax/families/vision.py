@@ -11,7 +11,6 @@ import msgspec
 from msgspec import Meta
 
 from infinitevl_jax.config.model import ModelConfig, VisionConfig
-from infinitevl_jax.config.special_tokens import VISION_TOKENS
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.families.config_file import (
     SILU,
@@ -25,6 +24,7 @@ from infinitevl_jax.families.config_file import (
     given,
 )
 from infinitevl_jax.families.decoder import RopeKeys
+from infinitevl_jax.special_tokens import VISION_TOKENS
 
 # our path -> name on disk
 TENSOR_NAMES = (

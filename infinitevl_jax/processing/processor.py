@@ -8,7 +8,6 @@ from typing import Literal
 
 import numpy as np
 
-from infinitevl_jax.config.special_tokens import END_OF_TURN, IMAGE, VIDEO, VISION_TOKENS
 from infinitevl_jax.errors import InfiniteVLError, shown
 from infinitevl_jax.processing.chat_template import ChatTemplate
 from infinitevl_jax.processing.continuation import after_answer, without_answers
@@ -26,6 +25,7 @@ from infinitevl_jax.processing.stream import TextStream
 from infinitevl_jax.processing.tokenizer import Tokenizer
 from infinitevl_jax.processing.trace import check_traces
 from infinitevl_jax.processing.video import VideoOptions, load_video
+from infinitevl_jax.special_tokens import END_OF_TURN, IMAGE, VIDEO, VISION_TOKENS
 
 PLACEHOLDERS = {"image": IMAGE, "video": VIDEO}
 ANSWERS = 256  # of one training example: to find each, the conversation up to it is rendered

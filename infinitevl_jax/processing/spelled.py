@@ -5,7 +5,7 @@ the turn. A guard breaks such spellings up. It passes through the template and i
 tokenization.
 """
 
-from infinitevl_jax.config import special_tokens
+from infinitevl_jax import special_tokens
 from infinitevl_jax.errors import InfiniteVLError
 
 GUARD = "\ufdd0\ufdd1"  # noncharacters, which do not occur in text

@@ -14,17 +14,17 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from infinitevl_jax.config.special_tokens import (
+from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.processing import tokenizer_files as files
+from infinitevl_jax.processing.spelled import check_unicode
+from infinitevl_jax.processing.stream import TextStream
+from infinitevl_jax.special_tokens import (
     END_OF_TEXT,
     END_OF_TURN,
     EOS_IDS,
     PLAIN_TOKENS,
     SPECIAL_TOKENS,
 )
-from infinitevl_jax.errors import InfiniteVLError
-from infinitevl_jax.processing import tokenizer_files as files
-from infinitevl_jax.processing.spelled import check_unicode
-from infinitevl_jax.processing.stream import TextStream
 
 # pre-tokenization of Qwen2 and Qwen2.5
 SPLIT = (

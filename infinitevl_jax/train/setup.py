@@ -10,12 +10,11 @@ from pathlib import Path
 import jax
 from jax.sharding import NamedSharding
 
-from infinitevl_jax import checkpoints
+from infinitevl_jax import checkpoints, special_tokens
 from infinitevl_jax.checkpoints.destination import new_folder
 from infinitevl_jax.checkpoints.files import copy_side_files, side_files
 from infinitevl_jax.checkpoints.load import run_manifest
 from infinitevl_jax.checkpoints.manifest import Manifest
-from infinitevl_jax.config import special_tokens
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.config.presets import ModelSource
 from infinitevl_jax.data.dataset import Dataset

@@ -27,7 +27,7 @@ from infinitevl_jax.data.batch import TrainBatch
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.families import ConfigFile, Family, register_family
 from infinitevl_jax.families.huggingface import model_config, to_huggingface
-from infinitevl_jax.inputs.model_inputs import prepare
+from infinitevl_jax.inputs.model_inputs import build_inputs
 from infinitevl_jax.nn.params import initialize, parameters
 from infinitevl_jax.sharding import make_mesh, parameter_shardings
 from infinitevl_jax.train.optimizer import make_optimizer
@@ -282,7 +282,7 @@ def test_a_training_step(folders):
     optimizer = make_optimizer(OptimizerConfig(peak_lr=1e-2, warmup=0.0), 4, known)
     ids = tokens(4, 24)
     labels, weights = np.roll(ids, -1, 1).astype(np.int32), np.ones(ids.shape, np.float32)
-    data = TrainBatch(None, None, prepare(config, ids).inputs, None, labels, weights)
+    data = TrainBatch(None, None, build_inputs(config, ids).decoder, None, labels, weights)
     with jax.set_mesh(mesh):
         params = initialize(config, jax.random.key(0), scanned=True)
         params = jax.device_put(params, parameter_shardings(known, mesh))

@@ -16,7 +16,7 @@ from infinitevl_jax.cli import info
 from infinitevl_jax.config.model import VisionConfig
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.families import infinitevl, register_family
-from infinitevl_jax.inputs.model_inputs import prepare
+from infinitevl_jax.inputs.model_inputs import build_inputs
 from infinitevl_jax.nn.layers import Linear
 from infinitevl_jax.nn.params import functional, parameters
 from infinitevl_jax.nn.towers import register_tower
@@ -79,9 +79,9 @@ def test_the_decoder_reads_its_tokens(model):
     ids = [5, config.vision_start_token_id, *[config.image_token_id] * 15, 7, 8]
     pixels = rng.normal(size=(60, config.vision.patch_features)).astype(np.float32)
     image = {"pixel_values": pixels, "image_grid_thw": np.array([[1, 6, 10]])}
-    prepared = prepare(config, np.array([ids]), **image)
+    prepared = build_inputs(config, np.array([ids]), **image)
     tokens = functional(config, scanned=False)(model.params).encode(prepared.patches)[0]
-    place = np.asarray(prepared.inputs.vision_index)[0]
+    place = np.asarray(prepared.decoder.vision_index)[0]
     kernel = np.asarray(model.params["visual.proj.kernel"], np.float64)
     exact = 2.0 * pixels.astype(np.float64).reshape(15, 4, -1).mean(1) @ kernel
     assert rel_rms(jnp.asarray(tokens)[place[place >= 0]], exact) <= 1e-6
