@@ -24,6 +24,7 @@ from infinitevl_jax.checkpoints.weights import (
     head_name,
     hub_name,
     leaves,
+    own_spelling,
 )
 from infinitevl_jax.errors import InfiniteVLError
 
@@ -85,9 +86,10 @@ def export_folder(
     config, manifest = read_config(src), Manifest.read(src)
     reader = open_params(src, config)
     stored = {leaf.name: leaf for leaf in leaves(config, scanned=False)}
+    spelling = manifest.spelling if manifest.files else own_spelling(config)
     tensors = {
         leaf.torch[0]: _Tensor(
-            respell(leaf.torch[0], manifest.spelling), reader.dtypes[leaf.name], leaf.torch_shape
+            respell(leaf.torch[0], spelling), reader.dtypes[leaf.name], leaf.torch_shape
         )
         for leaf in stored.values()
     }

@@ -15,6 +15,7 @@ from infinitevl_jax.checkpoints.source import Source, open_source
 from infinitevl_jax.checkpoints.weights import Leaf, embedding_name, head_name, match, pieces
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.families import family
 from infinitevl_jax.families.huggingface import read_config as read_config_file
 
 _BLOCK = 256  # columns turned at once: both sides of the copy stay in the processor's cache
@@ -37,9 +38,8 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 
 def _may_be_tied(config: ModelConfig) -> bool:
-    # InfiniteVL's files come without a head however they are configured: a missing one is the
-    # embedding.
-    return config.family == "infinite_vl" and not config.text.tie_word_embeddings
+    """Whether a missing head means one that shares the token table."""
+    return family(config.family).missing_head_is_tied and not config.text.tie_word_embeddings
 
 
 def _tie(config: ModelConfig, tied: bool) -> ModelConfig:

@@ -12,7 +12,7 @@ from infinitevl_jax.checkpoints import read_config
 from infinitevl_jax.checkpoints.files import is_ours
 from infinitevl_jax.checkpoints.newest import checkpoint_folder
 from infinitevl_jax.checkpoints.source import open_source
-from infinitevl_jax.checkpoints.weights import leaves, match
+from infinitevl_jax.checkpoints.weights import leaves, match, tensor_name
 from infinitevl_jax.config.model import SLIDING, ModelConfig
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.nn.mixers import layer_type
@@ -34,7 +34,7 @@ def describe(folder: Path) -> dict:
     text, vision = config.text, config.vision
     dtypes = _dtypes(folder, config)
     parts = _parts(config, dtypes)
-    dtype = compute_dtype(dtypes["model.norm.weight"])
+    dtype = compute_dtype(dtypes[tensor_name(config, "norm.weight")])
     return {
         "folder": str(folder),
         "kind": "ours" if is_ours(folder) else "Hugging Face",
