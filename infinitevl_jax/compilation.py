@@ -1,14 +1,17 @@
-"""Compiled programs, kept on disk from one run of a command to the next; and a word where compiling
-takes long."""
+"""Compiled programs, kept on disk from one run of a command to the next; and a log record where
+compiling takes long."""
 
 import contextlib
+import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
+
+logger = logging.getLogger(__name__)
 
 LARGEST = 2 << 30  # bytes of the folder: what was used longest ago makes way
 PATIENCE = 2.0  # seconds of compiling that nobody needs to be told of
@@ -38,15 +41,15 @@ def folder() -> tuple[Path | None, str]:
 
 
 @contextlib.contextmanager
-def kept(wanted: bool, say: Callable[[str], None]) -> Iterator[None]:
-    """Within, programs that were compiled before are read from `folder()`, if wanted; `say` is told
-    of compiling that takes long.
+def kept(wanted: bool) -> Iterator[None]:
+    """Within, programs that were compiled before are read from `folder()`, if wanted, and compiling
+    that takes long is logged.
 
-    A folder that cannot be written is mentioned, and everything compiled.
+    A folder that cannot be written is logged, and everything compiled.
     """
     path, reason = folder() if wanted else (None, "")
     if reason:
-        say(f"compiled programs are not kept: {reason}")
+        logger.info(f"compiled programs are not kept: {reason}")
     changes = {"jax_enable_compilation_cache": path is not None}
     if path is not None and not jax.config.jax_compilation_cache_dir:
         changes |= {
@@ -55,7 +58,7 @@ def kept(wanted: bool, say: Callable[[str], None]) -> Iterator[None]:
         }
         changes |= {"jax_persistent_cache_min_compile_time_secs": 0.0}  # small programs are many
     before = {name: getattr(jax.config, name) for name in changes}
-    with _says(say):
+    with _log_long_compiling():
         _configure(changes)
         try:
             yield
@@ -70,13 +73,13 @@ def _configure(values: dict) -> None:
 
 
 @contextlib.contextmanager
-def _says(say: Callable[[str], None]) -> Iterator[None]:
-    """Within, say "compiling ..." once a program has been compiling for PATIENCE seconds."""
+def _log_long_compiling() -> Iterator[None]:
+    """Within, log "compiling ..." once a program has been compiling for PATIENCE seconds."""
     waiting: list[threading.Timer] = []
 
     def listen(event: str, seconds: float, **_) -> None:
         if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":  # what is compiled next
-            timer = threading.Timer(PATIENCE, say, ["compiling ..."])
+            timer = threading.Timer(PATIENCE, logger.info, ["compiling ..."])
             timer.daemon = True
             timer.start()
             waiting.append(timer)

@@ -1,5 +1,5 @@
-"""The `infinitevl` command: ask, chat, info. What needs JAX is imported when a command runs, so
-that `--help` comes at once."""
+"""The `infinitevl` command: ask, chat, info, train, convert. What needs JAX is imported when a
+command runs, so that `--help` comes at once."""
 
 from infinitevl_jax.__main__ import main
 from infinitevl_jax.cli.app import app

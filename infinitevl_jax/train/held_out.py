@@ -1,5 +1,6 @@
 """Loss and exact answers over the whole held-out split."""
 
+import logging
 from collections.abc import Callable
 
 import jax
@@ -15,29 +16,18 @@ from infinitevl_jax.train.saving import Stop
 from infinitevl_jax.train.setup import Start
 from infinitevl_jax.train.step import TrainState, put_batch
 
+logger = logging.getLogger(__name__)
+
 
 class HeldOut:
     """A split that only measures."""
 
-    def __init__(
-        self,
-        data: DataConfig,
-        start: Start,
-        measure: Callable,
-        mesh: Mesh,
-        say: Callable[[str], None],
-    ):
-        """measure: parameters and a batch -> Tally. say: told of the rows that cannot be used."""
+    def __init__(self, data: DataConfig, start: Start, measure: Callable, mesh: Mesh):
+        """measure: parameters and a batch -> Tally."""
         source = Source(data.name, data.folder, data.held_out)
         self.encoder = Encoder(source, start.processor, start.config)
         self.skipped = Skipped(len(source), data.max_skipped)
-        self.data, self.config, self._measure, self.mesh, self.say = (
-            data,
-            start.config,
-            measure,
-            mesh,
-            say,
-        )
+        self.data, self.config, self._measure, self.mesh = data, start.config, measure, mesh
 
     def measure(self, state: TrainState, stop: Stop) -> dict[str, float] | None:
         """The figures for the log; None if the run was asked to stop meanwhile.
@@ -47,7 +37,7 @@ class HeldOut:
         params, tallies = {**state.trainable, **state.frozen}, []
         for batch in held_out_batches(self.encoder, self.config, self.data, self.skipped):
             for line in self.skipped.news():
-                self.say(f"held out: {line}")
+                logger.warning(f"held out: {line}")
             tallies.append(self._measure(params, put_batch(batch, self.mesh)))
             jax.block_until_ready(tallies[-2:-1])  # so that a stop is heard
             if stop.asked:

@@ -1,28 +1,30 @@
 """RUN/log.jsonl, one line a logged step, and the picture of it."""
 
 import json
+import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from infinitevl_jax.reading import open_regular
 from infinitevl_jax.writing import keep_aside, storage, write_text
 
+logger = logging.getLogger(__name__)
+
 
 class Log:
-    """Appends lines; a run that goes on first drops what was logged after its checkpoint."""
+    """Appends lines. A resumed run first drops what was logged after its checkpoint; a log with
+    damaged lines is kept by another name."""
 
-    def __init__(self, path: Path, step: int, say: Callable[[str], None] = print):
+    def __init__(self, path: Path, step: int):
         """
         Args:
-          path: the log's file. step: of the checkpoint. say: told where a log with damaged lines is
-            kept.
+          path: the log's file. step: of the checkpoint.
         """
         self.path = path
         lines, damaged = _read(path)
         if damaged:
-            say(
+            logger.warning(
                 f"{damaged} damaged lines in {path}: it is kept as {keep_aside(path)}, the others"
                 " go on"
             )

@@ -2,6 +2,7 @@
 plot."""
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterable
 from functools import partial
@@ -43,6 +44,8 @@ from infinitevl_jax.train.step import (
     train_step,
 )
 
+logger = logging.getLogger(__name__)
+
 
 class Outcome(NamedTuple):
     """What a run leaves: its folder, the last checkpoint (one of our checkpoint folders), and
@@ -54,9 +57,9 @@ class Outcome(NamedTuple):
     finished: bool
 
 
-def train(preset: Preset, say=print) -> Outcome:
+def train(preset: Preset) -> Outcome:
     """Run a preset to its end, or until Ctrl-C or SIGTERM; a run that finds its own checkpoints
-    goes on from the last one.
+    goes on from the last one. What it does is logged.
 
     Raises InfiniteVLError for anything in preset, data, mesh or output folder that cannot work.
     """
@@ -70,7 +73,7 @@ def train(preset: Preset, say=print) -> Outcome:
     mesh = make_mesh(preset.run)
     ops = resolve_ops(mesh, preset.run.ops)
     with contextlib.ExitStack() as stack:
-        run, lock = claim_folder(preset, say)
+        run, lock = claim_folder(preset)
         stack.enter_context(lock)
         source = Source(config.data.name, config.data.folder, config.data.train)
         start = prepare_start(preset.model, source, run, config.seed)
@@ -94,7 +97,9 @@ def train(preset: Preset, say=print) -> Outcome:
         names, frozen = split_trainable(list(shapes), config.trainable)
         check_memory(shapes, names, mesh)
         checkpoints = stack.enter_context(
-            contextlib.closing(Checkpoints(run, start.files, start.manifest, config.keep, say))
+            contextlib.closing(
+                Checkpoints(run, start.files, start.manifest, config.keep, logger.warning)
+            )
         )
 
         def set_place(place: dict[str, Any]) -> None:
@@ -103,36 +108,33 @@ def train(preset: Preset, say=print) -> Outcome:
 
         state = _state(checkpoints, start, shapes, names, optimizer, mesh, set_place)
         first = int(state.step)
-        log = stack.enter_context(contextlib.closing(Log(run / "log.jsonl", first, say)))
+        log = stack.enter_context(contextlib.closing(Log(run / "log.jsonl", first)))
 
-        say(
+        logger.info(
             f"{steps} steps of {config.data.batch} rows on {len(source):,} rows of"
             f" {config.data.name}, output in {run}"
         )
-        say(
+        logger.info(
             f"device: {_devices(mesh)}; mesh: "
             + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         )
-        say("activations: " + preset.run.dtype)
+        logger.info("activations: " + preset.run.dtype)
         trained = sum(int(np.prod(shapes[n].shape)) for n in names)
-        say(
+        logger.info(
             f"parameters: {trained:,} trained,"
             f" {sum(int(np.prod(shapes[n].shape)) for n in frozen):,} frozen"
         )
         if whole := kept_whole(shapes, mesh):
-            say("\n  ".join(["on every device, whole:", *whole]))
+            logger.info("\n  ".join(["on every device, whole:", *whole]))
         if first:
-            say(f"going on from step {first}")
+            logger.info(f"going on from step {first}")
 
-        say = partial(_above_the_bar, say)
         step_fn = jax.jit(partial(train_step, model, optimizer), donate_argnums=0)
         held_out = None
         if config.data.held_out:
-            held_out = HeldOut(
-                config.data, start, jax.jit(partial(evaluate_batch, model)), mesh, say
-            )
+            held_out = HeldOut(config.data, start, jax.jit(partial(evaluate_batch, model)), mesh)
         stop = Stop()
-        saver = Saver(checkpoints, lock, config, skipped, state, batches.get_state(), stop, say)
+        saver = Saver(checkpoints, lock, config, skipped, state, batches.get_state(), stop)
         del state  # the first step takes its memory
         with stop, Progress(steps, first) as bar, saver:
             tokens, since = 0, time.monotonic()
@@ -152,12 +154,12 @@ def train(preset: Preset, say=print) -> Outcome:
                     break
                 batch = next(batches)
                 for line in skipped.news():
-                    say(line)
+                    logger.warning(line)
                 saver.advance(step_fn, put_batch(batch, mesh), batches.get_state())
                 tokens += _count(batch)
                 bar.update()
                 if saver.step == first + 1:  # traced by now
-                    say("\n  ".join(["what ran:", *ops.report()]))
+                    logger.info("\n  ".join(["what ran:", *ops.report()]))
                 if _is_due(config.log_every, saver.step, steps):
                     saver.check()
                     line = {name: float(value) for name, value in saver.metrics._asdict().items()}
@@ -179,9 +181,9 @@ def train(preset: Preset, say=print) -> Outcome:
                     )
             path = saver.save()
         if finished := step == steps and not unmeasured:
-            say(f"done: checkpoint {path}, log {run / 'log.jsonl'}, {_plot(run)}")
+            logger.info(f"done: checkpoint {path}, log {run / 'log.jsonl'}, {_plot(run)}")
         else:
-            say(
+            logger.info(
                 f"stopped at step {step} of {steps}; saved in {path}\nthe same command goes on from"
                 " here"
             )
@@ -221,11 +223,6 @@ def _is_due(every: int, step: int, steps: int) -> bool:
 
 def _counting(rows: Iterable[int]) -> Iterable[int]:
     return tqdm(rows, desc="counting tokens", leave=False, dynamic_ncols=True, disable=None)
-
-
-def _above_the_bar(say, text: str) -> None:
-    with tqdm.external_write_mode():
-        say(text)
 
 
 def _plot(run: Path) -> str:

@@ -1,6 +1,7 @@
-"""What a run shows while it goes: a bar that fits the terminal, or, where there is none, a line now
+"""The progress of a run: a bar that fits the terminal, or, where there is none, a log record now
 and then."""
 
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -8,7 +9,9 @@ from collections.abc import Sequence
 from tqdm import tqdm
 from tqdm.utils import disp_len
 
-_EVERY = 30  # seconds between two lines where no terminal shows a bar
+logger = logging.getLogger(__name__)
+
+_EVERY = 30  # seconds between two records where no terminal shows a bar
 _BAR = 8  # columns that a bar takes at least
 
 
@@ -41,9 +44,7 @@ class Progress(tqdm):
             self.refresh()
         elif step == self.steps[1] or time.monotonic() - self._told >= _EVERY:
             self._told = time.monotonic()
-            print(
-                f"step {step} of {self.steps[1]}: {', '.join(figures)}", file=sys.stderr, flush=True
-            )
+            logger.info(f"step {step} of {self.steps[1]}: {', '.join(figures)}")
 
     def __str__(self) -> str:
         facts = self.format_dict

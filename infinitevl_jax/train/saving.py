@@ -1,6 +1,7 @@
 """When a run saves: every so often, when told to, and before an error ends it."""
 
 import contextlib
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from infinitevl_jax.interrupts import postponed
 from infinitevl_jax.locking import Lock
 from infinitevl_jax.train.checkpoints import Checkpoints
 from infinitevl_jax.train.step import TrainState
+
+logger = logging.getLogger(__name__)
 
 
 class Stop(contextlib.AbstractContextManager):
@@ -43,8 +46,8 @@ class Stop(contextlib.AbstractContextManager):
 class Saver(contextlib.AbstractContextManager):
     """Holds a run's state together with its place in the data, and saves both.
 
-    As a context manager: an error that ends the block leaves the last good state saved, and says
-    where.
+    As a context manager: an error that ends the block leaves the last good state saved. Where, it
+    says itself (InfiniteVLError) or the log does.
     """
 
     def __init__(
@@ -56,12 +59,10 @@ class Saver(contextlib.AbstractContextManager):
         state: TrainState,
         place: dict[str, Any],
         stop: Stop,
-        say: Callable[[str], None],
     ):
-        """place: in the data, as JSON, of the batch that follows `state`. say: told where the state
-        is when an error ends the run."""
+        """place: in the data, as JSON, of the batch that follows `state`."""
         self.checkpoints, self.lock, self.config, self.skipped = checkpoints, lock, config, skipped
-        self.stop, self.say = stop, say
+        self.stop = stop
         self.state, self.metrics = state, None
         self.step = int(state.step)
         self._first, self._places = self.step, {self.step: place}
@@ -119,7 +120,7 @@ class Saver(contextlib.AbstractContextManager):
             raise InfiniteVLError(error.culprit, error.cure, [*error.items, *told]) from error
         with contextlib.suppress(OSError):  # the terminal may be what failed
             for line in told:
-                self.say(line)
+                logger.warning(line)
 
     def _last_words(self, leave: bool) -> list[str]:
         """Save the state, unless saving failed or there is no time for it, and say what there

@@ -55,6 +55,13 @@ COMMANDS = {
         "sys.argv[1:] = ['inspect', 'x']; import runpy; runpy.run_path('convert_torch.py',"
         " run_name='__main__')"
     ),
+    "infinitevl train": (
+        "sys.argv[1:] = ['train', 'easy_vqa']; from infinitevl_jax.__main__ import main; main()"
+    ),
+    "infinitevl convert": (
+        "sys.argv[1:] = ['convert', 'inspect', 'x'];"
+        " from infinitevl_jax.__main__ import main; main()"
+    ),
     "train.py": (
         "sys.argv[1:] = ['configs/easy_vqa.toml']; import runpy; runpy.run_path('train.py',"
         " run_name='__main__')"
@@ -64,7 +71,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_commands_say_which_extra(name):
-    hidden, extra = (TRAIN, "train") if name == "train.py" else (RUN | TRAIN, "run")
+    hidden, extra = (TRAIN, "train") if "train" in name else (RUN | TRAIN, "run")
     done = without(hidden, COMMANDS[name])
     assert done.returncode == 2 and done.stdout == "", done.stderr
     first, cure = done.stderr.splitlines()
