@@ -21,12 +21,9 @@ class InfiniteVLError(ValueError):
         )
         super().__init__("\n  ".join([self.culprit, *self.items, f"-> {self.cure}"]))
 
-    def __reduce__(self):
-        return type(self), (
-            self.culprit,
-            self.cure,
-            self.items,
-        )  # so that a data worker's error crosses to the main process
+    def __reduce__(self) -> tuple:
+        # so that a data worker's error crosses to the main process
+        return type(self), (self.culprit, self.cure, self.items)
 
 
 class BadRow(InfiniteVLError):
@@ -40,7 +37,7 @@ class BadRow(InfiniteVLError):
         super().__init__(f"{source} row {index}: {reason}", cure)
         self.source, self.index, self.reason = source, index, quoted(reason)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return type(self), (self.source, self.index, self.reason, self.cure)
 
 

@@ -174,7 +174,7 @@ def prepare(
     video_grid_thw=None,
     second_per_grid_ts=None,
     *,
-    start: Sequence[int] | None = None,
+    start: Sequence[int] | np.ndarray | None = None,
     length: int | None = None,
     row_per_sequence: bool = False,
     truncate_seconds: bool = False,

@@ -15,6 +15,7 @@ from infinitevl_jax.processing.video import VideoOptions
 
 Count = Annotated[int, Meta(ge=1)]
 T = TypeVar("T")
+Options = TypeVar("Options", bound=ImageOptions)
 
 
 class Preprocessor(Struct):
@@ -166,7 +167,7 @@ def _options(kind: type[T], path: Path, values: dict[str, Any], folder: Path) ->
         raise InfiniteVLError(f"{path}: {_NAMES.get(name, name)} {rest}", error.cure) from error
 
 
-def override(options: ImageOptions, values: dict, where: str) -> ImageOptions:
+def override(options: Options, values: dict, where: str) -> Options:
     """`options` with the caller's own values; errors name `where`."""
     try:
         return dataclasses.replace(options, **values) if values else options

@@ -4,6 +4,7 @@ to be decoded."""
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +36,7 @@ class Media:
     """One picture or video of a conversation: where it stands, what it is, and its own options."""
 
     kind: str  # "image" or "video"
-    source: object
+    source: Any
     where: str
     options: dict = field(default_factory=dict)
 
@@ -143,7 +144,7 @@ class _Text:
         check_spelling(text, where, self.placeholders)
         return text
 
-    def plain(self, value: object, where: str, depth: int = 0) -> object:
+    def plain(self, value: object, where: str, depth: int = 0) -> Any:
         """A copy of JSON-like data whose texts are checked."""
         if depth > DEPTH:
             raise InfiniteVLError(
@@ -212,8 +213,11 @@ def check_call(
         raise InfiniteVLError(
             f"padding_side is {shown(padding_side)}", 'use "left" (for generation) or "right"'
         )
-    whole = isinstance(max_length, int | np.integer) and not isinstance(max_length, bool)
-    if max_length is not None and not (whole and max_length >= 1):
+    if max_length is not None and (
+        isinstance(max_length, bool)
+        or not isinstance(max_length, int | np.integer)
+        or max_length < 1
+    ):
         raise InfiniteVLError(
             f"max_length is {shown(max_length)}",
             "give tokens, an integer of 1 or more, or None for no limit",

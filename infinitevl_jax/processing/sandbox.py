@@ -263,7 +263,7 @@ class _Metered(NodeTransformer):
         self.generic_visit(node)
         return _call("made", node, node)
 
-    def _turn(self, node: nodes.Node) -> nodes.Node:
+    def _turn(self, node: nodes.For | nodes.Macro | nodes.CallBlock | nodes.Block) -> nodes.Node:
         """Each time a body is run, it pays for the text that stands in it."""
         literal = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
         self.generic_visit(node)

@@ -150,8 +150,8 @@ class Tokenizer:
         """Id that fills padded rows: the pad token, else <|endoftext|>, else the first end token,
         else 0."""
         for token in (self.special.get("pad_token"), "<|endoftext|>"):
-            if token and self.token_id(token) is not None:
-                return self.token_id(token)
+            if token and (found := self.token_id(token)) is not None:
+                return found
         return self.eos_ids[0] if self.eos_ids else 0
 
     def encode(self, text: str) -> list[int]:
@@ -296,9 +296,7 @@ def _byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tok
     backend.post_processor = processors.ByteLevel(
         add_prefix_space=False, trim_offsets=False, use_regex=False
     )
-    backend.decoder = decoders.ByteLevel(
-        add_prefix_space=False, trim_offsets=False, use_regex=False
-    )
+    backend.decoder = decoders.ByteLevel()
     return backend
 
 

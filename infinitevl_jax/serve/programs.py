@@ -2,15 +2,22 @@
 token."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
 from infinitevl_jax.inputs.model_inputs import Inputs, text_inputs
 from infinitevl_jax.nn.cache import Cache
 from infinitevl_jax.serve.sampling import Sampling, choose
+
+
+def on_mesh(mesh: Mesh | None) -> AbstractContextManager:
+    """Within, programs are for this mesh (None: one device)."""
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 class Programs:

@@ -17,7 +17,7 @@ from infinitevl_jax import InfiniteVL
 from infinitevl_jax.checkpoints import save_params
 from infinitevl_jax.inputs.model_inputs import prepare
 from infinitevl_jax.nn.params import abstract
-from infinitevl_jax.serve import infinitevl
+from infinitevl_jax.serve import decoding
 from infinitevl_jax.serve.sampling import Sampling, choose
 from pallas_kernels.testing.parity import rel_rms
 
@@ -148,7 +148,7 @@ def test_a_prompt_in_several_chunks_equals_one(model, prompt, together, monkeypa
     them."""
     batch, rows = ragged(prompt)
     whole, _ = model.prefill(prepare(model.config, **batch), model.init_cache(3))
-    monkeypatch.setattr(infinitevl, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(decoding, "PREFILL_CHUNK", 16)
     parts, cache = model.prefill(prepare(model.config, **batch), model.init_cache(3))
     assert rel_rms(parts, whole) <= 1e-5
     assert cache.length.tolist() == [len(row) for row in rows]
