@@ -22,8 +22,8 @@ from infinitevl_jax import InfiniteVL, Processor
 from infinitevl_jax.config.model import infinitevl_4b
 from infinitevl_jax.config.run import OpsConfig
 from infinitevl_jax.inputs.model_inputs import prepare
-from infinitevl_jax.nn.cache import cache_bytes
 from infinitevl_jax.nn.ops import resolve_ops
+from infinitevl_jax.nn.params import cache_spec
 from infinitevl_jax.serve.sampling import Sampling
 
 GREEDY = Sampling()
@@ -125,7 +125,7 @@ def main():
     assert (answer == again).all(), "greedy answers differ between two runs"
     stats = jax.devices()[0].memory_stats() or {}
     result["peak_GB"] = round(stats.get("peak_bytes_in_use", 0) / 1e9, 2)
-    result["cache_bytes"] = cache_bytes(config, 1, jnp.bfloat16)
+    result["cache_bytes"] = cache_spec(config, 1, None, jnp.bfloat16).nbytes
     assert cache.nbytes == result["cache_bytes"]
 
     if args.profile:

@@ -16,6 +16,7 @@ import optax
 from benchmarks.train_step import starter
 from infinitevl_jax.config.model import ModelConfig, TextConfig, VisionConfig, hybrid_pattern
 from infinitevl_jax.config.run import RunConfig
+from infinitevl_jax.nn.params import parameters
 from infinitevl_jax.sharding import make_mesh
 from infinitevl_jax.train.step import TrainState, state_shardings
 from pallas_kernels.testing.parity import rel_rms
@@ -150,9 +151,9 @@ def restored_alone(setting: Setting, axes: Mapping[str, int], begin, folder: str
         path = checkpoints.save(state, {})
         written = time.perf_counter()
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        shapes = jax.eval_shape(lambda: state)
+        shapes, known = jax.eval_shape(lambda: state), parameters(setting.config, scanned=True)
         restored = checkpoints.restore(
-            abstract_state(shapes, state_shardings(shapes, one)), lambda place: None
+            abstract_state(shapes, state_shardings(shapes, known, one)), lambda place: None
         )
         jax.block_until_ready(restored)
         figures = {

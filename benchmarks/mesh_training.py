@@ -36,7 +36,7 @@ from infinitevl_jax.config.run import OpsConfig, RunConfig  # noqa: E402
 from infinitevl_jax.config.train import OptimizerConfig  # noqa: E402
 from infinitevl_jax.data.batch import TrainBatch  # noqa: E402
 from infinitevl_jax.nn.ops import resolve_ops  # noqa: E402
-from infinitevl_jax.nn.params import abstract  # noqa: E402
+from infinitevl_jax.nn.params import parameters  # noqa: E402
 from infinitevl_jax.sharding import make_mesh  # noqa: E402
 from infinitevl_jax.train.optimizer import make_optimizer, split_trainable  # noqa: E402
 from infinitevl_jax.train.step import batch_axes, put_batch  # noqa: E402
@@ -105,7 +105,11 @@ class Setting:
 
     def optimizer(self) -> optax.GradientTransformation:
         """AdamW, without a warm-up so that the first steps move."""
-        return make_optimizer(OptimizerConfig(peak_lr=self.peak_lr, warmup=0.0), 1000)
+        return make_optimizer(
+            OptimizerConfig(peak_lr=self.peak_lr, warmup=0.0),
+            1000,
+            parameters(self.config, scanned=True),
+        )
 
 
 @lru_cache(maxsize=1)
@@ -167,9 +171,7 @@ class Training:
         optimizer = optimizer or setting.optimizer()
         if parts > 1:
             optimizer = optax.MultiSteps(optimizer, parts).gradient_transformation()
-        names, _ = split_trainable(
-            list(abstract(setting.config, scanned=True)[1]), TRAINED[setting.train]
-        )
+        names, _ = split_trainable(parameters(setting.config, scanned=True), TRAINED[setting.train])
         first = setting.batches[0]
         self.flops = (
             sum(step_flops(setting.config, names, joined(first)).values())

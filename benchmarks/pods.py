@@ -28,6 +28,7 @@ from infinitevl_jax.config.model import infinitevl_4b  # noqa: E402
 from infinitevl_jax.config.run import RunConfig  # noqa: E402
 from infinitevl_jax.config.train import OptimizerConfig  # noqa: E402
 from infinitevl_jax.nn.ops import resolve_ops  # noqa: E402
+from infinitevl_jax.nn.params import parameters
 from infinitevl_jax.train.optimizer import make_optimizer  # noqa: E402
 from infinitevl_jax.train.plan import abstract_batch, abstract_state  # noqa: E402
 from infinitevl_jax.train.step import model_of, train_step  # noqa: E402
@@ -52,7 +53,7 @@ def compile_step(
     left), tensor, context; and what runs in it."""
     config, run = infinitevl_4b(), RunConfig(dtype="bfloat16", remat="full")
     mesh = pod_mesh(topology, {"data": 1, "fsdp": -1, "tensor": tensor, "context": 1})
-    optimizer = make_optimizer(OptimizerConfig(), 1000)
+    optimizer = make_optimizer(OptimizerConfig(), 1000, parameters(config, scanned=True))
     state = abstract_state(config, TRAINABLE, optimizer, jnp.bfloat16, mesh)
     batch = abstract_batch(config, rows, length, patches, mesh)
     ops = resolve_ops(mesh)

@@ -6,7 +6,7 @@ import numpy as np
 
 from infinitevl_jax.config.model import LINEAR, SLIDING, ModelConfig
 from infinitevl_jax.data.batch import TrainBatch
-from infinitevl_jax.nn.params import abstract, stack_layouts
+from infinitevl_jax.nn.params import parameters
 from infinitevl_jax.nn.towers.qwen2_5_vl import SLICE, block_kinds
 
 # matrices that open a mixer or an MLP; o_proj and down_proj close them
@@ -27,15 +27,16 @@ def step_flops(config: ModelConfig, trained: Sequence[str], batch: TrainBatch) -
     computes again, norms, convolutions, gates, activations and the optimiser are not counted; pads
     neither.
 
-    trained: names of the parameters that train (scanned layout). batch: packed rows, on the host.
+    trained: names of the parameters that train (stacked). batch: packed rows, on the host.
     Raises ValueError where the tower or the embeddings train.
     """
+    stacked = parameters(config, scanned=True)
+    trained = dict.fromkeys(layer for name in trained for layer in stacked[name].layers)
     if below := [name for name in trained if not name.startswith(("layers.", "norm."))]:
         raise ValueError(
             f"{below[0]} trains: what is counted here has a frozen tower and frozen embeddings"
         )
-    shapes, text = abstract(config, scanned=True)[1], config.text
-    layout = stack_layouts(config, scanned=True)["layers"]
+    shapes, text = parameters(config, scanned=False), config.text
     index, segment = np.asarray(batch.branches.index), np.asarray(batch.branches.segment)
     tokens = float((index >= 0).sum())
     spans = [row[keep] for row, keep in zip(segment, index >= 0, strict=True)]
@@ -43,7 +44,6 @@ def step_flops(config: ModelConfig, trained: Sequence[str], batch: TrainBatch) -
     flops = dict.fromkeys(
         ("forward", "activations", "weights", "attention", "delta_rule", "head", "vision"), 0.0
     )
-    trained = set(trained)
     # whether a gradient is wanted of what flows into the part at hand: something below it trains
     reached = False
 
@@ -53,13 +53,13 @@ def step_flops(config: ModelConfig, trained: Sequence[str], batch: TrainBatch) -
             full = f"{prefix}.{name}.kernel"
             if full not in shapes:  # a and b and g projections are the delta rule's alone
                 continue
-            size = 2.0 * tokens * float(np.prod(shapes[full].shape[-2:]))
+            size = 2.0 * tokens * shapes[full].size
             flops["forward"] += size
             flops["activations"] += size * reached  # d input = d output x matrix^T
             flops["weights"] += size * (full in trained)  # d matrix = input^T x d output
 
-    for (group, place, _), kind in zip(layout.places(), text.layer_types, strict=True):
-        layer = f"layers.{group}.{place}"
+    for place, kind in enumerate(text.layer_types):
+        layer = f"layers.{place}"
 
         def trains(part: str, but: str, layer=layer) -> bool:
             """Whether something of a part trains, but for the matrix that closes it."""
@@ -115,24 +115,20 @@ def _tower(config: ModelConfig, batch: TrainBatch) -> float:
     vision, patches = config.vision, batch.patches
     valid = np.asarray(patches.index) >= 0
     count = float(valid.sum())
-    shapes, layout = (
-        abstract(config, scanned=True)[1],
-        stack_layouts(config, scanned=True)["visual.blocks"],
-    )
+    shapes = parameters(config, scanned=False)
 
     def matrices(prefix: str) -> float:
         return sum(
-            float(np.prod(s.shape[-2:]))
+            s.size
             for name, s in shapes.items()
             if name.startswith(prefix) and name.endswith(".kernel")
         )
 
     flops = 2.0 * count * matrices("visual.patch_embed.")
-    flops += (
-        2.0 * count / vision.merge_unit * matrices("visual.merger.")
-    )  # four patches are one token
-    for (group, place, _), kind in zip(layout.places(), block_kinds(vision), strict=True):
-        flops += 2.0 * count * matrices(f"visual.blocks.{group}.{place}.")
+    # four patches are one token
+    flops += 2.0 * count / vision.merge_unit * matrices("visual.merger.")
+    for place, kind in enumerate(block_kinds(vision)):
+        flops += 2.0 * count * matrices(f"visual.blocks.{place}.")
         ids = np.asarray(patches.slice if kind == SLICE else patches.window)
         sizes = [
             size

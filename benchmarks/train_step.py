@@ -45,7 +45,7 @@ from infinitevl_jax.config.train import OptimizerConfig  # noqa: E402
 from infinitevl_jax.data.batch import TrainBatch  # noqa: E402
 from infinitevl_jax.inputs.model_inputs import prepare  # noqa: E402
 from infinitevl_jax.nn.ops import resolve_ops  # noqa: E402
-from infinitevl_jax.nn.params import Params, abstract, initialize  # noqa: E402
+from infinitevl_jax.nn.params import Params, initialize, parameters  # noqa: E402
 from infinitevl_jax.sharding import make_mesh, parameter_shardings  # noqa: E402
 from infinitevl_jax.train.optimizer import make_optimizer, split_trainable  # noqa: E402
 from infinitevl_jax.train.step import (
@@ -110,9 +110,10 @@ def compile_step(
         "trained": sum(params[n].size for n in names),
     }
     first = partial(init_state, trainable=names, optimizer=optimizer)
-    places = state_shardings(jax.eval_shape(first, params), mesh)
+    known = parameters(config, scanned=True)
+    places = state_shardings(jax.eval_shape(first, params), known, mesh)
     with jax.set_mesh(mesh):
-        params = jax.device_put(params, parameter_shardings(params, mesh))
+        params = jax.device_put(params, parameter_shardings(known, mesh))
         state = jax.jit(first, out_shardings=places, donate_argnums=0)(params)
         del params
         started = time.perf_counter()
@@ -168,9 +169,10 @@ def measure(
     ops = OpsConfig(attention=attend, gated_delta_rule=gated_delta_rule)
     run = RunConfig(fsdp=1, dtype=dtype, remat=remat, scan=scan, ops=ops)
     mesh = make_mesh(run, jax.devices()[:1])
-    optimizer = make_optimizer(OptimizerConfig(peak_lr=1e-4, warmup=0.0), 1000)
+    known = parameters(config, scanned=True)
+    optimizer = make_optimizer(OptimizerConfig(peak_lr=1e-4, warmup=0.0), 1000, known)
     rng = np.random.default_rng(0)
-    names, _ = split_trainable(list(abstract(config, scanned=True)[1]), train)
+    names, _ = split_trainable(known, train)
     first = random_batch(config, rng, length, images, grid)
     flops = step_flops(config, names, first)
     step, state, line = compile_step(config, run, mesh, optimizer, names, begin, first)

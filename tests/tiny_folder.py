@@ -15,7 +15,7 @@ from tiny import hybrid_config
 from infinitevl_jax import InfiniteVL
 from infinitevl_jax.checkpoints import save_params
 from infinitevl_jax.config.model import FULL, ModelConfig
-from infinitevl_jax.nn.params import abstract
+from infinitevl_jax.nn.params import parameters
 from infinitevl_jax.processing.tokenizer import SPECIAL_TOKENS, _byte_letters
 
 IDS = {token: 256 + i for i, token in enumerate(SPECIAL_TOKENS)}  # after one token for every byte
@@ -51,7 +51,7 @@ def tiny_model(config: ModelConfig, seed: int = 0) -> InfiniteVL:
     """Random weights, loud enough that no two tokens are alike; it only ever says lower-case
     letters and what ends a turn."""
     rng = np.random.default_rng(seed)
-    shapes = abstract(config, scanned=False)[1]
+    shapes = parameters(config, scanned=False)
     params = {
         name: rng.normal(scale=0.4, size=s.shape).astype("float32") for name, s in shapes.items()
     }

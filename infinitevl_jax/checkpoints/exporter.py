@@ -18,7 +18,13 @@ from infinitevl_jax.checkpoints.reading import read_config
 from infinitevl_jax.checkpoints.safetensors_file import SafetensorsWriter
 from infinitevl_jax.checkpoints.source import check_finite, index_json, respell
 from infinitevl_jax.checkpoints.transformers_code import add_transformers_code
-from infinitevl_jax.checkpoints.weights import EMBEDDING, HEAD, complain, leaves, published
+from infinitevl_jax.checkpoints.weights import (
+    complain,
+    embedding_name,
+    head_name,
+    hub_name,
+    leaves,
+)
 from infinitevl_jax.errors import InfiniteVLError
 
 DEFAULT_SHARD = 5 * 10**9
@@ -87,9 +93,10 @@ def export_folder(
             leaf.torch, own_dtypes(leaf, store.dtypes[leaf.name], manifest.dtypes), strict=True
         )
     }
-    tied = config.text.tie_word_embeddings
-    if tied and HEAD in manifest.dtypes:
-        tensors[HEAD] = _Tensor(HEAD, tensors[EMBEDDING].dtype, tensors[EMBEDDING].shape)
+    head, table = head_name(config), tensors[embedding_name(config)]
+    tied = config.text.tie_word_embeddings and head in manifest.dtypes
+    if tied:
+        tensors[head] = _Tensor(head, table.dtype, table.shape)
     plan = _plan(tensors, manifest, limit, src)
     total = sum(tensor.nbytes for tensor in tensors.values())
     bar = tqdm(
@@ -120,8 +127,8 @@ def export_folder(
             for part, name in enumerate(leaf.torch):
                 torch = leaf.to_torch(value[leaf.slice(part)])
                 put(name, narrowed(torch, tensors[name].dtype, name, src))
-                if name == EMBEDDING and tied and HEAD in tensors:
-                    put(HEAD, torch)
+                if tied and name == embedding_name(config):
+                    put(head, torch)
         for writer in {id(writer): writer for writer, _ in writers.values()}.values():
             writer.close()
         if list(plan) != ["model.safetensors"] or manifest.index_metadata is not None:
@@ -143,10 +150,10 @@ def _plan(
         )
     if manifest.files and limit is None:
         return {
-            f.name: (f.metadata, [(raw, published(raw)) for raw, _ in f.tensors])
+            f.name: (f.metadata, [(raw, hub_name(raw)) for raw, _ in f.tensors])
             for f in manifest.files
         }
-    listed = [(raw, published(raw)) for file in manifest.files for raw, _ in file.tensors]
+    listed = [(raw, hub_name(raw)) for file in manifest.files for raw, _ in file.tensors]
     order = listed or [(tensors[name].name, name) for name in sorted(tensors, key=_natural)]
     metadata = manifest.files[0].metadata if manifest.files else {"format": "pt"}
     shards, room = [[]], limit or DEFAULT_SHARD

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from infinitevl_jax.checkpoints.files import is_ours
 from infinitevl_jax.checkpoints.manifest import Manifest
 from infinitevl_jax.checkpoints.reading import open_model, read_config
-from infinitevl_jax.checkpoints.weights import HEAD, count, leaves
-from infinitevl_jax.config.model import FULL, LINEAR, SLIDING, ModelConfig
+from infinitevl_jax.checkpoints.weights import count, head_name, leaves
+from infinitevl_jax.config.model import SLIDING, ModelConfig
 from infinitevl_jax.errors import quoted
-from infinitevl_jax.nn.cache import cache_bytes
+from infinitevl_jax.nn.params import cache_spec
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,7 @@ class Description:
         kinds = Counter(text.layer_types)
         layers = ", ".join(
             f"{kinds[k]} {k}" + (f" (window {text.sliding_window})" if k == SLIDING else "")
-            for k in (SLIDING, FULL, LINEAR)
-            if kinds[k]
+            for k in kinds
         )
         fixed, growing = self.cache_bytes
         cache = " + ".join(
@@ -84,7 +83,7 @@ def inspect_folder(folder: str | Path) -> Description:
         config, store, manifest = read_config(folder), Store(folder), Manifest.read(folder)
         store.check(leaves(config, scanned=True), str(folder / "config.json"))
         sizes = [(store.dtypes[name], math.prod(shape)) for name, shape in store.shapes.items()]
-        tied_on_disk = HEAD in manifest.dtypes
+        tied_on_disk = head_name(config) in manifest.dtypes
         kind = "ours" + (
             quoted(f", with adapters {', '.join(manifest.adapters)}") if manifest.adapters else ""
         )
@@ -92,13 +91,16 @@ def inspect_folder(folder: str | Path) -> Description:
     else:
         config, source = open_model(folder)
         sizes = [(source.dtype(name), math.prod(shape)) for name, shape in source.shapes.items()]
-        tied_on_disk, kind, names = HEAD in source.names, "Hugging Face", source.spelling
+        tied_on_disk, kind = head_name(config) in source.names, "Hugging Face"
+        names = source.spelling
     names += ", with lm_head" if tied_on_disk else ", without lm_head"
     dtypes = Counter()
     for dtype, size in sizes:
         dtypes[dtype.name] += size
-    fixed = cache_bytes(config, 1, jnp.bfloat16)
-    growing = cache_bytes(config, 1, jnp.bfloat16, max_length=1) - fixed
+    long = 2**40  # tokens: beyond any window
+    at, after = (cache_spec(config, 1, long + more, jnp.bfloat16).nbytes for more in (0, 1))
+    growing = after - at
+    fixed = at - long * growing
     nbytes = sum(dtype.itemsize * size for dtype, size in sizes)
     return Description(
         folder,

@@ -22,7 +22,7 @@ from infinitevl_jax.checkpoints.reading import (
     read_leaf,
 )
 from infinitevl_jax.checkpoints.source import FLOATS, Source, check_finite, open_source
-from infinitevl_jax.checkpoints.weights import EMBEDDING, HEAD, Leaf, complain, leaves
+from infinitevl_jax.checkpoints.weights import Leaf, complain, embedding_name, head_name, leaves
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.families.huggingface import to_huggingface
@@ -272,7 +272,7 @@ def save_params(
             own = {torch: params[name].dtype for torch, name in names.items()}
         else:
             own = {torch: tree[leaf.name].dtype for leaf in stored for torch in leaf.torch}
-        manifest.stored_as({HEAD: own[EMBEDDING]} | own).write(work)
+        manifest.stored_as({head_name(config): own[embedding_name(config)]} | own).write(work)
         write_params(work, tree)
 
 
@@ -297,6 +297,6 @@ def _manifest(side: Path | None, config: ModelConfig) -> Manifest:
         return Manifest(tie_word_embeddings=tied)
     return (
         manifest
-        if names == manifest.dtypes.keys() - ({HEAD} - names)
+        if names == manifest.dtypes.keys() - ({head_name(config)} - names)
         else Manifest(tie_word_embeddings=tied)
     )

@@ -10,7 +10,7 @@ import numpy as np
 from infinitevl_jax.checkpoints.lora_config import Scales, read_adapter_config
 from infinitevl_jax.checkpoints.safetensors_file import SafetensorsFile
 from infinitevl_jax.checkpoints.source import FLOATS, Source, TorchFile, check_finite
-from infinitevl_jax.checkpoints.weights import published
+from infinitevl_jax.checkpoints.weights import hub_name
 from infinitevl_jax.errors import InfiniteVLError
 
 _TENSOR = re.compile(
@@ -49,7 +49,7 @@ class Adapter:
                     f"{file.path}: {name} is not a LoRA matrix of a linear layer",
                     "merge it with peft (merge_and_unload) and import that",
                 )
-            weight = published(found["module"] + ".weight")
+            weight = hub_name(found["module"] + ".weight")
             modules[weight] = found["module"]
             names = sides.setdefault(weight, {})
             if other := names.get(found["side"]):

@@ -11,7 +11,7 @@ import numpy as np
 from infinitevl_jax.checkpoints.files import MANIFEST
 from infinitevl_jax.checkpoints.safetensors_file import DTYPES, SPELLED
 from infinitevl_jax.checkpoints.source import Source
-from infinitevl_jax.checkpoints.weights import PUBLISHED, published
+from infinitevl_jax.checkpoints.weights import HUB, hub_name
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.reading import plain_name, read_json, unknown_keys
 
@@ -42,7 +42,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
       adapters: names of the LoRA adapters that were merged on import.
     """
 
-    spelling: Literal["published", "live"] = PUBLISHED
+    spelling: Literal["published", "live"] = HUB
     tie_word_embeddings: bool | None = None
     files: tuple[WeightFile, ...] = ()
     index_metadata: dict[str, Any] | None = None
@@ -88,7 +88,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         names = [plain_name(file.name, str(path), ".safetensors") for file in manifest.files]
         _unique([name.lower() for name in names], path, "file")  # some file systems fold the case
         _unique(
-            [published(name) for file in manifest.files for name, _ in file.tensors], path, "tensor"
+            [hub_name(name) for file in manifest.files for name, _ in file.tensors], path, "tensor"
         )
         return manifest
 
@@ -102,7 +102,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         files = tuple(
             msgspec.structs.replace(
                 file,
-                tensors=tuple((raw, SPELLED[dtypes[published(raw)]]) for raw, _ in file.tensors),
+                tensors=tuple((raw, SPELLED[dtypes[hub_name(raw)]]) for raw, _ in file.tensors),
             )
             for file in self.files
         )
@@ -111,7 +111,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def dtypes(self) -> dict[str, np.dtype]:
         """Published name -> dtype in the source."""
-        return {published(raw): DTYPES[dtype] for file in self.files for raw, dtype in file.tensors}
+        return {hub_name(raw): DTYPES[dtype] for file in self.files for raw, dtype in file.tensors}
 
 
 def _unique(names: Sequence[str], path: Path, what: str) -> None:

@@ -11,7 +11,7 @@ from infinitevl_jax.checkpoints.files import is_ours
 from infinitevl_jax.checkpoints.lora import Adapter, Merged
 from infinitevl_jax.checkpoints.manifest import Manifest
 from infinitevl_jax.checkpoints.source import Source, open_source
-from infinitevl_jax.checkpoints.weights import EMBEDDING, HEAD, Leaf, match, pieces
+from infinitevl_jax.checkpoints.weights import Leaf, embedding_name, head_name, match, pieces
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.families.huggingface import read_config as read_config_file
@@ -27,7 +27,11 @@ def read_config(folder: str | Path) -> ModelConfig:
     if is_ours(folder):
         tied = Manifest.read(folder).tie_word_embeddings
     else:
-        tied = True if _may_be_tied(config) and HEAD not in open_source(folder).names else None
+        tied = (
+            True
+            if _may_be_tied(config) and head_name(config) not in open_source(folder).names
+            else None
+        )
     return config if tied is None else _tie(config, tied)
 
 
@@ -54,22 +58,22 @@ def open_model(folder: Path, adapters: Sequence[str | Path] = ()) -> tuple[Model
     beside = [folder] if (folder / "adapter_config.json").exists() else []
     if folders := [*beside, *map(Path, adapters)]:
         source = Merged(source, [Adapter(path) for path in folders])
-    if _may_be_tied(config) and HEAD not in source.names:
+    if _may_be_tied(config) and head_name(config) not in source.names:
         config = _tie(config, True)
     match(config, source.shapes, str(folder))
-    if config.text.tie_word_embeddings and HEAD in source.names:
-        _check_tied(source)
+    if config.text.tie_word_embeddings and head_name(config) in source.names:
+        _check_tied(source, embedding_name(config), head_name(config))
     return config, source
 
 
-def _check_tied(source: Source) -> None:
-    (rows, _), step = source.shapes[HEAD], 4096
-    same = source.dtype(HEAD) == source.dtype(EMBEDDING)
+def _check_tied(source: Source, table: str, head: str) -> None:
+    (rows, _), step = source.shapes[head], 4096
+    same = source.dtype(head) == source.dtype(table)
     for start in range(0, rows, step):
         part = (slice(start, start + step),)
-        if not same or source.read(HEAD, part).tobytes() != source.read(EMBEDDING, part).tobytes():
+        if not same or source.read(head, part).tobytes() != source.read(table, part).tobytes():
             raise InfiniteVLError(
-                f"{source.folder}: tie_word_embeddings is on, but {HEAD} and {EMBEDDING} differ"
+                f"{source.folder}: tie_word_embeddings is on, but {head} and {table} differ"
                 + (f" from row {start} to {min(start + step, rows)}" if same else " in dtype"),
                 "set tie_word_embeddings to false in config.json if the model has a head of its"
                 " own, else delete the head",
@@ -98,7 +102,7 @@ def read_leaf(
     out = np.empty([part.stop - part.start for part in index], dtype)
     for place, within, name in pieces(leaf, index):
         target = out[place] if leaf.stacked else out
-        if not leaf.turned:
+        if not leaf.transposed:
             target[...] = source.read(name, within)
             continue
         part = source.read(name, within[::-1])

@@ -1,7 +1,7 @@
 """Where torch tensors come from: safetensors (single or sharded), torch .bin files, with LoRA
 adapters merged in on the way.
 
-Names are given in the published spelling. Tensors are read slice by slice as [out, in] matrices (or
+Names are given in the hub's spelling. Tensors are read slice by slice as [out, in] matrices (or
 vectors), checked for NaN and infinity as they pass, and counted, so that a test can see that a
 device reads only its own shard.
 """
@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from infinitevl_jax.checkpoints.safetensors_file import SPELLED, SafetensorsFile
-from infinitevl_jax.checkpoints.weights import LIVE, PUBLISHED, live, published
+from infinitevl_jax.checkpoints.weights import HUB, RUNTIME, hub_name, runtime_name
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.reading import inside, open_file, plain_name, read_json
 
@@ -41,7 +41,7 @@ class Source:
 
     Attributes:
       files: the weight files, in order.
-      names: published name -> (file, name in that file), in the order of the files.
+      names: hub name -> (file, name in that file), in the order of the files.
       index_metadata: the index's own dictionary, None where there is no index.
       bytes_read: bytes taken out of the tensors so far.
     """
@@ -58,14 +58,14 @@ class Source:
                         "weights have to be bf16, f16 or f32: dequantise or cast them before"
                         " importing",
                     )
-                if published(name) in self.names:
-                    other = self.names[published(name)]
+                if hub_name(name) in self.names:
+                    other = self.names[hub_name(name)]
                     raise InfiniteVLError(
                         f"tensor {name} of {file.path.name} is there twice: {other[1]} in"
                         f" {other[0].path.name}",
                         f"keep one of them in {folder}",
                     )
-                self.names[published(name)] = (file, name)
+                self.names[hub_name(name)] = (file, name)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -78,7 +78,7 @@ class Source:
     @property
     def spelling(self) -> str:
         """How the names are spelled on disk."""
-        return LIVE if any(raw != name for name, (_, raw) in self.names.items()) else PUBLISHED
+        return RUNTIME if any(raw != name for name, (_, raw) in self.names.items()) else HUB
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """Part of a tensor, seen as a matrix [out, in] or a vector, as a fresh array.
@@ -296,5 +296,5 @@ def index_json(weight_map: dict[str, str], metadata: dict) -> str:
 
 
 def respell(name: str, spelling: str) -> str:
-    """A published name in `spelling`."""
-    return live(name) if spelling == LIVE else name
+    """A hub name in `spelling`."""
+    return runtime_name(name) if spelling == RUNTIME else name

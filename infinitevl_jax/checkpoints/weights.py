@@ -1,14 +1,11 @@
-"""The weight table: torch name <-> our name, one line a tensor, read in both directions.
+"""The weight table: torch name <-> our name, read in both directions.
 
-Every torch tensor is used once and every parameter filled once; what does not fit is named. Only
-three things differ between the two
-sides: names, the order of axes (torch keeps [out, in], we keep [in, out]), and that equal layers
-  are stacked here.
+It is derived: each parameter says how torch names and orders it (`infinitevl_jax.nn.parameter`),
+each family how its files spell the path to it (`infinitevl_jax.families`). Every torch tensor is
+used once and every parameter filled once; what does not fit is named.
 """
 
-import itertools
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,88 +13,27 @@ import numpy as np
 
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.errors import InfiniteVLError
-from infinitevl_jax.nn.params import STACKED, abstract, stack_layouts
+from infinitevl_jax.families import family
+from infinitevl_jax.nn.parameter import Facts
+from infinitevl_jax.nn.params import parameters
 
-SAME, TURNED = False, True  # TURNED: [out, ...] -> [prod(...), out]
-
-# torch name (published spelling), our name, axes. `*` is a layer's number, {a,b} stands for a line
-# each.
-TABLE: tuple[tuple[str, str, bool], ...] = (
-    ("visual.patch_embed.proj.weight", "visual.patch_embed.kernel", TURNED),
-    ("visual.blocks.*.{norm1,norm2}.weight", "visual.blocks.*.{norm1,norm2}.weight", SAME),
-    ("visual.blocks.*.attn.{qkv,proj}.weight", "visual.blocks.*.attn.{qkv,proj}.kernel", TURNED),
-    ("visual.blocks.*.attn.{qkv,proj}.bias", "visual.blocks.*.attn.{qkv,proj}.bias", SAME),
-    (
-        "visual.blocks.*.mlp.{gate,up,down}_proj.weight",
-        "visual.blocks.*.mlp.{gate,up,down}_proj.kernel",
-        TURNED,
-    ),
-    (
-        "visual.blocks.*.mlp.{gate,up,down}_proj.bias",
-        "visual.blocks.*.mlp.{gate,up,down}_proj.bias",
-        SAME,
-    ),
-    ("visual.merger.ln_q.weight", "visual.merger.ln_q.weight", SAME),
-    ("visual.merger.mlp.{0,2}.weight", "visual.merger.{fc1,fc2}.kernel", TURNED),
-    ("visual.merger.mlp.{0,2}.bias", "visual.merger.{fc1,fc2}.bias", SAME),
-    ("model.embed_tokens.weight", "embed_tokens.embedding", SAME),
-    (
-        "model.layers.*.{input,post_attention}_layernorm.weight",
-        "layers.*.{input,post_attention}_layernorm.weight",
-        SAME,
-    ),
-    (
-        "model.layers.*.self_attn.{q,k,v,a,b,g,o}_proj.weight",
-        "layers.*.self_attn.{q,k,v,a,b,g,o}_proj.kernel",
-        TURNED,
-    ),
-    ("model.layers.*.self_attn.{q,k,v}_proj.bias", "layers.*.self_attn.{q,k,v}_proj.bias", SAME),
-    (
-        "model.layers.*.self_attn.{q,k,v}_conv1d.weight",
-        "layers.*.self_attn.{q,k,v}_conv1d.weight",
-        TURNED,
-    ),
-    ("model.layers.*.self_attn.{A_log,dt_bias}", "layers.*.self_attn.{A_log,dt_bias}", SAME),
-    ("model.layers.*.self_attn.o_norm.weight", "layers.*.self_attn.o_norm.weight", SAME),
-    (
-        "model.layers.*.mlp.{gate,up,down}_proj.weight",
-        "layers.*.mlp.{gate,up,down}_proj.kernel",
-        TURNED,
-    ),
-    ("model.norm.weight", "norm.weight", SAME),
-    ("lm_head.weight", "lm_head.kernel", TURNED),
-)
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-PUBLISHED, LIVE = "published", "live"
-_LIVE = (("model.language_model.", "model."), ("model.visual.", "visual."))
+HUB, RUNTIME = "published", "live"  # as written into manifests
+# prefixes of transformers' live modules -> of published files
+_RUNTIME = (("model.language_model.", "model."), ("model.visual.", "visual."))
 
 
-def _lines(pattern: str) -> list[str]:
-    """`a{b,c}d` -> [abd, acd]."""
-    parts = re.split(r"\{([^}]*)\}", pattern)
-    return [
-        "".join(choice)
-        for choice in itertools.product(
-            *(p.split(",") if i % 2 else [p] for i, p in enumerate(parts))
-        )
-    ]
+def hub_name(name: str) -> str:
+    """A torch name in the hub's spelling, whichever of the two it came in."""
+    return next(
+        (new + name.removeprefix(old) for old, new in _RUNTIME if name.startswith(old)), name
+    )
 
 
-_OURS: dict[str, tuple[str, bool]] = {
-    ours: (torch, turned)
-    for torch_pattern, our_pattern, turned in TABLE
-    for torch, ours in zip(_lines(torch_pattern), _lines(our_pattern), strict=True)
-}
-
-
-def published(name: str) -> str:
-    """A torch name in the published spelling, whichever of the two it came in."""
-    return next((new + name.removeprefix(old) for old, new in _LIVE if name.startswith(old)), name)
-
-
-def live(name: str) -> str:
-    """A published torch name as transformers' live modules spell it."""
-    return next((old + name.removeprefix(new) for old, new in _LIVE if name.startswith(new)), name)
+def runtime_name(name: str) -> str:
+    """A hub name as transformers' live modules spell it."""
+    return next(
+        (old + name.removeprefix(new) for old, new in _RUNTIME if name.startswith(new)), name
+    )
 
 
 @dataclass(frozen=True)
@@ -115,7 +51,7 @@ class Leaf:
     torch: tuple[str, ...]
     torch_shape: tuple[int, ...]
     stacked: bool
-    turned: bool
+    transposed: bool
 
     @property
     def size(self) -> int:
@@ -127,43 +63,35 @@ class Leaf:
 
     def to_torch(self, part: np.ndarray) -> np.ndarray:
         """One slice of ours -> the torch tensor."""
-        return np.ascontiguousarray(part.T if self.turned else part).reshape(self.torch_shape)
+        return np.ascontiguousarray(part.T if self.transposed else part).reshape(self.torch_shape)
 
 
 def leaves(config: ModelConfig, *, scanned: bool) -> list[Leaf]:
     """Every parameter of a model in one layout, with the torch tensors behind it."""
-    shapes = {
-        name: tuple(leaf.shape) for name, leaf in abstract(config, scanned=scanned)[1].items()
-    }
-    layouts = stack_layouts(config, scanned=scanned)
+    names = family(config.family)
     out = []
-    for name, shape in shapes.items():
-        layers, pattern, stacked = [None], name, False
-        if found := STACKED.fullmatch(name):
-            stack, group, place, tail = found.groups()
-            where, stacked = layouts[stack], group == "blocks"
-            layers = where.members(int(place)) if stacked else [where.stacked + int(place)]
-            pattern = f"{stack}.*.{tail}"
-        torch, turned = _OURS[pattern]
-        one = shape[1:] if stacked else shape
-        names = tuple(
-            torch if layer is None else torch.replace("*", str(layer)) for layer in layers
-        )
-        out.append(
-            Leaf(name, shape, names, _torch_shape(torch, one, turned, config), stacked, turned)
-        )
+    for name, parameter in parameters(config, scanned=scanned).items():
+        facts = parameter.facts
+        torch = tuple(names.tensor_name(_torch_path(layer, facts)) for layer in parameter.layers)
+        shape, stacked = parameter.shape, parameter.stacked
+        out.append(Leaf(name, shape, torch, facts.torch_shape, stacked, facts.transposed))
     return out
 
 
-def _torch_shape(
-    torch: str, ours: tuple[int, ...], turned: bool, config: ModelConfig
-) -> tuple[int, ...]:
-    if torch == "visual.patch_embed.proj.weight":
-        v = config.vision
-        return (ours[1], v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
-    if torch.endswith("_conv1d.weight"):
-        return (ours[1], 1, ours[0])
-    return ours[::-1] if turned else ours
+def embedding_name(config: ModelConfig) -> str:
+    """Torch name of the token table."""
+    return family(config.family).tensor_name("embed_tokens.weight")
+
+
+def head_name(config: ModelConfig) -> str:
+    """Torch name of the output head, also where it is tied to the token table."""
+    return family(config.family).tensor_name("lm_head.weight")
+
+
+def _torch_path(name: str, facts: Facts) -> str:
+    """Our path to a parameter, with torch's name of it at the end."""
+    module, _, own = name.rpartition(".")
+    return f"{module}.{facts.torch_name or own}"
 
 
 def match(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
@@ -178,8 +106,9 @@ def match(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], source: st
     expected = {
         name: leaf.torch_shape for leaf in leaves(config, scanned=False) for name in leaf.torch
     }
-    if config.text.tie_word_embeddings and HEAD in shapes:
-        expected[HEAD] = expected[EMBEDDING]
+    head = head_name(config)
+    if config.text.tie_word_embeddings and head in shapes:
+        expected[head] = expected[embedding_name(config)]
     complain(
         expected,
         shapes,

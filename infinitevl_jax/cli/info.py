@@ -3,8 +3,9 @@
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from infinitevl_jax.checkpoints import read_config
@@ -14,24 +15,14 @@ from infinitevl_jax.checkpoints.manifest import Manifest
 from infinitevl_jax.checkpoints.newest import checkpoint_folder
 from infinitevl_jax.checkpoints.source import open_source
 from infinitevl_jax.checkpoints.weights import leaves, match
-from infinitevl_jax.config.model import FULL, LINEAR, SLIDING, ModelConfig
+from infinitevl_jax.config.model import SLIDING, ModelConfig
 from infinitevl_jax.errors import InfiniteVLError
-from infinitevl_jax.nn.cache import cache_bytes
+from infinitevl_jax.nn.mixers import layer_type
+from infinitevl_jax.nn.params import cache_spec
 from infinitevl_jax.processing import ChatTemplate, Tokenizer
 from infinitevl_jax.serve.infinitevl import compute_dtype
 
 LENGTHS = (1_000, 100_000)
-PARTS = (
-    "vision tower",
-    "vision merger",
-    "embeddings",
-    "softmax mixers",
-    "Gated DeltaNet mixers",
-    "MLPs",
-    "norms",
-    "head",
-)
-NAMES = {SLIDING: "window attention", FULL: "full attention", LINEAR: "Gated DeltaNet"}
 
 
 def describe(folder: Path) -> dict:
@@ -49,9 +40,7 @@ def describe(folder: Path) -> dict:
         "folder": str(folder),
         "kind": "ours" if is_ours(folder) else "Hugging Face",
         "family": config.family,
-        "layers": {
-            NAMES[kind]: text.layer_types.count(kind) for kind in NAMES if kind in text.layer_types
-        },
+        "layers": dict(Counter(layer_type(kind).title for kind in text.layer_types)),
         "window": text.sliding_window if SLIDING in text.layer_types else None,
         "sizes": {
             "hidden": text.hidden_size,
@@ -71,7 +60,9 @@ def describe(folder: Path) -> dict:
         "cache": {
             "dtype": dtype.name,
             "formula": cache_formula(config, dtype),
-            "bytes": {str(length): cache_bytes(config, 1, dtype, length) for length in LENGTHS},
+            "bytes": {
+                str(length): cache_spec(config, 1, length, dtype).nbytes for length in LENGTHS
+            },
         },
     }
 
@@ -96,7 +87,9 @@ def _dtypes(folder: Path, config: ModelConfig) -> dict[str, np.dtype]:
 
 def _parts(config: ModelConfig, dtypes: dict[str, np.dtype]) -> dict[str, dict]:
     """Part -> parameters, bytes in the tensors' own dtypes, and parameters of each dtype."""
-    parts = {name: Counter() for name in PARTS}
+    groups = [layer_type(kind).group for kind in dict.fromkeys(config.text.layer_types)]
+    order = ("vision tower", "vision merger", "embeddings", *groups, "MLPs", "norms", "head")
+    parts = {name: Counter() for name in order}
     for leaf in leaves(config, scanned=False):
         parts[_part(leaf.name, config)][dtypes[leaf.torch[0]]] += leaf.size
     return {
@@ -114,13 +107,9 @@ def _part(name: str, config: ModelConfig) -> str:
     fields = name.split(".")
     if fields[0] == "visual":
         return "vision merger" if fields[1] == "merger" else "vision tower"
-    if fields[0] == "layers" and fields[3] == "self_attn":
-        return (
-            "Gated DeltaNet mixers"
-            if config.text.layer_types[int(fields[2])] == LINEAR
-            else "softmax mixers"
-        )
-    if fields[0] == "layers" and fields[3] == "mlp":
+    if fields[0] == "layers" and fields[2] == "self_attn":
+        return layer_type(config.text.layer_types[int(fields[1])]).group
+    if fields[0] == "layers" and fields[2] == "mlp":
         return "MLPs"
     return {"embed_tokens": "embeddings", "lm_head": "head"}.get(fields[0], "norms")
 
@@ -150,18 +139,26 @@ def _words(folder: Path, config: ModelConfig) -> dict:
 
 
 def cache_formula(config: ModelConfig, dtype: np.dtype) -> str:
-    """Bytes of one sequence's cache as a sum that can be checked by hand."""
-    text, item, count = config.text, jnp.dtype(dtype).itemsize, Counter(config.text.layer_types)
-    slot = f"2 x {text.num_key_value_heads} heads x {text.head_dim} x {item} bytes"
-    heads, key, value = text.num_linear_heads, text.linear_head_dim, text.linear_value_dim
-    state = f"{heads} heads x {key} x {value} x 4 bytes"
-    tail = f"{text.conv_size - 1} inputs x {heads * (2 * key + value)} x {item} bytes"
-    terms = {
-        SLIDING: f"{text.sliding_window} slots x {slot}",
-        FULL: f"length x {slot}",
-        LINEAR: f"({state} + {tail})",
-    }
-    return " + ".join(f"{count[kind]} layers x {terms[kind]}" for kind in NAMES if count[kind])
+    """Bytes of one sequence's cache as a sum that can be checked by hand: the states of all layers,
+    array by array."""
+    # what differs between two lengths, both beyond any window, grows with the sequence
+    long, longer = (cache_spec(config, 1, 2**40 + more, dtype).layers for more in (0, 1))
+    terms = Counter(_state_formula(*states) for states in zip(long, longer, strict=True))
+    return " + ".join(f"{count} layers x ({term})" for term, count in terms.items())
+
+
+def _state_formula(state: Any, longer: Any) -> str:
+    """Bytes of one layer's state; `longer` is that of a sequence with one token more."""
+    terms = []
+    leaves = map(jax.tree_util.tree_leaves_with_path, (state, longer))
+    for (path, leaf), (_, more) in zip(*leaves, strict=True):
+        sizes = [
+            str(size) if size == grown else "length"
+            for size, grown in zip(leaf.shape[1:], more.shape[1:], strict=True)
+        ]
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        terms.append(f"{name} {' x '.join(sizes)} x {leaf.dtype.itemsize} bytes")
+    return " + ".join(terms)
 
 
 def as_json(facts: dict) -> str:
@@ -196,13 +193,11 @@ def as_table(facts: dict) -> str:
             f"{name} {' '.join(map(str, i)) if isinstance(i, list) else i}"
             for name, i in facts["ids"].items()
         ),
-        "cache": (
-            f"for one sequence in {cache['dtype']}"
-            + (", states in float32:" if NAMES[LINEAR] in facts["layers"] else ":")
-        ),
+        "cache": f"for one sequence, activations in {cache['dtype']}:",
     }
     lines = [f"{name:<11}{value}" for name, value in rows.items()]
-    lines.append(f"{'':<11}{cache['formula']}")
+    terms = cache["formula"].replace(") + ", ") +\n")
+    lines += [f"{'':<11}{term}" for term in terms.splitlines()]
     lines += [
         f"{'':<11}at {int(length):>7,} tokens: {size:,} bytes ({_human(size)})"
         for length, size in cache["bytes"].items()

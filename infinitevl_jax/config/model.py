@@ -25,6 +25,7 @@ from infinitevl_jax.config.ranges import (
 from infinitevl_jax.errors import InfiniteVLError
 
 SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
+LAYER_TYPES = {SLIDING, FULL, LINEAR}  # and what `infinitevl_jax.nn.mixers.register_mixer` adds
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The decoder. `layer_types` is the pattern: one of SLIDING, FULL, LINEAR for every layer."""
+    """The decoder. `layer_types` is the pattern: one of LAYER_TYPES for every layer."""
 
     layer_types: Annotated[tuple[str, ...], Meta(max_length=LAYERS)]
     vocab_size: Annotated[int, Meta(ge=1, le=2**24)] = 151936
@@ -100,10 +101,14 @@ class TextConfig:
     mrope_section: tuple[Count, Count, Count] | None = (16, 24, 24)
     rms_norm_eps: Share = 1e-6
     tie_word_embeddings: bool = True
+    partial_rotary_factor: Annotated[float, Meta(gt=0, le=1)] = 1.0  # share of head_dim that turns
+    query_key_norm: bool = False  # RMSNorm of each query and key head
+    attention_output_gate: bool = False
     # Gated DeltaNet
     conv_size: Count = 4
     expand_v: Annotated[float, Meta(gt=0, le=64)] = 2.0
-    num_linear_heads: Heads = 16
+    num_linear_heads: Heads = 16  # value heads
+    num_linear_key_heads: Heads | None = None  # None: as many as value heads
     linear_head_dim: Width = 128
     norm_eps: Share = 1e-5
 
@@ -112,17 +117,23 @@ class TextConfig:
         if self.mrope_section is not None:
             object.__setattr__(self, "mrope_section", tuple(self.mrope_section))
         check_ranges(self)
-        if self.mrope_section is not None and sum(self.mrope_section) != self.head_dim // 2:
+        if self.mrope_section is not None and sum(self.mrope_section) != self.rotary_dim // 2:
             raise InfiniteVLError(
                 f"mrope_section {list(self.mrope_section)} sums to {sum(self.mrope_section)}, not"
-                f" head_dim / 2 = {self.head_dim // 2}",
+                f" half of the {self.rotary_dim} channels of a head that turn",
                 "make the sections (temporal, height, width) add up to half of head_dim",
             )
-        unknown = sorted(set(self.layer_types) - {SLIDING, FULL, LINEAR})
+        if self.num_linear_heads % self.linear_key_heads:
+            raise InfiniteVLError(
+                f"num_linear_heads {self.num_linear_heads} is not a multiple of"
+                f" num_linear_key_heads {self.linear_key_heads}",
+                "each key head of Gated DeltaNet serves a whole number of value heads",
+            )
+        unknown = sorted(set(self.layer_types) - LAYER_TYPES)
         if unknown or not self.layer_types:
             raise InfiniteVLError(
                 f"layer_types holds {unknown or 'nothing'}",
-                f"every layer is one of {SLIDING}, {FULL}, {LINEAR}",
+                f"every layer is one of {', '.join(sorted(LAYER_TYPES))}",
             )
         if self.conv_size != 4:
             raise InfiniteVLError(
@@ -150,6 +161,16 @@ class TextConfig:
     @property
     def num_hidden_layers(self) -> int:
         return len(self.layer_types)
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of an attention head that rotary embedding turns; the others stay."""
+        return 2 * int(self.head_dim * self.partial_rotary_factor / 2)
+
+    @property
+    def linear_key_heads(self) -> int:
+        """Query and key heads of Gated DeltaNet."""
+        return self.num_linear_key_heads or self.num_linear_heads
 
     @property
     def linear_value_dim(self) -> int:

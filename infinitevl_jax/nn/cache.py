@@ -11,22 +11,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from infinitevl_jax.config.model import FULL, LINEAR, SLIDING, ModelConfig
 from infinitevl_jax.sharding import constrain
 
 
 class Cache(NamedTuple):
     """The state of `batch` sequences."""
 
-    layers: tuple  # one state a layer: KVCache or DeltaState
+    layers: tuple  # the state of each layer's mixer (`Mixer.state_spec`)
     length: Array  # [batch] int32 tokens seen
-    next_position: (
-        Array  # [batch] int32 rotary position of the next text token: the largest so far + 1
-    )
+    # [batch] int32 rotary position of the next text token: the largest so far + 1
+    next_position: Array
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all layers' states."""
+        """Bytes of all layers' states (of arrays, or of their shapes)."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.layers))
 
     def select(self, rows: Array) -> "Cache":
@@ -41,20 +39,3 @@ def empty(specs) -> Cache:
         lambda s: constrain(jnp.zeros(s.shape, s.dtype), "batch", *[None] * (len(s.shape) - 1)),
         specs,
     )
-
-
-def cache_bytes(config: ModelConfig, batch: int, dtype, max_length: int = 0) -> int:
-    """Bytes that `batch` sequences keep, by formula.
-
-    A window layer holds `sliding_window` keys and values, a full-attention layer `max_length`; a
-    Gated DeltaNet layer its f32 state and the last conv_size - 1 inputs of three convolutions.
-    """
-    text, item = config.text, jnp.dtype(dtype).itemsize
-    slot = 2 * text.num_key_value_heads * text.head_dim * item
-    keys, values = (
-        text.num_linear_heads * text.linear_head_dim,
-        text.num_linear_heads * text.linear_value_dim,
-    )
-    linear = 4 * keys * text.linear_value_dim + (text.conv_size - 1) * (2 * keys + values) * item
-    sizes = {SLIDING: slot * text.sliding_window, FULL: slot * max_length, LINEAR: linear}
-    return batch * sum(sizes[kind] for kind in text.layer_types)

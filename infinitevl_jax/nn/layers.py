@@ -10,24 +10,48 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from infinitevl_jax.nn.parameter import parameter
 from infinitevl_jax.nn.rngs import Rngs
+
+Axes = tuple[str | None, str | None]
 
 
 def matmul_precision(dtype) -> jax.lax.Precision | None:
-    """HIGHEST for f32 and wider (no silent TF32 or bf16 passes), the device's native one
-    otherwise."""
+    """HIGHEST for f32 and wider (no silent TF32 or bf16 passes), else the device's native one."""
     return jax.lax.Precision.HIGHEST if jnp.finfo(dtype).bits >= 32 else None
 
 
 class Linear(nnx.Module):
     """y = x kernel + bias, kernel [in, out]. Fresh kernels are U(+-1/sqrt(in)), biases zero."""
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, rngs: Rngs):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        axes: Axes,
+        *,
+        bias: bool = False,
+        torch_shape: tuple[int, ...] | None = None,
+        rngs: Rngs,
+    ):
+        """
+        Args:
+          axes: logical axes of the kernel.
+          torch_shape: of the kernel in a torch checkpoint, where it is not [out, in].
+        """
         bound = in_features**-0.5
-        self.kernel = nnx.Param(
-            jax.random.uniform(rngs(), (in_features, out_features), minval=-bound, maxval=bound)
+        self.kernel = parameter(
+            (in_features, out_features),
+            lambda shape: jax.random.uniform(rngs(), shape, minval=-bound, maxval=bound),
+            axes,
+            matmul=True,
+            torch_name="weight",
+            torch_shape=torch_shape,
+            transposed=True,
         )
-        self.bias = nnx.Param(jnp.zeros(out_features)) if bias else None
+        # "width" is split for storage alone, which is not worth it for a vector
+        split = None if axes[1] == "width" else axes[1]
+        self.bias = parameter((out_features,), jnp.zeros, (split,), decay=False) if bias else None
 
     def __call__(self, x: Array) -> Array:
         y = jnp.dot(x, self.kernel[...].astype(x.dtype), precision=matmul_precision(x.dtype))
@@ -35,12 +59,11 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * weight over the last axis: variance in f32, cast back to the input dtype, then
-    times weight."""
+    """x / rms(x) * weight over the last axis: variance in f32, cast back, then times weight."""
 
     def __init__(self, features: int, eps: float):
         self.eps = eps
-        self.weight = nnx.Param(jnp.ones(features))
+        self.weight = parameter((features,), jnp.ones, (None,), decay=False)
 
     def __call__(self, x: Array) -> Array:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -52,9 +75,9 @@ class GatedMLP(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
     def __init__(self, features: int, hidden: int, *, bias: bool = False, rngs: Rngs):
-        self.gate_proj = Linear(features, hidden, bias=bias, rngs=rngs)
-        self.up_proj = Linear(features, hidden, bias=bias, rngs=rngs)
-        self.down_proj = Linear(hidden, features, bias=bias, rngs=rngs)
+        self.gate_proj = Linear(features, hidden, ("width", "hidden"), bias=bias, rngs=rngs)
+        self.up_proj = Linear(features, hidden, ("width", "hidden"), bias=bias, rngs=rngs)
+        self.down_proj = Linear(hidden, features, ("hidden", "width"), bias=bias, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -64,7 +87,12 @@ class Embedding(nnx.Module):
     """Token table [vocab, width]; also the output head where the two are tied."""
 
     def __init__(self, vocab: int, features: int, *, std: float, rngs: Rngs):
-        self.embedding = nnx.Param(std * jax.random.normal(rngs(), (vocab, features)))
+        self.embedding = parameter(
+            (vocab, features),
+            lambda shape: std * jax.random.normal(rngs(), shape),
+            ("vocab", "width"),
+            torch_name="weight",
+        )
 
     def __call__(self, tokens: Array, dtype) -> Array:
         return self.embedding[...][tokens].astype(dtype)

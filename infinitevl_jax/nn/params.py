@@ -1,32 +1,62 @@
-"""Parameters as one flat dict of dotted names, and the module that computes with them.
+"""A model's parameters as one flat dict of dotted names, and the modules that compute with them.
 
-Optimiser, checkpoints, sharding and conversion all work on the dict; only `bind` knows that flax
-has a tree of its own.
+Optimiser, checkpoints and sharding all work on the dict. There are two layouts of it:
+
+* layer by layer, as on disk: "layers.3.mlp.up_proj.kernel";
+* stacked for a scan: "layers.blocks.1.mlp.up_proj.kernel", with a leading axis over the layers of
+  a block (`infinitevl_jax.nn.stack`); what is in no block has the same name in both.
 """
 
 import functools
-import re
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
 from infinitevl_jax.config.model import ModelConfig
+from infinitevl_jax.nn.cache import Cache
 from infinitevl_jax.nn.ops import Ops
+from infinitevl_jax.nn.parameter import Facts
 from infinitevl_jax.nn.rngs import Rngs
-from infinitevl_jax.nn.stack import Layout, layout
-from infinitevl_jax.nn.towers.qwen2_5_vl import block_kinds
+from infinitevl_jax.nn.stack import Layout, Stack
 from infinitevl_jax.nn.vlm import VLM
 
 Params = dict[str, Array]
 
 
-def flatten(state: nnx.State) -> Params:
-    """nnx state -> {"layers.rest.0.mlp.up_proj.kernel": array, ...}."""
-    return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a model, in one layout.
+
+    Attributes:
+      layers: its names layer by layer: of each slice along the leading axis, or its own name.
+      stacked: whether it has that axis.
+      in_stack: whether it belongs to a layer of a stack.
+      facts: of one layer's parameter.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    layers: tuple[str, ...]
+    stacked: bool
+    in_stack: bool
+    facts: Facts
+
+    @property
+    def size(self) -> int:
+        """Numbers in it."""
+        return math.prod(self.shape)
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """The logical axis of each dimension."""
+        return (None,) * self.stacked + self.facts.axes
 
 
 def no_remat(layer: Callable) -> Callable:
@@ -34,70 +64,132 @@ def no_remat(layer: Callable) -> Callable:
     return layer
 
 
+@dataclass(frozen=True)
+class _Abstract:
+    """A model without its numbers.
+
+    paths: flax's own path of each parameter, by our name. stacks: by dotted name.
+    """
+
+    graphdef: nnx.GraphDef
+    paths: Mapping[str, tuple]
+    parameters: Mapping[str, Parameter]
+    stacks: Mapping[str, Layout]
+
+
 @functools.cache
-def abstract(
+def _abstract(
+    config: ModelConfig, scanned: bool, dtype: np.dtype, ops: Ops | None, remat: Callable
+) -> _Abstract:
+    def make():
+        rngs = Rngs(jax.random.key(0))
+        return VLM(config, dtype=dtype, ops=ops, scanned=scanned, remat=remat, rngs=rngs)
+
+    model = nnx.eval_shape(make)
+    stacks = {
+        ".".join(map(str, path)): node.layout
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, Stack)
+    }
+    graphdef, state = nnx.split(model, nnx.Param)
+    paths, parameters = {}, {}
+    for path, leaf in nnx.to_flat_state(state):
+        name, found = _parameter(path, leaf, stacks)
+        paths[name], parameters[name] = path, found
+    return _Abstract(graphdef, paths, MappingProxyType(parameters), stacks)
+
+
+def _parameter(path: tuple, leaf: nnx.Param, stacks: Mapping[str, Layout]) -> tuple[str, Parameter]:
+    """Our name of a flax parameter, and the parameter."""
+    value, facts = leaf.get_value(), leaf.get_metadata()["facts"]
+    for stack, layout in stacks.items():
+        depth = stack.count(".") + 1
+        if ".".join(map(str, path[:depth])) == stack:
+            group, place, tail = path[depth], int(path[depth + 1]), path[depth + 2 :]
+            layers = layout.members(place) if group == "blocks" else [layout.stacked + place]
+            names = tuple(".".join([stack, str(layer), *map(str, tail)]) for layer in layers)
+            stacked = group == "blocks"
+            name = ".".join(map(str, path)) if stacked else names[0]
+            return name, Parameter(value.shape, value.dtype, names, stacked, True, facts)
+    name = ".".join(map(str, path))
+    return name, Parameter(value.shape, value.dtype, (name,), False, False, facts)
+
+
+def parameters(config: ModelConfig, *, scanned: bool) -> Mapping[str, Parameter]:
+    """Every parameter of a model by name, in either layout; shapes of fresh ones, in float32."""
+    return _abstract(config, scanned, np.dtype(np.float32), None, no_remat).parameters
+
+
+def functional(
     config: ModelConfig,
     *,
     scanned: bool,
     dtype=jnp.float32,
     ops: Ops | None = None,
     remat: Callable = no_remat,
-) -> tuple[nnx.GraphDef, Mapping[str, jax.ShapeDtypeStruct]]:
-    """The model without its numbers: the graph definition that `bind` takes, and every parameter's
-    name and shape (f32)."""
-    model = nnx.eval_shape(
-        lambda: VLM(
-            config, dtype=dtype, ops=ops, scanned=scanned, remat=remat, rngs=Rngs(jax.random.key(0))
-        )
-    )
-    graphdef, state = nnx.split(model, nnx.Param)
-    return graphdef, MappingProxyType(
-        {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
-    )
+) -> Callable[[Mapping[str, Array]], VLM]:
+    """The function from parameters, in the layout that `scanned` says, to the module that computes
+    with them.
+
+    Args:
+      dtype: what activations are computed in.
+      remat: wraps a layer for the backward pass, such as jax.checkpoint.
+    """
+    model = _abstract(config, scanned, np.dtype(dtype), ops, remat)
+
+    def bind(params: Mapping[str, Array]) -> VLM:
+        tree = [(model.paths[name], nnx.Param(value)) for name, value in params.items()]
+        return nnx.merge(model.graphdef, nnx.from_flat_state(tree))
+
+    return bind
 
 
-def bind(graphdef: nnx.GraphDef, params: Mapping[str, Array]) -> VLM:
-    """The module that computes with these parameters."""
-    tree = [
-        (tuple(int(p) if p.isdigit() else p for p in name.split(".")), nnx.Param(value))
-        for name, value in params.items()
-    ]
-    return nnx.merge(graphdef, nnx.from_flat_state(tree))
-
-
-# stack, group, place in the group, the rest of a parameter's name
-STACKED = re.compile(r"(layers|visual\.blocks)\.(blocks|rest)\.(\d+)\.(.+)")
-
-
-def stack_layouts(config: ModelConfig, *, scanned: bool) -> dict[str, Layout]:
+def stack_layouts(config: ModelConfig, *, scanned: bool) -> Mapping[str, Layout]:
     """Where the layers of each stack live, by the stack's name."""
-    kinds = {"layers": config.text.layer_types} | (
-        {"visual.blocks": block_kinds(config.vision)} if config.vision is not None else {}
-    )
-    return {name: layout(kind, scanned) for name, kind in kinds.items()}
+    return _abstract(config, scanned, np.dtype(np.float32), None, no_remat).stacks
+
+
+def cache_spec(config: ModelConfig, batch: int, max_length: int | None, dtype) -> Cache:
+    """Shapes of a cache: all that is known of its size.
+
+    Args:
+      max_length: the most tokens of a sequence. Models of which every layer's state has a fixed
+        size take any number, and None.
+      dtype: of activations.
+    """
+    model = _abstract(config, False, np.dtype(dtype), None, no_remat)
+    shapes = {
+        path: jax.ShapeDtypeStruct(model.parameters[name].shape, jnp.float32)
+        for name, path in model.paths.items()
+    }
+    tree = nnx.from_flat_state([(path, nnx.Param(shape)) for path, shape in shapes.items()])
+    return nnx.merge(model.graphdef, tree).cache_spec(batch, max_length)
 
 
 def unstack(config: ModelConfig, params: Params) -> Params:
-    """Parameters of the scanned layout -> the unrolled one. Empties `params` on its way: one stack
-    at a time is held more than once."""
-    layouts = stack_layouts(config, scanned=True)
-    out = {}
+    """Stacked parameters -> layer by layer.
+
+    Empties `params` on its way, so that one stack at a time is held twice.
+    """
+    known, out = parameters(config, scanned=True), {}
     for name in list(params):
-        value = params.pop(name)
-        match = STACKED.fullmatch(name)
-        if match is None:
+        value, parameter = params.pop(name), known[name]
+        if not parameter.stacked:
             out[name] = value
             continue
-        stack, group, place, leaf = match.groups()
-        where = layouts[stack]
-        if group == "rest":
-            out[f"{stack}.rest.{where.stacked + int(place)}.{leaf}"] = value
-        else:
-            members = where.members(int(place))
-            # one operation, whose gradient is one concatenation; that of a slice is a whole stack
-            # of zeros around it
-            for layer, part in zip(members, jax.lax.split(value, [1] * len(members)), strict=True):
-                out[f"{stack}.rest.{layer}.{leaf}"] = part[0]
+        # one operation, whose gradient is one concatenation; that of a slice is a whole stack of
+        # zeros around it
+        parts = jax.lax.split(value, [1] * len(parameter.layers))
+        out |= {layer: part[0] for layer, part in zip(parameter.layers, parts, strict=True)}
+    return out
+
+
+def stack(config: ModelConfig, params: Params) -> Params:
+    """Parameters layer by layer -> stacked. Empties `params` on its way."""
+    out = {}
+    for name, parameter in parameters(config, scanned=True).items():
+        parts = [params.pop(layer) for layer in parameter.layers]
+        out[name] = jnp.stack(parts) if parameter.stacked else parts[0]
     return out
 
 
@@ -106,12 +198,17 @@ def initialize(
 ) -> Params:
     """Fresh parameters in `dtype`, the same numbers in both layouts.
 
-    shardings: by name in the scanned layout; each device then makes only its part.
+    shardings: by name in the stacked layout; each device then makes only its part.
     """
+    names = {path: name for name, path in _stacked_paths(config).items()}
 
     def create(key):
-        params = flatten(nnx.state(VLM(config, scanned=True, rngs=Rngs(key)), nnx.Param))
-        return {name: p.astype(dtype) for name, p in params.items()}
+        state = nnx.state(VLM(config, scanned=True, rngs=Rngs(key)), nnx.Param)
+        return {names[path]: leaf[...].astype(dtype) for path, leaf in nnx.to_flat_state(state)}
 
     params = jax.jit(create, out_shardings=shardings)(key)
     return params if scanned else unstack(config, params)
+
+
+def _stacked_paths(config: ModelConfig) -> Mapping[str, tuple]:
+    return _abstract(config, True, np.dtype(np.float32), None, no_remat).paths

@@ -46,10 +46,17 @@ def vision_angles(row_column: Array, head_dim: int, theta: float) -> Array:
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turn heads by their angles: x [batch, length, heads, head_dim], cos and sin [batch, length,
-    head_dim / 2] (rotate-half form)."""
+    """Turn heads by their angles, in rotate-half form.
+
+    Args:
+      x: [batch, length, heads, head_dim].
+      cos, sin: [batch, length, rotary_dim / 2]; what lies beyond the first rotary_dim channels of a
+        head is left as it is.
+    """
     cos, sin = cos[:, :, None], sin[:, :, None]
-    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(
-        x.dtype
-    )
+    rotary_dim = 2 * cos.shape[-1]
+    turned, rest = (x, None) if rotary_dim == x.shape[-1] else jnp.split(x, [rotary_dim], axis=-1)
+    first, second = jnp.split(turned.astype(cos.dtype), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+    turned = turned.astype(x.dtype)
+    return turned if rest is None else jnp.concatenate([turned, rest], -1)

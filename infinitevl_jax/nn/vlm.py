@@ -12,19 +12,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from infinitevl_jax.config.model import FULL, LINEAR, ModelConfig, TextConfig
+from infinitevl_jax.config.model import ModelConfig, TextConfig
 from infinitevl_jax.inputs.model_inputs import Inputs
 from infinitevl_jax.inputs.patches import Patches
 from infinitevl_jax.nn.cache import Cache
 from infinitevl_jax.nn.layers import Embedding, GatedMLP, Linear, RMSNorm
-from infinitevl_jax.nn.mixers.gated_delta_net import GatedDeltaNet
-from infinitevl_jax.nn.mixers.softmax_attention import Retention, SoftmaxAttention
+from infinitevl_jax.nn.mixers import Mixer, layer_type
 from infinitevl_jax.nn.ops import Ops
 from infinitevl_jax.nn.rngs import Rngs
 from infinitevl_jax.nn.rope import decoder_angles
 from infinitevl_jax.nn.stack import Stack
 from infinitevl_jax.nn.token_info import TokenInfo, inside_layer
-from infinitevl_jax.nn.towers.qwen2_5_vl import VisionTower
+from infinitevl_jax.nn.towers import make_tower
 from infinitevl_jax.sharding import constrain
 
 
@@ -35,21 +34,17 @@ class DecoderLayer(nnx.Module):
     def __init__(self, config: TextConfig, ops: Ops, kind: str, rngs: Rngs):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        if kind == LINEAR:
-            self.self_attn = GatedDeltaNet(config, ops, rngs)
-        else:
-            self.self_attn = SoftmaxAttention(
-                config, Retention(None if kind == FULL else config.sliding_window), ops, rngs
-            )
+        self.self_attn = layer_type(kind).make(config, ops, rngs)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, rngs=rngs)
 
     def __call__(self, x: Array, state, info: TokenInfo):
-        info = (
-            info if state is not None else inside_layer(info, x)
-        )  # rows without a cache: what training scans
-        mixed, state = self.self_attn(self.input_layernorm(x), state, info)
+        if state is None:  # what training scans
+            info = inside_layer(info, x)
+        with jax.named_scope("mixer"):
+            mixed, state = self.self_attn(self.input_layernorm(x), state, info)
         x = x + mixed
-        x = x + self.mlp(self.post_attention_layernorm(x))
+        with jax.named_scope("mlp"):
+            x = x + self.mlp(self.post_attention_layernorm(x))
         return constrain(x, "batch", "length", None), state
 
 
@@ -72,7 +67,7 @@ class VLM(nnx.Module):
         tower = (
             None
             if config.vision is None
-            else VisionTower(config.vision, ops, scanned=scanned, remat=remat, rngs=rngs)
+            else make_tower(config.vision, ops, scanned=scanned, remat=remat, rngs=rngs)
         )
         self.visual = tower
         self.embed_tokens = Embedding(
@@ -84,13 +79,14 @@ class VLM(nnx.Module):
         self.lm_head = (
             None
             if text.tie_word_embeddings
-            else Linear(text.hidden_size, text.vocab_size, rngs=rngs)
+            else Linear(text.hidden_size, text.vocab_size, ("width", "vocab"), rngs=rngs)
         )
 
     def encode(self, patches: Patches) -> Array:
         """Image and video tokens: [rows, tokens, width], placed as `Inputs.vision_index` expects
         them."""
-        return self.visual(patches, self.dtype)
+        with jax.named_scope("vision"):
+            return self.visual(patches, self.dtype)
 
     def embed(self, inputs: Inputs, vision: Array | None) -> Array:
         """[batch, length, width]: the token table, with image and video tokens taken from `vision`
@@ -125,11 +121,13 @@ class VLM(nnx.Module):
                 start[:, None] + jnp.maximum(inputs.index, 0), (3, *inputs.index.shape)
             )
         text = self.config.text
-        angles = decoder_angles(positions, text.head_dim, text.rope_theta, text.mrope_section)
+        angles = decoder_angles(positions, text.rotary_dim, text.rope_theta, text.mrope_section)
         index = jnp.where(valid, inputs.index + length[:, None], -1)
         info = TokenInfo(index, inputs.segment, length, jnp.cos(angles), jnp.sin(angles))
 
-        y, states, outputs = self.layers(x, info, None if cache is None else cache.layers, collect)
+        states = None if cache is None else cache.layers
+        with jax.named_scope("decoder"):
+            y, states, outputs = self.layers(x, info, states, collect)
         hidden = self.norm(y)
         if cache is not None:
             furthest = jnp.max(jnp.where(valid, positions, -1), axis=(0, 2)) + 1
@@ -142,15 +140,36 @@ class VLM(nnx.Module):
 
     def logits(self, hidden: Array) -> Array:
         """[batch, length, width] -> [batch, length, vocab]."""
-        out = self.embed_tokens.attend(hidden) if self.lm_head is None else self.lm_head(hidden)
+        with jax.named_scope("head"):
+            out = self.embed_tokens.attend(hidden) if self.lm_head is None else self.lm_head(hidden)
         return constrain(out, "batch", "length", "vocab")
 
     def cache_spec(self, batch: int, max_length: int | None) -> Cache:
-        """Shapes of a cache for `batch` sequences of at most `max_length` tokens (None: any number,
-        which full attention cannot hold)."""
-        layers = tuple(
-            layer.self_attn.state_spec(batch, max_length, self.dtype)
-            for layer in self.layers.layers()
-        )
+        """Shapes of a cache for `batch` sequences.
+
+        max_length: the most tokens of a sequence, where some layer's state grows with it
+          (`keeps_everything`); otherwise it has no meaning.
+        """
+        max_length = max_length if self.keeps_everything else None
+        layers = tuple(mixer.state_spec(batch, max_length, self.dtype) for mixer in self._mixers())
         counter = jax.ShapeDtypeStruct((batch,), jnp.int32)
         return Cache(layers, counter, counter)
+
+    @property
+    def keeps_everything(self) -> bool:
+        """Whether the state of some layer grows with the sequence, as in full attention."""
+        return any(
+            mixer.max_length(mixer.state_spec(1, 1, self.dtype)) is not None
+            for mixer in self._mixers()
+        )
+
+    def max_length(self, cache: Cache) -> int | None:
+        """The most tokens of a sequence that a cache has room for; None: any number."""
+        found = [
+            mixer.max_length(state)
+            for mixer, state in zip(self._mixers(), cache.layers, strict=True)
+        ]
+        return min((length for length in found if length is not None), default=None)
+
+    def _mixers(self) -> list[Mixer]:
+        return [layer.self_attn for layer in self.layers.layers()]

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 from jax import Array
 
-from infinitevl_jax.config.model import FULL, ModelConfig
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.inputs.arrays import INT32_MAX
 from infinitevl_jax.inputs.model_inputs import Prepared
 from infinitevl_jax.nn.cache import Cache
+from infinitevl_jax.nn.vlm import VLM
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class CacheChecks:
     spec: (batch, max_length) -> shapes of this model's cache.
     """
 
-    config: ModelConfig
+    model: VLM
     spec: Callable[[int, int | None], Cache]
 
     def check_cache(self, cache: Cache | None) -> None:
@@ -38,7 +38,7 @@ class CacheChecks:
                 "this cache has been used up by decode",
                 "go on from the cache that came with the last token",
             )
-        spec = self.spec(len(cache.length), self._capacity(cache))
+        spec = self.spec(len(cache.length), self.model.max_length(cache))
         if jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), cache) != jax.tree.map(
             lambda leaf: (leaf.shape, leaf.dtype), spec
         ):
@@ -58,11 +58,6 @@ class CacheChecks:
             )
         self.check_room(cache, prepared.counts)
 
-    def _capacity(self, cache: Cache) -> int | None:
-        """Tokens that the full-attention layers have room for, None without such layers."""
-        kinds = zip(self.config.text.layer_types, cache.layers, strict=False)
-        return min((state[0].shape[1] for kind, state in kinds if kind == FULL), default=None)
-
     def check_room(self, cache: Cache | None, tokens: np.ndarray | int) -> None:
         """A cache takes so many tokens more: of the sequences it was made for, no more in full
         attention than that, and of any model no more than its counters count.
@@ -78,7 +73,7 @@ class CacheChecks:
                 "pass one row a sequence, or cache.select(rows) to branch or leave some out",
             )
         needed = (held + tokens).max()
-        capacity = self._capacity(cache)
+        capacity = self.model.max_length(cache)
         if capacity is not None and needed > capacity:
             raise InfiniteVLError(
                 f"the cache was made for {capacity} tokens, this call brings it to {needed}",

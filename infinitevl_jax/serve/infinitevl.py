@@ -8,7 +8,7 @@ Qwen2.5-VL processor passes unchanged.
 
 import warnings
 from collections.abc import Callable, Iterator
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from jax import Array
 from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
-from infinitevl_jax.config.model import FULL, ModelConfig
+from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.errors import InfiniteVLError, InfiniteVLWarning
 from infinitevl_jax.extras import says_which_extra
 from infinitevl_jax.inputs.arrays import as_numpy, whole_number
@@ -27,7 +27,7 @@ from infinitevl_jax.inputs.model_inputs import Prepared, prepare
 from infinitevl_jax.inputs.patches import bucket
 from infinitevl_jax.nn.cache import Cache, empty
 from infinitevl_jax.nn.ops import Ops, resolve_ops
-from infinitevl_jax.nn.params import Params, abstract, bind, initialize
+from infinitevl_jax.nn.params import Params, functional, initialize, parameters
 from infinitevl_jax.serve import decoding
 from infinitevl_jax.serve.cache_checks import CacheChecks
 from infinitevl_jax.serve.dtypes import compute_dtype, floating
@@ -102,14 +102,11 @@ class InfiniteVL:
                 stacklevel=2,
             )
         self.ops = ops or resolve_ops(mesh)
-        graphdef, _ = abstract(config, scanned=False, dtype=self.dtype, ops=self.ops)
-        model = partial(bind, graphdef)
+        model = functional(config, scanned=False, dtype=self.dtype, ops=self.ops)
         self._programs = Programs(model)
-        shapes = jax.eval_shape(lambda p: p, dict(params))
-        self._cache_spec = lru_cache(
-            lambda batch, max_length: model(shapes).cache_spec(batch, max_length)
-        )
-        self._checks = CacheChecks(config, self._cache_spec)
+        self._module = model(jax.eval_shape(lambda p: p, dict(params)))
+        self._cache_spec = lru_cache(self._module.cache_spec)
+        self._checks = CacheChecks(self._module, self._cache_spec)
 
     @classmethod
     def from_pretrained(
@@ -137,7 +134,7 @@ class InfiniteVL:
         shardings = None
         if mesh is not None:
             check_mesh(mesh)
-            shardings = parameter_shardings(abstract(read_config(folder), scanned=False)[1], mesh)
+            shardings = parameter_shardings(parameters(read_config(folder), scanned=False), mesh)
         with says_which_extra():  # some files need packages of their own
             config, params = load_params(
                 folder, scanned=False, dtype=dtype, shardings=shardings, progress=progress
@@ -156,7 +153,7 @@ class InfiniteVL:
     ) -> "InfiniteVL":
         """A model with fresh random weights."""
         shardings = (
-            None if mesh is None else parameter_shardings(abstract(config, scanned=True)[1], mesh)
+            None if mesh is None else parameter_shardings(parameters(config, scanned=True), mesh)
         )
         return cls(
             config,
@@ -176,7 +173,7 @@ class InfiniteVL:
     def keeps_everything(self) -> bool:
         """Whether some layer attends to the whole past, so that the cache must be sized to the
         longest sequence."""
-        return FULL in self.config.text.layer_types
+        return self._module.keeps_everything
 
     def init_cache(self, batch: int, max_length: int | None = None) -> Cache:
         """An empty cache for `batch` sequences. `max_length` sizes full-attention layers; the

@@ -1,13 +1,13 @@
-"""Sharding, said once: logical axis -> mesh axes, and parameter name -> logical axes.
+"""Sharding, said once: logical axis -> mesh axes.
 
 Mesh axes: `data` (replicas of the model), `fsdp` (batch and parameters), `tensor` (heads and hidden
-  units), `context` (reserved for
-the length). An axis that the mesh lacks, or that does not divide a dimension, leaves that dimension
-whole.
+units), `context` (reserved for the length). An axis that the mesh lacks, or that does not divide a
+dimension, leaves that dimension whole. Which logical axes a parameter has is one of its facts
+(`infinitevl_jax.nn.parameter`).
 """
 
-import re
 from collections.abc import Mapping
+from typing import Protocol
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -25,23 +25,6 @@ AXES: dict[str | None, tuple[str, ...]] = {
     "width": ("fsdp",),
     None: (),
 }
-
-# parameter name -> logical axes of its last dimensions; stacked parameters carry one leading axis
-# more, which stays whole
-PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"embed_tokens\.embedding", ("vocab", "width")),
-    (r"lm_head\.kernel", ("width", "vocab")),
-    (r"patch_embed\.kernel", ("hidden", "width")),
-    (r"(q|k|v|a|b|g)_proj\.kernel|qkv\.kernel", ("width", "heads")),
-    (r"(q|k|v)_proj\.bias|qkv\.bias", ("heads",)),
-    (r"(o_proj|attn\.proj)\.kernel", ("heads", "width")),
-    (r"(gate_proj|up_proj|fc1)\.kernel", ("width", "hidden")),
-    (r"(gate_proj|up_proj|fc1)\.bias", ("hidden",)),
-    (r"(down_proj|fc2)\.kernel", ("hidden", "width")),
-    (r"(q|k|v)_conv1d\.weight", (None, "heads")),
-    (r"A_log|dt_bias", ("heads",)),
-    (r"(down_proj|fc2|proj)\.bias|weight", (None,)),
-)
 
 
 def check_mesh(mesh: Mesh) -> None:
@@ -86,17 +69,6 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> Partitio
     return PartitionSpec(*entries)
 
 
-def parameter_axes(name: str, rank: int) -> tuple[str | None, ...]:
-    """Logical axes of a parameter by its dotted name."""
-    for pattern, axes in PARAMETERS:
-        if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name):
-            return (None,) * (rank - len(axes)) + axes
-    raise InfiniteVLError(
-        f"no sharding rule for parameter {name!r}",
-        "add its name to PARAMETERS in infinitevl_jax/sharding/rules.py",
-    )
-
-
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Tell the compiler how an activation is laid out on the ambient mesh (`jax.set_mesh`); without
     one, x as it is."""
@@ -106,30 +78,36 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
 
 
-def kept_whole(shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> list[str]:
-    """A line for each matrix of which every device holds all, although the mesh has parts for it:
-    no size divides by them."""
+class Sharded(Protocol):
+    """What is asked of a parameter: `infinitevl_jax.nn.params.Parameter` answers it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def axes(self) -> tuple[str | None, ...]: ...
+
+
+def kept_whole(parameters: Mapping[str, Sharded], mesh: Mesh) -> list[str]:
+    """A line for each matrix that every device holds whole because no side of it divides."""
     lines = []
-    for name, shape in shapes.items():
-        axes = parameter_axes(name, len(shape.shape))
-        parts = {n: mesh.shape[n] for axis in axes for n in AXES[axis] if mesh.shape.get(n, 1) > 1}
-        if (
-            len(parts)
-            and sum(axis is not None for axis in axes) > 1
-            and not any(spec(axes, shape.shape, mesh))
-        ):
-            lines.append(
-                f"{name} {list(shape.shape)}: no side divides by"
-                f" {' or '.join(f'{n} {size}' for n, size in parts.items())}"
-            )
+    for name, parameter in parameters.items():
+        parts = {
+            axis: mesh.shape[axis]
+            for logical in parameter.axes
+            for axis in AXES[logical]
+            if mesh.shape.get(axis, 1) > 1
+        }
+        matrix = sum(axis is not None for axis in parameter.axes) > 1
+        if parts and matrix and not any(spec(parameter.axes, parameter.shape, mesh)):
+            tried = " or ".join(f"{axis} {size}" for axis, size in parts.items())
+            lines.append(f"{name} {list(parameter.shape)}: no side divides by {tried}")
     return lines
 
 
-def parameter_shardings(
-    shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh
-) -> dict[str, NamedSharding]:
-    """Where every parameter lives, by dotted name."""
+def parameter_shardings(parameters: Mapping[str, Sharded], mesh: Mesh) -> dict[str, NamedSharding]:
+    """Where every parameter lives, by name (`infinitevl_jax.nn.params.parameters`)."""
     return {
-        name: NamedSharding(mesh, spec(parameter_axes(name, len(s.shape)), s.shape, mesh))
-        for name, s in shapes.items()
+        name: NamedSharding(mesh, spec(parameter.axes, parameter.shape, mesh))
+        for name, parameter in parameters.items()
     }

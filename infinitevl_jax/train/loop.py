@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -23,7 +22,7 @@ from infinitevl_jax.data.skipping import Skipped
 from infinitevl_jax.data.source import Source
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.nn.ops import resolve_ops
-from infinitevl_jax.nn.params import abstract
+from infinitevl_jax.nn.params import parameters
 from infinitevl_jax.sharding import kept_whole, make_mesh, parameter_shardings
 from infinitevl_jax.train.checkpoints import Checkpoints, abstract_state
 from infinitevl_jax.train.folder import claim_folder
@@ -88,14 +87,14 @@ def train(preset: Preset) -> Outcome:
                 f"train.epochs = {config.epochs:g} are {steps:,} steps",
                 f"at most {INT32:,} are counted",
             )
-        optimizer = make_optimizer(config.optimizer, steps)
+        known = parameters(start.config, scanned=True)
+        optimizer = make_optimizer(config.optimizer, steps, known)
         rate = schedule(config.optimizer, steps)
 
         stack.enter_context(jax.set_mesh(mesh))
         model = model_of(start.config, preset.run, ops)
-        shapes = dict(abstract(start.config, scanned=True)[1])
-        names, frozen = split_trainable(list(shapes), config.trainable)
-        check_memory(shapes, names, mesh)
+        names, frozen = split_trainable(known, config.trainable)
+        check_memory(known, names, mesh)
         checkpoints = stack.enter_context(
             contextlib.closing(
                 Checkpoints(run, start.files, start.manifest, config.keep, logger.warning)
@@ -106,7 +105,7 @@ def train(preset: Preset) -> Outcome:
             batches.set_state(place["rows"])
             skipped.set_state(place["skipped"])
 
-        state = _state(checkpoints, start, shapes, names, optimizer, mesh, set_place)
+        state = _state(checkpoints, start, known, names, optimizer, mesh, set_place)
         first = int(state.step)
         log = stack.enter_context(contextlib.closing(Log(run / "log.jsonl", first)))
 
@@ -119,12 +118,9 @@ def train(preset: Preset) -> Outcome:
             + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         )
         logger.info("activations: " + preset.run.dtype)
-        trained = sum(int(np.prod(shapes[n].shape)) for n in names)
-        logger.info(
-            f"parameters: {trained:,} trained,"
-            f" {sum(int(np.prod(shapes[n].shape)) for n in frozen):,} frozen"
-        )
-        if whole := kept_whole(shapes, mesh):
+        sizes = [sum(known[name].size for name in group) for group in (names, frozen)]
+        logger.info(f"parameters: {sizes[0]:,} trained, {sizes[1]:,} frozen")
+        if whole := kept_whole(known, mesh):
             logger.info("\n  ".join(["on every device, whole:", *whole]))
         if first:
             logger.info(f"going on from step {first}")
@@ -191,17 +187,19 @@ def train(preset: Preset) -> Outcome:
 
 
 def _state(
-    checkpoints: Checkpoints, start, shapes, names, optimizer, mesh: Mesh, set_place
+    checkpoints: Checkpoints, start, known, names, optimizer, mesh: Mesh, set_place
 ) -> TrainState:
     """The state of the newest checkpoint, whose place in the data `set_place` takes, or a fresh
     one."""
     begin = partial(init_state, trainable=names, optimizer=optimizer)
     if checkpoints.last is None:
-        params = start.params(parameter_shardings(shapes, mesh))
-        shardings = state_shardings(jax.eval_shape(begin, params), mesh)
+        params = start.params(parameter_shardings(known, mesh))
+        shardings = state_shardings(jax.eval_shape(begin, params), known, mesh)
         return jax.jit(begin, out_shardings=shardings)(params)
+    shapes = {name: jax.ShapeDtypeStruct(p.shape, p.dtype) for name, p in known.items()}
     wanted = jax.eval_shape(begin, shapes)
-    return checkpoints.restore(abstract_state(wanted, state_shardings(wanted, mesh)), set_place)
+    places = state_shardings(wanted, known, mesh)
+    return checkpoints.restore(abstract_state(wanted, places), set_place)
 
 
 def _count(batch: TrainBatch) -> int:

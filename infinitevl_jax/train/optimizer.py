@@ -8,11 +8,7 @@ import optax
 
 from infinitevl_jax.config.train import OptimizerConfig
 from infinitevl_jax.errors import InfiniteVLError
-
-# gates, norms and biases are not shrunk towards zero
-NO_DECAY = re.compile(
-    r"(.*\.)?(A_log|dt_bias|bias|(norm|norm1|norm2|o_norm|ln_q|input_layernorm|post_attention_layernorm)\.weight)"
-)
+from infinitevl_jax.nn.params import Parameter
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -25,12 +21,16 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, Adam, decoupled weight decay where it belongs, learning rate. Works on a
-    dict of dotted names."""
+def make_optimizer(
+    config: OptimizerConfig, steps: int, parameters: Mapping[str, Parameter]
+) -> optax.GradientTransformation:
+    """Clip by global norm, Adam, decoupled weight decay, learning rate, on a dict of names.
+
+    parameters: of the model; each knows whether it decays. Norms, biases and gates do not.
+    """
 
     def decays(params: Mapping[str, jax.Array]) -> dict[str, bool]:
-        return {name: not NO_DECAY.fullmatch(name) for name in params}
+        return {name: parameters[name].facts.decay for name in params}
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
@@ -40,13 +40,20 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     )
 
 
-def split_trainable(names: Sequence[str], patterns: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Names of the parameters that train and of those that stay: a parameter trains if one pattern
-    matches its whole name.
+def split_trainable(
+    parameters: Mapping[str, Parameter], patterns: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Names of the parameters that train, and of those that stay.
 
-    Raises InfiniteVLError for a pattern that matches nothing.
+    Args:
+      parameters: of the model, in either layout.
+      patterns: regular expressions. A parameter trains if one of them matches its whole name layer
+        by layer, such as "layers.3.mlp.up_proj.kernel".
+
+    Raises InfiniteVLError for a pattern that matches nothing, or only some layers of a stack.
     """
-    train: set[str] = set()
+    names = [layer for parameter in parameters.values() for layer in parameter.layers]
+    matched: set[str] = set()
     for pattern in patterns:
         hits = [name for name in names if re.fullmatch(pattern, name)]
         if not hits:
@@ -54,10 +61,20 @@ def split_trainable(names: Sequence[str], patterns: Sequence[str]) -> tuple[list
             raise InfiniteVLError(
                 f"train.trainable: {pattern!r} matches no parameter", f"names look like {shown}"
             )
-        train |= set(hits)
-    if not train:
+        matched |= set(hits)
+    if not matched:
         raise InfiniteVLError(
             "train.trainable is empty: no parameter would train",
             'list regular expressions, or [".*"] for all',
         )
-    return [n for n in names if n in train], [n for n in names if n not in train]
+    trained: list[str] = []
+    for name, parameter in parameters.items():
+        hits = [layer for layer in parameter.layers if layer in matched]
+        if hits and len(hits) < len(parameter.layers):
+            other = next(layer for layer in parameter.layers if layer not in matched)
+            raise InfiniteVLError(
+                f"train.trainable matches {hits[0]}, but not {other}, which is scanned with it",
+                "match the layers of a stack together",
+            )
+        trained += [name] if hits else []
+    return trained, [name for name in parameters if name not in trained]

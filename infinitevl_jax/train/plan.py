@@ -11,7 +11,7 @@ from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.data.batch import TrainBatch
 from infinitevl_jax.inputs.model_inputs import Inputs
 from infinitevl_jax.inputs.patches import Patches
-from infinitevl_jax.nn.params import abstract
+from infinitevl_jax.nn.params import parameters
 from infinitevl_jax.train.optimizer import split_trainable
 from infinitevl_jax.train.step import TrainState, batch_shardings, init_state, state_shardings
 
@@ -25,13 +25,11 @@ def abstract_state(
 ) -> TrainState:
     """Shapes and shardings of the state: parameters in `dtype`, those that match a `trainable`
     pattern in f32 with moments."""
-    shapes = {
-        name: jax.ShapeDtypeStruct(s.shape, dtype)
-        for name, s in abstract(config, scanned=True)[1].items()
-    }
-    names, _ = split_trainable(list(shapes), trainable)
+    known = parameters(config, scanned=True)
+    shapes = {name: jax.ShapeDtypeStruct(p.shape, dtype) for name, p in known.items()}
+    names, _ = split_trainable(known, trainable)
     state = jax.eval_shape(lambda params: init_state(params, names, optimizer), shapes)
-    return _placed(state, state_shardings(state, mesh))
+    return _placed(state, state_shardings(state, known, mesh))
 
 
 def abstract_batch(

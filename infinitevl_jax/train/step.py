@@ -1,7 +1,6 @@
 """One optimisation step as a pure function of (state, batch)."""
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.inputs.patches import Patches
 from infinitevl_jax.nn.cache import empty
 from infinitevl_jax.nn.ops import Ops
-from infinitevl_jax.nn.params import Params, abstract, bind, unstack
+from infinitevl_jax.nn.params import Parameter, Params, functional, parameters, unstack
 from infinitevl_jax.nn.vlm import VLM
 from infinitevl_jax.sharding import parameter_shardings, spec
 from infinitevl_jax.train.losses import Tally, answer_loss
@@ -37,10 +36,6 @@ REMAT: dict[str, Callable] = {
     ),
     "full": jax.checkpoint,
 }
-
-
-# matrices of the layers: nearly all parameters, and only ever used in the activations' dtype
-MATRICES = re.compile(r"(layers|visual\.blocks)\..*\.kernel")
 
 
 class TrainState(NamedTuple):
@@ -63,7 +58,7 @@ class Metrics(NamedTuple):
 def model_of(
     config: ModelConfig, run: RunConfig, ops: Ops | None = None
 ) -> Callable[[Params], VLM]:
-    """The function from parameters (scanned layout) to the module, with the run's precision,
+    """The function from stacked parameters to the module, with the run's precision,
     rematerialisation and way through layers.
 
     Without `run.scan` the stacks are cut into layers here, inside the step: state and checkpoints
@@ -74,16 +69,16 @@ def model_of(
     stacks, and of their gradients, would be copied at twice the width.
     """
     dtype = jnp.dtype(run.dtype)
-    graphdef, _ = abstract(config, scanned=run.scan, dtype=dtype, ops=ops, remat=REMAT[run.remat])
+    bind = functional(config, scanned=run.scan, dtype=dtype, ops=ops, remat=REMAT[run.remat])
+    known = parameters(config, scanned=run.scan)
 
     def narrow(name: str, p: Array) -> Array:
-        return (
-            p.astype(dtype) if MATRICES.fullmatch(name) and p.dtype.itemsize > dtype.itemsize else p
-        )
+        matrix = known[name].in_stack and known[name].facts.matmul
+        return p.astype(dtype) if matrix and p.dtype.itemsize > dtype.itemsize else p
 
     def model(params: Params) -> VLM:
         params = params if run.scan else unstack(config, dict(params))
-        return bind(graphdef, {name: narrow(name, p) for name, p in params.items()})
+        return bind({name: narrow(name, p) for name, p in params.items()})
 
     return model
 
@@ -141,13 +136,15 @@ def init_state(
     return TrainState(train, frozen, optimizer.init(train), jnp.zeros((), jnp.int32))
 
 
-def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
-    """Where everything lives: parameters by the table of rules, moments with their parameters,
+def state_shardings(
+    state: TrainState, parameters: Mapping[str, Parameter], mesh: Mesh
+) -> TrainState:
+    """Where everything lives: parameters by their logical axes, moments with their parameters,
     counters everywhere.
 
-    state: arrays or their shapes.
+    state: arrays or their shapes. parameters: the model's, stacked.
     """
-    places = parameter_shardings({**state.trainable, **state.frozen}, mesh)
+    places = parameter_shardings(parameters, mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def moment(path, leaf):

@@ -270,7 +270,7 @@ OURS = (
         for dtype in ("I64", "I8", "BOOL", "F8_E4M3", "F64", "f32", 3)
     }
     | {
-        "config-of-another": config("extra", "layers.rest.0", num_hidden_layers=12),
+        "config-of-another": config("extra", "layers.8", num_hidden_layers=12),
         "config-of-other-widths": config("misshapen", "mlp.up_proj.kernel", intermediate_size=64),
     }
 )

@@ -9,7 +9,7 @@ import pytest
 
 from infinitevl_jax import InfiniteVL, InfiniteVLError
 from infinitevl_jax.config.model import TextConfig, VisionConfig
-from infinitevl_jax.nn.params import abstract
+from infinitevl_jax.nn.params import parameters
 
 sys.path.append(str(Path(__file__).parent.parent / "nn"))
 from tiny import hybrid_config  # noqa: E402  the model tests' tiny configurations
@@ -25,7 +25,7 @@ def model():
         config,
         {
             name: np.zeros(s.shape, np.float32)
-            for name, s in abstract(config, scanned=False)[1].items()
+            for name, s in parameters(config, scanned=False).items()
         },
     )
 
@@ -36,7 +36,7 @@ def full(model):
         config,
         {
             name: np.zeros(s.shape, np.float32)
-            for name, s in abstract(config, scanned=False)[1].items()
+            for name, s in parameters(config, scanned=False).items()
         },
     )
 

@@ -15,7 +15,7 @@ from infinitevl_jax.config.model import (
     hybrid_pattern,
     infinitevl_4b,
 )
-from infinitevl_jax.nn.params import abstract
+from infinitevl_jax.nn.params import parameters
 from infinitevl_jax.train.optimizer import split_trainable
 
 TINY = ModelConfig(
@@ -53,7 +53,7 @@ GRID = (1, 4, 8)
 
 
 def counted(config, patterns, length, images, grid):
-    names, _ = split_trainable(list(abstract(config, scanned=True)[1]), patterns)
+    names, _ = split_trainable(parameters(config, scanned=True), patterns)
     return step_flops(
         config, names, random_batch(config, np.random.default_rng(0), length, images, grid)
     )
@@ -89,7 +89,7 @@ def test_flops_of_the_published_size():
     """The usual 6 N a token where all of the decoder trains, within what the first layer and the
     tied head save."""
     found = counted(infinitevl_4b(), TRAINABLE, 8192, 0, None)
-    shapes = abstract(infinitevl_4b(), scanned=True)[1]
+    shapes = parameters(infinitevl_4b(), scanned=True)
     n = sum(np.prod(s.shape) for name, s in shapes.items() if name.startswith("layers."))
     assert 0.998 < sum(found[k] for k in ("forward", "activations", "weights")) / (6 * n * 8192) < 1
     assert found["vision"] == 0

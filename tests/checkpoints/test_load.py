@@ -17,10 +17,10 @@ from infinitevl_jax.checkpoints.load import from_source
 from infinitevl_jax.checkpoints.orbax_store import Deferred, Store, write_params
 from infinitevl_jax.checkpoints.reading import read_leaf
 from infinitevl_jax.checkpoints.source import open_source
-from infinitevl_jax.checkpoints.weights import count, leaves, live, published
+from infinitevl_jax.checkpoints.weights import count, hub_name, leaves, runtime_name
 from infinitevl_jax.config.model import infinitevl_4b
 from infinitevl_jax.errors import InfiniteVLError
-from infinitevl_jax.nn.params import abstract
+from infinitevl_jax.nn.params import parameters
 from infinitevl_jax.sharding import parameter_shardings
 
 
@@ -50,9 +50,9 @@ def test_every_parameter_of_the_published_model_has_a_line():
     assert len(names) == len(set(names)) and sorted(names) == sorted(
         name for leaf in scanned for name in leaf.torch
     )
-    assert all(published(live(name)) == name for name in names)
+    assert all(hub_name(runtime_name(name)) == name for name in names)
     assert {leaf.name: leaf.shape for leaf in scanned} == {
-        n: tuple(s.shape) for n, s in abstract(config, scanned=True)[1].items()
+        n: tuple(s.shape) for n, s in parameters(config, scanned=True).items()
     }
 
 
@@ -61,35 +61,33 @@ def test_layouts(folders, kind):
     """Every layer's tensor is where the layout says, turned to [in, out], in its own dtype."""
     tensors = hybrid_tensors(mixed=True)
     config, single = load_params(folders[kind], scanned=False)
-    assert single.keys() == abstract(config, scanned=False)[1].keys()
+    assert single.keys() == parameters(config, scanned=False).keys()
     _, scanned = load_params(folders[kind], scanned=True)
     assert {n: p.shape for n, p in scanned.items()} == {
-        n: s.shape for n, s in abstract(config, scanned=True)[1].items()
+        n: s.shape for n, s in parameters(config, scanned=True).items()
     }
     # two repeats of [S, L L L] and one layer more: blocks of 2 and 6 layers, and a rest
     places = (
         (0, "o_proj", "blocks.0", 0),
         (1, "v_proj", "blocks.1", 0),
         (5, "g_proj", "blocks.1", 3),
-        (8, "q_proj", "rest.0", ...),
+        (8, "q_proj", "8", ...),
     )
     for layer, weight, place, index in places:
         torch = tensors[f"model.layers.{layer}.self_attn.{weight}.weight"]
-        found = single[f"layers.rest.{layer}.self_attn.{weight}.kernel"]
+        found = single[f"layers.{layer}.self_attn.{weight}.kernel"]
         assert found.dtype == torch.dtype and np.array_equal(np.asarray(found), torch.T)
         stacked = scanned[f"layers.{place}.self_attn.{weight}.kernel"][index]
         assert np.array_equal(np.asarray(stacked, np.float32), torch.T.astype(np.float32))
     conv = tensors["model.layers.1.self_attn.q_conv1d.weight"]
-    assert np.array_equal(
-        np.asarray(single["layers.rest.1.self_attn.q_conv1d.weight"]), conv[:, 0].T
-    )
+    assert np.array_equal(np.asarray(single["layers.1.self_attn.q_conv1d.weight"]), conv[:, 0].T)
     patch = tensors["visual.patch_embed.proj.weight"]
     assert np.array_equal(np.asarray(single["visual.patch_embed.kernel"]), patch.reshape(16, -1).T)
     assert np.array_equal(
         np.asarray(single["visual.merger.fc2.bias"]), tensors["visual.merger.mlp.2.bias"]
     )
     bias = tensors["visual.blocks.2.attn.proj.bias"]
-    assert np.array_equal(np.asarray(single["visual.blocks.rest.2.attn.proj.bias"]), bias)
+    assert np.array_equal(np.asarray(single["visual.blocks.2.attn.proj.bias"]), bias)
 
 
 @pytest.mark.parametrize("kind", ["hf", "ours"])
@@ -106,7 +104,7 @@ def test_dtype(folders, kind):
 def test_mesh(folders, kind, scanned):
     """On 4 x 2 devices: the same numbers, laid out as asked."""
     config, whole = load_params(folders[kind], scanned=scanned)
-    shardings = parameter_shardings(abstract(config, scanned=scanned)[1], mesh(4, 2))
+    shardings = parameter_shardings(parameters(config, scanned=scanned), mesh(4, 2))
     _, spread = load_params(folders[kind], scanned=scanned, shardings=shardings)
     assert equal(whole, spread)
     assert all(spread[n].sharding == shardings[n] for n in spread)
@@ -170,7 +168,7 @@ def test_each_device_reads_only_its_shard(tmp_path):
     source = open_source(hybrid_folder(tmp_path / "src"))
     config, whole = load_params(tmp_path / "src", scanned=True)
     wanted = leaves(config, scanned=True)
-    shardings = parameter_shardings(abstract(config, scanned=True)[1], mesh(4, 2))
+    shardings = parameter_shardings(parameters(config, scanned=True), mesh(4, 2))
     params = from_source(source, wanted, None, shardings)
     assert equal(whole, params)
     assert source.bytes_read == sum(p.nbytes for p in params.values())  # replicas are read once

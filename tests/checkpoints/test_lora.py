@@ -121,7 +121,7 @@ def test_several_and_beside_the_weights(tmp_path):
     check(src, tmp_path, want, [tmp_path / "b"])
     _, params = load_params(src, scanned=False, adapters=[tmp_path / "b"])
     name = "model.layers.5.self_attn.g_proj"
-    found = np.asarray(params["layers.rest.5.self_attn.g_proj.kernel"], np.float64).T
+    found = np.asarray(params["layers.5.self_attn.g_proj.kernel"], np.float64).T
     assert np.abs(found - want[name + ".weight"]).max() <= np.abs(found).max() * 2**-8
 
 
@@ -138,7 +138,7 @@ def test_merge_of_a_shard_is_the_shard_of_the_merge(tmp_path):
         for n, p in whole.items()
     }
     _, spread = load_params(src, scanned=False, shardings=shardings)
-    for name in ("layers.rest.0.self_attn.q_proj.kernel", "layers.rest.8.mlp.down_proj.kernel"):
+    for name in ("layers.0.self_attn.q_proj.kernel", "layers.8.mlp.down_proj.kernel"):
         near = np.asarray(spread[name], np.float32), np.asarray(whole[name], np.float32)
         np.testing.assert_allclose(*near, rtol=2**-7)
 
@@ -190,7 +190,7 @@ def test_as_peft_merges(tmp_path, options):
     changed = 0
     for layer in range(3):
         for weight in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj"):
-            name = f"layers.rest.{layer}.{weight}.kernel"
+            name = f"layers.{layer}.{weight}.kernel"
             want = merged[f"model.layers.{layer}.{weight}.weight"].numpy().T
             np.testing.assert_allclose(np.asarray(params[name]), want, rtol=1e-5, atol=1e-5)
             changed += not np.array_equal(params[name], plain[name])

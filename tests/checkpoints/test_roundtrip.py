@@ -34,7 +34,7 @@ from infinitevl_jax.checkpoints import (
 from infinitevl_jax.checkpoints.files import copy_side_files
 from infinitevl_jax.checkpoints.manifest import Manifest
 from infinitevl_jax.config.model import FULL, ModelConfig, TextConfig, VisionConfig
-from infinitevl_jax.nn.params import abstract
+from infinitevl_jax.nn.params import parameters
 from infinitevl_jax.sharding import parameter_shardings
 
 TEXT = dict(
@@ -83,7 +83,7 @@ def random_params(config, *, scanned):
     rng = np.random.default_rng(0)
     return {
         name: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)
-        for name, leaf in abstract(config, scanned=scanned)[1].items()
+        for name, leaf in parameters(config, scanned=scanned).items()
     }
 
 
@@ -294,7 +294,7 @@ def test_step_of_a_training_run(tmp_path):
     import_folder(src, tmp_path / "ours")
     config = read_config(src)
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    shardings = parameter_shardings(abstract(config, scanned=True)[1], mesh)
+    shardings = parameter_shardings(parameters(config, scanned=True), mesh)
     _, params = load_params(tmp_path / "ours", scanned=True, shardings=shardings)
     with ocp.CheckpointManager(tmp_path / "run") as manager:
         manager.save(3, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))

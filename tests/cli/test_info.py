@@ -14,7 +14,7 @@ from infinitevl_jax.checkpoints.source import Source
 from infinitevl_jax.checkpoints.weights import leaves
 from infinitevl_jax.cli import info
 from infinitevl_jax.config.model import infinitevl_4b
-from infinitevl_jax.nn.cache import cache_bytes
+from infinitevl_jax.nn.params import cache_spec
 
 
 def test_parts_of_the_published_model():
@@ -36,7 +36,7 @@ def test_parts_of_the_published_model():
 
 def by_hand(formula: str, length: int) -> int:
     words = (
-        re.sub(r"layers|slots|heads|inputs|bytes", "", formula)
+        re.sub(r"layers|bytes|\b\w*(?:state|[kv])\b", "", formula)
         .replace("length", str(length))
         .replace("x", "*")
     )
@@ -49,9 +49,9 @@ def by_hand(formula: str, length: int) -> int:
 )
 def test_the_printed_formula_gives_the_bytes(config):
     for length in info.LENGTHS:
-        assert by_hand(info.cache_formula(config, np.dtype("bfloat16")), length) == cache_bytes(
-            config, 1, "bfloat16", length
-        )
+        formula = info.cache_formula(config, np.dtype("bfloat16"))
+        spec = cache_spec(config, 1, length, "bfloat16")
+        assert by_hand(formula, length) == spec.nbytes
 
 
 def test_ours_as_json_and_as_a_table(run, folder, model):
@@ -78,7 +78,7 @@ def test_ours_as_json_and_as_a_table(run, folder, model):
     table = run("info", folder).stdout
     for figure in (
         f"{model.parameter_count:,}",
-        facts["cache"]["formula"],
+        *re.findall(r"\d+ layers x \(.*?\)", facts["cache"]["formula"]),
         "100,000 tokens",
         "softmax mixers",
         "float32",

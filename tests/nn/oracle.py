@@ -191,11 +191,7 @@ def published(params):
     out = {}
     for name, value in params.items():
         value = np.asarray(value, np.float32)
-        name = (
-            name.replace("layers.rest.", "layers.")
-            .replace("blocks.rest.", "blocks.")
-            .replace("patch_embed.", "patch_embed.proj.")
-        )
+        name = name.replace("patch_embed.", "patch_embed.proj.")
         name = name.replace("merger.fc1", "merger.mlp.0").replace("merger.fc2", "merger.mlp.2")
         name = name.replace("kernel", "weight").replace("embedding", "weight")
         if "conv1d" in name:

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from tiny import conversation, hybrid
 
+from infinitevl_jax.config.model import LINEAR, SLIDING, infinitevl_4b
 from infinitevl_jax.inputs.model_inputs import Inputs, prepare
-from infinitevl_jax.nn.cache import cache_bytes
 from infinitevl_jax.nn.mixers.softmax_attention import slot_index
-from infinitevl_jax.nn.params import abstract, bind, initialize
+from infinitevl_jax.nn.params import cache_spec, functional, initialize
 from infinitevl_jax.serve.infinitevl import InfiniteVL
 from pallas_kernels.testing.parity import rel_rms
 
@@ -140,12 +140,17 @@ def test_branches_do_not_touch_their_parent(model, tokens):
 
 
 def test_cache_bytes_do_not_grow(model):
-    """At 100 and at 100,000 tokens, and by the formula; for the published model the formula gives
-    127.3 MiB + one slot a window layer."""
-    from infinitevl_jax.config.model import infinitevl_4b
-
+    """At 100 and at 100,000 tokens, as computed by hand; the published model's is 127.3 MiB + one
+    slot a window layer."""
     short = model(np.ones((1, 100), int), use_cache=True).cache
-    assert short.nbytes == cache_bytes(model.config, 1, jnp.float32)
+    assert short.nbytes == cache_spec(model.config, 1, None, jnp.float32).nbytes
+    text = model.config.text
+    slot = 2 * text.num_key_value_heads * text.head_dim
+    keys = text.num_linear_heads * text.linear_head_dim
+    values = text.num_linear_heads * text.linear_value_dim
+    state = keys * text.linear_value_dim + (text.conv_size - 1) * (2 * keys + values)
+    sizes = {SLIDING: slot * text.sliding_window, LINEAR: state}
+    assert short.nbytes == 4 * sum(sizes[kind] for kind in text.layer_types)
     step = jax.jit(
         lambda cache: model._programs.forward(
             model.params, chunk, None, cache, np.zeros((1, 1), np.int32)
@@ -157,7 +162,10 @@ def test_cache_bytes_do_not_grow(model):
         long = step(long)
     assert long.length.tolist() == [100_000]
     assert long.nbytes == short.nbytes
-    assert cache_bytes(infinitevl_4b(), 1, jnp.bfloat16) == 133_438_464 + 9 * 2 * 2 * 128 * 2
+    assert (
+        cache_spec(infinitevl_4b(), 1, None, jnp.bfloat16).nbytes
+        == 133_438_464 + 9 * 2 * 2 * 128 * 2
+    )
 
 
 @pytest.mark.parametrize("length, capacity", [(0, 4), (3, 4), (4, 4), (11, 4)])
@@ -176,13 +184,13 @@ def test_packed_equals_unpacked_with_gradients():
 
     config = hybrid_config(layers=9, window=24)  # two periods and a remainder
     params = loud(initialize(config, jax.random.key(0), scanned=True))
-    graphdef, _ = abstract(config, scanned=True)
+    bind = functional(config, scanned=True)
     rng = np.random.default_rng(0)
     texts = [rng.integers(1, 90, n) for n in (17, 40, 5)]
     weight = [rng.normal(size=(n, config.text.hidden_size)) for n in (17, 40, 5)]
 
     def loss(params, inputs, weight):
-        vlm = bind(graphdef, params)
+        vlm = bind(params)
         return jnp.sum(vlm.decode(vlm.embed(inputs, None), inputs)[0] * weight)
 
     def row(tokens, segment, size):
@@ -225,7 +233,7 @@ def test_layouts_agree():
     scanned = initialize(config, jax.random.key(3), scanned=True)
     model = InfiniteVL(config, initialize(config, jax.random.key(3), scanned=False))
     inputs = prepare(config, tokens).inputs
-    vlm = bind(abstract(config, scanned=True)[0], scanned)
+    vlm = functional(config, scanned=True)(scanned)
     hidden, _, states = vlm.decode(vlm.embed(inputs, None), inputs, collect=True)
     out = model(tokens, output_hidden_states=True)
     assert rel_rms(vlm.logits(hidden), out.logits) <= TOLERANCE

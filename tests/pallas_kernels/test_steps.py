@@ -9,7 +9,7 @@ from flax import nnx
 
 from infinitevl_jax.config.model import TextConfig
 from infinitevl_jax.nn.mixers.gated_delta_net import GatedDeltaNet
-from infinitevl_jax.nn.mixers.softmax_attention import Retention, SoftmaxAttention
+from infinitevl_jax.nn.mixers.softmax_attention import SoftmaxAttention
 from infinitevl_jax.nn.ops import Ops
 from infinitevl_jax.nn.rngs import Rngs
 from infinitevl_jax.nn.rope import rotate
@@ -104,7 +104,7 @@ def test_delta_step_is_the_layer(dtype):
 
 @pytest.mark.parametrize("window", (CAPACITY, 5))
 def test_attention_step_is_the_layer(window):
-    layer = SoftmaxAttention(CONFIG, Retention(window), Ops(), Rngs(jax.random.key(0)))
+    layer = SoftmaxAttention(CONFIG, window, Ops(), Rngs(jax.random.key(0)))
     token_index = [
         0,
         3,

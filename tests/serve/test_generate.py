@@ -16,7 +16,7 @@ from tiny import conversation, hybrid_config
 from infinitevl_jax import InfiniteVL
 from infinitevl_jax.checkpoints import save_params
 from infinitevl_jax.inputs.model_inputs import prepare
-from infinitevl_jax.nn.params import abstract
+from infinitevl_jax.nn.params import parameters
 from infinitevl_jax.serve import decoding
 from infinitevl_jax.serve.sampling import Sampling, choose
 from pallas_kernels.testing.parity import rel_rms
@@ -30,7 +30,7 @@ WARM = Sampling(temperature=1.5, top_k=20, top_p=0.9)
 def model():
     config = hybrid_config(layers=2, window=8, tie_word_embeddings=False)
     rng = np.random.default_rng(0)
-    shapes = abstract(config, scanned=False)[1]
+    shapes = parameters(config, scanned=False)
     return InfiniteVL(
         config,
         {

@@ -2,6 +2,7 @@
 lives."""
 
 import dataclasses
+from collections import namedtuple
 from functools import cache, partial
 
 import jax
@@ -18,7 +19,7 @@ from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.pipeline import train_batches
 from infinitevl_jax.data.source import Source
 from infinitevl_jax.nn.ops import resolve_ops
-from infinitevl_jax.nn.params import initialize
+from infinitevl_jax.nn.params import initialize, parameters
 from infinitevl_jax.sharding import kept_whole, make_mesh, parameter_shardings
 from infinitevl_jax.train.optimizer import make_optimizer
 from infinitevl_jax.train.setup import prepare_start
@@ -66,6 +67,7 @@ class Setting:
             "branches": next(train_batches(encoder, self.config, preset.train.data, 0)),
             "rows": next(train_batches(encoder, self.config, packed, 0)),
         }
+        self.known = parameters(self.config, scanned=True)
         self.params = initialize(self.config, jax.random.key(0), scanned=True)
         self.alone = cache(lambda form: self.step(RunConfig(fsdp=1), form))
 
@@ -73,9 +75,9 @@ class Setting:
         mesh = make_mesh(run)
         with jax.set_mesh(mesh):
             optimizer = optax.trace(0.0)  # keeps the gradient as its state
-            params = jax.device_put(self.params, parameter_shardings(self.params, mesh))
+            params = jax.device_put(self.params, parameter_shardings(self.known, mesh))
             state = init_state(params, list(params), optimizer)
-            state = jax.device_put(state, state_shardings(state, mesh))
+            state = jax.device_put(state, state_shardings(state, self.known, mesh))
             # code optimisation is most of the compile time, and changes nothing that is tested here
             options = {"xla_backend_optimization_level": 0}
             step = jax.jit(
@@ -109,9 +111,9 @@ def test_loss_and_gradients_agree(setting, fsdp, tensor, form, scan):
 
 def test_moments_live_with_their_parameters(setting):
     mesh = make_mesh(RunConfig(fsdp=4, tensor=2))
-    optimizer = make_optimizer(OptimizerConfig(), 10)
+    optimizer = make_optimizer(OptimizerConfig(), 10, setting.known)
     shapes = jax.eval_shape(lambda p: init_state(p, list(p), optimizer), setting.params)
-    places = state_shardings(shapes, mesh)
+    places = state_shardings(shapes, setting.known, mesh)
     moments = [s for s in jax.tree.leaves(places.optimizer) if s.spec]
     assert len(moments) >= 2 * sum(bool(s.spec) for s in places.trainable.values())
     adam = places.optimizer[1]
@@ -136,14 +138,14 @@ def test_open_axis_takes_the_devices_that_are_left():
 
 
 def test_matrices_that_no_axis_divides_are_told():
-    shape = jax.ShapeDtypeStruct
+    parameter = namedtuple("parameter", ["shape", "axes"])
     shapes = {
-        "layers.rest.0.mlp.up_proj.kernel": shape((30, 66), jnp.float32),
-        "norm.weight": shape((30,), jnp.float32),
+        "layers.0.mlp.up_proj.kernel": parameter((30, 66), ("width", "hidden")),
+        "norm.weight": parameter((30,), (None,)),
     }
     assert kept_whole(shapes, make_mesh(RunConfig(fsdp=2, tensor=4))) == []  # 30 divides by 2
     (line,) = kept_whole(shapes, make_mesh(RunConfig(fsdp=8)))
-    assert line == "layers.rest.0.mlp.up_proj.kernel [30, 66]: no side divides by fsdp 8"
+    assert line == "layers.0.mlp.up_proj.kernel [30, 66]: no side divides by fsdp 8"
     assert kept_whole(shapes, make_mesh(RunConfig(fsdp=1))) == []
 
 

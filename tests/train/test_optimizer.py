@@ -1,49 +1,76 @@
-"""Schedule, weight decay, what trains."""
+"""Which parameters train, which of them decay, and the learning rate."""
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from tiny import hybrid_config
 
 from infinitevl_jax.config.train import OptimizerConfig
+from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.nn.params import parameters
 from infinitevl_jax.train.optimizer import make_optimizer, schedule, split_trainable
 
-NAMES = [
-    "layers.rest.0.self_attn.A_log",
-    "layers.rest.0.self_attn.dt_bias",
-    "layers.rest.0.self_attn.o_norm.weight",
-]
-NAMES += [
-    "layers.blocks.1.input_layernorm.weight",
+CONFIG = hybrid_config(layers=9)  # two periods and a remainder
+KEPT = [  # never shrunk
+    "layers.1.self_attn.A_log",
+    "layers.1.self_attn.dt_bias",
+    "layers.1.self_attn.o_norm.weight",
+    "layers.8.input_layernorm.weight",
+    "layers.0.self_attn.q_proj.bias",
     "visual.merger.fc1.bias",
-    "visual.blocks.rest.0.norm2.weight",
+    "visual.merger.ln_q.weight",
+    "visual.blocks.0.norm2.weight",
     "norm.weight",
 ]
 DECAYED = [
-    "layers.rest.0.self_attn.q_conv1d.weight",
+    "layers.1.self_attn.q_conv1d.weight",
     "embed_tokens.embedding",
-    "layers.rest.0.mlp.up_proj.kernel",
+    "layers.0.mlp.up_proj.kernel",
+    "visual.patch_embed.kernel",
 ]
 
 
 def test_schedule_rises_and_falls():
     rate = schedule(OptimizerConfig(peak_lr=1.0, warmup=0.1, final=0.1), 100)
     assert [round(float(rate(s)), 3) for s in (0, 5, 10, 55, 100)] == [0.0, 0.5, 1.0, 0.55, 0.1]
-    assert (
-        float(schedule(OptimizerConfig(peak_lr=1.0, warmup=0.5), 1)(0)) == 1.0
-    )  # a single step is no warm-up
+    # a single step is no warm-up
+    assert float(schedule(OptimizerConfig(peak_lr=1.0, warmup=0.5), 1)(0)) == 1.0
 
 
-def test_gates_norms_and_biases_do_not_decay():
-    params = {name: jnp.ones(3) for name in NAMES + DECAYED}
-    optimizer = make_optimizer(OptimizerConfig(peak_lr=1.0, warmup=0.0, weight_decay=0.5), 10)
+@pytest.mark.parametrize("scanned", [False, True])
+def test_gates_norms_and_biases_do_not_decay(scanned):
+    known = parameters(CONFIG, scanned=scanned)
+    params = {name: jnp.ones(3) for name in known}
+    config = OptimizerConfig(peak_lr=1.0, warmup=0.0, weight_decay=0.5)
+    optimizer = make_optimizer(config, 10, known)
     update, _ = optimizer.update(
         {name: jnp.zeros(3) for name in params}, optimizer.init(params), params
     )
-    for name in NAMES:
-        np.testing.assert_array_equal(update[name], 0)
+    by_layer = {layer: update[name] for name, found in known.items() for layer in found.layers}
+    for name in KEPT:
+        np.testing.assert_array_equal(by_layer[name], 0)
     for name in DECAYED:
-        np.testing.assert_allclose(update[name], -0.5)
+        np.testing.assert_allclose(by_layer[name], -0.5)
 
 
-def test_patterns_choose_by_whole_name():
-    train, frozen = split_trainable(NAMES, [r"layers\..*self_attn\..*", "norm.weight"])
-    assert train == [*NAMES[:3], "norm.weight"] and frozen == NAMES[3:6]
+@pytest.mark.parametrize("scanned", [False, True])
+def test_patterns_choose_by_whole_name(scanned):
+    known = parameters(CONFIG, scanned=scanned)
+    train, frozen = split_trainable(known, [r"layers\..*self_attn\..*", "norm.weight"])
+    assert sorted(train + frozen) == sorted(known)
+    layers = {layer for name in train for layer in known[name].layers}
+    assert layers == {
+        layer
+        for found in known.values()
+        for layer in found.layers
+        if ".self_attn." in layer or layer == "norm.weight"
+    }
+
+
+def test_layers_that_are_scanned_together_train_together():
+    known = parameters(CONFIG, scanned=True)
+    assert split_trainable(known, [r"layers\.[04]\.mlp\..*"])[0]  # the layers of one block
+    with pytest.raises(InfiniteVLError, match=r"layers\.0\.mlp.*but not layers\.4\.mlp"):
+        split_trainable(known, [r"layers\.0\.mlp\..*"])
+    alone, _ = split_trainable(parameters(CONFIG, scanned=False), [r"layers\.0\.mlp\..*"])
+    assert len(alone) == 3

@@ -1,7 +1,7 @@
-"""The Gated DeltaNet mixer: short causal convolutions, per-head decay and write strength, the gated
-delta rule, a gated norm.
+"""The Gated DeltaNet mixer.
 
-No biases and no positional encoding. The state of a head, [head_dim, value_dim], stays f32 whatever
+Short causal convolutions, per-head decay and write strength, the gated delta rule, a gated norm. No
+biases and no positional encoding. The state of a head, [head_dim, value_dim], stays f32 whatever
 the activations are.
 """
 
@@ -11,9 +11,12 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
-from infinitevl_jax.config.model import TextConfig
+from infinitevl_jax.config.model import LINEAR, TextConfig
 from infinitevl_jax.nn.layers import Linear
+from infinitevl_jax.nn.mixers.mixer import Mixer
+from infinitevl_jax.nn.mixers.registry import register_mixer
 from infinitevl_jax.nn.ops import Ops
+from infinitevl_jax.nn.parameter import parameter
 from infinitevl_jax.nn.rngs import Rngs
 from infinitevl_jax.nn.token_info import TokenInfo
 from infinitevl_jax.sharding import constrain
@@ -21,17 +24,22 @@ from pallas_kernels.gated_delta_rule import DeltaState
 
 
 class CausalConv(nnx.Module):
-    """Depthwise causal convolution followed by SiLU; weight [taps, channels], the last tap is the
-    current token."""
+    """Depthwise causal convolution, then SiLU; weight [taps, channels], the last tap is the current
+    token."""
 
     def __init__(self, channels: int, taps: int, ops: Ops):
         self.ops = ops
-        self.weight = nnx.Param(jnp.zeros((taps, channels)).at[-1].set(1.0))
+        self.weight = parameter(
+            (taps, channels),
+            lambda shape: jnp.zeros(shape).at[-1].set(1.0),
+            (None, "heads"),
+            torch_shape=(channels, 1, taps),
+            transposed=True,
+        )
 
     def __call__(self, x: Array, conv_state: Array | None, info: TokenInfo) -> tuple[Array, Array]:
-        return self.ops.short_conv(
-            x, self.weight[...], conv_state, info.token_index, info.segment_ids
-        )
+        tokens = info.token_index, info.segment_ids
+        return self.ops.short_conv(x, self.weight[...], conv_state, *tokens)
 
 
 class GatedNorm(nnx.Module):
@@ -40,7 +48,7 @@ class GatedNorm(nnx.Module):
 
     def __init__(self, features: int, heads: int, eps: float, ops: Ops):
         self.heads, self.eps, self.ops = heads, eps, ops
-        self.weight = nnx.Param(jnp.ones(features))
+        self.weight = parameter((features,), jnp.ones, (None,), decay=False)
 
     def __call__(self, x: Array, gate: Array) -> Array:
         """x, gate [batch, length, heads * value_dim] -> the same shape."""
@@ -50,71 +58,72 @@ class GatedNorm(nnx.Module):
         return (normed * weight * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
 
 
-class GatedDeltaNet(nnx.Module):
-    """Linear attention with a gated delta rule (infinitevl.md's tensors: q, k, v, a, b, g, o
-    projections, three convolutions)."""
+class GatedDeltaNet(Mixer):
+    """Linear attention with a gated delta rule.
+
+    Projections q, k, v, a (decay), b (write strength), g (output gate) and o; three convolutions.
+    With fewer key heads than value heads, each key head serves a run of value heads.
+    """
 
     def __init__(self, config: TextConfig, ops: Ops, rngs: Rngs):
-        self.heads, self.head_dim, self.value_dim = (
-            config.num_linear_heads,
-            config.linear_head_dim,
-            config.linear_value_dim,
-        )
+        self.heads, self.key_heads = config.num_linear_heads, config.linear_key_heads
+        self.head_dim, self.value_dim = config.linear_head_dim, config.linear_value_dim
         self.taps, self.ops = config.conv_size, ops
-        width, key_width, value_width = (
-            config.hidden_size,
-            self.heads * self.head_dim,
+        width = config.hidden_size
+        self.key_width, self.value_width = (
+            self.key_heads * self.head_dim,
             self.heads * self.value_dim,
         )
-        self.q_proj = Linear(width, key_width, rngs=rngs)
-        self.k_proj = Linear(width, key_width, rngs=rngs)
-        self.v_proj = Linear(width, value_width, rngs=rngs)
-        self.a_proj = Linear(width, self.heads, rngs=rngs)
-        self.b_proj = Linear(width, self.heads, rngs=rngs)
-        self.g_proj = Linear(width, value_width, rngs=rngs)
-        self.o_proj = Linear(value_width, width, rngs=rngs)
-        self.q_conv1d = CausalConv(key_width, self.taps, ops)
-        self.k_conv1d = CausalConv(key_width, self.taps, ops)
-        self.v_conv1d = CausalConv(value_width, self.taps, ops)
+
+        def project(features):
+            return Linear(width, features, ("width", "heads"), rngs=rngs)
+
+        self.q_proj, self.k_proj = project(self.key_width), project(self.key_width)
+        self.v_proj = project(self.value_width)
+        self.a_proj, self.b_proj = project(self.heads), project(self.heads)
+        self.g_proj = project(self.value_width)
+        self.o_proj = Linear(self.value_width, width, ("heads", "width"), rngs=rngs)
+        self.q_conv1d = CausalConv(self.key_width, self.taps, ops)
+        self.k_conv1d = CausalConv(self.key_width, self.taps, ops)
+        self.v_conv1d = CausalConv(self.value_width, self.taps, ops)
+
         # decay rates 1..16 and step sizes 1e-3..0.1, log-uniform: heads start with memories from
         # ten to thousands of tokens
-        step = jnp.exp(
-            jax.random.uniform(rngs(), (self.heads,), minval=jnp.log(1e-3), maxval=jnp.log(0.1))
-        )
-        self.A_log = nnx.Param(
-            jnp.log(jax.random.uniform(rngs(), (self.heads,), minval=1.0, maxval=16.0))
-        )
-        self.dt_bias = nnx.Param(step + jnp.log(-jnp.expm1(-step)))  # inverse softplus
+        def steps(shape):
+            low, high = jnp.log(1e-3), jnp.log(0.1)
+            step = jnp.exp(jax.random.uniform(rngs(), shape, minval=low, maxval=high))
+            return step + jnp.log(-jnp.expm1(-step))  # inverse softplus
+
+        def rates(shape):
+            return jnp.log(jax.random.uniform(rngs(), shape, minval=1.0, maxval=16.0))
+
+        self.dt_bias = parameter((self.heads,), steps, ("heads",), decay=False)
+        self.A_log = parameter((self.heads,), rates, ("heads",), decay=False)
         self.o_norm = GatedNorm(self.value_dim, self.heads, config.norm_eps, ops)
 
     def state_spec(self, batch: int, max_length: int | None, dtype) -> DeltaState:
-        """Shapes and dtypes of this layer's cache: the same for any length."""
-        keys, values = self.heads * self.head_dim, self.heads * self.value_dim
-        tail = [
+        """The same for any length."""
+        inputs = [
             jax.ShapeDtypeStruct((batch, self.taps - 1, channels), dtype)
-            for channels in (keys, keys, values)
+            for channels in (self.key_width, self.key_width, self.value_width)
         ]
-        return DeltaState(
-            jax.ShapeDtypeStruct((batch, self.heads, self.head_dim, self.value_dim), jnp.float32),
-            *tail,
-        )
+        memory = (batch, self.heads, self.head_dim, self.value_dim)
+        return DeltaState(jax.ShapeDtypeStruct(memory, jnp.float32), *inputs)
 
     def __call__(
         self, x: Array, state: DeltaState | None, info: TokenInfo
     ) -> tuple[Array, DeltaState | None]:
-        """x [batch, length, width] -> the same shape, and the new state (None in training)."""
         past = state or DeltaState(None, None, None, None)
 
-        def heads(y):
-            return constrain(
-                rearrange(y, "b t (h d) -> b t h d", h=self.heads), "batch", "length", "heads", None
-            )
+        def heads(y, count):
+            y = rearrange(y, "b t (h d) -> b t h d", h=count)
+            return constrain(y, "batch", "length", "heads", None)
 
         q, q_conv_state = self.q_conv1d(self.q_proj(x), past.q_conv_state, info)
         k, k_conv_state = self.k_conv1d(self.k_proj(x), past.k_conv_state, info)
         v, v_conv_state = self.v_conv1d(self.v_proj(x), past.v_conv_state, info)
-        q = (self.ops.l2norm(q, self.heads, 1e-6) * self.head_dim**-0.5).astype(x.dtype)
-        k = self.ops.l2norm(k, self.heads, 1e-6).astype(x.dtype)
+        q = (self.ops.l2norm(q, self.key_heads, 1e-6) * self.head_dim**-0.5).astype(x.dtype)
+        k = self.ops.l2norm(k, self.key_heads, 1e-6).astype(x.dtype)
 
         beta = jax.nn.sigmoid(self.b_proj(x).astype(jnp.float32))  # [batch, length, heads]
         rate = jnp.exp(self.A_log[...].astype(jnp.float32))
@@ -122,17 +131,19 @@ class GatedDeltaNet(nnx.Module):
             self.a_proj(x).astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32)
         )
         out, recurrent_state = self.ops.gated_delta_rule(
-            heads(q),
-            heads(k),
-            heads(v),
+            heads(q, self.key_heads),
+            heads(k, self.key_heads),
+            heads(v, self.heads),
             g,
             beta,
             past.recurrent_state,
             info.token_index,
             info.segment_ids,
         )
-
         out = self.o_norm(rearrange(out, "b t h d -> b t (h d)"), self.g_proj(x))
-        return self.o_proj(out), None if state is None else DeltaState(
-            recurrent_state, q_conv_state, k_conv_state, v_conv_state
-        )
+        if state is not None:
+            state = DeltaState(recurrent_state, q_conv_state, k_conv_state, v_conv_state)
+        return self.o_proj(out), state
+
+
+register_mixer(LINEAR, GatedDeltaNet, title="Gated DeltaNet")

@@ -1,41 +1,21 @@
-"""Softmax attention with a retention rule: which keys stay in reach, and how many slots their cache
-needs.
-
-One mixer is every softmax layer of the family: full attention keeps everything, InfiniteVL's
-  sliding window the last `window` keys.
-"""
-
-from dataclasses import dataclass
+"""Softmax attention, over the whole past or a sliding window, with its ring of cached keys."""
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from flax import nnx
 from jax import Array
 
-from infinitevl_jax.config.model import TextConfig
-from infinitevl_jax.nn.layers import Linear
+from infinitevl_jax.config.model import FULL, SLIDING, TextConfig
+from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.nn.layers import Linear, RMSNorm
+from infinitevl_jax.nn.mixers.mixer import Mixer
+from infinitevl_jax.nn.mixers.registry import register_mixer
 from infinitevl_jax.nn.ops import Ops
 from infinitevl_jax.nn.rngs import Rngs
 from infinitevl_jax.nn.rope import rotate
 from infinitevl_jax.nn.token_info import TokenInfo
 from infinitevl_jax.sharding import constrain
 from pallas_kernels.attention import KVCache, Mask, merge
-
-
-@dataclass(frozen=True)
-class Retention:
-    """A query sees keys fewer than `window` tokens back (None: all); a cache of `capacity` slots
-    holds them as a ring."""
-
-    window: int | None
-
-    def capacity(self, max_length: int | None) -> int:
-        """Slots needed for sequences of up to `max_length` tokens (None: any number, for windows
-        only). The window caps them."""
-        if self.window is None or max_length is None:
-            return self.window or max_length
-        return min(self.window, max_length)
 
 
 def slot_index(length: Array, capacity: int) -> Array:
@@ -61,71 +41,92 @@ def write(kv_cache: KVCache, k: Array, v: Array, index: Array) -> KVCache:
     )
 
 
-class SoftmaxAttention(nnx.Module):
-    """Grouped-query attention with M-RoPE: q, k, v with bias, o without."""
+class SoftmaxAttention(Mixer):
+    """Grouped-query attention with rotary embedding: q, k, v with bias, o without.
 
-    def __init__(self, config: TextConfig, retention: Retention, ops: Ops, rngs: Rngs):
-        self.head_dim, self.kv_heads, self.heads = (
-            config.head_dim,
-            config.num_key_value_heads,
-            config.num_attention_heads,
-        )
-        self.retention, self.ops = retention, ops
+    A query sees keys fewer than `window` tokens back (None: all). Where the configuration says so,
+    queries and keys are normalised by head (`query_key_norm`), and the output is multiplied by the
+    sigmoid of a gate that q_proj makes beside the query, head by head (`attention_output_gate`).
+    """
+
+    def __init__(self, config: TextConfig, window: int | None, ops: Ops, rngs: Rngs):
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.window, self.ops = config.head_dim, window, ops
+        self.gated = config.attention_output_gate
         width = config.hidden_size
-        self.q_proj = Linear(width, self.heads * self.head_dim, bias=True, rngs=rngs)
-        self.k_proj = Linear(width, self.kv_heads * self.head_dim, bias=True, rngs=rngs)
-        self.v_proj = Linear(width, self.kv_heads * self.head_dim, bias=True, rngs=rngs)
-        self.o_proj = Linear(self.heads * self.head_dim, width, rngs=rngs)
+
+        def project(heads):
+            features = heads * self.head_dim
+            return Linear(width, features, ("width", "heads"), bias=True, rngs=rngs)
+
+        self.q_proj = project(self.heads * (2 if self.gated else 1))
+        self.k_proj, self.v_proj = project(self.kv_heads), project(self.kv_heads)
+        self.o_proj = Linear(self.heads * self.head_dim, width, ("heads", "width"), rngs=rngs)
+        normed = config.query_key_norm
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if normed else None
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if normed else None
 
     def state_spec(self, batch: int, max_length: int | None, dtype) -> KVCache:
-        """Shapes and dtypes of this layer's cache."""
-        shape = (batch, self.retention.capacity(max_length), self.kv_heads, self.head_dim)
+        """A ring of `window` slots, or of `max_length` where that is less."""
+        bounds = [bound for bound in (self.window, max_length) if bound is not None]
+        if not bounds:
+            raise InfiniteVLError("full attention keeps every token", "pass max_length in tokens")
+        shape = (batch, min(bounds), self.kv_heads, self.head_dim)
         return KVCache(*[jax.ShapeDtypeStruct(shape, dtype)] * 2)
+
+    def max_length(self, state: KVCache) -> int | None:
+        return state.k.shape[1] if self.window is None else None
 
     def __call__(
         self, x: Array, state: KVCache | None, info: TokenInfo
     ) -> tuple[Array, KVCache | None]:
-        """x [batch, length, width] -> the same shape, and the new state (None in training)."""
-
         def heads(y):
-            return constrain(
-                rearrange(y, "b t (h d) -> b t h d", d=self.head_dim),
-                "batch",
-                "length",
-                "heads",
-                None,
-            )
+            y = rearrange(y, "b t (h d) -> b t h d", d=self.head_dim)
+            return constrain(y, "batch", "length", "heads", None)
 
-        q = rotate(heads(self.q_proj(x)), info.cos, info.sin)
-        k = rotate(heads(self.k_proj(x)), info.cos, info.sin)
-        v = heads(self.v_proj(x))
-        scale = self.head_dim**-0.5
-        window = self.retention.window
+        q, gate = self.q_proj(x), None
+        if self.gated:
+            q = rearrange(q, "b t (h two d) -> two b t (h d)", two=2, d=self.head_dim)
+            q, gate = q[0], q[1]
+        q, k, v = heads(q), heads(self.k_proj(x)), heads(self.v_proj(x))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, info.cos, info.sin), rotate(k, info.cos, info.sin)
+        scale, window = self.head_dim**-0.5, self.window
         tokens = info.token_index, info.token_index, info.segment_ids, info.segment_ids
-        out, lse = self.ops.attention(
-            q, k, v, *tokens, mask=Mask(window=window, aligned=True), scale=scale
-        )
+        mask = Mask(window=window, aligned=True)
+        out, lse = self.ops.attention(q, k, v, *tokens, mask=mask, scale=scale)
         if state is not None:
 
             def with_cache():
                 held = slot_index(info.length, state.k.shape[1])
-                cached = self.ops.attention(
-                    q,
-                    state.k,
-                    state.v,
-                    info.token_index,
-                    held,
-                    mask=Mask(window=window),
-                    scale=scale,
-                )
+                mask = Mask(window=window)
+                tokens = info.token_index, held
+                cached = self.ops.attention(q, state.k, state.v, *tokens, mask=mask, scale=scale)
                 return merge(out, lse, *cached)[0]
 
             # an empty cache (the first chunk of a prompt) is not worth reading; a single token
             # nearly always has a past
-            out = (
-                with_cache()
-                if x.shape[1] == 1
-                else jax.lax.cond(jnp.any(info.length > 0), with_cache, lambda: out)
-            )
+            if x.shape[1] == 1:
+                out = with_cache()
+            else:
+                out = jax.lax.cond(jnp.any(info.length > 0), with_cache, lambda: out)
             state = write(state, k, v, info.token_index)
-        return self.o_proj(rearrange(out, "b t h d -> b t (h d)")), state
+        out = rearrange(out, "b t h d -> b t (h d)")
+        if gate is not None:
+            out = out * jax.nn.sigmoid(gate)
+        return self.o_proj(out), state
+
+
+def window_attention(config: TextConfig, ops: Ops, rngs: Rngs) -> SoftmaxAttention:
+    """Over the last `sliding_window` keys."""
+    return SoftmaxAttention(config, config.sliding_window, ops, rngs)
+
+
+def full_attention(config: TextConfig, ops: Ops, rngs: Rngs) -> SoftmaxAttention:
+    """Over all keys."""
+    return SoftmaxAttention(config, None, ops, rngs)
+
+
+register_mixer(SLIDING, window_attention, title="window attention", group="softmax mixers")
+register_mixer(FULL, full_attention, title="full attention", group="softmax mixers")

@@ -21,6 +21,7 @@ from infinitevl_jax.nn.rngs import Rngs
 from infinitevl_jax.nn.rope import rotate, vision_angles
 from infinitevl_jax.nn.stack import Stack
 from infinitevl_jax.nn.token_info import PatchInfo
+from infinitevl_jax.nn.towers.registry import register_tower
 from infinitevl_jax.sharding import constrain
 from pallas_kernels.attention import Mask
 
@@ -39,9 +40,10 @@ class VisionAttention(nnx.Module):
 
     def __init__(self, config: VisionConfig, ops: Ops, kind: str, rngs: Rngs):
         self.kind, self.ops, self.head_dim = kind, ops, config.head_dim
+        width = config.hidden_size
         self.window_patches = config.window_tokens**2 * config.merge_unit
-        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=True, rngs=rngs)
-        self.proj = Linear(config.hidden_size, config.hidden_size, bias=True, rngs=rngs)
+        self.qkv = Linear(width, 3 * width, ("width", "heads"), bias=True, rngs=rngs)
+        self.proj = Linear(width, width, ("heads", "width"), bias=True, rngs=rngs)
 
     def __call__(self, x: Array, info: PatchInfo) -> Array:
         q, k, v = rearrange(
@@ -91,8 +93,9 @@ class PatchMerger(nnx.Module):
         self.merge_unit = config.merge_unit
         merged = config.hidden_size * config.merge_unit
         self.ln_q = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.fc1 = Linear(merged, merged, bias=True, rngs=rngs)
-        self.fc2 = Linear(merged, config.out_hidden_size, bias=True, rngs=rngs)
+        self.fc1 = Linear(merged, merged, ("width", "hidden"), bias=True, rngs=rngs)
+        out = config.out_hidden_size
+        self.fc2 = Linear(merged, out, ("hidden", "width"), bias=True, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         x = rearrange(self.ln_q(x), "r (n unit) d -> r n (unit d)", unit=self.merge_unit)
@@ -105,7 +108,14 @@ class VisionTower(nnx.Module):
 
     def __init__(self, config: VisionConfig, ops: Ops, *, scanned: bool, remat, rngs: Rngs):
         self.head_dim, self.theta = config.head_dim, config.rope_theta
-        self.patch_embed = Linear(config.patch_features, config.hidden_size, rngs=rngs)
+        patch = (config.in_channels, config.temporal_patch_size, *[config.patch_size] * 2)
+        self.patch_embed = Linear(
+            config.patch_features,
+            config.hidden_size,
+            ("hidden", "width"),
+            torch_shape=(config.hidden_size, *patch),
+            rngs=rngs,
+        )
         make = partial(VisionBlock, config, ops)
         self.blocks = Stack(make, block_kinds(config), scanned=scanned, remat=remat, rngs=rngs)
         self.merger = PatchMerger(config, rngs)
@@ -122,3 +132,6 @@ class VisionTower(nnx.Module):
         )
         x, _, _ = self.blocks(self.patch_embed(patches.pixels.astype(dtype)), info)
         return self.merger(x)
+
+
+register_tower(VisionConfig, VisionTower)

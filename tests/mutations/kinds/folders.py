@@ -8,7 +8,7 @@ import safetensors
 from torch_folders import HYBRID, hybrid_tensors, write_folder
 
 from infinitevl_jax.checkpoints import import_folder, load_params
-from infinitevl_jax.checkpoints.weights import leaves, published
+from infinitevl_jax.checkpoints.weights import hub_name, leaves
 
 VISION = HYBRID["vision_config"] | {"depth": 1, "fullatt_block_indexes": [0]}
 CONFIG = HYBRID | {"num_hidden_layers": 2, "vision_config": VISION}
@@ -58,7 +58,7 @@ def read_independently(folder: Path) -> dict[str, np.ndarray]:
     for path in sorted(folder.glob("*.safetensors")):
         with safetensors.safe_open(path, "numpy") as file:
             for name in file.keys():  # noqa: SIM118  no mapping
-                found[published(name)] = file.get_tensor(name)
+                found[hub_name(name)] = file.get_tensor(name)
     return found
 
 

@@ -15,7 +15,7 @@ from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.pipeline import train_batches
 from infinitevl_jax.data.source import Source
 from infinitevl_jax.nn.ops import resolve_ops
-from infinitevl_jax.nn.params import abstract
+from infinitevl_jax.nn.params import parameters
 from infinitevl_jax.sharding import make_mesh
 from infinitevl_jax.train.optimizer import make_optimizer, schedule, split_trainable
 from infinitevl_jax.train.setup import prepare_start
@@ -245,8 +245,9 @@ def begin(preset: Preset, out: Path) -> None:
         Encoder(source, start.processor, start.config), start.config, config.data, config.seed
     )
     steps = config.steps or max(1, round(config.epochs * len(source) / config.data.batch))
-    split_trainable(list(abstract(start.config, scanned=True)[1]), config.trainable)
-    make_optimizer(config.optimizer, steps)
+    known = parameters(start.config, scanned=True)
+    split_trainable(known, config.trainable)
+    make_optimizer(config.optimizer, steps, known)
     rate = float(schedule(config.optimizer, steps)(0))
     batch = next(batches)
     if not math.isfinite(rate) or not all(
