@@ -29,6 +29,7 @@ from infinitevl_jax.nn.cache import Cache, empty
 from infinitevl_jax.nn.ops import Ops, resolve_ops
 from infinitevl_jax.nn.params import Params, functional, initialize, parameters
 from infinitevl_jax.serve import decoding
+from infinitevl_jax.serve.arguments import CALL, refuse
 from infinitevl_jax.serve.cache_checks import CacheChecks
 from infinitevl_jax.serve.dtypes import compute_dtype, floating
 from infinitevl_jax.serve.generation import (
@@ -36,7 +37,6 @@ from infinitevl_jax.serve.generation import (
     Request,
     StopStrings,
     read_defaults,
-    refuse,
     resolve,
 )
 from infinitevl_jax.serve.output import Output
@@ -50,17 +50,6 @@ VISION_INPUTS = (
     "video_grid_thw",
     "second_per_grid_ts",
 )
-
-# Hugging Face's other arguments of a call: name -> (what is done anyway, what to do instead)
-CALL_FIXED = {
-    "return_dict": (True, "the output has the fields logits, cache and hidden_states"),
-    "output_attentions": (False, "attention weights are never formed here"),
-    "labels": (None, "compute the loss from logits, or train with train.py"),
-    "past_key_values": (None, "pass cache=..., as an earlier call's output has it"),
-    "inputs_embeds": (None, "pass input_ids"),
-    "cache_position": (None, "the cache knows where it stands: leave it out"),
-    "rope_deltas": (None, "the cache knows where it stands: leave it out"),
-}
 
 
 class InfiniteVL:
@@ -223,7 +212,7 @@ class InfiniteVL:
 
         Raises InfiniteVLError for arguments that do not fit the model or each other.
         """
-        refuse(others, (), CALL_FIXED, "a call")
+        refuse(others, (), CALL, "a call")
         vision: dict[str, Any] = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
         vision |= {"pixel_values_videos": pixel_values_videos, "video_grid_thw": video_grid_thw}
         self._checks.check_cache(cache)

@@ -33,7 +33,8 @@ class Programs:
     def __init__(self, model: Callable):
         """model(params) is a VLM that has these parameters."""
         self.encode = jax.jit(lambda params, patches: model(params).encode(patches))
-        self.forward = jax.jit(partial(forward, model), static_argnames="collect")
+        prefill = jax.named_scope("prefill")(partial(forward, model))
+        self.forward = jax.jit(prefill, static_argnames="collect")
         self.step = jax.jit(
             partial(step, model), static_argnames="sampling", donate_argnames="cache"
         )
@@ -66,6 +67,7 @@ def forward(
     return vlm.logits(hidden).astype(jnp.float32), cache, states
 
 
+@jax.named_scope("decode")
 def step(
     model,
     params,

@@ -22,6 +22,7 @@ class Tally(NamedTuple):
     rows: Array  # [] f32, rows with an answer
 
 
+@jax.named_scope("loss")
 def answer_loss(
     head: Callable[[Array], Array],
     hidden: Array,

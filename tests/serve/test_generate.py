@@ -231,3 +231,16 @@ def test_a_mesh_of_eight_devices_generates_the_same(model, prompt, greedy, tmp_p
     assert jax.tree.all(
         jax.tree.map(lambda a, b: bool((a == b).all()), one.params, dict(model.params))
     )
+
+
+def test_profiles_name_the_stages(model, prompt):
+    """Prefill, decoding and sampling are scopes in the names of the compiled programs."""
+    prepared, cache = prepare(model.config, **prompt), model.init_cache(1)
+    run, params = model._programs, model.params
+    embeds = run.encode(params, prepared.patches)
+    text = run.forward.lower(params, prepared.inputs, embeds, cache).as_text(debug_info=True)
+    assert "/prefill/" in text and "/decode/" not in text
+    token, key = np.zeros(1, np.int32), jax.random.key(0)
+    step = run.step.lower(params, token, cache, key, sampling=Sampling(0.7))
+    text = step.as_text(debug_info=True)
+    assert "/decode/" in text and "/decode/sampling/" in text and "/prefill/" not in text
