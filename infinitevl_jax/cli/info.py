@@ -157,7 +157,8 @@ def _state_formula(state: Any, longer: Any) -> str:
             for size, grown in zip(leaf.shape[1:], more.shape[1:], strict=True)
         ]
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        terms.append(f"{name} {' x '.join(sizes)} x {leaf.dtype.itemsize} bytes")
+        term = f"{name} {' x '.join(sizes)} x {leaf.dtype.itemsize} bytes"
+        terms.append(term.lstrip())
     return " + ".join(terms)
 
 
