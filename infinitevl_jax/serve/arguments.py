@@ -77,7 +77,7 @@ GENERATE: dict[str, tuple[Any, str]] = {
 CALL: dict[str, tuple[Any, str]] = {
     "return_dict": (True, "the output has the fields logits, cache and hidden_states"),
     "output_attentions": (False, "attention weights are never formed here"),
-    "labels": (None, "compute the loss from logits, or train with train.py"),
+    "labels": (None, "compute the loss from logits, or train: infinitevl train"),
     "past_key_values": (None, "pass cache=..., as an earlier call's output has it"),
     "inputs_embeds": (None, "pass input_ids"),
     "cache_position": (None, "the cache knows where it stands: leave it out"),
