@@ -112,15 +112,17 @@ def inspect(
         Path, typer.Argument(metavar="SRC", show_default=False, help="Either kind of folder.")
     ],
 ):
-    """Say what a checkpoint is."""
+    """Say what a checkpoint is: another name of `infinitevl info`."""
     stay_on_the_host()
-    from infinitevl_jax.checkpoints import inspect_folder
-    from infinitevl_jax.checkpoints.newest import checkpoint_folder
-
-    typer.echo(inspect_folder(checkpoint_folder(src)))
+    _show(src)
 
 
 def _wrote(folder: Path) -> None:
-    from infinitevl_jax.checkpoints import inspect_folder
+    typer.echo(f"wrote {folder}")
+    _show(folder)
 
-    typer.echo(f"wrote {folder}\n{inspect_folder(folder)}")
+
+def _show(folder: Path) -> None:
+    from infinitevl_jax.cli import info
+
+    typer.echo(info.as_table(info.describe(folder)))

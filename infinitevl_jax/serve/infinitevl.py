@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
 from infinitevl_jax.config.model import ModelConfig
+from infinitevl_jax.dtypes import compute_dtype, floating
 from infinitevl_jax.errors import InfiniteVLError, InfiniteVLWarning
 from infinitevl_jax.extras import says_which_extra
 from infinitevl_jax.inputs.arrays import as_numpy, whole_number
@@ -31,7 +32,6 @@ from infinitevl_jax.nn.params import Params, functional, initialize, parameters
 from infinitevl_jax.serve import decoding
 from infinitevl_jax.serve.arguments import CALL, refuse
 from infinitevl_jax.serve.cache_checks import CacheChecks
-from infinitevl_jax.serve.dtypes import compute_dtype, floating
 from infinitevl_jax.serve.generation import (
     Defaults,
     Request,
