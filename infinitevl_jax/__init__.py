@@ -1,5 +1,4 @@
-"""InfiniteVL in JAX: train, run and convert vision-language models whose decoder mixes window
-attention and Gated DeltaNet."""
+"""InfiniteVL in JAX: run, train and convert vision-language models with linear attention."""
 
 from typing import TYPE_CHECKING
 
@@ -14,8 +13,7 @@ if TYPE_CHECKING:
     from infinitevl_jax.serve.infinitevl import InfiniteVL
     from infinitevl_jax.serve.sampling import Sampling
 else:
-    # The model needs jax and flax, the processor pillow, av and tokenizers: whoever uses one need
-    # not have the other.
+    # Imported on use: the model and the processor have different dependencies.
     def __getattr__(name: str):
         with says_which_extra():
             if name == "InfiniteVL":

@@ -1,4 +1,4 @@
-"""`infinitevl`, or `python -m infinitevl_jax`."""
+"""Entry point of `infinitevl` and `python -m infinitevl_jax`."""
 
 from functools import partial
 from typing import NoReturn

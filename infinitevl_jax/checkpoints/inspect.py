@@ -1,4 +1,4 @@
-"""What a checkpoint folder is, from headers alone: no weight is read."""
+"""Description of a checkpoint folder. It reads headers, not weights."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Description:
       kind: "ours", with the adapters merged into it, or "Hugging Face".
       names: spelling of the torch names, and whether there is a head.
       parts: part of the model -> dtype on disk -> parameters, a tied head counted once.
-      dtype: what it computes in unless told otherwise.
+      dtype: default dtype of activations.
     """
 
     folder: Path
@@ -47,7 +47,7 @@ class Description:
         return sum(sum(sizes.values()) for sizes in self.parts.values())
 
     def facts(self) -> dict[str, Any]:
-        """As JSON has them."""
+        """The description as JSON values."""
         config, text, vision = self.config, self.config.text, self.config.vision
         parts = {
             name: {
@@ -132,8 +132,7 @@ def inspect_folder(folder: str | Path) -> Description:
 
 
 def _dtypes(folder: Path, config: ModelConfig) -> dict[str, np.dtype]:
-    """Published torch name -> dtype of every tensor, checked against what the configuration asks
-    for."""
+    """Torch name -> dtype of every tensor, checked against the configuration."""
     if not is_ours(folder):
         source = open_source(folder)
         match(config, source.shapes, str(folder))
@@ -171,16 +170,15 @@ def _part(name: str, config: ModelConfig) -> str:
 
 
 def cache_formula(config: ModelConfig, dtype: np.dtype) -> str:
-    """Bytes of one sequence's cache as a sum that can be checked by hand: the states of all layers,
-    array by array."""
-    # what differs between two lengths, both beyond any window, grows with the sequence
+    """Bytes of one sequence's cache as a formula over the arrays of all layers."""
+    # dimensions that differ between two lengths beyond any window grow with the sequence
     long, longer = (cache_spec(config, 1, 2**40 + more, dtype).layers for more in (0, 1))
     terms = Counter(_state_formula(*states) for states in zip(long, longer, strict=True))
     return " + ".join(f"{count} layers x ({term})" for term, count in terms.items())
 
 
 def _state_formula(state: Any, longer: Any) -> str:
-    """Bytes of one layer's state; `longer` is that of a sequence with one token more."""
+    """Bytes of one layer's state. `longer` is the state for one more token."""
     terms = []
     leaves = map(jax.tree_util.tree_leaves_with_path, (state, longer))
     for (path, leaf), (_, more) in zip(*leaves, strict=True):
@@ -195,7 +193,7 @@ def _state_formula(state: Any, longer: Any) -> str:
 
 
 def as_table(facts: dict) -> str:
-    """The facts for people: `Description.facts()`, with or without those of the processor."""
+    """Format facts as text: `Description.facts()`, with or without tokenizer and template."""
     sizes, vision, cache = facts["sizes"], facts["vision"], facts["cache"]
     window = f" (window {facts['window']:,})" if facts["window"] else ""
     rows = {

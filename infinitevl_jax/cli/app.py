@@ -86,7 +86,7 @@ def ask(
     mesh: Mesh = "",
     compilation_cache: Keep = True,
 ):
-    """Answer one question, word by word on stdout. What it ran on and how fast goes to stderr.
+    """Answer one question on stdout, as it is generated. Device and speed go to stderr.
 
     \b
     infinitevl ask InfiniteVL/ "What is on the table?" --image kitchen.jpg
@@ -132,8 +132,7 @@ def chat(
     mesh: Mesh = "",
     compilation_cache: Keep = True,
 ):
-    """Talk with a model: each turn reads only what is new, and memory stays constant however long
-    it gets.
+    """Converse with a model. Each turn reads only new tokens.
 
     \b
     infinitevl chat InfiniteVL/
@@ -162,8 +161,7 @@ def info(
     model: Model,
     json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ):
-    """Say what a checkpoint is: layers, parameters, bytes, tokenizer, cache. Reads headers, not
-    weights.
+    """Describe a checkpoint: layers, parameters, bytes, tokenizer, cache. Reads headers only.
 
     \b
     infinitevl info InfiniteVL/

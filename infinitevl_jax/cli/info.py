@@ -1,4 +1,4 @@
-"""`infinitevl info`, also called `infinitevl convert inspect`: a checkpoint and its processor."""
+"""Text of `infinitevl info` and `infinitevl convert inspect`. It reads headers, not weights."""
 
 import json
 from pathlib import Path
@@ -13,10 +13,11 @@ __all__ = ["as_json", "as_table", "describe"]
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """Facts of a checkpoint folder, or of a training run's newest step, as JSON has them, with its
-    tokenizer and chat template. A folder without a tokenizer that fits is still a checkpoint.
+    """Describe a checkpoint folder, or the newest step of a training run, for JSON: its model,
+    tokenizer and chat template. A missing or unsuitable tokenizer is not an error.
 
-    Raises InfiniteVLError for a damaged folder or another family.
+    Raises:
+      InfiniteVLError: the folder is damaged or of an unknown family.
     """
     folder = checkpoint_folder(folder)
     facts = inspect_folder(folder).facts()
@@ -37,5 +38,5 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def as_json(facts: dict[str, Any]) -> str:
-    """The facts for machines."""
+    """Format facts as JSON."""
     return json.dumps(facts, indent=2)

@@ -1,5 +1,4 @@
-"""The training loop, read from top to bottom: prepare, restore or start, step, save, measure,
-plot."""
+"""The training loop: prepare, restore or start, step, save, evaluate, plot."""
 
 import contextlib
 import logging
@@ -47,8 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 class Outcome(NamedTuple):
-    """What a run leaves: its folder, the last checkpoint (one of our checkpoint folders), and
-    whether it came to its end."""
+    """Result of a run: its folder, its last checkpoint and step, and whether it finished."""
 
     run: Path
     checkpoint: Path
@@ -57,10 +55,11 @@ class Outcome(NamedTuple):
 
 
 def train(preset: Preset) -> Outcome:
-    """Run a preset to its end, or until Ctrl-C or SIGTERM; a run that finds its own checkpoints
-    goes on from the last one. What it does is logged.
+    """Train a preset to its end, or until Ctrl-C or SIGTERM. Resumes from its last checkpoint.
+    Logs its progress.
 
-    Raises InfiniteVLError for anything in preset, data, mesh or output folder that cannot work.
+    Raises:
+      InfiniteVLError: the preset, data, mesh or output folder is invalid.
     """
     config, began = preset.train, time.monotonic()
     if jax.process_count() > 1:
@@ -131,7 +130,7 @@ def train(preset: Preset) -> Outcome:
             held_out = HeldOut(config.data, start, jax.jit(partial(evaluate_batch, model)), mesh)
         stop = Stop()
         saver = Saver(checkpoints, lock, config, skipped, state, batches.get_state(), stop)
-        del state  # the first step takes its memory
+        del state  # the first step donates its memory
         with stop, Progress(steps, first) as bar, saver:
             tokens, since = 0, time.monotonic()
             while True:
@@ -154,7 +153,7 @@ def train(preset: Preset) -> Outcome:
                 saver.advance(step_fn, put_batch(batch, mesh), batches.get_state())
                 tokens += _count(batch)
                 bar.update()
-                if saver.step == first + 1:  # traced by now
+                if saver.step == first + 1:  # all operators are traced
                     logger.info("\n  ".join(["what ran:", *ops.report()]))
                 if _is_due(config.log_every, saver.step, steps):
                     saver.check()
@@ -189,8 +188,11 @@ def train(preset: Preset) -> Outcome:
 def _state(
     checkpoints: Checkpoints, start, known, names, optimizer, mesh: Mesh, set_place
 ) -> TrainState:
-    """The state of the newest checkpoint, whose place in the data `set_place` takes, or a fresh
-    one."""
+    """The restored state of the newest checkpoint, or a new one.
+
+    Args:
+      set_place: receives the data position of a restored checkpoint.
+    """
     begin = partial(init_state, trainable=names, optimizer=optimizer)
     if checkpoints.last is None:
         params = start.params(parameter_shardings(known, mesh))
@@ -203,7 +205,7 @@ def _state(
 
 
 def _count(batch: TrainBatch) -> int:
-    """Decoder tokens of this process's part."""
+    """Number of decoder tokens in this process's part of the batch."""
     return sum(
         int((part.index >= 0).sum()) for part in (batch.prefix, batch.branches) if part is not None
     )
@@ -215,7 +217,7 @@ def _devices(mesh: Mesh) -> str:
 
 
 def _is_due(every: int, step: int, steps: int) -> bool:
-    """Whether what is done every so many steps (0: only at the end) is done after this one."""
+    """Whether something done every `every` steps (0: only at the end) is due after this step."""
     return step == steps or (step > 0 and every > 0 and step % every == 0)
 
 
@@ -224,9 +226,9 @@ def _counting(rows: Iterable[int]) -> Iterable[int]:
 
 
 def _plot(run: Path) -> str:
-    """Draw the log, and say where or why not: what was trained is saved either way."""
+    """Plot the log. Returns a message; an error must not fail the finished run."""
     try:
         plot_log(run / "log.jsonl", run / "loss.png")
-    except Exception as error:  # of whatever in fonts, disk or numbers
+    except Exception as error:  # of fonts, disk or values
         return f"no plot ({type(error).__name__}: {error})"
     return f"plot {run / 'loss.png'}"
