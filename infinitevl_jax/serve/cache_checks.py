@@ -9,7 +9,7 @@ from jax import Array
 
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.inputs.arrays import INT32_MAX
-from infinitevl_jax.inputs.model_inputs import Prepared
+from infinitevl_jax.inputs.model_inputs import ModelInputs
 from infinitevl_jax.nn.cache import Cache
 from infinitevl_jax.nn.vlm import VLM
 
@@ -47,16 +47,16 @@ class CacheChecks:
                 "make it with this model: init_cache(batch)",
             )
 
-    def check_call(self, cache: Cache | None, prepared: Prepared) -> None:
+    def check_call(self, cache: Cache | None, inputs: ModelInputs) -> None:
         """A cache can take these inputs."""
-        if cache is not None and prepared.inputs.segment.any():
+        if cache is not None and inputs.decoder.segment_ids.any():
             raise InfiniteVLError(
                 "position_ids start anew inside a row: several sequences are packed there, and a"
                 " cache holds one sequence a row",
                 "pass one row a sequence, padded with attention_mask, where a cache or new tokens"
                 " are wanted",
             )
-        self.check_room(cache, prepared.counts)
+        self.check_room(cache, inputs.counts)
 
     def check_room(self, cache: Cache | None, tokens: np.ndarray | int) -> None:
         """A cache takes so many tokens more: of the sequences it was made for, no more in full

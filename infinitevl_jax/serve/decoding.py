@@ -1,4 +1,4 @@
-"""From prepared inputs to new tokens: the prompt in chunks, then one token a step."""
+"""From inputs to new tokens: the prompt in chunks, then one token a step."""
 
 from collections.abc import Callable, Iterator
 
@@ -8,8 +8,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from infinitevl_jax.inputs.model_inputs import Inputs, Prepared
-from infinitevl_jax.inputs.patches import bucket
+from infinitevl_jax.inputs.model_inputs import ModelInputs, chunks
 from infinitevl_jax.nn.cache import Cache
 from infinitevl_jax.nn.params import Params
 from infinitevl_jax.serve.generation import Request
@@ -18,16 +17,18 @@ from infinitevl_jax.serve.programs import Programs, on_mesh
 PREFILL_CHUNK = 8192  # tokens of a prompt that go through the decoder at once
 
 
-def prefill(run: Programs, params: Params, prepared: Prepared, cache: Cache) -> tuple[Array, Cache]:
+def prefill(
+    run: Programs, params: Params, inputs: ModelInputs, cache: Cache
+) -> tuple[Array, Cache]:
     """Logits [batch, vocab] of every row's last token, and the new cache."""
-    embeds = None if prepared.patches is None else run.encode(params, prepared.patches)
+    embeds = None if inputs.patches is None else run.encode(params, inputs.patches)
     last = None
-    for part in _chunks(prepared.inputs):
-        ending = np.maximum((part.index >= 0).sum(1, keepdims=True) - 1, 0).astype(np.int32)
+    for part in chunks(inputs.decoder, PREFILL_CHUNK):
+        ending = np.maximum((part.token_index >= 0).sum(1, keepdims=True) - 1, 0).astype(np.int32)
         logits, cache, _ = run.forward(params, part, embeds, cache, ending)
         logits = logits[:, 0]
         # a row that ended in an earlier chunk keeps the logits it had
-        last = logits if last is None else jnp.where(part.index[:, :1] >= 0, logits, last)
+        last = logits if last is None else jnp.where(part.token_index[:, :1] >= 0, logits, last)
     assert last is not None, "a prompt has tokens"
     return last, cache
 
@@ -80,25 +81,3 @@ def decode(
         if done.all():
             return
         token = following
-
-
-def _chunks(inputs: Inputs) -> Iterator[Inputs]:
-    """Pieces of at most PREFILL_CHUNK tokens, the last one padded to a bucket: few shapes, few
-    compilations."""
-    for at in range(0, inputs.tokens.shape[1], PREFILL_CHUNK):
-        width = min(PREFILL_CHUNK, inputs.tokens.shape[1] - at)
-        more = min(bucket(width), PREFILL_CHUNK) - width
-
-        def cut(x: np.ndarray | Array, fill: int, at=at, width=width, more=more) -> np.ndarray:
-            return np.pad(
-                x[..., at : at + width], [(0, 0)] * (x.ndim - 1) + [(0, more)], constant_values=fill
-            )
-
-        index = cut(inputs.index, -1)
-        yield Inputs(
-            cut(inputs.tokens, 0),
-            np.where(index >= 0, index - at, -1),
-            cut(inputs.segment, 0),
-            None if inputs.positions is None else cut(inputs.positions, 0),
-            None if inputs.vision_index is None else cut(inputs.vision_index, -1),
-        )

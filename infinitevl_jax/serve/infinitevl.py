@@ -24,7 +24,7 @@ from infinitevl_jax.dtypes import compute_dtype, floating
 from infinitevl_jax.errors import InfiniteVLError, InfiniteVLWarning
 from infinitevl_jax.extras import says_which_extra
 from infinitevl_jax.inputs.arrays import as_numpy, whole_number
-from infinitevl_jax.inputs.model_inputs import Prepared, prepare
+from infinitevl_jax.inputs.model_inputs import ModelInputs, build_inputs
 from infinitevl_jax.inputs.patches import bucket
 from infinitevl_jax.nn.cache import Cache, empty
 from infinitevl_jax.nn.ops import Ops, resolve_ops
@@ -222,7 +222,7 @@ class InfiniteVL:
         input_ids = as_numpy(input_ids, "input_ids")
         width = input_ids.shape[-1] if input_ids.ndim else 0
         length = width if width == 1 else bucket(width)
-        prepared = prepare(
+        inputs = build_inputs(
             self.config,
             input_ids,
             attention_mask,
@@ -234,24 +234,24 @@ class InfiniteVL:
         )
         if cache is None and use_cache:
             cache = self.init_cache(
-                len(prepared.shift), 2 * bucket(width) if max_length is None else max_length
+                len(inputs.left_padding), 2 * bucket(width) if max_length is None else max_length
             )
-        self._checks.check_call(cache, prepared)
+        self._checks.check_call(cache, inputs)
         columns = min(whole_number(logits_to_keep, "logits_to_keep", 0), width) or None
         keep = None
         if columns is not None:
             keep = np.maximum(
-                np.arange(width - columns, width) - prepared.shift[:, None], 0
+                np.arange(width - columns, width) - inputs.left_padding[:, None], 0
             ).astype(np.int32)
         with on_mesh(self.mesh):
             embeds = (
                 None
-                if prepared.patches is None
-                else self._programs.encode(self.params, prepared.patches)
+                if inputs.patches is None
+                else self._programs.encode(self.params, inputs.patches)
             )
             logits, cache, hidden = self._programs.forward(
                 self.params,
-                prepared.inputs,
+                inputs.decoder,
                 embeds,
                 cache,
                 keep,
@@ -261,7 +261,7 @@ class InfiniteVL:
             logits,
             cache,
             tuple(hidden) if output_hidden_states else None,
-            prepared.shift,
+            inputs.left_padding,
             width,
             columns,
         )
@@ -318,23 +318,23 @@ class InfiniteVL:
           token.
         """
         vision = {name: arguments.pop(name) for name in VISION_INPUTS if name in arguments}
-        prepared = prepare(self.config, input_ids, attention_mask, position_ids, **vision)
-        request = resolve(arguments, self.defaults, self.config, prepared.inputs.tokens.shape[1])
-        return self._stream(prepared, request, as_numpy(input_ids, "input_ids"))
+        inputs = build_inputs(self.config, input_ids, attention_mask, position_ids, **vision)
+        request = resolve(arguments, self.defaults, self.config, inputs.decoder.tokens.shape[1])
+        return self._stream(inputs, request, as_numpy(input_ids, "input_ids"))
 
     def _stream(
-        self, prepared: Prepared, request: Request, prompt: np.ndarray
+        self, inputs: ModelInputs, request: Request, prompt: np.ndarray
     ) -> Iterator[np.ndarray]:
-        batch, width = prepared.inputs.tokens.shape
+        batch, width = inputs.decoder.tokens.shape
         if request.streamer is not None:
             request.streamer.put(prompt)
         if request.max_new_tokens:
             logits, cache = self.prefill(
-                prepared, self.init_cache(batch, bucket(width + request.max_new_tokens))
+                inputs, self.init_cache(batch, bucket(width + request.max_new_tokens))
             )
             occurred = None
             if request.sampling.repetition_penalty != 1:
-                occurred = prepared.occurred(self.config.text.vocab_size)
+                occurred = inputs.occurred(self.config.text.vocab_size)
             stopped = StopStrings(request, batch) if request.stop_strings else None
             for tokens, _ in self._decode(logits, cache, request, occurred, stopped):
                 if request.streamer is not None:
@@ -388,10 +388,12 @@ class InfiniteVL:
             self._programs, self.params, logits, cache, request, occurred, stopped, self.mesh
         )
 
-    def prefill(self, prepared: Prepared, cache: Cache) -> tuple[Array, Cache]:
-        """Take prepared inputs into a cache, in chunks: logits [batch, vocab] of every row's last
-        token, and the new cache."""
+    def prefill(self, inputs: ModelInputs, cache: Cache) -> tuple[Array, Cache]:
+        """Chunked prefill of inputs (`build_inputs`).
+
+        Returns the logits [batch, vocab] of every row's last token, and the new cache.
+        """
         self._checks.check_cache(cache)
-        self._checks.check_call(cache, prepared)
+        self._checks.check_call(cache, inputs)
         with on_mesh(self.mesh):
-            return decoding.prefill(self._programs, self.params, prepared, cache)
+            return decoding.prefill(self._programs, self.params, inputs, cache)

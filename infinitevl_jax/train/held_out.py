@@ -8,10 +8,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from infinitevl_jax.config.train import DataConfig
+from infinitevl_jax.data.dataset import Dataset
 from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.pipeline import held_out_batches
 from infinitevl_jax.data.skipping import Skipped
-from infinitevl_jax.data.source import Source
 from infinitevl_jax.train.saving import Stop
 from infinitevl_jax.train.setup import Start
 from infinitevl_jax.train.step import TrainState, put_batch
@@ -28,7 +28,7 @@ class HeldOut:
         Args:
           measure: maps parameters and a batch to a Tally.
         """
-        source = Source(data.name, data.folder, data.held_out)
+        source = Dataset(data.name, data.folder, data.held_out)
         self.encoder = Encoder(source, start.processor, start.config)
         self.skipped = Skipped(len(source), data.max_skipped)
         self.data, self.config, self._measure, self.mesh = data, start.config, measure, mesh
