@@ -34,7 +34,6 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
-from benchmarks.pods import TRAINABLE  # noqa: E402
 from benchmarks.record import add_commit, record  # noqa: E402
 from benchmarks.timing import summary  # noqa: E402
 from benchmarks.trace import kernels, table  # noqa: E402
@@ -48,6 +47,7 @@ from infinitevl_jax.nn.ops import resolve_ops  # noqa: E402
 from infinitevl_jax.nn.params import Params, initialize, parameters  # noqa: E402
 from infinitevl_jax.sharding import make_mesh, parameter_shardings  # noqa: E402
 from infinitevl_jax.train.optimizer import make_optimizer, split_trainable  # noqa: E402
+from infinitevl_jax.train.pods import TRAINABLE  # noqa: E402
 from infinitevl_jax.train.step import (
     init_state,
     model_of,

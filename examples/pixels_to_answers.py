@@ -59,6 +59,7 @@ def main() -> None:
     from tqdm import tqdm
 
     from infinitevl_jax import InfiniteVL, Processor
+    from infinitevl_jax.cli import logs
     from infinitevl_jax.config.presets import load_preset
     from infinitevl_jax.data.dataset import Dataset
     from infinitevl_jax.data.encode import Encoder
@@ -70,7 +71,8 @@ def main() -> None:
         PRESET,
         [f"train.seed={arguments.seed}", f"train.output={arguments.output}", *arguments.changes],
     )
-    outcome = train(preset)
+    with logs.shown(sys.stdout):
+        outcome = train(preset)
     if not outcome.finished:
         raise SystemExit(130)
     trained = time.monotonic() - began

@@ -64,7 +64,7 @@ def build_inputs(
     video_grid_thw=None,
     second_per_grid_ts=None,
     *,
-    start: Sequence[int] | None = None,
+    start: Sequence[int] | np.ndarray | None = None,
     length: int | None = None,
     packing: Packing | None = None,
     patches_by_row: bool = False,

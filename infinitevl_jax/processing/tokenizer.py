@@ -147,8 +147,8 @@ class Tokenizer:
     def pad_id(self) -> int:
         """Padding id: the pad token, else <|endoftext|>, else the first end token, else 0."""
         for token in (self.special.get("pad_token"), END_OF_TEXT):
-            if token and self.token_id(token) is not None:
-                return self.token_id(token)
+            if token and (found := self.token_id(token)) is not None:
+                return found
         return self.eos_ids[0] if self.eos_ids else 0
 
     def encode(self, text: str) -> list[int]:
@@ -290,9 +290,7 @@ def _byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tok
     backend.post_processor = processors.ByteLevel(
         add_prefix_space=False, trim_offsets=False, use_regex=False
     )
-    backend.decoder = decoders.ByteLevel(
-        add_prefix_space=False, trim_offsets=False, use_regex=False
-    )
+    backend.decoder = decoders.ByteLevel()
     return backend
 
 

@@ -4,6 +4,7 @@ length and memory stays constant."""
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -118,6 +119,7 @@ class Conversation:
         max_new_tokens = whole_number(max_new_tokens, "max_new_tokens", 1)
         start, old, undo = time.perf_counter(), self._state, self._undo
         messages = (*self.messages, {"role": "user", "content": content})
+        batch: dict[str, Any]
         batch, prompt = self.processor.continuation(messages, old.prompt if old else "")
         unread = old.said[self.tokens - old.before :] if old else []
         batch["input_ids"] = np.concatenate([np.array([unread], np.int32), batch["input_ids"]], 1)

@@ -2,15 +2,22 @@
 token."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
 from infinitevl_jax.inputs.model_inputs import DecoderInputs, text_inputs
 from infinitevl_jax.nn.cache import Cache
 from infinitevl_jax.serve.sampling import Sampling, choose
+
+
+def on_mesh(mesh: Mesh | None) -> AbstractContextManager:
+    """Within, programs are for this mesh (None: one device)."""
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 class Programs:
@@ -26,7 +33,8 @@ class Programs:
     def __init__(self, model: Callable):
         """model(params) is a VLM that has these parameters."""
         self.encode = jax.jit(lambda params, patches: model(params).encode(patches))
-        self.forward = jax.jit(partial(forward, model), static_argnames="collect")
+        prefill = jax.named_scope("prefill")(partial(forward, model))
+        self.forward = jax.jit(prefill, static_argnames="collect")
         self.step = jax.jit(
             partial(step, model), static_argnames="sampling", donate_argnames="cache"
         )
@@ -59,6 +67,7 @@ def forward(
     return vlm.logits(hidden).astype(jnp.float32), cache, states
 
 
+@jax.named_scope("decode")
 def step(
     model,
     params,

@@ -43,6 +43,7 @@ class Sampling:
         check("repetition_penalty", 1e-3, 1e3, "above 0; 1 changes nothing, 1.05 is usual")
 
 
+@jax.named_scope("sampling")
 def choose(logits: Array, key: Array, sampling: Sampling, occurred: Array | None = None) -> Array:
     """[batch, vocab] logits -> [batch] int32 tokens. occurred: [batch, vocab] bool, what
     repetition_penalty applies to."""

@@ -7,6 +7,7 @@ the processor's files and the manifest, so that STEP can be exported, or opened 
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -41,6 +42,7 @@ from infinitevl_jax.writing import (
     sync_tree,
 )
 
+_log = logging.getLogger(__name__)
 _OPTIMIZER, _PLACE = "optimizer", Path("data", "metadata")
 _STEP = re.compile(r"0|[1-9][0-9]*")
 
@@ -58,7 +60,6 @@ class Checkpoints:
         files: Path,
         manifest: Manifest,
         keep: int,
-        say: Callable[[str], None] = print,
         layers: Mapping[str, Sequence[str]] | None = None,
     ):
         """
@@ -66,12 +67,11 @@ class Checkpoints:
           run: the run's folder.
           files: a folder with the model's side files. manifest: what export needs to know beside
             them.
-          say: told which steps could not be used.
           layers: name of a parameter of the state -> its names on disk: those of its layers, if it
             is a stack of them. A parameter that is not named here keeps its name.
         """
         self.folder, self.files, self.manifest = run.absolute() / "checkpoints", files, manifest
-        self.keep, self.say, self.layers = keep, say, layers or {}
+        self.keep, self.layers = keep, layers or {}
         with storage(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_unfinished()
@@ -153,7 +153,7 @@ class Checkpoints:
     def restore(self, state: TrainState, accept: Callable[[dict[str, Any]], None]) -> TrainState:
         """The newest checkpoint that can be read, as arrays of the shapes and shardings of `state`.
 
-        Newer ones that cannot be read are moved to RUN/damaged-step-N, and `say` is told.
+        Newer ones that cannot be read are moved to RUN/damaged-step-N, with a warning in the log.
 
         Args:
           state: a TrainState of jax.ShapeDtypeStruct with shardings.
@@ -173,7 +173,7 @@ class Checkpoints:
             for bad, error in unusable.items():
                 with storage(self.path(bad)):
                     kept = keep_aside(self.path(bad), self.folder.with_name(f"damaged-step-{bad}"))
-                self.say(f"{error.culprit}\n  kept as {kept}; going back to step {step}")
+                _log.warning("%s\n  kept as %s; going back to step %d", error.culprit, kept, step)
             with storage(self.path(step)):
                 # a run killed at the wrong moment lacks them
                 self._write_side_files(self.path(step))

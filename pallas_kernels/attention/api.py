@@ -114,7 +114,7 @@ def complete(
     mask = Mask() if mask is None else mask
     check(q, k, v, q_segment_ids, k_segment_ids, mask)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    indices = (
+    q_token_index, k_token_index = (
         (
             jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
             if index is None
@@ -122,7 +122,7 @@ def complete(
         )
         for x, index in ((q, q_token_index), (k, k_token_index))
     )
-    return Call(q, k, v, *indices, q_segment_ids, k_segment_ids, mask, scale)
+    return Call(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, mask, scale)
 
 
 def arguments(*args, **kwargs) -> dict:

@@ -2,20 +2,19 @@
 
 import contextlib
 import errno
-import importlib.util
 import json
 import resource
 import shutil
 import signal
 import threading
 import time
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from failing import config, fails, text, tree
 from torch_folders import BF16, hybrid_folder, hybrid_tensors, read_folder, write_folder
+from typer.testing import CliRunner
 
 import infinitevl_jax.checkpoints.importer as importer
 from infinitevl_jax.checkpoints import (
@@ -25,6 +24,7 @@ from infinitevl_jax.checkpoints import (
     load_params,
     save_params,
 )
+from infinitevl_jax.cli import app
 from infinitevl_jax.config.run import RunConfig
 from infinitevl_jax.nn.params import parameters
 from infinitevl_jax.sharding import make_mesh, parameter_shardings
@@ -474,16 +474,17 @@ def test_shard_size(tmp_path, good, size):
     )
 
 
-def test_command_line(tmp_path, good, capsys):
+def test_command_line(tmp_path, good):
     """The command prints the same error and exits with 1; there is no traceback."""
-    spec = importlib.util.spec_from_file_location(
-        "convert_torch", Path(__file__).parents[2] / "convert_torch.py"
-    )
-    convert_torch = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(convert_torch)
-    assert convert_torch.main(["import", str(tmp_path / "nowhere"), str(tmp_path / "dst")]) == 1
-    printed = capsys.readouterr().err
+
+    def convert(*arguments):
+        return CliRunner().invoke(app, ["convert", *map(str, arguments)], catch_exceptions=False)
+
+    result = convert("import", tmp_path / "nowhere", tmp_path / "dst")
+    assert result.exit_code == 1
+    printed = result.stderr
     assert printed.startswith("error: ") and "nowhere" in printed and "Traceback" not in printed
-    assert convert_torch.main(["export", str(good / "ours"), str(tmp_path / "hf")]) == 0
-    assert convert_torch.main(["inspect", str(tmp_path / "hf")]) == 0
-    assert "infinite_vl" in capsys.readouterr().out
+    result = convert("export", good / "ours", tmp_path / "hf")
+    assert result.exit_code == 0 and result.stdout.startswith(f"wrote {tmp_path / 'hf'}\n")
+    result = convert("inspect", tmp_path / "hf")
+    assert result.exit_code == 0 and "infinite_vl" in result.stdout

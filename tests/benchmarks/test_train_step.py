@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.pods import TRAINABLE
 from benchmarks.train_flops import causal_pairs, step_flops
 from benchmarks.train_step import TRAIN, measure, random_batch, starter
 from infinitevl_jax.config.model import (
@@ -17,6 +16,7 @@ from infinitevl_jax.config.model import (
 )
 from infinitevl_jax.nn.params import parameters
 from infinitevl_jax.train.optimizer import split_trainable
+from infinitevl_jax.train.pods import TRAINABLE
 
 TINY = ModelConfig(
     TextConfig(

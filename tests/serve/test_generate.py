@@ -13,7 +13,7 @@ from infinitevl_jax import InfiniteVL
 from infinitevl_jax.checkpoints import save_params
 from infinitevl_jax.inputs.model_inputs import build_inputs
 from infinitevl_jax.nn.params import parameters
-from infinitevl_jax.serve import infinitevl
+from infinitevl_jax.serve import decoding
 from infinitevl_jax.serve.sampling import Sampling, choose
 from pallas_kernels.testing.parity import rel_rms
 
@@ -144,7 +144,7 @@ def test_a_prompt_in_several_chunks_equals_one(model, prompt, together, monkeypa
     them."""
     batch, rows = ragged(prompt)
     whole, _ = model.prefill(build_inputs(model.config, **batch), model.init_cache(3))
-    monkeypatch.setattr(infinitevl, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(decoding, "PREFILL_CHUNK", 16)
     parts, cache = model.prefill(build_inputs(model.config, **batch), model.init_cache(3))
     assert rel_rms(parts, whole) <= 1e-5
     assert cache.length.tolist() == [len(row) for row in rows]
@@ -227,3 +227,16 @@ def test_a_mesh_of_eight_devices_generates_the_same(model, prompt, greedy, tmp_p
     assert jax.tree.all(
         jax.tree.map(lambda a, b: bool((a == b).all()), one.params, dict(model.params))
     )
+
+
+def test_profiles_name_the_stages(model, prompt):
+    """Prefill, decoding and sampling are scopes in the names of the compiled programs."""
+    inputs, cache = build_inputs(model.config, **prompt), model.init_cache(1)
+    run, params = model._programs, model.params
+    embeds = run.encode(params, inputs.patches)
+    text = run.forward.lower(params, inputs.decoder, embeds, cache).as_text(debug_info=True)
+    assert "/prefill/" in text and "/decode/" not in text
+    token, key = np.zeros(1, np.int32), jax.random.key(0)
+    step = run.step.lower(params, token, cache, key, sampling=Sampling(0.7))
+    text = step.as_text(debug_info=True)
+    assert "/decode/" in text and "/decode/sampling/" in text and "/prefill/" not in text

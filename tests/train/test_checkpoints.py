@@ -2,6 +2,7 @@
 used, and that is said."""
 
 import json
+import logging
 import os
 import resource
 import shutil
@@ -48,13 +49,20 @@ def model(tmp_path):
 
 @pytest.fixture
 def opened(tmp_path, model):
-    """Opens the run's checkpoints; what was said is in `opened.said`."""
+    """Opens the run's checkpoints; what was logged is in `opened.said`."""
 
     def checkpoints(keep=3):
-        return Checkpoints(tmp_path / "run", model, Manifest(), keep, said.append)
+        return Checkpoints(tmp_path / "run", model, Manifest(), keep)
+
+    class Kept(logging.Handler):
+        def emit(self, record):
+            said.append(record.getMessage())
 
     said = checkpoints.said = []
-    return checkpoints
+    logger, handler = logging.getLogger("infinitevl_jax.train.checkpoints"), Kept()
+    logger.addHandler(handler)
+    yield checkpoints
+    logger.removeHandler(handler)
 
 
 @pytest.fixture

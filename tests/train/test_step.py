@@ -1,9 +1,11 @@
 """Questions on branches of an image's state equal whole conversations: loss and gradients."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
+import optax
 import pytest
 from tiny_run import write_preset
 
@@ -15,7 +17,7 @@ from infinitevl_jax.data.encode import Branch, EncodedConversation, Encoder
 from infinitevl_jax.inputs.packing import Packing
 from infinitevl_jax.nn.params import initialize
 from infinitevl_jax.train.setup import prepare_start
-from infinitevl_jax.train.step import evaluate_batch, model_of
+from infinitevl_jax.train.step import evaluate_batch, init_state, model_of, train_step
 from pallas_kernels.testing.parity import rel_rms
 
 
@@ -89,3 +91,14 @@ def test_neither_rematerialisation_nor_scanning_changes_anything(made, expected,
     assert abs(value - expected[0]) <= 1e-5 * expected[0]
     for name, wanted in expected[2].items():
         assert rel_rms(found[name], wanted) <= 2e-5, name
+
+
+def test_profiles_name_the_stages(made):
+    """Each stage of a step, its gradients included, is a scope in the compiled program's names."""
+    config, params, batches = made
+    optimizer = optax.adam(1e-3)
+    state = jax.eval_shape(lambda p: init_state(p, list(p), optimizer), params)
+    step = jax.jit(partial(train_step, model_of(config, RunConfig(fsdp=1)), optimizer))
+    text = step.lower(state, batches["rows"]).as_text(debug_info=True)
+    for scope in ("jvp(forward)", "transpose(jvp(forward))", "jvp(loss)", "optimizer"):
+        assert f"/{scope}/" in text, scope
