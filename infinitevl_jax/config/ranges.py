@@ -1,6 +1,7 @@
 """Ranges of settings: declared with their types, checked by msgspec wherever a configuration is
 built."""
 
+import dataclasses
 import functools
 import types
 import typing
@@ -26,12 +27,17 @@ Name = Annotated[str, Meta(max_length=4096, pattern=r"^[^\0]*$")]  # or a patter
 
 
 def check_ranges(config: Any) -> None:
-    """Hold every field of a configuration dataclass against its declared type and range.
+    """Check every field of a configuration dataclass against its declared type and range.
+
+    A field that holds a configuration has been checked when that was built, and may hold a subclass
+    (the configuration of another vision tower).
 
     Raises InfiniteVLError that names the field, its value and what it may be.
     """
     for name, hint in hints(type(config)).items():
-        check_value(getattr(config, name), hint, name.rstrip("_"))
+        value, kind = getattr(config, name), plain(hint)
+        if not (dataclasses.is_dataclass(kind) and isinstance(value, kind)):
+            check_value(value, hint, name.rstrip("_"))
 
 
 def check_value(value: Any, hint: Any, key: str) -> None:
@@ -73,7 +79,7 @@ def describe(hint: Any) -> str:
     elif typing.get_origin(kind) is typing.Literal:
         words = "one of " + ", ".join(typing.get_args(kind))
     else:
-        words = _WORDS[kind]
+        words = _WORDS.get(kind) or f"a {kind.__name__}"
     bounds = []
     for meta in getattr(_given(hint), "__metadata__", ()):
         unit = {str: " characters", tuple: " items"}.get(kind, "")
