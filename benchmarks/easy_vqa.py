@@ -2,9 +2,9 @@
 
 Example:
 
-    for seed in 0 1 2; do
-      python examples/pixels_to_answers.py --seed $seed --output runs/easy_vqa_$seed
-    done
+    python examples/pixels_to_answers.py --seed 0 --output runs/easy_vqa_0
+    python examples/pixels_to_answers.py --seed 1 --output runs/easy_vqa_1
+    python examples/pixels_to_answers.py --seed 2 --output runs/easy_vqa_2
     python -m benchmarks.easy_vqa runs/easy_vqa_0 runs/easy_vqa_1 runs/easy_vqa_2
 
 Results go to benchmarks/results/easy_vqa.jsonl.

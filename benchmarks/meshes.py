@@ -261,7 +261,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--mesh",
         type=parse_mesh,
         action="append",
-        help="such as fsdp=2,tensor=2; may be repeated; default: see above",
+        help="such as fsdp=2,tensor=2; may be repeated; default: all meshes of all GPUs",
     )
     parser.add_argument("--train", choices=TRAINED, default="mixers", help="default: mixers")
     parser.add_argument(
@@ -274,13 +274,15 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--patches", type=int, default=4096, help="image patches per row: a multiple of 1024"
     )
-    parser.add_argument("--remat", choices=REMATS, default="dots")
-    parser.add_argument("--layers", choices=LAYERS, default="scanned")
+    parser.add_argument("--remat", choices=REMATS, default="dots", help="default: dots")
+    parser.add_argument("--layers", choices=LAYERS, default="scanned", help="default: scanned")
     parser.add_argument(
         "--attend", help='implementations of attention, in order, such as "mosaic_gpu,xla"'
     )
     parser.add_argument("--gated-delta-rule", help="implementations of the gated delta rule")
-    parser.add_argument("--noise", nargs="+", choices=NOISE, default=list(NOISE))
+    parser.add_argument(
+        "--noise", nargs="+", choices=NOISE, default=list(NOISE), help="default: both"
+    )
     parser.add_argument(
         "--factor",
         type=float,
@@ -298,7 +300,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--folder",
         help="where `checkpoint` writes (19 GB with --train mixers); removed afterwards",
     )
-    parser.add_argument("--output", type=Path, default=RESULTS / "meshes.jsonl")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=RESULTS / "meshes.jsonl",
+        help="default: benchmarks/results/meshes.jsonl",
+    )
     parser.add_argument(
         "--reuse",
         type=Path,

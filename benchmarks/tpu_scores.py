@@ -1,10 +1,14 @@
 """Static scores for TPU, on any CPU: what the compiler would execute and move, no chip involved
 (pallas_kernels.testing.static_score).
 
-    python -m benchmarks.tpu_scores                          # the kernels; into
-    benchmarks/results/tpu_scores.jsonl python -m benchmarks.tpu_scores --op gated_delta_rule    #
-    one operator's python -m benchmarks.tpu_scores --whole                  # whole operators as
-    well, XLA's programs with the kernels: minutes each
+    # The kernels; appends to benchmarks/results/tpu_scores.jsonl.
+    python -m benchmarks.tpu_scores
+
+    # One operator's kernels.
+    python -m benchmarks.tpu_scores --op gated_delta_rule
+
+    # Whole operators as well, XLA's programs with the kernels: minutes each.
+    python -m benchmarks.tpu_scores --whole
 
 One line for each kernel (or whole operator) and each generation; kernels take about 5 s each, those
 of attention 30 s.
