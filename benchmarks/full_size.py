@@ -27,7 +27,7 @@ from benchmarks.timing import summary
 from infinitevl_jax import InfiniteVL, Processor
 from infinitevl_jax.config.model import infinitevl_4b
 from infinitevl_jax.config.run import OpsConfig
-from infinitevl_jax.inputs.model_inputs import prepare
+from infinitevl_jax.inputs.model_inputs import build_inputs
 from infinitevl_jax.nn.ops import resolve_ops
 from infinitevl_jax.nn.params import cache_spec
 from infinitevl_jax.serve.sampling import Sampling
@@ -77,7 +77,7 @@ def main():
     print(result, flush=True)
 
     rng = np.random.default_rng(0)
-    prompts = [prepare(config, rng.integers(0, 150_000, (1, args.prompt))) for _ in range(4)]
+    prompts = [build_inputs(config, rng.integers(0, 150_000, (1, args.prompt))) for _ in range(4)]
     fresh = model.init_cache(1)
     started = time.perf_counter()
     _, cache = jax.block_until_ready(model.prefill(prompts[0], fresh))

@@ -25,7 +25,7 @@ from benchmarks.record import add_commit, record
 from infinitevl_jax import InfiniteVL
 from infinitevl_jax.config.model import infinitevl_4b
 from infinitevl_jax.config.run import OpsConfig
-from infinitevl_jax.inputs.model_inputs import prepare
+from infinitevl_jax.inputs.model_inputs import build_inputs
 from infinitevl_jax.nn.ops import resolve_ops
 from pallas_kernels.testing.parity import rel_rms
 
@@ -49,7 +49,7 @@ def main() -> None:
 
     config, rng = infinitevl_4b(), np.random.default_rng(0)
     prompts = {
-        n: [prepare(config, rng.integers(0, 150_000, (1, n))) for _ in range(4)]
+        n: [build_inputs(config, rng.integers(0, 150_000, (1, n))) for _ in range(4)]
         for n in args.lengths
     }
     params = InfiniteVL.random(config, dtype=jnp.bfloat16).params

@@ -40,7 +40,7 @@ def step_flops(config: ModelConfig, trained: Sequence[str], batch: TrainBatch) -
             f"{below[0]} trains: only a frozen tower and frozen embeddings can be counted"
         )
     shapes, text = parameters(config, scanned=False), config.text
-    index, segment = np.asarray(batch.branches.index), np.asarray(batch.branches.segment)
+    index, segment = np.asarray(batch.branches.token_index), np.asarray(batch.branches.segment_ids)
     tokens = float((index >= 0).sum())
     spans = [row[keep] for row, keep in zip(segment, index >= 0, strict=True)]
     lengths = [count for row in spans for count in np.unique(row, return_counts=True)[1]]
@@ -116,7 +116,7 @@ def causal_pairs(length: int, window: int | None) -> float:
 def _tower(config: ModelConfig, batch: TrainBatch) -> float:
     """FLOPs of the tower's forward pass; it has no backward pass because it is frozen."""
     vision, patches = config.vision, batch.patches
-    valid = np.asarray(patches.index) >= 0
+    valid = np.asarray(patches.patch_index) >= 0
     count = float(valid.sum())
     shapes = parameters(config, scanned=False)
 
@@ -132,7 +132,7 @@ def _tower(config: ModelConfig, batch: TrainBatch) -> float:
     flops += 2.0 * count / vision.merge_unit * matrices("visual.merger.")
     for place, kind in enumerate(block_kinds(vision)):
         flops += 2.0 * count * matrices(f"visual.blocks.{place}.")
-        ids = np.asarray(patches.slice if kind == SLICE else patches.window)
+        ids = np.asarray(patches.slice_ids if kind == SLICE else patches.window_ids)
         sizes = [
             size
             for row, keep in zip(ids, valid, strict=True)

@@ -49,7 +49,7 @@ from infinitevl_jax.config.model import ModelConfig, infinitevl_4b  # noqa: E402
 from infinitevl_jax.config.run import REMATS, OpsConfig, RunConfig  # noqa: E402
 from infinitevl_jax.config.train import OptimizerConfig  # noqa: E402
 from infinitevl_jax.data.batch import TrainBatch  # noqa: E402
-from infinitevl_jax.inputs.model_inputs import prepare  # noqa: E402
+from infinitevl_jax.inputs.model_inputs import build_inputs  # noqa: E402
 from infinitevl_jax.nn.ops import resolve_ops  # noqa: E402
 from infinitevl_jax.nn.params import Params, initialize, parameters  # noqa: E402
 from infinitevl_jax.sharding import make_mesh, parameter_shardings  # noqa: E402
@@ -89,9 +89,9 @@ def random_batch(
             (images * int(np.prod(grid)), config.vision.patch_features), np.float32
         )
         vision = {"pixel_values": pixels, "image_grid_thw": np.array([grid] * images)}
-    prepared = prepare(config, row[None, :-1], **vision, row_per_sequence=True)
+    inputs = build_inputs(config, row[None, :-1], **vision, patches_by_row=True)
     weights = (np.arange(1, length + 1) >= len(head)).astype(np.float32)
-    return TrainBatch(prepared.patches, None, prepared.inputs, None, row[None, 1:], weights[None])
+    return TrainBatch(inputs.patches, None, inputs.decoder, None, row[None, 1:], weights[None])
 
 
 def compile_step(

@@ -1,7 +1,7 @@
-"""Tokenizer and processor files for a small model that brings its own vocabulary: one token a word
+"""Tokenizer and processor files for a small model with its own vocabulary: one token for each word
 of the training questions.
 
-The Qwen table alone, 151,936 rows, would outweigh such a model many times over.
+Qwen's embedding table, 151,936 rows, would be many times larger than such a model.
 """
 
 import json

@@ -21,7 +21,7 @@ from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.errors import InfiniteVLError, InfiniteVLWarning
 from infinitevl_jax.extras import says_which_extra
 from infinitevl_jax.inputs.arrays import INT32_MAX, as_numpy, whole_number
-from infinitevl_jax.inputs.model_inputs import Inputs, Prepared, prepare
+from infinitevl_jax.inputs.model_inputs import ModelInputs, build_inputs, chunks
 from infinitevl_jax.inputs.patches import bucket
 from infinitevl_jax.nn.cache import Cache, empty
 from infinitevl_jax.nn.ops import Ops, resolve_ops
@@ -233,7 +233,7 @@ class InfiniteVL:
         input_ids = as_numpy(input_ids, "input_ids")
         width = input_ids.shape[-1] if input_ids.ndim else 0
         length = width if width == 1 else bucket(width)
-        prepared = prepare(
+        inputs = build_inputs(
             self.config,
             input_ids,
             attention_mask,
@@ -245,24 +245,24 @@ class InfiniteVL:
         )
         if cache is None and use_cache:
             cache = self.init_cache(
-                len(prepared.shift), 2 * bucket(width) if max_length is None else max_length
+                len(inputs.left_padding), 2 * bucket(width) if max_length is None else max_length
             )
-        self._check_call(cache, prepared)
+        self._check_call(cache, inputs)
         columns = min(whole_number(logits_to_keep, "logits_to_keep", 0), width) or None
         keep = None
         if columns is not None:
             keep = np.maximum(
-                np.arange(width - columns, width) - prepared.shift[:, None], 0
+                np.arange(width - columns, width) - inputs.left_padding[:, None], 0
             ).astype(np.int32)
         with self._on_mesh():
             embeds = (
                 None
-                if prepared.patches is None
-                else self._programs.encode(self.params, prepared.patches)
+                if inputs.patches is None
+                else self._programs.encode(self.params, inputs.patches)
             )
             logits, cache, hidden = self._programs.forward(
                 self.params,
-                prepared.inputs,
+                inputs.decoder,
                 embeds,
                 cache,
                 keep,
@@ -272,7 +272,7 @@ class InfiniteVL:
             logits,
             cache,
             tuple(hidden) if output_hidden_states else None,
-            prepared.shift,
+            inputs.left_padding,
             width,
             columns,
         )
@@ -318,23 +318,23 @@ class InfiniteVL:
           token.
         """
         vision = {name: arguments.pop(name) for name in VISION_INPUTS if name in arguments}
-        prepared = prepare(self.config, input_ids, attention_mask, position_ids, **vision)
-        request = resolve(arguments, self.defaults, self.config, prepared.inputs.tokens.shape[1])
-        return self._stream(prepared, request, as_numpy(input_ids, "input_ids"))
+        inputs = build_inputs(self.config, input_ids, attention_mask, position_ids, **vision)
+        request = resolve(arguments, self.defaults, self.config, inputs.decoder.tokens.shape[1])
+        return self._stream(inputs, request, as_numpy(input_ids, "input_ids"))
 
     def _stream(
-        self, prepared: Prepared, request: Request, prompt: np.ndarray
+        self, inputs: ModelInputs, request: Request, prompt: np.ndarray
     ) -> Iterator[np.ndarray]:
-        batch, width = prepared.inputs.tokens.shape
+        batch, width = inputs.decoder.tokens.shape
         if request.streamer is not None:
             request.streamer.put(prompt)
         if request.max_new_tokens:
             logits, cache = self.prefill(
-                prepared, self.init_cache(batch, bucket(width + request.max_new_tokens))
+                inputs, self.init_cache(batch, bucket(width + request.max_new_tokens))
             )
             occurred = None
             if request.sampling.repetition_penalty != 1:
-                occurred = prepared.occurred(self.config.text.vocab_size)
+                occurred = inputs.occurred(self.config.text.vocab_size)
             stopped = StopStrings(request, batch) if request.stop_strings else None
             for tokens, _ in self._decode(logits, cache, request, occurred, stopped):
                 if request.streamer is not None:
@@ -419,24 +419,32 @@ class InfiniteVL:
                 return
             token = following
 
-    def prefill(self, prepared: Prepared, cache: Cache) -> tuple[Array, Cache]:
-        """Take prepared inputs into a cache, in chunks: logits [batch, vocab] of every row's last
-        token, and the new cache."""
+    def prefill(self, inputs: ModelInputs, cache: Cache) -> tuple[Array, Cache]:
+        """Chunked prefill of inputs (`build_inputs`).
+
+        Returns the logits [batch, vocab] of every row's last token, and the new cache.
+        """
         self._check_cache(cache)
-        self._check_call(cache, prepared)
+        self._check_call(cache, inputs)
         with self._on_mesh():
             embeds = (
                 None
-                if prepared.patches is None
-                else self._programs.encode(self.params, prepared.patches)
+                if inputs.patches is None
+                else self._programs.encode(self.params, inputs.patches)
             )
             last = None
-            for part in _chunks(prepared.inputs):
-                ending = np.maximum((part.index >= 0).sum(1, keepdims=True) - 1, 0).astype(np.int32)
+            for part in chunks(inputs.decoder, PREFILL_CHUNK):
+                ending = np.maximum((part.token_index >= 0).sum(1, keepdims=True) - 1, 0).astype(
+                    np.int32
+                )
                 logits, cache, _ = self._programs.forward(self.params, part, embeds, cache, ending)
                 logits = logits[:, 0]
                 # a row that ended in an earlier chunk keeps the logits it had
-                last = logits if last is None else jnp.where(part.index[:, :1] >= 0, logits, last)
+                last = (
+                    logits
+                    if last is None
+                    else jnp.where(part.token_index[:, :1] >= 0, logits, last)
+                )
         return last, cache
 
     def _check_cache(self, cache: Cache | None) -> None:
@@ -462,16 +470,16 @@ class InfiniteVL:
                 "make it with this model: init_cache(batch)",
             )
 
-    def _check_call(self, cache: Cache | None, prepared: Prepared) -> None:
+    def _check_call(self, cache: Cache | None, inputs: ModelInputs) -> None:
         """A cache can take these inputs."""
-        if cache is not None and prepared.inputs.segment.any():
+        if cache is not None and inputs.decoder.segment_ids.any():
             raise InfiniteVLError(
                 "position_ids start anew inside a row: several sequences are packed there, and a"
                 " cache holds one sequence a row",
                 "pass one row a sequence, padded with attention_mask, where a cache or new tokens"
                 " are wanted",
             )
-        self._check_room(cache, prepared.counts)
+        self._check_room(cache, inputs.counts)
 
     def _capacity(self, cache: Cache) -> int | None:
         """Tokens of a sequence that a cache has room for, None where it takes any number."""
@@ -531,27 +539,3 @@ def floating(dtype) -> np.dtype | None:
             "compute in float32 or bfloat16, or leave it out to keep the checkpoint's own",
         )
     return jnp.dtype(name)
-
-
-def _chunks(inputs: Inputs) -> Iterator[Inputs]:
-    """Pieces of at most PREFILL_CHUNK tokens, the last one padded to a bucket: few shapes, few
-    compilations."""
-    for at in range(0, inputs.tokens.shape[1], PREFILL_CHUNK):
-        width = min(PREFILL_CHUNK, inputs.tokens.shape[1] - at)
-        more = min(bucket(width), PREFILL_CHUNK) - width
-
-        def cut(x, fill, at=at, width=width, more=more):
-            if x is None:
-                return None
-            return np.pad(
-                x[..., at : at + width], [(0, 0)] * (x.ndim - 1) + [(0, more)], constant_values=fill
-            )
-
-        index = cut(inputs.index, -1)
-        yield Inputs(
-            cut(inputs.tokens, 0),
-            np.where(index >= 0, index - at, -1),
-            cut(inputs.segment, 0),
-            cut(inputs.positions, 0),
-            cut(inputs.vision_index, -1),
-        )

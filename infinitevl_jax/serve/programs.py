@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from infinitevl_jax.inputs.model_inputs import Inputs, text_inputs
+from infinitevl_jax.inputs.model_inputs import DecoderInputs, text_inputs
 from infinitevl_jax.nn.cache import Cache
 from infinitevl_jax.serve.sampling import Sampling, choose
 
@@ -37,7 +37,7 @@ class Programs:
 def forward(
     model,
     params: Mapping[str, Array],
-    inputs: Inputs,
+    inputs: DecoderInputs,
     embeds,
     cache,
     keep=None,
@@ -74,7 +74,7 @@ def step(
     inputs = text_inputs(token[:, None])
     ended = jnp.zeros(token.shape, bool) if ends is None else jnp.isin(token, ends)
     if ends is not None:
-        inputs = inputs._replace(index=jnp.where(ended[:, None], -1, inputs.index))
+        inputs = inputs._replace(token_index=jnp.where(ended[:, None], -1, inputs.token_index))
     logits, cache, _ = forward(model, params, inputs, None, cache)
     return jnp.where(ended, token, choose(logits[:, 0], key, sampling, occurred)), cache
 

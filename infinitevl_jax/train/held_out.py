@@ -7,10 +7,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from infinitevl_jax.config.train import DataConfig
+from infinitevl_jax.data.dataset import Dataset
 from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.pipeline import held_out_batches
 from infinitevl_jax.data.skipping import Skipped
-from infinitevl_jax.data.source import Source
 from infinitevl_jax.train.saving import Stop
 from infinitevl_jax.train.setup import Start
 from infinitevl_jax.train.step import TrainState, put_batch
@@ -33,7 +33,7 @@ class HeldOut:
           measure: maps parameters and a batch to a Tally.
           say: receives a message for each unusable row.
         """
-        source = Source(data.name, data.folder, data.held_out)
+        source = Dataset(data.name, data.folder, data.held_out)
         self.encoder = Encoder(source, start.processor, start.config)
         self.skipped = Skipped(len(source), data.max_skipped)
         self.data, self.config, self._measure, self.mesh, self.say = (

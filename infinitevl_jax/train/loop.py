@@ -14,10 +14,10 @@ from tqdm import tqdm
 from infinitevl_jax.config.presets import Preset
 from infinitevl_jax.config.ranges import INT32
 from infinitevl_jax.data.batch import TrainBatch
+from infinitevl_jax.data.dataset import Dataset
 from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.pipeline import count_steps, train_batches
 from infinitevl_jax.data.skipping import Skipped
-from infinitevl_jax.data.source import Source
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.nn.ops import resolve_ops
 from infinitevl_jax.nn.params import parameters
@@ -72,7 +72,7 @@ def train(preset: Preset, say=print) -> Outcome:
     with contextlib.ExitStack() as stack:
         run, lock = claim_folder(preset, say)
         stack.enter_context(lock)
-        source = Source(config.data.name, config.data.folder, config.data.train)
+        source = Dataset(config.data.name, config.data.folder, config.data.train)
         start = prepare_start(preset.model, source, run, config.seed)
         encoder = Encoder(source, start.processor, start.config)
         skipped = Skipped(len(source), config.data.max_skipped)
@@ -207,7 +207,9 @@ def _state(
 def _count(batch: TrainBatch) -> int:
     """Number of decoder tokens in this process's part of the batch."""
     return sum(
-        int((part.index >= 0).sum()) for part in (batch.prefix, batch.branches) if part is not None
+        int((part.token_index >= 0).sum())
+        for part in (batch.prefix, batch.branches)
+        if part is not None
     )
 
 

@@ -17,7 +17,7 @@ from infinitevl_jax.checkpoints.load import run_manifest
 from infinitevl_jax.checkpoints.manifest import Manifest
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.config.presets import ModelSource
-from infinitevl_jax.data.source import Source
+from infinitevl_jax.data.dataset import Dataset
 from infinitevl_jax.data.vocabulary import word_tokenizer, write_processor_files
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.families.huggingface import read_config, to_huggingface
@@ -43,7 +43,7 @@ class Start:
     params: Callable[[Mapping[str, NamedSharding]], Params]
 
 
-def prepare_start(model: ModelSource, source: Source, run: Path, seed: int) -> Start:
+def prepare_start(model: ModelSource, source: Dataset, run: Path, seed: int) -> Start:
     """Open the preset's checkpoint folder, or write the files of a new model to RUN/model.
 
     If the preset changes the folder's image size limits, RUN/model gets a copy with that change.
@@ -109,7 +109,7 @@ def existing_folder(name: str, key: str) -> Path:
     return folder
 
 
-def _write_files(model: ModelSource, source: Source, folder: Path) -> None:
+def _write_files(model: ModelSource, source: Dataset, folder: Path) -> None:
     """Write config.json and processor files of a new model."""
     text, vision = model.text, model.vision
     if model.tokenizer == "words":

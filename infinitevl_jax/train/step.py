@@ -182,8 +182,8 @@ def batch_axes(batch: TrainBatch) -> TrainBatch:
         rank2 = ("batch", None)
         return x._replace(
             tokens=rank2,
-            index=rank2,
-            segment=rank2,
+            token_index=rank2,
+            segment_ids=rank2,
             positions=None if x.positions is None else (None, *rank2),
             vision_index=None if x.vision_index is None else rank2,
         )

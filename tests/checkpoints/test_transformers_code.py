@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from tiny import conversation, hybrid
 from tiny_folder import full_attention_config, tiny_model
 from torch_folders import hybrid_folder, side_bytes
 from transformers import (
@@ -29,8 +30,6 @@ from infinitevl_jax.checkpoints import (
     save_params,
 )
 from infinitevl_jax.checkpoints.transformers_code import AUTO_MAP
-
-from tiny import conversation, hybrid  # isort: skip  (tiny_folder says where it lies)
 
 TRUST = {"trust_remote_code": True, "dtype": torch.float32}
 

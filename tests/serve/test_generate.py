@@ -2,20 +2,16 @@
 of one cache, a mesh."""
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "nn"))
 from tiny import conversation, hybrid_config
 
 from infinitevl_jax import InfiniteVL
 from infinitevl_jax.checkpoints import save_params
-from infinitevl_jax.inputs.model_inputs import prepare
+from infinitevl_jax.inputs.model_inputs import build_inputs
 from infinitevl_jax.nn.params import parameters
 from infinitevl_jax.serve import infinitevl
 from infinitevl_jax.serve.sampling import Sampling, choose
@@ -119,7 +115,7 @@ def test_a_sequence_that_has_ended_leaves_its_cache_as_it_is(model, prompt, gree
     bit."""
 
     def after(count, ends):
-        logits, cache = model.prefill(prepare(model.config, **prompt), model.init_cache(1))
+        logits, cache = model.prefill(build_inputs(model.config, **prompt), model.init_cache(1))
         made = model.decode(logits, cache, max_new_tokens=NEW, eos_token_ids=ends)
         return jax.tree.map(
             np.asarray, [cache for _, (_, cache) in zip(range(count), made, strict=False)][-1]
@@ -147,9 +143,9 @@ def test_a_prompt_in_several_chunks_equals_one(model, prompt, together, monkeypa
     """Chunks of 16 cut through the image and the video; the second row ends in the first of
     them."""
     batch, rows = ragged(prompt)
-    whole, _ = model.prefill(prepare(model.config, **batch), model.init_cache(3))
+    whole, _ = model.prefill(build_inputs(model.config, **batch), model.init_cache(3))
     monkeypatch.setattr(infinitevl, "PREFILL_CHUNK", 16)
-    parts, cache = model.prefill(prepare(model.config, **batch), model.init_cache(3))
+    parts, cache = model.prefill(build_inputs(model.config, **batch), model.init_cache(3))
     assert rel_rms(parts, whole) <= 1e-5
     assert cache.length.tolist() == [len(row) for row in rows]
     np.testing.assert_array_equal(

@@ -130,7 +130,7 @@ def test_pixel_limits_beside_a_checkpoint(folder, tiny_data, tmp_path, file):
     import shutil
 
     from infinitevl_jax.config.presets import ModelSource
-    from infinitevl_jax.data.source import Source
+    from infinitevl_jax.data.dataset import Dataset
     from infinitevl_jax.train.setup import prepare_start
 
     origin = tmp_path / "origin"
@@ -145,7 +145,7 @@ def test_pixel_limits_beside_a_checkpoint(folder, tiny_data, tmp_path, file):
         (origin / file).write_text(
             json.dumps({"image_processor": settings, "processor_class": "X"})
         )
-    source = Source("tiny_vqa", tiny_data, "train")
+    source = Dataset("tiny_vqa", tiny_data, "train")
     start = prepare_start(
         ModelSource(from_=str(origin), max_pixels=64), source, tmp_path / "run", 0
     )
