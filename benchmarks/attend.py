@@ -69,7 +69,7 @@ def draw(case: Case, length: int, seed: int = 0) -> tuple[jax.Array, ...]:
     )
 
 
-def ours(attention, case: Case, q, k, v):
+def by_contract(attention, case: Case, q, k, v):
     row = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
     index, segment = (row % case.segment, row // case.segment) if case.segment else (row, None)
     return attention(q, k, v, index, index, segment, segment, case.mask, case.width**-0.5)[0]
@@ -94,10 +94,10 @@ def tokamax(case: Case, q, k, v):
 
 
 IMPLEMENTATIONS = {
-    "mosaic_gpu": partial(ours, hopper.attention),
+    "mosaic_gpu": partial(by_contract, hopper.attention),
     "cudnn": cudnn,
     "tokamax": tokamax,
-    "xla": partial(ours, xla.attention),
+    "xla": partial(by_contract, xla.attention),
 }
 
 
@@ -183,7 +183,9 @@ def errors(run, case: Case, length: int = 1500) -> dict[str, float]:
     inputs = draw(case, length)
     with jax.enable_x64(True):
         exact = in_jax(
-            partial(ours, reference.attention), case, *(x.astype(jnp.float64) for x in inputs)
+            partial(by_contract, reference.attention),
+            case,
+            *(x.astype(jnp.float64) for x in inputs),
         )
     names = ("out", "d_q", "d_k", "d_v")
     return {

@@ -127,12 +127,11 @@ def agreement(
     worst = max(apart, key=lambda name: np.nan_to_num(apart[name], nan=np.inf))
     found = {"loss_apart": loss, "gradient_apart": apart[worst], "gradient_apart_of": worst}
     if not loss <= AGREE:
-        return found | {"problem": f"a loss differs by {loss:.1e}, at most {AGREE:.0e} is allowed"}
+        return found | {"problem": f"a loss is {loss:.1e} off, allowed are {AGREE:.0e}"}
     if not apart[worst] <= AGREE:
         return found | {
             "problem": (
-                f"the gradient of {worst} differs by {apart[worst]:.1e}, at most {AGREE:.0e} is"
-                " allowed"
+                f"the gradient of {worst} is {apart[worst]:.1e} off, allowed are {AGREE:.0e}"
             )
         }
     return found

@@ -207,8 +207,8 @@ def verdict(figures: dict, reference: Sequence[float], bound: float) -> dict:
     } | not_finite(figures)
     if "problem" not in found and not found["difference"] <= bound:
         found["problem"] = (
-            f"the loss of step {found['difference_at']} differs by {found['difference']:.3g}, at"
-            f" most {bound:.3g} is allowed"
+            f"loss of step {found['difference_at']} is {found['difference']:.3g} off, allowed are"
+            f" {bound:.3g}"
         )
     return found
 
@@ -233,7 +233,7 @@ def parse_mesh(text: str) -> dict[str, int]:
         axis, _, size = part.partition("=")
         if axis not in AXES or axis in axes or not size.isdecimal() or int(size) < 1:
             raise argparse.ArgumentTypeError(
-                f"{text!r}: write axes among {', '.join(AXES[:3])} with their sizes, such as"
+                f"{text!r}: write axes among {', '.join(AXES[:3])} with their parts, such as"
                 " fsdp=2,tensor=2"
             )
         axes[axis] = int(size)
@@ -319,7 +319,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.parts = args.parts or ["one_gpu", "meshes"]
     if unknown := set(args.parts) - set(PARTS):
-        parser.error(f"unknown part {sorted(unknown)[0]!r}: choose among {', '.join(PARTS)}")
+        parser.error(f"unknown part {sorted(unknown)[0]!r}: choose of {', '.join(PARTS)}")
     args.mesh = args.mesh or all_meshes(len(jax.devices()))
     sizes = [math.prod(axes.values()) for axes in args.mesh]
     if max(sizes) > len(jax.devices()):
@@ -331,16 +331,16 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for axes in args.mesh:
         if args.rows % (parts := axes.get("data", 1) * axes.get("fsdp", 1)):
             parser.error(
-                f"--rows {args.rows} does not divide by the {parts} row shards of {named(axes)}"
+                f"--rows {args.rows} does not divide over the {parts} parts of {named(axes)}"
             )
     if args.rows % 2:
         parser.error(
-            f"--rows {args.rows}: give an even number, so that `pairs` can sum in another order"
+            f"--rows {args.rows}: give an even number so that `pairs` can sum in another order"
         )
     if args.patches % math.prod(GRID):
         parser.error(f"--patches {args.patches}: give a multiple of {math.prod(GRID)}, an image")
     if args.steps <= WARMUP:
-        parser.error(f"--steps {args.steps}: give more than {WARMUP}, the first ones are not timed")
+        parser.error(f"--steps {args.steps}: the first {WARMUP} are not timed, more are needed")
     return args
 
 

@@ -54,7 +54,7 @@ def step_flops(config: ModelConfig, trained: Sequence[str], batch: TrainBatch) -
         """Products of tokens with matrices that share their input."""
         for name in names:
             full = f"{prefix}.{name}.kernel"
-            if full not in shapes:  # a and b and g projections are the delta rule's alone
+            if full not in shapes:  # only Gated DeltaNet has a_proj, b_proj and g_proj
                 continue
             size = 2.0 * tokens * shapes[full].size
             flops["forward"] += size
