@@ -170,7 +170,6 @@ def restored_alone(setting: Setting, axes: Mapping[str, int], begin, folder: str
             "written_s": round(written - started, 1),
             "restored_s": round(time.perf_counter() - written, 1),
         }
-        checkpoints.close()
     figures |= {"checkpoint_GB": round(size / 1e9, 2), "loss": training.losses}
     return figures | compared(state, restored)
 

@@ -1,7 +1,8 @@
 """Hugging Face folders <-> ours, in both directions through one weight table."""
 
-from infinitevl_jax.checkpoints.load import load_params, save_params
+from infinitevl_jax.checkpoints.load import load_params
 from infinitevl_jax.checkpoints.reading import read_config
+from infinitevl_jax.checkpoints.save import save_params
 
 __all__ = [
     "export_folder",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from infinitevl_jax.checkpoints.files import is_ours
 from infinitevl_jax.checkpoints.manifest import Manifest
 from infinitevl_jax.checkpoints.reading import open_model, read_config
-from infinitevl_jax.checkpoints.weights import count, head_name, leaves
+from infinitevl_jax.checkpoints.weights import count, head_name
 from infinitevl_jax.config.model import SLIDING, ModelConfig
 from infinitevl_jax.errors import quoted
 from infinitevl_jax.nn.params import cache_spec
@@ -22,7 +22,7 @@ class Description:
 
     Attributes:
       parameters: a tied head counted once.
-      tensors, nbytes: on disk as torch tensors (ours: as stored leaves).
+      tensors, nbytes: on disk.
       dtypes: dtype -> parameters.
       names: spelling of the torch names.
       cache_bytes: of one sequence in bf16, as a function of its length: (fixed, for each token).
@@ -78,11 +78,11 @@ def inspect_folder(folder: str | Path) -> Description:
     """
     folder = Path(folder)
     if is_ours(folder):
-        from infinitevl_jax.checkpoints.orbax_store import Store
+        from infinitevl_jax.checkpoints.stored import open_params
 
-        config, store, manifest = read_config(folder), Store(folder), Manifest.read(folder)
-        store.check(leaves(config, scanned=True), str(folder / "config.json"))
-        sizes = [(store.dtypes[name], math.prod(shape)) for name, shape in store.shapes.items()]
+        config, manifest = read_config(folder), Manifest.read(folder)
+        reader = open_params(folder, config)
+        sizes = [(reader.dtypes[name], math.prod(shape)) for name, shape in reader.shapes.items()]
         tied_on_disk = head_name(config) in manifest.dtypes
         kind = "ours" + (
             quoted(f", with adapters {', '.join(manifest.adapters)}") if manifest.adapters else ""

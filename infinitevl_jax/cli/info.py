@@ -10,11 +10,9 @@ import numpy as np
 
 from infinitevl_jax.checkpoints import read_config
 from infinitevl_jax.checkpoints.files import is_ours
-from infinitevl_jax.checkpoints.load import own_dtypes
-from infinitevl_jax.checkpoints.manifest import Manifest
 from infinitevl_jax.checkpoints.newest import checkpoint_folder
 from infinitevl_jax.checkpoints.source import open_source
-from infinitevl_jax.checkpoints.weights import leaves, match
+from infinitevl_jax.checkpoints.weights import leaves, match, tensor_name
 from infinitevl_jax.config.model import SLIDING, ModelConfig
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.nn.mixers import layer_type
@@ -36,7 +34,7 @@ def describe(folder: Path) -> dict:
     text, vision = config.text, config.vision
     dtypes = _dtypes(folder, config)
     parts = _parts(config, dtypes)
-    dtype = compute_dtype(dtypes["model.norm.weight"])
+    dtype = compute_dtype(dtypes[tensor_name(config, "norm.weight")])
     return {
         "folder": str(folder),
         "kind": "ours" if is_ours(folder) else "Hugging Face",
@@ -74,15 +72,10 @@ def _dtypes(folder: Path, config: ModelConfig) -> dict[str, np.dtype]:
         source = open_source(folder)
         match(config, source.shapes, str(folder))
         return {name: source.dtype(name) for name in source.names}
-    from infinitevl_jax.checkpoints.orbax_store import Store
+    from infinitevl_jax.checkpoints.stored import open_params
 
-    stored, store, manifest = leaves(config, scanned=True), Store(folder), Manifest.read(folder)
-    store.check(stored, str(folder / "config.json"))
-    pairs = [
-        zip(leaf.torch, own_dtypes(leaf, store.dtypes[leaf.name], manifest.dtypes), strict=True)
-        for leaf in stored
-    ]
-    return {name: dtype for pair in pairs for name, dtype in pair}
+    reader = open_params(folder, config)
+    return {leaf.torch[0]: reader.dtypes[leaf.name] for leaf in leaves(config, scanned=False)}
 
 
 def _parts(config: ModelConfig, dtypes: dict[str, np.dtype]) -> dict[str, dict]:

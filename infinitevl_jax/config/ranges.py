@@ -28,16 +28,25 @@ Name = Annotated[str, Meta(max_length=4096, pattern=r"^[^\0]*$")]  # may be empt
 def check_ranges(config: Any) -> None:
     """Check every field of a configuration dataclass against its declared type and range.
 
-    A field that holds a configuration has been checked when that was built, and may hold a subclass
-    (the configuration of another vision tower).
-
     Raises:
       InfiniteVLError: names the field, its value and the allowed values.
     """
     for name, hint in hints(type(config)).items():
-        value, kind = getattr(config, name), plain(hint)
-        if not (dataclasses.is_dataclass(kind) and isinstance(value, kind)):
-            check_value(value, hint, name.rstrip("_"))
+        if dataclasses.is_dataclass(plain(hint)):
+            _check_kind(getattr(config, name), hint, name)
+        else:
+            check_value(getattr(config, name), hint, name.rstrip("_"))
+
+
+def _check_kind(value: Any, hint: Any, key: str) -> None:
+    """Check the type of a nested configuration, which has checked its own fields."""
+    kind = plain(hint)
+    optional = kind is not hint
+    if not isinstance(value, kind) and not (optional and value is None):
+        raise InfiniteVLError(
+            f"{key} is {_shown(value)}",
+            f"give a {kind.__name__}" + (" or None" if optional else ""),
+        )
 
 
 def check_value(value: Any, hint: Any, key: str) -> None:
@@ -82,7 +91,7 @@ def describe(hint: Any) -> str:
     elif typing.get_origin(kind) is typing.Literal:
         words = "one of " + ", ".join(typing.get_args(kind))
     else:
-        words = _WORDS.get(kind) or f"a {kind.__name__}"
+        words = _WORDS[kind]
     bounds = []
     for meta in getattr(_given(hint), "__metadata__", ()):
         unit = {str: " characters", tuple: " items"}.get(kind, "")

@@ -25,16 +25,9 @@ from infinitevl_jax.processing.stream import TextStream
 from infinitevl_jax.processing.tokenizer import Tokenizer
 from infinitevl_jax.processing.trace import check_traces
 from infinitevl_jax.processing.video import VideoOptions, load_video
+from infinitevl_jax.special_tokens import END_OF_TURN, IMAGE, VIDEO, VISION_TOKENS
 
-# What config.json calls the ids of the tokens that frame and stand for pictures.
-VISION_TOKENS = {
-    "image_token_id": "<|image_pad|>",
-    "video_token_id": "<|video_pad|>",
-    "vision_start_token_id": "<|vision_start|>",
-    "vision_end_token_id": "<|vision_end|>",
-}
-PLACEHOLDERS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
-END_OF_TURN = "<|im_end|>"
+PLACEHOLDERS = {"image": IMAGE, "video": VIDEO}
 ANSWERS = 256  # of one training example: to find each, the conversation up to it is rendered
 
 

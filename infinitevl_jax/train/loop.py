@@ -93,9 +93,8 @@ def train(preset: Preset, say=print) -> Outcome:
         model = model_of(start.config, preset.run, ops)
         names, frozen = split_trainable(known, config.trainable)
         check_memory(known, names, mesh)
-        checkpoints = stack.enter_context(
-            contextlib.closing(Checkpoints(run, start.files, start.manifest, config.keep, say))
-        )
+        layers = {name: parameter.layers for name, parameter in known.items()}
+        checkpoints = Checkpoints(run, start.files, start.manifest, config.keep, say, layers)
 
         def set_place(place: dict[str, Any]) -> None:
             batches.set_state(place["rows"])

@@ -29,7 +29,7 @@ from infinitevl_jax.checkpoints import (
     read_config,
     save_params,
 )
-from infinitevl_jax.checkpoints.transformers_code import AUTO_MAP
+from infinitevl_jax.families import family
 
 TRUST = {"trust_remote_code": True, "dtype": torch.float32}
 
@@ -232,7 +232,7 @@ def test_whose_code(tmp_path):
             "modeling_infinitevl.py",
         }
         assert json.loads(after["config.json"]) == json.loads(before["config.json"]) | {
-            "auto_map": AUTO_MAP
+            "auto_map": family("infinite_vl").transformers_code.auto_map
         }
         assert read_config(tmp_path / "missing-back") == read_config(src)
         assert (

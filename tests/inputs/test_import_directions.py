@@ -21,6 +21,7 @@ BASE = {
     "locking",
     "rational",
     "reading",
+    "special_tokens",
     "writing",
 }
 

@@ -50,7 +50,6 @@ def run(tmp_path):
 
         make.said, make.folder, make.checkpoints = [], tmp_path / "run" / "checkpoints", checkpoints
         yield make
-        checkpoints.close()
 
 
 def steps(run):
