@@ -1,13 +1,19 @@
-"""Compile the 4.4 B training step (8K tokens a row, global batch 64) for TPU pods, on any CPU.
+"""Compile the training step of the 4.4 B model (8K tokens per row) for TPU pods, on any CPU.
 
-    python -m benchmarks.pods                       # v5p:4x4x4 and v6e:8x8; into
-    benchmarks/results/pods.jsonl python -m benchmarks.pods --topology v6e:8x8 --tensor 2
+Examples:
 
-Everything but the vision tower and the embeddings trains, in f32 with Adam's moments; activations
-are bf16, every layer is recomputed in the backward pass. Several minutes a topology on two cores.
-No chip is involved: memory is the compiler's own account. Each line also counts the program's
-  collectives as they stand in its text (one inside a loop counts once), and names those with a
-  row's length.
+    # v5p:4x4x4 and v6e:8x8, global batch 64
+    python -m benchmarks.pods
+
+    # another pod, with tensor parallelism
+    python -m benchmarks.pods --topology v5e:16x16 --rows 128 --length 32768 --tensor 2
+
+Everything but the vision tower and the embeddings trains, in f32 with Adam's moments. Activations
+are bf16; every layer is recomputed in the backward pass. This takes several minutes per topology on
+two cores. No chip is involved: memory is what the compiler reports.
+
+Each line also counts the collectives in the text of the program (one inside a loop counts once) and
+names those whose result has the length of a row. Results go to benchmarks/results/pods.jsonl.
 """
 
 import argparse
@@ -29,12 +35,12 @@ def main():
     parser.add_argument(
         "--topology",
         action="append",
-        help="v5e:16x16, v5p:4x4x4, v6e:8x8, tpu7x:4x4x4, ... (several allowed)",
+        help="v5e:16x16, v5p:4x4x4, v6e:8x8, tpu7x:4x4x4, ...; may be repeated",
     )
     parser.add_argument("--rows", type=int, default=64, help="global batch")
-    parser.add_argument("--length", type=int, default=8192, help="tokens a row")
-    parser.add_argument("--patches", type=int, default=4096, help="image patches a row")
-    parser.add_argument("--tensor", type=int, default=1)
+    parser.add_argument("--length", type=int, default=8192, help="tokens per row")
+    parser.add_argument("--patches", type=int, default=4096, help="image patches per row")
+    parser.add_argument("--tensor", type=int, default=1, help="size of the tensor axis")
     add_commit(parser)
     args = parser.parse_args()
     for topology in args.topology or ["v5p:4x4x4", "v6e:8x8"]:

@@ -1,7 +1,7 @@
 """Static scores for TPU, on any CPU: what the compiler would execute and move, no chip involved
 (pallas_kernels.testing.static_score).
 
-    # The kernels; appends to benchmarks/results/tpu_scores.jsonl.
+    # The kernels; into benchmarks/results/tpu_scores.jsonl.
     python -m benchmarks.tpu_scores
 
     # One operator's kernels.

@@ -33,8 +33,11 @@ TRAINABLE = [r"layers\..*", r"norm\.weight"]
 def compile_step(
     topology: str, *, rows: int = 64, length: int = 8192, patches: int = 4096, tensor: int = 1
 ) -> tuple[PodReport, list[str]]:
-    """The training step of the published size, compiled for a pod with axes data, fsdp (all that is
-    left), tensor, context; and what runs in it."""
+    """Compile the training step of the published size for a pod.
+
+    All chips that `tensor` does not use are on the axis `fsdp`. Returns the report of the compiler
+    and the operators that run.
+    """
     config, run = infinitevl_4b(), RunConfig(dtype="bfloat16", remat="full")
     mesh = pod_mesh(topology, {"data": 1, "fsdp": -1, "tensor": tensor, "context": 1})
     optimizer = make_optimizer(OptimizerConfig(), 1000, parameters(config, scanned=True))
@@ -46,11 +49,10 @@ def compile_step(
 
 
 def collectives(hlo: str) -> Counter[tuple[str, str]]:
-    """How often a program's text holds each collective operation and result, such as ("all-gather",
-    "bf16[2048,11008]").
+    """Count (collective, result) pairs, such as ("all-gather", "bf16[2048,11008]"), in a program.
 
-    One that returns several arrays counts once for each; one that is started and awaited
-    (`all-gather-start`) counts its operands too.
+    A collective with several results counts once for each. An asynchronous one
+    (`all-gather-start`) also counts its operands.
     """
     found = re.findall(rf"= (.+?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", hlo)
     return Counter(

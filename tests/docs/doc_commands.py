@@ -32,6 +32,9 @@ def handle(words: tuple[str, ...], runs: bool) -> None:
     if words[0] == "export":
         assert not runs and all(map(ASSIGNMENT.fullmatch, words[1:]))
         return
+    if words[0] == ".":
+        assert words[1:] == (".venv/bin/activate",), f"{words}: only the environment is activated"
+        return
     while ASSIGNMENT.fullmatch(words[0]):
         assert not runs, f"{words}: this process has its environment already"
         words = words[1:]
@@ -54,7 +57,7 @@ def python(arguments: tuple[str, ...], runs: bool) -> None:
     else:
         assert runs and arguments[1] in ("venv", "ruff")
         lenient = (
-            ["--exit-zero"] if arguments[1] == "ruff" else []
+            ["--exit-zero"] if arguments[1:3] == ("ruff", "check") else []
         )  # what it finds is no fault of the documentation
         subprocess.run([sys.executable, *arguments, *lenient], check=True, capture_output=True)
 
