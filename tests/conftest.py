@@ -18,6 +18,10 @@ _cache = tempfile.TemporaryDirectory(
     prefix="tests-cache-"
 )  # commands keep compiled programs there, not in the user's folder
 os.environ["XDG_CACHE_HOME"] = _cache.name
+# Where Python is told to keep no bytecode, workers and the processes that tests start would compile
+# the sources of JAX anew, 2 to 3 seconds each: they share a folder that goes with this run.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+    os.environ.setdefault("PYTHONPYCACHEPREFIX", os.path.join(_cache.name, "bytecode"))
 
 import gc  # noqa: E402
 import logging  # noqa: E402

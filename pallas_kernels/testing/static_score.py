@@ -92,7 +92,9 @@ def score(build: Callable, chip: str, *places, **names) -> Score:
     with tempfile.TemporaryDirectory() as folder:
         environment |= {
             "LIBTPU_INIT_ARGS": (
-                f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true {NO_OFFLOAD}"
+                f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+                # the last pass holds the bundles; the text of all is 500 times as much
+                f" --xla_jf_dump_llo_pass_label_regex=final_hlo {NO_OFFLOAD}"
             ),
             "JAX_PLATFORMS": "cpu",
         }

@@ -76,7 +76,8 @@ class Bundles:
 @dataclasses.dataclass(frozen=True)
 class Score:
     """spills: stores of registers to memory, in all bundles. visits: steps for each block of
-    heads. cycles, bytes: of a call."""
+    heads. cycles, bytes: of a call. temporaries: bytes of HBM that the forward and the backward
+    pass together use besides their inputs and results."""
 
     chip: str
     kernel: str
@@ -85,6 +86,7 @@ class Score:
     visits: int
     cycles: int
     bytes: int
+    temporaries: int
 
     @property
     def milliseconds(self) -> float:
@@ -166,9 +168,14 @@ def _compile(
 
     q, k = array(length, heads, width), array(length, key_heads, width)
     with jax.set_mesh(mesh):
-        jax.jit(run).lower(
-            q, k, k, array(length, dtype=jnp.int32), q, array(length, heads, dtype=jnp.float32)
-        ).compile()
+        compiled = (
+            jax.jit(run)
+            .lower(
+                q, k, k, array(length, dtype=jnp.int32), q, array(length, heads, dtype=jnp.float32)
+            )
+            .compile()
+        )
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
 
     index = np.arange(length, dtype=np.int32)[None]
     segments = index // segment if segment else None
@@ -208,7 +215,7 @@ def _compile(
             traffic = moved[0] * key * 4 + moved[1] * query * 2
         else:  # q and out, or q, d_out and dq; k and v
             traffic = moved[0] * query * (2 if name == KERNELS[0] else 3) + moved[1] * key * 2
-        found.append(Score(chip, name, bundles, spills, count, cycles, traffic))
+        found.append(Score(chip, name, bundles, spills, count, cycles, traffic, temporaries))
     return found
 
 

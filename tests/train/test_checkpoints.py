@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import QUICK
 
 from infinitevl_jax import train
 from infinitevl_jax.checkpoints.manifest import Manifest
@@ -246,13 +247,12 @@ def test_what_a_killed_save_left_is_removed(opened, saved):
 
 FULL = """
 import resource, sys
-sys.path[:0] = sys.argv[1:3]
 import test_checkpoints as t
 from infinitevl_jax.checkpoints.manifest import Manifest
 from pathlib import Path
-checkpoints = t.Checkpoints(Path(sys.argv[3]), Path(sys.argv[4]), Manifest(), 3)
+checkpoints = t.Checkpoints(Path(sys.argv[1]), Path(sys.argv[2]), Manifest(), 3)
 import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[5]),) * 2)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
 try:
     checkpoints.save(t.state(6, 300_000), {"rows": 6})
 except t.InfiniteVLError as error:
@@ -267,13 +267,12 @@ def test_a_full_disk(opened, saved, model, tmp_path, limit):
         sys.executable,
         "-c",
         FULL,
-        str(ROOT),
-        str(Path(__file__).parent),
         str(tmp_path / "run"),
         str(model),
         str(limit),
     ]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent)))
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK, "PYTHONPATH": path}
     told = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     lines = told.stdout.splitlines()
     assert told.returncode == 0 and "Traceback" not in told.stderr, told.stderr[-3000:]
