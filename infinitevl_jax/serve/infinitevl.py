@@ -104,6 +104,7 @@ class InfiniteVL:
             )
         self.ops = ops or resolve_ops(mesh)
         model = functional(config, scanned=False, dtype=self.dtype, ops=self.ops)
+        self.module = model  # parameters -> VLM
         self._programs = Programs(model)
         self._module = model(jax.eval_shape(lambda p: p, dict(params)))
         self._cache_spec = lru_cache(self._module.cache_spec)
@@ -185,7 +186,7 @@ class InfiniteVL:
                 "this model has full-attention layers, whose cache grows with the text",
                 "pass max_length in tokens",
             )
-        with self._on_mesh():
+        with self.on_mesh():
             spec = self._cache_spec(batch, max_length if self.keeps_everything else None)
             return empty(spec) if self.mesh is None else jax.jit(lambda: empty(spec))()
 
@@ -254,7 +255,7 @@ class InfiniteVL:
             keep = np.maximum(
                 np.arange(width - columns, width) - inputs.left_padding[:, None], 0
             ).astype(np.int32)
-        with self._on_mesh():
+        with self.on_mesh():
             embeds = (
                 None
                 if inputs.patches is None
@@ -385,7 +386,7 @@ class InfiniteVL:
     ) -> Iterator[tuple[np.ndarray, Cache]]:
         run, sampling, ends = self._programs, request.sampling, np.asarray(request.ends, np.int32)
         key, penalised = jax.random.key(request.seed), sampling.repetition_penalty != 1
-        with self._on_mesh():
+        with self.on_mesh():
             occurred = jnp.asarray(occurred) if penalised else None
             token, device_ends = (
                 run.choose(logits, key, sampling=sampling, occurred=occurred),
@@ -398,7 +399,7 @@ class InfiniteVL:
             if (
                 i < request.max_new_tokens
             ):  # the device works on the next token while this one is looked at
-                with self._on_mesh():
+                with self.on_mesh():
                     occurred = run.mark(occurred, token) if penalised else None
                     drawn = jax.random.fold_in(key, i)
                     following, cache = run.step(
@@ -426,7 +427,7 @@ class InfiniteVL:
         """
         self._check_cache(cache)
         self._check_call(cache, inputs)
-        with self._on_mesh():
+        with self.on_mesh():
             embeds = (
                 None
                 if inputs.patches is None
@@ -515,7 +516,7 @@ class InfiniteVL:
                 " the states alone",
             )
 
-    def _on_mesh(self):
+    def on_mesh(self):
         return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
 
