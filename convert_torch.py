@@ -1,12 +1,11 @@
-"""Convert between Hugging Face folders (PyTorch) and this project's, in either direction, without
-torch.
+"""Convert between Hugging Face (PyTorch) folders and this project's. Torch is not needed.
 
-python convert_torch.py import  InfiniteVL/ infinitevl-jax/           # Hugging Face -> ours
+python convert_torch.py import  InfiniteVL/ infinitevl-jax/
 python convert_torch.py import  Qwen2.5-VL-3B/ merged/ --adapter my-lora/
-python convert_torch.py export  infinitevl-jax/ InfiniteVL-again/     # ours, or a step of a
-training run -> Hugging Face python convert_torch.py export  runs/sft/checkpoints/1000/ tuned/
---max-shard-size 2GB python convert_torch.py export  runs/sft/ tuned/                      # a run:
-its newest step python convert_torch.py inspect InfiniteVL/
+python convert_torch.py export  infinitevl-jax/ InfiniteVL-again/
+python convert_torch.py export  runs/sft/checkpoints/1000/ tuned/ --max-shard-size 2GB
+python convert_torch.py export  runs/sft/ tuned/          # the run's newest step
+python convert_torch.py inspect InfiniteVL/
 """
 
 import argparse
@@ -17,13 +16,12 @@ from pathlib import Path
 from infinitevl_jax.command import run
 from infinitevl_jax.errors import InfiniteVLError
 
-os.environ.setdefault(
-    "JAX_PLATFORMS", "cpu"
-)  # nothing is computed: leave the accelerator's memory alone
+# nothing is computed: do not reserve a GPU
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Argument parser of the command."""
     top = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -73,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command. Returns the exit status."""
     args = parser().parse_args(arguments)
     from infinitevl_jax.checkpoints import export_folder, import_folder, inspect_folder
     from infinitevl_jax.checkpoints.newest import checkpoint_folder

@@ -1,5 +1,4 @@
-"""python train.py CONFIG [key=value ...]: train as a preset says; the same command goes on with a
-run that was stopped."""
+"""Train a preset: python train.py CONFIG [key=value ...]. A stopped run resumes."""
 
 import argparse
 import sys
@@ -20,8 +19,7 @@ Ctrl-C saves after the step at hand; the same command goes on from there."""
 
 
 def main() -> int:
-    """Train as the command line says; returns the exit status: 0, 2 after a mistake, 130 after
-    Ctrl-C."""
+    """Train as the command line says. Returns the exit status: 0, 2 (usage), 130 (Ctrl-C)."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )

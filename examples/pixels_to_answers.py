@@ -1,6 +1,6 @@
-"""From pixels to answers, in one go: train a small hybrid on easy-VQA, convert it to a PyTorch
-folder and back, and let what came back answer all official test questions, each alone after its
-image.
+"""Train a small hybrid model on easy-VQA, convert it to PyTorch format and back, and score it.
+
+The converted model answers all official test questions.
 
     python examples/pixels_to_answers.py [--seed 0] [--output runs/easy_vqa] [key=value ...]
 """
@@ -13,16 +13,18 @@ import sys
 import time
 from pathlib import Path
 
-sys.path[0] = str(
-    Path(__file__).resolve().parent.parent
-)  # the checkout, installed or not, in place of this folder
+# use this checkout, installed or not
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 PRESET = Path(__file__).resolve().parent.parent / "configs" / "easy_vqa.toml"
 
 
 def convert_there_and_back(checkpoint: Path, run: Path) -> Path:
-    """Checkpoint -> Hugging Face folder -> ours. Returns the latter, whose parameters are checked
-    to equal the checkpoint's bit by bit."""
+    """Export a checkpoint to a Hugging Face folder, import it again and compare all bits.
+
+    Returns:
+      The imported folder.
+    """
     import numpy as np
 
     from infinitevl_jax.checkpoints import export_folder, import_folder, load_params
@@ -43,6 +45,7 @@ def convert_there_and_back(checkpoint: Path, run: Path) -> Path:
 
 
 def main() -> None:
+    """Run the example."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

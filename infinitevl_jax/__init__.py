@@ -1,5 +1,4 @@
-"""InfiniteVL in JAX: train, run and convert vision-language models whose decoder mixes window
-attention and Gated DeltaNet."""
+"""InfiniteVL in JAX: run, train and convert vision-language models with linear attention."""
 
 from infinitevl_jax.errors import InfiniteVLError, InfiniteVLWarning
 from infinitevl_jax.extras import says_which_extra
@@ -9,8 +8,7 @@ __all__ = ["InfiniteVL", "InfiniteVLError", "InfiniteVLWarning", "Processor", "S
 
 
 def __getattr__(name: str):
-    # The model needs jax and flax, the processor pillow, av and tokenizers: whoever uses one need
-    # not have the other.
+    # Imported on use: the model and the processor have different dependencies.
     with says_which_extra():
         if name == "InfiniteVL":
             from infinitevl_jax.serve.infinitevl import InfiniteVL

@@ -1,4 +1,4 @@
-"""`infinitevl`, or `python -m infinitevl_jax`."""
+"""Entry point of `infinitevl` and `python -m infinitevl_jax`."""
 
 from infinitevl_jax.command import run
 
@@ -10,7 +10,7 @@ def _infinitevl() -> None:
 
 
 def main() -> None:
-    """Run the command that the arguments name."""
+    """Run the `infinitevl` command."""
     run(_infinitevl)
 
 

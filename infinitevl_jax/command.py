@@ -1,5 +1,4 @@
-"""How every command of the project runs: signals, errors and missing packages end it with a line
-for people."""
+"""Wrapper of all commands: handles signals, errors and missing packages."""
 
 import sys
 import warnings
@@ -12,11 +11,13 @@ from infinitevl_jax.extras import says_which_extra
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command and exit with its status: what `main` returns (None: 0), 2 after an
-    InfiniteVLError, 128 + signal.
+    """Run a command and exit with its status.
 
-    `main` imports what it needs itself, so that all of it is within reach of signals and of the
-    word about extras.
+    The status is what `main` returns (None is 0), 2 after an InfiniteVLError, or 128 + signal.
+
+    Args:
+      main: imports its dependencies itself, so that signals and missing extras are handled during
+        imports.
     """
     interrupts.install()
     warnings.showwarning = _in_one_line(warnings.showwarning)
@@ -32,7 +33,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def _in_one_line(usual: Callable) -> Callable:
-    """Our own warnings without the line of code that they came from."""
+    """Show warnings of this project without a source line."""
 
     def show(message, category, *place, **rest):
         if issubclass(category, InfiniteVLWarning):

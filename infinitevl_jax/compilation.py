@@ -1,5 +1,4 @@
-"""Compiled programs, kept on disk from one run of a command to the next; and a word where compiling
-takes long."""
+"""JAX's persistent compilation cache for commands, and a message while compiling."""
 
 import contextlib
 import os
@@ -10,20 +9,22 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-LARGEST = 2 << 30  # bytes of the folder: what was used longest ago makes way
-PATIENCE = 2.0  # seconds of compiling that nobody needs to be told of
+LARGEST = 2 << 30  # bytes of the folder; the least recently used programs are removed
+PATIENCE = 2.0  # seconds of compiling before the message
 
 
 def default_folder() -> Path:
-    """Where the user's programs keep what can be made again: $XDG_CACHE_HOME, by default
-    ~/.cache."""
+    """The folder for compiled programs under $XDG_CACHE_HOME (default ~/.cache)."""
     home = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (home if home.is_absolute() else Path.home() / ".cache") / "infinitevl_jax" / "compiled"
 
 
 def folder() -> tuple[Path | None, str]:
-    """The folder that commands use, or None and the reason why there is none. One that JAX was
-    given otherwise is kept."""
+    """The cache folder that commands use. A folder set in JAX's configuration takes precedence.
+
+    Returns:
+      The folder and "", or None and the reason why there is none.
+    """
     if given := jax.config.jax_compilation_cache_dir:
         return Path(given), ""
     path = default_folder()
@@ -39,10 +40,13 @@ def folder() -> tuple[Path | None, str]:
 
 @contextlib.contextmanager
 def kept(wanted: bool, say: Callable[[str], None]) -> Iterator[None]:
-    """Within, programs that were compiled before are read from `folder()`, if wanted; `say` is told
-    of compiling that takes long.
+    """Context manager that uses the compilation cache.
 
-    A folder that cannot be written is mentioned, and everything compiled.
+    If the folder cannot be written, this is reported and everything is compiled.
+
+    Args:
+      wanted: use the cache.
+      say: receives messages, also while a program compiles.
     """
     path, reason = folder() if wanted else (None, "")
     if reason:
@@ -53,7 +57,7 @@ def kept(wanted: bool, say: Callable[[str], None]) -> Iterator[None]:
             "jax_compilation_cache_dir": str(path),
             "jax_compilation_cache_max_size": LARGEST,
         }
-        changes |= {"jax_persistent_cache_min_compile_time_secs": 0.0}  # small programs are many
+        changes |= {"jax_persistent_cache_min_compile_time_secs": 0.0}  # there are many small ones
     before = {name: getattr(jax.config, name) for name in changes}
     with _says(say):
         _configure(changes)
@@ -66,16 +70,16 @@ def kept(wanted: bool, say: Callable[[str], None]) -> Iterator[None]:
 def _configure(values: dict) -> None:
     for name, value in values.items():
         jax.config.update(name, value)
-    compilation_cache.reset_cache()  # it reads its settings once
+    compilation_cache.reset_cache()  # it reads its settings only once
 
 
 @contextlib.contextmanager
 def _says(say: Callable[[str], None]) -> Iterator[None]:
-    """Within, say "compiling ..." once a program has been compiling for PATIENCE seconds."""
+    """Say "compiling ..." when a program has been compiling for PATIENCE seconds."""
     waiting: list[threading.Timer] = []
 
     def listen(event: str, seconds: float, **_) -> None:
-        if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":  # what is compiled next
+        if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":  # compilation comes next
             timer = threading.Timer(PATIENCE, say, ["compiling ..."])
             timer.daemon = True
             timer.start()

@@ -1,16 +1,18 @@
-"""The one exception that users of this package are meant to read."""
+"""Errors and warnings for users."""
 
 import reprlib
 from collections.abc import Sequence
 
 
 class InfiniteVLError(ValueError):
-    """Input, file or setting that cannot work. The message names the culprit, then the cure; it
-    fits on one screen.
+    """Invalid input, file or setting.
 
-    culprit, cure: one line each. items: what the culprit consists of, a line each under it.
-    All quote what came from outside: control characters and lone surrogates are escaped, long text
-      is cut in the middle.
+    All texts are escaped and shortened by `quoted`.
+
+    Args:
+      culprit: what is wrong, one line.
+      cure: what to do about it, one line.
+      items: details of the culprit, one line each.
     """
 
     def __init__(self, culprit: str, cure: str, items: Sequence[str] = ()):
@@ -22,18 +24,18 @@ class InfiniteVLError(ValueError):
         super().__init__("\n  ".join([self.culprit, *self.items, f"-> {self.cure}"]))
 
     def __reduce__(self):
-        return type(self), (
-            self.culprit,
-            self.cure,
-            self.items,
-        )  # so that a data worker's error crosses to the main process
+        # lets an error cross from a data worker to the main process
+        return type(self), (self.culprit, self.cure, self.items)
 
 
 class BadRow(InfiniteVLError):
     """A row of a data set that cannot be used.
 
-    source: the data set and its split. index: the row's number in it. reason: what is wrong with
-      it.
+    Args:
+      source: data set and split.
+      index: number of the row.
+      reason: what is wrong with it.
+      cure: what to do about it.
     """
 
     def __init__(self, source: str, index: int, reason: str, cure: str):
@@ -45,16 +47,14 @@ class BadRow(InfiniteVLError):
 
 
 class InfiniteVLWarning(UserWarning):
-    """Something works otherwise than a file asks for. One line, which names the file and what to
-    do."""
+    """Something differs from what a file asks for. The line names the file and what to do."""
 
 
 LONGEST = 2000  # characters of a culprit or a cure
 
 
 def quoted(text: str) -> str:
-    """Text for a terminal: what would move its cursor, change its colours or its direction is
-    written as an escape."""
+    """Escape control characters, direction marks and lone surrogates; shorten long text."""
     text = "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
         for c in text
@@ -63,11 +63,10 @@ def quoted(text: str) -> str:
 
 
 def shown(value: object) -> str:
-    """`repr` of a value that a caller passed, for a message: short, however large or deep the value
-    is."""
+    """Short `repr` of a caller's value for a message, for values of any size or depth."""
     try:
         return _SHORT.repr(value)
-    except Exception:  # a __repr__ of the caller's own
+    except Exception:  # raised by the value's own __repr__
         return f"an object of type {type(value).__name__}"
 
 

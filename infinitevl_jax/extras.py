@@ -1,11 +1,11 @@
-"""What is installed: a missing package is named with the extra of this project that brings it."""
+"""Optional dependencies: a missing package is reported with the extra that installs it."""
 
 import contextlib
 from collections.abc import Iterator
 
 from infinitevl_jax.errors import InfiniteVLError
 
-# Top-level module -> the extra in pyproject.toml that installs it. The model alone needs none.
+# top-level module -> extra in pyproject.toml
 EXTRAS = {
     "av": "run",
     "filelock": "run",
@@ -29,13 +29,12 @@ EXTRAS = {
 
 
 class MissingExtra(InfiniteVLError, ModuleNotFoundError):
-    """A package is not installed that only an extra of this project brings."""
+    """A package of an extra is not installed."""
 
 
 @contextlib.contextmanager
 def says_which_extra() -> Iterator[None]:
-    """Within, the import of a package that is not installed raises MissingExtra, which says how to
-    install it."""
+    """Context manager that turns the failed import of an extra's package into MissingExtra."""
     try:
         yield
     except MissingExtra:

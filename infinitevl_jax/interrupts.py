@@ -1,15 +1,13 @@
-"""Ctrl-C, SIGTERM and a closed terminal end a command at once: one line, nothing half-written, exit
-status 128 + signal.
+"""Signals: Ctrl-C, SIGTERM and a closed terminal end a command with one line and 128 + signal.
 
-Nothing is raised for it. A KeyboardInterrupt appears wherever Python happens to be: inside a
-callback of the compiler or a finaliser, which abort the process or swallow it, or between threads
-of a library that each print a traceback. Instead a thread waits for signals, removes what is under
-construction and ends the process, whatever the main thread is doing. Everything that is meant to
-last is written under another name and renamed, so there is nothing else to clean up.
+A thread waits for signals, removes unfinished output and ends the process. KeyboardInterrupt is not
+used: Python may raise it inside a compiler callback or a finaliser, which abort the process or
+swallow it, or between threads that then print tracebacks. Final output is always written under
+another name and renamed, so nothing else needs cleaning up.
 
-Code that has something to do first (finish a step and save it) says so by `postponed`. A handler
-that other code installs by signal.signal has its signal to itself; it must not put the former
-handler back from within, which would pass for ours.
+Code that must finish something first, such as a training step, uses `postponed`. A handler that
+other code installs by `signal.signal` replaces this one; it must not restore the previous handler
+from within itself.
 """
 
 import contextlib
@@ -26,13 +24,13 @@ _WORDS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "the termi
 _under_construction: set[Path] = set()
 _postponed: dict[int, Callable[[], None]] = {}
 _leaving = threading.Event()
-_terminal: list | None = None  # its settings, which readline changes while it waits for a line
+_terminal: list | None = None  # terminal settings; readline changes them while it reads a line
 
 
 def install() -> None:
-    """From now on signals end this process as above. To be called in the main thread, first of all.
+    """Handle signals from now on. Call it first, in the main thread.
 
-    A signal that is ignored, or that somebody handles already, stays as it is.
+    Signals that are ignored or already have a handler are left alone.
     """
     global _terminal
     if os.isatty(0):
@@ -54,8 +52,7 @@ def install() -> None:
 
 @contextlib.contextmanager
 def under_construction(folder: Path) -> Iterator[None]:
-    """Within, the folder is removed if a signal ends the process. It is to be renamed when it is
-    whole."""
+    """Context manager during which a signal removes `folder`. Rename it when it is complete."""
     _under_construction.add(folder)
     try:
         yield
@@ -65,13 +62,15 @@ def under_construction(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def postponed(action: Callable[[], None], *names: str) -> Iterator[None]:
-    """Within, these signals call `action`, each time, in place of what they do otherwise; SIGINT
-    only if it is the first of them.
+    """Context manager during which signals call `action` instead of ending the process.
+
+    After the first of these signals, SIGINT ends the process as usual.
 
     Args:
-      action: sets a flag, say. It runs in another thread where `install` was called, else in the
-        main thread; from any other thread, which cannot listen for signals, nothing is changed.
-      names: "SIGINT" and others; one that is ignored stays so.
+      action: for example sets a flag. It runs in another thread after `install`, else in the main
+        thread. Outside the main thread and without `install` nothing changes, because only the main
+        thread can handle signals.
+      names: signals, such as "SIGINT". Ignored signals stay ignored.
     """
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
@@ -96,19 +95,19 @@ def postponed(action: Callable[[], None], *names: str) -> Iterator[None]:
 
 
 def wait_if_leaving() -> None:
-    """Before the main thread ends the process: let the thread that is ending it come first."""
+    """Block if another thread is ending the process. Call it before the main thread exits."""
     while _leaving.is_set():
         time.sleep(1)
 
 
 def _noticed(number, frame) -> None:
-    """Python's side of a signal: the thread has been woken already."""
+    """Python-level handler of a signal. The thread is woken through the wakeup file descriptor."""
 
 
 def _watch(reader: socket.socket) -> None:
     while woken := reader.recv(1):
         number = woken[0]
-        # Decided here, in one thread: the main thread may be anywhere by now.
+        # Decided in this thread, because the main thread may be anywhere.
         action = _postponed.get(number)
         if action is not None:
             _postponed.pop(signal.SIGINT, None)
@@ -121,13 +120,13 @@ def _leave(number: int) -> None:
     _leaving.set()
     line = _WORDS[signal.Signals(number).name]
     with contextlib.suppress(OSError):
-        start = "\n" if os.isatty(2) else ""  # after ^C, or a bar
+        start = "\n" if os.isatty(2) else ""  # after ^C or a progress bar
         os.write(2, f"{start}{line}\n".encode())
     if _terminal is not None and os.tcgetpgrp(0) == os.getpgrp():
         import termios
 
         termios.tcsetattr(0, termios.TCSANOW, _terminal)
-    # What other threads have to say about their folder's disappearance is of no interest.
+    # hides errors of other threads whose folder is removed
     silence = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         os.dup2(silence, descriptor)
@@ -137,19 +136,18 @@ def _leave(number: int) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder that threads still write into, so that none of them makes it anew."""
+    """Remove a folder that other threads still write into, and keep them from creating it again."""
     doomed = [folder.with_name(f"{folder.name}.removed{n}") for n in range(3)]
     for place in doomed:
-        try:  # from now on nobody renames it to where it would pass for whole
+        try:  # from now on no thread can rename the folder to its final name
             os.rename(folder, place)
-        except OSError:  # it became what it was to be, a moment ago
+        except OSError:  # it was renamed to its final name just before
             break
-        with contextlib.suppress(FileExistsError):  # a thread made the folder again
-            os.close(
-                os.open(folder, os.O_CREAT | os.O_EXCL)
-            )  # in a file's place no folder can be made
+        with contextlib.suppress(FileExistsError):  # a thread created the folder again
+            # no folder can be created in the place of a file
+            os.close(os.open(folder, os.O_CREAT | os.O_EXCL))
             break
-    for _ in range(3):  # files may still come from calls that were under way
+    for _ in range(3):  # pending calls may still create files
         for place in doomed:
             shutil.rmtree(place, ignore_errors=True)
     with contextlib.suppress(OSError):

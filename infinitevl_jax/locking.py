@@ -1,5 +1,4 @@
-"""One process at a time: a lock of the operating system, which ends with the process that holds it,
-however that ends."""
+"""File lock between processes. The operating system releases it when its process ends."""
 
 import contextlib
 import fcntl
@@ -13,25 +12,27 @@ from infinitevl_jax.writing import storage
 
 
 class Lock(contextlib.AbstractContextManager):
-    """Held from its construction to `close`, or to the end of the process.
+    """An exclusive `flock`, held from construction to `close` or the end of the process.
 
-    It lies on the file, not on its name: links to the folder lead to the same lock, and a file that
-      is left behind is not locked.
-    The file says who took it last.
+    The lock belongs to the file, not to its name: links to the folder share it, and a stale file is
+    not locked. The file names its last holder.
     """
 
     def __init__(self, path: Path, what: str, *, wait: bool = False):
-        """
-        Args:
-          path: the lock's file, made where there is none. what: it guards, for messages.
-          wait: for the other process, rather than refuse.
+        """Acquire the lock.
 
-        Raises InfiniteVLError, naming the holder, if another process holds it; StorageError if the
-        file cannot be locked.
+        Args:
+          path: lock file; created if missing.
+          what: name of the guarded thing, for errors.
+          wait: wait for the other process instead of raising.
+
+        Raises:
+          InfiniteVLError: another process holds the lock; names it.
+          StorageError: the file cannot be locked.
         """
         self.path = path
         with storage(path):
-            # not inherited: a helper process that outlives this one must not keep the lock
+            # O_CLOEXEC: a child that outlives this process must not keep the lock
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -54,8 +55,10 @@ class Lock(contextlib.AbstractContextManager):
             )
 
     def check(self) -> None:
-        """Raise InfiniteVLError if the file was removed or replaced: then another process may hold
-        a lock of the same name."""
+        """Raise InfiniteVLError if the lock file was removed or replaced.
+
+        Another process may then hold a lock of the same name.
+        """
         try:
             found = os.stat(self.path)
         except OSError:
@@ -67,7 +70,7 @@ class Lock(contextlib.AbstractContextManager):
             )
 
     def close(self) -> None:
-        """Let go."""
+        """Release the lock."""
         os.close(self._file)
 
     def __exit__(self, *exception) -> None:

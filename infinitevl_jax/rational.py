@@ -1,4 +1,4 @@
-"""Times as exact fractions: a floored quotient must not depend on how a float was rounded."""
+"""Times as exact fractions, so that floored quotients do not depend on float rounding."""
 
 import math
 from fractions import Fraction
@@ -8,13 +8,14 @@ import numpy as np
 
 
 def exact(value: float | Rational | np.floating) -> Fraction:
-    """The simplest fraction that rounds to `value`: 1/3 for 0.333..., in float64 or in float32.
+    """The simplest fraction that rounds to `value`, such as 1/3 for 0.333... (float64 or float32).
 
-    Fractions whose denominators have at most half of the type's bits are told apart by their
-    floats, so that what was such a fraction before it was rounded comes back unchanged.
+    A fraction whose denominator has at most half of the type's bits survives rounding to a float
+    and back.
 
     Raises:
-      ValueError: the value is not finite. TypeError: it is no number.
+      ValueError: the value is not finite.
+      TypeError: the value is not a number.
     """
     if isinstance(value, Rational):
         return Fraction(value)

@@ -1,4 +1,4 @@
-"""Files that come from outside: JSON with declared types, sizes and ranges, read in one place."""
+"""Reading files from outside: size limits, and JSON with declared types and ranges."""
 
 import os
 import re
@@ -11,20 +11,21 @@ import msgspec
 
 from infinitevl_jax.errors import InfiniteVLError
 
-JSON_BYTES = 64 << 20  # of a JSON file: the largest published tokenizer.json has 12 MB
+JSON_BYTES = 64 << 20  # largest JSON file; tokenizer.json files have up to 12 MB
 
-_MEND = "mend that key, or copy the file again"
+_MEND = "fix that key, or copy the file again"
 
 T = TypeVar("T")
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """A regular file, open for reading in binary: never a pipe or a device, which may not end.
+    """Open a regular file in binary mode. Pipes and devices, which may not end, are refused.
 
     Raises:
-      InfiniteVLError: it is no regular file. OSError, ValueError: as `open` raises them.
+      InfiniteVLError: it is not a regular file.
+      OSError, ValueError: as `open`.
     """
-    # O_NONBLOCK: opening a named pipe must not wait for a writer.
+    # O_NONBLOCK: opening a named pipe must not wait for a writer
     file = open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -33,7 +34,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """As `open_regular`; an absent file and what the system refuses are InfiniteVLErrors too."""
+    """`open_regular` with all errors as InfiniteVLError."""
     try:
         return open_regular(path)
     except InfiniteVLError:
@@ -50,10 +51,10 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """The content of a regular file of at most `limit` bytes.
+    """Read a regular file of at most `limit` bytes.
 
     Raises:
-      InfiniteVLError: as `open_file`, or the file is larger than `limit`, or it cannot be read.
+      InfiniteVLError: the file is larger than `limit` or cannot be read.
     """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -71,29 +72,28 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 
 def read_json(path: Path, kind: type[T] = dict[str, Any], *, limit: int = JSON_BYTES) -> T:
-    """The value in a JSON file, checked against `kind`.
+    """Read a JSON file as a value of type `kind`.
 
     Args:
       path: the file.
-      kind: any type msgspec decodes into: dict[str, Any] (an object), a msgspec.Struct with
-        Annotated ranges, a union. Nothing is coerced: "1" and true are no numbers.
-      limit: the largest file that is read, in bytes.
+      kind: a type that msgspec decodes: dict[str, Any], a msgspec.Struct with Annotated ranges, a
+        union. Nothing is coerced: "1" and true are not numbers.
+      limit: largest file in bytes.
 
     Raises:
-      InfiniteVLError: as `read_bytes`, or the content is not JSON or not of this type; the message
-        names the file and the key.
+      InfiniteVLError: the file cannot be read, is not JSON or has another type; names file and key.
     """
     return decode_json(read_bytes(path, limit), kind, str(path))
 
 
 def decode_json(text: bytes | str, kind: type[T], where: str) -> T:
-    """As `read_json`, of text in memory; errors name `where`."""
+    """Decode JSON text as `read_json` does. `where` names it in errors."""
     try:
         return msgspec.json.decode(text, type=kind)
     except msgspec.ValidationError as error:
         try:
             tree = msgspec.json.decode(text)
-        except (msgspec.DecodeError, UnicodeError, RecursionError):  # damaged further on, too
+        except (msgspec.DecodeError, UnicodeError, RecursionError):  # also damaged further on
             tree = None
         raise InfiniteVLError(f"{where}: {_at(error, tree)}", _MEND) from None
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
@@ -103,7 +103,7 @@ def decode_json(text: bytes | str, kind: type[T], where: str) -> T:
 
 
 def convert(tree: Any, kind: type[T], where: str) -> T:
-    """A tree of plain values (from JSON or TOML) as `kind`, checked like `read_json`."""
+    """Convert plain values (from JSON or TOML) to `kind`, with the checks of `read_json`."""
     try:
         return msgspec.convert(tree, kind, from_attributes=False)
     except msgspec.ValidationError as error:
@@ -115,10 +115,11 @@ def convert(tree: Any, kind: type[T], where: str) -> T:
 
 
 def plain_name(name: Any, where: str, suffix: str = "") -> str:
-    """`name`, if it names a file directly inside a folder and no other place.
+    """Return `name` if it is the name of a file directly inside a folder.
 
-    Raises InfiniteVLError for anything with a separator, "..", a leading dot, a character that
-    cannot be printed, or another suffix.
+    Raises:
+      InfiniteVLError: it has a separator, a leading dot, an unprintable character or a wrong
+        suffix.
     """
     bad = not isinstance(name, str) or not name or name.startswith(".") or set(name) & set("/\\")
     if bad or not name.endswith(suffix) or not name.isprintable() or len(name.encode()) > 255:
@@ -130,16 +131,17 @@ def plain_name(name: Any, where: str, suffix: str = "") -> str:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """folder / name, if that lies inside the folder once links are followed; InfiniteVLError if
-    not.
+    """Return folder / name if it is inside the folder after links are resolved.
 
-    The cache of huggingface_hub links each file of REPO/snapshots/REVISION to REPO/blobs: that
-    counts as inside.
+    Links from REPO/snapshots/REVISION to REPO/blobs (huggingface_hub's cache) count as inside.
+
+    Raises:
+      InfiniteVLError: it is outside, or cannot be resolved.
     """
     path = folder / name
     try:
         root, target = folder.resolve(), path.resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL
+    except (OSError, RuntimeError, ValueError) as error:  # a link loop, a NUL character
         raise InfiniteVLError(
             f"{path} cannot be read: {error}", "put the file itself there"
         ) from None
@@ -153,18 +155,16 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def check_regular(folder: Path) -> None:
-    """Raise InfiniteVLError unless all that a folder holds, at any depth, are folders and regular
-    files.
+    """Raise InfiniteVLError unless a folder holds only folders and regular files, at any depth.
 
-    For folders that a library reads by itself: it would wait for a pipe, and read a device for
-      ever.
+    For folders that a library reads itself: it would wait for a pipe or read a device forever.
     """
     for root, _, names in os.walk(folder):
         for name in names:
             path = Path(root, name)
             try:
                 regular = stat.S_ISREG(path.stat().st_mode)
-            except OSError:  # a link to nothing, or in a circle
+            except OSError:  # a dangling or circular link
                 regular = False
             if not regular:
                 raise InfiniteVLError(f"{path} is not a regular file", "put the file itself there")
@@ -176,14 +176,13 @@ def unknown_keys(content: Mapping[str, Any], kind: type) -> list[str]:
 
 
 def _at(error: Exception, tree: Any) -> str:
-    """msgspec's message with the place and what stands there in front: "$.a[2]: 'x', expected
-    ..."."""
+    """msgspec's message after its path and the value found: "$.a[2]: 'x', expected ..."."""
     message, _, place = str(error).partition(" - at ")
     place = place.strip("`")
     try:
         for name, index in re.findall(r"\.(\w+)|\[(\d*|\.\.\.)\]", place):
             tree = tree[name or int(index)]
         found = f"{tree!r}: " if not isinstance(tree, dict | list) else ""
-    except (KeyError, IndexError, TypeError, ValueError):  # "[...]": some key of a free dictionary
+    except (KeyError, IndexError, TypeError, ValueError):  # "[...]" is any key of a dict
         found = ""
     return f"{place}: {found}{message}" if place else message

@@ -1,5 +1,4 @@
-"""Files that are written here: whole and on the disk when they count, and an error that names them
-when the storage fails."""
+"""Writing files atomically and durably, with errors that name the file."""
 
 import contextlib
 import errno
@@ -18,31 +17,29 @@ _SAYS_FULL = re.compile(
 
 
 class StorageError(InfiniteVLError):
-    """A disk that is full, cannot be written or cannot be read."""
+    """A disk that is full, read-only or unreadable."""
 
 
 @contextlib.contextmanager
 def storage(path: Path | str, cure: str = "") -> Iterator[None]:
-    """Turns what goes wrong with the files at `path` into StorageError.
+    """Context manager that turns I/O errors into StorageError.
 
     Args:
-      path: what is written or read in the block.
-      cure: what to do once the storage works again, added to the cure.
+      path: what the block reads or writes.
+      cure: appended to the cure: what to do once the storage works again.
     """
     try:
         yield
     except InfiniteVLError:
         raise
-    except (
-        Exception
-    ) as error:  # of orbax and tensorstore too, which raise ValueError and bare Exception
+    except Exception as error:  # orbax and tensorstore raise ValueError and bare Exception
         if not isinstance(error, OSError | ValueError) and type(error) is not Exception:
             raise
         raise failure(path, error, cure) from error
 
 
 def failure(path: Path | str, error: Exception, cure: str = "") -> StorageError:
-    """The error that says what is wrong with the files at `path`."""
+    """StorageError for an I/O error at `path`."""
     more = f"; {cure}" if cure else ""
     if getattr(error, "errno", None) in _FULL or _SAYS_FULL.search(str(error)):
         return StorageError(
@@ -58,7 +55,7 @@ def failure(path: Path | str, error: Exception, cure: str = "") -> StorageError:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that appears whole, and is on the disk when this returns."""
+    """Write a file atomically; it is on the disk when this returns."""
     aside = path.with_name(f".{path.name}.partial")
     with storage(path):
         try:
@@ -75,7 +72,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(handle)
@@ -84,7 +81,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Wait until a folder is on the disk with all that it holds."""
+    """Flush a folder and everything in it to the disk."""
     for root, _, names in os.walk(folder):
         for name in names:
             sync(Path(root, name))
@@ -92,8 +89,11 @@ def sync_tree(folder: Path) -> None:
 
 
 def keep_aside(path: Path, to: Path | None = None) -> Path:
-    """Rename a file or folder to a name that is free: `to`, or it with .1, .2, ... before the
-    suffix. Returns that name."""
+    """Rename a file or folder to a free name: `to`, or `to` with .1, .2, ... before the suffix.
+
+    Returns:
+      The new path.
+    """
     to = to or path
     free, number = to, 0
     while os.path.lexists(free):
@@ -105,12 +105,12 @@ def keep_aside(path: Path, to: Path | None = None) -> Path:
 
 
 def megabytes(size: int) -> str:
-    """A number of bytes in words."""
+    """Format a number of bytes."""
     return f"{size / 1e6:,.1f} MB"
 
 
 def _free(path: Path | str) -> str:
-    """What is free where a file is to be."""
+    """Free space on the disk of `path`, as text."""
     path = Path(path)
     try:
         there = next(p for p in (path, *path.absolute().parents) if p.exists())

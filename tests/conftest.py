@@ -1,5 +1,4 @@
-"""Every test runs on the CPU, which stands in for a machine of 8 devices. Set before jax is
-imported."""
+"""Tests run on the CPU with 8 devices. This is configured before jax is imported."""
 
 import os
 import tempfile
@@ -8,10 +7,9 @@ from quick import QUICK
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK}"
-# Threads of XLA, by default one a core. A device that runs an interpreted kernel keeps one until
-# the other devices come as far, and
-# operands are copied by one more: with 8 or fewer the first kernel on 8 devices would wait for
-# ever.
+# XLA's thread pool, one per core by default. A device that runs an interpreted kernel blocks a
+# thread until the other devices arrive, and copying operands needs another: with 8 or fewer, a
+# kernel on 8 devices deadlocks.
 os.environ["NPROC"] = "16"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu compiles for pods here; there is no pod to ask
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # test workers compile side by side
@@ -27,7 +25,7 @@ import signal  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and their children too.
+# A shell that starts tests in the background makes them, and their children, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.devices()  # reads the flags
@@ -35,20 +33,18 @@ del os.environ[
     "XLA_FLAGS"
 ]  # libtpu would read them as well, and ends the process where it does not know one
 
-# Programs are large graphs of objects that live long: looking through them as often as usual takes
-# 3 % of the time.
+# There are many long-lived objects; garbage collection at the default rate takes 3 % of the time.
 gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
-    """A folder in which the data set `tiny_vqa` lies prepared."""
+    """A folder with the prepared data set `tiny_vqa`."""
     from tiny_run import prepare_tiny_vqa
 
     return prepare_tiny_vqa(tmp_path_factory.mktemp("data"))
 
 
 def pytest_collection_modifyitems(items):
-    """The longest first: begun last, it would keep one worker busy while the others have nothing
-    left."""
+    """Run the longest tests first, so that none of them runs alone at the end."""
     items.sort(key=lambda item: "test_pods" not in item.nodeid)

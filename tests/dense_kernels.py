@@ -1,5 +1,4 @@
-"""What the kernels for Hopper compute, as dense products: in their place where there is no GPU, to
-test what is around them."""
+"""Dense replacements of the Hopper kernels, to test their surroundings without a GPU."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from pallas_kernels.gated_delta_rule.hopper import forward as hopper_delta_forwa
 
 
 def replace(monkeypatch):
-    """Until the test ends."""
+    """Replace the kernels until the test ends."""
     monkeypatch.setattr(hopper_attention_forward, "forward", attention_forward)
     monkeypatch.setattr(hopper_attention_backward, "backward", attention_backward)
     monkeypatch.setattr(hopper_delta_forward, "forward", delta_forward)

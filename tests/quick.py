@@ -1,9 +1,8 @@
-"""XLA flags that make tests' programs compile quickly: most of a test's time is code generation.
-XLA's own passes run as ever."""
+"""XLA flags that shorten code generation, most of a test's time. XLA's passes are unchanged."""
 
 import importlib.metadata
 
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # the older way to write fusions takes half the time; later versions have it no more
+    # the older fusion emitters take half the time; later versions lack them
     QUICK += " --xla_cpu_use_fusion_emitters=false"

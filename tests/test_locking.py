@@ -1,4 +1,4 @@
-"""One holder at a time, whatever the folder is called, and none once the holder is gone."""
+"""A lock has one holder, under any name of the folder, and ends with its holder."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ def test_the_second_is_refused_and_told_who_holds_it(tmp_path):
         Lock(tmp_path / ".lock", "the run in out")
     assert caught.value.culprit.startswith(f"the run in out is in use by process {os.getpid()} on ")
     assert "since 20" in caught.value.culprit
-    Lock(tmp_path / ".lock", "the run in out").close()  # let go by now
+    Lock(tmp_path / ".lock", "the run in out").close()  # is free now
 
 
 def test_a_link_leads_to_the_same_lock(tmp_path):
@@ -36,7 +36,7 @@ def test_a_link_leads_to_the_same_lock(tmp_path):
 
 
 def test_a_lock_ends_with_its_process(tmp_path):
-    """The file is left behind, and says nothing any more."""
+    """A stale lock file does not lock."""
     path = tmp_path / ".lock"
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True

@@ -1,5 +1,4 @@
-"""What goes wrong with a disk is one error that names the file; what was written is whole or not
-there."""
+"""Disk errors name the file; files are written atomically."""
 
 import errno
 import os

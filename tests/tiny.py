@@ -1,4 +1,4 @@
-"""Tiny random models shared by the tests: the real pattern at small widths."""
+"""Tiny random models for tests, with the real layer pattern."""
 
 import jax
 import numpy as np
@@ -10,8 +10,7 @@ IMAGE, VIDEO, START, END = 91, 92, 93, 94
 
 
 def hybrid_config(layers: int = 5, window: int = 24, **text) -> ModelConfig:
-    """[S, G, G, G] and a remainder, two kv heads, value width twice the key's, every special id
-    below 100."""
+    """[S, G, G, G] and a remainder, two kv heads, values wider than keys, special ids below 100."""
     text = (
         dict(
             layer_types=hybrid_pattern(layers),
@@ -52,8 +51,7 @@ def hybrid_config(layers: int = 5, window: int = 24, **text) -> ModelConfig:
 
 
 def loud(params, seed=0):
-    """Random numbers everywhere, also where a fresh model has zeros and ones: biases, norms,
-    convolutions, gates."""
+    """Randomise everything, including biases, norms, convolutions and gates."""
     rng = np.random.default_rng(seed)
     out = {}
     for name, p in params.items():
@@ -70,7 +68,7 @@ def hybrid(seed: int = 0, **config) -> InfiniteVL:
 
 
 def conversation(config: ModelConfig, seed: int = 0, text: int = 30):
-    """Text, an image, text, a video, text: one sequence, named as in Hugging Face."""
+    """One sequence of text, image, text, video, text, with Hugging Face's argument names."""
     rng = np.random.default_rng(seed)
     image, video = (1, 6, 10), (3, 4, 6)
     before, between, after = (rng.integers(1, 90, n) for n in (5, 4, text))

@@ -1,5 +1,4 @@
-"""A tiny random hybrid with eyes, a byte tokenizer of its own and everything else a checkpoint
-folder has."""
+"""A tiny random hybrid with a vision tower, a byte tokenizer and all files of a checkpoint."""
 
 import dataclasses
 import json
@@ -15,11 +14,11 @@ from infinitevl_jax.config.model import FULL, ModelConfig
 from infinitevl_jax.nn.params import parameters
 from infinitevl_jax.processing.tokenizer import SPECIAL_TOKENS, _byte_letters
 
-IDS = {token: 256 + i for i, token in enumerate(SPECIAL_TOKENS)}  # after one token for every byte
+IDS = {token: 256 + i for i, token in enumerate(SPECIAL_TOKENS)}  # after the 256 byte tokens
 
 
 def tiny_config(**changes) -> ModelConfig:
-    """Two layers, a window and a Gated DeltaNet; special ids as the byte tokenizer has them."""
+    """Two layers, sliding-window and Gated DeltaNet, with the byte tokenizer's special ids."""
     config = hybrid_config(
         layers=2, window=16, vocab_size=272, tie_word_embeddings=False, **changes
     )
@@ -39,14 +38,13 @@ VISION = ("image", "video", "vision_start", "vision_end")
 
 
 def full_attention_config() -> ModelConfig:
-    """A text model that keeps its whole past."""
+    """A text model with full attention."""
     config = tiny_config(layer_types=(FULL, FULL), mrope_section=None)
     return dataclasses.replace(config, vision=None, family="qwen2")
 
 
 def tiny_model(config: ModelConfig, seed: int = 0) -> InfiniteVL:
-    """Random weights, loud enough that no two tokens are alike; it only ever says lower-case
-    letters and what ends a turn."""
+    """Large random weights; output is limited to lower-case letters and end tokens."""
     rng = np.random.default_rng(seed)
     shapes = parameters(config, scanned=False)
     params = {
@@ -60,8 +58,7 @@ def tiny_model(config: ModelConfig, seed: int = 0) -> InfiniteVL:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """vocab.json and merges.txt of single bytes, Qwen's special tokens after them; pictures of at
-    most 16 tokens."""
+    """vocab.json and merges.txt of bytes and Qwen's special tokens; images of up to 16 tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(
         json.dumps({letter: i for i, letter in enumerate(_byte_letters())}), "utf-8"
@@ -81,7 +78,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_folder(folder: Path, model: InfiniteVL) -> Path:
-    """One of our folders, whole."""
+    """Write a complete checkpoint folder."""
     write_tokenizer(folder.with_name(folder.name + "-side"))
     save_params(
         folder, model.params, model.config, side_files_from=folder.with_name(folder.name + "-side")

@@ -1,5 +1,4 @@
-"""A data set of 24 small pictures, and a preset that trains a tiny hybrid on it in a second a step
-or less."""
+"""A data set of 24 small images, and a preset that trains a tiny hybrid on it."""
 
 import io
 from pathlib import Path
@@ -60,7 +59,7 @@ peak_lr = 1e-3
 
 
 def prepare_tiny_vqa(folder: Path) -> Path:
-    """Write the data set `tiny_vqa` into a folder, from where its name alone finds it."""
+    """Write the data set `tiny_vqa` to a folder."""
 
     class TinyVqa(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
@@ -97,7 +96,7 @@ def prepare_tiny_vqa(folder: Path) -> Path:
 
 
 def write_preset(folder: Path, data: Path, text: str = PRESET) -> Path:
-    """The preset as a file that trains into folder/run."""
+    """Write the preset to a file. It trains into folder/run."""
     path = folder / "tiny.toml"
     text = text.replace("[train]\n", f'[train]\noutput = "{folder / "run"}"\n')
     path.write_text(text.replace("[train.data]\n", f'[train.data]\nfolder = "{data}"\n'))

@@ -1,5 +1,4 @@
-"""The `infinitevl` command: ask, chat, info. What needs JAX is imported when a command runs, so
-that `--help` comes at once."""
+"""The `infinitevl` command. JAX is imported when a command runs, which keeps `--help` fast."""
 
 from infinitevl_jax.__main__ import main
 from infinitevl_jax.cli.app import app

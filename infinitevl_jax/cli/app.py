@@ -11,7 +11,7 @@ from infinitevl_jax.errors import InfiniteVLError
 
 
 class Dtype(StrEnum):
-    """What weights are kept and computed in."""
+    """Dtype of weights and computation."""
 
     own = "own"
     float32 = "float32"
@@ -19,8 +19,7 @@ class Dtype(StrEnum):
 
 
 class _Commands(TyperGroup):
-    """Users' mistakes become a message on stderr and exit code 2; anything else is a bug and keeps
-    its traceback."""
+    """Report InfiniteVLError on stderr with exit code 2. Other exceptions keep their traceback."""
 
     def invoke(self, ctx):
         try:
@@ -132,8 +131,7 @@ def infinitevl(
         ),
     ] = False,
 ):
-    """Ask vision-language models about images and videos, talk with them, look inside their
-    checkpoints."""
+    """Root command."""
 
 
 @app.command(no_args_is_help=True)
@@ -171,7 +169,7 @@ def ask(
     mesh: Mesh = "",
     compilation_cache: Keep = True,
 ):
-    """Answer one question, word by word on stdout. What it ran on and how fast goes to stderr.
+    """Answer one question on stdout, as it is generated. Device and speed go to stderr.
 
     \b
     infinitevl ask InfiniteVL/ "What is on the table?" --image kitchen.jpg
@@ -217,8 +215,7 @@ def chat(
     mesh: Mesh = "",
     compilation_cache: Keep = True,
 ):
-    """Talk with a model: each turn reads only what is new, and memory stays constant however long
-    it gets.
+    """Converse with a model. Each turn reads only new tokens.
 
     \b
     infinitevl chat InfiniteVL/
@@ -247,8 +244,7 @@ def info(
     model: Model,
     json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ):
-    """Say what a checkpoint is: layers, parameters, bytes, tokenizer, cache. Reads headers, not
-    weights.
+    """Describe a checkpoint: layers, parameters, bytes, tokenizer, cache. Reads headers only.
 
     \b
     infinitevl info InfiniteVL/
@@ -258,9 +254,7 @@ def info(
     import jax
 
     if not jax.config.jax_platforms:
-        jax.config.update(
-            "jax_platforms", "cpu"
-        )  # nothing is computed: leave the accelerator's memory alone
+        jax.config.update("jax_platforms", "cpu")  # nothing is computed: do not reserve a GPU
 
     from infinitevl_jax.cli import info
 

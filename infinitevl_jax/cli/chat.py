@@ -1,4 +1,4 @@
-"""A conversation at the terminal."""
+"""Interactive conversation in the terminal."""
 
 import contextlib
 import sys
@@ -25,7 +25,7 @@ HELP = """\
 
 
 def chat(folder: Path, context: int, settings: Settings, place: Place) -> None:
-    """Talk until the end of input."""
+    """Converse until the end of input."""
     sees = False
 
     def check(processor: Processor, vision: bool) -> None:
@@ -44,11 +44,9 @@ def chat(folder: Path, context: int, settings: Settings, place: Place) -> None:
 
 
 def _talk(conversation: Conversation, settings: Settings, sees: bool) -> None:
-    shown: list[dict] = []  # images and videos that go with the next question
+    shown: list[dict] = []  # images and videos for the next question
     if sys.stdin.isatty():
-        with contextlib.suppress(
-            ImportError
-        ):  # not everywhere; it only makes editing the line nicer
+        with contextlib.suppress(ImportError):  # optional: it improves line editing
             import readline  # noqa: F401
     while True:
         try:
@@ -85,8 +83,7 @@ def _talk(conversation: Conversation, settings: Settings, sees: bool) -> None:
                 pressed = threading.Event()
                 with postponed(pressed.set, "SIGINT"):
                     answer(conversation, content, settings, pressed.is_set)
-                settings = replace(
-                    settings, seed=(settings.seed + 1) % 2**32
-                )  # no two answers are drawn alike
+                # a new seed per answer
+                settings = replace(settings, seed=(settings.seed + 1) % 2**32)
         except InfiniteVLError as error:
             typer.echo(f"error: {error}", err=True)

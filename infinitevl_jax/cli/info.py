@@ -1,4 +1,4 @@
-"""What a checkpoint is, without reading its weights."""
+"""Text of `infinitevl info`. It reads headers, not weights."""
 
 import json
 from collections import Counter
@@ -26,9 +26,10 @@ LENGTHS = (1_000, 100_000)
 
 
 def describe(folder: Path) -> dict:
-    """Facts of a checkpoint folder, or of a training run's newest step, as JSON has them.
+    """Describe a checkpoint folder, or the newest step of a training run, for JSON.
 
-    Raises InfiniteVLError for a damaged folder or another family.
+    Raises:
+      InfiniteVLError: the folder is damaged or of an unknown family.
     """
     folder = checkpoint_folder(folder)
     config = read_config(folder)
@@ -68,8 +69,7 @@ def describe(folder: Path) -> dict:
 
 
 def _dtypes(folder: Path, config: ModelConfig) -> dict[str, np.dtype]:
-    """Published torch name -> dtype of every tensor, checked against what the configuration asks
-    for."""
+    """Torch name -> dtype of every tensor, checked against the configuration."""
     if not is_ours(folder):
         source = open_source(folder)
         match(config, source.shapes, str(folder))
@@ -86,7 +86,7 @@ def _dtypes(folder: Path, config: ModelConfig) -> dict[str, np.dtype]:
 
 
 def _parts(config: ModelConfig, dtypes: dict[str, np.dtype]) -> dict[str, dict]:
-    """Part -> parameters, bytes in the tensors' own dtypes, and parameters of each dtype."""
+    """Parameters, bytes (in the tensors' own dtypes) and parameters per dtype of each part."""
     groups = [layer_type(kind).group for kind in dict.fromkeys(config.text.layer_types)]
     order = ("vision tower", "vision merger", "embeddings", *groups, "MLPs", "norms", "head")
     parts = {name: Counter() for name in order}
@@ -115,8 +115,7 @@ def _part(name: str, config: ModelConfig) -> str:
 
 
 def _words(folder: Path, config: ModelConfig) -> dict:
-    """Tokenizer, template and special ids. A folder without a tokenizer that fits is still a
-    checkpoint."""
+    """Tokenizer, template and special ids. A missing or unsuitable tokenizer is not an error."""
     ids = {"pad": config.pad_token_id, "end": list(config.eos_token_ids)}
     if config.vision is not None:
         ids |= {
@@ -139,16 +138,15 @@ def _words(folder: Path, config: ModelConfig) -> dict:
 
 
 def cache_formula(config: ModelConfig, dtype: np.dtype) -> str:
-    """Bytes of one sequence's cache as a sum that can be checked by hand: the states of all layers,
-    array by array."""
-    # what differs between two lengths, both beyond any window, grows with the sequence
+    """Bytes of one sequence's cache as a formula over the arrays of all layers."""
+    # dimensions that differ between two lengths beyond any window grow with the sequence
     long, longer = (cache_spec(config, 1, 2**40 + more, dtype).layers for more in (0, 1))
     terms = Counter(_state_formula(*states) for states in zip(long, longer, strict=True))
     return " + ".join(f"{count} layers x ({term})" for term, count in terms.items())
 
 
 def _state_formula(state: Any, longer: Any) -> str:
-    """Bytes of one layer's state; `longer` is that of a sequence with one token more."""
+    """Bytes of one layer's state. `longer` is the state for one more token."""
     terms = []
     leaves = map(jax.tree_util.tree_leaves_with_path, (state, longer))
     for (path, leaf), (_, more) in zip(*leaves, strict=True):
@@ -167,7 +165,7 @@ def as_json(facts: dict) -> str:
 
 
 def as_table(facts: dict) -> str:
-    """For people."""
+    """Format the facts as text."""
     sizes, vision, cache = facts["sizes"], facts["vision"], facts["cache"]
     window = f" (window {facts['window']:,})" if facts["window"] else ""
     rows = {

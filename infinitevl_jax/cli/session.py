@@ -1,4 +1,4 @@
-"""From a folder and options to a conversation, and an answer on its way to the terminal."""
+"""Opening a conversation from command-line options, and printing its answers."""
 
 import contextlib
 import sys
@@ -25,7 +25,7 @@ AXES = ("data", "fsdp", "tensor")
 
 @dataclass(frozen=True)
 class Settings:
-    """How answers are made; repetition_penalty None is the checkpoint's."""
+    """Generation options. `repetition_penalty` None is the checkpoint's."""
 
     max_new_tokens: int
     sampling: Sampling
@@ -35,15 +35,19 @@ class Settings:
 
     def __post_init__(self):
         if self.repetition_penalty is not None:
-            replace(
-                self.sampling, repetition_penalty=self.repetition_penalty
-            )  # out of range is said before anything slow
+            # raises for a value out of range before anything slow
+            replace(self.sampling, repetition_penalty=self.repetition_penalty)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model computes: --dtype ("own" or a dtype's name) and --mesh ("" or axis=parts, ...);
-    whether compiled programs are kept."""
+    """Device options.
+
+    Attributes:
+      dtype: --dtype: "own" or the name of a dtype.
+      mesh: --mesh: "" or axis=size, ...
+      compilation_cache: use the compilation cache.
+    """
 
     dtype: str = "own"
     mesh: str = ""
@@ -51,8 +55,11 @@ class Place:
 
 
 def sampling(temperature: float, top_k: int, top_p: float, min_p: float = 0.0) -> Sampling:
-    """Sampling as asked for on the command line. Raises InfiniteVLError for a choice that would
-    have no effect."""
+    """Sampling from command-line options.
+
+    Raises:
+      InfiniteVLError: an option has no effect.
+    """
     if temperature == 0 and (top_k or top_p < 1 or min_p):
         raise InfiniteVLError(
             "--top-k, --top-p and --min-p do nothing at temperature 0, which is greedy",
@@ -62,7 +69,7 @@ def sampling(temperature: float, top_k: int, top_p: float, min_p: float = 0.0) -
 
 
 def run_config(text: str) -> RunConfig:
-    """RunConfig of "fsdp=2,tensor=4"; an axis that is not named has one part."""
+    """RunConfig from "fsdp=2,tensor=4". Axes that are not named have size 1."""
     sizes = dict.fromkeys(AXES, 1)
     for entry in text.split(","):
         axis, _, size = (part.strip() for part in entry.partition("="))
@@ -78,8 +85,7 @@ def run_config(text: str) -> RunConfig:
 
 @contextlib.contextmanager
 def _words_of_mesh(text: str) -> Iterator[None]:
-    """Errors of a mesh, whose words are those of training's run.data=..., in the words of
-    --mesh."""
+    """Rephrase mesh errors, which speak of run.data=..., for --mesh."""
     try:
         yield
     except InfiniteVLError as error:
@@ -89,8 +95,7 @@ def _words_of_mesh(text: str) -> Iterator[None]:
 
 
 def media(kind: str, path: Path) -> dict:
-    """The content item of an image or video file; read once here, so that a mistake shows before
-    anything slow."""
+    """Content item of an image or video file. The file is read here to report errors early."""
     if not path.is_file():
         raise InfiniteVLError(
             f"{kind} {str(path)!r} is {'a folder' if path.is_dir() else 'not there'}",
@@ -108,12 +113,12 @@ def open_model(
     max_length: int | None = None,
     check: Callable[[Processor, bool], None],
 ) -> Conversation:
-    """Read a checkpoint, showing progress on stderr.
+    """Load a checkpoint, with progress on stderr.
 
     Args:
-      folder: of a checkpoint, or of a training run, for its newest step.
-      check: called with the processor, and whether the model sees, before the weights are read;
-        raises for what cannot work.
+      folder: a checkpoint, or a training run (its newest step).
+      check: called with the processor, and whether the model has a vision tower, before the weights
+        are read. It raises if the request cannot work.
     """
     run, given = run_config(place.mesh) if place.mesh else None, folder
     folder = checkpoint_folder(folder)
@@ -183,8 +188,7 @@ def answer(
     settings: Settings,
     stopped: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Print an answer as it is made, until its end or until `stopped` says so; then what it took,
-    on stderr."""
+    """Stream an answer to stdout until it ends or `stopped` returns true; then print statistics."""
     penalty = settings.repetition_penalty
     penalty = conversation.model.defaults.repetition_penalty if penalty is None else penalty
     choice = replace(settings.sampling, repetition_penalty=penalty)
@@ -205,7 +209,7 @@ def answer(
 
 
 def say(text: str) -> None:
-    """A remark beside the answer."""
+    """Print a message to stderr."""
     typer.echo(f"[{text}]", err=True)
 
 

@@ -1,4 +1,4 @@
-"""What `infinitevl --version` says: versions, devices, and where compiled programs are kept."""
+"""Text of `infinitevl --version`."""
 
 from collections import Counter
 
@@ -10,14 +10,14 @@ from infinitevl_jax import __version__, compilation
 
 
 def describe() -> str:
-    """Four lines for people and for reports of faults."""
+    """Versions, devices and compilation cache, in four lines."""
     try:
         devices = jax.devices()
         kinds = Counter(device.device_kind for device in devices)
         backend = f"{devices[0].platform}: " + ", ".join(
             f"{count} x {kind}" for kind, count in kinds.items()
         )
-    except RuntimeError as error:  # a driver that is missing, or too old
+    except RuntimeError as error:  # a missing or outdated driver
         backend = f"none that works: {str(error).splitlines()[0]}"
     path, reason = compilation.folder()
     programs = list(path.glob("*-cache")) if path and path.is_dir() else []

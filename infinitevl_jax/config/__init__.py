@@ -1,2 +1,1 @@
-"""Three frozen configurations that never mix: the model (what weights mean), the run (mesh,
-precision), the training."""
+"""Frozen configurations of the model, the run (mesh and precision) and the training."""

@@ -1,9 +1,8 @@
-"""What the weights mean: frozen configurations of the decoder, the vision tower and the whole
-model.
+"""Model configuration: decoder, vision tower, whole model.
 
-One decoder serves InfiniteVL (sliding-window attention and Gated DeltaNet), Qwen2.5-VL (full
-attention with M-RoPE) and Qwen2 text models (full attention with plain RoPE): they differ in data
-alone. Reading Hugging Face's config.json is `infinitevl_jax.families.huggingface`.
+InfiniteVL (sliding-window attention and Gated DeltaNet), Qwen2.5-VL (full attention, M-RoPE) and
+Qwen2 (full attention, plain RoPE) share one decoder and differ in its configuration.
+`infinitevl_jax.families` reads it from config.json.
 """
 
 import dataclasses
@@ -25,13 +24,12 @@ from infinitevl_jax.config.ranges import (
 from infinitevl_jax.errors import InfiniteVLError
 
 SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
-LAYER_TYPES = {SLIDING, FULL, LINEAR}  # and what `infinitevl_jax.nn.mixers.register_mixer` adds
+LAYER_TYPES = {SLIDING, FULL, LINEAR}  # `infinitevl_jax.nn.mixers.register_mixer` adds to it
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The Qwen2.5-VL vision tower. Sizes in pixels where named `*_size`, else in patches or
-    channels."""
+    """The Qwen2.5-VL vision tower. Sizes named `*_size` are in pixels or channels."""
 
     depth: Annotated[int, Meta(ge=1, le=LAYERS)] = 32
     hidden_size: Width = 1280
@@ -71,23 +69,23 @@ class VisionConfig:
 
     @property
     def patch_features(self) -> int:
-        """Numbers in one patch: channels x temporal_patch_size x patch_size^2."""
+        """Values per patch: channels x temporal_patch_size x patch_size^2."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
     @property
     def merge_unit(self) -> int:
-        """Patches that become one token."""
+        """Patches per token."""
         return self.spatial_merge_size**2
 
     @property
     def window_tokens(self) -> int:
-        """Side of an attention window, in merged tokens."""
+        """Side of an attention window in merged tokens."""
         return self.window_size // (self.patch_size * self.spatial_merge_size)
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The decoder. `layer_types` is the pattern: one of LAYER_TYPES for every layer."""
+    """The decoder. `layer_types` names the type of every layer, out of LAYER_TYPES."""
 
     layer_types: Annotated[tuple[str, ...], Meta(max_length=LAYERS)]
     vocab_size: Annotated[int, Meta(ge=1, le=2**24)] = 151936
@@ -101,14 +99,14 @@ class TextConfig:
     mrope_section: tuple[Count, Count, Count] | None = (16, 24, 24)
     rms_norm_eps: Share = 1e-6
     tie_word_embeddings: bool = True
-    partial_rotary_factor: Annotated[float, Meta(gt=0, le=1)] = 1.0  # share of head_dim that turns
+    partial_rotary_factor: Annotated[float, Meta(gt=0, le=1)] = 1.0  # share of head_dim
     query_key_norm: bool = False  # RMSNorm of each query and key head
     attention_output_gate: bool = False
     # Gated DeltaNet
     conv_size: Count = 4
     expand_v: Annotated[float, Meta(gt=0, le=64)] = 2.0
     num_linear_heads: Heads = 16  # value heads
-    num_linear_key_heads: Heads | None = None  # None: as many as value heads
+    num_linear_key_heads: Heads | None = None  # None: same as value heads
     linear_head_dim: Width = 128
     norm_eps: Share = 1e-5
 
@@ -120,8 +118,9 @@ class TextConfig:
         if self.mrope_section is not None and sum(self.mrope_section) != self.rotary_dim // 2:
             raise InfiniteVLError(
                 f"mrope_section {list(self.mrope_section)} sums to {sum(self.mrope_section)}, not"
-                f" half of the {self.rotary_dim} channels of a head that turn",
-                "make the sections (temporal, height, width) add up to half of head_dim",
+                f" half of the {self.rotary_dim} rotary channels of a head",
+                "make the sections (temporal, height, width) add up to half of head_dim x"
+                " partial_rotary_factor",
             )
         if self.num_linear_heads % self.linear_key_heads:
             raise InfiniteVLError(
@@ -132,7 +131,7 @@ class TextConfig:
         unknown = sorted(set(self.layer_types) - LAYER_TYPES)
         if unknown or not self.layer_types:
             raise InfiniteVLError(
-                f"layer_types holds {unknown or 'nothing'}",
+                f"layer_types has {unknown or 'no entries'}",
                 f"every layer is one of {', '.join(sorted(LAYER_TYPES))}",
             )
         if self.conv_size != 4:
@@ -144,7 +143,7 @@ class TextConfig:
             raise InfiniteVLError(
                 f"head_dim {self.head_dim}, linear_head_dim {self.linear_head_dim} x expand_v"
                 f" {self.expand_v}",
-                "head_dim is even (rotary halves), and expand_v x linear_head_dim a whole number",
+                "make head_dim even, and expand_v x linear_head_dim a whole number",
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise InfiniteVLError(
@@ -164,7 +163,7 @@ class TextConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """Channels of an attention head that rotary embedding turns; the others stay."""
+        """Channels of an attention head with rotary embedding."""
         return 2 * int(self.head_dim * self.partial_rotary_factor / 2)
 
     @property
@@ -174,18 +173,17 @@ class TextConfig:
 
     @property
     def linear_value_dim(self) -> int:
-        """Width of one Gated DeltaNet head's value."""
+        """Value width of a Gated DeltaNet head."""
         return int(self.linear_head_dim * self.expand_v)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole model: decoder, vision tower (None for text models) and the token ids that tie them
-    together."""
+    """A whole model: decoder, vision tower (None for text models), special token ids."""
 
     text: TextConfig
     vision: VisionConfig | None = dataclasses.field(default_factory=VisionConfig)
-    family: str = "infinite_vl"  # model_type on disk: infinite_vl, qwen2_5_vl or qwen2
+    family: str = "infinite_vl"  # model_type in config.json
     image_token_id: Count = 151655
     video_token_id: Count = 151656
     vision_start_token_id: Count = 151652
@@ -201,16 +199,15 @@ class ModelConfig:
             raise InfiniteVLError(
                 f"vision out_hidden_size {self.vision.out_hidden_size} differs from the decoder's"
                 f" hidden_size {self.text.hidden_size}",
-                "the merger writes straight into the decoder: make them equal",
+                "make them equal",
             )
 
 
 def hybrid_pattern(num_layers: int, period: int = 4) -> tuple[str, ...]:
-    """InfiniteVL's pattern: a sliding-window layer every `period` layers from 0, Gated DeltaNet in
-    between."""
+    """InfiniteVL's pattern: every `period`-th layer, from 0, is sliding-window, the rest linear."""
     return tuple(SLIDING if i % period == 0 else LINEAR for i in range(num_layers))
 
 
 def infinitevl_4b() -> ModelConfig:
-    """The published InfiniteVL: 36 layers, 4,408,381,536 parameters."""
+    """The released InfiniteVL: 36 layers, 4,408,381,536 parameters."""
     return ModelConfig(text=TextConfig(layer_types=hybrid_pattern(36)))

@@ -1,5 +1,4 @@
-"""A training run as one TOML file, plus `key=value` changes from the command line. A key that
-nobody reads is an error."""
+"""Presets: a training run as a TOML file, with `key=value` overrides. Unknown keys are errors."""
 
 import dataclasses
 import difflib
@@ -20,10 +19,10 @@ from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.reading import read_bytes
 
 PRESET_BYTES = 1 << 20
-DOTS = 200  # of one line: parts of its key, points of its numbers
+DOTS = 200  # largest number of dots in a line
 Pixels = Annotated[int, Meta(ge=1, le=INT32)]
 
-# keys of presets of earlier versions -> their names now
+# keys of earlier versions -> current keys
 RENAMED = {
     "run.attend": "run.ops.attention",
     "run.gated_delta_rule": "run.ops.gated_delta_rule",
@@ -33,16 +32,17 @@ RENAMED = {
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where the model comes from: a checkpoint folder, or sizes and fresh weights.
+    """Source of the model: a checkpoint folder, or sizes and new weights.
 
-    from_ ("from" in the file): a folder of ours, or a Hugging Face one. Then sizes and tokenizer
-    are the folder's.
-    tokenizer: with sizes, a folder that brings tokenizer and processor files; or "words" for one
-      token a word of the training questions.
-    min_pixels, max_pixels: what pictures are resized to. Left out, what the folder says (with
-      "words": 3136, 1003520).
-    initializer_range: with sizes, standard deviation of fresh embeddings.
-    text, vision: the sizes. With "words", vocab_size is the tokenizer's.
+    Attributes:
+      from_: "from" in the file; a checkpoint folder of this project or of Hugging Face. It decides
+        sizes and tokenizer.
+      tokenizer: with sizes: a folder with tokenizer and processor files, or "words" for one token
+        per word of the training questions.
+      min_pixels, max_pixels: limits that images are resized to; None takes the folder's (with
+        "words": 3136, 1003520).
+      initializer_range: with sizes: standard deviation of new embeddings.
+      text, vision: sizes. With "words", vocab_size is that of the tokenizer.
     """
 
     from_: Name = ""
@@ -73,7 +73,7 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class Preset:
-    """One run: what the weights mean, how it is carried out, what is trained."""
+    """A training run: model, run and training configuration."""
 
     model: ModelSource
     run: RunConfig = field(default_factory=RunConfig)
@@ -81,10 +81,10 @@ class Preset:
 
 
 def load_preset(path: str | Path, overrides: Sequence[str] = ()) -> Preset:
-    """Read a preset and apply changes such as "train.optimizer.peak_lr=1e-4".
+    """Read a preset and apply overrides such as "train.optimizer.peak_lr=1e-4".
 
-    Raises InfiniteVLError for a file that is no TOML, an unknown key (with the nearest known ones),
-    or a value of the wrong type.
+    Raises:
+      InfiniteVLError: the file is not TOML, a key is unknown, or a value has the wrong type.
     """
     path = Path(path)
     try:
@@ -93,11 +93,11 @@ def load_preset(path: str | Path, overrides: Sequence[str] = ()) -> Preset:
         if not isinstance(error, InfiniteVLError):
             reason = "it nests too deep" if isinstance(error, RecursionError) else error
             raise InfiniteVLError(
-                f"preset {path} cannot be read: {reason}", "mend the TOML"
+                f"preset {path} cannot be read: {reason}", "fix the TOML"
             ) from None
         near = sorted(str(p) for p in Path("configs").glob("*.toml"))
         raise InfiniteVLError(
-            error.culprit, f"name a preset (here: {', '.join(near) or 'none'}), or mend the file"
+            error.culprit, f"name a preset (here: {', '.join(near) or 'none'}), or fix the file"
         ) from None
     for change in overrides:
         _override(tree, change)
@@ -105,8 +105,12 @@ def load_preset(path: str | Path, overrides: Sequence[str] = ()) -> Preset:
 
 
 def parse(kind: type, tree: Any, key: str, where: str) -> Any:
-    """Build a configuration dataclass from a TOML table; `key` is the dotted name of the table,
-    `where` the file."""
+    """Build a configuration dataclass from a TOML table.
+
+    Args:
+      key: dotted name of the table.
+      where: name of the file, for errors.
+    """
     if not isinstance(tree, dict):
         raise InfiniteVLError(
             f"{where}: {key} is {tree!r}", f"{key} is a table: write [{key}], then its keys"
@@ -146,7 +150,7 @@ def parse(kind: type, tree: Any, key: str, where: str) -> Any:
 
 
 def to_tree(config: Any) -> Any:
-    """A configuration as plain dicts, lists and scalars, for JSON; None is left out."""
+    """A configuration as plain dicts, lists and scalars for JSON, without None values."""
     if dataclasses.is_dataclass(config):
         pairs = ((f.name.rstrip("_"), getattr(config, f.name)) for f in dataclasses.fields(config))
         return {name: to_tree(value) for name, value in pairs if value is not None}
@@ -154,7 +158,7 @@ def to_tree(config: Any) -> Any:
 
 
 def differences(old: dict, new: dict, key: str = "") -> list[str]:
-    """Dotted names of what differs between two trees, with both values."""
+    """Keys whose values differ between two trees, one line each with both values."""
     found = []
     for name in sorted(old.keys() | new.keys()):
         a, b, full = old.get(name), new.get(name), _join(key, name)
@@ -170,7 +174,7 @@ def _join(key: str, name: str) -> str:
 
 
 def _everywhere(kind: type = Preset, key: str = "") -> list[str]:
-    """Dotted names of every key there is."""
+    """Dotted names of all keys."""
     names = []
     for f in dataclasses.fields(kind):
         inner = plain(hints(kind)[f.name])
@@ -180,8 +184,7 @@ def _everywhere(kind: type = Preset, key: str = "") -> list[str]:
 
 
 def _value(hint: Any, value: Any, key: str, where: str) -> Any:
-    """A value from TOML as the type of its field: tables become dataclasses, lists tuples, and
-    whole numbers will do for fractions."""
+    """Convert a TOML value to the type of its field; accepts integers for floats."""
     kind = plain(hint)
     if dataclasses.is_dataclass(kind):
         return parse(kind, value, key, where)
@@ -195,8 +198,7 @@ def _value(hint: Any, value: Any, key: str, where: str) -> Any:
 
 
 def _toml(text: str) -> dict[str, Any]:
-    """`tomllib.loads`, which takes a time and a memory that grow with the square of a key's
-    parts."""
+    """`tomllib.loads` with a limit on dots, as its cost is quadratic in the parts of a key."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.count(".") > DOTS:
             raise ValueError(f"line {number} has more than {DOTS} dots")
@@ -204,12 +206,11 @@ def _toml(text: str) -> dict[str, Any]:
 
 
 def _override(tree: dict, change: str) -> None:
-    """Put one `dotted.key=value` into the tree. Values are TOML; what is not (a bare word or path)
-    is text."""
+    """Apply one `dotted.key=value` override. A value that is not TOML (a word, a path) is text."""
     key, equals, text = change.partition("=")
     if not equals or not all(key.split(".")):
         raise InfiniteVLError(
-            f"{change!r} is no change to the preset",
+            f"{change!r} is not an override of the preset",
             "write dotted.key=value, such as train.optimizer.peak_lr=1e-4",
         )
     try:
@@ -219,13 +220,13 @@ def _override(tree: dict, change: str) -> None:
     except (ValueError, RecursionError) as error:
         reason = "it nests too deep" if isinstance(error, RecursionError) else error
         raise InfiniteVLError(
-            f"{key}: its value cannot be read: {reason}", "give a number, a text, or a short list"
+            f"{key}: its value cannot be read: {reason}", "give a number, a string or a short list"
         ) from None
     *path, last = key.split(".")
     for name in path:
         tree = tree.setdefault(name, {})
         if not isinstance(tree, dict):
             raise InfiniteVLError(
-                f"{change!r}: {name} holds a value, no further keys", "check the dotted name"
+                f"{change!r}: {name} is a value, not a table", "check the dotted name"
             )
     tree[last] = value

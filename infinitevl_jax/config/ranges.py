@@ -1,5 +1,4 @@
-"""Ranges of settings: declared with their types, checked by msgspec wherever a configuration is
-built."""
+"""Types and ranges of settings, checked by msgspec when a configuration is built."""
 
 import functools
 import types
@@ -12,7 +11,7 @@ from msgspec import Meta
 from infinitevl_jax.errors import InfiniteVLError
 
 INT32 = 2**31 - 1
-LAYERS = 1024  # of a model: more would take hours to compile
+LAYERS = 1024  # more layers take hours to compile
 
 Count = Annotated[int, Meta(ge=0, le=INT32)]
 Positive = Annotated[int, Meta(ge=1, le=INT32)]
@@ -20,27 +19,31 @@ Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 Width = Annotated[int, Meta(ge=1, le=2**20)]  # channels, hidden units
 Heads = Annotated[int, Meta(ge=1, le=4096)]
 Share = Annotated[float, Meta(ge=0, le=1)]
-Base = Annotated[float, Meta(gt=0, le=1e15)]  # of rotary angles
+Base = Annotated[float, Meta(gt=0, le=1e15)]  # of rotary frequencies
 Folder = Annotated[str, Meta(min_length=1, max_length=4096, pattern=r"^[^\0]*$")]
-Name = Annotated[str, Meta(max_length=4096, pattern=r"^[^\0]*$")]  # or a pattern, or nothing
+Name = Annotated[str, Meta(max_length=4096, pattern=r"^[^\0]*$")]  # may be empty
 
 
 def check_ranges(config: Any) -> None:
-    """Hold every field of a configuration dataclass against its declared type and range.
+    """Check every field of a configuration dataclass against its declared type and range.
 
-    Raises InfiniteVLError that names the field, its value and what it may be.
+    Raises:
+      InfiniteVLError: names the field, its value and the allowed values.
     """
     for name, hint in hints(type(config)).items():
         check_value(getattr(config, name), hint, name.rstrip("_"))
 
 
 def check_value(value: Any, hint: Any, key: str) -> None:
-    """Raise InfiniteVLError, which names `key`, unless `value` is of the type and in the range that
-    `hint` declares."""
+    """Check that `value` has the type and range of `hint`.
+
+    Raises:
+      InfiniteVLError: names `key`, the value and the allowed values.
+    """
     try:
         msgspec.convert(value, hint)
     except (msgspec.ValidationError, ValueError, RecursionError) as error:
-        place = str(error).partition(" - at `$")[2].rstrip("`")  # "[3]": an item of a list
+        place = str(error).partition(" - at `$")[2].rstrip("`")  # "[3]": index of a list item
         if place[1:-1].isdigit():
             value = value[int(place[1:-1])]
             hint = _item(hint)
@@ -51,12 +54,12 @@ def check_value(value: Any, hint: Any, key: str) -> None:
 
 @functools.cache
 def hints(kind: type) -> dict[str, Any]:
-    """The declared types of a dataclass, with their ranges."""
+    """Declared types of a dataclass with their ranges."""
     return typing.get_type_hints(kind, include_extras=True)
 
 
 def plain(hint: Any) -> Any:
-    """A type without its `| None` and its range."""
+    """A type without `| None` and without its range."""
     hint = _given(hint)
     return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
 
@@ -91,7 +94,7 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def _given(hint: Any) -> Any:
-    """A type without its `| None`."""
+    """A type without `| None`."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return next(kind for kind in typing.get_args(hint) if kind is not type(None))
     return hint
@@ -105,6 +108,6 @@ def _item(hint: Any) -> Any:
 def _shown(value: Any) -> str:
     try:
         text = f"{value!r}"
-    except (ValueError, RecursionError):  # a whole number of over 4,300 digits, lists in lists
+    except (ValueError, RecursionError):  # an integer of over 4,300 digits, a deeply nested list
         return f"a {type(value).__name__} too large to show"
     return text if len(text) <= 200 else f"{text[:100]} ... {text[-80:]}"

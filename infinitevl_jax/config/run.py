@@ -1,5 +1,4 @@
-"""How a run is carried out: mesh, precision, rematerialisation. None of it changes what is
-computed, only where and how exactly."""
+"""Run configuration: mesh, precision, rematerialisation, operator implementations."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -17,8 +16,9 @@ Parts = Annotated[int, Meta(ge=-1, le=2**20)]
 
 @dataclass(frozen=True)
 class OpsConfig:
-    """The implementation of each operator that must run ("mosaic_gpu", "mosaic_tpu", "xla"), or
-    several in order ("mosaic_gpu,xla"). None: the first that can run.
+    """Implementation of each operator: "mosaic_gpu", "mosaic_tpu", "xla".
+
+    "mosaic_gpu,xla" is a list in order of preference. None uses the first that is supported.
     """
 
     attention: Name | None = None
@@ -33,20 +33,19 @@ class OpsConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Sizes of the mesh axes, and the numerics.
+    """Mesh sizes and numerics. At most one mesh axis may be -1, which takes all remaining devices.
 
-    data: copies of the model. fsdp: parts that batch and parameters are cut into. tensor: parts
-      that heads and hidden units are cut into.
-    context: parts that the length is cut into; reserved, 1 for now. One of them may be -1: all
-      devices that the others leave.
-    dtype: what activations are computed in (parameters that train are float32 always).
-    remat: what each layer keeps for the backward pass: "none" of it is recomputed, all but matrix
-      products
-    and what the mixers' operators return ("dots"), or "full".
-    scan: whether equal layers are one loop, which compiles in a time that does not follow the
-      depth, or each stands by itself, which
-    spares a GPU the copies into and out of the stacks.
-    ops: the implementations that are allowed of each operator.
+    Attributes:
+      data: replicas of the model.
+      fsdp: shards of the batch and of the parameters.
+      tensor: shards of heads and hidden units.
+      context: shards of the sequence; reserved, must be 1.
+      dtype: activation dtype. Trained parameters are always float32.
+      remat: what the backward pass recomputes. "none" saves all activations, "dots" saves matrix
+        products and the operators' residuals, "full" saves layer inputs only.
+      scan: scan identical layers (compile time independent of depth) or unroll them (no copies into
+        and out of stacked parameters on a GPU).
+      ops: operator implementations.
     """
 
     data: Parts = 1
@@ -68,7 +67,7 @@ class RunConfig:
             )
         if list(sizes.values()).count(-1) > 1:
             raise InfiniteVLError(
-                f"the mesh {sizes} leaves more than one axis open", "give -1 to one axis only"
+                f"the mesh {sizes} has more than one axis of -1", "give -1 to one axis only"
             )
         if self.context != 1:
             raise InfiniteVLError(

@@ -1,4 +1,4 @@
-"""What is trained, on what, and for how long."""
+"""Training configuration: data, optimiser, length, checkpoints."""
 
 import re
 from dataclasses import dataclass, field
@@ -18,33 +18,30 @@ from infinitevl_jax.config.ranges import (
 )
 from infinitevl_jax.errors import InfiniteVLError
 
-TOKENS = 2**26  # of a batch: its arrays take 1 GB
-PATCHES = 2**21  # of a batch: they take 10 GB where a patch has 1,176 numbers
+TOKENS = 2**26  # per batch: 1 GB of arrays
+PATCHES = 2**21  # per batch: 10 GB with 1,176 values per patch
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which rows, and how they become batches of one shape.
+    """Data set and batching.
 
-    name: a tfds builder of `infinitevl_jax.data` ("easy_vqa"). folder: where prepared data sets
-      live.
-    train, held_out: splits in tfds' notation; the held-out one only measures, "" for none.
-    batch: images of a global batch. questions: questions asked of each (a fresh choice every
-      epoch); an image is encoded once and each
-    question goes on from it on a branch of its own. With questions = 0, whole conversations are
-    packed into `batch` rows instead.
-    balance: 0 draws questions evenly, 1 so that every question with each of its answers comes up as
-      often ("is there a circle?" yes and
-    no alike), as far as the rows have them; in between, (count of the two together) ^ -balance.
-    Where hardly a question comes twice, it does nothing.
-    opening: for the first `opening_steps` steps, a row that has questions which this regular
-      expression finds is asked those alone.
-    prefix_length, length: tokens of an image's prefix and of a question's branch (with questions =
-      0, length is that of a packed row).
-    patches: with questions = 0, patches that the images of one row have room for.
-    max_skipped: the share of a split's rows that may be unusable (a damaged picture, too long for a
-      batch): they are named and skipped.
-    One more ends the run. A few (`infinitevl_jax.data.skipping`) always may, unless this is 0.
+    Attributes:
+      name: a tfds builder of `infinitevl_jax.data`, such as "easy_vqa".
+      folder: location of prepared data sets.
+      train, held_out: splits in tfds notation. `held_out` is for evaluation; "" is none.
+      batch: images per global batch.
+      questions: questions per image, drawn anew every epoch. The image is encoded once and its
+        questions are branches of one prefix. 0 packs whole conversations into `batch` rows instead.
+      balance: weight of a question-answer pair is (its count) ^ -balance. 0 draws questions
+        uniformly; 1 draws the answers of a question equally often.
+      opening: curriculum; for the first `opening_steps` steps ask only questions that match this
+        regular expression. Rows without a match keep all their questions.
+      prefix_length: tokens of an image's prefix.
+      length: tokens of a question's branch, or of a packed row if questions is 0.
+      patches: patches per packed row, if questions is 0.
+      max_skipped: largest share of a split's rows to skip as unusable (damaged image, too long). A
+        few (`infinitevl_jax.data.skipping`) are always allowed unless this is 0.
     """
 
     name: Name = "easy_vqa"
@@ -81,10 +78,13 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW under a cosine with linear warm-up. No decay on norms, biases, A_log and dt_bias.
+    """AdamW with linear warm-up and cosine decay of the learning rate.
 
-    warmup: fraction of the steps. final: learning rate at the end, as a fraction of the peak. clip:
-      largest norm of the gradient.
+    Attributes:
+      warmup: fraction of the steps.
+      final: final learning rate as a fraction of the peak.
+      weight_decay: not applied to norms, biases, A_log and dt_bias.
+      clip: largest norm of the gradient.
     """
 
     peak_lr: Annotated[float, Meta(ge=0, le=1e6)] = 5e-5
@@ -108,16 +108,17 @@ class OptimizerConfig:
 class TrainConfig:
     """One stage of training.
 
-    output: folder of the run; checkpoints, log and plot go there, and a run that finds its own
-      checkpoints there goes on from the last.
-    steps: how many, or 0 to count by epochs. epochs: passes over the training split.
-    trainable: regular expressions; a parameter trains if one of them matches its dotted name whole.
-    log_every, evaluate_every: in steps; 0 means only at the end.
-    checkpoint_every: in steps, 0 for none. checkpoint_minutes: minutes of training between
-      checkpoints, 0 for none. Both may be given.
-    Beside these a run saves before it measures on held-out data, and before it ends, also on an
-    error.
-    keep: newest checkpoints kept on disk.
+    A run also saves a checkpoint before it evaluates, at its end and on an error.
+
+    Attributes:
+      output: folder for checkpoints, log and plot. A run resumes from the checkpoints in it.
+      steps: number of steps; 0 uses `epochs`.
+      epochs: passes over the training split.
+      trainable: regular expressions. A parameter trains if one matches its whole dotted name.
+      log_every, evaluate_every: in steps; 0 is only at the end.
+      checkpoint_every: in steps; 0 is off.
+      checkpoint_minutes: minutes of training between checkpoints; 0 is off.
+      keep: number of newest checkpoints to keep.
     """
 
     output: Folder = "runs/train"
@@ -147,6 +148,6 @@ class TrainConfig:
                     re.compile(pattern)
                 except (re.error, RecursionError, OverflowError) as error:
                     raise InfiniteVLError(
-                        f"train.{key}: {pattern!r} is no regular expression: {error}",
-                        "escape it, or mend it",
+                        f"train.{key}: {pattern!r} is not a regular expression: {error}",
+                        "escape special characters, or fix it",
                     ) from error

@@ -1,1 +1,1 @@
-"""Measuring what a model can do, against what can be had without looking."""
+"""Evaluation against labelled data and a blind baseline."""

@@ -1,4 +1,4 @@
-"""A picture of sample answers."""
+"""Plot of sample answers."""
 
 import io
 import os
@@ -12,10 +12,12 @@ from infinitevl_jax.data.dataset import Row
 
 
 def draw_samples(samples: Sequence[tuple[Row, int, str]], picture: Path, columns: int = 5) -> None:
-    """Draw images, each with one question and what the model said; wrong answers in red with the
-    right one.
+    """Plot images with a question and the model's answer; wrong answers in red with the label.
 
-    samples: (row, which of its questions, the model's answer).
+    Args:
+      samples: (row, index of the question, the model's answer).
+      picture: file to write.
+      columns: images per line.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

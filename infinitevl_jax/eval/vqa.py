@@ -1,5 +1,4 @@
-"""Questions about images: greedy answers, their exact-match score, and the score of answers given
-without looking."""
+"""Visual question answering: greedy answers, exact-match score, blind baseline."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -28,15 +27,18 @@ def answer_branches(
     branches: int,
     max_new_tokens: int = 4,
 ) -> list[str]:
-    """Greedy answers to questions about some images, in their order.
+    """Answer questions about images greedily.
 
-    An image goes through the model once; each question goes on from a copy of the state that it
-    left, so no question sees another.
+    Each image is encoded once. Its questions continue from copies of its cache, so no question sees
+    another.
 
     Args:
-      rows: at most `images`. Of their questions only the tokens before the answer are read.
-      questions: which questions of each row; at most `branches` in all. What is missing to either
-        number is padding: one shape serves all.
+      rows: at most `images`. Answers in them are not read.
+      questions: indices of the questions of each row; at most `branches` in total.
+      images, branches: the batch is padded to these numbers, so that all calls have one shape.
+
+    Returns:
+      The answers in the order of the questions.
     """
     prompts = [
         row.branches[i].question for row, which in zip(rows, questions, strict=True) for i in which
@@ -73,8 +75,11 @@ def answer_split(
     branches: int = 512,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> list[list[str]]:
-    """Answers to all questions of a split, one list for each row; `images` and `branches` size a
-    call."""
+    """Answer all questions of a split. `images` and `branches` are the sizes of one call.
+
+    Returns:
+      A list of answers per row.
+    """
     answers: list[list[str]] = []
     groups = list(
         group_questions([len(encoder[i].branches) for i in range(len(encoder))], images, branches)
@@ -93,7 +98,7 @@ def answer_split(
 
 @dataclass(frozen=True)
 class Score:
-    """Exact matches, in all and of the questions whose answer is neither yes nor no."""
+    """Exact matches of all questions, and of those whose answer is neither yes nor no."""
 
     right: int
     questions: int
@@ -110,7 +115,7 @@ class Score:
 
 
 def score(rows: Sequence[Row], answers: Sequence[Sequence[str]]) -> Score:
-    """Compare answers with what the rows say."""
+    """Compare answers with the labels of the rows."""
     pairs = [
         (a, t)
         for row, given in zip(rows, answers, strict=True)
@@ -123,8 +128,10 @@ def score(rows: Sequence[Row], answers: Sequence[Sequence[str]]) -> Score:
 
 
 def answer_blind(train: Sequence[Row], rows: Sequence[Row]) -> list[list[str]]:
-    """The best answers without looking: each question's commonest answer in the training split (of
-    equals, the one commoner overall)."""
+    """Blind baseline: the most frequent answer to each question in the training split.
+
+    Ties are broken by overall frequency.
+    """
     by_question: dict[str, Counter[str]] = defaultdict(Counter)
     overall: Counter[str] = Counter()
     for row in train:

@@ -1,1 +1,1 @@
-"""The model: flax modules over arrays."""
+"""Flax modules of the model. They run on the device."""

@@ -1,8 +1,7 @@
-"""What a conversation leaves behind: one fixed-shape pytree, batch leading every leaf, nothing on
-the module.
+"""The decoding cache: an immutable pytree of fixed shape, batch first in every leaf.
 
-Because it is a plain value, branching is a gather over the batch, a rollback is keeping the old
-one, and two conversations cannot touch each other.
+The model returns a new cache and keeps none. Branching is a gather over the batch; rolling back is
+keeping the old value.
 """
 
 from typing import NamedTuple
@@ -15,26 +14,30 @@ from infinitevl_jax.sharding import constrain
 
 
 class Cache(NamedTuple):
-    """The state of `batch` sequences."""
+    """The state of `batch` sequences.
 
-    layers: tuple  # the state of each layer's mixer (`Mixer.state_spec`)
-    length: Array  # [batch] int32 tokens seen
-    # [batch] int32 rotary position of the next text token: the largest so far + 1
+    Attributes:
+      layers: one state per layer (`Mixer.state_spec`).
+      length: [batch] int32, tokens seen.
+      next_position: [batch] int32, rotary position of the next text token: the largest so far + 1.
+    """
+
+    layers: tuple
+    length: Array
     next_position: Array
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all layers' states (of arrays, or of their shapes)."""
+        """Bytes of all layer states; works on arrays and on shapes."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.layers))
 
     def select(self, rows: Array) -> "Cache":
-        """Sequences `rows` [n] of this cache as a new one: branching (repeat a row), reordering, or
-        leaving some out."""
+        """Gather the sequences `rows` [n] into a new cache: branch, reorder or drop sequences."""
         return jax.tree.map(lambda leaf: leaf[rows], self)
 
 
 def empty(specs) -> Cache:
-    """A cache of zeros from `VLM.cache_spec`; on a mesh each device holds its own sequences."""
+    """A zero cache with the shapes of `VLM.cache_spec`, sharded by batch on the ambient mesh."""
     return jax.tree.map(
         lambda s: constrain(jnp.zeros(s.shape, s.dtype), "batch", *[None] * (len(s.shape) - 1)),
         specs,

@@ -1,8 +1,7 @@
-"""The pieces every block is made of: Linear, RMSNorm, the gated MLP, the embedding.
+"""Basic layers: Linear, RMSNorm, GatedMLP, Embedding.
 
-Weights keep the dtype they are stored in and are cast to the activation's dtype when used, so one
-set of parameters serves f32 and bf16 computation. f32 activations mean f32 arithmetic on every
-device (matmul precision HIGHEST).
+Parameters keep their storage dtype and are cast to the activation dtype at use, so one set of
+parameters serves float32 and bfloat16. Float32 activations use matmul precision HIGHEST.
 """
 
 import jax
@@ -17,12 +16,12 @@ Axes = tuple[str | None, str | None]
 
 
 def matmul_precision(dtype) -> jax.lax.Precision | None:
-    """HIGHEST for f32 and wider (no silent TF32 or bf16 passes), else the device's native one."""
+    """HIGHEST for float32 and wider, which rules out TF32 and bf16 passes; else the default."""
     return jax.lax.Precision.HIGHEST if jnp.finfo(dtype).bits >= 32 else None
 
 
 class Linear(nnx.Module):
-    """y = x kernel + bias, kernel [in, out]. Fresh kernels are U(+-1/sqrt(in)), biases zero."""
+    """y = x kernel + bias. The kernel [in, out] starts as U(+-1/sqrt(in)), the bias as zeros."""
 
     def __init__(
         self,
@@ -34,10 +33,11 @@ class Linear(nnx.Module):
         torch_shape: tuple[int, ...] | None = None,
         rngs: Rngs,
     ):
-        """
+        """Create a linear layer.
+
         Args:
           axes: logical axes of the kernel.
-          torch_shape: of the kernel in a torch checkpoint, where it is not [out, in].
+          torch_shape: shape of the weight in a torch checkpoint if it is not [out, in].
         """
         bound = in_features**-0.5
         self.kernel = parameter(
@@ -49,7 +49,7 @@ class Linear(nnx.Module):
             torch_shape=torch_shape,
             transposed=True,
         )
-        # "width" is split for storage alone, which is not worth it for a vector
+        # "width" is sharded to save memory only; a vector is too small for that
         split = None if axes[1] == "width" else axes[1]
         self.bias = parameter((out_features,), jnp.zeros, (split,), decay=False) if bias else None
 
@@ -59,7 +59,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * weight over the last axis: variance in f32, cast back, then times weight."""
+    """x / rms(x) * weight over the last axis. The variance is float32."""
 
     def __init__(self, features: int, eps: float):
         self.eps = eps
@@ -84,7 +84,7 @@ class GatedMLP(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token table [vocab, width]; also the output head where the two are tied."""
+    """Token embedding [vocab, width], and the output head if the two are tied."""
 
     def __init__(self, vocab: int, features: int, *, std: float, rngs: Rngs):
         self.embedding = parameter(
@@ -98,7 +98,7 @@ class Embedding(nnx.Module):
         return self.embedding[...][tokens].astype(dtype)
 
     def attend(self, x: Array) -> Array:
-        """Scores of every token: x [..., width] -> [..., vocab]."""
+        """Logits: x [..., width] -> [..., vocab]."""
         return jnp.einsum(
             "...d,vd->...v",
             x,

@@ -1,8 +1,7 @@
-"""The operators of `pallas_kernels`, as one record handed to the mixers at construction.
+"""The operators that the layers call, chosen once per run.
 
-Layers never choose a kernel: whoever builds the model resolves the record once, from the run
-  configuration
-and the mesh.
+Layers receive an `Ops` record at construction and never choose a kernel themselves. `resolve_ops`
+builds the record from the run configuration and the mesh.
 """
 
 from collections.abc import Callable
@@ -26,8 +25,7 @@ from pallas_kernels.short_conv.xla import short_conv
 
 @dataclass(frozen=True)
 class Ops:
-    """Operators with the signatures of `pallas_kernels`; by default the portable
-    implementations."""
+    """One callable per operator of `pallas_kernels`. The defaults are the `xla` implementations."""
 
     attention: Callable = attention
     gated_delta_rule: Callable = gated_delta_rule
@@ -38,20 +36,22 @@ class Ops:
     dispatches: tuple[Dispatch, ...] = ()
 
     def report(self) -> list[str]:
-        """A line for each operator and case that ran so far, with the reasons of preferred
-        implementations that did not."""
+        """One line per operator and case that ran, with the reasons for skipped implementations."""
         return [line for dispatch in self.dispatches for line in dispatch.report()]
 
 
 def resolve_ops(mesh: Mesh | None = None, config: OpsConfig | None = None) -> Ops:
-    """The operators for the devices of a mesh (None: this process's first device).
+    """Choose the operators for a mesh. The result is cached by arguments.
 
-    config: which implementations are allowed; None allows all. The same arguments give the same
-      record.
-    Raises InfiniteVLError for an unknown name, or one that is not for these devices; the operators
-    do for a case that no allowed implementation takes.
+    Args:
+      mesh: None means this process's first device.
+      config: allowed implementations; None allows all.
+
+    Raises:
+      InfiniteVLError: an implementation is unknown or does not support these devices. An operator
+        raises it when called if no allowed implementation supports the case.
     """
-    from pallas_kernels.operators import OPERATORS  # imports the kernels' compilers
+    from pallas_kernels.operators import OPERATORS  # local: it imports the kernel compilers
 
     return _resolve(
         mesh,
@@ -64,7 +64,7 @@ def resolve_ops(mesh: Mesh | None = None, config: OpsConfig | None = None) -> Op
 def _resolve(
     mesh: Mesh | None, config: OpsConfig, operators: tuple[tuple[Operator, tuple], ...]
 ) -> Ops:
-    """`operators` with what is registered for them now, which is part of the cache's key."""
+    """Cached part of `resolve_ops`. The registered implementations are part of the cache key."""
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     names = {field.name for field in fields(config)}
     run, dispatches = {}, []
@@ -83,7 +83,7 @@ def _resolve(
 
 
 def _readable(dispatch: Dispatch) -> Callable:
-    """The same operator, its refusals as errors that users read."""
+    """Wrap an operator so that refusals become InfiniteVLError."""
 
     def run(*args, **kwargs):
         try:

@@ -1,7 +1,7 @@
-"""A parameter and its facts: said once, where it is created.
+"""Parameters with their facts, stated where a parameter is created.
 
-Sharding, weight decay, the weight table of checkpoints and `infinitevl info` all read them from
-here (`infinitevl_jax.nn.params.parameters`), so a new layer needs no entry anywhere else.
+Sharding, weight decay, the checkpoint weight table and `infinitevl info` are derived from them
+(`infinitevl_jax.nn.params.parameters`). A new layer needs no entry anywhere else.
 """
 
 from collections.abc import Callable
@@ -13,16 +13,15 @@ from jax import Array
 
 @dataclass(frozen=True)
 class Facts:
-    """What is true of a parameter wherever it is used.
+    """Properties of a parameter that the optimiser, checkpoints and sharding need.
 
     Attributes:
-      axes: the logical axis of each dimension (`infinitevl_jax.sharding.AXES`; None: never split).
-      decay: whether weight decay shrinks it.
-      matmul: whether it only ever multiplies activations, so that a step may hold it in their
-        dtype.
-      torch_name: last part of its name in a torch checkpoint; "" means the attribute's own name.
-      torch_shape: its shape there.
-      transposed: torch holds [out, ...]; flattened to two dimensions and transposed it is ours.
+        axes: logical axis of each dimension (`infinitevl_jax.sharding.rules.AXES`), or None.
+        decay: apply weight decay.
+        matmul: only multiplies activations, so a training step may cast it to their dtype.
+        torch_name: last part of the name in a torch checkpoint; "" is the attribute's own name.
+        torch_shape: shape in a torch checkpoint.
+        transposed: torch holds [out, ...]; the parameter is that flattened to 2-D and transposed.
     """
 
     axes: tuple[str | None, ...]
@@ -44,12 +43,12 @@ def parameter(
     torch_shape: tuple[int, ...] | None = None,
     transposed: bool = False,
 ) -> nnx.Param:
-    """A fresh parameter.
+    """Create a parameter.
 
     Args:
-      init: shape -> values.
-      torch_shape: left out, it is `shape`, reversed if transposed.
-      others: see `Facts`.
+      init: maps the shape to the initial values.
+      torch_shape: None is `shape`, reversed if transposed.
+      axes, decay, matmul, torch_name, transposed: see `Facts`.
     """
     if torch_shape is None:
         torch_shape = shape[::-1] if transposed else shape

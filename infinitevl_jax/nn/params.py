@@ -1,10 +1,12 @@
-"""A model's parameters as one flat dict of dotted names, and the modules that compute with them.
+"""Parameters as a flat dict of dotted names, and the module that computes with them.
 
-Optimiser, checkpoints and sharding all work on the dict. There are two layouts of it:
+The optimiser, checkpoints and sharding all use this dict. It has two layouts:
 
 * layer by layer, as on disk: "layers.3.mlp.up_proj.kernel";
 * stacked for a scan: "layers.blocks.1.mlp.up_proj.kernel", with a leading axis over the layers of
-  a block (`infinitevl_jax.nn.stack`); what is in no block has the same name in both.
+  a block (`infinitevl_jax.nn.stack`).
+
+Parameters outside a block have the same name in both.
 """
 
 import functools
@@ -32,13 +34,13 @@ Params = dict[str, Array]
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of a model, in one layout.
+    """A parameter's shape and facts in one layout.
 
     Attributes:
-      layers: its names layer by layer: of each slice along the leading axis, or its own name.
-      stacked: whether it has that axis.
-      in_stack: whether it belongs to a layer of a stack.
-      facts: of one layer's parameter.
+      layers: layer-by-layer name of each slice along the leading axis; its own name if not stacked.
+      stacked: has a leading axis over layers.
+      in_stack: belongs to a layer of a stack.
+      facts: facts of a single layer's parameter.
     """
 
     shape: tuple[int, ...]
@@ -50,25 +52,27 @@ class Parameter:
 
     @property
     def size(self) -> int:
-        """Numbers in it."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def axes(self) -> tuple[str | None, ...]:
-        """The logical axis of each dimension."""
+        """Logical axis of each dimension."""
         return (None,) * self.stacked + self.facts.axes
 
 
 def no_remat(layer: Callable) -> Callable:
-    """Keep every activation for the backward pass."""
+    """Rematerialise nothing: save all activations for the backward pass."""
     return layer
 
 
 @dataclass(frozen=True)
 class _Abstract:
-    """A model without its numbers.
+    """A model without values.
 
-    paths: flax's own path of each parameter, by our name. stacks: by dotted name.
+    Attributes:
+      paths: flax path of each parameter, by dotted name.
+      stacks: layout of each stack, by dotted name.
     """
 
     graphdef: nnx.GraphDef
@@ -100,7 +104,7 @@ def _abstract(
 
 
 def _parameter(path: tuple, leaf: nnx.Param, stacks: Mapping[str, Layout]) -> tuple[str, Parameter]:
-    """Our name of a flax parameter, and the parameter."""
+    """Dotted name and description of a flax parameter."""
     value, facts = leaf.get_value(), leaf.get_metadata()["facts"]
     for stack, layout in stacks.items():
         depth = stack.count(".") + 1
@@ -116,7 +120,7 @@ def _parameter(path: tuple, leaf: nnx.Param, stacks: Mapping[str, Layout]) -> tu
 
 
 def parameters(config: ModelConfig, *, scanned: bool) -> Mapping[str, Parameter]:
-    """Every parameter of a model by name, in either layout; shapes of fresh ones, in float32."""
+    """All parameters of a model by name, in either layout. Dtypes are float32."""
     return _abstract(config, scanned, np.dtype(np.float32), None, no_remat).parameters
 
 
@@ -128,12 +132,12 @@ def functional(
     ops: Ops | None = None,
     remat: Callable = no_remat,
 ) -> Callable[[Mapping[str, Array]], VLM]:
-    """The function from parameters, in the layout that `scanned` says, to the module that computes
-    with them.
+    """Return the function that binds parameters to the model.
 
     Args:
-      dtype: what activations are computed in.
-      remat: wraps a layer for the backward pass, such as jax.checkpoint.
+      scanned: layout of the parameters that the function takes.
+      dtype: activation dtype.
+      remat: wraps a layer for the backward pass, for example `jax.checkpoint`.
     """
     model = _abstract(config, scanned, np.dtype(dtype), ops, remat)
 
@@ -145,17 +149,17 @@ def functional(
 
 
 def stack_layouts(config: ModelConfig, *, scanned: bool) -> Mapping[str, Layout]:
-    """Where the layers of each stack live, by the stack's name."""
+    """Layout of each stack by name."""
     return _abstract(config, scanned, np.dtype(np.float32), None, no_remat).stacks
 
 
 def cache_spec(config: ModelConfig, batch: int, max_length: int | None, dtype) -> Cache:
-    """Shapes of a cache: all that is known of its size.
+    """Shapes and dtypes of a cache.
 
     Args:
-      max_length: the most tokens of a sequence. Models of which every layer's state has a fixed
-        size take any number, and None.
-      dtype: of activations.
+      max_length: largest number of tokens per sequence. Needed only if some layer's state grows
+        with the sequence.
+      dtype: activation dtype.
     """
     model = _abstract(config, False, np.dtype(dtype), None, no_remat)
     shapes = {
@@ -169,7 +173,7 @@ def cache_spec(config: ModelConfig, batch: int, max_length: int | None, dtype) -
 def unstack(config: ModelConfig, params: Params) -> Params:
     """Stacked parameters -> layer by layer.
 
-    Empties `params` on its way, so that one stack at a time is held twice.
+    Removes entries from `params` as it goes, so only one stack at a time is in memory twice.
     """
     known, out = parameters(config, scanned=True), {}
     for name in list(params):
@@ -177,15 +181,15 @@ def unstack(config: ModelConfig, params: Params) -> Params:
         if not parameter.stacked:
             out[name] = value
             continue
-        # one operation, whose gradient is one concatenation; that of a slice is a whole stack of
-        # zeros around it
+        # The gradient of `split` is one concatenation. That of indexing is a zero-padded stack for
+        # each layer.
         parts = jax.lax.split(value, [1] * len(parameter.layers))
         out |= {layer: part[0] for layer, part in zip(parameter.layers, parts, strict=True)}
     return out
 
 
 def stack(config: ModelConfig, params: Params) -> Params:
-    """Parameters layer by layer -> stacked. Empties `params` on its way."""
+    """Layer by layer -> stacked parameters. Removes entries from `params` as it goes."""
     out = {}
     for name, parameter in parameters(config, scanned=True).items():
         parts = [params.pop(layer) for layer in parameter.layers]
@@ -196,9 +200,11 @@ def stack(config: ModelConfig, params: Params) -> Params:
 def initialize(
     config: ModelConfig, key: Array, *, scanned: bool, dtype=jnp.float32, shardings=None
 ) -> Params:
-    """Fresh parameters in `dtype`, the same numbers in both layouts.
+    """Initialise parameters. Both layouts get the same values.
 
-    shardings: by name in the stacked layout; each device then makes only its part.
+    Args:
+      dtype: of the parameters.
+      shardings: by name in the stacked layout; each device creates its own shards.
     """
     names = {path: name for name, path in _stacked_paths(config).items()}
 

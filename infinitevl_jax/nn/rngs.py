@@ -1,12 +1,14 @@
-"""Random keys for fresh parameters. (flax's Rngs keeps its counter as a traced array, which makes
-building a deep model slow.)"""
+"""Random keys for initialisation.
+
+`nnx.Rngs` keeps its counter as a traced array, which makes building a deep model slow.
+"""
 
 import jax
 from jax import Array
 
 
 class Rngs:
-    """A new key at every call."""
+    """Returns a new key at every call."""
 
     def __init__(self, key: Array):
         self._key, self._drawn = key, 0

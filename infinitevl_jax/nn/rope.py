@@ -1,11 +1,10 @@
-"""Rotary embeddings: M-RoPE (temporal, height, width) for the decoder, 2-D for the vision tower.
-Angles in f32."""
+"""Rotary embeddings in float32: M-RoPE for the decoder, 2-D for the vision tower."""
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-_STEP = 2048  # positions are split at multiples of this; smaller ones take one product
+_STEP = 2048  # positions are split into multiples of this and a remainder
 
 
 def decoder_angles(
@@ -13,15 +12,16 @@ def decoder_angles(
 ) -> Array:
     """Angles of the decoder's rotary embedding.
 
+    A position p is split into 2048 h + l. The angle of 2048 steps is reduced modulo 2 pi in
+    float64, because a float32 product is off by 0.03 rad at a million tokens.
+
     Args:
       positions: [3, batch, length] int32, temporal, height, width (equal for text).
-      sections: how many of the head_dim / 2 frequencies take each axis, or None for plain RoPE (the
-        temporal axis alone).
+      sections: number of the head_dim / 2 frequencies for each axis. None is plain RoPE, which uses
+        the temporal axis only.
 
     Returns:
-      [batch, length, head_dim / 2] f32. A position p is split into 2048 h + l, and the turn of 2048
-      steps is reduced modulo 2 pi in
-      float64 beforehand: at a million, f32 would otherwise be off by 0.03 rad.
+      [batch, length, head_dim / 2] float32.
     """
     frequency = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     axis = (
@@ -36,8 +36,14 @@ def decoder_angles(
 
 
 def vision_angles(row_column: Array, head_dim: int, theta: float) -> Array:
-    """Angles of the vision tower: [..., 2] patch (row, column) -> [..., head_dim / 2] f32, rows
-    first."""
+    """Angles of the vision tower's 2-D rotary embedding.
+
+    Args:
+      row_column: [..., 2] patch coordinates.
+
+    Returns:
+      [..., head_dim / 2] float32, rows first.
+    """
     frequency = (
         theta ** (-np.arange(0, head_dim // 2, 2, dtype=np.float64) / (head_dim // 2))
     ).astype(np.float32)
@@ -46,12 +52,11 @@ def vision_angles(row_column: Array, head_dim: int, theta: float) -> Array:
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turn heads by their angles, in rotate-half form.
+    """Apply rotary embedding in rotate-half form.
 
     Args:
       x: [batch, length, heads, head_dim].
-      cos, sin: [batch, length, rotary_dim / 2]; what lies beyond the first rotary_dim channels of a
-        head is left as it is.
+      cos, sin: [batch, length, rotary_dim / 2]. Channels beyond rotary_dim are unchanged.
     """
     cos, sin = cos[:, :, None], sin[:, :, None]
     rotary_dim = 2 * cos.shape[-1]

@@ -1,12 +1,12 @@
-"""A stack of layers whose pattern is data, stored so that equal layers can be scanned.
+"""A stack of layers that can be scanned.
 
-A pattern such as [S, L, L, L] x 9 has a period of two runs, S and L L L, and 9 repeats:
-`Stack.blocks` then holds one module a run, whose parameters carry a leading axis over all layers of
-that run, in order: 9 and 27. What does not fill a whole period, and everything in the unrolled
-  layout, lives in `Stack.rest` without that axis.
-Training scans the repeats, and inside each the runs (compile time follows the runs of a period, not
-the depth); decoding unrolls (a scan would copy each layer's weights out of the stack on every
-token).
+The pattern [S, L, L, L] x 9 has a period of two runs (S and L L L) and 9 repeats. `Stack.blocks`
+holds one module per run; its parameters have a leading axis over all layers of that run, here 9 and
+27. Layers after the last whole period, and all layers of an unrolled stack, are in `Stack.rest`
+without that axis.
+
+Training scans the repeats, and the runs within a repeat, so compile time does not depend on the
+depth. Decoding unrolls: a scan would copy each layer's weights out of the stack for every token.
 """
 
 import itertools
@@ -24,10 +24,12 @@ from infinitevl_jax.nn.rngs import Rngs
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each of `sum(runs) * repeats + rest` layers lives.
+    """Layout of `sum(runs) * repeats + rest` layers.
 
     Attributes:
-      runs: lengths of the runs of equal layers that make up a period.
+      runs: lengths of the runs of identical layers in one period.
+      repeats: number of whole periods.
+      rest: number of layers after them.
     """
 
     runs: tuple[int, ...]
@@ -52,8 +54,7 @@ class Layout:
         ]
 
     def places(self) -> list[tuple[str, int, int | None]]:
-        """Of every layer: list name, place in it, index along the leading axis (None where there is
-        no such axis)."""
+        """For each layer: list name, position in it, index along the leading axis or None."""
         found = {
             layer: ("blocks", run, i)
             for run in range(len(self.runs))
@@ -64,8 +65,7 @@ class Layout:
 
 
 def layout(kinds: Sequence, scanned: bool) -> Layout:
-    """The smallest period with at least two repeats; failing that, or unrolled, everything is
-    rest."""
+    """The shortest period that repeats; if there is none or `scanned` is false, all is rest."""
     depth = len(kinds)
     if scanned:
         for period in range(1, depth // 2 + 1):
@@ -77,8 +77,7 @@ def layout(kinds: Sequence, scanned: bool) -> Layout:
 
 
 class Stack(nnx.Module):
-    """Layers `make(kind, rngs)` for every kind of the pattern; each is called as `layer(x, state,
-    info) -> (x, state)`."""
+    """Layers `make(kind, rngs)`, one per kind, called as `layer(x, state, info) -> (x, state)`."""
 
     def __init__(
         self, make: Callable, kinds: Sequence, *, scanned: bool, remat: Callable, rngs: Rngs
@@ -99,7 +98,7 @@ class Stack(nnx.Module):
         self.rest = nnx.List([make(kind, rngs) for kind in kinds[self.layout.stacked :]])
 
     def layers(self) -> list[nnx.Module]:
-        """Every layer on its own, in order; a stacked layer is a slice of its block."""
+        """All layers in order, unstacked."""
         blocks = [nnx.split(block) for block in self.blocks]
         out = []
         for group, place, index in self.layout.places():
@@ -115,13 +114,14 @@ class Stack(nnx.Module):
 
         Args:
           x: [batch, length, width].
-          info: what every layer is told about the tokens.
-          states: one state a layer, in order, or None (neither states in nor out).
-          collect: return the output of every layer as well.
+          info: token metadata for all layers.
+          states: one state per layer in order, or None.
+          collect: also return the output of every layer.
 
         Returns:
-          y [batch, length, width]; the new states (None where there were none); the layers'
-          outputs, a list (empty unless asked for).
+          y: [batch, length, width].
+          states: the new states; None if `states` was None.
+          outputs: the layers' outputs; empty unless `collect`.
         """
         layout, given = self.layout, states or [None] * self.layout.depth
         new, outputs = [None] * layout.stacked, [None] * layout.stacked
@@ -132,8 +132,7 @@ class Stack(nnx.Module):
 
         if layout.repeats:
             graphdefs, params = zip(*(nnx.split(block) for block in self.blocks), strict=True)
-            # A block's states stand side by side while the scan runs; outside it each layer has its
-            # own, batch first.
+            # Stack the states of a block for the scan; outside it each layer has its own.
             side_by_side = [
                 jax.tree.map(
                     lambda *leaves: jnp.stack(leaves), *(given[i] for i in layout.members(run))
@@ -172,7 +171,7 @@ class Stack(nnx.Module):
         return x, tuple(new) if states is not None else None, outputs if collect else []
 
     def _apply(self, graphdef, params, x, state, info):
-        """One layer under the rematerialisation the run asks for."""
+        """Run one layer with rematerialisation."""
         return self.remat(lambda params, x, state: nnx.merge(graphdef, params)(x, state, info))(
             params, x, state
         )

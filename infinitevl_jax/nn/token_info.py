@@ -1,7 +1,7 @@
-"""What a layer is told about the tokens of one call.
+"""Token metadata passed to every layer.
 
-Order is not position: vision tokens share rotary positions. Masks, cache slots and resets therefore
-go by `token_index`; positions only reach the rotary angles.
+Masks, cache slots and resets use `token_index`, because vision tokens share rotary positions.
+Positions are used for the rotary angles only.
 """
 
 from typing import NamedTuple
@@ -10,33 +10,46 @@ from jax import Array, lax
 
 
 class TokenInfo(NamedTuple):
-    """Tokens of one decoder call, computed once and shared by all layers."""
+    """Tokens of one decoder call, computed once for all layers.
 
-    # [batch, length] int32 ordinal of the token in its sequence; -1 = pad, which leaves every state
-    # as it is
+    Attributes:
+      token_index: [batch, length] int32, index of the token in its sequence; -1 is padding, which
+        changes no state.
+      segment_ids: [batch, length] int32, packed sequence of the token.
+      length: [batch] int32, tokens already in the cache.
+      cos, sin: [batch, length, head_dim / 2] float32.
+    """
+
     token_index: Array
-    segment_ids: Array  # [batch, length] int32 which packed sequence the token belongs to
-    length: Array  # [batch] int32 tokens already in the cache
-    cos: Array  # [batch, length, head_dim / 2] f32
+    segment_ids: Array
+    length: Array
+    cos: Array
     sin: Array
 
 
 def inside_layer(info: TokenInfo, x: Array) -> TokenInfo:
-    """The same, as something that a layer's input x decides.
+    """Make `info` depend on a layer's input x.
 
-    Differentiated, a scan over layers moves out of itself all that depends on `info` alone:
-    dozens of masks as long and wide as activations, held in memory (1 GB at the published size and
-    8,192 tokens) and read by every layer, which would compute them on its way.
+    Otherwise the derivative of a scan over layers hoists everything that depends on `info` alone:
+    dozens of masks the size of activations (1 GB for the 4B model at 8,192 tokens).
     """
     return lax.optimization_barrier((info, lax.stop_gradient(x)))[0]
 
 
 class PatchInfo(NamedTuple):
-    """Patches of one vision tower call, in window order."""
+    """Patches of one vision tower call, in window order.
 
-    patch_index: Array  # [rows, patches] int32; -1 = pad
-    window_ids: Array  # [rows, patches] int32 attention window of the patch
-    slice_ids: Array  # [rows, patches] int32 temporal slice of its image or video
-    cos: Array  # [rows, patches, head_dim / 2] f32
+    Attributes:
+      patch_index: [rows, patches] int32; -1 is padding.
+      window_ids: [rows, patches] int32, attention window of the patch.
+      slice_ids: [rows, patches] int32, temporal slice of its image or video.
+      cos, sin: [rows, patches, head_dim / 2] float32.
+      slice_reach: upper bound on the patches of a slice (static).
+    """
+
+    patch_index: Array
+    window_ids: Array
+    slice_ids: Array
+    cos: Array
     sin: Array
-    slice_reach: int  # the longest slice has no more patches than this (static)
+    slice_reach: int

@@ -1,7 +1,6 @@
-"""The whole model as one flax module over arrays: vision tower, embedding, decoder, head.
+"""The vision-language model: vision tower, embedding, decoder and head.
 
-It knows nothing of files, tokenizers or batching habits; `infinitevl_jax.serve` and
-`infinitevl_jax.train` bring it its inputs.
+It takes arrays only. `infinitevl_jax.inputs` builds them.
 """
 
 from collections.abc import Callable
@@ -28,8 +27,10 @@ from infinitevl_jax.sharding import constrain
 
 
 class DecoderLayer(nnx.Module):
-    """x += mixer(norm(x)); x += mlp(norm(x)). The mixer keeps Hugging Face's name, self_attn, also
-    where it is a Gated DeltaNet."""
+    """x += mixer(norm(x)); x += mlp(norm(x)).
+
+    The mixer is named `self_attn` for every layer type, as in Hugging Face checkpoints.
+    """
 
     def __init__(self, config: TextConfig, ops: Ops, kind: str, rngs: Rngs):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -38,7 +39,7 @@ class DecoderLayer(nnx.Module):
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, rngs=rngs)
 
     def __call__(self, x: Array, state, info: TokenInfo):
-        if state is None:  # what training scans
+        if state is None:  # training scans the layers
             info = inside_layer(info, x)
         with jax.named_scope("mixer"):
             mixed, state = self.self_attn(self.input_layernorm(x), state, info)
@@ -49,8 +50,7 @@ class DecoderLayer(nnx.Module):
 
 
 class VLM(nnx.Module):
-    """Vision tower and decoder. `dtype` is what activations are computed in; parameters keep their
-    own."""
+    """Vision tower and decoder. `dtype` is the activation dtype; parameters keep their own."""
 
     def __init__(
         self,
@@ -83,17 +83,16 @@ class VLM(nnx.Module):
         )
 
     def encode(self, patches: Patches) -> Array:
-        """Image and video tokens [rows, tokens, width]; `DecoderInputs.vision_index` are places
-        among them."""
+        """Image and video tokens [rows, tokens, width], indexed by `DecoderInputs.vision_index`."""
         with jax.named_scope("vision"):
             return self.visual(patches, self.dtype)
 
     def embed(self, inputs: DecoderInputs, vision: Array | None) -> Array:
-        """[batch, length, width]: the token table, with image and video tokens taken from `vision`
-        [rows, tokens, width] instead.
+        """Embeddings [batch, length, width], with image and video tokens taken from `vision`.
 
-        One row serves the whole batch; with as many rows as sequences, each sequence reads its own
-        (and stays on its own device).
+        Args:
+          vision: [rows, tokens, width]. One row serves the whole batch. With one row per sequence,
+            each sequence reads its own row and needs no other device.
         """
         x = self.embed_tokens(inputs.tokens, self.dtype)
         if vision is not None:
@@ -110,14 +109,15 @@ class VLM(nnx.Module):
         """Run the decoder over embedded tokens.
 
         Returns:
-          hidden [batch, length, width] after the final norm; the new cache (None without one); the
-          hidden states before every layer and the final one (an empty list unless `collect`), as
-          Hugging Face orders them.
+          hidden: [batch, length, width] after the final norm.
+          cache: the new cache; None without one.
+          hidden_states: the input of every layer, then the final hidden state, as in Hugging Face;
+            empty unless `collect`.
         """
         length = jnp.zeros(x.shape[0], jnp.int32) if cache is None else cache.length
         valid = inputs.token_index >= 0
         positions = inputs.positions
-        if positions is None:  # text that follows what the cache holds
+        if positions is None:  # text that follows the cached tokens
             start = length if cache is None else cache.next_position
             positions = jnp.broadcast_to(
                 start[:, None] + jnp.maximum(inputs.token_index, 0), (3, *inputs.token_index.shape)
@@ -141,16 +141,16 @@ class VLM(nnx.Module):
         return hidden, cache, [x, *outputs[:-1], hidden] if collect else []
 
     def logits(self, hidden: Array) -> Array:
-        """[batch, length, width] -> [batch, length, vocab]."""
+        """Hidden states [batch, length, width] -> logits [batch, length, vocab]."""
         with jax.named_scope("head"):
             out = self.embed_tokens.attend(hidden) if self.lm_head is None else self.lm_head(hidden)
         return constrain(out, "batch", "length", "vocab")
 
     def cache_spec(self, batch: int, max_length: int | None) -> Cache:
-        """Shapes of a cache for `batch` sequences.
+        """Shapes and dtypes of a cache for `batch` sequences.
 
-        max_length: the most tokens of a sequence, where some layer's state grows with it
-          (`keeps_everything`); otherwise it has no meaning.
+        Args:
+          max_length: largest number of tokens per sequence; unused unless `keeps_everything`.
         """
         max_length = max_length if self.keeps_everything else None
         layers = tuple(mixer.state_spec(batch, max_length, self.dtype) for mixer in self._mixers())
@@ -159,14 +159,14 @@ class VLM(nnx.Module):
 
     @property
     def keeps_everything(self) -> bool:
-        """Whether the state of some layer grows with the sequence, as in full attention."""
+        """Whether some layer's state grows with the sequence, as in full attention."""
         return any(
             mixer.max_length(mixer.state_spec(1, 1, self.dtype)) is not None
             for mixer in self._mixers()
         )
 
     def max_length(self, cache: Cache) -> int | None:
-        """The most tokens of a sequence that a cache has room for; None: any number."""
+        """Largest number of tokens per sequence that the cache can hold; None is unlimited."""
         found = [
             mixer.max_length(state)
             for mixer, state in zip(self._mixers(), cache.layers, strict=True)

@@ -1,5 +1,4 @@
-"""Conversations, images and videos to model inputs: numpy, Pillow, PyAV, tokenizers and Jinja; no
-JAX."""
+"""Conversion of conversations, images and videos to model inputs. Independent of JAX."""
 
 from infinitevl_jax.processing.chat_template import ChatTemplate
 from infinitevl_jax.processing.images import ImageOptions, load_image, smart_resize

@@ -1,5 +1,4 @@
-"""Conversation to prompt text, by the checkpoint's own Jinja template or the built-in one for
-Qwen2.5-VL."""
+"""Chat templates: conversation -> prompt text, by the checkpoint's or the built-in template."""
 
 import datetime
 import functools
@@ -17,12 +16,12 @@ from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.processing import sandbox
 from infinitevl_jax.processing import tokenizer_files as files
 
-LONGEST = 131_072  # of a template, in characters: published ones have up to 20,000
+LONGEST = 131_072  # characters of a template; released ones have up to 20,000
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A Jinja template and where it came from."""
+    """A Jinja template and its origin."""
 
     text: str
     source: str
@@ -39,8 +38,10 @@ class ChatTemplate:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "ChatTemplate":
-        """The folder's chat_template.jinja, else chat_template.json, else tokenizer_config.json's
-        entry, else the built-in one."""
+        """Load a folder's template.
+
+        Sources in order: chat_template.jinja, chat_template.json, tokenizer_config.json, built-in.
+        """
         folder = Path(folder)
         plain = folder / "chat_template.jinja"
         if plain.exists():
@@ -57,7 +58,7 @@ class ChatTemplate:
                 named = {item.name: item.template for item in entry}
                 if named and "default" not in named:
                     raise InfiniteVLError(
-                        f"{path} has the chat templates {', '.join(named)}, and none is called"
+                        f"{path} has the chat templates {', '.join(named)}, but none is named"
                         " default",
                         "write the one to use into chat_template.jinja",
                     )
@@ -79,8 +80,12 @@ class ChatTemplate:
     def render(
         self, messages: list[dict], add_generation_prompt: bool = False, **variables: object
     ) -> str:
-        """The prompt text of plain-data messages. `variables` are further names the template may
-        use (bos_token, tools, ...)."""
+        """Render messages to prompt text.
+
+        Args:
+          messages: plain data.
+          variables: further template variables, such as bos_token or tools.
+        """
         try:
             with sandbox.budget(messages, variables):
                 return _compile(self.text).render(
@@ -89,15 +94,14 @@ class ChatTemplate:
         except sandbox.OverBudget as error:
             raise InfiniteVLError(
                 f"chat template {self.source} was stopped: {error}",
-                "get it from the source checkpoint; it is not made to be rendered",
+                "use the template of the source checkpoint",
             ) from error
         except jinja2.TemplateSyntaxError as error:
             raise InfiniteVLError(
                 f"chat template {self.source}, line {error.lineno}: {error.message}",
-                "mend or remove the file; without one the built-in is used",
+                "fix or remove the file; without one the built-in is used",
             ) from error
-        # A template is a program: besides raising on purpose it can divide by zero or add a list to
-        # a string.
+        # A template is a program and may raise any exception, such as ZeroDivisionError.
         except Exception as error:
             raise InfiniteVLError(
                 f"chat template {self.source} refuses this conversation: {str(error)[:300]}",
@@ -107,8 +111,7 @@ class ChatTemplate:
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %} marks the assistant's words in some templates; here
-    it only renders its body."""
+    """Renders the body of {% generation %} ... {% endgeneration %}, which marks assistant text."""
 
     tags = {"generation"}
 
@@ -128,7 +131,7 @@ def _to_json(
     separators=None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own filter escapes HTML, which a prompt does not want.
+    # Jinja's own filter escapes HTML.
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -1,6 +1,6 @@
-"""How many bytes a video file says that it has.
+"""The size of a video file according to its own structure.
 
-A copy that is cut short has fewer, and decoders take it for a shorter video.
+Decoders take a truncated file for a shorter video.
 """
 
 import os
@@ -22,19 +22,18 @@ _BOXES = (
     b"meta",
     b"udta",
 )
-_MOST_PARTS = 1_000_000  # boxes or tags that are looked at
+_MOST_PARTS = 1_000_000  # largest number of boxes or tags to read
 _ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
-_ASF_FILE = bytes.fromhex(
-    "a1dcab8c47a9cf118ee400c00c205365"
-)  # file properties: object size, id, bytes of the file
+# file properties: object size, id, bytes of the file
+_ASF_FILE = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 
 
 def stated_size(file: BinaryIO) -> int | None:
-    """The bytes that a video file should have at least, by its own structure; None if unknown.
+    """Smallest size in bytes that a video file states; None if unknown.
 
-    Known are MP4 and MOV (boxes), Matroska and WebM (the segment), AVI (RIFF), FLV (tags), MPEG
-    transport streams (whole packets), Ogg (pages), ASF (file properties) and GIF (the trailer). Raw
-    streams and MPEG program streams do not say.
+    Supported are MP4 and MOV (boxes), Matroska and WebM (segment), AVI (RIFF), FLV (tags), MPEG
+    transport streams (whole packets), Ogg (pages), ASF (file properties) and GIF (trailer). Raw
+    streams and MPEG program streams state none.
     """
     size = file.seek(0, os.SEEK_END)
     head = _read(file, 0, 1024)
@@ -63,7 +62,7 @@ def stated_size(file: BinaryIO) -> int | None:
                 and head[at] == head[at + packet] == head[at + 2 * packet] == 0x47
             ):
                 return -(-size // packet) * packet
-    except (struct.error, IndexError):  # a header cut in the middle
+    except (struct.error, IndexError):  # a truncated header
         return size + 1
     return None
 
@@ -81,7 +80,7 @@ def _boxes(file: BinaryIO, size: int) -> int | None:
         head = _read(file, at, 16)
         length, kind = struct.unpack_from(">I4s", head)
         length = struct.unpack_from(">Q", head, 8)[0] if length == 1 else length
-        if kind not in _BOXES or length < 8:  # a box to the end, or something else behind the boxes
+        if kind not in _BOXES or length < 8:  # a box to the end, or other data after the boxes
             return None
         at += length
     return None
@@ -89,7 +88,7 @@ def _boxes(file: BinaryIO, size: int) -> int | None:
 
 def _riff(file: BinaryIO, size: int) -> int | None:
     at = 0
-    while at < size:  # a large AVI has several
+    while at < size:  # a large AVI has several chunks
         kind, length = struct.unpack("<4sI", _read(file, at, 8))
         if kind != b"RIFF" or length in (0, 0xFFFFFFFF):
             return None
@@ -109,7 +108,7 @@ def _segment(head: bytes) -> int | None:
 
 
 def _ebml_number(data: bytes, at: int) -> tuple[int, int]:
-    """A number of 1 to 8 bytes, the first bit that is set says how many; and where it ends."""
+    """Read an EBML number of 1 to 8 bytes. Returns the number and the position after it."""
     count = 9 - data[at].bit_length()
     field = data[at : at + count]
     if count > 8 or len(field) < count:
@@ -127,7 +126,7 @@ def _flv(file: BinaryIO, size: int) -> int | None:
         if head[0] not in (8, 9, 18):
             return None
         end = at + 11 + int.from_bytes(head[1:4])
-        at = end + 4  # behind each tag stands its size, which some writers leave out at the end
+        at = end + 4  # a tag is followed by its size, which some writers omit at the end
     return None
 
 

@@ -1,7 +1,6 @@
-"""Where a conversation goes on after an answer that the model holds, whatever the answer's words
-are.
+"""Continuing a conversation after an answer that is already in the model's cache.
 
-The template is shown a stand-in for each answer, so that nothing a model said can change the text
+The template renders a placeholder for each answer, so that an answer's text cannot change the text
 around it.
 """
 
@@ -11,7 +10,7 @@ STAND_IN = "\ufdd2answer {}\ufdd2"
 
 
 def without_answers(messages: list[dict]) -> list[dict]:
-    """The messages with a stand-in for the words of each assistant turn."""
+    """Replace the text of each assistant turn by a placeholder."""
     return [
         (
             {**message, "content": STAND_IN.format(i)}
@@ -23,24 +22,25 @@ def without_answers(messages: list[dict]) -> list[dict]:
 
 
 def after_answer(whole: str, prompt: str, messages: list[dict], source: str) -> tuple[int, str]:
-    """What follows the last answer.
+    """The prompt text after the last answer.
 
     Args:
-      whole: the text of `messages` (from `without_answers`), which begins with `prompt` and the
-        last answer.
-      source: how an error names the template.
+      whole: rendered text of `messages`.
+      prompt: rendered text before the last answer.
+      messages: from `without_answers`.
+      source: name of the template, for errors.
 
     Returns:
-      The number of the first message after the last answer, and the text from there on.
+      The index of the first message after the last answer, and the text from there on.
 
     Raises:
-      InfiniteVLError: there is no answer, or prompt and answer do not stand at the beginning.
+      InfiniteVLError: there is no answer, or the text does not start with prompt and answer.
     """
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers or set(messages[answers[-1]]) != {"role", "content"}:
         raise InfiniteVLError(
             "messages holds no answer in words to the prompt",
-            "pass the whole conversation: the question, the answer to it as text, and what follows",
+            "pass the whole conversation: the question, its answer as text, and the next turns",
         )
     said, rest = STAND_IN.format(answers[-1]), whole[len(prompt) :].lstrip()
     if not whole.startswith(prompt) or not rest.startswith(said) or rest.count(said) > 1:

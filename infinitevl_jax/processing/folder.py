@@ -1,5 +1,4 @@
-"""What a checkpoint folder says about pictures: sizes, limits, normalisation. Written by many
-versions of many tools."""
+"""Image and video settings of a checkpoint folder, in the formats of many tool versions."""
 
 import dataclasses
 import json
@@ -18,8 +17,10 @@ T = TypeVar("T")
 
 
 class Preprocessor(Struct):
-    """preprocessor_config.json, video_preprocessor_config.json or a section of
-    processor_config.json: the keys that are read."""
+    """The supported keys of preprocessor_config.json and video_preprocessor_config.json.
+
+    Sections of processor_config.json have the same keys.
+    """
 
     image_processor_type: str | None = None
     video_processor_type: str | None = None
@@ -58,7 +59,7 @@ class _Config(Struct):
     vision_config: _Vision | None = None
 
 
-# Our name -> theirs.
+# name here -> name in the file
 _NAMES = {
     "patch_size": "patch_size",
     "temporal_patch_size": "temporal_patch_size",
@@ -79,23 +80,28 @@ _GEOMETRY = {
 
 
 def read_json(path: Path, kind: type[T] = dict[str, Any]) -> T:
-    """The content of a JSON file as `kind`, kind() if there is no such file. Raises InfiniteVLError
-    for anything else."""
+    """Read a JSON file as `kind`; `kind()` if the file does not exist."""
     return reading.read_json(path, kind) if path.exists() else kind()
 
 
 def image_options(folder: Path) -> ImageOptions:
-    """Image settings: processor_config.json's image_processor, else preprocessor_config.json; what
-    they leave out, config.json's geometry and then the published defaults."""
+    """Image settings of a folder.
+
+    They come from processor_config.json (image_processor) or preprocessor_config.json, then from
+    the geometry in config.json, then from the defaults.
+    """
     path, entries = _entries(folder, "image_processor", "preprocessor_config.json")
     _check_family(path, entries, entries.image_processor_type)
     return _options(ImageOptions, path, _values(path, entries, _NAMES), folder)
 
 
 def video_options(folder: Path) -> VideoOptions:
-    """Video settings: processor_config.json's video_processor, else video_preprocessor_config.json.
-    Without either, geometry and normalisation are the images', the limits the published ones for
-    video (not the images')."""
+    """Video settings of a folder.
+
+    They come from processor_config.json (video_processor) or video_preprocessor_config.json.
+    Without either, geometry and normalisation are those of images, and limits are the video
+    defaults.
+    """
     path, entries = _entries(folder, "video_processor", "video_preprocessor_config.json")
     if entries != Preprocessor():
         _check_family(path, entries, entries.video_processor_type)
@@ -131,7 +137,7 @@ def _check_family(path: Path, entries: Preprocessor, family: str | None) -> None
 
 
 def _values(path: Path, entries: Preprocessor, names: dict[str, str]) -> dict[str, Any]:
-    """Options by our names, as far as the file gives them."""
+    """Options given by the file, by their names here."""
     values = {}
     if size := entries.size:
         size = size if isinstance(size, dict) else {"size": size}
@@ -167,7 +173,7 @@ def _options(kind: type[T], path: Path, values: dict[str, Any], folder: Path) ->
 
 
 def override(options: ImageOptions, values: dict, where: str) -> ImageOptions:
-    """`options` with the caller's own values; errors name `where`."""
+    """Apply a caller's values. Errors name `where`."""
     try:
         return dataclasses.replace(options, **values) if values else options
     except InfiniteVLError as error:
@@ -175,11 +181,15 @@ def override(options: ImageOptions, values: dict, where: str) -> ImageOptions:
 
 
 def write_pixel_limits(folder: Path, limits: dict[str, int]) -> None:
-    """Change the image settings of a folder: `limits` holds min_pixels, max_pixels or both.
+    """Change the image size limits of a folder.
 
-    Raises InfiniteVLError if the settings and the limits do not go together.
+    Args:
+      limits: min_pixels, max_pixels or both.
+
+    Raises:
+      InfiniteVLError: the settings or the limits are invalid.
     """
-    image_options(folder)  # so that what is not valid is said of the file as it came
+    image_options(folder)  # raises for settings that were invalid before the change
     path, _ = _entries(folder, "image_processor", "preprocessor_config.json")
     whole = read_json(path)
     entries = whole if path.name == "preprocessor_config.json" else whole["image_processor"]

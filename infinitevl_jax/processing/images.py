@@ -1,8 +1,8 @@
-"""Images: from path, bytes, PIL or array to the patches that the vision tower reads.
+"""Images: loading, resizing and cutting into patches.
 
-The arithmetic is that of the published Qwen2-VL image processor: sides become multiples of patch x
-merge, Pillow's bicubic filter, values scaled to 0..1 and normalised, then cut into patches in merge
-order.
+The arithmetic is that of the Qwen2-VL image processor. Sides are resized (Pillow, bicubic) to
+multiples of patch size x merge size. Values are scaled to 0..1, normalised and cut into patches in
+merge order.
 """
 
 import math
@@ -20,14 +20,12 @@ from infinitevl_jax.errors import InfiniteVLError, shown
 from infinitevl_jax.processing.sources import OTHER, describe, kind_of, open_source
 
 MAX_ASPECT_RATIO = 200
-MAX_FILE_PIXELS = (
-    1 << 27
-)  # of a picture as it is stored: 134 million, a decoder's buffers stay below 3 GB
-MAX_FILE_BYTES = 1 << 29  # of a picture's file: some decoders read it whole
-MAX_RESIZED_PIXELS = 1 << 26  # of a picture as the model sees it: 85,000 tokens, 0.8 GB of patches
+MAX_FILE_PIXELS = 1 << 27  # of a stored image; a decoder then needs less than 3 GB
+MAX_FILE_BYTES = 1 << 29  # some decoders read the whole file into memory
+MAX_RESIZED_PIXELS = 1 << 26  # of a resized image: 85,000 tokens, 0.8 GB of patches
 
-# Formats whose decoders read the one file and start no program (Pillow hands EPS to Ghostscript).
-# HEIF counts where the caller has registered a plug-in for it.
+# Formats whose decoders read one file and start no program (Pillow runs Ghostscript for EPS).
+# HEIF needs a plug-in that the caller registers.
 FORMATS = (
     "PNG",
     "JPEG",
@@ -46,7 +44,7 @@ FORMATS = (
     "ICO",
 )
 
-# EXIF orientation -> what turns the stored pixels upright.
+# EXIF orientation -> transpose that makes the image upright
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -57,12 +55,12 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112
-_BAND_PIXELS = 1 << 22  # pixels whose mode is changed at once
+_BAND_PIXELS = 1 << 22  # pixels converted at a time
 
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """How an image becomes patches. Pixel counts are those of the resized image, height x width."""
+    """Image settings. Pixel counts are height x width of the resized image."""
 
     min_pixels: int = 3136
     max_pixels: int = 1_003_520
@@ -87,7 +85,7 @@ class ImageOptions:
                 "merge_size": 8,
             },
         )
-        # Within these, float32 holds every normalised pixel.
+        # Within these limits float32 holds every normalised value.
         for name, low in (("mean", -1e6), ("std", 1e-6), ("rescale_factor", 0.0)):
             values = getattr(self, name) if name != "rescale_factor" else (self.rescale_factor,) * 3
             if len(values) != 3 or not all(
@@ -111,18 +109,17 @@ class ImageOptions:
 
     @property
     def factor(self) -> int:
-        """Sides of a resized picture are multiples of this many pixels (one token's side)."""
+        """Sides of a resized image are multiples of this many pixels (the side of a token)."""
         return self.patch_size * self.merge_size
 
     @property
     def merge_unit(self) -> int:
-        """Patches that become one token."""
+        """Patches per token."""
         return self.merge_size**2
 
 
 def check_counts(options: object, most: dict[str, int]) -> None:
-    """Raise InfiniteVLError unless each named attribute of `options` is an integer from 1 to its
-    limit."""
+    """Raise InfiniteVLError unless each named attribute is an integer from 1 to its limit."""
     for name, limit in most.items():
         value = getattr(options, name)
         if (
@@ -143,13 +140,14 @@ def is_number(value: object) -> bool:
 def smart_resize(
     height: int, width: int, factor: int = 28, min_pixels: int = 3136, max_pixels: int = 1_003_520
 ) -> tuple[int, int]:
-    """The (height, width) in pixels that a picture is resized to: multiples of `factor`, area
-    within the two limits.
+    """Size (height, width) in pixels that an image is resized to.
 
-    Halves round to even. Too large: both sides shrink by the same ratio and round down, though
-      never below `factor`; too small: they grow
-    and round up. Raises InfiniteVLError for sides that are no integers, an empty picture or an
-    aspect ratio over 200.
+    Sides are rounded to multiples of `factor`, halves to even. Above `max_pixels` both sides shrink
+    by the same ratio and round down, but not below `factor`. Below `min_pixels` they grow and round
+    up.
+
+    Raises:
+      InfiniteVLError: a side is not a positive integer, or the aspect ratio is above 200.
     """
     if any(isinstance(s, bool) or not isinstance(s, int | np.integer) for s in (height, width)):
         raise InfiniteVLError(
@@ -180,7 +178,7 @@ def smart_resize(
 
 
 def sides(size: tuple[int, int] | None, image: Image.Image) -> tuple[int, int]:
-    """(height, width) in pixels that a caller asks for; None asks for the picture's own."""
+    """Requested (height, width) in pixels; None is the image's own size."""
     if size is None:
         return image.height, image.width
     if not isinstance(size, tuple | list) or len(size) != 2:
@@ -189,7 +187,7 @@ def sides(size: tuple[int, int] | None, image: Image.Image) -> tuple[int, int]:
 
 
 def check_array(array: object, name: str, dims: str) -> np.ndarray:
-    """`array` as numpy, required to be uint8 with the axes that `dims` lists, e.g. "H, W, 3"."""
+    """Convert to numpy and require uint8 with the axes in `dims`, such as "H, W, 3"."""
     array = np.asarray(array)
     if array.ndim != dims.count(",") + 1 or array.shape[-1] != 3:
         raise InfiniteVLError(
@@ -209,12 +207,17 @@ def check_array(array: object, name: str, dims: str) -> np.ndarray:
 def load_image(
     source: str | Path | bytes | Image.Image | np.ndarray, name: str | None = None
 ) -> Image.Image:
-    """An RGB picture from a path, file:// or data: URL, bytes, PIL image or uint8 array [H, W, 3].
+    """Load an RGB image from a path, file:// or data: URL, bytes, PIL image or array.
 
-    The file is of one of FORMATS and has at most MAX_FILE_PIXELS pixels; of one that moves, the
-    first frame is taken. A camera's orientation is applied; transparency is laid over white; 16-bit
-    greys are scaled to 8 bits. `name` is how errors call the picture. Raises InfiniteVLError for
-    anything that cannot be decoded whole.
+    Arrays are uint8 [H, W, 3]. Files have one of FORMATS and at most MAX_FILE_PIXELS pixels; an
+    animation yields its first frame. EXIF orientation is applied, transparency is blended onto
+    white, and 16-bit grey is scaled to 8 bits.
+
+    Args:
+      name: name of the image, for errors.
+
+    Raises:
+      InfiniteVLError: the image cannot be decoded completely.
     """
     name = name or f"image {describe(source)}"
     if isinstance(source, str | Path | bytes | bytearray | memoryview):
@@ -231,7 +234,7 @@ def load_image(
             return _upright(_to_rgb(source, name), source)
         except InfiniteVLError:
             raise
-        except (OSError, ValueError, SyntaxError) as error:  # an open file is decoded only now
+        except (OSError, ValueError, SyntaxError) as error:  # PIL decodes an open file lazily
             raise InfiniteVLError(
                 f"{name} is damaged: {error}", "open it in a viewer; export it again as PNG or JPEG"
             ) from error
@@ -243,7 +246,7 @@ def load_image(
 
 
 def _decode(file: BinaryIO, name: str) -> Image.Image:
-    """The upright RGB picture in a file."""
+    """Decode an image file to upright RGB."""
     size = file.seek(0, os.SEEK_END)
     if size > MAX_FILE_BYTES:
         raise InfiniteVLError(
@@ -252,13 +255,12 @@ def _decode(file: BinaryIO, name: str) -> Image.Image:
         )
     file.seek(0)
     Image.init()  # registers Pillow's formats
-    # Decoders of damaged bytes raise every kind of exception, so all are caught here and here
-    # alone.
+    # Decoders raise all kinds of exceptions for damaged files.
     try:
         with Image.open(file, formats=[kind for kind in FORMATS if kind in Image.OPEN]) as image:
             _check_size(image, name)
             image.load()
-            _check_size(image, name)  # an icon tells its picture's size only now
+            _check_size(image, name)  # an icon's size is known only after loading
             return _upright(_to_rgb(image, name), image)
     except InfiniteVLError:
         raise
@@ -279,7 +281,7 @@ def _decode(file: BinaryIO, name: str) -> Image.Image:
 
 
 def _check_size(image: Image.Image, name: str) -> None:
-    # JPEG 2000's decoder holds four bytes a sample, twice what the others need.
+    # The JPEG 2000 decoder needs four bytes per sample, twice as many as the others.
     limit = MAX_FILE_PIXELS // 2 if image.format == "JPEG2000" else MAX_FILE_PIXELS
     if image.width * image.height > limit:
         size = f"{image.width:,} x {image.height:,} pixels"
@@ -290,13 +292,10 @@ def _check_size(image: Image.Image, name: str) -> None:
 
 
 def _upright(pixels: Image.Image, source: Image.Image) -> Image.Image:
-    """`pixels` turned as the metadata of `source` says. Of the metadata the orientation alone is
-    read, and nothing is written."""
+    """Apply the EXIF orientation of `source` to `pixels`."""
     try:
         value = source.getexif().get(_ORIENTATION)
-    except (
-        Exception
-    ):  # EXIF that cannot be parsed holds no orientation; the pixels are whole all the same
+    except Exception:  # unreadable EXIF: keep the pixels as they are
         return pixels
     value = value[0] if isinstance(value, tuple | bytes) and value else value
     turn = _UPRIGHT.get(value) if isinstance(value, int) else None
@@ -304,8 +303,7 @@ def _upright(pixels: Image.Image, source: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """A copy in mode RGB, made in bands of rows: copies in between of a large picture would not fit
-    into memory."""
+    """Convert to RGB in bands of rows, to limit the memory for intermediate copies."""
     if image.mode in ("I", "F"):
         raise InfiniteVLError(
             f"{name} has 32-bit pixels (mode {image.mode})",
@@ -329,7 +327,7 @@ def _band_to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(
             np.where(grey == clear, np.uint8(255), levels) if isinstance(clear, int) else levels
         ).convert("RGB")
-    if image.mode in ("La", "RGBa"):  # colours multiplied by alpha
+    if image.mode in ("La", "RGBa"):  # premultiplied alpha
         image = image.convert(image.mode.upper())
     if image.mode in ("LA", "PA", "RGBA") or clear is not None:
         image = image.convert("RGBA")
@@ -340,22 +338,26 @@ def _band_to_rgb(image: Image.Image) -> Image.Image:
 def patchify(frames: np.ndarray, options: ImageOptions) -> tuple[np.ndarray, tuple[int, int, int]]:
     """Cut frames [F, H, W, 3] uint8 into normalised patches.
 
-    H and W are multiples of `options.factor`; F that is no multiple of `temporal_patch_size`
-    repeats the last frame. Returns patches [t*h*w, 3 * temporal_patch_size * patch_size^2] f32 and
-    the grid (t, h, w) in patches. Patches are ordered t, merged row, merged column, row inside the
-    merge, column inside the merge; the numbers of a patch channel, frame, row, column.
+    H and W must be multiples of `options.factor`. The last frame is repeated until F is a multiple
+    of `temporal_patch_size`.
+
+    Returns:
+      patches: [t*h*w, 3 * temporal_patch_size * patch_size^2] float32. The order of patches is t,
+        merged row, merged column, row in the merge, column in the merge. The order of values is
+        channel, frame, row, column.
+      grid: (t, h, w) in patches.
     """
     span = options.temporal_patch_size
     steps = -(-len(frames) // span)
     grid = (steps, frames.shape[1] // options.patch_size, frames.shape[2] // options.patch_size)
     out = np.empty((steps, grid[1] * grid[2], 3, span * options.patch_size**2), np.float32)
-    # A byte has 256 values: normalise those once per channel, and look the pixels up.
+    # Normalise the 256 values of a byte once per channel, then look pixels up.
     levels = (np.arange(256, dtype=np.float64) * options.rescale_factor).astype(np.float32)  # [256]
     tables = [
         (levels - np.float32(mean)) / np.float32(std)
         for mean, std in zip(options.mean, options.std, strict=True)
     ]
-    for step in range(steps):  # one at a time: beside the result, no copy of a whole film is made
+    for step in range(steps):  # one step at a time, to avoid a second copy of a long video
         patches = rearrange(
             frames[np.minimum(np.arange(step * span, (step + 1) * span), len(frames) - 1)],
             "tp (h mh ph) (w mw pw) c -> (h w mh mw) c (tp ph pw)",
@@ -372,8 +374,14 @@ def patchify(frames: np.ndarray, options: ImageOptions) -> tuple[np.ndarray, tup
 def process_image(
     image: Image.Image, options: ImageOptions, size: tuple[int, int] | None = None
 ) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """An RGB picture's patches [n, features] f32 and grid (1, h, w). `size` (height, width) asks
-    for other sides than the picture's own before rounding and limits."""
+    """Resize an RGB image and cut it into patches.
+
+    Args:
+      size: (height, width) to use instead of the image's own size, before rounding and limits.
+
+    Returns:
+      Patches [n, features] float32 and the grid (1, h, w).
+    """
     height, width = smart_resize(
         *sides(size, image),
         options.factor,

@@ -1,5 +1,4 @@
-"""Conversations as people write them, checked, and split into what the template reads and what has
-to be decoded."""
+"""Validation of conversations, and their split into template data and media."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,22 +18,28 @@ OPTIONS = {
     "image": _SIZE,
     "video": (*_SIZE, "total_pixels", "fps", "min_frames", "max_frames", "nframes"),
 }
-# Content items by other names: OpenAI's chat and responses interfaces.
+# OpenAI's names of content types
 TYPES = {kind: kind for kind in OPTIONS} | {
     "image_url": "image",
     "video_url": "video",
     "input_text": "text",
     "input_image": "image",
 }
-# Keys under which an item may hold its picture or video, besides "image" or "video" themselves.
+# keys for the image or video of an item, besides "image" and "video"
 _SOURCES = ("url", "path", "base64")
 
 
 @dataclass(frozen=True)
 class Media:
-    """One picture or video of a conversation: where it stands, what it is, and its own options."""
+    """An image or video of a conversation.
 
-    kind: str  # "image" or "video"
+    Attributes:
+      kind: "image" or "video".
+      where: its position, for errors.
+      options: its own processing options.
+    """
+
+    kind: str
     source: object
     where: str
     options: dict = field(default_factory=dict)
@@ -46,8 +51,12 @@ class Media:
 
 @dataclass(frozen=True)
 class Conversation:
-    """`messages` and `tools` hold plain data for the template; `media` are the pictures and videos
-    in the order of the text."""
+    """A validated conversation.
+
+    Attributes:
+      messages, tools: plain data for the template.
+      media: images and videos in text order.
+    """
 
     messages: list[dict]
     media: list[Media]
@@ -55,7 +64,7 @@ class Conversation:
 
 
 def split_batch(messages: object) -> tuple[list, bool]:
-    """A list of conversations, and whether the caller passed several rather than one."""
+    """Return a list of conversations, and whether the caller passed several."""
     if not isinstance(messages, list | tuple):
         raise InfiniteVLError(
             f"messages is a {type(messages).__name__}, not a list",
@@ -73,15 +82,14 @@ def read_conversation(
     placeholders: dict[str, str],
     tools: Sequence[dict] | None = None,
 ) -> Conversation:
-    """Check one conversation.
+    """Validate a conversation.
 
     Args:
-      messages: {"role", "content"}; further keys (tool_calls, name, ...) hold plain data for the
-        template.
-      where: opens every error.
-      placeholders: maps image and video to their tokens, which no text but the assistant's may
-        spell.
-      tools: JSON schemas of functions, for the template.
+      messages: dicts with "role" and "content". Further keys (tool_calls, name, ...) are plain data
+        for the template.
+      where: name of the conversation, for errors.
+      placeholders: tokens of "image" and "video", which only assistant text may contain.
+      tools: JSON schemas of functions for the template.
     """
     if not isinstance(messages, list | tuple) or not messages:
         state = "empty" if isinstance(messages, list | tuple) else "not a list of messages"
@@ -108,7 +116,7 @@ def read_conversation(
                 _read_part(part, f"{spot}.content[{i}]", media, read)
                 for i, part in enumerate(content)
             ]
-            # Text models' templates know strings only, and a list of texts says the same.
+            # Templates of text models accept strings only; join a list of texts.
             texts = [part["text"] for part in parts if part["type"] == "text"]
             content = read.text("".join(texts), spot) if len(texts) == len(parts) else parts
         elif not (content is None and message.get("tool_calls")):
@@ -116,8 +124,7 @@ def read_conversation(
                 f"{spot} has content of type {type(content).__name__}",
                 "make it a string or a list of text, image and video items",
             )
-        # Data sets that were flattened into columns carry every key everywhere, None where it does
-        # not apply.
+        # Data sets flattened into columns have every key in every message; drop None values.
         others = {
             key: value
             for key, value in message.items()
@@ -130,8 +137,11 @@ def read_conversation(
 
 @dataclass(frozen=True)
 class _Text:
-    """Reads texts and plain data of one message. `said`: they are the assistant's, and what it
-    spells is only words."""
+    """Checks texts and plain data of a message.
+
+    Attributes:
+      said: assistant text, in which control tokens are plain words.
+    """
 
     placeholders: dict[str, str]
     said: bool = False
@@ -144,10 +154,10 @@ class _Text:
         return text
 
     def plain(self, value: object, where: str, depth: int = 0) -> object:
-        """A copy of JSON-like data whose texts are checked."""
+        """Copy JSON-like data and check its texts."""
         if depth > DEPTH:
             raise InfiniteVLError(
-                f"{where} is more than {DEPTH} lists or objects deep", "make it flatter"
+                f"{where} is more than {DEPTH} lists or objects deep", "reduce the nesting"
             )
         if isinstance(value, str):
             return self.text(value, where)
@@ -205,7 +215,7 @@ def check_call(
     turns: object = "all",
     add_generation_prompt: object = True,
 ) -> None:
-    """Raises InfiniteVLError for an option of a call that is none of its values."""
+    """Raise InfiniteVLError for an invalid option of a processor call."""
     if padding_side is not None and (
         not isinstance(padding_side, str) or padding_side not in ("left", "right")
     ):
@@ -248,8 +258,7 @@ def _read_part(part: object, where: str, media: list[Media], read: _Text) -> dic
             f"{where} is of type {part['type']} but has no {kind!r} (it has: {given})",
             f'write {{"type": "{kind}", "{kind}": ...}}',
         )
-    # Data sets that were flattened into columns carry every key everywhere, None where it does not
-    # apply.
+    # Data sets flattened into columns have every key in every item; drop None values.
     options = {
         key: value
         for key, value in part.items()
@@ -270,17 +279,16 @@ def _read_part(part: object, where: str, media: list[Media], read: _Text) -> dic
             )
         return {"type": "text", "text": read.text(source, where)}
     media.append(Media(kind, source, where, options))
-    return {"type": kind, kind: where}  # templates look at the keys, never into pictures
+    return {"type": kind, kind: where}  # templates look at the keys only
 
 
 def _source(part: dict, kind: str, where: str) -> tuple[object, set[str]]:
-    """What stands for the picture or video of an item, and the keys that say it; (None, ...) if
-    there is none."""
+    """The source of an item's image or video, and the keys that give it; (None, ...) if missing."""
     names = (kind, f"{kind}_url", *_SOURCES)
     given = [name for name in names if part.get(name) is not None]
     if len(given) != 1:
         if given:
-            raise InfiniteVLError(f"{where} has {' and '.join(given)}", f"give one {kind} an item")
+            raise InfiniteVLError(f"{where} has {' and '.join(given)}", f"give one {kind} per item")
         return None, set()
     source, used = part[given[0]], {given[0]}
     if given[0] == kind:

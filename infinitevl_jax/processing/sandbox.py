@@ -1,9 +1,8 @@
-"""Jinja for templates that come from outside: Jinja's own sandbox, and a budget for each rendering.
+"""Sandbox for chat templates from outside, with a budget for each rendering.
 
-The sandbox keeps a template away from Python. The budget keeps it from looping for ever and from
-filling the memory: whatever makes a value pays for the value's size before it is made or, where it
-cannot be much larger than what it was made of, at once afterwards; every turn of a loop, call,
-filter, test and comparison looks at the clock.
+Jinja's sandbox keeps a template away from Python. The budget bounds its time and memory. A value's
+size is charged before it is made, or right after if it cannot be much larger than its inputs. Every
+loop iteration, call, filter, test and comparison checks the time.
 """
 
 import functools
@@ -21,13 +20,13 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 SECONDS = 5.0
-UNITS = 1 << 25  # characters and list items that one rendering may make,
-PER_GIVEN = 32  # and as many more for each that it was given
-DIGITS = 1 << 16  # bits of a whole number
+UNITS = 1 << 25  # characters and list items that a rendering may make
+PER_GIVEN = 32  # additional units for each that it is given
+DIGITS = 1 << 16  # largest number of bits of an integer
 
 
 class OverBudget(jinja2.TemplateError):
-    """A template that makes too much or takes too long."""
+    """A template exceeded its budget."""
 
 
 class _Budget:
@@ -47,8 +46,11 @@ _now = threading.local()
 
 @contextmanager
 def budget(*given: object):
-    """Inside, templates compile and render within one budget, which grows with what they are
-    given."""
+    """Context manager in which templates compile and render within a budget.
+
+    Args:
+      given: template variables; the budget grows with their size.
+    """
     _now.budget = _Budget(0)
     try:
         _now.budget = _Budget(sum(size(value) for value in given))
@@ -58,13 +60,13 @@ def budget(*given: object):
 
 
 def spend(units: int = 1) -> None:
-    """Pay for some units of work."""
+    """Charge some units of work."""
     _now.budget.check(units)
     _now.budget.left -= units
 
 
 def size(value: object) -> int:
-    """Characters and items in a value when it is written out: what is held twice counts twice."""
+    """Characters and items of a value when written out; shared parts count each time."""
     if isinstance(value, str | bytes):
         return 1 + len(value)
     total, waiting = 0, [value]
@@ -86,36 +88,36 @@ def size(value: object) -> int:
 
 
 def made(value):
-    """A value that has been made, paid for."""
+    """Charge the size of a new value and return it."""
     spend(size(value))
     return value
 
 
 def seen(value):
-    """A value that is only looked at."""
+    """Charge one unit for a value that is only inspected, and return it."""
     spend()
     return value
 
 
 def concat(*parts: object) -> str:
-    """The operator ~."""
+    """The ~ operator."""
     spend(sum(size(part) for part in parts))
     return "".join(map(str, parts))
 
 
 @jinja2.pass_context
 def _written(context, value):
-    """What {{ }} writes."""
+    """Finalizer of {{ }}."""
     return made(value)
 
 
 def _check_growth(value: object, arguments: list) -> None:
-    """What a method or filter makes is no larger than its value times its largest argument."""
+    """Check the bound on a method's or filter's result: value size x largest argument."""
     most = max([1, *[abs(a) if isinstance(a, int) else size(a) for a in arguments]])
     _now.budget.check(size(value) * most)
 
 
-# Widths in formats; where another argument gives them, none can be told in advance.
+# Widths in format strings. A width taken from another argument cannot be bounded in advance.
 PRINTF = re.compile(r"%[^%a-zA-Z]*(?:\*|\d{5})")
 FORMAT = re.compile(r"\{[^{}]*:[^{}]*(?:\{|\d{5})")
 
@@ -126,7 +128,7 @@ def _check_format(text: object, expression: re.Pattern) -> None:
 
 
 def _held(arguments: tuple) -> list:
-    """Arguments whose size can be told: what is made one by one is made now."""
+    """Materialise iterators, so that their size is known."""
     return [list(a) if hasattr(a, "__next__") else a for a in arguments]
 
 
@@ -143,7 +145,7 @@ def _filter(name: str, function: Callable) -> Callable:
         if name == "sum" and not isinstance(
             kwargs.get("start", [0, 0, *others[1:]][-1]), int | float
         ):
-            raise OverBudget("it sums up lists, which takes longer the longer they are")
+            raise OverBudget("it sums lists, which takes quadratic time")
         return made(function(*args[:first], value, *others, **kwargs))
 
     return run
@@ -159,7 +161,7 @@ def _test(function: Callable) -> Callable:
 
 
 class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The environment that Hugging Face renders chat templates in, within a budget."""
+    """Hugging Face's environment for chat templates, with a budget."""
 
     intercepted_binops = frozenset(["+", "-", "*", "/", "//", "%", "**"])
 
@@ -173,13 +175,8 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             optimized=False,
             finalize=_written,
         )
-        for name in (
-            "urlize",
-            "striptags",
-            "wordwrap",
-            "pprint",
-            "xmlattr",
-        ):  # for web pages, and slow without bound
+        # filters for web pages, whose run time has no useful bound
+        for name in ("urlize", "striptags", "wordwrap", "pprint", "xmlattr"):
             del self.filters[name]
         del self.globals["lipsum"]
         self.filters = {
@@ -191,13 +188,12 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def _generate(self, source, *args, **kwargs):
         return super()._generate(_Metered().visit(source), *args, **kwargs)
 
-    def call(__self, __context, __obj, *args, **kwargs):  # noqa: N805  a template may name an argument self
+    def call(__self, __context, __obj, *args, **kwargs):  # noqa: N805  argument names may clash
         if __obj in (made, seen, spend, concat):
             return __obj(*args)
         spend()
-        owner = getattr(
-            getattr(__obj, "__wrapped__", __obj), "__self__", None
-        )  # Jinja wraps str.format
+        # Jinja wraps str.format
+        owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)
         if isinstance(owner, str | bytes | list | tuple | dict):
             args = _held(args)
             _check_growth(owner, [*args, *kwargs.values()])
@@ -224,7 +220,7 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 class _Metered(NodeTransformer):
-    """Puts the calls that pay into a template's syntax tree."""
+    """Inserts the charging calls into a template's syntax tree."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         return self._turn(node)
@@ -264,7 +260,7 @@ class _Metered(NodeTransformer):
         return _call("made", node, node)
 
     def _turn(self, node: nodes.Node) -> nodes.Node:
-        """Each time a body is run, it pays for the text that stands in it."""
+        """Charge the literal text of a body each time it runs."""
         literal = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
         self.generic_visit(node)
         node.body.insert(

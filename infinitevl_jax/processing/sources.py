@@ -1,6 +1,6 @@
-"""Where a picture or video comes from: a path, a file:// or data: URL, or bytes.
+"""Sources of images and videos: a path, a file:// or data: URL, or bytes.
 
-Each is opened as the one file that it is: no name is a pattern, a protocol or an address.
+A source is opened as a single file. It is never interpreted as a pattern, protocol or address.
 """
 
 import base64
@@ -26,7 +26,7 @@ OTHER = {
 
 
 def describe(source: object) -> str:
-    """A few words that let a reader find the culprit: the path, or the kind and size."""
+    """Short description of a source for errors: the path, or the kind and size."""
     if isinstance(source, str) and source[:5].lower() == "data:":
         return f"data URI ({len(source):,} characters)"
     if isinstance(source, str | Path):
@@ -46,14 +46,15 @@ def describe(source: object) -> str:
 def open_source(
     source: str | Path | bytes | bytearray | memoryview, name: str, noun: str
 ) -> BinaryIO:
-    """The content of a picture or video, open for reading and seeking; the caller closes it.
+    """Open an image or video for reading and seeking. The caller closes it.
 
-    A string is a data: or file:// URL or else a path, whatever characters it holds; a Path is a
-    path.
-    `name` is how errors call it, `noun` is "image" or "video".
+    Args:
+      source: a string is a data: or file:// URL, or else a path.
+      name: name of the source, for errors.
+      noun: "image" or "video".
 
     Raises:
-      InfiniteVLError: a web address, what is no regular file, an empty or unreadable one.
+      InfiniteVLError: a web address; not a regular file; empty or unreadable.
     """
     if isinstance(source, bytes | bytearray | memoryview):
         if not len(source):
@@ -93,7 +94,7 @@ def open_source(
 
 
 def _local(address: str, scheme: str, name: str) -> str:
-    """The path of a file:// URL of this machine. Raises InfiniteVLError for every other address."""
+    """Path of a local file:// URL. Raises InfiniteVLError for other addresses."""
     if scheme != "file":
         raise InfiniteVLError(
             f"{name} is a web address ({scheme})",
@@ -109,9 +110,9 @@ def _local(address: str, scheme: str, name: str) -> str:
 
 
 def _data(header: str, content: str, name: str, noun: str) -> bytes:
-    """The bytes of a data: URL, as browsers take it.
+    """Decode a data: URL as browsers do.
 
-    Base64 may be broken into lines, percent-encoded, URL-safe or without padding.
+    Base64 may have line breaks, percent-encoding, the URL-safe alphabet or no padding.
     """
     try:
         if header.rpartition(";")[2].strip().lower() != "base64":
@@ -122,15 +123,14 @@ def _data(header: str, content: str, name: str, noun: str) -> bytes:
             .translate({ord("-"): "+", ord("_"): "/"})
         )
         return base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
-    except ValueError as error:  # characters that are no base64, or no ASCII
+    except ValueError as error:  # not base64, or not ASCII
         raise InfiniteVLError(
             f"{name} is not valid base64: {error}", f"use data:{noun}/...;base64,<contents>"
         ) from None
 
 
 def kind_of(head: bytes) -> str | None:
-    """What a file is by its first 400 bytes: "image", "video", "both" (GIF and PNG may move),
-    None."""
+    """Kind of a file by its first 400 bytes: "image", "video", "both" (GIF, PNG) or None."""
     if head[4:8] == b"ftyp":
         return "image" if head[8:12] in _STILL_BRANDS else "video"
     if head[:4] == b"RIFF":
@@ -162,8 +162,7 @@ def kind_of(head: bytes) -> str | None:
     )
     if head.startswith(films) or head[4:8] in (b"moov", b"mdat", b"wide", b"free", b"skip"):
         return "video"
-    if (
-        len(head) > 376 and head[0] == head[188] == head[376] == 0x47
-    ):  # an MPEG transport stream's packets
+    # packets of an MPEG transport stream
+    if len(head) > 376 and head[0] == head[188] == head[376] == 0x47:
         return "video"
     return None

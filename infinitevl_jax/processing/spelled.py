@@ -1,16 +1,14 @@
-"""Special tokens that a text only spells.
+"""Control tokens that are spelled out in text.
 
-What a model said is data: an answer that spells <|image_pad|> or <|im_end|> is words, no picture
-  and
-no end. In an assistant's text such spellings are broken up by a guard, which the template carries
-along and the tokenizer never sees.
+In an assistant's text <|image_pad|> or <|im_end|> are words: they do not stand for an image or end
+the turn. A guard breaks such spellings up. It passes through the template and is removed before
+tokenization.
 """
 
 from infinitevl_jax.errors import InfiniteVLError
 
-GUARD = "\ufdd0\ufdd1"  # noncharacters: Unicode keeps them out of all text
-# What decides where pictures stand and turns end. Others (boxes, tool calls) are an answer's own to
-# use.
+GUARD = "\ufdd0\ufdd1"  # noncharacters, which do not occur in text
+# tokens that mark images and turns; others (boxes, tool calls) may occur in answers
 CONTROL = (
     "<|image_pad|>",
     "<|video_pad|>",
@@ -23,14 +21,14 @@ CONTROL = (
 
 
 def guard(text: str) -> str:
-    """The text with every spelled control token broken up."""
+    """Break up every spelled control token."""
     for token in CONTROL:
         text = text.replace(token, token[:2] + GUARD + token[2:])
     return text
 
 
 def check_unicode(text: str, where: str) -> None:
-    """Raises InfiniteVLError for text that no encoding can write."""
+    """Raise InfiniteVLError for text that cannot be encoded as UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -43,7 +41,7 @@ def check_unicode(text: str, where: str) -> None:
 
 
 def check_spelling(text: str, where: str, placeholders: dict[str, str]) -> None:
-    """Raises InfiniteVLError for text that spells a picture's placeholder where no picture is."""
+    """Raise InfiniteVLError for text that spells an image or video placeholder."""
     for kind, token in placeholders.items():
         if token in text:
             raise InfiniteVLError(
@@ -53,6 +51,4 @@ def check_spelling(text: str, where: str, placeholders: dict[str, str]) -> None:
                 " out of the text, or space it out",
             )
     if GUARD in text:
-        raise InfiniteVLError(
-            f"{where} holds the noncharacters U+FDD0 U+FDD1", "take them out: they are no text"
-        )
+        raise InfiniteVLError(f"{where} holds the noncharacters U+FDD0 U+FDD1", "remove them")

@@ -1,41 +1,39 @@
-"""Text from token ids that arrive one by one: in all, exactly what decoding them at once says."""
+"""Incremental decoding of token ids. The pieces add up to the text of all ids."""
 
 import re
 from collections.abc import Callable, Iterable
 
 import numpy as np
 
-BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # how vocabularies with byte fallback spell a byte
-LONG = 64  # tokens without a whole character before the settled ones are let go
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a byte token of vocabularies with byte fallback
+LONG = 64  # pending tokens without a whole character before settled ones are dropped
 
 
 class TextStream:
-    """Turns ids into text as they come, holding back what a later token may still change.
+    """Decodes ids as they arrive, holding back text that a later token may change.
 
-    `push` returns the text that has become certain, often a word, sometimes nothing; `finish`
-    returns what was held back.
+    `push` returns new final text, which may be empty; `finish` returns the rest.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], spelling: Callable[[int], str | None]):
-        """
+        """Create a stream.
+
         Args:
-          decode: text of a list of ids. spelling: a single token's own spelling, None for an
-            unknown id.
+          decode: text of a list of ids.
+          spelling: spelling of a single token; None for an unknown id.
         """
         self._decode, self._spelling = decode, spelling
-        self._context: list[
-            int
-        ] = []  # tokens already said, kept because some decoders drop a text's first space
+        # emitted tokens, kept because some decoders drop the first space of a text
+        self._context: list[int] = []
         self._pending: list[int] = []
-        self._said = 0  # characters of `pending` already returned
+        self._said = 0  # characters of `_pending` already returned
 
     def push(self, ids: int | Iterable[int]) -> str:
-        """Take one id or several; the newly certain text."""
+        """Add one or more ids and return the new final text."""
         return "".join(self._push(int(i)) for i in np.atleast_1d(np.asarray(ids)))
 
     def finish(self) -> str:
-        """The held-back rest, unfinished characters shown as U+FFFD. The stream can be used
-        again."""
+        """Return the rest, with U+FFFD for incomplete characters, and reset the stream."""
         text = self._text(self._pending)[self._said :]
         self._context, self._pending, self._said = [], [], 0
         return text
@@ -45,14 +43,14 @@ class TextStream:
 
     def _push(self, token: int) -> str:
         self._pending.append(token)
-        # A run of byte tokens is decoded as a whole: any byte of it may spoil all.
+        # Byte tokens in a row are decoded together: any byte may make all of them invalid.
         end = len(self._pending)
         while end and BYTE.fullmatch(self._spelling(self._pending[end - 1]) or ""):
             end -= 1
         if end == 0:
             return ""
         text = self._text(self._pending[:end])
-        # Of broken bytes only the last replacement can still become a character.
+        # Only the last replacement character can still become a character.
         certain = text.removesuffix("\ufffd")
         new = certain[self._said :]
         self._said = max(self._said, len(certain))
@@ -63,10 +61,7 @@ class TextStream:
         return new
 
     def _cut(self, end: int, text: str) -> None:
-        """Let go of pending tokens up to a place where characters end.
-
-        So broken bytes without end cost no more than other tokens.
-        """
+        """Drop pending tokens up to a character boundary; invalid bytes must not accumulate."""
         for at in range(end - 1, end - 8, -1):
             head, tail = self._text(self._pending[:at]), self._decode(self._pending[at:end])
             if tail and head + tail == text and len(head) <= self._said:
@@ -74,7 +69,7 @@ class TextStream:
                 return
 
     def _let_go(self, count: int, text: str) -> None:
-        """Pending tokens that are settled become the context, unless they say nothing."""
+        """Move pending tokens to the context, or append them to it if they have no text."""
         settled, self._pending = self._pending[:count], self._pending[count:]
         self._context = settled if text else self._context + settled
         self._said -= len(text)

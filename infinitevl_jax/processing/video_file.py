@@ -1,8 +1,7 @@
-"""Video files: the moving picture among a file's streams, the times of its frames, upright frames.
+"""Video files: selection of the video stream, frame times, decoding.
 
-FFmpeg reads what it is handed as a Python file. Its formats are listed here, and it may open
-nothing
-else: playlists, session descriptions and references to other files or addresses are refused.
+FFmpeg reads a Python file object, is limited to the formats listed here, and may open no other
+file: playlists and references to files or addresses are refused.
 """
 
 import os
@@ -22,25 +21,25 @@ from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.processing.completeness import stated_size
 from infinitevl_jax.processing.sources import OTHER, kind_of
 
-MAX_FRAME_PIXELS = 8192 * 4608  # of a stored frame: 8K; a decoder holds up to sixteen and more
+MAX_FRAME_PIXELS = 8192 * 4608  # of a stored frame (8K); a decoder may hold over sixteen
 MAX_SECONDS = 366 * 86_400
 DAMAGED = "play it in a viewer; copy it again, or re-encode it: ffmpeg -i IN -c:v libx264 OUT.mp4"
 CUT_SHORT = "copy or download it again, or keep what there is: ffmpeg -i IN -c copy OUT.mkv"
 
-# FFmpeg's names of the formats that are read. Raw streams are timed by the rate that they state.
+# FFmpeg's names of the supported formats. Raw streams are timed by their stated frame rate.
 _RAW = ("h264", "hevc", "m4v", "mpegvideo", "obu", "vvc")
 _FILMS = (
     "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "ivf",
     "mxf", "nut", "gif", "apng", "dv", "yuv4mpegpipe", *_RAW,
 )  # fmt: skip
-# Opened only to say that there is nothing to see.
+# opened only to report that there is no video
 _SOUND = ("wav", "w64", "mp3", "flac", "aac", "aiff", "ac3", "amr")
 _STATES_DURATION = ("matroska,webm", "flv", "asf", "avi")
 _COVER_CODECS = ("mjpeg", "png", "bmp", "gif", "tiff", "webp", "jpeg2000", "jpegxl")
-_REORDERED = 16  # frames that may be shown after the one that is stored last
+_REORDERED = 16  # frames that may be displayed after the last stored one
 _NO_FILM = Disposition.attached_pic | Disposition.timed_thumbnails
 
-# Display matrix: (axes exchanged, columns mirrored, rows mirrored) -> what PIL calls it.
+# display matrix (axes exchanged, columns mirrored, rows mirrored) -> PIL transpose
 _TURNS = {
     (False, True, False): Image.Transpose.FLIP_LEFT_RIGHT,
     (False, False, True): Image.Transpose.FLIP_TOP_BOTTOM,
@@ -54,11 +53,14 @@ _TURNS = {
 
 @dataclass(frozen=True)
 class Track:
-    """The moving picture of a file. Times are seconds from its first frame, exact.
+    """The video stream of a file. Times are exact seconds from the first frame.
 
-    `start` is the first time stamp in units of `tick` seconds, None where frames are only counted.
-    `rate` is the frames a second where they come steadily: the time stamps are then rounded to
-    ticks, and frame k stands at k / rate.
+    Attributes:
+      start: first time stamp in ticks; None if frames are only counted.
+      tick: length of a tick in seconds.
+      rate: frames per second if constant. Time stamps are then rounded to ticks, and frame k is at
+        k / rate.
+      times: times of all frames, ascending.
     """
 
     index: int
@@ -66,10 +68,10 @@ class Track:
     tick: Fraction
     rate: Fraction | None
     duration: Fraction
-    times: list[Fraction]  # of all frames, ascending
+    times: list[Fraction]
 
     def time(self, stamp: int | None, order: int) -> Fraction:
-        """When a frame is shown, from its time stamp, or from its place in the decoder's output."""
+        """Display time of a frame, from its time stamp or its order in the decoder's output."""
         if self.start is None or stamp is None:
             return self.times[min(order, len(self.times) - 1)]
         time = (stamp - self.start) * self.tick
@@ -77,10 +79,10 @@ class Track:
 
 
 def read_track(file: BinaryIO, name: str) -> Track:
-    """Find the moving picture and the times of its frames, from the packets, without decoding.
+    """Find the video stream and its frame times from the packets, without decoding.
 
     Raises:
-      InfiniteVLError: no listed format, no moving picture, a file that is cut short or damaged.
+      InfiniteVLError: unsupported format, no video stream, a truncated or damaged file.
     """
     _check_whole(file, name)
     with open_container(file, name) as container:
@@ -90,7 +92,7 @@ def read_track(file: BinaryIO, name: str) -> Track:
             if stream.codec_context and not stream.disposition & _NO_FILM  # None: an unknown codec
         }
         packets: dict[int, list[tuple[int | None, int]]] = {index: [] for index in streams}
-        corrupt: dict[int, int] = {}  # stream -> its packets before the first damaged one
+        corrupt: dict[int, int] = {}  # stream -> number of packets before the first damaged one
         reached = Fraction(0)
         for packet in container.demux():
             if not packet.size:
@@ -106,9 +108,9 @@ def read_track(file: BinaryIO, name: str) -> Track:
         stream = _moving(streams, packets, bool(container.streams.audio))
         if stream is None:
             raise InfiniteVLError(
-                f"{name} has no video stream that can be decoded (sound and cover pictures are"
-                " none)",
-                "pass a file with moving pictures; a song's cover goes in as an image",
+                f"{name} has no video stream that can be decoded (audio and cover"
+                " images do not count)",
+                "pass a video file; pass a cover image as an image",
             )
         if stream.index in corrupt:
             total = f"{stream.frames:,}" if stream.frames else "its"
@@ -125,9 +127,8 @@ def read_track(file: BinaryIO, name: str) -> Track:
             raise InfiniteVLError(
                 f"{name} is cut short after {float(reached):.1f} of {float(told):.1f} s", CUT_SHORT
             )
-        if (
-            not 0 < stream.width * stream.height <= MAX_FRAME_PIXELS
-        ):  # FFmpeg tells no size of what is over its limit
+        # FFmpeg reports no size above its limit
+        if not 0 < stream.width * stream.height <= MAX_FRAME_PIXELS:
             size = (
                 f"of {stream.width:,} x {stream.height:,} pixels"
                 if stream.width
@@ -147,18 +148,18 @@ def read_track(file: BinaryIO, name: str) -> Track:
 
 
 def decode(file: BinaryIO, track: Track, name: str) -> Iterator[tuple[Fraction, av.VideoFrame]]:
-    """The frames of a track with their times, in the order in which they are shown.
+    """Decode the frames of a track in display order, with their times.
 
     Raises:
-      InfiniteVLError: the last frames are incomplete, as those of a raw stream that is cut short.
+      InfiniteVLError: the last frames are incomplete, as in a truncated raw stream.
     """
     order, incomplete = 0, None
     with open_container(file, name) as container:
         stream = container.streams[track.index]
         pixels = max(1, stream.width * stream.height)
         stream.thread_type = "AUTO"
-        # Each thread holds a frame or two. Several do not always tell which frame is incomplete,
-        # and with raw streams nothing else shows that they are cut short.
+        # Each thread holds a frame or two. Raw streams use one thread, because with several FFmpeg
+        # may not flag an incomplete frame, and nothing else shows that the stream is truncated.
         most = 1 if container.format.name in _RAW else 16
         stream.codec_context.thread_count = max(
             1, min(most, os.cpu_count() or 1, 4 * MAX_FRAME_PIXELS // pixels)
@@ -176,8 +177,7 @@ def decode(file: BinaryIO, track: Track, name: str) -> Iterator[tuple[Fraction, 
 
 
 def upright(frame: av.VideoFrame) -> Image.Image:
-    """RGB picture, turned and mirrored by the file's display matrix, to the nearest quarter
-    turn."""
+    """RGB image of a frame, with the display matrix applied to the nearest quarter turn."""
     image = frame.to_image()
     side = frame.side_data.get(Type.DISPLAYMATRIX)
     if side is None:
@@ -190,7 +190,7 @@ def upright(frame: av.VideoFrame) -> Image.Image:
 
 
 def open_container(file: BinaryIO, name: str) -> av.container.InputContainer:
-    """The container in `file`, by its content alone, if its format is listed."""
+    """Open a container of a listed format, detected by content."""
     file.seek(0)
     formats = ",".join((*_FILMS, *_SOUND))
     try:
@@ -227,7 +227,7 @@ def _check_whole(file: BinaryIO, name: str) -> None:
 def _moving(
     streams: dict[int, av.VideoStream], packets: dict[int, list], sound: bool
 ) -> av.VideoStream | None:
-    """The stream that is the video: no preview, the default, the largest, the longest."""
+    """The video stream: not a preview, then default, largest, longest."""
     counts = Counter({index: len(found) for index, found in packets.items() if found})
     if not counts:
         return None
@@ -237,10 +237,9 @@ def _moving(
         and sound
         and all(streams[index].codec_context.name in _COVER_CODECS for index in counts)
     ):
-        return None  # a cover that is not marked as such
-    films = [
-        streams[index] for index, count in counts.items() if 10 * count > most
-    ]  # fewer frames: a preview
+        return None  # cover art that is not marked as such
+    # a stream with far fewer frames is a preview
+    films = [streams[index] for index, count in counts.items() if 10 * count > most]
     return max(
         films,
         key=lambda s: (
@@ -259,7 +258,7 @@ def _track(
         rate = stream.codec_context.framerate
         if not rate:
             raise InfiniteVLError(
-                f"{name} is a raw stream that states no frame rate, so that nothing tells its time",
+                f"{name} is a raw stream that states no frame rate",
                 "put it into a container at its true rate: ffmpeg -framerate RATE -i IN -c copy"
                 " OUT.mp4",
             )

@@ -1,5 +1,4 @@
-"""Where arrays live on a mesh: the axes, one table of rules, and the hint that activations
-carry."""
+"""Device mesh, sharding rules and sharding constraints."""
 
 from infinitevl_jax.sharding.mesh import make_mesh
 from infinitevl_jax.sharding.rules import (

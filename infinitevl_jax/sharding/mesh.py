@@ -11,11 +11,14 @@ from infinitevl_jax.errors import InfiniteVLError
 
 
 def make_mesh(run: RunConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes data, fsdp, tensor, context; an axis of -1 takes the devices that the others
-    leave.
+    """Make a mesh with axes data, fsdp, tensor, context.
 
-    Raises InfiniteVLError for a mesh that these devices (all of the process group's, where none are
-    passed) cannot give.
+    Args:
+      run: sizes of the axes; an axis of -1 takes the remaining devices.
+      devices: None means all devices of the process group.
+
+    Raises:
+      InfiniteVLError: the devices do not fit the mesh.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {axis: getattr(run, axis) for axis in AXES}

@@ -1,9 +1,8 @@
-"""Sharding, said once: logical axis -> mesh axes.
+"""Sharding rules: logical axis -> mesh axes.
 
-Mesh axes: `data` (replicas of the model), `fsdp` (batch and parameters), `tensor` (heads and hidden
-units), `context` (reserved for the length). An axis that the mesh lacks, or that does not divide a
-dimension, leaves that dimension whole. Which logical axes a parameter has is one of its facts
-(`infinitevl_jax.nn.parameter`).
+Mesh axes: `data` (model replicas), `fsdp` (batch and parameters), `tensor` (heads and hidden
+units), `context` (sequence; reserved). A dimension is replicated if the mesh lacks its axis or the
+axis does not divide it. Parameters carry their logical axes (`infinitevl_jax.nn.parameter`).
 """
 
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from infinitevl_jax.errors import InfiniteVLError
 from pallas_kernels.partition import OperatorMesh
 
-# logical axis -> mesh axes that split it
+# logical axis -> mesh axes that shard it
 AXES: dict[str | None, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "length": ("context",),
@@ -28,8 +27,10 @@ AXES: dict[str | None, tuple[str, ...]] = {
 
 
 def check_mesh(mesh: Mesh) -> None:
-    """Refuse a mesh that the rules cannot use: unknown axis names would leave everything whole on
-    every device."""
+    """Raise InfiniteVLError for a mesh with unknown or explicit axes.
+
+    Dimensions on an unknown axis would silently be replicated.
+    """
     known = sorted({name for names in AXES.values() for name in names})
     if unknown := [name for name in mesh.axis_names if name not in known]:
         raise InfiniteVLError(
@@ -45,12 +46,12 @@ def check_mesh(mesh: Mesh) -> None:
 
 
 def operator_mesh(mesh: Mesh) -> OperatorMesh:
-    """The mesh as operators see it: which axes split their batch and their heads."""
+    """Mesh axes of the batch and heads, for the operators."""
     return OperatorMesh(mesh, AXES["batch"], AXES["heads"])
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> PartitionSpec:
-    """The PartitionSpec of an array whose dimensions carry these logical axes."""
+    """PartitionSpec of an array with these logical axes."""
     used: set[str] = set()
     entries: list[tuple[str, ...] | None] = []
     for axis, size in zip(axes, shape, strict=True):
@@ -70,8 +71,7 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> Partitio
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Tell the compiler how an activation is laid out on the ambient mesh (`jax.set_mesh`); without
-    one, x as it is."""
+    """Constrain an activation's sharding on the ambient mesh (`jax.set_mesh`), if any."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
@@ -79,7 +79,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 class Sharded(Protocol):
-    """What is asked of a parameter: `infinitevl_jax.nn.params.Parameter` answers it."""
+    """Shape and logical axes of a parameter, such as `infinitevl_jax.nn.params.Parameter`."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -89,7 +89,7 @@ class Sharded(Protocol):
 
 
 def kept_whole(parameters: Mapping[str, Sharded], mesh: Mesh) -> list[str]:
-    """A line for each matrix that every device holds whole because no side of it divides."""
+    """One line for each matrix that is replicated because no dimension divides."""
     lines = []
     for name, parameter in parameters.items():
         parts = {
@@ -106,7 +106,7 @@ def kept_whole(parameters: Mapping[str, Sharded], mesh: Mesh) -> list[str]:
 
 
 def parameter_shardings(parameters: Mapping[str, Sharded], mesh: Mesh) -> dict[str, NamedSharding]:
-    """Where every parameter lives, by name (`infinitevl_jax.nn.params.parameters`)."""
+    """Sharding of every parameter by name (`infinitevl_jax.nn.params.parameters`)."""
     return {
         name: NamedSharding(mesh, spec(parameter.axes, parameter.shape, mesh))
         for name, parameter in parameters.items()

@@ -1,1 +1,1 @@
-"""Training: losses, optimiser, the step, the loop around it."""
+"""Training: losses, optimiser, step, loop."""

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, which process holds it, and what an earlier run left there."""
+"""The output folder of a run: owner, lock, leftovers of earlier runs."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from infinitevl_jax.locking import Lock
 from infinitevl_jax.reading import read_json
 from infinitevl_jax.writing import keep_aside, storage, write_text
 
-# what may change between a run and its continuation
+# settings that a resumed run may change
 FREE = (
     "run.data",
     "run.fsdp",
@@ -24,7 +24,7 @@ FREE = (
     "run.ops",
 )
 FREE += tuple(f"run.ops.{field.name}" for field in dataclasses.fields(OpsConfig))
-FREE += tuple(RENAMED)  # in the presets of runs that began before
+FREE += tuple(RENAMED)  # keys in presets of older runs
 FREE += (
     "train.output",
     "train.log_every",
@@ -38,14 +38,19 @@ PRESET = "preset.json"
 
 
 def claim_folder(preset: Preset, say: Callable[[str], None] = print) -> tuple[Path, Lock]:
-    """The run's folder, with the preset written into it, and the lock that keeps other runs out
-    until it is closed.
+    """Lock the run's folder and write the preset into it.
 
-    What a run left that ended before its first checkpoint makes way; its log is kept by another
-    name, which `say` is told.
+    Files of an earlier run without a checkpoint are removed; its log is kept under another name.
 
-    Raises InfiniteVLError if another run holds the folder, it belongs to another configuration, is
-    no run's, or cannot be written.
+    Args:
+      say: receives messages.
+
+    Returns:
+      The folder, and the lock that excludes other runs until it is closed.
+
+    Raises:
+      InfiniteVLError: the folder is in use, belongs to another configuration, is not a run's
+        folder, or cannot be written.
     """
     run = Path(preset.train.output)
     with storage(run):
@@ -65,7 +70,7 @@ def claim_folder(preset: Preset, say: Callable[[str], None] = print) -> tuple[Pa
 
 
 def _make_ready(run: Path, tree: dict, say: Callable[[str], None]) -> None:
-    for leftover in run.glob(".*.partial*"):  # of a killed process: nobody else writes here
+    for leftover in run.glob(".*.partial*"):  # of a killed process; the lock excludes others
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     if not _steps(run):
         shutil.rmtree(run / "model", ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Loss and exact answers over the whole held-out split."""
+"""Evaluation during training: loss and exact answers on the held-out split."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ from infinitevl_jax.train.step import TrainState, put_batch
 
 
 class HeldOut:
-    """A split that only measures."""
+    """Evaluates on the held-out split."""
 
     def __init__(
         self,
@@ -27,7 +27,12 @@ class HeldOut:
         mesh: Mesh,
         say: Callable[[str], None],
     ):
-        """measure: parameters and a batch -> Tally. say: told of the rows that cannot be used."""
+        """Open the held-out split.
+
+        Args:
+          measure: maps parameters and a batch to a Tally.
+          say: receives a message for each unusable row.
+        """
         source = Dataset(data.name, data.folder, data.held_out)
         self.encoder = Encoder(source, start.processor, start.config)
         self.skipped = Skipped(len(source), data.max_skipped)
@@ -40,16 +45,20 @@ class HeldOut:
         )
 
     def measure(self, state: TrainState, stop: Stop) -> dict[str, float] | None:
-        """The figures for the log; None if the run was asked to stop meanwhile.
+        """Evaluate the whole split.
 
-        Raises InfiniteVLError if more rows cannot be used than may be.
+        Returns:
+          The metrics for the log; None if the run was asked to stop meanwhile.
+
+        Raises:
+          InfiniteVLError: more rows are unusable than `max_skipped` allows.
         """
         params, tallies = {**state.trainable, **state.frozen}, []
         for batch in held_out_batches(self.encoder, self.config, self.data, self.skipped):
             for line in self.skipped.news():
                 self.say(f"held out: {line}")
             tallies.append(self._measure(params, put_batch(batch, self.mesh)))
-            jax.block_until_ready(tallies[-2:-1])  # so that a stop is heard
+            jax.block_until_ready(tallies[-2:-1])  # bounds the queue, so that a stop is noticed
             if stop.asked:
                 return None
         total = jax.tree.map(

@@ -1,4 +1,4 @@
-"""RUN/log.jsonl, one line a logged step, and the picture of it."""
+"""The training log RUN/log.jsonl, one JSON object per line, and its plot."""
 
 import json
 import os
@@ -11,13 +11,15 @@ from infinitevl_jax.writing import keep_aside, storage, write_text
 
 
 class Log:
-    """Appends lines; a run that goes on first drops what was logged after its checkpoint."""
+    """Appends lines to a log. Opening it drops lines after the restored checkpoint."""
 
     def __init__(self, path: Path, step: int, say: Callable[[str], None] = print):
-        """
+        """Open a log.
+
         Args:
-          path: the log's file. step: of the checkpoint. say: told where a log with damaged lines is
-            kept.
+          path: the log file.
+          step: step of the restored checkpoint.
+          say: receives a message if damaged lines are found.
         """
         self.path = path
         lines, damaged = _read(path)
@@ -32,15 +34,15 @@ class Log:
             self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
     def write(self, **line: Any) -> None:
-        """One line, in the file when this returns. Raises StorageError if it cannot be written."""
+        """Write one line through to the file. Raises StorageError if that fails."""
         self.lines.append(line)
         with storage(self.path):
             text = (json.dumps(line) + "\n").encode()
-            while text:  # a disk that fills up takes a part
+            while text:  # a full disk takes only part of it
                 text = text[os.write(self._file, text) :]
 
     def has(self, step: int, key: str) -> bool:
-        """Whether a line of that step holds that key."""
+        """Whether a line of this step has this key."""
         return any(line["step"] == step and key in line for line in self.lines)
 
     def close(self) -> None:
@@ -48,15 +50,15 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log, without those that are damaged (the last one may be cut by a kill)."""
+    """Lines of a log, without damaged ones (a kill may truncate the last)."""
     return _read(path)[0]
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines, and how many are damaged beside a last one that was cut."""
+    """The valid lines, and the number of damaged ones apart from a truncated last line."""
     texts = []
     if path.exists():
-        with storage(path), open_regular(path) as file:  # a pipe or a device may never end
+        with storage(path), open_regular(path) as file:  # not a pipe or device, which may not end
             texts = file.read().split(b"\n")
     lines, damaged = [], 0
     for number, text in enumerate(texts):
@@ -75,7 +77,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def plot_log(log: Path, picture: Path) -> None:
-    """Loss by step, on training and held-out data."""
+    """Plot training and held-out loss by step."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

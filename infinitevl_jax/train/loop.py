@@ -1,5 +1,4 @@
-"""The training loop, read from top to bottom: prepare, restore or start, step, save, measure,
-plot."""
+"""The training loop: prepare, restore or start, step, save, evaluate, plot."""
 
 import contextlib
 import time
@@ -44,8 +43,7 @@ from infinitevl_jax.train.step import (
 
 
 class Outcome(NamedTuple):
-    """What a run leaves: its folder, the last checkpoint (one of our checkpoint folders), and
-    whether it came to its end."""
+    """Result of a run: its folder, its last checkpoint and step, and whether it finished."""
 
     run: Path
     checkpoint: Path
@@ -54,10 +52,13 @@ class Outcome(NamedTuple):
 
 
 def train(preset: Preset, say=print) -> Outcome:
-    """Run a preset to its end, or until Ctrl-C or SIGTERM; a run that finds its own checkpoints
-    goes on from the last one.
+    """Train a preset to its end, or until Ctrl-C or SIGTERM. Resumes from its last checkpoint.
 
-    Raises InfiniteVLError for anything in preset, data, mesh or output folder that cannot work.
+    Args:
+      say: receives messages.
+
+    Raises:
+      InfiniteVLError: the preset, data, mesh or output folder is invalid.
     """
     config, began = preset.train, time.monotonic()
     if jax.process_count() > 1:
@@ -129,7 +130,7 @@ def train(preset: Preset, say=print) -> Outcome:
             )
         stop = Stop()
         saver = Saver(checkpoints, lock, config, skipped, state, batches.get_state(), stop, say)
-        del state  # the first step takes its memory
+        del state  # the first step donates its memory
         with stop, Progress(steps, first) as bar, saver:
             tokens, since = 0, time.monotonic()
             while True:
@@ -152,7 +153,7 @@ def train(preset: Preset, say=print) -> Outcome:
                 saver.advance(step_fn, put_batch(batch, mesh), batches.get_state())
                 tokens += _count(batch)
                 bar.update()
-                if saver.step == first + 1:  # traced by now
+                if saver.step == first + 1:  # all operators are traced
                     say("\n  ".join(["what ran:", *ops.report()]))
                 if _is_due(config.log_every, saver.step, steps):
                     saver.check()
@@ -187,8 +188,11 @@ def train(preset: Preset, say=print) -> Outcome:
 def _state(
     checkpoints: Checkpoints, start, known, names, optimizer, mesh: Mesh, set_place
 ) -> TrainState:
-    """The state of the newest checkpoint, whose place in the data `set_place` takes, or a fresh
-    one."""
+    """The restored state of the newest checkpoint, or a new one.
+
+    Args:
+      set_place: receives the data position of a restored checkpoint.
+    """
     begin = partial(init_state, trainable=names, optimizer=optimizer)
     if checkpoints.last is None:
         params = start.params(parameter_shardings(known, mesh))
@@ -201,7 +205,7 @@ def _state(
 
 
 def _count(batch: TrainBatch) -> int:
-    """Decoder tokens of this process's part."""
+    """Number of decoder tokens in this process's part of the batch."""
     return sum(
         int((part.token_index >= 0).sum())
         for part in (batch.prefix, batch.branches)
@@ -215,7 +219,7 @@ def _devices(mesh: Mesh) -> str:
 
 
 def _is_due(every: int, step: int, steps: int) -> bool:
-    """Whether what is done every so many steps (0: only at the end) is done after this one."""
+    """Whether something done every `every` steps (0: only at the end) is due after this step."""
     return step == steps or (step > 0 and every > 0 and step % every == 0)
 
 
@@ -229,9 +233,9 @@ def _above_the_bar(say, text: str) -> None:
 
 
 def _plot(run: Path) -> str:
-    """Draw the log, and say where or why not: what was trained is saved either way."""
+    """Plot the log. Returns a message; an error must not fail the finished run."""
     try:
         plot_log(run / "log.jsonl", run / "loss.png")
-    except Exception as error:  # of whatever in fonts, disk or numbers
+    except Exception as error:  # of fonts, disk or values
         return f"no plot ({type(error).__name__}: {error})"
     return f"plot {run / 'loss.png'}"

@@ -1,5 +1,4 @@
-"""Cross entropy over the answers, in chunks of the sequence: logits [batch, length, vocab] never
-exist at once."""
+"""Chunked cross entropy: the logits [batch, length, vocab] are never materialised as a whole."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,18 +7,25 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-CHUNK = 512  # tokens of each sequence whose logits exist at a time
+CHUNK = 512  # tokens per sequence whose logits are computed at a time
 
 
 class Tally(NamedTuple):
-    """Sums over the answer tokens of a batch, to be divided at the end."""
+    """Sums over the answer tokens of a batch, all [] float32.
 
-    loss: Array  # [] f32, sum of weight x cross entropy in nats
-    tokens: Array  # [] f32, sum of weights
-    right: Array  # [] f32, weight of the tokens that the model would have chosen itself
-    # [] f32, rows all of whose answer tokens are such (greedy decoding says exactly the target)
+    Attributes:
+      loss: sum of weight x cross entropy, in nats.
+      tokens: sum of weights.
+      right: weight of the tokens that greedy decoding predicts.
+      exact: rows whose answer tokens are all predicted.
+      rows: rows with an answer.
+    """
+
+    loss: Array
+    tokens: Array
+    right: Array
     exact: Array
-    rows: Array  # [] f32, rows with an answer
+    rows: Array
 
 
 def answer_loss(
@@ -33,17 +39,17 @@ def answer_loss(
 
     Args:
       head: [batch, chunk, width] -> logits [batch, chunk, vocab].
-      hidden: [batch, length, width]. targets: [batch, length] int32, the token after each. weights:
-        [batch, length] f32, 0 = not an answer.
-      chunk: tokens of each sequence whose logits are computed (and, for the gradient, computed
-        again) at a time.
+      hidden: [batch, length, width].
+      targets: [batch, length] int32, the next token of each.
+      weights: [batch, length] float32, 0 = not an answer.
+      chunk: tokens per sequence whose logits are computed, and recomputed for the gradient, at a
+        time.
     """
 
     @jax.checkpoint
     def part(hidden, targets, weights):
         logits = head(hidden).astype(jnp.float32)
-        # by comparison: the gradient of a look-up would be scattered into zeros as large as the
-        # logits
+        # a comparison, because the gradient of a gather is a scatter into zeros of the logits' size
         chosen = jnp.sum(
             jnp.where(jnp.arange(logits.shape[-1]) == targets[..., None], logits, 0), -1
         )

@@ -1,4 +1,4 @@
-"""Whether a run's state can fit its devices, before anything is made."""
+"""Check that a run's state fits the devices, before anything is allocated."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -12,10 +12,10 @@ from infinitevl_jax.errors import InfiniteVLError
 def check_memory(
     shapes: Mapping[str, jax.ShapeDtypeStruct], trainable: Sequence[str], mesh: Mesh
 ) -> None:
-    """Raise InfiniteVLError if the parameters, with two float32 moments for each that trains, take
-    more than all devices of the mesh have together.
+    """Raise InfiniteVLError if parameters and optimiser moments exceed the memory of the mesh.
 
-    What a step needs beside them is not counted: a run that passes may still run out of memory.
+    Trained parameters have two float32 moments. Activations are not counted, so a run that passes
+    may still run out of memory.
     """
     names = set(trainable)
     needed = sum(s.size * (12 if name in names else s.dtype.itemsize) for name, s in shapes.items())
@@ -30,9 +30,9 @@ def check_memory(
 
 
 def _memory(mesh: Mesh) -> int | None:
-    """Bytes of all devices together, None where they do not say."""
+    """Bytes of all devices together; None if unknown."""
     devices = list(mesh.devices.reshape(-1))
-    if devices[0].platform == "cpu":  # all are this one machine
+    if devices[0].platform == "cpu":  # all CPU devices share the machine's memory
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
     return sum(limits) if all(limits) else None

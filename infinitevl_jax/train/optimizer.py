@@ -1,4 +1,4 @@
-"""AdamW under a cosine with warm-up."""
+"""AdamW with warm-up and cosine decay."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,8 +12,7 @@ from infinitevl_jax.nn.params import Parameter
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear from 0 over the first `warmup` of them, then half a cosine down
-    to `final` x peak."""
+    """Learning rate by step: linear warm-up from 0, then cosine decay to `final` x peak."""
     warmup = min(round(config.warmup * steps), steps - 1) if steps > 1 else 0
     first = 0.0 if warmup else config.peak_lr
     return optax.warmup_cosine_decay_schedule(
@@ -24,9 +23,10 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimizerConfig, steps: int, parameters: Mapping[str, Parameter]
 ) -> optax.GradientTransformation:
-    """Clip by global norm, Adam, decoupled weight decay, learning rate, on a dict of names.
+    """Global-norm clipping, Adam, decoupled weight decay and learning rate, for a dict by name.
 
-    parameters: of the model; each knows whether it decays. Norms, biases and gates do not.
+    Args:
+      parameters: the model's; their facts say which ones decay.
     """
 
     def decays(params: Mapping[str, jax.Array]) -> dict[str, bool]:
@@ -43,14 +43,15 @@ def make_optimizer(
 def split_trainable(
     parameters: Mapping[str, Parameter], patterns: Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """Names of the parameters that train, and of those that stay.
+    """Names of the trained and of the frozen parameters.
 
     Args:
-      parameters: of the model, in either layout.
-      patterns: regular expressions. A parameter trains if one of them matches its whole name layer
-        by layer, such as "layers.3.mlp.up_proj.kernel".
+      parameters: the model's, in either layout.
+      patterns: regular expressions. A parameter trains if one matches its whole layer-by-layer
+        name, such as "layers.3.mlp.up_proj.kernel".
 
-    Raises InfiniteVLError for a pattern that matches nothing, or only some layers of a stack.
+    Raises:
+      InfiniteVLError: a pattern matches nothing, or only some layers of a stack.
     """
     names = [layer for parameter in parameters.values() for layer in parameter.layers]
     matched: set[str] = set()

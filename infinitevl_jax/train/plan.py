@@ -1,5 +1,4 @@
-"""The shapes of a training step before anything exists: what a pod's compiler needs, and nothing
-more."""
+"""Abstract inputs of a training step, for ahead-of-time compilation."""
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +21,12 @@ def abstract_state(
     dtype,
     mesh: Mesh,
 ) -> TrainState:
-    """Shapes and shardings of the state: parameters in `dtype`, those that match a `trainable`
-    pattern in f32 with moments."""
+    """Shapes and shardings of the training state.
+
+    Args:
+      trainable: patterns of the trained parameters, which are float32 with moments.
+      dtype: of the frozen parameters.
+    """
     known = parameters(config, scanned=True)
     shapes = {name: jax.ShapeDtypeStruct(p.shape, dtype) for name, p in known.items()}
     names, _ = split_trainable(known, trainable)
@@ -34,8 +37,12 @@ def abstract_state(
 def abstract_batch(
     config: ModelConfig, rows: int, length: int, patches: int, mesh: Mesh
 ) -> TrainBatch:
-    """Shapes and shardings of packed rows of `length` tokens, each with up to `patches` patches of
-    images (0: text only)."""
+    """Shapes and shardings of packed rows.
+
+    Args:
+      length: tokens per row.
+      patches: image patches per row; 0 is text only.
+    """
     inputs, vision = packed_shapes(
         config, Packing(rows, length, patches), pixel_dtype=jnp.bfloat16, slice_reach=1024
     )

@@ -1,5 +1,4 @@
-"""What a run shows while it goes: a bar that fits the terminal, or, where there is none, a line now
-and then."""
+"""Progress display: a bar in a terminal, else a line every now and then."""
 
 import sys
 import time
@@ -8,18 +7,22 @@ from collections.abc import Sequence
 from tqdm import tqdm
 from tqdm.utils import disp_len
 
-_EVERY = 30  # seconds between two lines where no terminal shows a bar
-_BAR = 8  # columns that a bar takes at least
+_EVERY = 30  # seconds between lines without a terminal
+_BAR = 8  # smallest width of the bar in columns
 
 
 class Progress(tqdm):
-    """A bar of steps with figures. In a narrow terminal the bar goes first, then the times, then
-    figures from the last on."""
+    """A progress bar with metrics.
+
+    In a narrow terminal it drops the bar, then the times, then metrics from the last.
+    """
 
     def __init__(self, total: int, initial: int, file=None):
-        """
+        """Create a progress bar.
+
         Args:
-          total, initial: steps. file: what to write to, standard error by default.
+          total, initial: steps.
+          file: stream to write to; default standard error.
         """
         self.figures: Sequence[str] = ()
         self._told = time.monotonic()
@@ -35,7 +38,7 @@ class Progress(tqdm):
         self.steps = (initial, total)
 
     def show(self, step: int, figures: Sequence[str]) -> None:
-        """Show the figures of a step, the most important first."""
+        """Show the metrics of a step, most important first."""
         self.figures = figures
         if self._shown:
             self.refresh()

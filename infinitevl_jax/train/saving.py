@@ -1,4 +1,4 @@
-"""When a run saves: every so often, when told to, and before an error ends it."""
+"""Saving of a run: periodically, on request, and before an error ends it."""
 
 import contextlib
 import sys
@@ -20,8 +20,10 @@ from infinitevl_jax.train.step import TrainState
 
 
 class Stop(contextlib.AbstractContextManager):
-    """Ctrl-C, SIGTERM or a closed terminal set `asked`: the run finishes its step, saves and ends.
-    A second Ctrl-C ends it at once."""
+    """Sets `asked` on Ctrl-C, SIGTERM or a closed terminal.
+
+    The run then finishes its step, saves and ends. A second Ctrl-C ends it at once.
+    """
 
     def __init__(self):
         self.asked = False
@@ -29,7 +31,7 @@ class Stop(contextlib.AbstractContextManager):
 
     def _ask(self) -> None:
         self.asked = True
-        with contextlib.suppress(OSError):  # the terminal may be gone
+        with contextlib.suppress(OSError):  # the terminal may be closed
             print("\nfinishing this step, then saving", file=sys.stderr)
 
     def __enter__(self) -> "Stop":
@@ -41,10 +43,9 @@ class Stop(contextlib.AbstractContextManager):
 
 
 class Saver(contextlib.AbstractContextManager):
-    """Holds a run's state together with its place in the data, and saves both.
+    """Holds a run's state with its data position, and saves both.
 
-    As a context manager: an error that ends the block leaves the last good state saved, and says
-    where.
+    As a context manager it saves the last good state when an error ends the block.
     """
 
     def __init__(
@@ -58,8 +59,12 @@ class Saver(contextlib.AbstractContextManager):
         stop: Stop,
         say: Callable[[str], None],
     ):
-        """place: in the data, as JSON, of the batch that follows `state`. say: told where the state
-        is when an error ends the run."""
+        """Hold the state of a run.
+
+        Args:
+          place: JSON position in the data of the batch that follows `state`.
+          say: receives a message if an error ends the run.
+        """
         self.checkpoints, self.lock, self.config, self.skipped = checkpoints, lock, config, skipped
         self.stop, self.say = stop, say
         self.state, self.metrics = state, None
@@ -68,9 +73,9 @@ class Saver(contextlib.AbstractContextManager):
         self._since, self._saving = time.monotonic(), False
 
     def advance(self, step_fn: Callable, batch: Any, place: Any) -> None:
-        """Take a step: state, metrics = step_fn(state, batch). place: of the batch that follows."""
+        """Run state, metrics = step_fn(state, batch). `place` is the position of the next batch."""
         self.check()  # at most one step runs ahead of the host
-        # first, so that whichever state an interruption leaves has its place
+        # recorded before the step, so that either state has its position after an interruption
         self._places = {self.step: self._places[self.step], self.step + 1: place}
         self.state, self.metrics = step_fn(self.state, batch)
         self.step += 1
@@ -78,7 +83,8 @@ class Saver(contextlib.AbstractContextManager):
     def check(self) -> None:
         """Wait for the last step.
 
-        Raises InfiniteVLError if it went wrong; the state is then that before it.
+        Raises:
+          InfiniteVLError: loss or gradient is not finite. The state is that before the step.
         """
         for name in ("loss", "grad_norm") if self.metrics is not None else ():
             value = float(getattr(self.metrics, name))
@@ -90,15 +96,19 @@ class Saver(contextlib.AbstractContextManager):
 
     @property
     def due(self) -> bool:
-        """Whether the configuration asks for a checkpoint after this step."""
+        """Whether a checkpoint is due after this step."""
         every, minutes = self.config.checkpoint_every, self.config.checkpoint_minutes
         late = minutes and time.monotonic() - self._since >= 60 * minutes
         return self.step > self._first and bool(late or (every and self.step % every == 0))
 
     def save(self) -> Path:
-        """The checkpoint of the state, written unless it is there.
+        """Save a checkpoint of the state unless it exists.
 
-        Raises InfiniteVLError if the last step went wrong, or the checkpoint cannot be written.
+        Returns:
+          Its folder.
+
+        Raises:
+          InfiniteVLError: the last step failed, or the checkpoint cannot be written.
         """
         self.check()
         return self._save()
@@ -117,22 +127,21 @@ class Saver(contextlib.AbstractContextManager):
         told = self._last_words(leave=kind is KeyboardInterrupt and self.stop.asked)
         if isinstance(error, InfiniteVLError):
             raise InfiniteVLError(error.culprit, error.cure, [*error.items, *told]) from error
-        with contextlib.suppress(OSError):  # the terminal may be what failed
+        with contextlib.suppress(OSError):  # the terminal may be the cause
             for line in told:
                 self.say(line)
 
     def _last_words(self, leave: bool) -> list[str]:
-        """Save the state, unless saving failed or there is no time for it, and say what there
-        is."""
+        """Save the state unless saving failed or the run must leave; report what is saved."""
         reason = ""
-        # a step that failed may have taken its input's memory
+        # a failed step may have consumed its input buffers
         if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):
             reason = f"step {self.step} was lost with it"
         elif not self._saving and not leave:
             try:
                 step = int(self.state.step)
                 return [f"step {step} is saved in {self._save()}"] if step else []
-            except Exception as error:  # the one that ends the run is told first
+            except Exception as error:  # the original error is reported first
                 reason = f"step {self.step} could not be saved: {getattr(error, 'culprit', error)}"
         last = self.checkpoints.last
         there = "no step is saved" if last is None else f"step {last} is saved"

@@ -1,5 +1,4 @@
-"""From a preset to what a run needs: configuration, processor, and where the first parameters come
-from."""
+"""Preparation of a run: configuration, processor, and the source of its parameters."""
 
 import dataclasses
 import json
@@ -31,9 +30,10 @@ from infinitevl_jax.processing.folder import write_pixel_limits
 class Start:
     """A model before its first step.
 
-    files: folder with config.json and the processor's files. manifest: what export must know beside
-      them.
-    params: makes the parameters (scanned layout) where `shardings` say.
+    Attributes:
+      files: folder with config.json and processor files.
+      manifest: additional facts for export.
+      params: creates the parameters (scanned layout) with the given shardings.
     """
 
     config: ModelConfig
@@ -44,11 +44,9 @@ class Start:
 
 
 def prepare_start(model: ModelSource, source: Dataset, run: Path, seed: int) -> Start:
-    """Open the checkpoint folder that a preset names, or bring a fresh model's files into being in
-    RUN/model.
+    """Open the preset's checkpoint folder, or write the files of a new model to RUN/model.
 
-    Where the preset changes how a folder's pictures are resized, RUN/model holds the folder's files
-    with that change.
+    If the preset changes the folder's image size limits, RUN/model gets a copy with that change.
     """
     limits = {
         name: value
@@ -65,11 +63,11 @@ def prepare_start(model: ModelSource, source: Dataset, run: Path, seed: int) -> 
             if limits:
                 write_pixel_limits(work, limits)
     try:
-        # The names of the weights decide what config.json leaves open.
+        # weight names decide what config.json leaves open
         config = checkpoints.read_config(model.from_) if model.from_ else read_config(folder)
         processor = Processor.from_pretrained(folder)
     except InfiniteVLError as error:
-        if folder == run / "model":  # nothing in it is of the user's own
+        if folder == run / "model":  # written by this project
             raise InfiniteVLError(
                 error.culprit, f"remove {folder}: the same command writes it again"
             ) from error
@@ -85,7 +83,7 @@ def prepare_start(model: ModelSource, source: Dataset, run: Path, seed: int) -> 
             lambda shardings: fresh(shardings=shardings),
         )
     origin = Path(model.from_)
-    side_files(origin)  # refuses now what could not be copied beside a checkpoint
+    side_files(origin)  # raises early if files could not be copied to a checkpoint
     manifest = run_manifest(origin, config)
 
     def load(shardings):
@@ -95,24 +93,24 @@ def prepare_start(model: ModelSource, source: Dataset, run: Path, seed: int) -> 
 
 
 def existing_folder(name: str, key: str) -> Path:
-    """The folder that the preset's `key` names. Raises InfiniteVLError if there is none."""
+    """The folder named by the preset's `key`. Raises InfiniteVLError if there is none."""
     folder = Path(name)
     try:
         found = folder.is_dir()
-    except OSError as error:  # such as a name that is too long
+    except OSError as error:  # for example a name that is too long
         raise InfiniteVLError(
             f"{key} is {name!r}: {error.strerror}", "name a checkpoint folder"
         ) from None
     if not found:
         words = ', or "words"' if key == "model.tokenizer" else ""
         raise InfiniteVLError(
-            f"{key} is {name!r}, which is no folder", f"name a checkpoint folder{words}"
+            f"{key} is {name!r}, which is not a folder", f"name a checkpoint folder{words}"
         )
     return folder
 
 
 def _write_files(model: ModelSource, source: Dataset, folder: Path) -> None:
-    """config.json and the processor's files of a fresh model."""
+    """Write config.json and processor files of a new model."""
     text, vision = model.text, model.vision
     if model.tokenizer == "words":
         if vision is None:

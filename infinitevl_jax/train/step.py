@@ -1,4 +1,4 @@
-"""One optimisation step as a pure function of (state, batch)."""
+"""The training step, a pure function of (state, batch)."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -39,34 +39,46 @@ REMAT: dict[str, Callable] = {
 
 
 class TrainState(NamedTuple):
-    """All that a step changes (trainable in f32, moments) and the parameters it only reads."""
+    """State of training.
+
+    Attributes:
+      trainable: trained parameters, float32.
+      frozen: other parameters.
+      optimizer: optax state of `trainable`.
+      step: [] int32, steps done.
+    """
 
     trainable: Params
     frozen: Params
-    optimizer: Any  # optax state over `trainable`
-    step: Array  # [] int32, steps done
+    optimizer: Any
+    step: Array
 
 
 class Metrics(NamedTuple):
-    """Scalars of one step."""
+    """Scalars of one step.
 
-    loss: Array  # mean cross entropy of the answer tokens of the global batch, nats
-    accuracy: Array  # share of answer tokens that were the model's first choice
-    grad_norm: Array  # before clipping
+    Attributes:
+      loss: mean cross entropy of the answer tokens of the global batch, in nats.
+      accuracy: share of answer tokens that greedy decoding predicts.
+      grad_norm: before clipping.
+    """
+
+    loss: Array
+    accuracy: Array
+    grad_norm: Array
 
 
 def model_of(
     config: ModelConfig, run: RunConfig, ops: Ops | None = None
 ) -> Callable[[Params], VLM]:
-    """The function from stacked parameters to the module, with the run's precision,
-    rematerialisation and way through layers.
+    """Return the function that binds stacked parameters to the model, with the run's settings.
 
-    Without `run.scan` the stacks are cut into layers here, inside the step: state and checkpoints
-    are the same either way.
+    State and checkpoints are always stacked; without `run.scan` the stacks are split here, inside
+    the step.
 
-    The layers' matrices are narrowed to the activations' dtype here, once a step. Each layer would
-    do it to the same effect, but again for every pass over it, and its slices of the float32
-    stacks, and of their gradients, would be copied at twice the width.
+    Matrices of layers are cast to the activation dtype here, once per step. Casting in the layers
+    gives the same result, but for every pass, and slices of the stacks and of their gradients would
+    be copied in float32.
     """
     dtype = jnp.dtype(run.dtype)
     bind = functional(config, scanned=run.scan, dtype=dtype, ops=ops, remat=REMAT[run.remat])
@@ -84,7 +96,7 @@ def model_of(
 
 
 def evaluate_batch(model: Callable[[Params], VLM], params: Params, batch: TrainBatch) -> Tally:
-    """Sums of loss and right answers over one batch."""
+    """Sums of loss and correct answers over a batch."""
     vlm = model(params)
     vision = None if batch.patches is None else vlm.encode(batch.patches)
     if batch.prefix is None:
@@ -93,7 +105,7 @@ def evaluate_batch(model: Callable[[Params], VLM], params: Params, batch: TrainB
         count, longest = batch.prefix.tokens.shape
         cache = empty(vlm.cache_spec(count, longest + batch.branches.tokens.shape[1]))
         _, cache, _ = vlm.decode(vlm.embed(batch.prefix, vision), batch.prefix, cache)
-        vlm = model(params)  # cast anew, so that the gradients of both passes are added in float32
+        vlm = model(params)  # a second cast, so that the gradients of both passes add in float32
         hidden, _, _ = vlm.decode(
             vlm.embed(batch.branches, None), batch.branches, cache.select(batch.parents)
         )
@@ -106,10 +118,9 @@ def train_step(
     state: TrainState,
     batch: TrainBatch,
 ) -> tuple[TrainState, Metrics]:
-    """Gradient of the mean loss over the answer tokens of the global batch, and the update.
+    """Update the state by the gradient of the mean loss over the global batch's answer tokens.
 
-    The state stays as it is where loss or gradient is not finite: what was learnt so far is not
-      lost.
+    If loss or gradient is not finite, the state is returned unchanged.
     """
 
     def loss(trainable):
@@ -130,7 +141,7 @@ def train_step(
 def init_state(
     params: Params, trainable: list[str], optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """The state before the first step: what trains becomes f32, the rest keeps its dtype."""
+    """State before the first step. Trained parameters become float32; others keep their dtype."""
     train = {name: params[name].astype(jnp.float32) for name in trainable}
     frozen = {name: value for name, value in params.items() if name not in train}
     return TrainState(train, frozen, optimizer.init(train), jnp.zeros((), jnp.int32))
@@ -139,10 +150,11 @@ def init_state(
 def state_shardings(
     state: TrainState, parameters: Mapping[str, Parameter], mesh: Mesh
 ) -> TrainState:
-    """Where everything lives: parameters by their logical axes, moments with their parameters,
-    counters everywhere.
+    """Shardings of the state: parameters by logical axes, moments like their parameters.
 
-    state: arrays or their shapes. parameters: the model's, stacked.
+    Args:
+      state: arrays or shapes.
+      parameters: the model's, stacked.
     """
     places = parameter_shardings(parameters, mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -164,7 +176,7 @@ def state_shardings(
 
 
 def batch_axes(batch: TrainBatch) -> TrainBatch:
-    """The logical axes of every leaf, as a pytree of the batch's form whose leaves are tuples."""
+    """Logical axes of every leaf, in a tree shaped like the batch."""
 
     def inputs(x):
         rank2 = ("batch", None)
@@ -190,10 +202,10 @@ def batch_axes(batch: TrainBatch) -> TrainBatch:
 
 
 def batch_shardings(batch: TrainBatch, mesh: Mesh) -> TrainBatch:
-    """Every leaf of a process's part cut along its batch axis over (data, fsdp).
+    """Sharding of every leaf over (data, fsdp) by its batch axis.
 
-    Raises InfiniteVLError where that axis does not divide: a silent copy on every device would only
-      look right.
+    Raises:
+      InfiniteVLError: the axis does not divide; replication would hide that.
     """
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -215,5 +227,5 @@ def batch_shardings(batch: TrainBatch, mesh: Mesh) -> TrainBatch:
 
 
 def put_batch(batch: TrainBatch, mesh: Mesh) -> TrainBatch:
-    """A process's part of the global batch as global arrays on the mesh."""
+    """Put a process's part of the global batch on the mesh, as global arrays."""
     return jax.tree.map(jax.make_array_from_process_local_data, batch_shardings(batch, mesh), batch)

@@ -1,5 +1,4 @@
-"""Mistakes on the command line: exit code 2, the culprit and the cure on stderr, no traceback,
-nothing on stdout."""
+"""Command-line errors: exit code 2, culprit and cure on stderr, empty stdout, no traceback."""
 
 import json
 import shutil
@@ -15,7 +14,7 @@ from infinitevl_jax.cli import app
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """An intact folder, one of a text model, and pictures that are none."""
+    """Intact folders, one of a text model, and invalid images."""
     root = tmp_path_factory.mktemp("cli")
     write_folder(root / "model", tiny_model(tiny_config()))
     write_folder(root / "text", tiny_model(full_attention_config()))
@@ -29,7 +28,7 @@ def good(tmp_path_factory):
 
 
 def change(folder, file, **entries):
-    """Other entries in a JSON file."""
+    """Change entries of a JSON file."""
     content = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
     (folder / file).write_text(json.dumps(content | entries))
 
@@ -196,7 +195,7 @@ FOLDERS = {
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_damaged_folders(name, good, tmp_path):
-    """`chat` refuses before it reads weights; `info` as well, where it is a matter of the model."""
+    """`chat` refuses before it reads weights; so does `info` if the model is at fault."""
     damage, culprits = FOLDERS[name]
     shutil.copytree(good / "model", tmp_path / "model")
     damage(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Calls of a model that cannot work: each is named before anything is computed."""
+"""Invalid calls of a model are refused by name before any computation."""
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ S = "sliding_attention"
 
 @pytest.fixture(scope="module")
 def model():
-    """Never computes, so zeros will do."""
+    """A model of zeros; it never computes."""
     config = hybrid_config()
     return InfiniteVL(
         config,

@@ -1,5 +1,4 @@
-"""Bad conversations, pictures, videos and processor files: each gives one short error that names
-the culprit and the cure."""
+"""Bad conversations, images, videos and processor files give one error with culprit and cure."""
 
 import io
 import json
@@ -46,7 +45,7 @@ def png():
 
 
 def clip(suffix="mp4"):
-    """A video file with its index in front, so that a copy cut short still opens."""
+    """A video file with its index first, so that a truncated copy still opens."""
     path = Path(tempfile.mkdtemp()) / f"video.{suffix}"
     with av.open(
         str(path), "w", options={"movflags": "faststart"} if suffix == "mp4" else {}
@@ -90,7 +89,7 @@ def write(name, data):
     return make
 
 
-# name, source (a value, or a function of the temporary folder), what the message must name
+# name, source (a value, or a function of the temporary folder), words of the message
 IMAGES = [
     ("missing_image", lambda tmp: tmp / "none.png", ["none.png", "does not exist"]),
     ("folder_as_image", lambda tmp: tmp, ["is a folder"]),
@@ -308,8 +307,7 @@ def processor(tmp_path_factory):
 
 
 def small_folder(folder: Path, **changes) -> Path:
-    """A good folder with a byte tokenizer; `changes` replace files: text, bytes or JSON values by
-    name, None removes one."""
+    """A folder with a byte tokenizer. `changes` replace files: text, bytes, JSON; None removes."""
     files = {
         "vocab.json": {letter: i for i, letter in enumerate(_byte_letters())},
         "merges.txt": "#version: 0.2\n",

@@ -1,5 +1,4 @@
-"""Chat templates that loop, or that build more than a machine holds: stopped in seconds, with
-little memory."""
+"""Templates that loop or build huge values are stopped in seconds, with little memory."""
 
 import resource
 import sys
@@ -139,8 +138,7 @@ def test_a_bomb_is_stopped(case, monkeypatch):
 
 
 def test_a_budget_grows_with_the_conversation():
-    """A conversation far over the budget of a bare template is rendered, also where a template
-    copies what it writes."""
+    """A conversation far above the base budget is rendered, even by a template that copies."""
     messages = [{"role": "user", "content": "x" * 5_000_000}] * 10
     template = (
         "{% for m in messages %}{% set c = m.content | trim ~ '' %}{{ c + '\n' }}{% endfor %}"

@@ -1,5 +1,4 @@
-"""Tokenizer files that are damaged, mixed up or made to do harm: refused in words, in little time,
-whatever is in them."""
+"""Damaged, mixed or malicious tokenizer files are refused in little time."""
 
 import json
 import random
@@ -307,7 +306,7 @@ VALUES = [
 
 
 def places(tree, path=()):
-    """Every place of a JSON value."""
+    """All paths of a JSON value."""
     yield path
     items = (
         tree.items()
@@ -340,7 +339,7 @@ def test_any_value_anywhere_is_refused_or_works(tmp_path, seed):
 
 
 def test_tokens_that_only_added_tokens_json_lists_are_kept(tmp_path):
-    """Also beside tokenizer.json, where no tokenizer is, and where a role names one of them."""
+    """Also beside tokenizer.json, without a tokenizer, and for tokens with a role."""
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<answer>": 270, "<end>": 271}))
     (tmp_path / "special_tokens_map.json").write_text(
         json.dumps({"eos_token": {"content": "<end>"}, "additional_special_tokens": []})
@@ -370,8 +369,7 @@ def test_added_tokens_beside_a_vocabulary_and_alone(tmp_path):
     assert Tokenizer.builtin().token_id("<answer>") is None
 
 
-# How published tokenizers cut text: GPT-2, Llama 3, Qwen2.5, GPT-4o, DeepSeek V3, and a group of
-# letters.
+# Pre-tokenizers of GPT-2, Llama 3, Qwen2.5, GPT-4o, DeepSeek V3, and a group of letters.
 EXPRESSIONS = [
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     (

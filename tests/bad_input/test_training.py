@@ -1,5 +1,4 @@
-"""What cannot work in a preset, a data set, a mesh or an output folder: one screen that names the
-culprit, and nothing left behind."""
+"""Invalid presets, data, meshes and folders give one error and leave nothing behind."""
 
 import json
 import shutil
@@ -22,8 +21,7 @@ def refuses(action, *culprits):
     assert message.count("\n") < 15 and len(message) < 1600 and "->" in message, message
 
 
-# --- presets
-# --------------------------------------------------------------------------------------------------
+# presets
 
 PRESETS = {
     "unknown key": (
@@ -117,8 +115,7 @@ def test_no_such_preset(tmp_path):
     refuses(lambda: load_preset(tmp_path / "nowhere.toml"), "nowhere.toml")
 
 
-# --- meshes
-# --------------------------------------------------------------------------------------------------
+# meshes
 
 
 def test_mesh_larger_than_the_machine():
@@ -137,13 +134,12 @@ def test_mesh_that_does_not_divide_the_machine():
     )
 
 
-# --- runs
-# --------------------------------------------------------------------------------------------------
+# runs
 
 
 @pytest.fixture
 def attempt(tmp_path, tiny_data):
-    """Tries to train the tiny preset with changes."""
+    """Train the tiny preset with changes."""
     path = write_preset(tmp_path, tiny_data)
     return lambda *changes: train(load_preset(path, changes))
 
@@ -214,8 +210,7 @@ def test_output_that_is_a_file(tmp_path, attempt):
     assert (tmp_path / "run").read_text() == "mine"
 
 
-# --- going on
-# --------------------------------------------------------------------------------------------------
+# going on
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +223,7 @@ def trained(tmp_path_factory, tiny_data):
 
 @pytest.fixture
 def going_on(trained, tmp_path, tiny_data):
-    """Tries to go on with a copy of that run."""
+    """Resume a copy of that run."""
     shutil.copytree(trained, tmp_path / "run")
     path = write_preset(tmp_path, tiny_data)
     return lambda *changes: train(
@@ -252,7 +247,7 @@ def test_run_of_another_configuration(going_on, tmp_path):
 
 
 def test_how_a_run_is_carried_out_may_change(going_on, tmp_path):
-    """Also where the run began before there was such a key."""
+    """Also for runs older than the key."""
     path = tmp_path / "run" / "preset.json"
     preset = json.loads(path.read_text())
     del preset["run"]["scan"]
@@ -261,7 +256,7 @@ def test_how_a_run_is_carried_out_may_change(going_on, tmp_path):
 
 
 def test_checkpoint_of_another_model(going_on, tmp_path):
-    """The preset was tampered with, or the checkpoint copied from elsewhere: the tensors tell."""
+    """A modified preset or a copied checkpoint is detected by the tensors."""
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     (tmp_path / "run" / "model" / "config.json").write_text(
         json.dumps(config | {"intermediate_size": 64})

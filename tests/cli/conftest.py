@@ -1,5 +1,4 @@
-"""A tiny checkpoint, a picture, and a runner for commands; the model is loaded once and shared, for
-its compiled functions."""
+"""A tiny checkpoint, an image, and a command runner with a shared, already compiled model."""
 
 import av
 import numpy as np
@@ -51,8 +50,7 @@ def film(tmp_path_factory):
 
 @pytest.fixture
 def run(monkeypatch, model):
-    """run(arguments, typed="") -> the result of a command, with the shared model in the place of
-    one loaded anew."""
+    """run(arguments, typed="") -> result of a command that uses the shared model."""
     monkeypatch.setattr(
         InfiniteVL, "from_pretrained", classmethod(lambda cls, folder, **options: model)
     )

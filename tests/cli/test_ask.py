@@ -1,4 +1,4 @@
-"""`infinitevl ask`: the answer on stdout, everything else on stderr."""
+"""`infinitevl ask`: the answer on stdout, the rest on stderr."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from infinitevl_jax.serve.sampling import Sampling
 
 
 def expected(folder, model, content, **settings):
-    """The answer by the public interface."""
+    """The answer by the Python interface."""
     processor = Processor.from_pretrained(folder)
     batch = processor([{"role": "user", "content": content}])
     return processor.decode(
@@ -68,7 +68,7 @@ def test_sampling_goes_by_the_seed(run, folder, model):
 
 
 def test_words_come_one_by_one(run, folder, model, monkeypatch):
-    """Each piece is printed before the next token is looked at."""
+    """Each piece is printed before the next token is read."""
     order, echo, decode = [], typer.echo, model.decode
 
     def print_piece(text="", **options):
@@ -131,7 +131,7 @@ def test_the_checkpoint_penalty_is_the_default(run, folder, model, monkeypatch):
 
 
 def test_ends_at_the_end_of_the_turn(model, folder):
-    """The template's <|im_end|> ends an answer although config.json names another token."""
+    """The template's <|im_end|> ends an answer though config.json names another token."""
     processor = Processor.from_pretrained(folder)
     assert model.config.eos_token_ids == (256,)
     assert (
@@ -159,7 +159,7 @@ def test_help_does_not_load_jax():
 
 
 def test_in_a_process_of_its_own(folder, model):
-    """The real thing: a fresh process that reads the weights."""
+    """A fresh process that loads the weights."""
     command = [
         sys.executable,
         "-m",

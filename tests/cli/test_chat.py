@@ -1,4 +1,4 @@
-"""`infinitevl chat`: what is typed, what comes back, and what each command does."""
+"""`infinitevl chat`: input, output and commands."""
 
 import signal
 
@@ -9,7 +9,7 @@ from infinitevl_jax.serve.conversation import Conversation
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Contents that reach the model, and the conversation they belong to."""
+    """Contents that reach the model, with their conversation."""
     log, ask = [], Conversation.ask
     monkeypatch.setattr(
         Conversation,
@@ -77,7 +77,7 @@ def test_mistakes_do_not_end_a_conversation(run, folder, tmp_path, asked):
 
 
 def test_interrupting_ends_the_answer_alone(run, folder, model, asked, monkeypatch):
-    """Ctrl-C after the second token; the next turn goes on from what was said."""
+    """Ctrl-C after the second token; the next turn continues from there."""
     decode, pressed = model.decode, []
 
     def press(*args, **settings):
@@ -103,7 +103,7 @@ def test_interrupting_ends_the_answer_alone(run, folder, model, asked, monkeypat
 
 
 def test_the_seed_goes_on(run, folder):
-    """Sampling: the same conversation twice, but no answer drawn like the one before it."""
+    """The same conversation twice gives the same samples, but each answer has its own seed."""
     options = ["--temperature", 3, "--max-new-tokens", 6]
     one = run("chat", folder, *options, typed="Hi\n/reset\nHi\n").stdout
     assert one == run("chat", folder, *options, typed="Hi\n/reset\nHi\n").stdout

@@ -1,5 +1,4 @@
-"""The commands around `infinitevl`: how they are called, and what they say before anything is
-computed."""
+"""Entry points of the commands, and their output before any computation."""
 
 import re
 import runpy

@@ -1,5 +1,4 @@
-"""Compiled programs: kept in the user's cache folder, read from there, never in the way;
-`--version` says where."""
+"""The compilation cache: kept in the user's cache folder, optional, shown by `--version`."""
 
 import os
 import re
@@ -17,7 +16,7 @@ HITS, MISSES = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cach
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A user's cache folder of this test's own."""
+    """A cache folder for this test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "infinitevl_jax" / "compiled"
 
@@ -99,13 +98,13 @@ def test_a_folder_that_jax_was_given_is_left_alone(home, tmp_path):
 def test_where_the_folder_is(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert compilation.default_folder() == Path("/somewhere/infinitevl_jax/compiled")
-    for nothing in ("", "relative"):  # by the XDG rules
+    for nothing in ("", "relative"):  # invalid by the XDG specification
         monkeypatch.setenv("XDG_CACHE_HOME", nothing)
         assert compilation.default_folder() == Path.home() / ".cache/infinitevl_jax/compiled"
 
 
 def test_long_compiling_is_said(home, monkeypatch):
-    """Compiling that takes longer than patience lasts, and not when it is over before."""
+    """Said if compiling takes longer than PATIENCE, not otherwise."""
     monkeypatch.setattr(compilation, "PATIENCE", 0.05)
     said = []
     lowered, compiled = (
@@ -124,7 +123,7 @@ def test_long_compiling_is_said(home, monkeypatch):
 
 
 def test_jax_tells_of_compiling():
-    """The two events that the above listens for, in that order."""
+    """JAX emits the two events that the message relies on, in this order."""
     seen = []
 
     def listen(event, seconds, **_):

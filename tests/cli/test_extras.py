@@ -1,4 +1,4 @@
-"""What is said where a package is not installed, as after `pip install .` alone."""
+"""Messages for missing packages, as after `pip install .` without extras."""
 
 import ast
 import re
@@ -17,7 +17,7 @@ MODULES = {
     "orbax-checkpoint": "orbax",
     "tensorflow-datasets": "tensorflow_datasets",
 }
-# No package of these extras can be found, as in an environment that lacks them.
+# Packages of these extras cannot be found, as if not installed.
 HIDE = """
 import sys
 class Hidden:
@@ -39,7 +39,7 @@ def without(hidden, code, *arguments):
     )
 
 
-FLAX = {"optax", "orbax", "tensorstore"}  # which flax brings
+FLAX = {"optax", "orbax", "tensorstore"}  # dependencies of flax
 RUN, TRAIN = (
     {name for name, extra in EXTRAS.items() if extra == which} - FLAX for which in ("run", "train")
 )

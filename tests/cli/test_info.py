@@ -1,4 +1,4 @@
-"""`infinitevl info`: every figure against the facts, from headers alone."""
+"""`infinitevl info`: all figures against the truth, from headers only."""
 
 import json
 import re
@@ -89,7 +89,7 @@ def test_ours_as_json_and_as_a_table(run, folder, model):
 
 
 def test_hugging_face_folders_read_from_headers_alone(run, tmp_path, monkeypatch):
-    """Mixed dtypes, a tied head that is there as well, and a tokenizer that is none."""
+    """Mixed dtypes, a stored tied head, an invalid tokenizer."""
     hybrid_folder(tmp_path / "hf", mixed=True, head=True)
     monkeypatch.setattr(Source, "read", lambda *_: pytest.fail("a weight was read"))
     facts = json.loads(run("info", tmp_path / "hf", "--json").stdout)

@@ -1,5 +1,4 @@
-"""Ctrl-C and SIGTERM, each in a process of its own: one line, the signal's exit status, within two
-seconds, nothing half-written."""
+"""Ctrl-C and SIGTERM end a process in two seconds with one line and the signal's status."""
 
 import os
 import signal
@@ -34,7 +33,7 @@ def start(*arguments):
 
 
 def program(body):
-    """A command whose main is `body`, indented; it prints "ready" when the signal may come."""
+    """A command whose main is `body` (indented). It prints "ready" for the signal."""
     return start(
         "-c",
         "import signal, sys, threading, time\nfrom infinitevl_jax.command import run\ndef"
@@ -43,13 +42,13 @@ def program(body):
 
 
 def end(process, number=signal.SIGINT, words="interrupted"):
-    """Send the signal and hold the process against the above; returns what else it printed."""
+    """Send the signal and check the process against the above. Returns its other output."""
     began = time.monotonic()
     process.send_signal(number)
     try:
         process.wait(timeout=60)  # its standard input stays open
     finally:
-        process.kill()  # one that ignores the signal would keep a core busy
+        process.kill()  # it ignored the signal
     out, err = process.communicate()
     took = time.monotonic() - began
     assert process.returncode == 128 + number, err
@@ -130,7 +129,7 @@ WORK = {"in Python": "while True: pass", "in a call that blocks": "time.sleep(99
 )
 @pytest.mark.parametrize("work", WORK)
 def test_a_postponed_signal(work, first):
-    """As training does, for the step at hand; the SIGINT after it ends the process."""
+    """As training does for the current step; the next SIGINT ends the process."""
     process = program(f"""\
     from infinitevl_jax.interrupts import postponed
     with postponed(lambda: print('asked', flush=True), "SIGINT", "SIGTERM"):
@@ -161,7 +160,7 @@ def test_after_it_was_postponed():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
 def test_a_folder_under_construction_goes(tmp_path, number):
-    """Which a thread goes on filling meanwhile; what was there before stays."""
+    """A thread keeps writing into it; what existed before stays."""
     (tmp_path / "dst").mkdir()
     (tmp_path / "dst" / "config.json").write_text("{}")
     process = program(f"""\
@@ -179,7 +178,7 @@ def test_a_folder_under_construction_goes(tmp_path, number):
 
 
 def test_an_import_leaves_nothing(tmp_path):
-    """convert_torch.py, in the middle of what orbax's threads write."""
+    """convert_torch.py while orbax's threads write."""
     process = start(
         "-c",
         f"""
@@ -206,7 +205,7 @@ run(lambda: convert_torch.main(["import", {str(tmp_path / "src")!r}, {str(tmp_pa
 
 
 def wait_for(stream, text):
-    """What a stream says up to a text."""
+    """Read a stream up to a text."""
     seen = ""
     while text not in seen:
         more = stream.read(1)

@@ -1,4 +1,4 @@
-"""Presets: what is read, what is refused."""
+"""Presets: accepted and refused values."""
 
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def test_values_and_overrides(tmp_path):
         ("layers.*",),
     )
     assert preset.train.data.batch == 64
-    assert preset.train.optimizer.beta2 == 0.999  # what the preset leaves out keeps its default
+    assert preset.train.optimizer.beta2 == 0.999  # the default
 
 
 def test_implementations_of_operators(tmp_path):

@@ -1,4 +1,4 @@
-"""Every key of a preset takes what it declares, and refuses everything else by name."""
+"""Every key of a preset accepts its declared range and refuses everything else by name."""
 
 import json
 import math
@@ -66,7 +66,7 @@ def test_whatever_a_key_holds_is_taken_or_refused_by_name(key):
             assert error.culprit.startswith("x.toml: ") and len(str(error)) < 1600, error
 
 
-# what is refused, and how it may be instead
+# refused value, and the message's cure
 RANGES = {
     (TrainConfig, "seed", -1): "give a whole number, 0 or more, at most 4,294,967,295",
     (TrainConfig, "seed", 2**32): "give a whole number, 0 or more, at most 4,294,967,295",

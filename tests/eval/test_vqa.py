@@ -1,4 +1,4 @@
-"""Answers on branches against asking each question alone; scores; the blind baseline."""
+"""Answers on branches equal questions asked alone; scores; the blind baseline."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def made(tmp_path_factory, tiny_data):
     source = Dataset("tiny_vqa", tiny_data, "train[75%:]")
     start = prepare_start(preset.model, source, folder, 0)
     model = InfiniteVL.random(start.config, 5)
-    # a fresh model repeats the last token, which is a special one: let it say words
+    # an untrained model repeats the last token, a special one: bias it towards words
     special = start.processor.tokenizer.token_id("<|endoftext|>")
     model.params["embed_tokens.embedding"] = (
         model.params["embed_tokens.embedding"].at[special:].multiply(1e-2)
@@ -75,8 +75,7 @@ def test_picture(tmp_path, made):
 
 
 def test_the_official_split_and_its_blind_baseline(tmp_path):
-    """Published sizes; 67.0 % of all and 23.3 % of the questions that are not yes/no can be had
-    without looking."""
+    """Known sizes. The blind baseline is 67.0 % of all questions, 23.3 % without yes/no."""
     train, test = (Dataset("easy_vqa", tmp_path, split) for split in ("train", "test"))
     train, test = ([source[i] for i in range(len(source))] for source in (train, test))
     assert (len(train), len(test)) == (4000, 1000)
@@ -93,8 +92,7 @@ def test_the_official_split_and_its_blind_baseline(tmp_path):
 
 
 def _twins(rows):
-    """Whether two pictures of the split are the same file contents: then a cut by row cannot keep
-    them apart."""
+    """Whether images repeat in a split, so that a split by row cannot separate them."""
     return len({r.image for r in rows}) < len(rows)
 
 

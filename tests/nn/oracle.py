@@ -1,9 +1,8 @@
-"""An independent hybrid in torch, straight from the formulas, token by token, sharing no code with
-the package.
+"""An independent torch implementation of the hybrid: formulas, token by token, no shared code.
 
-In float64 it is the truth; in bfloat16 it is torch's own bfloat16, with float32 where Hugging
-Face's models have it: norms, softmax, gates and the delta rule's state. It works on Hugging Face's
-  tensor names and (out, in) weights; the vision tower is transformers' own.
+float64 is the reference. bfloat16 uses float32 where Hugging Face's models do: norms, softmax,
+gates, the recurrent state. Weights have Hugging Face's names and [out, in] shapes. The vision tower
+is transformers' own.
 """
 
 import numpy as np
@@ -52,7 +51,7 @@ def softmax_mixer(x, w, text, positions):
 
 
 def convolve(x, weight):
-    """Causal depthwise, weight [channels, 1, 4], last tap = current token; summed in float32."""
+    """Causal depthwise convolution, weight [channels, 1, 4], last tap = current token; float32."""
     taps = weight.shape[-1]
     padded = torch.cat([x.new_zeros(taps - 1, x.shape[1]), x])
     return silu(sum(wide(padded[i : i + len(x)]) * wide(weight[:, 0, i]) for i in range(taps))).to(
@@ -97,8 +96,10 @@ def delta_mixer(x, w, text):
 
 
 def decode(weights, text, embeds, positions):
-    """Logits [length, vocab] of embedded tokens [length, width], in their dtype; `weights` by
-    published name."""
+    """Logits [length, vocab] of embeddings [length, width], in their dtype.
+
+    `weights` have Hugging Face's names.
+    """
     x = embeds
     w = {name: value.to(x.dtype) for name, value in weights.items()}
     for i, kind in enumerate(text.layer_types):
@@ -120,7 +121,7 @@ def decode(weights, text, embeds, positions):
 
 
 def vision_tokens(weights, vision, pixels, grids, dtype):
-    """What transformers' tower makes of patches [patches, features] with grids [items, 3]."""
+    """Output of transformers' tower for patches [patches, features] with grids [items, 3]."""
     names = (
         "depth",
         "hidden_size",
@@ -145,8 +146,7 @@ def vision_tokens(weights, vision, pixels, grids, dtype):
 
 
 def positions_of(ids, image_grids, video_grids, seconds, config):
-    """[3, length] by the written rule: text counts up on all axes; a segment starts one past the
-    largest so far."""
+    """M-RoPE positions [3, length]: text counts up; a segment starts at the maximum + 1."""
     items = {config.image_token_id: [(g, 0) for g in image_grids]}
     items[config.video_token_id] = list(zip(video_grids, seconds, strict=True))
     out, next_one, i = [], 0, 0
@@ -168,8 +168,7 @@ def positions_of(ids, image_grids, video_grids, seconds, config):
 
 
 def logits(params, config, batch, dtype):
-    """Logits [length, vocab] of one sequence with an image and a video, float64 numpy, everything
-    computed in `dtype`."""
+    """Float64 logits of one sequence with an image and a video, computed in `dtype`."""
     weights = published(params)
     ids = batch["input_ids"][0]
     x = weights["model.embed_tokens.weight"].to(dtype)[torch.tensor(ids)]
@@ -186,8 +185,7 @@ def logits(params, config, batch, dtype):
 
 
 def published(params):
-    """Our unrolled parameters as torch tensors under Hugging Face's names and shapes, without the
-    package's weight table."""
+    """Unrolled parameters as torch tensors with Hugging Face's names, without the weight table."""
     out = {}
     for name, value in params.items():
         value = np.asarray(value, np.float32)

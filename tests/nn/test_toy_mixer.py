@@ -1,5 +1,4 @@
-"""A layer kind from this file alone: an exponential moving average, without a change to the
-package."""
+"""A layer type defined in this file alone: an exponential moving average."""
 
 import dataclasses
 from functools import partial
@@ -38,7 +37,7 @@ KIND = "moving_average"
 
 
 class MovingAverage(Mixer):
-    """y_t = d y_(t-1) + (1 - d) x_t, then a projection; d = sigmoid(decay) by channel."""
+    """y_t = d y_(t-1) + (1 - d) x_t, then a projection; d = sigmoid(decay) per channel."""
 
     def __init__(self, config: TextConfig, ops: Ops, rngs: Rngs):
         self.width = config.hidden_size

@@ -1,5 +1,4 @@
-"""Logits and hidden states against Hugging Face's torch models, on tiny random weights that
-`save_pretrained` wrote."""
+"""Logits and hidden states equal transformers' on tiny random weights from `save_pretrained`."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +25,7 @@ GRIDS = [
 
 
 def randomise(model, seed=0):
-    """Random numbers in every tensor, biases and norms too."""
+    """Randomise every tensor, including biases and norms."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -89,7 +88,7 @@ def pixels(grids, seed=0):
 
 @pytest.fixture(scope="module")
 def batch():
-    """Two sequences, left padded: three images and a video between texts."""
+    """Two left-padded sequences: three images and a video between texts."""
     rng = np.random.default_rng(0)
 
     def text(n):
@@ -115,7 +114,7 @@ def batch():
 
 
 def left_padded(positions, shift, width):
-    """Our right-padded positions [3, batch, length] as torch wants them."""
+    """Convert right-padded positions [3, batch, length] to transformers' left padding."""
     out = np.ones((3, len(shift), width), np.int64)
     for b, s in enumerate(shift):
         out[:, b, s:] = positions[:, b, : width - s]

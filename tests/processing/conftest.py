@@ -1,4 +1,4 @@
-"""Small checkpoint folders and the transformers processor to compare with."""
+"""Small checkpoint folders, and transformers' processor as the reference."""
 
 import json
 
@@ -16,8 +16,7 @@ def write_json(path, value):
 
 @pytest.fixture
 def byte_folder(tmp_path):
-    """A folder whose tokenizer knows bytes and Qwen's special tokens, in the vocab.json +
-    merges.txt form."""
+    """A folder with a tokenizer of bytes and Qwen's special tokens, as vocab.json + merges.txt."""
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     write_json(folder / "vocab.json", {letter: i for i, letter in enumerate(_byte_letters())})
@@ -42,7 +41,7 @@ def builtin():
 
 
 class _WithoutVideo(Qwen2_5_VLProcessor):
-    """transformers' video processor needs torchvision; all else of its processor runs without."""
+    """transformers' processor without video, which needs torchvision."""
 
     def check_argument_for_proper_class(self, name, argument):
         return type(argument)
@@ -50,7 +49,7 @@ class _WithoutVideo(Qwen2_5_VLProcessor):
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory):
-    """transformers' Qwen2.5-VL processor over the same tokenizer and template."""
+    """transformers' Qwen2.5-VL processor with the same tokenizer and template."""
     folder = tmp_path_factory.mktemp("reference")
     Tokenizer.builtin().backend.save(str(folder / "tokenizer.json"))
     write_json(

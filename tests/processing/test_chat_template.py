@@ -55,7 +55,7 @@ def test_folder_files_win_in_order(tmp_path):
 @pytest.mark.parametrize(
     ("template", "text"),
     [
-        ("  {% if true %}\nx\n  {% endif %}\ny", "x\ny"),  # block lines leave no trace
+        ("  {% if true %}\nx\n  {% endif %}\ny", "x\ny"),  # block lines are removed
         ("{{ {'a': '<é>'} | tojson }}", '{"a": "<é>"}'),
         (
             (

@@ -1,4 +1,4 @@
-"""Reading only what is new in a conversation gives the ids of reading all of it."""
+"""Encoding only the new part of a conversation gives the ids of encoding all of it."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_turn_by_turn_gives_the_ids_of_the_whole(builtin, system):
             arrays.setdefault(name, []).append(batch[name])
         held = np.concatenate([held, builtin.tokenizer.encode(answer)]).astype(np.int32)
         messages.append({"role": "assistant", "content": answer})
-    # each picture came once, with its own turn
+    # each image came once, with its turn
     assert (
         arrays.keys() == whole.keys() - {"input_ids", "attention_mask"}
         and len(arrays["pixel_values"]) == 2
@@ -82,9 +82,9 @@ def test_what_a_template_trims_off_an_answer_is_no_rewriting():
 @pytest.mark.parametrize(
     "template",
     [
-        # forgets what came before
+        # drops earlier turns
         "{% for m in messages[-1:] %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}",
-        # counts ahead
+        # counts messages ahead
         (
             "{{ messages | length }} messages: {% for m in messages %}{{ m.content }}<|im_end|>{%"
             " endfor %}"
@@ -94,7 +94,7 @@ def test_what_a_template_trims_off_an_answer_is_no_rewriting():
             "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{% if"
             " add_generation_prompt %}<think></think>{% endif %}"
         ),
-        # loses the answer
+        # drops the answer
         (
             "{% for m in messages %}{{ m.role if m.role == 'assistant' else m.content"
             " }}<|im_end|>{% endfor %}"

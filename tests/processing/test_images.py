@@ -236,7 +236,7 @@ def test_exif_that_is_no_exif_leaves_the_pixels():
 
 
 def sample_of(mode):
-    """A picture in a mode, and what it looks like in RGB over white."""
+    """An image in a mode, and its expected RGB over white."""
     base = Image.fromarray(noise(20, 30, 4), "RGBA")
     white = Image.new("RGBA", base.size, (255, 255, 255, 255))
     plain = base.convert("RGB")
@@ -316,7 +316,7 @@ def test_alpha_of_a_large_picture_is_laid_over_white_in_bands(monkeypatch):
 
 
 def png_header(width, height, colours=6):
-    """A PNG of a few bytes that unfolds to width x height."""
+    """A PNG of a few bytes that decodes to width x height."""
 
     def chunk(kind, data):
         return (
@@ -342,7 +342,7 @@ def test_a_picture_that_unfolds_is_stopped_by_a_stated_limit(size):
 @pytest.mark.parametrize("kind", ["EPS", "PDF", "PCX", "IM"])
 @pytest.mark.parametrize("given", ["bytes", "path"])
 def test_only_listed_formats_are_decoded(tmp_path, monkeypatch, kind, given):
-    """Pillow would start Ghostscript on the first."""
+    """Pillow would run Ghostscript on the first."""
     monkeypatch.setattr(
         "subprocess.check_call", lambda *a, **k: pytest.fail("a program was started")
     )

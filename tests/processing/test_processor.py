@@ -83,8 +83,7 @@ def test_batch_equals_transformers(builtin, reference):
 
 
 def test_a_batch_from_transformers_passes_unchanged(builtin, reference):
-    """Their BatchFeature, as numpy and as torch gives it, through the model and through
-    generation."""
+    """transformers' BatchFeature, as numpy and as torch, works in the model and in generation."""
     text = TextConfig(
         layer_types=("sliding_attention", "linear_attention"),
         hidden_size=32,

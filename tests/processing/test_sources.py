@@ -1,5 +1,4 @@
-"""Where pictures come from: every name is the one file that lies there, data: URLs as browsers take
-them."""
+"""Sources of images: a name is always a single file; data: URLs are read as in browsers."""
 
 import base64
 import io

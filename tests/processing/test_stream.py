@@ -1,4 +1,4 @@
-"""What a stream says in all is what decoding all tokens at once says, whatever the tokens are."""
+"""A stream's pieces add up to the text of all tokens."""
 
 import time
 
@@ -33,8 +33,7 @@ def test_a_broken_character_does_not_swallow_the_whole_one_behind_it(builtin):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_tokens(builtin, byte_folder, seed):
-    """Bytes of one vocabulary in any order, tokens of the other with some lost, special ones among
-    them."""
+    """Random bytes of one vocabulary; tokens of the other, some missing, some special."""
     rng = np.random.default_rng(seed)
     single = Tokenizer.from_folder(byte_folder)
     pool = (
@@ -77,8 +76,7 @@ def test_broken_bytes_without_end_cost_no_more_than_others(byte_folder):
 
 
 def byte_fallback():
-    """A vocabulary that spells unknown bytes, as Llama's: any byte of a run may spoil the whole
-    run."""
+    """A vocabulary with byte fallback, as Llama's: any byte of a run may make it invalid."""
     vocab = {f"<0x{i:02X}>": i for i in range(256)} | {"▁a": 256, "b": 257, "<unk>": 258}
     backend = tokenizers.Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
     backend.decoder = decoders.Sequence(
@@ -116,6 +114,6 @@ def test_what_is_no_token_is_refused(builtin, ids):
 
 
 def test_ids_beyond_the_vocabulary_have_no_text(builtin):
-    """A model's table is often longer than its tokenizer's vocabulary."""
+    """A model's embedding is often larger than its tokenizer's vocabulary."""
     assert builtin.decode([9707, 151_900]) == "Hello" and builtin.decode([]) == ""
     assert streamed(builtin.tokenizer, [9707, 151_900, 0]) == "Hello!"

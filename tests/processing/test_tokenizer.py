@@ -10,7 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from infinitevl_jax.processing import Processor, Tokenizer
 from infinitevl_jax.processing.tokenizer import SPECIAL_TOKENS
 
-# Ids of the published tokenizer.json of Qwen2.5.
+# ids of Qwen2.5's tokenizer.json
 PUBLISHED = [
     ("Hello, world!", [9707, 11, 1879, 0]),
     ("What is the capital of France?", [3838, 374, 279, 6722, 315, 9625, 30]),

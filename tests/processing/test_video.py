@@ -12,7 +12,7 @@ SMALL = {"min_pixels": 784, "max_pixels": 6 * 784, "patch_size": 14}
 
 
 def make_video(path, times, shade, size=(64, 48), codec="libx264", rate=30):
-    """A video whose frame i stands at times[i] seconds and is grey of shade(i)."""
+    """A video with frame i at times[i] seconds, of grey shade(i)."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
@@ -29,7 +29,7 @@ def make_video(path, times, shade, size=(64, 48), codec="libx264", rate=30):
 
 
 def numbers(video, step):
-    """Which frame each chosen one is, read off its shade."""
+    """Index of each sampled frame, by its shade."""
     return np.round(video.frames.mean(axis=(1, 2, 3)) / step).astype(int).tolist()
 
 
@@ -45,8 +45,8 @@ def test_steady_video_is_sampled_evenly(tmp_path, codec):
 
 
 def test_varying_frame_rate_keeps_true_time(tmp_path):
-    # Dense for a second, then one frame every second: by frame number, the first second would fill
-    # the sample.
+    # Dense for a second, then one frame per second: sampling by frame number would take only the
+    # first second.
     times = [*np.arange(20) / 20, 1, 2, 3, 4, 5, 6, 7]
     video = load_video(
         make_video(tmp_path / "vary.mp4", times, lambda i: 9 * i), VideoOptions(fps=1.0, **SMALL)
@@ -57,7 +57,7 @@ def test_varying_frame_rate_keeps_true_time(tmp_path):
 
 
 def test_nearest_frame_is_chosen_and_may_repeat(tmp_path):
-    # Targets are 0, 1, 2, 3, ... (8 frames over 8 s); nothing was filmed between 0.9 and 6 s.
+    # Targets are 0, 1, 2, 3, ... (8 frames in 8 s); there are no frames between 0.9 and 6 s.
     times = [0, 0.4, 0.9, 6.0, 6.9, 7.0, 7.1, 7.2, 7.3, 7.9]
     video = load_video(
         make_video(tmp_path / "gap.mp4", times, lambda i: 25 * i), VideoOptions(fps=1.0, **SMALL)
@@ -84,8 +84,8 @@ def test_count_follows_rate_and_limits():
     options = VideoOptions()
     assert sample_count(10.0, 300, options) == 20
     assert sample_count(9.998, 300, options) == 20
-    assert sample_count(1.0, 30, options) == 4  # the least
-    assert sample_count(4000.0, 10**6, options) == 768  # the most
+    assert sample_count(1.0, 30, options) == 4  # the minimum
+    assert sample_count(4000.0, 10**6, options) == 768  # the maximum
     assert sample_count(10.6, 300, options) == 20  # 21 is odd
     assert sample_count(10.0, 3, options) == 3  # no more than there are
     assert sample_count(10.0, 300, VideoOptions(num_frames=9)) == 8
@@ -98,8 +98,7 @@ def test_a_video_that_starts_late_is_timed_from_its_first_frame(tmp_path):
 
 
 def test_a_duration_that_is_rounded_gives_the_rate_that_was_asked_for(tmp_path):
-    # Not quite steady, and 2 ms short of 10 s: 19.996 frames at 2 a second are 20, half a second
-    # apart.
+    # Irregular, and 2 ms short of 10 s: 19.996 frames at 2 fps count as 20, half a second apart.
     path = make_video(
         tmp_path / "short.mkv",
         [*np.arange(60) / 10, *np.arange(60, 100) / 10 - 0.002],
@@ -151,7 +150,7 @@ def test_a_phone_video_is_turned_upright(tmp_path):
         stream = container.add_stream("libx264", rate=10)
         stream.width, stream.height, stream.pix_fmt = 112, 56, "yuv420p"
         pixels = np.zeros((56, 112, 3), np.uint8)
-        pixels[:, :56] = 255  # white on the left: on top once turned clockwise
+        pixels[:, :56] = 255  # white on the left; at the top after a clockwise turn
         for _ in range(4):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())

@@ -1,5 +1,4 @@
-"""Which stream of a file is the video, how it is turned, when its frames are shown, and that
-nothing but the one file is opened."""
+"""Video files: stream selection, orientation, frame times, isolation from other files."""
 
 import fractions
 import io
@@ -43,7 +42,7 @@ def add(container, codec="libx264", size=SIZE, rate=10, flags=None):
 
 
 def film(path, codec="libx264", frames=20, rate=10, shade=lambda i: 5 * i, size=SIZE, **options):
-    """A film of frames that grow brighter."""
+    """A video of frames that grow brighter."""
     with av.open(
         str(path),
         "w",
@@ -57,7 +56,7 @@ def film(path, codec="libx264", frames=20, rate=10, shade=lambda i: 5 * i, size=
 
 
 def two_streams(path, first, second):
-    """A file with two picture streams, each given as (codec, frames, shade, size, flags)."""
+    """A file with two video streams, each given as (codec, frames, shade, size, flags)."""
     with av.open(str(path), "w") as container:
         streams = [
             add(container, codec, size, flags=flags) for codec, _, _, size, flags in (first, second)
@@ -91,7 +90,7 @@ def test_the_film_is_found_among_the_streams(tmp_path, case, suffix):
 
 
 def song(path, cover=None):
-    """Three seconds of silence, with a cover picture of these flags."""
+    """Three seconds of silence with a cover image of these flags."""
     with av.open(str(path), "w") as container:
         picture = None if cover is None else add(container, "mjpeg", (120, 120), 1, cover)
         codec = {"mp3": "libmp3lame", "flac": "flac", "wav": "pcm_s16le"}.get(
@@ -152,7 +151,7 @@ def test_the_whole_display_matrix_is_applied(tmp_path, matrix):
     values = (a, b, 0, c, d, 0, 0, 0, 1 << 30)
     data[place : place + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in values)
     found = load_video(bytes(data), OPTIONS).frames[0].astype(int)
-    # The bright corner, seen from the centre, is at (-1, -1).
+    # The bright corner is at (-1, -1) from the centre.
     x, y = -matrix[0] - matrix[2], -matrix[1] - matrix[3]
     rows, columns = found.shape[0] // 2, found.shape[1] // 2
     corner = found[
@@ -251,7 +250,7 @@ def test_a_playlist_is_no_video_and_opens_nothing(tmp_path, monkeypatch, clip, k
 
 
 def test_a_movie_that_refers_to_another_file_is_not_followed(tmp_path, clip):
-    """A MOV data reference ("url " or "alis") names the file that holds the samples."""
+    """A MOV data reference ("url " or "alis") names the file with the samples."""
     data = bytearray(clip.read_bytes())
     place = data.index(b"url ")
     data[place + 7] = 0  # no longer "in this file"
@@ -315,7 +314,7 @@ def test_what_stands_behind_the_boxes_does_not_count(clip):
 
 
 def late(path, first, frames, rate):
-    """A film whose first frame stands at `first` / `rate` seconds."""
+    """A video whose first frame is at `first` / `rate` seconds."""
     with av.open(str(path), "w") as container:
         stream = add(container, rate=rate)
         for i in range(frames):

@@ -1,5 +1,4 @@
-"""What a model said is data, and every part of a message stands in the text or is refused by its
-name."""
+"""Assistant text is data. Every part of a message is rendered or refused by name."""
 
 import random
 
@@ -89,7 +88,7 @@ TOOL = {
         "parameters": {"type": "object"},
     },
 }
-# As Qwen2.5's template writes them, shortened.
+# as Qwen2.5's template writes them, shortened
 KNOWS = """\
 {%- if tools %}<|im_start|>system
 {%- for tool in tools %}{{ "\\n" + (tool | tojson) }}{% endfor %}<|im_end|>
@@ -342,7 +341,7 @@ WHOLE = [
 
 
 def places(tree, path=()):
-    """Every place of a nested value."""
+    """All paths of a nested value."""
     yield path
     items = (
         tree.items()
@@ -377,7 +376,7 @@ def test_any_value_anywhere_is_refused_or_works(seed):
 
 
 def changed(tree, path, value):
-    """The tree with another value at a place; the rest is not copied deeper than it must."""
+    """Copy of the tree with another value at a path; the rest is shared where possible."""
     if not path:
         return value
     copy = list(tree) if isinstance(tree, list) else dict(tree)

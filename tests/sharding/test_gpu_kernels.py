@@ -1,7 +1,6 @@
-"""The kernels for Hopper on meshes of 8 devices: lowered for CUDA, and dense products in their
-place on a CPU against one device.
+"""Hopper kernels on meshes of 8 devices: lowered for CUDA, and dense replacements run on CPU.
 
-The products themselves are interpreted on one device
+The kernels' arithmetic is interpreted on one device
 (tests/pallas_kernels/test_mosaic_gpu_interpreted.py).
 """
 
@@ -48,7 +47,7 @@ MOVES = r"stablehlo\.(all_gather|all_reduce|all_to_all|reduce_scatter|collective
 
 
 def tokens():
-    """Index and segment of packed rows, a full one and an empty one."""
+    """Token indices and segment ids of packed rows, a full row and an empty row."""
     packed = packing([17, 3, 40], LENGTH), packing([66, 2], LENGTH)
     token_index, segment_ids = (np.concatenate(x) for x in zip(*packed, strict=True))
     alone = padding([LENGTH, 0], LENGTH)
@@ -130,14 +129,14 @@ def test_frame(case, meshes, monkeypatch):
                 1e-6 if a.dtype == np.float32 else 1e-4
             )  # in bfloat16 a few numbers are rounded the other way
             if a.ndim == 4 and a.shape[2] < run.tensor:
-                # gradients of keys that shards share: a sum of parts that are rounded to bfloat16
+                # gradients of keys that shards share are sums of bfloat16 parts
                 allowed = 4e-3
             assert rel_rms(a[finite], b[finite]) <= allowed
 
 
 @pytest.mark.parametrize(("case", "kernels"), [(attention_case, 2), (delta_case, 4)], ids=OPERATORS)
 def test_lowers_for_cuda(case, kernels):
-    """Each kernel once, on a device's own rows and heads, and nothing moves between devices."""
+    """Each kernel appears once, on local rows and heads, without communication."""
     function, spread, inputs, _, tokens, rule = case()
     mesh = make_mesh(MESHES[0])
     sharded = partial(spread(function, operator_mesh(mesh)), **rule)
@@ -166,7 +165,7 @@ def test_lowers_for_cuda(case, kernels):
 
 
 def kernel_calls(run, *shapes):
-    """Types of each kernel's arguments and results, where nothing moves between devices."""
+    """Argument and result types of each kernel, outside of collectives."""
     text = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     assert not re.search(MOVES, text)
     return [line.rsplit(" : ", 1)[1] for line in text.splitlines() if "@mosaic_gpu_v2" in line]
@@ -178,7 +177,7 @@ def kernel_calls(run, *shapes):
     ids=["one key head each", "shared key heads"],
 )
 def test_attention_step_lowers_for_cuda(run, heads):
-    """On one or two of four rows, and a key head."""
+    """On one or two of four rows, and one key head."""
     mesh, batch = make_mesh(run), 4 // (run.data * run.fsdp)
     arrays, rule = token_steps.first_token(
         attention_step_case("", [[3, -1, 200, 128]], heads, capacity=128), jnp.bfloat16

@@ -1,4 +1,4 @@
-"""Operators and token steps cut over 8 devices against one device: values and gradients."""
+"""Operators and token steps on 8 devices equal those on one: values and gradients."""
 
 import re
 from functools import partial
@@ -28,7 +28,7 @@ MESHES = {
     "fsdp 2, tensor 4, more than key heads": RunConfig(fsdp=2, tensor=4),
     "fsdp 8, more than rows": RunConfig(fsdp=8),
 }
-TOKEN = [3, -1, 20, 8]  # ordinals
+TOKEN = [3, -1, 20, 8]  # token indices
 
 
 def compare(function, spread, inputs, cotangents, others, **rule):
@@ -42,7 +42,7 @@ def compare(function, spread, inputs, cotangents, others, **rule):
 
 
 def compare_step(step, spread, case):
-    """Every device's copy of what several hold is compared: a ring is written by each of them."""
+    """Compare all copies of replicated data, because each device writes its own ring."""
     arguments, rule = token_steps.first_token(case)
     whole = jax.jit(partial(step, **rule))(*arguments)
     for name, run in MESHES.items():
@@ -117,8 +117,7 @@ def test_gated_delta_rule():
 
 @pytest.mark.parametrize("heads", [(8, 2), (6, 3)], ids=str)
 def test_attention_step(heads):
-    """8 heads on 2: with 4 shards two use each key head. 6 on 3: 2 shards would have queries of two
-    key heads each."""
+    """8 heads on 2: with 4 shards, two share a key head. 6 on 3: 2 shards would split a group."""
     case = attention_step_case("", [TOKEN], heads, 16, capacity=8, window=5)
     compare_step(attention_step.step, partition_attention_step, case)
 
@@ -144,8 +143,7 @@ def test_a_mesh_of_one_axis():
 
 
 def test_nothing_is_gathered():
-    """Heads and rows stay where they are: no collective but for the key heads that shards share in
-    the gradient."""
+    """No collectives except for the gradient of key heads that shards share."""
     mesh = make_mesh(RunConfig(data=2, fsdp=2, tensor=2))
     sharded = partition_attention(attention, operator_mesh(mesh))
     place = jax.sharding.NamedSharding(
@@ -162,7 +160,7 @@ def test_nothing_is_gathered():
 
 
 def test_nothing_of_an_attention_step_is_gathered():
-    """Nor where shards share key heads: the ring lies whole on each."""
+    """Also where shards share key heads: each replicates the ring."""
     arrays, rule = token_steps.first_token(attention_step_case("", [TOKEN], (8, 2), 16, capacity=8))
     for run in (RunConfig(data=2, fsdp=2, tensor=2), RunConfig(fsdp=2, tensor=4)):
         mesh = make_mesh(run)

@@ -1,5 +1,4 @@
-"""One step on meshes of 8 devices against one device: loss, gradients, and where everything
-lives."""
+"""A step on meshes of 8 devices equals that on one: loss, gradients, shardings."""
 
 import dataclasses
 from collections import namedtuple
@@ -32,7 +31,7 @@ from infinitevl_jax.train.step import (
 )
 from pallas_kernels.testing.parity import rel_rms
 
-# every matrix side a multiple of 8, so that 8 devices can share it
+# all matrix sides are multiples of 8
 SIZES = (
     ("hidden_size = 32", "hidden_size = 64"),
     ("out_hidden_size = 32", "out_hidden_size = 64"),
@@ -47,7 +46,7 @@ SIZES = (
 
 
 class Setting:
-    """A model, a batch of each form, and what one device makes of them."""
+    """A model, a batch of each form, and their results on one device."""
 
     def __init__(self, folder, data):
         text = PRESET
@@ -57,7 +56,7 @@ class Setting:
         preset = load_preset(write_preset(folder, data, text))
         source = Dataset("tiny_vqa", data, "train")
         start = prepare_start(preset.model, source, folder, 0)
-        # a vocabulary that 8 devices can share
+        # a vocabulary size that 8 divides
         self.config = dataclasses.replace(
             start.config, text=dataclasses.replace(start.config.text, vocab_size=64)
         )
@@ -78,7 +77,7 @@ class Setting:
             params = jax.device_put(self.params, parameter_shardings(self.known, mesh))
             state = init_state(params, list(params), optimizer)
             state = jax.device_put(state, state_shardings(state, self.known, mesh))
-            # code optimisation is most of the compile time, and changes nothing that is tested here
+            # code optimisation takes most of the compile time and is not tested here
             options = {"xla_backend_optimization_level": 0}
             step = jax.jit(
                 partial(train_step, model_of(self.config, run, resolve_ops(mesh)), optimizer),
@@ -134,7 +133,7 @@ def test_open_axis_takes_the_devices_that_are_left():
         "tensor": 1,
         "context": 1,
     }
-    assert make_mesh(RunConfig(fsdp=1)).size == 1  # fewer than there are is fine
+    assert make_mesh(RunConfig(fsdp=1)).size == 1  # fewer devices than available
 
 
 def test_matrices_that_no_axis_divides_are_told():

@@ -1,4 +1,4 @@
-"""The full-size training step compiled for a real pod topology, here, by libtpu's compiler."""
+"""The full-size training step, compiled for a pod topology by libtpu."""
 
 from collections import Counter
 
@@ -33,9 +33,10 @@ def test_collectives_are_counted_in_any_form():
 
 
 def test_training_step_of_4b_fits_v6e_8x8():
-    """64 rows of 8K tokens, all but tower and embeddings training: 64 chips of 32 GB, a row each.
-    (With images, a minute longer to
-    compile: benchmarks/pods.py.)"""
+    """64 rows of 8K tokens on 64 chips of 32 GB; all but tower and embeddings are trained.
+
+    benchmarks/pods.py also has images, which take a minute longer to compile.
+    """
     report, ran = compile_step("v6e:8x8", patches=0)
     assert (
         0.5e9 < report.arguments < 1.5e9
@@ -46,6 +47,6 @@ def test_training_step_of_4b_fits_v6e_8x8():
     assert all(": mosaic_tpu" in line for line in ran if line not in norms), ran
     found = collectives(report.hlo)
     assert any(kind == "all-gather" for kind, _ in found)  # of parameters
-    # Of what is as long as a row, token ids and looked-up embeddings alone change chips: queries,
-    # keys and values stay where their row is.
+    # Only token ids and embedding look-ups of sequence length cross chips; queries, keys and values
+    # stay with their row.
     assert set(of_rows(found, 8192)) <= {"all-reduce s32[64,8192]", "all-to-all bf16[64,1,8192,32]"}

@@ -1,5 +1,4 @@
-"""The kernels for TPUs, interpreted on meshes of 8 devices, against the same kernels interpreted on
-one: values and gradients."""
+"""TPU kernels interpreted on meshes of 8 devices equal those on one: values and gradients."""
 
 from functools import partial
 
@@ -34,7 +33,7 @@ INTERPRET = pltpu.InterpretParams(uninitialized_memory="nan", out_of_bounds_read
 
 
 def tokens(length):
-    """Index and segment of packed rows, a full one and an empty one."""
+    """Token indices and segment ids of packed rows, a full row and an empty row."""
     packed = packing([17, 3, length - 25], length), packing([length - 2, 2], length)
     token_index, segment_ids = (np.concatenate(x) for x in zip(*packed, strict=True))
     alone = padding([length, 0], length)

@@ -1,4 +1,4 @@
-"""Arguments of token steps, and where they lie on a mesh."""
+"""Arguments of token steps and their shardings."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ DELTA = (
 
 
 def first_token(case, dtype=jnp.float32):
-    """Arrays of a case's first token, and the rule. Those in float64 become `dtype`."""
+    """Arrays of a case's first token, and the rule. Float64 arrays become `dtype`."""
     problem = case.make()
     inputs, weights, state = problem.inputs.values()
     arrays = (
@@ -38,7 +38,7 @@ def first_token(case, dtype=jnp.float32):
 
 
 def placed(arrays, axes, mesh):
-    """Shapes of the arrays, split over the mesh as the rules say."""
+    """Shapes of the arrays with their shardings."""
 
     def place(x, axes):
         return jax.ShapeDtypeStruct(

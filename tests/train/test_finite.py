@@ -1,4 +1,4 @@
-"""A step whose loss or gradient is not finite changes nothing, and says so in its metrics."""
+"""A step with a non-finite loss or gradient changes nothing and reports it in its metrics."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from infinitevl_jax.train.losses import Tally
 
 @pytest.fixture
 def take(monkeypatch):
-    """Takes a step of a model with one parameter, whose loss is that parameter times the batch."""
+    """Run a step of a model with one parameter; the loss is the parameter times the batch."""
 
     def loss(model, params, batch):
         return Tally(*[jnp.sum(params["a"] * batch)] + [jnp.float32(1)] * (len(Tally._fields) - 1))

@@ -1,4 +1,4 @@
-"""A run's folder: one run at a time, its own configuration, and nothing lost without a word."""
+"""A run's folder: one run at a time, one configuration, no silent loss."""
 
 import json
 import os
@@ -33,8 +33,7 @@ def content(folder):
 
 @pytest.mark.parametrize("name", ["run", "link", "run/../run"])
 def test_two_runs_never_share_a_folder(preset, tmp_path, name):
-    """Also of another seed, also by another name of the folder; and the refused one changes
-    nothing."""
+    """Also for another seed and another name of the folder. The refused run changes nothing."""
     (tmp_path / "link").symlink_to("run")
     (tmp_path / "run").mkdir()
     run, lock = claim_folder(preset(tmp_path / "run"), print)

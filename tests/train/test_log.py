@@ -1,4 +1,4 @@
-"""A log goes on from its good lines; one with damaged lines is kept."""
+"""A log continues after its valid lines; a damaged log is kept."""
 
 import os
 

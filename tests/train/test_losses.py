@@ -1,4 +1,4 @@
-"""Chunked cross entropy against the plain one, value and gradient."""
+"""Chunked cross entropy equals the plain one, value and gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def test_chunks_change_nothing(chunk):
 def test_counts():
     hidden, table, targets, weights = inputs()
     best = jnp.argmax(hidden @ table, -1)
-    targets = targets.at[0].set(best[0])  # row 0 is right throughout, row 1 has no answer
+    targets = targets.at[0].set(best[0])  # row 0 is all correct, row 1 has no answer
     tally = answer_loss(lambda x: x @ table, hidden, targets, weights, 7)
     right = float(jnp.sum(weights * (best == targets)))
     assert (float(tally.tokens), float(tally.right), float(tally.rows)) == (
@@ -53,7 +53,7 @@ def test_counts():
 
 
 def test_no_logits_of_the_whole_sequence():
-    """The largest array of the compiled gradient is no [batch, length, vocab]."""
+    """No array of the compiled gradient has the size of [batch, length, vocab]."""
     batch, length, width, vocab, chunk = 2, 256, 8, 4096, 16
     args = [
         jax.ShapeDtypeStruct(s, d)

@@ -1,4 +1,4 @@
-"""A model that no machine holds is refused before it is made."""
+"""A model that exceeds the memory is refused before allocation."""
 
 import jax
 import jax.numpy as jnp

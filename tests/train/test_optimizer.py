@@ -1,4 +1,4 @@
-"""Which parameters train, which of them decay, and the learning rate."""
+"""Trained parameters, weight decay, learning rate."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +11,7 @@ from infinitevl_jax.nn.params import parameters
 from infinitevl_jax.train.optimizer import make_optimizer, schedule, split_trainable
 
 CONFIG = hybrid_config(layers=9)  # two periods and a remainder
-KEPT = [  # never shrunk
+KEPT = [  # no weight decay
     "layers.1.self_attn.A_log",
     "layers.1.self_attn.dt_bias",
     "layers.1.self_attn.o_norm.weight",
@@ -33,7 +33,7 @@ DECAYED = [
 def test_schedule_rises_and_falls():
     rate = schedule(OptimizerConfig(peak_lr=1.0, warmup=0.1, final=0.1), 100)
     assert [round(float(rate(s)), 3) for s in (0, 5, 10, 55, 100)] == [0.0, 0.5, 1.0, 0.55, 0.1]
-    # a single step is no warm-up
+    # a single step has no warm-up
     assert float(schedule(OptimizerConfig(peak_lr=1.0, warmup=0.5), 1)(0)) == 1.0
 
 

@@ -1,4 +1,4 @@
-"""The bar and its figures stay on one line of the terminal, whatever its width."""
+"""The bar and its metrics fit one line of the terminal at any width."""
 
 import contextlib
 import fcntl
@@ -16,7 +16,7 @@ FIGURES = ["loss 0.1234", "93.1% right", "1,234,567 tokens/s"]
 
 
 def shown(columns, total=2300, steps=1150):
-    """What a terminal of that width is sent, line by line."""
+    """Lines that a terminal of this width receives."""
     parent, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with os.fdopen(child, "w") as file:
@@ -24,7 +24,7 @@ def shown(columns, total=2300, steps=1150):
             bar.update(steps)
             bar.show(steps, FIGURES)
     text = b""
-    with contextlib.suppress(OSError):  # which is how a closed terminal ends
+    with contextlib.suppress(OSError):  # raised when a terminal closes
         while part := os.read(parent, 65536):
             text += part
     os.close(parent)

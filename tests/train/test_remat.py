@@ -1,5 +1,4 @@
-"""What is kept for the backward pass: the kernels lowered for a GPU are counted, no GPU is
-needed."""
+"""Residuals of the backward pass: kernels are counted in programs lowered for a GPU."""
 
 from functools import partial
 
@@ -43,8 +42,7 @@ def delta_rule(x, token_index):
 @pytest.mark.parametrize("layer, forward, backward", [(attention, 1, 1), (delta_rule, 2, 2)])
 @pytest.mark.parametrize("remat, again", [("none", 0), ("dots", 0), ("full", 1)])
 def test_dots_keeps_what_kernels_made(layer, forward, backward, remat, again):
-    """Sines stand for what surrounds a mixer: their gradients ask for its inputs and its result
-    again."""
+    """Sines surround the mixer, so that their gradients need its inputs and its result."""
     x = jax.ShapeDtypeStruct((1, 128, 512), jnp.bfloat16)
     step = jax.value_and_grad(
         lambda x, token_index: REMAT[remat](partial(layer, token_index=token_index))(x)
@@ -55,8 +53,7 @@ def test_dots_keeps_what_kernels_made(layer, forward, backward, remat, again):
 
 
 def count(text: str, function: str, known: dict[str, int]) -> int:
-    """Kernels that a function of a StableHLO module runs, those of the functions it calls
-    included."""
+    """Number of kernel calls of a StableHLO function, including those of its callees."""
     if function not in known:
         body = text.split(
             f"func.func public {function}("

@@ -1,5 +1,4 @@
-"""A run killed at any step goes on to the same losses, bit for bit; Ctrl-C saves; a step's folder
-is one of ours."""
+"""A run killed at any step resumes with bit-equal losses; Ctrl-C saves; a step is a checkpoint."""
 
 import json
 import os
@@ -32,8 +31,7 @@ def losses(run):
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """Starts train.py in a process of its own, on one CPU device; what one process compiled, the
-    next ones find."""
+    """Start train.py in its own process on one CPU device, with a shared compilation cache."""
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -65,7 +63,7 @@ def wait_for_step(process, run, step):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, tiny_data, start):
-    """A run that nobody disturbs."""
+    """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     process = start(write_preset(folder, tiny_data))
     out, _ = process.communicate(timeout=300)
@@ -147,7 +145,7 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path, tiny_data, whole, capsy
 
 
 def test_stopping_saves_and_going_on_changes_nothing(tmp_path, tiny_data, whole, start):
-    """Ctrl-C ends the step that runs, saves it and says how to go on."""
+    """Ctrl-C finishes the current step, saves it and says how to resume."""
     preset, run = write_preset(tmp_path, tiny_data), tmp_path / "run"
     process = start(preset)
     wait_for_step(process, run, 1)
@@ -165,8 +163,7 @@ def test_stopping_saves_and_going_on_changes_nothing(tmp_path, tiny_data, whole,
 
 
 def test_training_from_a_checkpoint_with_frozen_parts(tmp_path, tiny_data, whole):
-    """model.from takes a step's folder; what does not train keeps its bits and stays in the
-    checkpoint."""
+    """model.from takes a step's folder. Frozen parameters keep their bits in the checkpoint."""
     path = tmp_path / "tune.toml"
     text = (tmp_path / write_preset(tmp_path, tiny_data).name).read_text()
     head, tail = text.split("[run]")

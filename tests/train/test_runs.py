@@ -1,5 +1,4 @@
-"""Whole runs that meet bad data, a bad held-out split or a disk without room for the picture:
-nothing learnt is lost."""
+"""Runs with bad data, a bad held-out split or a disk too full for the plot lose no training."""
 
 import json
 
@@ -58,8 +57,7 @@ def test_a_default_run_that_meets_bad_data_keeps_what_it_learnt(folder, preset, 
 
 
 def test_the_weights_are_saved_before_the_held_out_split_fails(folder, preset, monkeypatch):
-    """The run above goes on; its end is saved, and the split is measured when the command is given
-    again."""
+    """Resumes the run above: its end is saved, and the split is evaluated on the next start."""
 
     def fails(self, state, stop):
         raise InfiniteVLError(
@@ -108,8 +106,7 @@ def test_a_picture_that_cannot_be_drawn_is_no_end(folder, preset, monkeypatch):
 
 
 def test_a_damaged_end_is_not_called_done(folder, preset):
-    """The newest step is checked before anything is said; the one before makes the end again, with
-    the same figures."""
+    """The newest step is verified first; the previous one reproduces the end."""
     run = folder / "run"
     before = [line for line in read_log(run / "log.jsonl") if line["step"] == 4]
     for path in (run / "checkpoints" / "4" / "params" / "d").iterdir():
@@ -129,8 +126,7 @@ def test_a_damaged_end_is_not_called_done(folder, preset):
 
 @pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
 def test_pixel_limits_beside_a_checkpoint(folder, tiny_data, tmp_path, file):
-    """The cure that an error prints for images too large; what was trained is used with the same
-    limits."""
+    """Covers the cure of the error for large images: training uses the same limits."""
     import shutil
 
     from infinitevl_jax.config.presets import ModelSource

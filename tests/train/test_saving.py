@@ -1,4 +1,4 @@
-"""Whatever ends a run, what it learnt is saved, and it is said where."""
+"""Any end of a run saves its state and says where."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ from infinitevl_jax.writing import StorageError
 
 
 def step_fn(state, loss):
-    """A step that leaves the state as it is where the loss is not finite, as the true one does."""
+    """Like the real step, leave the state unchanged if the loss is not finite."""
     good = jnp.isfinite(jnp.float32(loss))
     state = state._replace(trainable={"a": state.trainable["a"] + good}, step=state.step + good)
     return state, Metrics(jnp.float32(loss), jnp.float32(1), jnp.float32(1))
@@ -27,7 +27,7 @@ def step_fn(state, loss):
 
 @pytest.fixture
 def run(tmp_path):
-    """Makes a saver over a state of step 0; run.said is what it told."""
+    """Make a saver with a state of step 0; its messages are in run.said."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "run").mkdir()

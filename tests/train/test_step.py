@@ -1,5 +1,4 @@
-"""A question on a branch of its image's state against the same conversation from its start: loss
-and gradients."""
+"""Questions on branches of an image's state equal whole conversations: loss and gradients."""
 
 import dataclasses
 
@@ -22,8 +21,7 @@ from pallas_kernels.testing.parity import rel_rms
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, tiny_data):
-    """Parameters, and the same questions as branches, as rows of one conversation each, and as
-    packed rows."""
+    """Parameters, and the same questions as branches, as one row each, and as packed rows."""
     folder = tmp_path_factory.mktemp("run")
     preset = load_preset(write_preset(folder, tiny_data))
     source = Dataset("tiny_vqa", tiny_data, "train")

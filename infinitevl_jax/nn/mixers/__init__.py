@@ -1,4 +1,4 @@
-"""Token mixers of the decoder, by layer type."""
+"""Token mixers of the decoder by layer type."""
 
 from infinitevl_jax.nn.mixers import gated_delta_net, softmax_attention
 from infinitevl_jax.nn.mixers.mixer import Mixer

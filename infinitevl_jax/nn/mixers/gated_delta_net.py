@@ -1,8 +1,8 @@
 """The Gated DeltaNet mixer.
 
-Short causal convolutions, per-head decay and write strength, the gated delta rule, a gated norm. No
-biases and no positional encoding. The state of a head, [head_dim, value_dim], stays f32 whatever
-the activations are.
+Short causal convolutions, per-head decay and write strength, the gated delta rule, a gated norm.
+There are no biases and no positional encoding. The recurrent state [head_dim, value_dim] of a head
+is float32 for any activation dtype.
 """
 
 import jax
@@ -24,8 +24,10 @@ from pallas_kernels.gated_delta_rule import DeltaState
 
 
 class CausalConv(nnx.Module):
-    """Depthwise causal convolution, then SiLU; weight [taps, channels], the last tap is the current
-    token."""
+    """Depthwise causal convolution, then SiLU.
+
+    The weight is [taps, channels]; the last tap multiplies the current token.
+    """
 
     def __init__(self, channels: int, taps: int, ops: Ops):
         self.ops = ops
@@ -43,8 +45,7 @@ class CausalConv(nnx.Module):
 
 
 class GatedNorm(nnx.Module):
-    """RMSNorm over a head's values in f32, times weight, times silu(gate); weight [value_dim] is
-    shared by the heads."""
+    """Per-head RMSNorm times silu(gate), in float32. The heads share the weight [value_dim]."""
 
     def __init__(self, features: int, heads: int, eps: float, ops: Ops):
         self.heads, self.eps, self.ops = heads, eps, ops
@@ -59,10 +60,11 @@ class GatedNorm(nnx.Module):
 
 
 class GatedDeltaNet(Mixer):
-    """Linear attention with a gated delta rule.
+    """Linear attention with the gated delta rule.
 
-    Projections q, k, v, a (decay), b (write strength), g (output gate) and o; three convolutions.
-    With fewer key heads than value heads, each key head serves a run of value heads.
+    Projections: q, k, v, a (decay), b (write strength), g (output gate), o. q, k and v pass through
+    a convolution each. With fewer key heads than value heads, each key head serves a group of value
+    heads.
     """
 
     def __init__(self, config: TextConfig, ops: Ops, rngs: Rngs):
@@ -87,8 +89,8 @@ class GatedDeltaNet(Mixer):
         self.k_conv1d = CausalConv(self.key_width, self.taps, ops)
         self.v_conv1d = CausalConv(self.value_width, self.taps, ops)
 
-        # decay rates 1..16 and step sizes 1e-3..0.1, log-uniform: heads start with memories from
-        # ten to thousands of tokens
+        # decay rates 1..16 and step sizes 1e-3..0.1, log-uniform: heads start with time constants
+        # from ten to thousands of tokens
         def steps(shape):
             low, high = jnp.log(1e-3), jnp.log(0.1)
             step = jnp.exp(jax.random.uniform(rngs(), shape, minval=low, maxval=high))
@@ -102,7 +104,7 @@ class GatedDeltaNet(Mixer):
         self.o_norm = GatedNorm(self.value_dim, self.heads, config.norm_eps, ops)
 
     def state_spec(self, batch: int, max_length: int | None, dtype) -> DeltaState:
-        """The same for any length."""
+        """The size does not depend on `max_length`."""
         inputs = [
             jax.ShapeDtypeStruct((batch, self.taps - 1, channels), dtype)
             for channels in (self.key_width, self.key_width, self.value_width)

@@ -1,4 +1,4 @@
-"""What the decoder asks of a token mixer."""
+"""The interface of token mixers."""
 
 from typing import Any
 
@@ -9,30 +9,34 @@ from infinitevl_jax.nn.token_info import TokenInfo
 
 
 class Mixer(nnx.Module):
-    """The part of a decoder layer that lets tokens see each other.
+    """The part of a decoder layer that mixes tokens.
 
-    A subclass is made as `factory(config: TextConfig, ops: Ops, rngs: Rngs)` and registered under a
+    Subclasses are created as `make(config: TextConfig, ops: Ops, rngs: Rngs)` and registered by
     layer type (`infinitevl_jax.nn.mixers.register_mixer`).
     """
 
     def state_spec(self, batch: int, max_length: int | None, dtype) -> Any:
-        """Shapes and dtypes of what the layer keeps of `batch` sequences: its part of the cache.
+        """Shapes and dtypes of the layer's part of the cache.
 
         Args:
-          max_length: the most tokens of a sequence; None: any number.
-          dtype: of activations.
+          max_length: largest number of tokens per sequence; None is unlimited.
+          dtype: activation dtype.
 
-        Returns a pytree of jax.ShapeDtypeStruct, batch first in each.
+        Returns:
+          A pytree of `jax.ShapeDtypeStruct`, batch first.
         """
         raise NotImplementedError
 
     def max_length(self, state: Any) -> int | None:
-        """The most tokens that a state has room for; None where its size follows no length."""
+        """Largest number of tokens that `state` can hold; None if its size is fixed."""
         return None
 
     def __call__(self, x: Array, state: Any | None, info: TokenInfo) -> tuple[Array, Any | None]:
-        """x [batch, length, width] -> the same shape, and the new state (None in training).
+        """Mix the tokens of x [batch, length, width].
 
-        Pads, token_index -1, leave a state as it is.
+        Padding (token_index -1) leaves the state unchanged.
+
+        Returns:
+          The output, with the shape of x, and the new state (None in training).
         """
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Layer type -> mixer. A new mixer registers itself here, in one file of its own."""
+"""Registry of token mixers by layer type."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +16,9 @@ class LayerType:
 
     Attributes:
       name: as in `TextConfig.layer_types` and config.json.
-      make: makes the mixer.
-      title: for people, of the layer. group: of its mixer's parameters.
+      make: creates the mixer.
+      title: display name of the layer.
+      group: display name of the mixer's parameters.
     """
 
     name: str
@@ -36,9 +37,14 @@ def register_mixer(
     title: str | None = None,
     group: str | None = None,
 ) -> None:
-    """Let layers of type `name` use the mixer that `make` makes.
+    """Register the mixer of a layer type.
 
-    Raises InfiniteVLError if the name is taken by another.
+    Args:
+      make: creates the mixer.
+      title, group: see `LayerType`.
+
+    Raises:
+      InfiniteVLError: the name is registered with another mixer.
     """
     if name in _TYPES and _TYPES[name].make is not make:
         raise InfiniteVLError(f"layer type {name!r} is registered already", "choose another name")
@@ -48,5 +54,5 @@ def register_mixer(
 
 
 def layer_type(name: str) -> LayerType:
-    """The registered layer type of that name; `TextConfig` knows no other names."""
+    """Look up a registered layer type. `TextConfig` accepts no other names."""
     return _TYPES[name]

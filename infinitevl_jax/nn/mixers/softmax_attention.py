@@ -1,4 +1,4 @@
-"""Softmax attention, over the whole past or a sliding window, with its ring of cached keys."""
+"""Softmax attention, full or sliding-window, with a ring-buffer key/value cache."""
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +19,24 @@ from pallas_kernels.attention import KVCache, Mask, merge
 
 
 def slot_index(length: Array, capacity: int) -> Array:
-    """[batch] tokens seen -> [batch, capacity] ordinal of the token in each slot, -1 where the slot
-    is empty."""
+    """Index of the token held by each slot of the ring.
+
+    Args:
+      length: [batch] tokens seen.
+
+    Returns:
+      [batch, capacity]; -1 is an empty slot.
+    """
     last = length[:, None] - 1
     held = last - (last - jnp.arange(capacity)) % capacity
     return jnp.where((held >= 0) & (last >= 0), held, -1)
 
 
 def write(kv_cache: KVCache, k: Array, v: Array, index: Array) -> KVCache:
-    """Put new tokens in their slots. Pads, and tokens that this same call already pushes out of the
-    ring, are dropped."""
+    """Write new tokens into their slots.
+
+    Padding, and tokens that later ones of the same call overwrite, are dropped.
+    """
     capacity = kv_cache.k.shape[1]
     newest = jnp.max(index, axis=1, keepdims=True)
     slot = jnp.where(
@@ -42,11 +50,11 @@ def write(kv_cache: KVCache, k: Array, v: Array, index: Array) -> KVCache:
 
 
 class SoftmaxAttention(Mixer):
-    """Grouped-query attention with rotary embedding: q, k, v with bias, o without.
+    """Grouped-query attention with rotary embedding; q, k, v have biases.
 
-    A query sees keys fewer than `window` tokens back (None: all). Where the configuration says so,
-    queries and keys are normalised by head (`query_key_norm`), and the output is multiplied by the
-    sigmoid of a gate that q_proj makes beside the query, head by head (`attention_output_gate`).
+    A query sees keys fewer than `window` tokens back (None: all). Options of the configuration:
+    `query_key_norm` normalises each query and key head; `attention_output_gate` multiplies each
+    output head by the sigmoid of a gate that q_proj computes.
     """
 
     def __init__(self, config: TextConfig, window: int | None, ops: Ops, rngs: Rngs):
@@ -67,7 +75,7 @@ class SoftmaxAttention(Mixer):
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if normed else None
 
     def state_spec(self, batch: int, max_length: int | None, dtype) -> KVCache:
-        """A ring of `window` slots, or of `max_length` where that is less."""
+        """A ring of min(window, max_length) slots."""
         bounds = [bound for bound in (self.window, max_length) if bound is not None]
         if not bounds:
             raise InfiniteVLError("full attention keeps every token", "pass max_length in tokens")
@@ -105,8 +113,7 @@ class SoftmaxAttention(Mixer):
                 cached = self.ops.attention(q, state.k, state.v, *tokens, mask=mask, scale=scale)
                 return merge(out, lse, *cached)[0]
 
-            # an empty cache (the first chunk of a prompt) is not worth reading; a single token
-            # nearly always has a past
+            # Skip an empty cache (first chunk of a prompt). Decoding one token rarely meets one.
             if x.shape[1] == 1:
                 out = with_cache()
             else:
@@ -119,12 +126,12 @@ class SoftmaxAttention(Mixer):
 
 
 def window_attention(config: TextConfig, ops: Ops, rngs: Rngs) -> SoftmaxAttention:
-    """Over the last `sliding_window` keys."""
+    """Attention over the last `sliding_window` keys."""
     return SoftmaxAttention(config, config.sliding_window, ops, rngs)
 
 
 def full_attention(config: TextConfig, ops: Ops, rngs: Rngs) -> SoftmaxAttention:
-    """Over all keys."""
+    """Attention over all keys."""
     return SoftmaxAttention(config, None, ops, rngs)
 
 

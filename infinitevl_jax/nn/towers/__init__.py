@@ -1,4 +1,4 @@
-"""Vision towers, by the type of their configuration."""
+"""Vision towers by type of their configuration."""
 
 from infinitevl_jax.nn.towers import qwen2_5_vl
 from infinitevl_jax.nn.towers.registry import make_tower, register_tower

@@ -1,9 +1,8 @@
-"""The Qwen2.5-VL vision tower over packed patches: any number of images and videos, of any size, in
-one sequence.
+"""The Qwen2.5-VL vision tower.
 
-Patches arrive in window order (`infinitevl_jax.inputs.patches`), so that an attention window is a
-run of neighbours: most blocks attend inside windows, a few over the whole temporal slice, and both
-  are segment ids over the same sequence.
+Images and videos of any number and size are packed into one sequence of patches. Patches are in
+window order (`infinitevl_jax.inputs.patches`), so an attention window is contiguous. Most blocks
+attend within windows, a few within temporal slices; segment ids express both.
 """
 
 from functools import partial
@@ -29,14 +28,14 @@ WINDOW, SLICE = "window", "slice"
 
 
 def block_kinds(config: VisionConfig) -> tuple[str, ...]:
-    """What each block's attention stays inside of."""
+    """Attention segment of each block: WINDOW or SLICE."""
     return tuple(
         SLICE if i in config.fullatt_block_indexes else WINDOW for i in range(config.depth)
     )
 
 
 class VisionAttention(nnx.Module):
-    """Non-causal attention inside windows, or inside temporal slices."""
+    """Bidirectional attention within windows or temporal slices."""
 
     def __init__(self, config: VisionConfig, ops: Ops, kind: str, rngs: Rngs):
         self.kind, self.ops, self.head_dim = kind, ops, config.head_dim
@@ -51,7 +50,7 @@ class VisionAttention(nnx.Module):
         )
         q, k, v = (constrain(y, "batch", None, "heads", None) for y in (q, k, v))
         q, k = rotate(q, info.cos, info.sin), rotate(k, info.cos, info.sin)
-        # a segment has at most `reach` patches in a row, so keys further away need not be looked at
+        # a segment spans at most `reach` patches, so keys farther away can be skipped
         segment, reach = (
             (info.window_ids, self.window_patches)
             if self.kind == WINDOW
@@ -87,7 +86,7 @@ class VisionBlock(nnx.Module):
 
 
 class PatchMerger(nnx.Module):
-    """Four neighbouring patches become one token of the decoder's width."""
+    """Merge each group of neighbouring patches into one token of the decoder's width."""
 
     def __init__(self, config: VisionConfig, rngs: Rngs):
         self.merge_unit = config.merge_unit
@@ -103,8 +102,10 @@ class PatchMerger(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    """Patches [rows, patches, features] -> tokens [rows, patches / 4, decoder width], in window
-    order."""
+    """Patches [rows, patches, features] -> tokens [rows, patches / merge_unit, decoder width].
+
+    Patches and tokens are in window order.
+    """
 
     def __init__(self, config: VisionConfig, ops: Ops, *, scanned: bool, remat, rngs: Rngs):
         self.head_dim, self.theta = config.head_dim, config.rope_theta

@@ -1,4 +1,4 @@
-"""Vision configuration -> tower. A new tower registers itself here, in one file of its own."""
+"""Registry of vision towers by type of their configuration."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,13 +12,15 @@ _TOWERS: dict[type, Callable[..., nnx.Module]] = {}
 
 
 def register_tower(config: type, make: Callable[..., nnx.Module]) -> None:
-    """Let models whose `ModelConfig.vision` is of type `config` use the tower that `make` makes.
+    """Register the vision tower of a configuration type.
 
-    The tower is called as `tower(patches, dtype)` -> [rows, tokens, decoder width].
+    Args:
+      config: type of `ModelConfig.vision`.
+      make: creates the tower: `tower(patches, dtype)` -> [rows, tokens, decoder width].
     """
     _TOWERS[config] = make
 
 
 def make_tower(config: Any, ops: Ops, *, scanned: bool, remat: Callable, rngs: Rngs) -> nnx.Module:
-    """A fresh tower for a vision configuration."""
+    """Create the tower of a vision configuration."""
     return _TOWERS[type(config)](config, ops, scanned=scanned, remat=remat, rngs=rngs)
