@@ -10,8 +10,8 @@ requests nothing is compiled.
 """
 
 import collections
+import itertools
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,56 +19,15 @@ import numpy as np
 
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.inputs.arrays import whole_number
-from infinitevl_jax.inputs.model_inputs import build_inputs
+from infinitevl_jax.inputs.model_inputs import ModelInputs, build_inputs
 from infinitevl_jax.nn.cache import Cache
 from infinitevl_jax.serve.generation import Request as Arguments
-from infinitevl_jax.serve.generation import StopStrings, resolve
+from infinitevl_jax.serve.generation import resolve
 from infinitevl_jax.serve.infinitevl import VISION_INPUTS, InfiniteVL
 from infinitevl_jax.serve.prompt import Piece, PromptReader
+from infinitevl_jax.serve.requests import OpenSequence, Reader, Request
 from infinitevl_jax.serve.sampling import Settings
-from infinitevl_jax.serve.slots import ENDS, Chunk, Slots, compile_programs
-
-
-class Request:
-    """One sequence of an engine. Iterating gives its new tokens as they are made.
-
-    Attributes:
-      tokens: so far. done: whether there will be no more. cancelled: whether `cancel` ended it.
-      cache: of a request with `keep_cache`, once it is done. Its last token is not in it.
-    """
-
-    def __init__(self, engine: "Engine", arguments: Arguments, room: int, keep_cache: bool):
-        self._engine, self._arguments, self._room = engine, arguments, room
-        self._keep = keep_cache
-        self._pieces: Iterator[Piece] | None = None
-        self._past: Cache | None = None
-        self._begin: Slots | None = None
-        self._stopped = StopStrings(arguments, 1) if arguments.stop_strings else None
-        self._slot: int | None = None
-        self._error: BaseException | None = None
-        self.tokens: list[int] = []
-        self.done = self.cancelled = False
-        self.cache: Cache | None = None
-
-    def __iter__(self) -> Iterator[int]:
-        given = 0
-        while True:
-            while given < len(self.tokens):
-                given += 1
-                yield self.tokens[given - 1]
-            if self._error is not None:
-                raise self._error
-            if self.done:
-                return
-            self._engine.step()
-
-    def result(self) -> np.ndarray:
-        """All new tokens [new], int32."""
-        return np.fromiter(self, np.int32)
-
-    def cancel(self) -> None:
-        """End it here; its slot is free for another."""
-        self._engine.cancel(self)
+from infinitevl_jax.serve.slots import ENDS, Slots, compile_programs, join_pieces
 
 
 class Engine:
@@ -87,6 +46,7 @@ class Engine:
         chunk: int = 512,
         steps: int = 8,
         patches: int = 4096,
+        rows: int = 1,
         waiting: int | None = None,
     ):
         """
@@ -96,18 +56,20 @@ class Engine:
           chunk: tokens of a prompt that are read at once.
           steps: decoding steps a launch. Tokens come in such groups.
           patches: image and video patches that are encoded at once.
+          rows: prompts that are read at once, a chunk of each. More than one pays where many short
+            prompts or frames come together.
           waiting: requests that may wait for a slot; None: any number.
         """
         self.model = model
         self.slots = whole_number(slots, "slots", 1)
         self.chunk, self.steps = whole_number(chunk, "chunk", 1), whole_number(steps, "steps", 1)
         self.patches = whole_number(patches, "patches", 1)
+        self.rows = whole_number(rows, "rows", 1, self.slots)
         self.waiting = None if waiting is None else whole_number(waiting, "waiting", 0)
         vocab = model.config.text.vocab_size
         self.max_length = max_length if model.keeps_everything else None
         self._cache = model.init_cache(self.slots, max_length)
         self._slots = jax.device_put(Slots.idle(self.slots, vocab))
-        self._idle = Slots.idle(1, vocab)
         self._run = compile_programs(model.module, self.steps)
         self._reader = PromptReader(
             self.chunk,
@@ -118,9 +80,9 @@ class Engine:
             lambda patches: self._run.encode(model.params, patches),
             self._run.merge,
         )
-        self._held: list[Request | None] = [None] * self.slots
+        self._held: list[Reader | None] = [None] * self.slots
         self._queue: collections.deque[Request] = collections.deque()
-        self._reading: collections.deque[Request] = collections.deque()
+        self._reading: collections.deque[Reader] = collections.deque()
         # tokens [steps, columns] under way, and whose each column is
         self._flying: list[tuple[jax.Array, list[Request | None]]] = []
         self._lock = threading.RLock()
@@ -128,8 +90,8 @@ class Engine:
 
     @property
     def busy(self) -> int:
-        """Requests that have a slot."""
-        return sum(request is not None for request in self._held)
+        """Slots that are taken."""
+        return sum(held is not None for held in self._held)
 
     def submit(
         self,
@@ -191,7 +153,7 @@ class Engine:
                 f" {self.max_length:,}",
                 "make the engine with a larger max_length, or ask for fewer max_new_tokens",
             )
-        out = Request(self, request, total, keep_cache)
+        out = Request(self, request, cache, keep_cache)
         with self._lock:
             if not request.max_new_tokens:
                 out.done = True
@@ -202,11 +164,49 @@ class Engine:
                     f"all {self.slots} slots are taken and {max(ahead, 0)} requests wait",
                     "read or cancel some of them, or make the engine with more slots",
                 )
-            out._past = None if cache is None else jax.tree.map(lambda leaf: leaf, cache)
-            out._begin = self._beginning(request, inputs.occurred(model.config.text.vocab_size))
-            out._pieces = self._reader.pieces(inputs, 0 if start is None else int(start[0]))
+            out.begin = self._beginning(request, inputs.occurred(model.config.text.vocab_size))
+            out.pieces = self._reader.pieces(inputs, 0 if start is None else int(start[0]))
             self._queue.append(out)
         return out
+
+    def open(self, cache: Cache | None = None) -> OpenSequence:
+        """Keep a slot for a sequence that grows by `OpenSequence.extend`.
+
+        cache: of one sequence, that this one goes on from; it is not changed.
+
+        Raises InfiniteVLError where no slot is free.
+        """
+        with self._lock, self.model.on_mesh():
+            slot = self._free()
+            if slot is None or self._queue:
+                raise InfiniteVLError(
+                    f"none of the {self.slots} slots is free",
+                    "close a sequence or wait for a request, or make the engine with more slots",
+                )
+            out = OpenSequence(self, cache)
+            self._seat(out, slot)
+        return out
+
+    def extend(self, sequence: OpenSequence, inputs: ModelInputs, start: int) -> None:
+        """`OpenSequence.extend`."""
+        with self._lock:
+            if sequence.done:
+                raise InfiniteVLError("the sequence was closed", "open another")
+            more = self._reader.pieces(inputs, start)
+            if sequence.pieces is None:
+                sequence.pieces = more
+                self._reading.append(sequence)
+            else:
+                sequence.pieces = itertools.chain(sequence.pieces, more)
+
+    def copy_cache(self, sequence: OpenSequence) -> Cache:
+        """`OpenSequence.cache`."""
+        with self._lock, self.model.on_mesh():
+            if sequence.slot is None:
+                raise InfiniteVLError("the sequence was closed", "take its cache before")
+            if sequence.fresh:
+                return self.model.init_cache(1, self.max_length)
+            return self._run.take(self._cache, np.int32(sequence.slot))
 
     def _beginning(self, request: Arguments, occurred: np.ndarray) -> Slots:
         """What the request's slot becomes when its prompt has been read."""
@@ -222,107 +222,112 @@ class Engine:
             settings=Settings.of([request.sampling]),
         )
 
-    def cancel(self, request: Request) -> None:
-        """End a request where it stands. Others go on undisturbed."""
-        with self._lock:
-            if request.done:
+    def cancel(self, reader: Reader) -> None:
+        """End a request or an open sequence where it stands. Others go on undisturbed."""
+        with self._lock, self.model.on_mesh():
+            if reader.done:
                 return
-            request.done = request.cancelled = True
-            self._leave(request)
+            reader.done = True
+            if isinstance(reader, Request):
+                reader.cancelled = True
+            self._leave(reader)
 
     def run(self) -> None:
-        """Work until no request is left."""
+        """Work until no request is left and all that came is read."""
         while self.step():
             pass
 
     def step(self) -> bool:
-        """One round: requests join, one chunk of a prompt, one launch of decoding steps, and the
-        tokens of the launch before. Returns whether there is anything left to do."""
+        """One round: requests join, a chunk of prompts, a launch of decoding steps, and the tokens
+        of the round before. Returns whether there is anything left to do."""
         with self._lock, self.model.on_mesh():
-            self._admit()
+            while self._queue and (slot := self._free()) is not None:
+                self._seat(self._queue.popleft(), slot)
             arrived, self._flying = self._flying, []
-            if self._reading:
-                self._read_chunk(self._reading[0])
-            decoding = [
-                request if request is not None and request._pieces is None else None
-                for request in self._held
+            self._read()
+            speaking = [
+                held if isinstance(held, Request) and held.pieces is None else None
+                for held in self._held
             ]
-            if any(request is not None for request in decoding):
+            if any(speaking):
                 self._cache, self._slots, tokens = self._run.decode(
                     self.model.params, self._cache, self._slots
                 )
                 self.launches += 1
-                self._flying.append((tokens, decoding))
+                self._flying.append((tokens, speaking))
             for tokens, requests in arrived:  # the device is at work meanwhile
-                self._take_in(np.asarray(tokens), requests)
-            return bool(self._queue or self._reading or self._flying or self.busy)
+                self._hand_over(np.asarray(tokens), requests)
+            return bool(self._queue or self._reading or self._flying)
 
     def _free(self) -> int | None:
-        return next((i for i, request in enumerate(self._held) if request is None), None)
+        return next((i for i, held in enumerate(self._held) if held is None), None)
 
-    def _admit(self) -> None:
-        while self._queue and (slot := self._free()) is not None:
-            request = self._queue.popleft()
-            request._slot, self._held[slot] = slot, request
-            if request._past is not None:
-                self._cache = self._run.put(self._cache, np.int32(slot), request._past)
-            self._reading.append(request)
+    def _seat(self, reader: Reader, slot: int) -> None:
+        reader.slot, self._held[slot] = slot, reader
+        if reader.past is not None:
+            self._cache = self._run.put(self._cache, np.int32(slot), reader.past)
+            reader.past = None
+        if reader.pieces is not None:
+            self._reading.append(reader)
 
-    def _read_chunk(self, request: Request) -> None:
-        """Read the next piece of a prompt; after its last, the first token is known."""
-        self._reading.rotate(-1)  # prompts take turns
-        try:
-            piece = next(request._pieces)
-        except Exception as error:
-            self._fail(request, error)
+    def _read(self) -> None:
+        """Read the next piece of up to `rows` prompts; prompts take turns."""
+        chosen: list[tuple[Reader, Piece]] = []
+        ready = list(self._reading)[: self.rows]
+        self._reading.rotate(-len(ready))
+        for reader in ready:
+            try:
+                chosen.append((reader, next(reader.pieces)))
+            except StopIteration:
+                self._reading.remove(reader)
+                reader.pieces = None
+            except Exception as error:
+                self._fail(reader, error)
+        if not chosen:
             return
-        chunk = Chunk(
-            piece.inputs,
-            piece.vision,
-            np.array([request._slot], np.int32),
-            np.array([piece.first and request._past is None]),
-            np.array([piece.last]),
-            request._begin,
+        chunk = join_pieces(
+            [(piece, r.slot, r.fresh, r.begin) for r, piece in chosen],
+            self.rows,
+            self.slots,
+            self.model.config.text.vocab_size,
         )
-        self._cache, self._slots, token = self._run.prefill(
+        self._cache, self._slots, tokens = self._run.prefill(
             self.model.params, self._cache, self._slots, chunk
         )
         self.chunks += 1
-        if piece.last:
-            request._pieces = request._past = request._begin = None
-            self._reading.remove(request)
-            self._flying.append((token[None], [request]))
+        first: list[Request | None] = [None] * self.rows
+        for row, (reader, piece) in enumerate(chosen):
+            reader.fresh = False
+            if piece.last and isinstance(reader, Request):
+                first[row], reader.pieces, reader.begin = reader, None, None
+                self._reading.remove(reader)
+        if any(first):
+            self._flying.append((tokens[None], first))
 
-    def _take_in(self, tokens: np.ndarray, requests: list[Request | None]) -> None:
-        """Hand tokens [steps, columns] to the requests whose columns they were then."""
+    def _hand_over(self, tokens: np.ndarray, requests: list[Request | None]) -> None:
+        """Give tokens [steps, columns] to the requests whose columns they were then."""
         for row in tokens:
-            for slot, request in enumerate(requests):
-                if request is not None and not request.done and row[slot] >= 0:
-                    self._hand_over(request, int(row[slot]))
+            for column, request in enumerate(requests):
+                if request is not None and not request.done and row[column] >= 0:
+                    if request.take(int(row[column])):
+                        request.done = True
+                        self._leave(request)
 
-    def _hand_over(self, request: Request, token: int) -> None:
-        request.tokens.append(token)
-        ended = token in request._arguments.ends
-        full = len(request.tokens) == request._arguments.max_new_tokens
-        if request._stopped is not None and not (ended or full):
-            ended = request._stopped([token])[0]
-        if ended or full:
-            request.done = True
-            self._leave(request)
+    def _fail(self, reader: Reader, error: BaseException) -> None:
+        reader.error, reader.done = error, True
+        self._leave(reader)
 
-    def _fail(self, request: Request, error: BaseException) -> None:
-        request._error, request.done = error, True
-        self._leave(request)
-
-    def _leave(self, request: Request) -> None:
-        """Take a request out, wherever it is."""
+    def _leave(self, reader: Reader) -> None:
+        """Take a reader out, wherever it is."""
         for queue in (self._queue, self._reading):
-            if request in queue:
-                queue.remove(request)
-        slot, request._slot = request._slot, None
-        request._pieces = request._past = request._begin = None
-        if slot is not None:
-            if request._keep and not request.cancelled and request._error is None:
-                request.cache = self._run.take(self._cache, np.int32(slot))
+            if reader in queue:
+                queue.remove(reader)
+        slot, reader.slot = reader.slot, None
+        reader.pieces = reader.past = reader.begin = None
+        if slot is None:
+            return
+        if isinstance(reader, Request):
+            if reader.keep and not reader.cancelled and reader.error is None:
+                reader.cache = self._run.take(self._cache, np.int32(slot))
             self._slots = self._run.stop(self._slots, np.int32(slot))
-            self._held[slot] = None
+        self._held[slot] = None

@@ -21,7 +21,6 @@ class Piece(NamedTuple):
 
     inputs: DecoderInputs  # [1, chunk]; positions and vision_index are always there
     vision: Array | None  # [1, chunk, width], None where the piece has no images
-    first: bool
     last: bool
 
 
@@ -72,7 +71,7 @@ class PromptReader:
                     vision = self.merge(vision, encoded[number], place)
                 own = np.where(index >= 0, np.arange(self.chunk), -1)
                 piece = piece._replace(vision_index=own[None].astype(np.int32))
-            yield Piece(piece, vision, at == 0, stop == count)
+            yield Piece(piece, vision, stop == count)
 
 
 def _piece(decoder: DecoderInputs, start: int, at: int, stop: int, chunk: int) -> DecoderInputs:

@@ -5,7 +5,7 @@ Every program has one shape, whatever the requests: a prefill chunk of `rows` pr
 of several decoding steps of all slots. What is idle stands still.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from jax import Array
 
 from infinitevl_jax.inputs.model_inputs import DecoderInputs, text_inputs
 from infinitevl_jax.nn.cache import Cache
+from infinitevl_jax.serve.prompt import Piece
 from infinitevl_jax.serve.sampling import Settings, choose_rows
 
 ENDS = 16  # ids that may end a sequence, at most
@@ -53,9 +54,48 @@ class Chunk(NamedTuple):
     inputs: DecoderInputs  # [rows, chunk]
     vision: Array | None  # [rows, chunk, width] where `inputs.vision_index` is not -1
     slot: np.ndarray  # [rows] int32; the number of slots where a row is unused
-    first: np.ndarray  # [rows] bool: the piece is the prompt's first, on an empty cache
+    first: np.ndarray  # [rows] bool: the slot's cache counts as empty
     last: np.ndarray  # [rows] bool: the piece is the prompt's last
     begin: Slots  # [rows]: what the slot becomes after the last piece, `token` to be chosen
+
+
+def join_pieces(
+    pieces: Sequence[tuple[Piece, int, bool, Slots | None]], rows: int, slots: int, vocab: int
+) -> Chunk:
+    """One chunk of several prompts' pieces.
+
+    Args:
+      pieces: piece, slot, whether the slot's cache counts as empty, and what the slot becomes after
+        the prompt's last piece (None: nothing is to be chosen).
+      rows: of the chunk; those without a piece stand still.
+      slots, vocab: of the engine.
+    """
+    idle = rows - len(pieces)
+
+    def joined(name: str) -> np.ndarray:
+        axis = 1 if name == "positions" else 0
+        parts = [np.asarray(getattr(piece.inputs, name)) for piece, *_ in pieces]
+        fill = -1 if name in ("token_index", "vision_index") else 0
+        return np.concatenate(parts + [np.full_like(parts[0], fill)] * idle, axis)
+
+    inputs = DecoderInputs(**{name: joined(name) for name in DecoderInputs._fields})
+    vision = next((piece.vision for piece, *_ in pieces if piece.vision is not None), None)
+    if vision is not None and rows > 1:
+        blank = jnp.zeros_like(vision)
+        given = [blank if piece.vision is None else piece.vision for piece, *_ in pieces]
+        vision = jnp.concatenate(given + [blank] * idle)
+    nothing = Slots.idle(1, vocab)
+    begins = [nothing if begin is None else begin for *_, begin in pieces] + [nothing] * idle
+    return Chunk(
+        inputs,
+        vision,
+        np.array([slot for _, slot, *_ in pieces] + [slots] * idle, np.int32),
+        np.array([fresh for *_, fresh, _ in pieces] + [False] * idle),
+        np.array(
+            [piece.last and begin is not None for piece, *_, begin in pieces] + [False] * idle
+        ),
+        jax.tree.map(lambda *leaves: np.concatenate(leaves), *begins),
+    )
 
 
 class Programs(NamedTuple):

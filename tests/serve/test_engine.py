@@ -1,10 +1,12 @@
 """The engine: every request gets what it would get alone, whoever shares the device."""
 
+import jax
 import numpy as np
 import pytest
 from tiny_folder import IDS, full_attention_config, tiny_config, tiny_model
 
 from infinitevl_jax import InfiniteVLError
+from infinitevl_jax.inputs.model_inputs import build_inputs
 from infinitevl_jax.serve.engine import Engine
 from pallas_kernels.testing.parity import rel_rms
 
@@ -197,6 +199,52 @@ def test_cancelled_and_waiting_requests(model, alone):
     assert first.cancelled and first.result().tolist() == first.tokens and len(first.tokens) >= 8
     assert second.result().tolist() == alone[0]
     assert engine.busy == 0 and not engine.step()
+
+
+def test_rows_of_prompts_change_nothing(model, alone):
+    """Chunks of several prompts at once; the shape is fixed, whoever comes."""
+    engine = Engine(model, slots=3, rows=2, **SHAPE)
+    by_two = [engine.submit(**batch, **asked).result().tolist() for batch, asked in REQUESTS]
+    greedy = [i for i, (_, asked) in enumerate(REQUESTS) if "seed" not in asked]
+    assert [by_two[i] for i in greedy] == [alone[i] for i in greedy]
+    requests = [engine.submit(**batch, **asked) for batch, asked in REQUESTS]
+    engine.run()
+    assert [request.tokens for request in requests] == by_two
+
+
+def test_open_sequences_grow_in_any_pieces(model):
+    engine = Engine(model, slots=3, rows=2, **SHAPE)
+    whole, parts = engine.open(), engine.open()
+    batch = picture(4, ((1, 4, 4), (1, 12, 8)), ((3, 4, 8),))
+    inputs = build_inputs(model.config, **batch)
+    whole.extend(inputs)
+    decoder, length = inputs.decoder, inputs.decoder.tokens.shape[1]
+    for at, stop in ((0, 3), (3, 20), (20, length)):
+        index = np.arange(stop - at, dtype=np.int32)[None]
+        cut = decoder._replace(
+            tokens=decoder.tokens[:, at:stop],
+            token_index=index,
+            segment_ids=decoder.segment_ids[:, at:stop],
+            positions=decoder.positions[:, :, at:stop],
+            vision_index=decoder.vision_index[:, at:stop],
+        )
+        parts.extend(inputs._replace(decoder=cut))
+    question = text(9, 1)
+    answers = [
+        engine.submit(question, cache=s.cache(), max_new_tokens=8, eos_token_ids=[]).result()
+        for s in (whole, parts)
+    ]
+    np.testing.assert_array_equal(*answers)
+    before = whole.cache()
+    engine.submit(question, cache=before, max_new_tokens=20, eos_token_ids=[]).result()
+    jax.tree.map(np.testing.assert_array_equal, before, whole.cache())
+    assert before.length.tolist() == [length]
+    with pytest.raises(InfiniteVLError, match="none of the 3 slots"):
+        engine.open(), engine.open()
+    whole.close()
+    with pytest.raises(InfiniteVLError, match="was closed"):
+        whole.extend(inputs)
+    engine.open(before).close()
 
 
 @pytest.mark.parametrize(
