@@ -92,6 +92,7 @@ class InfiniteVL:
             )
         self.ops = ops or resolve_ops(mesh)
         model = functional(config, scanned=False, dtype=self.dtype, ops=self.ops)
+        self.module = model  # parameters -> VLM
         self._programs = Programs(model)
         self._module = model(jax.eval_shape(lambda p: p, dict(params)))
         self._cache_spec = lru_cache(self._module.cache_spec)
