@@ -38,10 +38,14 @@ class CacheChecks:
                 "this cache has been used up by decode",
                 "go on from the cache that came with the last token",
             )
-        spec = self.spec(len(cache.length), self.model.max_length(cache))
-        if jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), cache) != jax.tree.map(
-            lambda leaf: (leaf.shape, leaf.dtype), spec
-        ):
+        same = jax.tree.structure(cache) == jax.tree.structure(self.spec(1, 1))
+        if same:
+            spec = self.spec(len(cache.length), self.model.max_length(cache))
+            same = all(
+                (leaf.shape, leaf.dtype) == (wanted.shape, wanted.dtype)
+                for leaf, wanted in zip(jax.tree.leaves(cache), jax.tree.leaves(spec), strict=True)
+            )
+        if not same:
             raise InfiniteVLError(
                 "the cache is another model's, or of another dtype",
                 "make it with this model: init_cache(batch)",

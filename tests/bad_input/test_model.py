@@ -12,28 +12,20 @@ from infinitevl_jax.nn.params import parameters
 S = "sliding_attention"
 
 
+def zeros(**changes):
+    """A model of zeros; it never computes."""
+    config = hybrid_config(**changes)
+    known = parameters(config, scanned=False)
+    return InfiniteVL(config, {name: np.zeros(p.shape, np.float32) for name, p in known.items()})
+
+
 @pytest.fixture(scope="module")
 def model():
-    """A model of zeros; it never computes."""
-    config = hybrid_config()
-    return InfiniteVL(
-        config,
-        {
-            name: np.zeros(s.shape, np.float32)
-            for name, s in parameters(config, scanned=False).items()
-        },
-    )
+    return zeros()
 
 
 def full(model):
-    config = hybrid_config(layer_types=("full_attention",))
-    return InfiniteVL(
-        config,
-        {
-            name: np.zeros(s.shape, np.float32)
-            for name, s in parameters(config, scanned=False).items()
-        },
-    )
+    return zeros(layer_types=("full_attention",))
 
 
 CASES = {
@@ -85,3 +77,20 @@ def test_is_named(model, name):
     with pytest.raises(InfiniteVLError, match=culprit) as error:
         action(model)
     assert len(str(error.value).splitlines()) <= 10
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"layers": 3},
+        {"layer_types": ("full_attention",) * 5},
+        {"layer_types": ("linear_attention",) * 5},
+        {"window": 25},
+        {"num_linear_heads": 4},
+    ],
+    ids=str,
+)
+def test_a_cache_of_another_model(model, other):
+    cache = zeros(**other).init_cache(1, 64)
+    with pytest.raises(InfiniteVLError, match="the cache is another model's"):
+        model(np.ones((1, 3), int), cache=cache)
