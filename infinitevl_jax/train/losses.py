@@ -28,6 +28,7 @@ class Tally(NamedTuple):
     rows: Array
 
 
+@jax.named_scope("loss")
 def answer_loss(
     head: Callable[[Array], Array],
     hidden: Array,
