@@ -5,12 +5,19 @@ import json
 import pytest
 from tiny_run import write_preset
 
-from infinitevl_jax import Processor
+from infinitevl_jax import Processor, compilation
 from infinitevl_jax.config.presets import load_preset
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.train import loop
 from infinitevl_jax.train.held_out import HeldOut
 from infinitevl_jax.train.log import read_log
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kept_programs():
+    """As train.py does: the runs compile one training step between them."""
+    with compilation.kept(True, print):
+        yield
 
 
 @pytest.fixture(scope="module")
