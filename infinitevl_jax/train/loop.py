@@ -33,7 +33,7 @@ from infinitevl_jax.train.saving import Saver, Stop
 from infinitevl_jax.train.setup import prepare_start
 from infinitevl_jax.train.step import (
     TrainState,
-    evaluate_batch,
+    forward_loss,
     init_state,
     model_of,
     put_batch,
@@ -125,9 +125,7 @@ def train(preset: Preset, say=print) -> Outcome:
         step_fn = jax.jit(partial(train_step, model, optimizer), donate_argnums=0)
         held_out = None
         if config.data.held_out:
-            held_out = HeldOut(
-                config.data, start, jax.jit(partial(evaluate_batch, model)), mesh, say
-            )
+            held_out = HeldOut(config.data, start, jax.jit(partial(forward_loss, model)), mesh, say)
         stop = Stop()
         saver = Saver(checkpoints, lock, config, skipped, state, batches.get_state(), stop, say)
         del state  # the first step donates its memory

@@ -14,7 +14,7 @@ from infinitevl_jax.data.encode import Branch, Encoder
 from infinitevl_jax.data.source import Source
 from infinitevl_jax.nn.params import initialize
 from infinitevl_jax.train.setup import prepare_start
-from infinitevl_jax.train.step import evaluate_batch, model_of
+from infinitevl_jax.train.step import forward_loss, model_of
 from pallas_kernels.testing.parity import rel_rms
 
 
@@ -53,14 +53,14 @@ def gradient(made, form, run=RunConfig(fsdp=1)):  # noqa: B008  frozen
     model = model_of(config, run)
 
     def loss(params):
-        tally = evaluate_batch(model, params, batches[form])
-        return tally.loss / tally.tokens, tally
+        sums = forward_loss(model, params, batches[form])
+        return sums.loss / sums.tokens, sums
 
     options = {"xla_backend_optimization_level": 0}
-    (value, tally), found = jax.jit(
+    (value, sums), found = jax.jit(
         jax.value_and_grad(loss, has_aux=True), compiler_options=options
     )(params)
-    return float(value), tally, found
+    return float(value), sums, found
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +70,9 @@ def expected(made):
 
 @pytest.mark.parametrize("form", ["branches", "packed"])
 def test_forms_of_the_same_questions_agree(made, expected, form):
-    value, tally, found = gradient(made, form)
+    value, sums, found = gradient(made, form)
     assert (
-        int(tally.tokens)
+        int(sums.tokens)
         == int(expected[1].tokens)
         == 2 * sum(int(w.sum() > 0) for w in made[2]["branches"].weights)
     )
