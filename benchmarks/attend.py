@@ -1,18 +1,30 @@
-"""Window attention of a sequence with itself on one GPU: ours for Hopper, ours in XLA, and cuDNN
-through JAX; PyTorch's flex attention and tokamax's Mosaic GPU kernel where they import.
+"""Sliding-window attention of a sequence with itself on one GPU, beside its peers.
 
-    python -m benchmarks.attend                    # 4K to 256K tokens; into
-    benchmarks/results/attend.jsonl python -m benchmarks.attend --lengths 4096 131072
+Implementations: `mosaic_gpu` (Hopper), `xla`, cuDNN through JAX; PyTorch's flex attention and
+tokamax's Mosaic GPU kernel if they are installed.
+
+Examples:
+
+    # 4K to 256K tokens
+    python -m benchmarks.attend
+
+    # other lengths
+    python -m benchmarks.attend --lengths 4096 131072
+
+    # the vision tower
     python -m benchmarks.attend --case tower_windows tower_slices --lengths 4096 16384
+
+    # under a profiler
     ncu --metrics sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active -k regex:attend \\
         python -m benchmarks.attend --lengths 32768 --implementations mosaic_gpu --once
 
-Batch 1, bfloat16. The decoder's layers (16 query heads on 2 key heads, 128 wide, causal, window
-8192) or the vision tower's (16 heads, 80 wide, not causal, in windows of 64 patches or slices of
-1,024; ours and XLA alone). Errors first (relative RMS against softmax in float64, on 1,500 tokens,
-the decoder's with a window of 400), then times: several calls on the same random inputs in one
-program (of
-PyTorch: in one CUDA graph), median of 20 programs.
+Batch 1, bfloat16. The case `decoder` has 16 query heads on 2 key heads of width 128, causal, with a
+window of 8192. The cases of the vision tower have 16 heads of width 80, not causal, in windows of
+64 patches or slices of 1,024; only `mosaic_gpu` and `xla` run them.
+
+Errors are measured first: relative RMS against softmax in float64 on 1,500 tokens, with a window of
+400 for the decoder. Then times: several calls on the same random inputs in one program (PyTorch: in
+one CUDA graph), the median of 20 programs. Results go to benchmarks/results/attend.jsonl.
 """
 
 import argparse
@@ -57,7 +69,7 @@ def draw(case: Case, length: int, seed: int = 0) -> tuple[jax.Array, ...]:
     )
 
 
-def ours(attention, case: Case, q, k, v):
+def by_contract(attention, case: Case, q, k, v):
     row = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
     index, segment = (row % case.segment, row // case.segment) if case.segment else (row, None)
     return attention(q, k, v, index, index, segment, segment, case.mask, case.width**-0.5)[0]
@@ -82,10 +94,10 @@ def tokamax(case: Case, q, k, v):
 
 
 IMPLEMENTATIONS = {
-    "mosaic_gpu": partial(ours, hopper.attention),
+    "mosaic_gpu": partial(by_contract, hopper.attention),
     "cudnn": cudnn,
     "tokamax": tokamax,
-    "xla": partial(ours, xla.attention),
+    "xla": partial(by_contract, xla.attention),
 }
 
 
@@ -107,7 +119,7 @@ def in_jax(function, case: Case, *inputs) -> tuple:
 
 
 class Flex:
-    """PyTorch's flex attention, compiled by Inductor, as if it were called from JAX."""
+    """PyTorch's flex attention, compiled by Inductor, with JAX arrays in and numpy arrays out."""
 
     def __init__(self):
         import torch
@@ -117,8 +129,11 @@ class Flex:
         self.attend = torch.compile(flex_attention.flex_attention, dynamic=False)
 
     def call(self, case: Case, inputs, backward: bool):
-        """What computes out and, if asked for, the gradients, [batch, heads, length, width] all."""
-        self.torch.compiler.reset()  # it keeps only so many shapes before it would compile none
+        """A function that computes out and, if `backward`, the gradients.
+
+        All are [batch, heads, length, width].
+        """
+        self.torch.compiler.reset()  # it stops compiling after a limited number of shapes
         tensors = [
             cuda_graphs.tensor(x, self.torch.bfloat16)
             .transpose(1, 2)
@@ -168,7 +183,9 @@ def errors(run, case: Case, length: int = 1500) -> dict[str, float]:
     inputs = draw(case, length)
     with jax.enable_x64(True):
         exact = in_jax(
-            partial(ours, reference.attention), case, *(x.astype(jnp.float64) for x in inputs)
+            partial(by_contract, reference.attention),
+            case,
+            *(x.astype(jnp.float64) for x in inputs),
         )
     names = ("out", "d_q", "d_k", "d_v")
     return {
@@ -178,8 +195,10 @@ def errors(run, case: Case, length: int = 1500) -> dict[str, float]:
 
 
 def in_programs(function, case: Case, lengths: list[int]):
-    """(length, work) -> milliseconds of each of several calls, by programs compiled here for all of
-    them."""
+    """Compile a program for each length and work.
+
+    Returns the function (length, work) -> milliseconds per call, one number per program run.
+    """
     one = partial(function, case)
     works = {"forward": one, "forward+backward": partial(with_backward, one)}
     cells = itertools.product(lengths, works)
@@ -195,7 +214,7 @@ def in_programs(function, case: Case, lengths: list[int]):
 
 
 def calls_of(length: int) -> int:
-    """Calls in a program: 80 thousand tokens, that launches may not count."""
+    """Calls per program: 80 thousand tokens, so that launch overhead is negligible."""
     return max(1, 81920 // length)
 
 
@@ -204,15 +223,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[2**power for power in range(12, 19)]
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[2**power for power in range(12, 19)],
+        help="tokens of the sequence",
     )
     parser.add_argument(
         "--once",
         action="store_true",
-        help="run each once with its backward pass and record nothing, for a profiler",
+        help="run each implementation once with its backward pass; record nothing (for a profiler)",
     )
-    parser.add_argument("--implementations", nargs="+", choices=NAMES, default=NAMES)
-    parser.add_argument("--case", nargs="+", choices=CASES, default=["decoder"])
+    parser.add_argument(
+        "--implementations", nargs="+", choices=NAMES, default=NAMES, help="default: all"
+    )
+    parser.add_argument(
+        "--case", nargs="+", choices=CASES, default=["decoder"], help="default: decoder"
+    )
     add_commit(parser)
     options = parser.parse_args()
     for case in options.case:
@@ -221,7 +248,7 @@ def main() -> None:
 
 
 def measure(case_name: str, name: str, options: argparse.Namespace) -> None:
-    """Errors and times of an implementation; prints why it is left out, where it is."""
+    """Measure errors and times of an implementation, or print why it is left out."""
     case = CASES[case_name]
     shared = {
         "op": "attend",
@@ -233,9 +260,9 @@ def measure(case_name: str, name: str, options: argparse.Namespace) -> None:
     shared |= {} if case_name == "decoder" else {"case": case_name}
     try:
         if case.segment and name in PEERS:
-            raise ValueError("for one causal sequence")
+            raise ValueError("it takes one causal sequence only")
         run = Flex() if name == "flex" else partial(in_jax, IMPLEMENTATIONS[name])
-        if options.once:  # the gradients alone: with out besides, the forward pass would run twice
+        if options.once:  # gradients only: returning out as well would run the forward pass twice
             once = (
                 partial(run, case)
                 if name == "flex"
@@ -245,7 +272,7 @@ def measure(case_name: str, name: str, options: argparse.Namespace) -> None:
                 jax.block_until_ready(once(*draw(case, length)))
             return
         found = errors(run, case)
-    except Exception as reason:  # not installed, or not for this device
+    except Exception as reason:  # not installed, or wrong device
         print(
             f"{name} is left out of {case_name}: {type(reason).__name__}:"
             f" {str(reason).strip()[:200]}",
@@ -260,7 +287,7 @@ def measure(case_name: str, name: str, options: argparse.Namespace) -> None:
     for length, work in itertools.product(options.lengths, ("forward", "forward+backward")):
         try:
             times = take(length, work)
-        except Exception as reason:  # such as memory
+        except Exception as reason:  # for example, out of memory
             print(f"{name:10} {work:16} {length} fails: {str(reason)[:200]}", flush=True)
             continue
         peer = {"versions": versions(*PACKAGES[name])} if name in PACKAGES else {}

@@ -1,10 +1,16 @@
-"""Import and export of a full-size checkpoint: seconds, and peak anonymous memory.
+"""Import and export of a full-size checkpoint: seconds and peak anonymous memory.
 
-    python -m benchmarks.convert --folder DISK_WITH_30_GB      # about 5 minutes on 2 cores
+Examples:
 
-Writes a synthetic InfiniteVL of 4.4 B random bf16 parameters in 4 safetensors shards (8.8 GB), runs
-`convert_torch.py import` and `export` as a user does, compares every tensor (name, dtype, shape,
-bytes), and records one line in benchmarks/results/convert.jsonl.
+    # about 5 minutes on 2 cores
+    python -m benchmarks.convert --folder DISK_WITH_30_GB
+
+    # a quick look at a small model; records nothing
+    python -m benchmarks.convert --layers 4
+
+Writes a synthetic InfiniteVL of 4.4 B random bf16 parameters in 4 safetensors shards (8.8 GB). Runs
+`convert_torch.py import` and `export` as a user does. Compares name, dtype, shape and bytes of
+every tensor. The result goes to benchmarks/results/convert.jsonl.
 """
 
 import argparse
@@ -34,7 +40,7 @@ SHARDS = 4
 
 
 def write_source(folder: Path, config) -> int:
-    """A published folder with random weights; returns its bytes of tensors."""
+    """Write a Hugging Face folder with random weights; returns the bytes of its tensors."""
     folder.mkdir()
     (folder / "config.json").write_text(
         json.dumps(to_huggingface(config) | {"torch_dtype": "bfloat16"}, indent=2)
@@ -69,8 +75,10 @@ def write_source(folder: Path, config) -> int:
 
 
 def measured(*command: str) -> dict[str, float]:
-    """Run a command; its seconds and the peak of its anonymous memory (page cache does not count),
-    sampled every 20 ms."""
+    """Run a command of `convert_torch.py`.
+
+    Returns its seconds and its peak anonymous memory (without page cache), sampled every 20 ms.
+    """
     peak, start = 0, time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "convert_torch.py"), *command],
@@ -98,7 +106,10 @@ def measured(*command: str) -> dict[str, float]:
 
 
 def compare(a: Path, b: Path) -> int:
-    """Number of tensors; stops at the first difference in name, dtype, shape or bytes."""
+    """Compare name, dtype, shape and bytes of all tensors.
+
+    Returns the number of tensors. Raises AssertionError at the first difference.
+    """
 
     def tensors(folder: Path):
         return {
@@ -126,10 +137,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--folder", default=".", help="where about 30 GB may be written for the time of the run"
+        "--folder", default=".", help="a folder with 30 GB free for temporary files"
     )
     parser.add_argument(
-        "--layers", type=int, default=36, help="fewer for a quick look (nothing is recorded then)"
+        "--layers", type=int, default=36, help="fewer for a quick look; records nothing"
     )
     add_commit(parser)
     args = parser.parse_args()

@@ -1,5 +1,4 @@
-"""How PyTorch's kernels are timed beside ours: several calls in one CUDA graph, so that launches do
-not count."""
+"""Times of PyTorch kernels: several calls in one CUDA graph, so that launches do not count."""
 
 import gc
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from benchmarks.timing import REPEATS
 
 
 def tensor(x: jax.Array | np.ndarray, dtype):
-    """A tensor of its own on the GPU."""
+    """A copy on the GPU."""
     import torch
 
     return (
@@ -22,7 +21,10 @@ def tensor(x: jax.Array | np.ndarray, dtype):
 
 
 def milliseconds(call: Callable[[], None], calls: int) -> list[float]:
-    """Of one call, over `REPEATS` runs of a graph of `calls` calls, after two to warm up."""
+    """Milliseconds per call: one number for each of `REPEATS` runs of a graph of `calls` calls.
+
+    Two runs before them are warm-up.
+    """
     from torch import cuda
 
     stream, graph = cuda.Stream(), cuda.CUDAGraph()
@@ -30,10 +32,10 @@ def milliseconds(call: Callable[[], None], calls: int) -> list[float]:
         for _ in range(3):
             call()
     cuda.synchronize()
-    gc.collect()  # an older graph that is freed while this one is recorded would end the recording
+    gc.collect()  # freeing an older graph during the capture would end the capture
     with cuda.graph(
         graph, stream=stream, capture_error_mode="thread_local"
-    ):  # JAX's threads go on beside it
+    ):  # JAX's threads run during the capture
         for _ in range(calls):
             call()
     times = []

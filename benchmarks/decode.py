@@ -1,15 +1,24 @@
-"""One token of each sequence through the mixers alone, without their projections, on one GPU: ours
-for Hopper, its definition in XLA, and the separate operations that the layers are made of.
+"""One token per sequence through the mixers, without projections, on one GPU.
 
-    python -m benchmarks.decode                    # batches of 1, 8 and 64; into
-    benchmarks/results/decode.jsonl python -m benchmarks.decode --batches 1 --ops attend
+Implementations: `mosaic_gpu` (the one-token step for Hopper), `xla` (its definition), and `layers`
+(the separate operations that the layers run).
+
+Examples:
+
+    # batches of 1, 8 and 64
+    python -m benchmarks.decode
+
+    # attention with one sequence
+    python -m benchmarks.decode --batches 1 --ops attend
 
 Sizes of the 4.4 B model, bfloat16: 27 Gated DeltaNet layers, each with its own state, or 9 window
-  layers with full rings,
-in one program of several tokens, a layer's output being the next one's gate or query; states are
-updated in place and come from memory, for together they are larger than the L2 cache. Errors first,
-by the parity matrix (pallas_kernels.testing.matrix), then the time of a layer: the median of 10
-programs, and, from the profiler, the time that its kernels run and how many they are.
+layers with full ring buffers. One program computes several tokens. The output of a layer is the
+gate or query of the next one. States are updated in place. Together they are larger than the L2
+cache, so they are read from memory.
+
+Errors are measured first, by the parity matrix (pallas_kernels.testing.matrix). Then the time per
+layer: the median of 10 programs and, from the profiler, the time and number of its kernels. Results
+go to benchmarks/results/decode.jsonl.
 """
 
 import argparse
@@ -42,13 +51,13 @@ from pallas_kernels.testing.steps import implementation_in_a_row
 HEADS, KEYS, VALUES, EPS = 16, 128, 256, 1e-5
 Q_HEADS, KEY_HEADS, WIDTH, WINDOW = 16, 2, 128, 8192
 LAYERS = {"gated_delta_rule": 27, "attend": 9}
-TOKENS = 32  # of a program: launching it may not count
+TOKENS = 32  # per program, so that its launch is negligible
 
 bf16 = jnp.bfloat16
 
 
 def delta_layers(inputs, weights, state, index, eps):
-    """The operations of `infinitevl_jax.nn.mixers.gated_delta_net`, one after the other."""
+    """The separate operations of `infinitevl_jax.nn.mixers.gated_delta_net`."""
     index, batch = index[:, None], len(index)
     segment = jnp.zeros_like(index)
 
@@ -81,7 +90,7 @@ def delta_layers(inputs, weights, state, index, eps):
 
 
 def attend_layers(q, k, v, kv_cache, index, window, scale):
-    """The operations of `infinitevl_jax.nn.mixers.softmax_attention`, one after the other."""
+    """The separate operations of `infinitevl_jax.nn.mixers.softmax_attention`."""
     index, length = index[:, None], jnp.maximum(index, 0)
     q, k, v = q[:, None], k[:, None], v[:, None]
     segment = jnp.zeros_like(index)
@@ -136,14 +145,16 @@ def draw_attend(batch: int, seed: int):
 
 
 def delta_cases(batch: int) -> list[Case]:
-    """Two tokens in a row, every third sequence standing still."""
+    """Two consecutive tokens; every third sequence is a pad (index -1)."""
     tokens = [[-1 if i % 3 == 1 else token for i in range(batch)] for token in (5, 6)]
     return [gated_delta_rule_step_case("two tokens", tokens, HEADS, KEYS, VALUES)]
 
 
 def attend_cases(batch: int) -> list[Case]:
-    """Rings partly filled, about to be full and wrapped, some sequences still. A batch of one is
-    tried with all lengths in turn."""
+    """Ring buffers partly filled, nearly full and wrapped; some sequences are pads (index -1).
+
+    A batch of one is checked with each length.
+    """
     lengths = [8192, 4000, -1, 8191, 8193, 20000, 100_000]
     rows = [[length] for length in lengths] if batch == 1 else [(lengths * batch)[:batch]]
     return [
@@ -153,15 +164,20 @@ def attend_cases(batch: int) -> list[Case]:
 
 
 def with_erased_gates(inputs, weights, state, index, eps):
-    """`delta_layers` multiplies by the gate last of all, which in a model is no NaN where a
-    sequence stands still."""
+    """`delta_layers` with the gates of pads set to 0.
+
+    The matrix poisons pads with NaN, and `delta_layers` multiplies by the gate last. In a model the
+    gate of a pad is finite.
+    """
     gate = jnp.where(index[:, None] >= 0, inputs.gate, 0)
     return delta_layers(inputs._replace(gate=gate), weights, state, index, eps)
 
 
 def errors(op: str, name: str, batch: int) -> dict[str, float]:
-    """The largest of each result. Raises ValueError where one is larger than the parity matrix
-    allows."""
+    """The largest error of each result.
+
+    Raises ValueError if an error is above the tolerance of the parity matrix.
+    """
     operator, cases = CASES[op]
     step = (
         with_erased_gates
@@ -183,8 +199,8 @@ def errors(op: str, name: str, batch: int) -> dict[str, float]:
 
 
 def delta_program(step):
-    """A jitted program of TOKENS tokens through all layers; the first argument is given away and
-    returned."""
+    """A jitted program of TOKENS tokens through all layers; it donates and returns its first
+    argument."""
 
     def program(states, gate, inputs, weights, index):
         def token(i, carry):
@@ -209,7 +225,7 @@ def delta_arguments(batch: int):
 
 
 def attend_program(step):
-    """Likewise."""
+    """As `delta_program`."""
 
     def program(rings, q, k, v, index):
         def token(i, carry):
@@ -244,7 +260,7 @@ PROGRAMS = {
 
 
 def times(run, arguments, layers: int, repeats: int = 10) -> dict:
-    """Of one layer and token: wall time in microseconds, time of its kernels, and their number."""
+    """Per layer and token: wall time and kernel time in microseconds, number of kernels."""
     state, carry, *rest = arguments
 
     def again():
@@ -275,13 +291,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ops", nargs="+", choices=LAYERS, default=list(LAYERS))
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument(
+        "--ops", nargs="+", choices=LAYERS, default=list(LAYERS), help="default: all"
+    )
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[1, 8, 64], help="sequences (default: 1 8 64)"
+    )
     parser.add_argument(
         "--implementations",
         nargs="+",
         choices=IMPLEMENTATIONS["attend"],
         default=list(IMPLEMENTATIONS["attend"]),
+        help="default: all",
     )
     add_commit(parser)
     options = parser.parse_args()
@@ -308,7 +329,7 @@ def main() -> None:
             found = errors(op, name, batch)
             print(f"{case['op']} by {name}, batch {batch}: errors {found}", flush=True)
             took = times(programs[op, name, batch], PROGRAMS[op][1](batch), LAYERS[op])
-        except Exception as reason:  # the others are worth having all the same
+        except Exception as reason:  # report it and measure the others
             print(
                 f"{case['op']} by {name}, batch {batch} fails: {type(reason).__name__}:"
                 f" {str(reason).strip()[:200]}",

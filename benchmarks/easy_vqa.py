@@ -1,8 +1,13 @@
-"""Record finished runs of the main job, and print their mean.
+"""Record finished runs of examples/pixels_to_answers.py and print their means.
 
-for seed in 0 1 2; do python examples/pixels_to_answers.py --seed $seed --output
-runs/easy_vqa_$seed; done python -m benchmarks.easy_vqa runs/easy_vqa_0 runs/easy_vqa_1
-runs/easy_vqa_2     # into benchmarks/results/easy_vqa.jsonl
+Example:
+
+    python examples/pixels_to_answers.py --seed 0 --output runs/easy_vqa_0
+    python examples/pixels_to_answers.py --seed 1 --output runs/easy_vqa_1
+    python examples/pixels_to_answers.py --seed 2 --output runs/easy_vqa_2
+    python -m benchmarks.easy_vqa runs/easy_vqa_0 runs/easy_vqa_1 runs/easy_vqa_2
+
+Results go to benchmarks/results/easy_vqa.jsonl.
 """
 
 import argparse
@@ -21,12 +26,11 @@ SHARES = (
 
 
 def figures(run: Path) -> dict:
-    """What a run's results.json says, and the share of held-out questions that its log ends
-    with."""
+    """results.json of a run, and the held-out accuracy at the end of its log."""
     results = json.loads((run / "results.json").read_text("utf-8"))
     logged = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
     held_out = [line["held_out_exact"] for line in logged if "held_out_exact" in line]
-    del results["device"]  # the recorder is more precise
+    del results["device"]  # the recorder adds a more precise one
     return results | {"held_out": held_out[-1]}
 
 
@@ -35,7 +39,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "runs", nargs="+", type=Path, help="folders of runs that have ended on this machine"
+        "runs", nargs="+", type=Path, help="folders of runs that finished on this machine"
     )
     add_commit(parser)
     args = parser.parse_args()

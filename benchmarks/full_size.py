@@ -1,12 +1,18 @@
-"""The published size on one GPU: 4,408,381,536 random bf16 parameters, prefill, decode, an image
-question, peak memory.
+"""The published size on one GPU: prefill, decoding, an image question, peak memory.
 
-    python -m benchmarks.full_size                 # about 4 minutes on an H100; into
-    benchmarks/results/full_size.jsonl python -m benchmarks.full_size --prompt 2048   # a shorter
-    prompt
+Examples:
 
-Peers on the same card are in the project's notes; random weights make no sense of the answer, only
-of its speed.
+    # about 4 minutes on an H100
+    python -m benchmarks.full_size
+
+    # a shorter prompt
+    python -m benchmarks.full_size --prompt 2048
+
+    # a profiler trace; python -m benchmarks.trace FOLDER lists its kernels
+    python -m benchmarks.full_size --profile FOLDER
+
+The model has 4,408,381,536 random bf16 parameters: the answers have no meaning, only their speed
+does. Results go to benchmarks/results/full_size.jsonl.
 """
 
 import argparse
@@ -21,7 +27,7 @@ from benchmarks.timing import summary
 from infinitevl_jax import InfiniteVL, Processor
 from infinitevl_jax.config.model import infinitevl_4b
 from infinitevl_jax.config.run import OpsConfig
-from infinitevl_jax.inputs.model_inputs import prepare
+from infinitevl_jax.inputs.model_inputs import build_inputs
 from infinitevl_jax.nn.ops import resolve_ops
 from infinitevl_jax.nn.params import cache_spec
 from infinitevl_jax.serve.sampling import Sampling
@@ -30,8 +36,7 @@ GREEDY = Sampling()
 
 
 def timed(call, repeats: int) -> dict[str, float]:
-    """Milliseconds of `call`, which returns arrays to wait for: median, min and max after one
-    warm-up."""
+    """Milliseconds of `call` until its arrays are ready: median, min and max after one warm-up."""
     jax.block_until_ready(call())
     times = []
     for _ in range(repeats):
@@ -45,15 +50,15 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--prompt", type=int, default=8192, help="tokens of the timed prefill")
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--prompt", type=int, default=8192, help="tokens of the prompt")
+    parser.add_argument("--repeats", type=int, default=20, help="timed runs (default: 20)")
     parser.add_argument(
-        "--profile", help="write a profiler trace of one prefill and ten tokens to this folder"
+        "--profile", help="write a profiler trace of one prefill and 32 tokens to this folder"
     )
     parser.add_argument(
-        "--attend", help='the implementations allowed, in order, such as "mosaic_gpu,xla"'
+        "--attend", help='implementations of attention, in order, such as "mosaic_gpu,xla"'
     )
-    parser.add_argument("--gated-delta-rule", help="likewise")
+    parser.add_argument("--gated-delta-rule", help="implementations of the gated delta rule")
     add_commit(parser)
     args = parser.parse_args()
 
@@ -72,7 +77,7 @@ def main():
     print(result, flush=True)
 
     rng = np.random.default_rng(0)
-    prompts = [prepare(config, rng.integers(0, 150_000, (1, args.prompt))) for _ in range(4)]
+    prompts = [build_inputs(config, rng.integers(0, 150_000, (1, args.prompt))) for _ in range(4)]
     fresh = model.init_cache(1)
     started = time.perf_counter()
     _, cache = jax.block_until_ready(model.prefill(prompts[0], fresh))
@@ -83,7 +88,7 @@ def main():
     )
     print(result, flush=True)
 
-    # decode with the window full: a run of 32 tokens, one after the other, as generate does it
+    # decode 32 tokens one by one with a full window, as `generate` does
     token, key = jnp.zeros(1, jnp.int32), jax.random.key(0)
     started = time.perf_counter()
     token, cache = jax.block_until_ready(
@@ -103,7 +108,7 @@ def main():
     result["decode_ms"] = {name: round(value / 32, 3) for name, value in run_ms.items()}
     print(result, flush=True)
 
-    # an image question from pixels to tokens, through the processor with its built-in tokenizer
+    # an image question through the processor with its built-in tokenizer
     picture = rng.integers(0, 255, (448, 448, 3), np.uint8)
     question = [
         {

@@ -1,22 +1,31 @@
-"""The gated delta rule on one GPU: ours for Hopper, ours in XLA, and fla's (Triton) where it
-imports.
+"""The gated delta rule on one GPU, beside fla (flash-linear-attention, Triton) if it is installed.
 
-    python -m benchmarks.gated_delta_rule          # 1K to 256K tokens; into
-    benchmarks/results/gated_delta_rule.jsonl python -m benchmarks.gated_delta_rule --shapes 1x32768
-    1x131072 --work forward --implementations mosaic_gpu fla python -m benchmarks.gated_delta_rule
-    --shapes 1x8192 --heads 16 8 4 2
+Implementations: `mosaic_gpu` (Hopper), `xla`, `fla`.
 
-16 heads or as many as asked for, keys 128 and values 256 wide, bfloat16, no initial state, the last
-state asked for. Errors first: relative RMS of out and the last state against the recurrence in
-  float64 on the same bfloat16 numbers, the worst of some gates and keys at
-1,000 tokens, and of one case of 8,192, where sequences of few heads are cut. Then times: several
-calls on random inputs in one program (of
-fla: in one CUDA graph), median of 20 programs. fla refuses its backward pass on Hopper with some
-  versions of Triton, whose results were
-found wrong; it is timed all the same, and never compared with.
+Examples:
 
-fla 0.6 asks for einops besides torch and Triton; `pip install --no-deps fla-core
-flash-linear-attention einops`.
+    # 1K to 256K tokens
+    python -m benchmarks.gated_delta_rule
+
+    # two lengths, forward only
+    python -m benchmarks.gated_delta_rule --shapes 1x32768 1x131072 --work forward
+
+    # fewer heads
+    python -m benchmarks.gated_delta_rule --shapes 1x8192 --heads 16 8 4 2
+
+    # fla 0.6 also needs einops, torch and Triton
+    pip install --no-deps fla-core flash-linear-attention einops
+
+16 heads by default, keys of width 128, values of width 256, bfloat16, no initial state. The last
+state is computed too.
+
+Errors are measured first: relative RMS of the output and the last state against the recurrence in
+float64 on the same bfloat16 inputs. They are the worst over several gates and keys at 1,000 tokens
+and one case of 8,192, where few heads are split into spans. Then times: several calls on random
+inputs in one program (fla: in one CUDA graph), the median of 20 programs. fla refuses its backward
+pass on Hopper with some versions of Triton, whose results were found to be wrong. Its time is
+measured all the same; its gradients are not compared. Results go to
+benchmarks/results/gated_delta_rule.jsonl.
 """
 
 import argparse
@@ -62,7 +71,7 @@ def draw(
 
 
 def timed(batch: int, length: int, heads: int) -> list[jax.Array]:
-    """The same distributions, drawn on the device."""
+    """Inputs of the same distributions, drawn on the device."""
 
     def numbers(key):
         keys, lead = jax.random.split(key, 5), (batch, length, heads)
@@ -85,8 +94,10 @@ def timed(batch: int, length: int, heads: int) -> list[jax.Array]:
 
 
 def in_programs(function, shapes: list[tuple[int, int]], works: list[str], heads: int):
-    """(work, inputs) -> milliseconds of each of several calls, by programs compiled here for all
-    shapes and works."""
+    """Compile a program for each shape and work.
+
+    Returns the function (work, inputs) -> milliseconds per call, one number per program run.
+    """
     calls = {"forward": function, "forward+backward": partial(with_backward, function)}
     cells = list(itertools.product(shapes, works))
     programs = compiled(
@@ -108,25 +119,25 @@ def in_jax(arrays: list[np.ndarray]) -> list[jax.Array]:
 
 
 def with_backward(function, *inputs):
-    """Gradients of sum(out * out) / 2, in all inputs."""
+    """Gradients of sum(out * out) / 2 with respect to all inputs."""
     (out, last), pull = jax.vjp(function, *inputs)
     return pull((out, jnp.zeros_like(last)))
 
 
 def calls_of(batch: int, length: int) -> int:
-    """Calls in a program: half a million tokens, that launches may not count."""
+    """Calls per program: half a million tokens, so that launch overhead is negligible."""
     return max(2, 2**19 // (batch * length))
 
 
 class Fla:
-    """fla's chunked kernels, as if they were called from JAX."""
+    """fla's chunked kernels, with JAX arrays in and numpy arrays out."""
 
     def __init__(self):
         import torch
         from fla.ops.common import chunk_o
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-        chunk_o.TRITON_ABOVE_3_7_1 = True  # else its backward pass raises
+        chunk_o.TRITON_ABOVE_3_7_1 = True  # otherwise its backward pass raises
 
         self.torch, self.rule = (
             torch,
@@ -160,7 +171,7 @@ ERRORS = [(gates, repeated) for gates in ("mild", "spread", "keep") for repeated
 
 
 def truths(heads: int) -> list[tuple]:
-    """Inputs, and what is right."""
+    """(inputs, results in float64) of each case."""
     exact = jax.jit(reference.gated_delta_rule)
 
     def truth(arrays):
@@ -190,17 +201,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="batch x length")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="BATCHxLENGTH")
     parser.add_argument(
         "--work",
         nargs="+",
         choices=["forward", "forward+backward"],
         default=["forward", "forward+backward"],
+        help="default: both",
     )
     parser.add_argument(
-        "--implementations", nargs="+", choices=[*JAX, "fla"], default=[*JAX, "fla"]
+        "--implementations",
+        nargs="+",
+        choices=[*JAX, "fla"],
+        default=[*JAX, "fla"],
+        help="default: all",
     )
-    parser.add_argument("--heads", type=int, nargs="+", default=[HEADS])
+    parser.add_argument("--heads", type=int, nargs="+", default=[HEADS], help="default: 16")
     add_commit(parser)
     options = parser.parse_args()
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes]
@@ -209,7 +225,7 @@ def main() -> None:
 
 
 def measure(heads: int, shapes: list[tuple[int, int]], options: argparse.Namespace) -> None:
-    """Errors and times of all implementations with so many heads."""
+    """Measure errors and times of all implementations with `heads` heads."""
     shared, cases = (
         {"op": "gated_delta_rule", "heads": heads, "widths": [KEY, VALUE], "dtype": "bfloat16"},
         truths(heads),
@@ -233,7 +249,7 @@ def measure(heads: int, shapes: list[tuple[int, int]], options: argparse.Namespa
         for (batch, length), work in itertools.product(shapes, options.work):
             try:
                 times = take(work, timed(batch, length, heads))
-            except Exception as reason:  # such as memory
+            except Exception as reason:  # for example, out of memory
                 print(
                     f"{name:10} {work:16} {batch}x{length} fails: {str(reason)[:200]}", flush=True
                 )

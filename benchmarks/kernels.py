@@ -1,13 +1,18 @@
-"""All kernels in one go, correctness first, then a table of what was measured.
+"""All kernels: correctness first, then times, then the tables of docs/kernels.md.
 
-    python -m benchmarks.kernels            # on a GPU: parity matrix, then attention, gated delta
-    rule and token steps beside their peers python -m benchmarks.kernels            # on a CPU:
-    static scores for four generations of TPU; on a TPU: parity matrix first python -m
-    benchmarks.kernels --table    # only the tables, of the newest line recorded for each case
+Examples:
 
-The tables are printed and written into docs/kernels.md. Each part is a command of its own (`python
--m benchmarks.attend --help` and so on) and records in benchmarks/results/. A matrix with an error
-too large ends the run before anything is timed.
+    # on a GPU: parity matrix, then attention, gated delta rule and token steps beside their peers
+    # on a CPU: static scores for four generations of TPU
+    # on a TPU: parity matrix, then the static scores
+    python -m benchmarks.kernels
+
+    # only the tables
+    python -m benchmarks.kernels --table
+
+The tables hold the newest recorded line of each case. They are printed and written to
+docs/kernels.md. Each part is a command of its own (`python -m benchmarks.attend --help` and so on)
+and records in benchmarks/results/. If the parity matrix fails, nothing is timed.
 """
 
 import argparse
@@ -30,8 +35,10 @@ TIMES = ("ms", "us", "estimate_ms", "failed")
 
 
 def newest(name: str, *keys: str, device: str | None = None) -> dict[tuple, dict]:
-    """The last line of a results file for each combination of the keys: those with a time, of a
-    commit; of one device if named."""
+    """The last line of a results file for each combination of the keys.
+
+    Only lines with a time and a commit count; if `device` is given, only those of that device.
+    """
     file = RESULTS / f"{name}.jsonl"
     lines = (
         [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
@@ -47,14 +54,14 @@ def newest(name: str, *keys: str, device: str | None = None) -> dict[tuple, dict
 
 
 def tables() -> str:
-    """Markdown: milliseconds for each device, an implementation a row, and the scores for TPUs."""
+    """Markdown: milliseconds per device with a row per implementation; scores for TPUs."""
     devices = sorted({key for name in GPU for (key,) in newest(name, "device")})
     measured = [f"{device}, milliseconds:\n\n{times(device)}" for device in devices]
     return "\n\n".join([*measured, f"TPU, by the compiler, milliseconds / floor:\n\n{scores()}"])
 
 
 def times(device: str) -> str:
-    """Sequences by length and token steps by batch, a table each."""
+    """A table of sequences by length and a table of token steps by batch."""
     sequences: dict[tuple, dict] = {}
     for line in newest(
         "attend", "case", "implementation", "work", "length", device=device
@@ -87,8 +94,7 @@ def times(device: str) -> str:
 
 
 def scores() -> str:
-    """A column for each generation of TPU: the estimate, and beneath which it cannot come, its
-    bytes over the memory's rate."""
+    """A column per generation of TPU: the estimate / its lower bound, bytes over the HBM rate."""
     rows: dict[tuple, dict] = {}
     chips = list(CHIPS)
     for line in newest("tpu_scores", "op", "program", "topology").values():
@@ -111,8 +117,10 @@ def _shape(shape: tuple[int, int]) -> str:
 
 
 def _grid(rows: dict[tuple, dict], names: tuple[str, ...], title: Callable) -> str:
-    """A table with a column for each key of the rows' figures; ours first where rows are alike but
-    for who made them."""
+    """A table with a column for each key of the rows' figures.
+
+    Among rows that differ only in the implementation, `mosaic_gpu` comes first.
+    """
     columns = sorted({column for found in rows.values() for column in found})
     text = [
         "| " + " | ".join([*names, *map(title, columns)]) + " |",
@@ -130,7 +138,7 @@ def _figure(x: float | str) -> str:
 
 
 def write_tables() -> None:
-    """Put the tables into the document, between its two marks."""
+    """Write the tables into the document, between its two marks."""
     before, rest = DOCUMENT.read_text("utf-8").split(BEGIN)
     _, after = rest.split(END)
     aside = DOCUMENT.with_suffix(".tmp")
@@ -142,15 +150,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--table", action="store_true", help="measure nothing")
+    parser.add_argument("--table", action="store_true", help="write the tables only")
     parser.add_argument(
         "--longest", type=int, default=100_000, help="longest case of the parity matrix"
     )
     add_commit(parser)
     args = parser.parse_args()
     if not args.table:
-        # in a process of its own: a client in this one would keep the device, or most of its
-        # memory, from those below
+        # in a separate process: a client in this one would hold the device or most of its memory
         ask = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
         backend = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()[-1]
         if backend != "cpu":
@@ -162,9 +169,9 @@ def main() -> None:
 
 
 def _run(module: str, *arguments: str) -> None:
-    """A process for each part, so that each has the whole device."""
+    """Run a part in its own process, so that it has the whole device."""
     if subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode:
-        sys.exit(f"{module} failed; what comes after it was not run")
+        sys.exit(f"{module} failed; the parts after it did not run")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
-"""What must hold exactly on a mesh: a small float32 model against one device, and a checkpoint that
-one device restores."""
+"""Exact checks on a mesh.
+
+A small float32 model is compared with one device. A checkpoint is written on a mesh and restored on
+one device.
+"""
 
 import tempfile
 import time
@@ -21,16 +24,16 @@ from infinitevl_jax.sharding import make_mesh
 from infinitevl_jax.train.step import TrainState, state_shardings
 from pallas_kernels.testing.parity import rel_rms
 
-AGREE = 1e-5  # relative: losses, and the root mean square over each gradient
-# of plain gradient descent: Adam would make a full step of a gradient that is only rounding
+AGREE = 1e-5  # largest relative difference of losses, and of the RMS of each gradient
+# of plain gradient descent: Adam would turn a gradient that is only rounding into a full step
 RATE = 1e-4
 
 
 def small_model() -> ModelConfig:
-    """A layer of each kind, two of the tower, every size a multiple of eight.
+    """One layer of each kind, two tower blocks, all sizes multiples of eight.
 
-    It is as shallow as that because each layer amplifies rounding, and the model's head is its own
-    because a tied one does too.
+    It is shallow because each layer amplifies rounding. Its head is untied because a tied head
+    amplifies rounding, too.
     """
     text = TextConfig(
         hybrid_pattern(2, period=2),
@@ -69,7 +72,7 @@ def small_model() -> ModelConfig:
 
 
 def small_setting(rows: int) -> Setting:
-    """Float32 throughout; Hopper's kernels refuse it, so that XLA runs."""
+    """All in float32. The Hopper kernels do not take it, so `xla` runs."""
     return Setting(
         small_model(),
         "all",
@@ -86,11 +89,13 @@ def small_setting(rows: int) -> Setting:
 
 
 def float32_agreement(meshes: Sequence[Mapping[str, int]], rows: int, results) -> None:
-    """Three steps of gradient descent on every mesh: losses, and all gradients of the last step,
-    against one device's."""
+    """Compare three steps of gradient descent on every mesh with one device.
+
+    Compared are the losses and all gradients of the last step.
+    """
     setting = small_setting(rows)
     begin = starter(setting.config, jnp.float32)
-    optimizer = optax.chain(optax.trace(0.0), optax.scale(-RATE))  # the trace keeps the gradient
+    optimizer = optax.chain(optax.trace(0.0), optax.scale(-RATE))  # trace stores the gradient
     gradients, losses = {}, []
 
     def run(axes) -> dict:
@@ -111,10 +116,12 @@ def float32_agreement(meshes: Sequence[Mapping[str, int]], rows: int, results) -
 def agreement(
     losses: Sequence[float], wanted: Sequence[float], gradient: Mapping, expected: Mapping
 ) -> dict:
-    """The largest relative difference of a loss and of a gradient with its name; the `problem` if
-    one is above `AGREE`."""
+    """The largest relative difference of a loss and of a gradient, and the name of the latter.
+
+    Has a `problem` if one is above `AGREE`.
+    """
     if not wanted:
-        return {"problem": "one device has nothing to compare with"}
+        return {"problem": "there is no result of one device to compare with"}
     loss = float(np.max(np.abs(np.divide(losses, wanted) - 1)))
     apart = {name: rel_rms(gradient[name], value) for name, value in expected.items()}
     worst = max(apart, key=lambda name: np.nan_to_num(apart[name], nan=np.inf))
@@ -123,22 +130,25 @@ def agreement(
         return found | {"problem": f"a loss is {loss:.1e} off, allowed are {AGREE:.0e}"}
     if not apart[worst] <= AGREE:
         return found | {
-            "problem": f"the gradient of {worst} is {apart[worst]:.1e} off, allowed are {AGREE:.0e}"
+            "problem": (
+                f"the gradient of {worst} is {apart[worst]:.1e} off, allowed are {AGREE:.0e}"
+            )
         }
     return found
 
 
 def restored_alone(setting: Setting, axes: Mapping[str, int], begin, folder: str | None) -> dict:
-    """Two steps on a mesh, a checkpoint, and the same restored on one device: every bit of every
-    array.
+    """Train two steps on a mesh, save a checkpoint and restore it on one device.
 
-    folder: on a disk with room for the state; a temporary folder is made in it.
+    Every bit of every array must be equal.
+
+    folder: on a disk with room for the state; a temporary folder is created in it.
     """
     from infinitevl_jax.checkpoints.manifest import Manifest
     from infinitevl_jax.train.checkpoints import (
         Checkpoints,
         abstract_state,
-    )  # only here: it needs the extra `run`
+    )  # imported here because it needs the extra `run`
 
     training = Training(setting, axes, begin).train(setting.batches[:2])
     state = training.state
@@ -160,14 +170,15 @@ def restored_alone(setting: Setting, axes: Mapping[str, int], begin, folder: str
             "written_s": round(written - started, 1),
             "restored_s": round(time.perf_counter() - written, 1),
         }
-        checkpoints.close()
     figures |= {"checkpoint_GB": round(size / 1e9, 2), "loss": training.losses}
     return figures | compared(state, restored)
 
 
 def compared(state: TrainState, restored: TrainState) -> dict:
-    """How many arrays were compared bit for bit, and the `problem` if one differs or is not on one
-    device."""
+    """The number of arrays that are bit-identical.
+
+    Instead, the `problem` if an array differs or is not on one device.
+    """
     pairs = list(zip(jax.tree.leaves_with_path(state), jax.tree.leaves(restored), strict=True))
     for (path, before), after in pairs:
         if len(after.sharding.device_set) != 1:

@@ -1,9 +1,8 @@
-"""Training on one mesh of this host's devices, over rows that are given: the runs that
-`benchmarks.meshes` compares.
+"""Training on one mesh of this host's devices: the runs that `benchmarks.meshes` compares.
 
-The rows of a step are the same on every mesh. They pass at once, or in turn, a few at a time, with
-their gradients averaged in float32: so one GPU, which cannot hold the activations of all of them,
-  makes the same step as a mesh whose devices hold one row each.
+Every mesh trains on the same rows. They are processed together, or a few at a time with their
+gradients averaged in float32. One GPU cannot hold the activations of all rows; with a few at a time
+it computes the same step as a mesh whose devices hold one row each.
 """
 
 import os
@@ -12,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-# what the allocator leaves is for NCCL's buffers and the driver
+# the rest of the memory is for NCCL's buffers and the driver
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
 
 from benchmarks.train_step import (
@@ -41,22 +40,23 @@ from infinitevl_jax.sharding import make_mesh  # noqa: E402
 from infinitevl_jax.train.optimizer import make_optimizer, split_trainable  # noqa: E402
 from infinitevl_jax.train.step import batch_axes, put_batch  # noqa: E402
 
-WARMUP = 3  # steps whose losses count and whose times do not
-SEED = 0  # of the rows
+WARMUP = 3  # first steps, whose times do not count
+SEED = 0  # of the random rows
 
-# what trains: the two whose arithmetic `train_flops` counts, and everything
+# trained parameters: the two sets whose FLOPs `train_flops` counts, and all
 TRAINED = TRAIN | {"all": [".*"]}
 
-Rows = list[TrainBatch]  # each of one row, on the host
+Rows = list[TrainBatch]  # one row each, on the host
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained on what, the mesh apart.
+    """Model, rows and run settings, without the mesh.
 
-    train: of `TRAINED`. rows: of a step, over all devices. at_once: how many of them go through in
-      one pass, None for all.
-    length: tokens of a row. images: in each row, of `grid` patches.
+    Attributes:
+      train: a key of `TRAINED`.
+      rows: rows per step, over all devices. at_once: rows per pass; None: all.
+      length: tokens per row. images: images per row, of `grid` patches each.
     """
 
     config: ModelConfig = infinitevl_4b()
@@ -76,14 +76,17 @@ class Setting:
 
     @property
     def batches(self) -> list[Rows]:
-        """The rows of every step. Each has as many answer tokens: the mean over rows of their
-        losses is the mean over tokens."""
+        """The rows of every step.
+
+        All rows have the same number of answer tokens, so the mean of their losses is the mean over
+        tokens.
+        """
         return synthetic_rows(
             self.config, self.rows, self.steps, self.length, self.images, self.grid
         )
 
     def words(self) -> dict:
-        """The setting as it stands in a line of results."""
+        """The setting as recorded in a line of results."""
         named = (
             "train",
             "rows",
@@ -104,7 +107,7 @@ class Setting:
         }
 
     def optimizer(self) -> optax.GradientTransformation:
-        """AdamW, without a warm-up so that the first steps move."""
+        """AdamW without warm-up, so that the first steps change the parameters."""
         return make_optimizer(
             OptimizerConfig(peak_lr=self.peak_lr, warmup=0.0),
             1000,
@@ -116,7 +119,7 @@ class Setting:
 def synthetic_rows(
     config: ModelConfig, rows: int, steps: int, length: int, images: int, grid: tuple[int, int, int]
 ) -> list[Rows]:
-    """Images and random text, the same numbers for the same step and row whatever the mesh."""
+    """Images and random text: the same for the same step and row on every mesh."""
 
     def row(step: int, place: int) -> TrainBatch:
         return random_batch(
@@ -127,7 +130,7 @@ def synthetic_rows(
 
 
 def joined(rows: Sequence[TrainBatch]) -> TrainBatch:
-    """One batch of several, along their batch axes."""
+    """Several batches concatenated along their batch axes."""
 
     def concatenate(axes, *leaves):
         return np.concatenate(leaves, axes.index("batch"))
@@ -141,7 +144,7 @@ def joined(rows: Sequence[TrainBatch]) -> TrainBatch:
 
 
 class Training:
-    """A state on a mesh and its compiled step."""
+    """A training state on a mesh and its compiled step."""
 
     def __init__(
         self,
@@ -152,9 +155,9 @@ class Training:
     ):
         """
         Args:
-          axes: parts of the mesh's axes, {"fsdp": 2, "tensor": 2}; those left out have one.
-          begin: gives the parameters, the same at each call.
-          optimizer: the setting's, if None.
+          axes: sizes of the mesh axes, {"fsdp": 2, "tensor": 2}; the others have size 1.
+          begin: returns the parameters, the same ones at each call.
+          optimizer: None: the one of the setting.
         """
         run = RunConfig(
             **{"fsdp": 1, **axes},
@@ -187,9 +190,11 @@ class Training:
         self.losses, self.norms, self.times = [], [], []
 
     def train(self, batches: Sequence[Rows], say=print) -> "Training":
-        """A step for each element of `batches`. Losses are means over all rows of a step,
-        gradients' norms the largest of a pass, times milliseconds from the rows on the devices to
-        the step's end."""
+        """Train one step for each element of `batches`.
+
+        Records per step the mean loss over its rows, the largest gradient norm of its passes, and
+        milliseconds from the rows on the devices to the end of the step.
+        """
         for count, rows in enumerate(batches, 1):
             with jax.set_mesh(self.mesh):
                 parts = [rows[at : at + self.at_once] for at in range(0, len(rows), self.at_once)]
@@ -212,8 +217,8 @@ class Training:
         return self
 
     def summary(self) -> dict:
-        """Figures of the steps done: losses, time, tokens/s a device, MFU, and gigabytes each
-        device has held at most."""
+        """Figures of the steps so far: losses, time, tokens/s per device, MFU, peak GB of each
+        device."""
         timed = self.times[WARMUP:] or self.times
         step_ms = summary(timed, 2) | {"steps": len(timed)}
         tokens = self.setting.rows * self.setting.length
@@ -227,12 +232,14 @@ class Training:
             "mfu": self.flops and mfu(self.flops, step_ms["median"], len(devices)),
             "peak_GB_so_far": [
                 round(peak / 1e9, 2) for peak in peaks
-            ],  # of the process: it cannot be set back
+            ],  # of the process: it cannot be reset
         }
 
     def profile(self, folder: str, steps: int = 2) -> dict:
-        """Shares of the GPUs' busy time that collectives took over some steps more; what ran is
-        printed."""
+        """Shares of the GPUs' busy time spent in collectives, over `steps` further steps.
+
+        Prints the kernels.
+        """
         with jax.profiler.trace(folder):
             self.train(self.setting.batches[:steps])
         found = kernels(folder)
@@ -241,6 +248,8 @@ class Training:
 
 
 def one_gpu(setting: Setting, at_once: int = 1) -> Setting:
-    """The same rows, few at a time. Two rows' kept activations do not fit on 80 GB, so that these
-    are computed again."""
+    """The same rows, `at_once` at a time.
+
+    The saved activations of two rows do not fit in 80 GB, so they are recomputed.
+    """
     return replace(setting, at_once=at_once, remat=setting.remat if at_once == 1 else "full")

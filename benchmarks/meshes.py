@@ -1,26 +1,38 @@
-"""Training on meshes of one host's GPUs beside one GPU, on the same rows: numbers, speed, memory,
-checkpoints.
+"""Training on meshes of one host's GPUs, compared with one GPU on the same rows.
 
-    python -m benchmarks.meshes                          # every mesh of all GPUs, beside one GPU
+Compared are losses, speed, memory and checkpoints.
+
+Examples:
+
+    # every mesh of all GPUs, and one GPU
+    python -m benchmarks.meshes
+
+    # some meshes
     python -m benchmarks.meshes --mesh fsdp=2 --mesh fsdp=2,tensor=2
-    python -m benchmarks.meshes one_gpu --rows 8         # the parts apart, where a call has a limit
-    of time ... python -m benchmarks.meshes meshes --mesh fsdp=4,tensor=2 --reuse
-    benchmarks/results/meshes.jsonl   # ... and the rest beside them python -m benchmarks.meshes
-    float32                  # a small model in float32, which must agree to 1e-5 python -m
-    benchmarks.meshes checkpoint --mesh fsdp=2 --folder /tmp/checkpoint   # written on the mesh,
-    restored on one GPU
 
-`one_gpu` and `meshes`: the 4.4 B model, 8K tokens a row, random parameters, synthetic rows, a row
-  for each GPU (`--rows` for another
-number). One GPU takes the rows in turn and averages their gradients in float32. Its noise is the
-largest difference in loss, over all steps, to runs on one GPU that differ in the order of sums
-alone: `order` takes the rows in the reverse order; `pairs` takes two at a time, so that the sum
-  over both is made inside the products, before it is rounded to bfloat16. A mesh passes if
-  everything is finite and
-the loss of every step is within `--factor` times the noise of one GPU's. Weak scaling is tokens/s a
-GPU over those of one GPU with one row.
+    # the parts one by one, if the time of a command is limited
+    python -m benchmarks.meshes one_gpu --rows 8
+    python -m benchmarks.meshes meshes --mesh fsdp=4,tensor=2 \\
+        --reuse benchmarks/results/meshes.jsonl
 
-Each result is a line of the output file as soon as it is known. The exit code is 1 if anything
+    # a small model in float32, which must agree to 1e-5
+    python -m benchmarks.meshes float32
+
+    # a checkpoint, written on the mesh and restored on one GPU
+    python -m benchmarks.meshes checkpoint --mesh fsdp=2 --folder /tmp/checkpoint
+
+`one_gpu` and `meshes` train the 4.4 B model with random parameters on synthetic rows of 8K tokens,
+by default one row per GPU. One GPU processes the rows in turn and averages their gradients in
+float32.
+
+The noise of one GPU is the largest difference in loss, over all steps, between its run and a run
+that differs only in the order of sums. `order` processes the rows in reverse order. `pairs`
+processes two rows at a time, so that the sum over both is inside the matrix products, before the
+rounding to bfloat16. A mesh passes if everything is finite and the loss of every step differs from
+one GPU by at most `--factor` times that noise. Weak scaling is tokens/s per GPU over tokens/s of
+one GPU with one row.
+
+Each result is written to the output file as soon as it is known. The exit code is 1 if a part
 failed.
 """
 
@@ -54,13 +66,13 @@ from infinitevl_jax.config.run import AXES, REMATS
 
 PARTS = ("one_gpu", "meshes", "float32", "checkpoint")
 NOISE = ("order", "pairs")
-RESOLUTION = 1e-6  # of a loss in float32, relative: two runs whose noise is less are not told apart
+RESOLUTION = 1e-6  # relative, of a loss in float32: a smaller noise counts as this
 
 Axes = Mapping[str, int]
 
 
 class Results:
-    """Lines written as they come, problems kept for the end, and the lines of an earlier call."""
+    """The output file, the problems so far, and the lines of an earlier call (`--reuse`)."""
 
     def __init__(self, path: Path, commit: str, reuse: Path | None = None):
         self.path, self.commit, self.problems = path, commit, []
@@ -69,7 +81,7 @@ class Results:
         )
 
     def write(self, part: str, setting: Setting, figures: dict) -> dict:
-        """One line; a `problem` in it makes the program fail."""
+        """Write one line; a `problem` in it makes the program fail."""
         line = record(
             "meshes", self.commit, {"part": part, **setting.words(), **figures}, self.path
         )
@@ -78,8 +90,8 @@ class Results:
         return line
 
     def found(self, part: str, setting: Setting) -> dict | None:
-        """The newest earlier line of this part with the same setting, device, versions and commit,
-        if it has no problem."""
+        """The newest earlier line of this part without a problem, for the same setting, device,
+        versions and commit."""
         wanted = {"part": part, "commit": self.commit, **setting.words(), **circumstances()}
         del wanted["date"]
         matches = (
@@ -90,8 +102,8 @@ class Results:
         return next(matches, None)
 
     def attempt(self, part: str, setting: Setting, axes: Axes, make: Callable[[], dict]) -> dict:
-        """What `make` gives, written; an exception is written as the problem, and the other runs go
-        on."""
+        """Write the result of `make`; an exception becomes the `problem`, and the other runs
+        continue."""
         print(
             f"\n{part} {named(axes)}, {setting.rows} rows, {setting.at_once or setting.rows} at"
             " once",
@@ -101,12 +113,12 @@ class Results:
             figures = make()
         except Exception as error:
             figures = {"problem": re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:400]}
-        gc.collect()  # the state of this run, before the next one has its own
+        gc.collect()  # free the state of this run before the next one
         return self.write(part, setting, {"mesh": dict(axes), **figures})
 
 
 def run_one_gpu(setting: Setting, begin, noise: Sequence[str], results: Results) -> None:
-    """Speed with one row; losses of all rows; the same by other orders of sums."""
+    """Speed with one row, losses of all rows, and the losses with other orders of sums."""
     single, in_turn = alone(setting)
     variants = [("speed", single), ("losses", in_turn)] + [
         (name, noisy(setting, name)) for name in noise
@@ -135,7 +147,7 @@ def run_meshes(
     results: Results,
     profile: str | None = None,
 ) -> None:
-    """Each mesh against one GPU's lines, which must be there already."""
+    """Compare each mesh with the lines of one GPU, which must exist."""
     single, in_turn = alone(setting)
     speed, reference = results.found("speed", single), results.found("losses", in_turn)
     others = {name: results.found(name, noisy(setting, name)) for name in noise}
@@ -182,12 +194,12 @@ def noisy(setting: Setting, name: str) -> Setting:
 
 
 def difference(losses: Sequence[float], reference: Sequence[float]) -> float:
-    """The largest over all steps; NaN if one is."""
+    """The largest difference over all steps; NaN if one is NaN."""
     return float(np.max(np.abs(np.subtract(losses, reference))))
 
 
 def verdict(figures: dict, reference: Sequence[float], bound: float) -> dict:
-    """The largest difference in loss and its step, and the `problem` if there is one."""
+    """The largest difference in loss, its step, and the `problem` if there is one."""
     apart = np.abs(np.subtract(figures["loss"], reference))
     found = {
         "difference": float(np.max(apart)),
@@ -202,7 +214,7 @@ def verdict(figures: dict, reference: Sequence[float], bound: float) -> dict:
 
 
 def not_finite(figures: dict) -> dict:
-    """The `problem` of losses or gradients that are NaN or infinite, or nothing."""
+    """The `problem` if a loss or gradient is NaN or infinite, else nothing."""
     for what in ("loss", "grad_norm"):
         if len(bad := np.flatnonzero(~np.isfinite(figures[what]))):
             return {"problem": f"the {what} of step {bad[0] + 1} is {figures[what][bad[0]]}"}
@@ -229,8 +241,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def all_meshes(devices: int) -> list[dict[str, int]]:
-    """The meshes of all of a host's devices that are of interest: each axis alone, and fsdp beside
-    each other one."""
+    """Meshes of all devices of a host: each axis alone, and fsdp with each other axis."""
     meshes = [{"data": devices}, {"fsdp": devices}] + (
         [{"tensor": devices}] if devices <= 4 else []
     )
@@ -243,57 +254,66 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; by default the first two")
+    parser.add_argument(
+        "parts", nargs="*", help=f"among {', '.join(PARTS)}; default: one_gpu meshes"
+    )
     parser.add_argument(
         "--mesh",
         type=parse_mesh,
         action="append",
-        help="such as fsdp=2,tensor=2; several; by default all of interest",
+        help="such as fsdp=2,tensor=2; may be repeated; default: all meshes of all GPUs",
     )
-    parser.add_argument("--train", choices=TRAINED, default="mixers")
+    parser.add_argument("--train", choices=TRAINED, default="mixers", help="default: mixers")
     parser.add_argument(
         "--rows",
         type=int,
-        help="of a step, over all GPUs; by default one for each GPU of the largest mesh",
+        help="rows per step, over all GPUs; default: one per GPU of the largest mesh",
     )
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--length", type=int, default=8192, help="tokens of a row")
+    parser.add_argument("--steps", type=int, default=30, help="default: 30")
+    parser.add_argument("--length", type=int, default=8192, help="tokens per row")
     parser.add_argument(
-        "--patches", type=int, default=4096, help="image patches in a row: a multiple of 1024"
+        "--patches", type=int, default=4096, help="image patches per row: a multiple of 1024"
     )
-    parser.add_argument("--remat", choices=REMATS, default="dots")
-    parser.add_argument("--layers", choices=LAYERS, default="scanned")
+    parser.add_argument("--remat", choices=REMATS, default="dots", help="default: dots")
+    parser.add_argument("--layers", choices=LAYERS, default="scanned", help="default: scanned")
     parser.add_argument(
-        "--attend", help='implementations allowed, in order, such as "mosaic_gpu,xla"'
+        "--attend", help='implementations of attention, in order, such as "mosaic_gpu,xla"'
     )
-    parser.add_argument("--gated-delta-rule", help="likewise")
-    parser.add_argument("--noise", nargs="+", choices=NOISE, default=list(NOISE))
+    parser.add_argument("--gated-delta-rule", help="implementations of the gated delta rule")
+    parser.add_argument(
+        "--noise", nargs="+", choices=NOISE, default=list(NOISE), help="default: both"
+    )
     parser.add_argument(
         "--factor",
         type=float,
         default=4.0,
-        help="how many times the noise a mesh's losses may be off",
+        help="allowed difference in loss, in multiples of the noise (default: 4)",
     )
     parser.add_argument(
         "--profile",
         help=(
-            "trace two steps of each mesh into this folder; shares of time in collectives are"
-            " recorded"
+            "write a profiler trace of two steps of each mesh to this folder, and record the share"
+            " of time in collectives"
         ),
     )
     parser.add_argument(
         "--folder",
-        help="where the part checkpoint writes (19 GB with --train mixers); removed afterwards",
+        help="where `checkpoint` writes (19 GB with --train mixers); removed afterwards",
     )
-    parser.add_argument("--output", type=Path, default=RESULTS / "meshes.jsonl")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=RESULTS / "meshes.jsonl",
+        help="default: benchmarks/results/meshes.jsonl",
+    )
     parser.add_argument(
         "--reuse",
         type=Path,
-        help="a file of results from which one GPU's are taken where they are of the same setting",
+        help="a results file; lines of one GPU with the same setting are taken from it",
     )
     parser.add_argument(
         "--compilation-cache",
-        help="a folder to keep compiled programs in; by default this run's own",
+        help="a folder for compiled programs; default: a temporary one",
     )
     add_commit(parser)
     args = parser.parse_args(argv)
@@ -315,10 +335,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             )
     if args.rows % 2:
         parser.error(
-            f"--rows {args.rows}: an even number, so that they can be summed in another order"
+            f"--rows {args.rows}: give an even number so that `pairs` can sum in another order"
         )
     if args.patches % math.prod(GRID):
-        parser.error(f"--patches {args.patches}: an image has {math.prod(GRID)}")
+        parser.error(f"--patches {args.patches}: give a multiple of {math.prod(GRID)}, an image")
     if args.steps <= WARMUP:
         parser.error(f"--steps {args.steps}: the first {WARMUP} are not timed, more are needed")
     return args
@@ -326,8 +346,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def compilation_cache(folder: str | None) -> Iterator[None]:
-    """Programs that are compiled again in this run, or in another with the same folder, are read
-    from there."""
+    """Reuse compiled programs within this run, or across runs with the same folder."""
     with tempfile.TemporaryDirectory() as own:
         before = jax.config.jax_compilation_cache_dir
         jax.config.update("jax_compilation_cache_dir", folder or own)

@@ -1,12 +1,17 @@
-"""Prefill of the published size on one GPU, with and without kernels: 4,408,381,536 random bf16
-parameters, one text prompt.
+"""Prefill of the published size on one GPU, with and without kernels.
 
-    python -m benchmarks.prefill                   # 8K and 32K tokens; into
-    benchmarks/results/prefill.jsonl python -m benchmarks.prefill --lengths 8192 --allowed xla
+Examples:
 
-Each line also says how far the logits of the first prompt's last token are from those of the same
-parameters computed in float32 by XLA (relative RMS; random parameters damp no rounding, so compare
-the implementations with each other).
+    # 8K and 32K tokens, XLA only and with the Hopper kernels
+    python -m benchmarks.prefill
+
+    # one length, XLA only
+    python -m benchmarks.prefill --lengths 8192 --allowed xla
+
+The model has 4,408,381,536 random bf16 parameters; the prompt is text. Each line also has the error
+of the logits of the last token (relative RMS) against float32 computed by XLA with the same
+parameters. Random parameters do not damp rounding, so compare the implementations with each other.
+Results go to benchmarks/results/prefill.jsonl.
 """
 
 import argparse
@@ -20,7 +25,7 @@ from benchmarks.record import add_commit, record
 from infinitevl_jax import InfiniteVL
 from infinitevl_jax.config.model import infinitevl_4b
 from infinitevl_jax.config.run import OpsConfig
-from infinitevl_jax.inputs.model_inputs import prepare
+from infinitevl_jax.inputs.model_inputs import build_inputs
 from infinitevl_jax.nn.ops import resolve_ops
 from pallas_kernels.testing.parity import rel_rms
 
@@ -29,20 +34,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768])
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[8192, 32768], help="tokens of the prompt"
+    )
     parser.add_argument(
         "--allowed",
         nargs="+",
         default=["xla", "mosaic_gpu,xla"],
-        help="implementations of both mixers, in order",
+        help="implementations of attention and the gated delta rule, in order; several settings",
     )
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=20, help="timed runs (default: 20)")
     add_commit(parser)
     args = parser.parse_args()
 
     config, rng = infinitevl_4b(), np.random.default_rng(0)
     prompts = {
-        n: [prepare(config, rng.integers(0, 150_000, (1, n))) for _ in range(4)]
+        n: [build_inputs(config, rng.integers(0, 150_000, (1, n))) for _ in range(4)]
         for n in args.lengths
     }
     params = InfiniteVL.random(config, dtype=jnp.bfloat16).params

@@ -1,8 +1,7 @@
-"""One line of JSON a result: what was measured, when, on what, with which versions, at which
-commit.
+"""Results as JSON lines: measurements with date, device, versions and commit.
 
-A file of results is a snapshot: it holds the newest line of each case on each device. Older ones
-  are in the history of the repository.
+A results file is a snapshot: it holds the newest line of each case and device. Older lines are in
+the history of the repository.
 """
 
 import argparse
@@ -16,8 +15,8 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 
-# What tells the cases of a benchmark apart, beside the device. A line that lacks a key stands for
-# its default, whatever that is.
+# The keys that, with the device, identify a case of a benchmark. A line that lacks a key has its
+# default.
 CASES = {
     "attend": ("case", "heads", "width", "window", "dtype", "implementation", "work", "length"),
     "convert": ("parameters",),
@@ -57,30 +56,29 @@ CASES = {
 
 
 def add_commit(parser: argparse.ArgumentParser) -> None:
-    """Add --commit; it may be left out only where git knows the answer, so that no long run ends
-    without one."""
+    """Add --commit. It is required if git cannot tell the commit, so that every line has one."""
     here = _git("describe", "--always", "--dirty", "--abbrev=12")
     text = (
-        f"the commit measured (default {here})"
+        f"the commit that is measured (default: {here})"
         if here
-        else "the commit measured: these sources have no git history to name it"
+        else "the commit that is measured (required: this folder has no git history)"
     )
     parser.add_argument("--commit", default=here, required=not here, help=text)
 
 
 def record(name: str, commit: str, figures: dict, path: Path | None = None) -> dict:
-    """Print the line and put it into a file (by default benchmarks/results/NAME.jsonl), where it
-    replaces the one of its case.
+    """Print a line and write it to a results file, where it replaces the line of its case.
 
     Args:
-      name: the benchmark, one of CASES.
-      figures: the case and what was measured, ready for JSON.
+      name: the benchmark, a key of CASES.
+      figures: the case and the measurements, as JSON values.
+      path: default: benchmarks/results/NAME.jsonl.
 
-    Returns the line: the figures with the circumstances and the commit.
+    Returns the line: the figures with date, device, versions and commit.
     """
     content = {**circumstances(), "commit": commit, **figures}
     line = json.dumps(content)
-    print(line, flush=True)  # first, so that nothing below can lose it
+    print(line, flush=True)  # first, in case the file cannot be written
     path = path or RESULTS / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     earlier = path.read_text("utf-8").splitlines() if path.exists() else []
@@ -92,12 +90,12 @@ def record(name: str, commit: str, figures: dict, path: Path | None = None) -> d
 
 
 def case(name: str, line: dict) -> tuple[str, ...]:
-    """What a line is of: the device, and the values of the benchmark's CASES."""
+    """The case of a line: its device and the values of the keys in CASES."""
     return tuple(json.dumps(line.get(key)) for key in ("device", *CASES[name]))
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of installed packages, such as those a peer is made of; the names are pip's."""
+    """Versions of installed packages, by the names that pip uses."""
     return {package: importlib.metadata.version(package) for package in packages}
 
 

@@ -1,5 +1,7 @@
-"""How kernels are timed: several calls in one program, so that launches do not count, and the
-median of twenty programs."""
+"""Timing of kernels: several calls in one program, so that launches do not count.
+
+A figure is the median of twenty programs.
+"""
 
 import statistics
 import time
@@ -13,10 +15,11 @@ REPEATS = 20
 
 
 def repeated(call: Callable, calls: int) -> Callable:
-    """A jitted program of `calls` calls, one after the other. One number of each result goes into
-    the next inputs, of the last result
-    into those that are left over: no call can be left out, and no work on an input moved out of the
-      loop."""
+    """A jitted program of `calls` consecutive calls.
+
+    One number of each result is written into the next inputs (of the last result, into the
+    remaining inputs). So the compiler can neither drop a call nor move work out of the loop.
+    """
 
     def again(_, inputs):
         results = jax.tree.leaves(call(*inputs))
@@ -30,10 +33,11 @@ def repeated(call: Callable, calls: int) -> Callable:
 
 
 def compiled(programs: Mapping[Hashable, tuple[Callable, list]]) -> dict[Hashable, Callable]:
-    """Jitted programs, each with the shapes of its inputs, compiled side by side before anything is
-    timed. In the place of one that
-    does not compile stands a function that raises why: it must not take the others' figures
-      along."""
+    """Compile programs in parallel, before anything is timed.
+
+    programs: a jitted function and the shapes of its inputs, by key. If one does not compile, its
+      function raises the error when it is called, so that the others can still be measured.
+    """
 
     def build(program):
         run, shapes = program
@@ -51,7 +55,10 @@ def _fail(error: Exception, *_):
 
 
 def milliseconds(run: Callable, inputs: list[jax.Array], calls: int) -> list[float]:
-    """A call, over `REPEATS` runs of a program of `calls` calls, after two to warm up."""
+    """Milliseconds per call: one number for each of `REPEATS` runs of a program of `calls` calls.
+
+    Two runs before them are warm-up.
+    """
     for _ in range(2):
         jax.block_until_ready(run(*inputs))
     times = []

@@ -1,9 +1,4 @@
-"""Programs whose static score for TPU is recorded: functions with the shapes to compile them for,
-by arguments that JSON can carry.
-
-A kernel that is to be scored gets a builder here, or in a module of its own, and a line in
-`benchmarks.tpu_scores`.
-"""
+"""A Gated DeltaNet layer as a program whose static score for TPU is recorded."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,126 +12,19 @@ from infinitevl_jax.nn.mixers.gated_delta_net import GatedDeltaNet
 from infinitevl_jax.nn.ops import Ops
 from infinitevl_jax.nn.rngs import Rngs
 from infinitevl_jax.nn.token_info import TokenInfo
-from pallas_kernels.gated_delta_rule import xla
-from pallas_kernels.gated_delta_rule.tpu import gated_delta_rule as delta_tpu
-from pallas_kernels.gated_delta_rule.tpu.backward import backward
-from pallas_kernels.gated_delta_rule.tpu.chunk_scan import chunk_scan
-from pallas_kernels.gated_delta_rule.tpu.gates import ROWS
-from pallas_kernels.gated_delta_rule.tpu.inverse import inverse
-from pallas_kernels.gated_delta_rule.tuning import TPU as TPUDelta
-from pallas_kernels.gated_delta_rule.tuning import XLA as XLADelta
 from pallas_kernels.l2norm import products
 from pallas_kernels.short_conv.tpu import short_conv as short_conv_tpu
-
-f32, i32 = jnp.float32, jnp.int32
-
-
-def gdn_kernels(
-    *kernels: str,
-    length: int = 8192,
-    heads: int = 16,
-    widths: tuple[int, int] = (128, 256),
-    dtype: str = "bfloat16",
-    save: bool = True,
-) -> tuple[Callable, tuple]:
-    """Kernels of the gated delta rule ("inverse", "chunk_scan", "backward") as they run for one
-    sequence, with all that training needs (`save`) or without; each for itself, in one program."""
-    size = delta_tpu._chunk_size(length)
-    chunks, (key, value) = -(-length // size), widths
-
-    def chunked(*shape, kind=dtype):
-        return jax.ShapeDtypeStruct((chunks, 1, heads, *shape), kind)
-
-    keys, values = (
-        jax.ShapeDtypeStruct((1, chunks * size, heads * width), dtype) for width in widths
-    )
-    t, rows = chunked(size, size), chunked(ROWS, size, kind=f32)
-    state = jax.ShapeDtypeStruct((1, heads, key, value), f32)
-    block = delta_tpu._heads(heads, key, value, dtype)
-    states = jax.ShapeDtypeStruct((-(-chunks // 2), 1, heads, key, value), dtype)
-    parts = [t, t] if dtype == "bfloat16" else [t]
-    known = {
-        "inverse": (lambda *x: inverse(*x, block, save, False), (keys, rows)),
-        "chunk_scan": (
-            lambda *x: chunk_scan(*x, block, save, False),
-            (keys, keys, values, t, rows, state),
-        ),
-        "backward": (
-            lambda *x: backward(
-                *x, delta_tpu._heads(heads, key, value, dtype, TPUDelta.backward), False
-            ),
-            (keys, keys, values, parts, rows, states, values, state),
-        ),
-    }
-    functions, shapes = zip(*(known[kernel] for kernel in kernels), strict=True)
-    return lambda *inputs: [
-        function(*x) for function, x in zip(functions, inputs, strict=True)
-    ], shapes
-
-
-def conv_kernels(
-    length: int = 8192, channels: int = 4096, dtype: str = "bfloat16"
-) -> tuple[Callable, tuple]:
-    """The short convolution of one packed sequence, forward and backward."""
-    x, token = (
-        jax.ShapeDtypeStruct((1, length, channels), dtype),
-        jax.ShapeDtypeStruct((1, length), i32),
-    )
-
-    def both(x, weight, index, segment, ct):
-        out, pull = jax.vjp(
-            lambda *inputs: short_conv_tpu.short_conv(*inputs, None, index, segment)[0], x, weight
-        )
-        return out, pull(ct)
-
-    return both, (x, jax.ShapeDtypeStruct((4, channels), dtype), token, token, x)
-
-
-def gdn_op(
-    implementation: str,
-    gradient: bool,
-    length: int = 8192,
-    heads: int = 16,
-    dtype: str = "bfloat16",
-) -> tuple[Callable, tuple]:
-    """The whole op for one packed sequence, K 128 and V 256, with an initial state; with gradients
-    in its first six arguments if asked.
-
-    implementation: "mosaic_tpu", "xla", or "scan_and_solve": xla's with the inverse by
-      `solve_triangular`.
-    """
-    run = _operator(implementation)
-
-    def both(*arguments):
-        results, pull = jax.vjp(lambda *x: run(*x, *arguments[6:8]), *arguments[:6])
-        return results, pull(arguments[8:])
-
-    def tokens(*rest, kind=dtype):
-        return jax.ShapeDtypeStruct((1, length, *rest), kind)
-
-    state = jax.ShapeDtypeStruct((1, heads, 128, 256), f32)
-    inputs = (
-        tokens(heads, 128),
-        tokens(heads, 128),
-        tokens(heads, 256),
-        tokens(heads, kind=f32),
-        tokens(heads, kind=f32),
-        state,
-    )
-    others = (tokens(kind=i32), tokens(kind=i32))
-    return (
-        (both, (*inputs, *others, tokens(heads, 256), state))
-        if gradient
-        else (run, (*inputs, *others))
-    )
+from pallas_kernels.testing.tpu_programs import gdn_implementation
 
 
 def gdn_layer(
     implementation: str, gradient: bool, length: int = 8192, heads: int = 16, width: int = 2048
 ) -> tuple[Callable, tuple]:
-    """A whole Gated DeltaNet layer in bfloat16, projections, convolutions and norms with it, for
-    one packed sequence; K 128, V 256. With gradients in its parameters and its input if asked.
-    implementation: as for `gdn_op`."""
+    """A whole Gated DeltaNet layer in bfloat16 for one packed sequence, with projections,
+    convolutions and norms; K 128, V 256.
+
+    implementation: as for `gdn_op`. gradient: also gradients in its parameters and its input.
+    """
     config = TextConfig(
         hidden_size=width,
         num_linear_heads=heads,
@@ -144,7 +32,7 @@ def gdn_layer(
         expand_v=2.0,
         layer_types=("linear_attention",),
     )
-    ops = Ops(gated_delta_rule=_operator(implementation), l2norm=products.l2norm)
+    ops = Ops(gated_delta_rule=gdn_implementation(implementation), l2norm=products.l2norm)
     if implementation == "mosaic_tpu":
         ops = dataclasses.replace(ops, short_conv=short_conv_tpu.short_conv)
     graphdef, params = nnx.split(
@@ -153,7 +41,7 @@ def gdn_layer(
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16), params)
     x, token = (
         jax.ShapeDtypeStruct((1, length, width), jnp.bfloat16),
-        jax.ShapeDtypeStruct((1, length), i32),
+        jax.ShapeDtypeStruct((1, length), jnp.int32),
     )
 
     def forward(params, x, index, segment):
@@ -168,39 +56,3 @@ def gdn_layer(
     return (
         (both, (params, x, token, token, x)) if gradient else (forward, (params, x, token, token))
     )
-
-
-def _operator(implementation: str) -> Callable:
-    def scan_and_solve(q, k, v, g, beta, initial_state, index, segment):
-        return _scan_and_solve(q, k, v, *xla._start(k, v, g, beta, initial_state), index, segment)
-
-    return {
-        "mosaic_tpu": delta_tpu.gated_delta_rule,
-        "xla": xla.gated_delta_rule,
-        "scan_and_solve": scan_and_solve,
-    }[implementation]
-
-
-@jax.custom_vjp
-def _scan_and_solve(q, k, v, g, beta, initial_state, index, segment):
-    return _scan_and_solve_forward(q, k, v, g, beta, initial_state, index, segment)[0]
-
-
-def _scan_and_solve_forward(q, k, v, g, beta, initial_state, index, segment):
-    def invert(a):
-        eye = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
-        return jax.scipy.linalg.solve_triangular(eye + a, eye, lower=True, unit_diagonal=True)
-
-    how = xla._products(q, k, v)
-    chunks = xla._prepare(q, k, v, g, beta, index, segment, how, XLADelta.chunk, invert)
-    states, last = xla._chunk_scan(chunks, initial_state, how)
-    out, _ = xla._outputs(chunks, states, how)
-    results = xla._join(out.astype(v.dtype), k.shape[1]), xla._kept(initial_state, last, index)
-    return results, (q, k, v, g, beta, index, segment, chunks.inverse, states)
-
-
-def _scan_and_solve_backward(kept, cts):
-    return xla._backward(kept, cts, XLADelta.chunk)
-
-
-_scan_and_solve.defvjp(_scan_and_solve_forward, _scan_and_solve_backward)

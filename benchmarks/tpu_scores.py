@@ -1,10 +1,14 @@
 """Static scores for TPU, on any CPU: what the compiler would execute and move, no chip involved
 (pallas_kernels.testing.static_score).
 
-    python -m benchmarks.tpu_scores                          # the kernels; into
-    benchmarks/results/tpu_scores.jsonl python -m benchmarks.tpu_scores --op gated_delta_rule    #
-    one operator's python -m benchmarks.tpu_scores --whole                  # whole operators as
-    well, XLA's programs with the kernels: minutes each
+    # The kernels; into benchmarks/results/tpu_scores.jsonl.
+    python -m benchmarks.tpu_scores
+
+    # One operator's kernels.
+    python -m benchmarks.tpu_scores --op gated_delta_rule
+
+    # Whole operators as well, XLA's programs with the kernels: minutes each.
+    python -m benchmarks.tpu_scores --whole
 
 One line for each kernel (or whole operator) and each generation; kernels take about 5 s each, those
 of attention 30 s.
@@ -16,9 +20,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from benchmarks.record import add_commit, record
-from benchmarks.tpu_programs import conv_kernels, gdn_kernels, gdn_layer, gdn_op
+from benchmarks.tpu_programs import gdn_layer
 from pallas_kernels.testing.static_score import CHIPS, TOPOLOGIES, Program, score
-from pallas_kernels.testing.visit_score import scores
+from pallas_kernels.testing.tpu_programs import conv_kernels, gdn_kernels, gdn_op
+from pallas_kernels.testing.visit_score import CASES, scores
 
 
 class Entry(NamedTuple):
@@ -58,29 +63,6 @@ WHOLE = [
     for what, gradient in (("forward", False), ("forward + backward", True))
     for implementation in ("mosaic_tpu", "scan_and_solve")
 ]
-# Attention's steps differ in what they do, and their number follows from the mask:
-# pallas_kernels.testing.visit_score.
-ATTEND = {
-    "decoder layer": {"length": 8192, "heads": 16, "key_heads": 2, "width": 128, "window": 8192},
-    "tower, windows": {
-        "length": 4096,
-        "heads": 16,
-        "key_heads": 16,
-        "width": 80,
-        "window": 64,
-        "causal": False,
-        "segment": 64,
-    },
-    "tower, slices": {
-        "length": 4096,
-        "heads": 16,
-        "key_heads": 16,
-        "width": 80,
-        "window": 1024,
-        "causal": False,
-        "segment": 1024,
-    },
-}
 
 
 def main():
@@ -107,7 +89,7 @@ def main():
                     **entry.names,
                 }
                 record("tpu_scores", args.commit, line | figures(entry, chip))
-    for name, case in ATTEND.items() if args.op in (None, "attend") else ():
+    for name, case in CASES.items() if args.op in (None, "attend") else ():
         for chip in args.chip or CHIPS:
             for found in scores(chip, **case):
                 line = {

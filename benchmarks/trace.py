@@ -1,10 +1,14 @@
-"""Where a GPU's time went: the kernels of a profiler trace, by share.
+"""The kernels of a profiler trace of a GPU, by share of time.
 
-    python -m benchmarks.trace FOLDER              # a folder that --profile wrote, or
-    jax.profiler.trace python -m benchmarks.trace FOLDER --top 60
+Examples:
 
-Kernels whose names differ only in a number at the end count as one line; beside it stands what the
-longest of them came from.
+    # a folder written by --profile or by jax.profiler.trace
+    python -m benchmarks.trace FOLDER
+
+    # more lines
+    python -m benchmarks.trace FOLDER --top 60
+
+Kernels whose names differ only in a number at the end are one line, with the origin of the longest.
 """
 
 import argparse
@@ -22,8 +26,13 @@ COLLECTIVE = re.compile(
 
 
 class Kernel(NamedTuple):
-    """One launch: its name, microseconds, the operation of the program that it came from (empty if
-    unknown), GPU, and its start in us."""
+    """One launch.
+
+    Attributes:
+      us, start: in microseconds.
+      origin: the operation of the program that it came from; "" if unknown.
+      device: the GPU.
+    """
 
     name: str
     us: float
@@ -62,12 +71,10 @@ def kernels(folder: str | Path) -> list[Kernel]:
 
 
 def collective_share(found: list[Kernel]) -> dict[str, float]:
-    """How much of the GPUs' busy time (some kernel runs) went to moving data between them; the mean
-    over GPUs, empty without kernels.
+    """Shares of the GPUs' busy time spent in collectives, averaged over GPUs; {} without kernels.
 
-    `collectives`: share in which such a kernel ran, its wait for the other GPUs included.
-      `collectives_alone`: in which nothing else ran
-    beside it: what would be saved if it were hidden.
+    `collectives`: share in which a collective ran, including its wait for other GPUs.
+    `collectives_alone`: share in which only collectives ran, which overlap could save.
     """
     devices: dict[str, list[Kernel]] = defaultdict(list)
     for kernel in found:
@@ -85,7 +92,7 @@ def collective_share(found: list[Kernel]) -> dict[str, float]:
 
 
 def covered(found: list[Kernel]) -> float:
-    """Microseconds in which at least one of these kernels ran."""
+    """Microseconds in which at least one of the kernels ran."""
     total, end = 0.0, float("-inf")
     for kernel in sorted(found, key=lambda k: k.start):
         stop = kernel.start + kernel.us
@@ -95,8 +102,7 @@ def covered(found: list[Kernel]) -> float:
 
 
 def table(found: list[Kernel], top: int = 40) -> str:
-    """A line for each kind of kernel: share, milliseconds, launches, name, origin of the
-    longest."""
+    """A line per kind of kernel: share, milliseconds, launches, name, origin of the longest."""
     kinds: dict[str, list[Kernel]] = defaultdict(list)
     for kernel in found:
         kinds[re.sub(r"([._]\d+)+$", "", kernel.name)].append(kernel)
@@ -115,8 +121,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder")
-    parser.add_argument("--top", type=int, default=40, help="lines")
+    parser.add_argument("folder", help="the folder of the trace")
+    parser.add_argument("--top", type=int, default=40, help="number of lines (default: 40)")
     args = parser.parse_args()
     try:
         found = kernels(args.folder)

@@ -1,21 +1,27 @@
-"""A supervised training step of the published size on one GPU: time, memory, and the share of the
-peak it makes use of.
+"""A supervised training step of the published size on one GPU: time, memory and MFU.
 
-    python -m benchmarks.train_step                                        # whatever runs by
-    default python -m benchmarks.train_step --attend mosaic_gpu,xla xla --gated-delta-rule
-    mosaic_gpu,xla xla --remat full dots python -m benchmarks.train_step --remat dots --layers
-    scanned unrolled --profile traces
+Examples:
 
-One row of 8,192 tokens, 4,096 patches of images among them, bf16 activations, AdamW. `--train
-mixers` trains only what mixes tokens (994 M parameters), `--train decoder` everything but the
-vision tower and the embeddings (3.43 B); what trains is f32 with two moments. On an H200 (141 GB)
-`decoder` peaked at 61.5 GB with remat=full, 43.1 of them parameters, moments and frozen weights.
+    # the default implementations
+    python -m benchmarks.train_step
 
-Every combination of the lists given is a setting: it starts from the same random parameters, its
-  line goes to
-benchmarks/results/train_step.jsonl as soon as it is known, and if it fails that is reported and the
-next one goes on. A step is timed from its batch on the device to its end. MFU counts the model's
-arithmetic by `step_flops`, nothing that is computed again, over 989 TFLOP/s.
+    # with and without the Hopper kernels, with two kinds of remat
+    python -m benchmarks.train_step --attend mosaic_gpu,xla xla \\
+        --gated-delta-rule mosaic_gpu,xla xla --remat full dots
+
+    # scanned and unrolled layers, with profiler traces
+    python -m benchmarks.train_step --remat dots --layers scanned unrolled --profile traces
+
+One row of 8,192 tokens, among them the tokens of 4,096 image patches; bf16 activations; AdamW.
+`--train mixers` trains only the token mixers (994 M parameters), `--train decoder` all but the
+vision tower and the embeddings (3.43 B). Trained parameters are f32 with two moments. On an H200
+(141 GB) `decoder` peaked at 61.5 GB with remat=full, 43.1 of them parameters, moments and frozen
+weights.
+
+Each combination of the given lists is a setting. All settings start from the same random
+parameters. A setting is recorded in benchmarks/results/train_step.jsonl when it is done. If one
+fails, that is reported and the next one runs. A step is timed from its batch on the device to its
+end. MFU counts the FLOPs of the model (`step_flops`) without recomputation, over 989 TFLOP/s.
 """
 
 import argparse
@@ -26,7 +32,7 @@ import re
 import time
 from functools import partial
 
-# nearly all memory, where a process takes three quarters by itself
+# nearly all memory; the default is three quarters
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
 import jax  # noqa: E402  its memory is set first
@@ -34,7 +40,6 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
-from benchmarks.pods import TRAINABLE  # noqa: E402
 from benchmarks.record import add_commit, record  # noqa: E402
 from benchmarks.timing import summary  # noqa: E402
 from benchmarks.trace import kernels, table  # noqa: E402
@@ -43,11 +48,12 @@ from infinitevl_jax.config.model import ModelConfig, infinitevl_4b  # noqa: E402
 from infinitevl_jax.config.run import REMATS, OpsConfig, RunConfig  # noqa: E402
 from infinitevl_jax.config.train import OptimizerConfig  # noqa: E402
 from infinitevl_jax.data.batch import TrainBatch  # noqa: E402
-from infinitevl_jax.inputs.model_inputs import prepare  # noqa: E402
+from infinitevl_jax.inputs.model_inputs import build_inputs  # noqa: E402
 from infinitevl_jax.nn.ops import resolve_ops  # noqa: E402
 from infinitevl_jax.nn.params import Params, initialize, parameters  # noqa: E402
 from infinitevl_jax.sharding import make_mesh, parameter_shardings  # noqa: E402
 from infinitevl_jax.train.optimizer import make_optimizer, split_trainable  # noqa: E402
+from infinitevl_jax.train.pods import TRAINABLE  # noqa: E402
 from infinitevl_jax.train.step import (
     init_state,
     model_of,
@@ -60,14 +66,14 @@ TRAIN = {"mixers": [r"layers\..*self_attn\..*"], "decoder": TRAINABLE}
 LAYERS = {"scanned": True, "unrolled": False}
 PEAK = {"H100": 989e12, "H200": 989e12}  # bf16 FLOP/s without sparsity
 GRID = (1, 32, 32)  # patches of an image: 448 x 448 pixels
-# tokens that texts are drawn from: few enough to be learnt, so that the loss has somewhere to fall
+# texts are drawn from so few tokens that they can be learnt, and the loss falls
 WORDS = 1000
 
 
 def random_batch(
     config: ModelConfig, rng: np.random.Generator, length: int, images: int, grid=GRID
 ) -> TrainBatch:
-    """One full row: images, then random text that is the answer."""
+    """One full row: images, then random text as the answer."""
     pads = grid[0] * grid[1] * grid[2] // config.vision.merge_unit if images else 0
     words = min(WORDS, config.image_token_id, config.vision_start_token_id)
     image = [
@@ -83,9 +89,9 @@ def random_batch(
             (images * int(np.prod(grid)), config.vision.patch_features), np.float32
         )
         vision = {"pixel_values": pixels, "image_grid_thw": np.array([grid] * images)}
-    prepared = prepare(config, row[None, :-1], **vision, row_per_sequence=True)
+    inputs = build_inputs(config, row[None, :-1], **vision, patches_by_row=True)
     weights = (np.arange(1, length + 1) >= len(head)).astype(np.float32)
-    return TrainBatch(prepared.patches, None, prepared.inputs, None, row[None, 1:], weights[None])
+    return TrainBatch(inputs.patches, None, inputs.decoder, None, row[None, 1:], weights[None])
 
 
 def compile_step(
@@ -97,12 +103,15 @@ def compile_step(
     begin,
     batch: TrainBatch,
 ):
-    """The training step compiled for a mesh, its first state, and figures of both.
+    """Compile the training step for a mesh and create its first state.
 
-    names: the parameters that train. begin: gives all parameters, on any device. batch: on the
-      host.
-    Returns (step, state, figures): parameters, seconds to compile and, by the compiler's account,
-    GB a device.
+    Args:
+      names: the parameters that train.
+      begin: returns all parameters, on any device.
+      batch: on the host.
+
+    Returns (step, state, figures). The figures are numbers of parameters, seconds to compile and,
+    as the compiler reports, GB per device.
     """
     params = begin()
     line = {
@@ -137,8 +146,7 @@ def compile_step(
 
 
 def mfu(flops: float, milliseconds: float, devices: int) -> float | None:
-    """Model FLOPs utilisation of a step on devices like this process's first; None where their peak
-    is not in `PEAK`."""
+    """Model FLOPs utilisation of a step; None if `PEAK` lacks this kind of device."""
     kind = jax.devices()[0].device_kind
     peak = next((rate for name, rate in PEAK.items() if name in kind), None)
     return peak and round(flops / (milliseconds * 1e-3) / peak / devices, 4)
@@ -161,10 +169,11 @@ def measure(
     dtype: str = "bfloat16",
     profile: str | None = None,
 ) -> dict:
-    """Figures of one setting: seconds to compile, milliseconds of `steps` steps after `warmup`,
-    memory, losses, FLOPs and MFU.
+    """Figures of one setting: compile time, step time, memory, losses, FLOPs and MFU.
 
-    begin: gives fresh parameters on the device, the same at each call.
+    Args:
+      begin: returns fresh parameters on the device, the same ones at each call.
+      steps: timed steps, after `warmup` steps.
     """
     ops = OpsConfig(attention=attend, gated_delta_rule=gated_delta_rule)
     run = RunConfig(fsdp=1, dtype=dtype, remat=remat, scan=scan, ops=ops)
@@ -204,7 +213,7 @@ def measure(
         stats = jax.devices()[0].memory_stats() or {}
         line["peak_GB_so_far"] = round(
             stats.get("peak_bytes_in_use", 0) / 1e9, 2
-        )  # of the whole process: it cannot be set back
+        )  # of the process: it cannot be reset
         line["loss"] = [
             round(loss, 4) for loss in (losses[0], losses[len(losses) // 2], losses[-1])
         ]
@@ -222,9 +231,9 @@ def measure(
 
 
 def starter(config: ModelConfig, dtype=jnp.bfloat16):
-    """A function that makes the same random parameters at each call; compiled once.
+    """A function that returns the same random parameters at each call; compiled once.
 
-    By the device's own generator, whose program compiles faster than that of jax's default one.
+    It uses the device's random generator, which compiles faster than jax's default one.
     """
     create = jax.jit(partial(initialize, config, scanned=True, dtype=dtype))
     key = jax.random.key(0, impl="rbg")
@@ -239,46 +248,53 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--train", nargs="+", choices=TRAIN, default=list(TRAIN))
+    parser.add_argument(
+        "--train", nargs="+", choices=TRAIN, default=list(TRAIN), help="default: both"
+    )
     parser.add_argument(
         "--attend",
         nargs="+",
         default=[None],
-        help='implementations allowed, in order, such as "mosaic_gpu,xla"; several',
+        help='implementations of attention, in order, such as "mosaic_gpu,xla"; several settings',
     )
     parser.add_argument(
-        "--gated-delta-rule", nargs="+", default=[None], help="likewise, one for each of --attend"
+        "--gated-delta-rule",
+        nargs="+",
+        default=[None],
+        help="implementations of the gated delta rule, one setting for each of --attend",
     )
-    parser.add_argument("--remat", nargs="+", choices=REMATS, default=["full"])
+    parser.add_argument(
+        "--remat", nargs="+", choices=REMATS, default=["full"], help="default: full"
+    )
     parser.add_argument(
         "--layers",
         nargs="+",
         choices=LAYERS,
         default=["scanned"],
-        help="one loop over equal layers, or each by itself",
+        help="scan identical layers, or unroll them (default: scanned)",
     )
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=20, help="timed steps (default: 20)")
     parser.add_argument("--length", type=int, default=8192, help="tokens of the row")
     parser.add_argument(
         "--patches",
         type=int,
         default=4096,
-        help="image patches in the row: a multiple of 1024, 0 for text only",
+        help="image patches in the row: a multiple of 1024; 0: text only",
     )
     parser.add_argument(
         "--profile",
-        help="trace two steps of each setting into this folder, and print their kernels",
+        help="write a profiler trace of two steps of each setting to this folder, and print it",
     )
     add_commit(parser)
     args = parser.parse_args()
     if len(args.attend) != len(args.gated_delta_rule):
         parser.error(
             f"{len(args.attend)} values for --attend, {len(args.gated_delta_rule)} for"
-            " --gated-delta-rule: give as many"
+            " --gated-delta-rule: give the same number"
         )
     images, over = divmod(args.patches, int(np.prod(GRID)))
     if over:
-        parser.error(f"--patches {args.patches}: an image has {np.prod(GRID)}")
+        parser.error(f"--patches {args.patches}: give a multiple of {np.prod(GRID)}, an image")
 
     config = infinitevl_4b()
     begin = starter(config)
@@ -315,10 +331,10 @@ def main():
                 images=images,
                 **how,
             )
-        except Exception as error:  # the other settings are worth having all the same
+        except Exception as error:  # report it and measure the other settings
             figures = {"failed": re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:400]}
         record("train_step", args.commit, setting | figures)
-        gc.collect()  # the state of this setting, before the next one has its own
+        gc.collect()  # free the state of this setting before the next one
 
 
 if __name__ == "__main__":

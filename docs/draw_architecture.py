@@ -1,5 +1,4 @@
-"""Draw docs/architecture.svg, the picture of the README. Sizes are those of the published model
-(`infinitevl_4b`).
+"""Draw docs/architecture.svg, the picture of the README, with the sizes of the published model.
 
 python docs/draw_architecture.py [--output docs/architecture.svg]
 """
@@ -16,7 +15,7 @@ VISION, TEXT, WINDOW, DELTA, CACHE = "#d6e9f8", "#e7e9ec", "#fde3c8", "#d9efdc",
 
 
 class Canvas:
-    """Boxes and arrows in centimetres, the origin at the lower left."""
+    """Boxes and arrows. Units are centimetres, the origin is at the lower left."""
 
     def __init__(self, width: float, height: float):
         self.figure = Figure(figsize=(width / 2.54, height / 2.54), facecolor=PAPER)
@@ -33,7 +32,7 @@ class Canvas:
         note: str = "",
         fill: str = TEXT,
     ):
-        """A box with a title and, below it, smaller lines."""
+        """Draw a box with a title and smaller lines below it."""
         style = "round,pad=0,rounding_size=0.15"
         self.axes.add_patch(
             FancyBboxPatch(
@@ -76,7 +75,7 @@ def draw() -> Figure:
     canvas = Canvas(31, 8.6)
     canvas.box(0.3, 5.6, 3.4, 1.6, "images, video", "patches of 14 x 14\npixels x 2 frames", VISION)
     canvas.box(
-        4.5, 5.6, 3.9, 1.6, "vision tower", "28 blocks see windows\nof 112 pixels, 4 all", VISION
+        4.5, 5.6, 3.9, 1.6, "vision tower", "28 blocks in windows,\n4 over the whole frame", VISION
     )
     canvas.box(9.2, 5.6, 3.0, 1.6, "merger", "2 x 2 patches\nto one token", VISION)
     canvas.box(0.3, 2.9, 3.4, 1.6, "text", "chat template,\ntokenizer", TEXT)
@@ -88,7 +87,7 @@ def draw() -> Figure:
     canvas.arrow((12.2, 3.7), (13.6, 4.3))
 
     canvas.box(13.2, 0.9, 13.6, 7.4, "", fill=PAPER)
-    canvas.text(20.0, 7.85, "decoder: 36 layers, 9 times these four", 8.5, weight="bold")
+    canvas.text(20.0, 7.85, "decoder: 36 layers = 9 x these four", 8.5, weight="bold")
     xs = [13.6 + 3.3 * i for i in range(4)]
     for i, x in enumerate(xs):
         canvas.box(x, 6.3, 2.9, 0.9, "MLP", "", TEXT)
@@ -103,7 +102,7 @@ def draw() -> Figure:
             canvas.arrow((xs[i - 1] + 2.9, 6.5), (x, 4.9))
         canvas.arrow((x + 1.45, 5.4), (x + 1.45, 6.3))
         canvas.arrow((x + 1.45, 3.7), (x + 1.45, 2.8), both=True)
-    canvas.box(xs[0], 1.2, 2.9, 1.6, "keys, values", "ring of 8,192", CACHE)
+    canvas.box(xs[0], 1.2, 2.9, 1.6, "keys, values", "ring buffer of 8,192", CACHE)
     canvas.box(
         xs[1],
         1.2,
@@ -115,7 +114,7 @@ def draw() -> Figure:
     )
     canvas.arrow((26.4, 6.75), (27.5, 5.4))
     canvas.box(27.5, 3.7, 3.2, 1.7, "next token", "norm, head tied\nto the embedding", TEXT)
-    canvas.text(20.0, 0.4, "cache: 133 MB a sequence, however long it gets", 8.5)
+    canvas.text(20.0, 0.4, "cache: 133 MB per sequence at any length", 8.5)
     return canvas.figure
 
 
@@ -125,7 +124,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("architecture.svg"))
     arguments = parser.parse_args()
-    # text stays text, and the same drawing is the same file
+    # keep text as text; the same drawing gives the same file
     settings = {
         "svg.fonttype": "none",
         "svg.hashsalt": "infinitevl",

@@ -59,9 +59,10 @@ def main() -> None:
     from tqdm import tqdm
 
     from infinitevl_jax import InfiniteVL, Processor
+    from infinitevl_jax.cli import logs
     from infinitevl_jax.config.presets import load_preset
+    from infinitevl_jax.data.dataset import Dataset
     from infinitevl_jax.data.encode import Encoder
-    from infinitevl_jax.data.source import Source
     from infinitevl_jax.eval.picture import draw_samples
     from infinitevl_jax.eval.vqa import answer_blind, answer_split, score
     from infinitevl_jax.train.loop import train
@@ -70,7 +71,8 @@ def main() -> None:
         PRESET,
         [f"train.seed={arguments.seed}", f"train.output={arguments.output}", *arguments.changes],
     )
-    outcome = train(preset)
+    with logs.shown(sys.stdout):
+        outcome = train(preset)
     if not outcome.finished:
         raise SystemExit(130)
     trained = time.monotonic() - began
@@ -78,7 +80,7 @@ def main() -> None:
     folder = convert_there_and_back(outcome.checkpoint, outcome.run)
     model, processor = InfiniteVL.from_pretrained(folder), Processor.from_pretrained(folder)
     data = preset.train.data
-    test, known = (Source(data.name, data.folder, split) for split in ("test", "train"))
+    test, known = (Dataset(data.name, data.folder, split) for split in ("test", "train"))
     rows, known = [test[i] for i in range(len(test))], [known[i] for i in range(len(known))]
     began_answers = time.monotonic()
     answers = answer_split(

@@ -1,13 +1,16 @@
-"""JAX's persistent compilation cache for commands, and a message while compiling."""
+"""JAX's persistent compilation cache for commands, and a log record while compiling."""
 
 import contextlib
+import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
+
+logger = logging.getLogger(__name__)
 
 LARGEST = 2 << 30  # bytes of the folder; the least recently used programs are removed
 PATIENCE = 2.0  # seconds of compiling before the message
@@ -39,18 +42,17 @@ def folder() -> tuple[Path | None, str]:
 
 
 @contextlib.contextmanager
-def kept(wanted: bool, say: Callable[[str], None]) -> Iterator[None]:
-    """Context manager that uses the compilation cache.
+def kept(wanted: bool) -> Iterator[None]:
+    """Context manager that uses the compilation cache, and logs while a program compiles.
 
-    If the folder cannot be written, this is reported and everything is compiled.
+    If the folder cannot be written, this is logged and everything is compiled.
 
     Args:
       wanted: use the cache.
-      say: receives messages, also while a program compiles.
     """
     path, reason = folder() if wanted else (None, "")
     if reason:
-        say(f"compiled programs are not kept: {reason}")
+        logger.info(f"compiled programs are not kept: {reason}")
     changes = {"jax_enable_compilation_cache": path is not None}
     if path is not None and not jax.config.jax_compilation_cache_dir:
         changes |= {
@@ -59,7 +61,7 @@ def kept(wanted: bool, say: Callable[[str], None]) -> Iterator[None]:
         }
         changes |= {"jax_persistent_cache_min_compile_time_secs": 0.0}  # there are many small ones
     before = {name: getattr(jax.config, name) for name in changes}
-    with _says(say):
+    with _log_long_compiling():
         _configure(changes)
         try:
             yield
@@ -74,13 +76,13 @@ def _configure(values: dict) -> None:
 
 
 @contextlib.contextmanager
-def _says(say: Callable[[str], None]) -> Iterator[None]:
-    """Say "compiling ..." when a program has been compiling for PATIENCE seconds."""
+def _log_long_compiling() -> Iterator[None]:
+    """Log "compiling ..." when a program has been compiling for PATIENCE seconds."""
     waiting: list[threading.Timer] = []
 
     def listen(event: str, seconds: float, **_) -> None:
         if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":  # compilation comes next
-            timer = threading.Timer(PATIENCE, say, ["compiling ..."])
+            timer = threading.Timer(PATIENCE, logger.info, ["compiling ..."])
             timer.daemon = True
             timer.start()
             waiting.append(timer)

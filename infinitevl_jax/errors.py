@@ -23,7 +23,7 @@ class InfiniteVLError(ValueError):
         )
         super().__init__("\n  ".join([self.culprit, *self.items, f"-> {self.cure}"]))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         # lets an error cross from a data worker to the main process
         return type(self), (self.culprit, self.cure, self.items)
 
@@ -42,7 +42,7 @@ class BadRow(InfiniteVLError):
         super().__init__(f"{source} row {index}: {reason}", cure)
         self.source, self.index, self.reason = source, index, quoted(reason)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return type(self), (self.source, self.index, self.reason, self.cure)
 
 

@@ -8,7 +8,6 @@ from infinitevl_jax.errors import InfiniteVLError
 # top-level module -> extra in pyproject.toml
 EXTRAS = {
     "av": "run",
-    "filelock": "run",
     "jinja2": "run",
     "orbax": "run",
     "PIL": "run",
@@ -18,7 +17,6 @@ EXTRAS = {
     "tokenizers": "run",
     "tqdm": "run",
     "typer": "run",
-    "array_record": "train",
     "easy_vqa": "train",
     "grain": "train",
     "importlib_resources": "train",

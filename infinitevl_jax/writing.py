@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,6 +103,20 @@ def keep_aside(path: Path, to: Path | None = None) -> Path:
     os.rename(path, free)
     sync(free.parent)
     return free
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Raise OSError unless `size` bytes can be written into a folder at this moment: they are
+    allocated in a file, which is removed again."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise
+            # a file system that cannot allocate: the write itself will tell
 
 
 def megabytes(size: int) -> str:

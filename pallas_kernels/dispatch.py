@@ -1,5 +1,4 @@
-"""Operators, their implementations, and the choice among them: by name, or the first that can
-run."""
+"""Operators, their implementations, and the choice of one: by name, or the first that can run."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from pallas_kernels.partition import OperatorMesh
 
 
 class Refusal(ValueError):
-    """No allowed implementation takes a call, or there is none of that name."""
+    """No allowed implementation takes a call, or no implementation has that name."""
 
     def __init__(self, culprit: str, cure: str):
         super().__init__(f"{culprit}\n  -> {cure}")
@@ -83,10 +82,10 @@ class Operator:
 class Dispatch:
     """An operator on one kind of device, called by its contract.
 
-    names: the implementations allowed, in order, such as "mosaic_gpu" or "mosaic_gpu,xla"; None
+    names: the implementations allowed, in order, such as "mosaic_gpu" or "mosaic_gpu,xla". None
         allows all of them.
-    ran: what was chosen, by case, with the reasons of those before it. Filled while programs are
-        traced.
+    ran: by case, the chosen implementation and the reasons why those before it were not. Filled
+        while programs are traced.
     """
 
     operator: Operator
@@ -113,7 +112,7 @@ class Dispatch:
             )
 
     def choose(self, *args, **kwargs) -> tuple[Implementation, list[str]]:
-        """The implementation for these arguments, and the reasons of those passed over.
+        """The implementation for these arguments, and why those before it were not chosen.
 
         Raises Refusal, with all reasons, where every allowed implementation refuses.
         """
@@ -128,7 +127,7 @@ class Dispatch:
         return option.run(**call)
 
     def report(self) -> list[str]:
-        """A line for each case so far: what ran, and why nothing preferred to it did."""
+        """A line for each case so far: what ran, and why no preferred implementation did."""
         return [f"{self.operator.name} of {case}: {what}" for case, what in self.ran.items()]
 
     def _choose(self, call: dict) -> tuple[Implementation, list[str]]:

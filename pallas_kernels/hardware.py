@@ -1,12 +1,12 @@
-"""Devices that kernels are written for. A predicate returns None for its devices, else the
-reason."""
+"""Devices that kernels are written for. A predicate returns None for its devices, else the reason
+it is not one of them."""
 
 import re
 
 import jax
 
 HOPPER_MULTIPROCESSORS = 132
-"""Of an H100 or H200 (SXM). On a card with fewer, some thread blocks wait; results are the same."""
+"""Of an H100 or H200 (SXM). On a card with fewer, some thread blocks wait. Results are the same."""
 
 
 def tpu(device: jax.Device) -> str | None:

@@ -1,5 +1,5 @@
-"""Shared helpers of the Mosaic GPU kernels for Hopper: asynchronous products, vectors and
-layouts in registers."""
+"""Shared helpers of the Mosaic GPU kernels for Hopper: asynchronous products, vectors and layouts
+in registers."""
 
 import jax
 import jax.experimental.pallas as pl
@@ -11,26 +11,26 @@ NEW = jax.__version_info__ >= (0, 11)
 
 
 class Products:
-    """Matrix products of one warpgroup (wgmma), which run in the background until they are waited
-    for.
+    """Matrix products of one warpgroup (wgmma), which run asynchronously until they are waited for.
 
     Every wgmma of the kernels is issued here. A left factor in registers has to stay in them until
-    its product is done, which LLVM does not know: `wait` uses it once more, after the wait.
+    its product is done. LLVM does not know that, so `wait` uses the factor once more, after the
+    wait.
 
     A left factor in registers must depend on data in each of its elements. Where ptxas (13.0) knows
-    the value of one, it may set that register between two products that both read it, so that the
-    first reads what was there before (seen on an H100: a triangle of ones whose corners are the
-    same for all threads; gradients of gates were wrong at random, up to NaN). `testing/sass.py`
-    finds this in the machine code.
+    the value of an element, it may set that register between two products that both read it. The
+    first product then reads the old value. Seen on an H100 with a triangle of ones whose corners
+    are the same for all threads: gradients of gates were wrong at random, up to NaN.
+    `testing/sass.py` finds this in the machine code.
 
     A wait covers the products of the warp that waits. Before a kernel overwrites a tile in shared
-    memory that these products read, all warps of the warpgroup have to meet: a store through a
-    reference (`ref[...] = x`) does so by itself, before and after, and so does `commit_smem`; a
-    copy from another warpgroup has to wait at a barrier that this one arrives at.
+    memory that these products read, all warps of the warpgroup have to synchronise. A store through
+    a reference (`ref[...] = x`) does so before and after, and so does `commit_smem`. A copy from
+    another warpgroup has to wait at a barrier that this warpgroup arrives at.
     """
 
     def __init__(self):
-        # of the products that may still run, in the order of issue; None: in shared memory
+        # Left factors of products that may still run, in order of issue. None: in shared memory.
         self._left = []
 
     def add(self, acc, left: jax.Array | object, right: object) -> None:
@@ -53,7 +53,7 @@ class Products:
 
 
 def multiply(start: jax.Array | tuple[int, int], *factors: tuple) -> jax.Array:
-    """start (or zeros of that shape) + the sum of the products of pairs, float32 in registers."""
+    """start (or zeros of that shape) + the sum of the pairs' products, float32 in registers."""
     seeded = not isinstance(start, tuple)
 
     def run(acc):
@@ -70,24 +70,24 @@ def multiply(start: jax.Array | tuple[int, int], *factors: tuple) -> jax.Array:
 
 
 def load(ref, layout, optimized: bool = False) -> jax.Array:
-    """A vector in registers. (From global memory, no transfer of these layouts counts as
-    optimized.)"""
+    """Loads a vector into registers. optimized: must be False for a load from global memory, where
+    Mosaic GPU counts no transfer of these layouts as optimized."""
     index = () if NEW else ((),)
     return plgpu.load(ref, *index, layout=layout, optimized=optimized)
 
 
 def spread(x: jax.Array, columns: int) -> jax.Array:
-    """A number for each row, for all columns."""
+    """Broadcasts a number for each row over all columns."""
     return lax.broadcast_in_dim(x, (x.shape[0], columns), [0])
 
 
 def across(x: jax.Array, rows: int) -> jax.Array:
-    """A number for each column, for all rows."""
+    """Broadcasts a number for each column over all rows."""
     return lax.broadcast_in_dim(x, (rows, x.shape[0]), [1])
 
 
 def full(shape: tuple[int, ...], value: float, layout) -> jax.Array:
-    """The same float32 everywhere, in registers."""
+    """A constant float32 array in registers."""
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
@@ -97,8 +97,8 @@ def transposed(ref):
 
 
 def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """float32 x as the sum of two that bfloat16 holds, the first exactly: its lower bits are cut
-    off, which is cheaper than rounding."""
+    """float32 x as a sum of two float32. The first is x with its lower bits cut off, which bfloat16
+    holds exactly; cutting is cheaper than rounding."""
     high = lax.bitcast_convert_type(
         lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536), jnp.float32
     )
@@ -106,11 +106,11 @@ def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def rounded_halves(x: jax.Array) -> list[jax.Array]:
-    """The same two in bfloat16."""
+    """`halves` in bfloat16."""
     return [half.astype(jnp.bfloat16) for half in halves(x)]
 
 
 def nearest_halves(x: jax.Array) -> list[jax.Array]:
-    """Likewise with the first rounded to the nearest, for uses of the first alone."""
+    """As `rounded_halves`, with the first rounded to the nearest, for where it is used alone."""
     high = x.astype(jnp.bfloat16)
     return [high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)]

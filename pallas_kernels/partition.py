@@ -1,7 +1,7 @@
 """Operators on a mesh: each device runs an operator on its own rows and heads.
 
-The compiler cannot split a Pallas kernel, so each operator's `partition.py` says by `jax.shard_map`
-which part of its arrays a device takes.
+The compiler cannot split a Pallas kernel. Each operator's `partition.py` therefore says, by
+`jax.shard_map`, which part of its arrays a device takes.
 """
 
 import math
@@ -13,14 +13,14 @@ from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
 Axes = tuple[str, ...] | None
-"""Axes of a mesh that split a dimension; None: it is whole on every device."""
+"""Axes of a mesh that split a dimension. None: it is replicated."""
 
 
 @dataclass(frozen=True)
 class OperatorMesh:
     """A mesh, the axes of it that split the batch, and those that split the heads.
 
-    An axis that the mesh lacks is left out. A dimension that the axes do not divide stays whole.
+    An axis that the mesh lacks is left out. A dimension that the axes do not divide is replicated.
     """
 
     mesh: Mesh
@@ -29,7 +29,7 @@ class OperatorMesh:
 
     def rows(self, batch: int) -> Axes:
         """The axes that split this many sequences."""
-        # Axes of size 1 are named too: over an axis that is not named, gradients are summed.
+        # Axes of size 1 are named too: gradients are summed over axes that are not named.
         alone = tuple(name for name, size in self.mesh.shape.items() if size == 1)
         return (*(self._split(self.batch_axes, batch) or ()), *alone) or None
 
@@ -58,7 +58,7 @@ class OperatorMesh:
         arguments: dict[str, tuple[Array | None, PartitionSpec]],
         out_specs,
     ):
-        """`operator(**arguments)`, each an array with its PartitionSpec; what is None is left
+        """`operator(**arguments)`. Each argument is an array with its PartitionSpec; None is left
         out."""
         given = {name: pair for name, pair in arguments.items() if pair[0] is not None}
         arrays, specs = zip(*given.values(), strict=True)

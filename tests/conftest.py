@@ -18,8 +18,13 @@ _cache = tempfile.TemporaryDirectory(
     prefix="tests-cache-"
 )  # commands keep compiled programs there, not in the user's folder
 os.environ["XDG_CACHE_HOME"] = _cache.name
+# Where Python is told to keep no bytecode, workers and the processes that tests start would compile
+# the sources of JAX anew, 2 to 3 seconds each: they share a folder that goes with this run.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+    os.environ.setdefault("PYTHONPYCACHEPREFIX", os.path.join(_cache.name, "bytecode"))
 
 import gc  # noqa: E402
+import logging  # noqa: E402
 import signal  # noqa: E402
 
 import jax  # noqa: E402
@@ -43,6 +48,17 @@ def tiny_data(tmp_path_factory):
     from tiny_run import prepare_tiny_vqa
 
     return prepare_tiny_vqa(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def said(caplog):
+    """said() is what the package has logged in this test."""
+    caplog.set_level(logging.INFO, "infinitevl_jax")
+    return lambda: [
+        record.getMessage()
+        for record in caplog.records
+        if record.name.partition(".")[0] == "infinitevl_jax"
+    ]
 
 
 def pytest_collection_modifyitems(items):

@@ -59,7 +59,7 @@ def delta_forward(q, k, v, g, beta, starts, initial_state, keep):
     segment_ids = None if starts is None else jnp.cumsum(starts, axis=1)
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, width, v.shape[3]))
-    (out, last), (inverse, states) = xla._run(q, k, v, g, beta, initial_state, None, segment_ids)
+    (out, last), (inverse, states) = xla.forward(q, k, v, g, beta, initial_state, None, segment_ids)
     return (
         out,
         last,
@@ -68,8 +68,8 @@ def delta_forward(q, k, v, g, beta, starts, initial_state, keep):
     )
 
 
-def delta_backward(q, k, v, g, beta, runs, inverse, states, d_out, d_last):
+def delta_backward(q, k, v, g, beta, segments, inverse, states, d_out, d_last):
     inputs = q, k, v, g.swapaxes(1, 2), beta.swapaxes(1, 2), states[:, :, 0].astype(jnp.float32)
-    _, pull = jax.vjp(lambda *a: xla._delta_rule(*a, None, runs), *inputs)
+    _, pull = jax.vjp(lambda *a: xla.gated_delta_rule(*a, None, segments), *inputs)
     dq, dk, dv, dg, dbeta, d_initial = pull((d_out, d_last))
     return dq, dk, dv, dg.swapaxes(1, 2), dbeta.swapaxes(1, 2), d_initial

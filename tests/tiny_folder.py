@@ -2,13 +2,10 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parent / "nn"))
 from tiny import hybrid_config
 
 from infinitevl_jax import InfiniteVL

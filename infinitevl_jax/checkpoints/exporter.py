@@ -10,13 +10,13 @@ import numpy as np
 from tqdm import tqdm
 
 from infinitevl_jax.checkpoints.destination import new_folder
+from infinitevl_jax.checkpoints.dtypes import narrowed
 from infinitevl_jax.checkpoints.files import copy_side_files, is_ours
-from infinitevl_jax.checkpoints.load import narrowed, own_dtypes
 from infinitevl_jax.checkpoints.manifest import Manifest
-from infinitevl_jax.checkpoints.orbax_store import Store
 from infinitevl_jax.checkpoints.reading import read_config
 from infinitevl_jax.checkpoints.safetensors_file import SafetensorsWriter
 from infinitevl_jax.checkpoints.source import check_finite, index_json, respell
+from infinitevl_jax.checkpoints.stored import open_params
 from infinitevl_jax.checkpoints.transformers_code import add_transformers_code
 from infinitevl_jax.checkpoints.weights import (
     complain,
@@ -24,6 +24,7 @@ from infinitevl_jax.checkpoints.weights import (
     head_name,
     hub_name,
     leaves,
+    own_spelling,
 )
 from infinitevl_jax.errors import InfiniteVLError
 
@@ -65,7 +66,7 @@ def export_folder(
     Face folder.
 
     A model that was imported gets the source's names, dtypes, order and shards back. Memory holds
-    one stacked leaf at a time.
+    one tensor at a time (of a folder of format 2, one stack of layers).
 
     Args:
       max_shard_size: bytes, or "2GB"; None keeps the source's shards (5 GB for a model born here).
@@ -82,16 +83,15 @@ def export_folder(
             "export takes what import or train.py wrote",
         )
     limit = _bytes(max_shard_size)
-    config, manifest, store = read_config(src), Manifest.read(src), Store(src)
-    stored = leaves(config, scanned=True)
-    store.check(stored, str(src / "config.json"))
-
+    config, manifest = read_config(src), Manifest.read(src)
+    reader = open_params(src, config)
+    stored = {leaf.name: leaf for leaf in leaves(config, scanned=False)}
+    spelling = manifest.spelling if manifest.files else own_spelling(config)
     tensors = {
-        name: _Tensor(respell(name, manifest.spelling), dtype, leaf.torch_shape)
-        for leaf in stored
-        for name, dtype in zip(
-            leaf.torch, own_dtypes(leaf, store.dtypes[leaf.name], manifest.dtypes), strict=True
+        leaf.torch[0]: _Tensor(
+            respell(leaf.torch[0], spelling), reader.dtypes[leaf.name], leaf.torch_shape
         )
+        for leaf in stored.values()
     }
     head, table = head_name(config), tensors[embedding_name(config)]
     tied = config.text.tie_word_embeddings and head in manifest.dtypes
@@ -121,14 +121,14 @@ def export_folder(
             writer.put(raw, value)
             bar.update(value.nbytes)
 
-        for leaf in stored:
-            value = store.read(leaf.name)
-            check_finite(value, f"{store.path}: {leaf.name}")
-            for part, name in enumerate(leaf.torch):
-                torch = leaf.to_torch(value[leaf.slice(part)])
-                put(name, narrowed(torch, tensors[name].dtype, name, src))
-                if tied and name == embedding_name(config):
-                    put(head, torch)
+        for name in reader.shapes:
+            value, leaf = reader.read(name), stored[name]
+            check_finite(value, f"{reader.path}: {name}")
+            torch = leaf.torch[0]
+            value = narrowed(leaf.to_torch(value), tensors[torch].dtype, torch, src)
+            put(torch, value)
+            if tied and torch == embedding_name(config):
+                put(head, value)
         for writer in {id(writer): writer for writer, _ in writers.values()}.values():
             writer.close()
         if list(plan) != ["model.safetensors"] or manifest.index_metadata is not None:

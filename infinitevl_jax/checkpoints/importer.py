@@ -1,17 +1,16 @@
 """Hugging Face folder -> ours."""
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
+from infinitevl_jax.checkpoints.array_writer import LazyArray, write_arrays
 from infinitevl_jax.checkpoints.destination import new_folder
-from infinitevl_jax.checkpoints.files import copy_side_files, is_ours
+from infinitevl_jax.checkpoints.files import PARAMS, copy_side_files, is_ours
 from infinitevl_jax.checkpoints.manifest import Manifest
-from infinitevl_jax.checkpoints.orbax_store import Deferred, write_params
 from infinitevl_jax.checkpoints.reading import leaf_dtype, open_model, read_leaf
-from infinitevl_jax.checkpoints.weights import leaves
+from infinitevl_jax.checkpoints.weights import Leaf, leaves
 from infinitevl_jax.errors import InfiniteVLError
 
 
@@ -23,8 +22,8 @@ def import_folder(
     overwrite: bool = False,
     progress: bool = False,
 ) -> None:
-    """Convert a Hugging Face folder; memory holds one stacked leaf at a time, whatever the size of
-    the model.
+    """Convert a Hugging Face folder; memory holds one tensor at a time, or a few small ones,
+    whatever the size of the model.
 
     Args:
       src: config.json with safetensors or .bin weights, sharded or single; a LoRA adapter beside
@@ -44,27 +43,29 @@ def import_folder(
             "import takes a Hugging Face folder; to go back, use export",
         )
     config, source = open_model(src, adapters)
-    stored = leaves(config, scanned=True)
+    stored = leaves(config, scanned=False)
     merged = [adapter.folder.resolve().name for adapter in getattr(source, "adapters", ())]
     needs = sum(leaf_dtype(source, leaf).itemsize * leaf.size for leaf in stored)
     bar = tqdm(
         total=needs, unit="B", unit_scale=True, desc="import", disable=None if progress else True
     )  # on a terminal
-    with bar, contextlib.ExitStack() as stack:
-        work = stack.enter_context(
-            new_folder(dst, overwrite=overwrite, inputs=(src, *map(Path, adapters)), needs=needs)
-        )
 
-        def deferred(leaf):
-            dtype = leaf_dtype(source, leaf)
+    def lazy(leaf: Leaf) -> LazyArray:
+        dtype = leaf_dtype(source, leaf)
 
-            def load():
-                value = read_leaf(source, leaf, dtype)
-                bar.update(value.nbytes)
-                return value
+        def load():
+            value = read_leaf(source, leaf, dtype)
+            bar.update(value.nbytes)
+            return value
 
-            return Deferred(leaf.shape, dtype, load)
+        return LazyArray(leaf.name, dtype.itemsize * leaf.size, load)
 
+    with (
+        bar,
+        new_folder(
+            dst, overwrite=overwrite, inputs=(src, *map(Path, adapters)), needs=needs
+        ) as work,
+    ):
         copy_side_files(src, work)
         Manifest.of(source, config.text.tie_word_embeddings, merged).write(work)
-        write_params(work, {leaf.name: deferred(leaf) for leaf in stored})
+        write_arrays(work, PARAMS, map(lazy, stored))

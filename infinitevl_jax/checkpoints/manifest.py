@@ -15,7 +15,10 @@ from infinitevl_jax.checkpoints.weights import HUB, hub_name
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.reading import plain_name, read_json, unknown_keys
 
-FORMAT = 2  # 1 stacked the layers at equal places of a period; 2 all equal neighbours together
+# Of params/: 1 and 2 stacked equal layers, 1 those at equal places of a period, 2 all neighbours; 3
+# has every layer by itself, and checksums.
+FORMAT = 3
+READ = (2, 3)
 
 
 class WeightFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -75,9 +78,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         is checked."""
         path = folder / MANIFEST
         content = read_json(path)
-        if content.get("format") != FORMAT:
+        if content.get("format") not in READ:
             raise InfiniteVLError(
-                f"{path} has format {content.get('format')!r}, this version reads {FORMAT}",
+                f"{path} has format {content.get('format')!r}, this version reads"
+                f" {' and '.join(map(str, READ))}",
                 "import the Hugging Face folder again, or use the version that wrote it",
             )
         if unknown := unknown_keys(content, cls):
@@ -92,9 +96,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         )
         return manifest
 
-    def write(self, folder: Path) -> None:
-        """Write it into a folder under construction."""
-        (folder / MANIFEST).write_bytes(msgspec.json.encode(self) + b"\n")
+    def write(self, folder: Path, format: int = FORMAT) -> None:
+        """Write it into a folder under construction, whose arrays have this format."""
+        current = msgspec.structs.replace(self, format=format)
+        (folder / MANIFEST).write_bytes(msgspec.json.encode(current) + b"\n")
 
     def stored_as(self, dtypes: Mapping[str, np.dtype]) -> "Manifest":
         """The same with these dtypes (by published name): of weights that are no longer the

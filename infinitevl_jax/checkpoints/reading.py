@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from infinitevl_jax.checkpoints.dtypes import common
 from infinitevl_jax.checkpoints.files import is_ours
 from infinitevl_jax.checkpoints.lora import Adapter, Merged
 from infinitevl_jax.checkpoints.manifest import Manifest
@@ -14,6 +15,7 @@ from infinitevl_jax.checkpoints.source import Source, open_source
 from infinitevl_jax.checkpoints.weights import Leaf, embedding_name, head_name, match, pieces
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.families import family
 from infinitevl_jax.families.huggingface import read_config as read_config_file
 
 _BLOCK = 256  # columns turned at once: both sides of the copy stay in the processor's cache
@@ -36,9 +38,8 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 
 def _may_be_tied(config: ModelConfig) -> bool:
-    # InfiniteVL's files come without a head however they are configured: a missing one is the
-    # embedding.
-    return config.family == "infinite_vl" and not config.text.tie_word_embeddings
+    """Whether a missing head means one that shares the token table."""
+    return family(config.family).missing_head_is_tied and not config.text.tie_word_embeddings
 
 
 def _tie(config: ModelConfig, tied: bool) -> ModelConfig:
@@ -78,12 +79,6 @@ def _check_tied(source: Source, table: str, head: str) -> None:
                 "set tie_word_embeddings to false in config.json if the model has a head of its"
                 " own, else delete the head",
             )
-
-
-def common(dtypes: Sequence[np.dtype]) -> np.dtype:
-    """The narrowest dtype that holds all of these without loss: their own, or f32 where they
-    differ."""
-    return dtypes[0] if len(set(dtypes)) == 1 else np.dtype(np.float32)
 
 
 def leaf_dtype(source: Source, leaf: Leaf) -> np.dtype:

@@ -17,12 +17,12 @@ import ml_dtypes
 import msgspec
 import numpy as np
 
+from infinitevl_jax.checkpoints.dtypes import FLOATS
 from infinitevl_jax.checkpoints.safetensors_file import SPELLED, SafetensorsFile
 from infinitevl_jax.checkpoints.weights import HUB, RUNTIME, hub_name, runtime_name
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.reading import inside, open_file, plain_name, read_json
 
-FLOATS = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32))
 _AGAIN = "download or copy the file again"
 
 

@@ -6,6 +6,7 @@ used once and every parameter filled once; what does not fit is named.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,9 @@ _RUNTIME = (("model.language_model.", "model."), ("model.visual.", "visual."))
 
 
 def hub_name(name: str) -> str:
-    """A torch name in the hub's spelling, whichever of the two it came in."""
+    """A torch name in the hub's spelling of most families, whichever of the two it came in.
+
+    Tensors are known by it here, also those of a family whose files on the hub have the other."""
     return next(
         (new + name.removeprefix(old) for old, new in _RUNTIME if name.startswith(old)), name
     )
@@ -42,12 +45,14 @@ class Leaf:
 
     Attributes:
       name, shape: ours; a stacked leaf has a leading axis over `torch`.
+      layers: names on disk, one for each slice.
       torch: published names, one for each slice.
       torch_shape: of each of them.
     """
 
     name: str
     shape: tuple[int, ...]
+    layers: tuple[str, ...]
     torch: tuple[str, ...]
     torch_shape: tuple[int, ...]
     stacked: bool
@@ -68,24 +73,41 @@ class Leaf:
 
 def leaves(config: ModelConfig, *, scanned: bool) -> list[Leaf]:
     """Every parameter of a model in one layout, with the torch tensors behind it."""
-    names = family(config.family)
     out = []
     for name, parameter in parameters(config, scanned=scanned).items():
         facts = parameter.facts
-        torch = tuple(names.tensor_name(_torch_path(layer, facts)) for layer in parameter.layers)
+        torch = tuple(tensor_name(config, _torch_path(layer, facts)) for layer in parameter.layers)
         shape, stacked = parameter.shape, parameter.stacked
-        out.append(Leaf(name, shape, torch, facts.torch_shape, stacked, facts.transposed))
+        kind = (facts.torch_shape, stacked, facts.transposed)
+        out.append(Leaf(name, shape, parameter.layers, torch, *kind))
+    times = Counter(name for leaf in out for name in leaf.torch)
+    if twice := [name for name in times if times[name] > 1]:
+        raise InfiniteVLError(
+            f"the family {config.family} gives several tensors the name {twice[0]}",
+            "correct its tensor_names",
+        )
     return out
+
+
+def tensor_name(config: ModelConfig, path: str) -> str:
+    """Torch name of the tensor at our path, such as "norm.weight"."""
+    return hub_name(family(config.family).tensor_name(path))
 
 
 def embedding_name(config: ModelConfig) -> str:
     """Torch name of the token table."""
-    return family(config.family).tensor_name("embed_tokens.weight")
+    return tensor_name(config, "embed_tokens.weight")
 
 
 def head_name(config: ModelConfig) -> str:
     """Torch name of the output head, also where it is tied to the token table."""
-    return family(config.family).tensor_name("lm_head.weight")
+    return tensor_name(config, "lm_head.weight")
+
+
+def own_spelling(config: ModelConfig) -> str:
+    """How the family's files on the hub spell names."""
+    own = family(config.family).tensor_name("embed_tokens.weight")
+    return HUB if own == embedding_name(config) else RUNTIME
 
 
 def _torch_path(name: str, facts: Facts) -> str:

@@ -1,114 +1,30 @@
-"""Commands and their options."""
+"""The commands of `infinitevl`."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
-from infinitevl_jax.errors import InfiniteVLError
-
-
-class Dtype(StrEnum):
-    """Dtype of weights and computation."""
-
-    own = "own"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class _Commands(TyperGroup):
-    """Report InfiniteVLError on stderr with exit code 2. Other exceptions keep their traceback."""
-
-    def invoke(self, ctx):
-        try:
-            return super().invoke(ctx)
-        except InfiniteVLError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from None
-
-
-app = typer.Typer(
-    name="infinitevl",
-    cls=_Commands,
-    help=(
-        "Ask vision-language models about images and videos, talk with them, look inside their"
-        " checkpoints."
-    ),
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)
-
-Model = Annotated[
-    Path,
-    typer.Argument(
-        metavar="MODEL",
-        show_default=False,
-        help="Checkpoint folder, Hugging Face's or ours, or a run: its newest step.",
-    ),
-]
-NewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", min=1, help="End an answer after this many tokens.")
-]
-Temperature = Annotated[
-    float,
-    typer.Option("--temperature", min=0, help="0 always takes the likeliest token; above, sample."),
-]
-TopK = Annotated[
-    int, typer.Option("--top-k", min=0, help="Sample from the k likeliest tokens; 0: from all.")
-]
-TopP = Annotated[
-    float,
-    typer.Option("--top-p", max=1, help="Sample from the likeliest tokens that together reach p."),
-]
-MinP = Annotated[
-    float,
-    typer.Option(
-        "--min-p", min=0, max=1, help="Sample from tokens this fraction as likely as the likeliest."
-    ),
-]
-Penalty = Annotated[
-    float | None,
-    typer.Option(
-        "--repetition-penalty",
-        show_default="the checkpoint's",
-        help="Divide scores of what was said; 1: do not.",
-    ),
-]
-System = Annotated[
-    str,
-    typer.Option(
-        "--system", metavar="TEXT", show_default=False, help="A system message in front of it all."
-    ),
-]
-Keep = Annotated[
-    bool,
-    typer.Option(
-        "--compilation-cache/--no-compilation-cache",
-        help="Keep compiled programs in the user's cache folder.",
-    ),
-]
-Seed = Annotated[
-    int, typer.Option("--seed", min=0, max=2**32 - 1, help="The same seed samples the same answer.")
-]
-Kind = Annotated[
+from infinitevl_jax.cli import convert
+from infinitevl_jax.cli.groups import commands
+from infinitevl_jax.cli.options import (
     Dtype,
-    typer.Option(
-        "--dtype", help="Cast the weights and compute in this; own: as the checkpoint has them."
-    ),
-]
-Mesh = Annotated[
-    str,
-    typer.Option(
-        "--mesh",
-        metavar="AXIS=N,...",
-        help="Spread over devices: data, fsdp, tensor; -1: all others.",
-    ),
-]
+    Keep,
+    Kind,
+    Mesh,
+    MinP,
+    Model,
+    NewTokens,
+    Penalty,
+    Seed,
+    System,
+    Temperature,
+    TopK,
+    TopP,
+)
+from infinitevl_jax.cli.train import train
+
+app = commands("infinitevl", status=2)
 
 
 def _version(asked: bool) -> None:
@@ -131,7 +47,8 @@ def infinitevl(
         ),
     ] = False,
 ):
-    """Root command."""
+    """Ask vision-language models about images and videos, chat with them, train them, convert and
+    inspect their checkpoints."""
 
 
 @app.command(no_args_is_help=True)
@@ -251,12 +168,13 @@ def info(
     infinitevl info runs/sft/ --json | jq .cache                    (a run: its newest step)
     infinitevl info runs/sft/checkpoints/1000/
     """
-    import jax
+    from infinitevl_jax.cli import host, info
 
-    if not jax.config.jax_platforms:
-        jax.config.update("jax_platforms", "cpu")  # nothing is computed: do not reserve a GPU
-
-    from infinitevl_jax.cli import info
+    host.stay_on_the_host()
 
     facts = info.describe(model)
     typer.echo(info.as_json(facts) if json else info.as_table(facts))
+
+
+app.command()(train)
+app.add_typer(convert.app)

@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from infinitevl_jax import compilation
-from infinitevl_jax.cli.session import Place, Settings, answer, media, open_model, say
+from infinitevl_jax.cli.session import Place, Settings, answer, media, open_model, remarks, say
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.interrupts import postponed
 from infinitevl_jax.processing import Processor
@@ -35,7 +35,7 @@ def chat(folder: Path, context: int, settings: Settings, place: Place) -> None:
         turns = [("user", "One."), ("assistant", "Two."), ("user", "Three.")]
         processor.continuation([{"role": role, "content": text} for role, text in turns], prompt)
 
-    with compilation.kept(place.compilation_cache, say):
+    with remarks(), compilation.kept(place.compilation_cache):
         conversation = open_model(
             folder, place, system=settings.system, max_length=context, check=check
         )

@@ -12,6 +12,7 @@ import typer
 from infinitevl_jax import compilation
 from infinitevl_jax.checkpoints import read_config
 from infinitevl_jax.checkpoints.newest import checkpoint_folder
+from infinitevl_jax.cli import logs
 from infinitevl_jax.config.run import RunConfig
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.processing import Processor, check_video, load_image
@@ -177,7 +178,7 @@ def ask(
                 "leave the pictures out",
             )
 
-    with compilation.kept(place.compilation_cache, say):
+    with remarks(), compilation.kept(place.compilation_cache):
         conversation = open_model(folder, place, system=settings.system, check=check)
         answer(conversation, [*content, {"type": "text", "text": question}], settings)
 
@@ -211,6 +212,11 @@ def answer(
 def say(text: str) -> None:
     """Print a message to stderr."""
     typer.echo(f"[{text}]", err=True)
+
+
+def remarks() -> contextlib.AbstractContextManager[None]:
+    """Within, what the package logs is shown as remarks."""
+    return logs.shown(sys.stderr, "[%(message)s]")
 
 
 def seconds(start: float) -> str:

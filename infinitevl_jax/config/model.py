@@ -11,6 +11,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from infinitevl_jax import special_tokens
 from infinitevl_jax.config.ranges import (
     INT32,
     LAYERS,
@@ -29,7 +30,10 @@ LAYER_TYPES = {SLIDING, FULL, LINEAR}  # `infinitevl_jax.nn.mixers.register_mixe
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The Qwen2.5-VL vision tower. Sizes named `*_size` are in pixels or channels."""
+    """The Qwen2.5-VL vision tower. Sizes named `*_size` are in pixels or channels.
+
+    The configuration of another tower is a subclass: inputs are laid out by its patches.
+    """
 
     depth: Annotated[int, Meta(ge=1, le=LAYERS)] = 32
     hidden_size: Width = 1280
@@ -183,13 +187,13 @@ class ModelConfig:
 
     text: TextConfig
     vision: VisionConfig | None = dataclasses.field(default_factory=VisionConfig)
-    family: str = "infinite_vl"  # model_type in config.json
-    image_token_id: Count = 151655
-    video_token_id: Count = 151656
-    vision_start_token_id: Count = 151652
-    vision_end_token_id: Count = 151653
-    pad_token_id: Count = 151643
-    eos_token_ids: tuple[Count, ...] = (151645, 151643)
+    family: str = "infinite_vl"  # model_type in config.json, of a registered family
+    image_token_id: Count = special_tokens.IDS[special_tokens.IMAGE]
+    video_token_id: Count = special_tokens.IDS[special_tokens.VIDEO]
+    vision_start_token_id: Count = special_tokens.IDS[special_tokens.VISION_START]
+    vision_end_token_id: Count = special_tokens.IDS[special_tokens.VISION_END]
+    pad_token_id: Count = special_tokens.IDS[special_tokens.END_OF_TEXT]
+    eos_token_ids: tuple[Count, ...] = special_tokens.EOS_IDS
     initializer_range: Annotated[float, Meta(ge=0, le=1e6)] = 0.02
 
     def __post_init__(self):

@@ -7,13 +7,14 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeGuard
 
 from msgspec import Meta
 
 from infinitevl_jax.config.model import TextConfig, VisionConfig
 from infinitevl_jax.config.ranges import INT32, Name, check_ranges, check_value, hints, plain
 from infinitevl_jax.config.run import RunConfig
+from infinitevl_jax.config.shipped import find_preset, known_presets
 from infinitevl_jax.config.train import TrainConfig
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.reading import read_bytes
@@ -83,10 +84,12 @@ class Preset:
 def load_preset(path: str | Path, overrides: Sequence[str] = ()) -> Preset:
     """Read a preset and apply overrides such as "train.optimizer.peak_lr=1e-4".
 
+    path: a TOML file, or the name of a shipped preset, such as "easy_vqa".
+
     Raises:
       InfiniteVLError: the file is not TOML, a key is unknown, or a value has the wrong type.
     """
-    path = Path(path)
+    path = find_preset(path)
     try:
         tree = _toml(read_bytes(path, PRESET_BYTES).decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -95,9 +98,9 @@ def load_preset(path: str | Path, overrides: Sequence[str] = ()) -> Preset:
             raise InfiniteVLError(
                 f"preset {path} cannot be read: {reason}", "fix the TOML"
             ) from None
-        near = sorted(str(p) for p in Path("configs").glob("*.toml"))
+        known = ", ".join(known_presets()) or "none"
         raise InfiniteVLError(
-            error.culprit, f"name a preset (here: {', '.join(near) or 'none'}), or fix the file"
+            error.culprit, f"name a preset (here: {known}), or fix the file"
         ) from None
     for change in overrides:
         _override(tree, change)
@@ -179,14 +182,18 @@ def _everywhere(kind: type = Preset, key: str = "") -> list[str]:
     for f in dataclasses.fields(kind):
         inner = plain(hints(kind)[f.name])
         full = _join(key, f.name.rstrip("_"))
-        names += _everywhere(inner, full) if dataclasses.is_dataclass(inner) else [full]
+        names += _everywhere(inner, full) if _is_table(inner) else [full]
     return names
+
+
+def _is_table(kind: Any) -> TypeGuard[type]:
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
 
 
 def _value(hint: Any, value: Any, key: str, where: str) -> Any:
     """Convert a TOML value to the type of its field; accepts integers for floats."""
     kind = plain(hint)
-    if dataclasses.is_dataclass(kind):
+    if _is_table(kind):
         return parse(kind, value, key, where)
     if typing.get_origin(kind) is tuple and isinstance(value, list):
         value = tuple(value)

@@ -1,5 +1,6 @@
 """Types and ranges of settings, checked by msgspec when a configuration is built."""
 
+import dataclasses
 import functools
 import types
 import typing
@@ -31,7 +32,21 @@ def check_ranges(config: Any) -> None:
       InfiniteVLError: names the field, its value and the allowed values.
     """
     for name, hint in hints(type(config)).items():
-        check_value(getattr(config, name), hint, name.rstrip("_"))
+        if dataclasses.is_dataclass(plain(hint)):
+            _check_kind(getattr(config, name), hint, name)
+        else:
+            check_value(getattr(config, name), hint, name.rstrip("_"))
+
+
+def _check_kind(value: Any, hint: Any, key: str) -> None:
+    """Check the type of a nested configuration, which has checked its own fields."""
+    kind = plain(hint)
+    optional = kind is not hint
+    if not isinstance(value, kind) and not (optional and value is None):
+        raise InfiniteVLError(
+            f"{key} is {_shown(value)}",
+            f"give a {kind.__name__}" + (" or None" if optional else ""),
+        )
 
 
 def check_value(value: Any, hint: Any, key: str) -> None:

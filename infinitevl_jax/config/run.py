@@ -1,7 +1,7 @@
 """Run configuration: mesh, precision, rematerialisation, operator implementations."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from msgspec import Meta
 
@@ -9,8 +9,9 @@ from infinitevl_jax.config.ranges import Name, check_ranges
 from infinitevl_jax.errors import InfiniteVLError
 
 AXES = ("data", "fsdp", "tensor", "context")
-DTYPES = ("float32", "bfloat16")
-REMATS = ("none", "dots", "full")
+Dtype = Literal["float32", "bfloat16"]
+Remat = Literal["none", "dots", "full"]
+REMATS = get_args(Remat)
 Parts = Annotated[int, Meta(ge=-1, le=2**20)]
 
 
@@ -52,8 +53,8 @@ class RunConfig:
     fsdp: Parts = -1
     tensor: Parts = 1
     context: Parts = 1
-    dtype: Literal[DTYPES] = "float32"
-    remat: Literal[REMATS] = "none"
+    dtype: Dtype = "float32"
+    remat: Remat = "none"
     scan: bool = True
     ops: OpsConfig = field(default_factory=OpsConfig)
 

@@ -1,2 +1,2 @@
-"""Data sets and how they become batches. Only here are grain and tensorflow_datasets imported
-(tensorflow itself never is)."""
+"""Data sets and training batches. Only this folder imports grain and tensorflow_datasets;
+tensorflow itself is never imported."""

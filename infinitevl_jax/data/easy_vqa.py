@@ -1,7 +1,7 @@
 """easy-VQA as a tfds data set: 4,000 + 1,000 pictures of one coloured shape, 38,575 + 9,673
 questions, in its official split.
 
-The package `easy-vqa` brings the pictures and questions along; one row is a picture with all of its
+The package `easy-vqa` contains pictures and questions. One row is a picture with all its
 questions.
 """
 

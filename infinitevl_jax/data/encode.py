@@ -1,5 +1,5 @@
-"""Rows become tokens: what an image's prefix is, what a question's branch is, what a whole
-conversation is."""
+"""Rows of a data set in tokens: as an image's prefix with a branch for each question, or as one
+conversation."""
 
 import contextlib
 import copy
@@ -11,82 +11,95 @@ import numpy as np
 
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.config.train import DataConfig
-from infinitevl_jax.data.source import Row, Source
+from infinitevl_jax.data.dataset import Dataset, Row
 from infinitevl_jax.errors import BadRow, InfiniteVLError
+from infinitevl_jax.inputs.batch import TokenSequence
 from infinitevl_jax.processing import Processor
 
 CACHE_BYTES = 1 << 30  # of encoded rows kept in memory
 
 
 class Branch(NamedTuple):
-    """A question and its answer, as they follow the image."""
+    """A question and its answer, as they follow the image; or a whole conversation."""
 
     tokens: np.ndarray  # [length] int32
-    answer: np.ndarray  # [length] bool, the answer's tokens with its end of turn
-    turn: tuple[str, str]  # question and answer in words (of a whole conversation: nothing)
+    answer: np.ndarray  # [length] bool, True for an answer's tokens and its end of turn
+    turn: tuple[str, str]  # question and answer as text; empty for a whole conversation
+
+    @property
+    def inputs(self) -> TokenSequence:
+        """What the model reads: the last token is only predicted."""
+        return TokenSequence(self.tokens[:-1])
+
+    @property
+    def question(self) -> TokenSequence:
+        """The tokens before the answer."""
+        return TokenSequence(self.tokens[: int(np.argmax(self.answer))])
 
 
-class Encoded(NamedTuple):
-    """A row in tokens. `prefix` ends with the image's last marker and is the same for every
-    question."""
+class EncodedRow(NamedTuple):
+    """A row as an image and questions about it."""
 
-    prefix: np.ndarray  # [length] int32
-    pixels: np.ndarray | None  # [patches, features] f32
-    grid: np.ndarray | None  # [1, 3] int32
+    prefix: TokenSequence  # up to the image's end marker, the same for every question
     branches: list[Branch]
 
 
-class Packable(NamedTuple):
+class EncodedConversation(NamedTuple):
     """A row as one conversation of several turns."""
 
     branch: Branch
     pixels: np.ndarray | None  # [patches, features] f32
-    grid: np.ndarray | None  # [1, 3] int32
+    grids: np.ndarray | None  # [images, 3] int32
+
+    @property
+    def inputs(self) -> TokenSequence:
+        return TokenSequence(self.branch.tokens[:-1], self.pixels, self.grids)
 
     @property
     def tokens(self) -> int:
-        """Tokens that it takes in a row: the last one is never an input."""
+        """Tokens that it takes in a row."""
         return len(self.branch.tokens) - 1
 
     @property
     def patches(self) -> int:
+        """Patches that it takes in a row."""
         return 0 if self.pixels is None else len(self.pixels)
 
 
 class Encoder:
-    """A data set's rows, encoded once and kept. Every row that cannot be used is a BadRow."""
+    """A data set's rows, encoded once and kept. A row that cannot be used raises BadRow."""
 
-    def __init__(self, source: Source, processor: Processor, config: ModelConfig):
-        self.source, self.processor, self.config = source, processor, config
+    def __init__(self, dataset: Dataset, processor: Processor, config: ModelConfig):
+        self.dataset, self.processor, self.config = dataset, processor, config
         self.data: DataConfig | None = None
-        self._kept = _Kept()
+        self._kept = _Cache()
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.dataset)
 
     def within(self, data: DataConfig) -> "Encoder":
-        """The same rows, those that do not fit the shapes of `data` being BadRows. What is encoded
-        already is shared."""
+        """The same rows; one that does not fit the shapes of `data` raises BadRow. Rows that are
+        encoded already are shared."""
         other = copy.copy(self)
         other.data = data
         return other
 
-    def __getitem__(self, number: int) -> Encoded:
+    def __getitem__(self, number: int) -> EncodedRow:
         """Row `number` with one branch for every question."""
         with self._naming(number):
-            row = self._kept.get(("row", number), lambda: self._encode(self.source[number]))
+            row = self._kept.get(("row", number), lambda: self._encode(self.dataset[number]))
             if self.data is not None:
                 _check_branches(row, self.data)
             return row
 
-    def conversation(self, number: int) -> Packable:
+    def conversation(self, number: int) -> EncodedConversation:
         """Row `number` as one conversation."""
         with self._naming(number):
             row = self._kept.get(
-                ("conversation", number), lambda: self._converse(self.source[number])
+                ("conversation", number), lambda: self._converse(self.dataset[number])
             )
             if self.data is not None:
-                _check_packable(row, self.data)
+                _check_conversation(row, self.data)
             return row
 
     @contextlib.contextmanager
@@ -97,9 +110,9 @@ class Encoder:
         except BadRow:
             raise
         except InfiniteVLError as error:
-            raise BadRow(self.source.title, number, error.culprit, error.cure) from error
+            raise BadRow(self.dataset.title, number, error.culprit, error.cure) from error
 
-    def _encode(self, row: Row) -> Encoded:
+    def _encode(self, row: Row) -> EncodedRow:
         first = self._example(row, 0)
         cut = self._cut(first["input_ids"])
         prefix = first["input_ids"][:cut]
@@ -125,15 +138,18 @@ class Encoder:
             )
             for turn, (question, answer) in enumerate(zip(row.questions, row.answers, strict=True))
         ]
-        return Encoded(prefix, first.get("pixel_values"), first.get("image_grid_thw"), branches)
+        prefix = TokenSequence(prefix, first.get("pixel_values"), first.get("image_grid_thw"))
+        return EncodedRow(prefix, branches)
 
-    def _converse(self, row: Row) -> Packable:
+    def _converse(self, row: Row) -> EncodedConversation:
         messages = []
         for i, (question, answer) in enumerate(zip(row.questions, row.answers, strict=True)):
             messages += _turn(row.image if i == 0 else b"", question, answer)
         example = self.processor.encode_example(messages)
         branch = _branch(example["input_ids"], example["answer_mask"])
-        return Packable(branch, example.get("pixel_values"), example.get("image_grid_thw"))
+        return EncodedConversation(
+            branch, example.get("pixel_values"), example.get("image_grid_thw")
+        )
 
     def _example(self, row: Row, turn: int) -> dict[str, np.ndarray]:
         return self.processor.encode_example(
@@ -141,7 +157,7 @@ class Encoder:
         )
 
     def _cut(self, tokens: np.ndarray) -> int:
-        """How many tokens stand up to the end of the image, its end marker included."""
+        """Number of tokens up to the end of the last image, its end marker included."""
         seen = np.flatnonzero(tokens == self.config.image_token_id) if self.config.vision else []
         if not len(seen):
             return 0
@@ -149,11 +165,9 @@ class Encoder:
         return cut + int(cut < len(tokens) and tokens[cut] == self.config.vision_end_token_id)
 
 
-class _Kept:
-    """Values made once, as long as they take less than CACHE_BYTES together.
-
-    The key holds all that a value depends on.
-    """
+class _Cache:
+    """A cache of values, filled until it holds CACHE_BYTES. A key holds all that its value depends
+    on."""
 
     def __init__(self):
         self._values: dict[Hashable, Any] = {}
@@ -178,28 +192,29 @@ def _size(value: Any) -> int:
 
 
 def _turn(image: bytes, question: str, answer: str) -> list[dict]:
-    """The image comes before the text, as the model's evaluation has it."""
+    """Messages of one turn. The image comes before the text, as in the model's evaluation."""
     picture = [{"type": "image", "image": image}] if image else []
     user = {"role": "user", "content": [*picture, {"type": "text", "text": question}]}
     return [user, {"role": "assistant", "content": answer}]
 
 
 def _branch(tokens: np.ndarray, answer: np.ndarray, turn: tuple[str, str] = ("", "")) -> Branch:
-    """Without what the template writes after the last answer: nothing is learnt there."""
+    """A branch that ends with its last answer: what the template writes after it is not trained
+    on."""
     end = int(np.flatnonzero(answer)[-1]) + 1
     return Branch(tokens[:end].astype(np.int32), answer[:end], turn)
 
 
-def _check_branches(row: Encoded, data: DataConfig) -> None:
-    """Raises InfiniteVLError for a row with more tokens than a batch of branches has room for."""
-    if len(row.prefix) > data.prefix_length:
+def _check_branches(row: EncodedRow, data: DataConfig) -> None:
+    """Raises InfiniteVLError for a row that does not fit the shapes of a batch of branches."""
+    if len(row.prefix.tokens) > data.prefix_length:
         raise InfiniteVLError(
-            f"the image's prefix has {len(row.prefix)} tokens, train.data.prefix_length is"
+            f"the image's prefix has {len(row.prefix.tokens)} tokens, train.data.prefix_length is"
             f" {data.prefix_length}",
-            f"train.data.prefix_length={len(row.prefix)}, or make images smaller"
+            f"train.data.prefix_length={len(row.prefix.tokens)}, or make images smaller"
             " (model.max_pixels)",
         )
-    longest = max(len(branch.tokens) for branch in row.branches) - 1
+    longest = max(len(branch.inputs.tokens) for branch in row.branches)
     if longest > data.length:
         raise InfiniteVLError(
             f"a question with its answer takes {longest} tokens, train.data.length is"
@@ -213,8 +228,8 @@ def _check_branches(row: Encoded, data: DataConfig) -> None:
         )
 
 
-def _check_packable(row: Packable, data: DataConfig) -> None:
-    """Raises InfiniteVLError for a conversation that no row has room for."""
+def _check_conversation(row: EncodedConversation, data: DataConfig) -> None:
+    """Raises InfiniteVLError for a conversation that is larger than a packed row."""
     for needed, what, name in (
         (row.tokens, "tokens", "length"),
         (row.patches, "patches", "patches"),

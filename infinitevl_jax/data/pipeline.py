@@ -1,7 +1,7 @@
-"""The endless stream of training batches, and the held-out batches that only measure. Both depend
-on nothing but seed and position.
+"""Training batches, an endless stream, and held-out batches. Both are determined by the seed and
+the position in the stream.
 
-Rows that cannot be used are left out of either; the others keep their order.
+Rows that cannot be used are skipped; the others keep their order.
 """
 
 import contextlib
@@ -18,15 +18,20 @@ import numpy as np
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.config.train import DataConfig
 from infinitevl_jax.data.batch import TrainBatch
-from infinitevl_jax.data.collate import PackedRows, Room, branch_batch, group_questions
-from infinitevl_jax.data.encode import Encoded, Encoder
+from infinitevl_jax.data.collate import (
+    PackedRows,
+    branch_batch,
+    empty_packing,
+    group_questions,
+)
+from infinitevl_jax.data.encode import EncodedRow, Encoder
 from infinitevl_jax.data.skipping import Skipped
 from infinitevl_jax.errors import BadRow, InfiniteVLError
 
 
 class Batches(Protocol):
-    """An iterator over this process's part of the global batches, whose place can be saved and
-    found again."""
+    """An iterator over this process's part of the global batches. Its state can be saved and
+    restored."""
 
     def __next__(self) -> TrainBatch: ...
 
@@ -36,7 +41,7 @@ class Batches(Protocol):
 
 
 def _share(data: DataConfig) -> int:
-    """Rows of the global batch that this process brings."""
+    """Rows of the global batch that belong to this process."""
     if data.batch % jax.process_count():
         raise InfiniteVLError(
             f"train.data.batch {data.batch} does not divide over {jax.process_count()} processes",
@@ -52,7 +57,7 @@ def train_batches(
     seed: int,
     skipped: Skipped | None = None,
 ) -> Batches:
-    """Endless batches in an order that seed and epoch decide; each process takes its own rows.
+    """Endless batches, shuffled anew each epoch by the seed; each process takes its own rows.
 
     skipped: counts the rows that cannot be used; left out, as `data` says.
     """
@@ -90,7 +95,7 @@ class _UsableRows:
     def __len__(self) -> int:
         return len(self.encoder)
 
-    def __getitem__(self, number: int) -> Encoded | None:
+    def __getitem__(self, number: int) -> EncodedRow | None:
         try:
             return self.encoder[number]
         except BadRow as row:
@@ -99,7 +104,7 @@ class _UsableRows:
 
 
 def _order(encoder: Encoder, seed: int) -> grain.MapDataset:
-    """This process's row numbers of one epoch, in another order each time they are repeated."""
+    """This process's row numbers of one epoch, shuffled anew at each repetition."""
     return (
         grain.MapDataset.range(len(encoder))
         .seed(seed)
@@ -114,7 +119,7 @@ def count_steps(
     seed: int,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> int:
-    """Steps that `epochs` passes over the rows take, at least one.
+    """Number of steps, at least one, for `epochs` passes over the rows.
 
     Where conversations are packed, their lengths decide, so every row is encoded once, under
     `progress`. Rows that cannot be used are left out.
@@ -128,19 +133,19 @@ def count_steps(
             row = encoder.conversation(number)
             sizes[number] = row.tokens, row.patches
     wanted, repeated = max(1, round(epochs * len(order))), order.repeat()
-    steps, room = 0, None
+    steps, packing = 0, None
     for taken in range(wanted):
         size = sizes.get(int(repeated[taken]))
-        if size is not None and (room is None or room.take(*size) is None):
-            steps, room = steps + 1, Room(data, _share(data))
-            room.take(*size)
+        if size is not None and (packing is None or not packing.add(*size)):
+            steps, packing = steps + 1, empty_packing(data, _share(data))
+            packing.add(*size)
         if (taken + 1) % len(order) == 0:
-            room = None
+            packing = None
     return max(1, steps)
 
 
 class _Chooser:
-    """Which questions of a row are asked: no question twice unless there are too few."""
+    """Draws the questions asked of a row, without replacement unless there are too few."""
 
     def __init__(self, encoder: Encoder, data: DataConfig, seed: int, share: int):
         self.data, self.seed, self.share = data, seed, share
@@ -149,12 +154,12 @@ class _Chooser:
         if data.balance:
             counts = Counter(
                 turn
-                for row in encoder.source.readable()
+                for row in encoder.dataset.readable()
                 for turn in zip(row.questions, row.answers, strict=True)
             )
             self.weights = {turn: count**-data.balance for turn, count in counts.items()}
 
-    def __call__(self, number: int, row: Encoded) -> tuple[Encoded, list[int]]:
+    def __call__(self, number: int, row: EncodedRow) -> tuple[EncodedRow, list[int]]:
         """`number` counts the rows of this process from the start of the run."""
         rng = np.random.default_rng([self.seed, jax.process_index(), number])
         candidates = list(range(len(row.branches)))
@@ -168,15 +173,15 @@ class _Chooser:
 
 
 def _collate(
-    items: list[tuple[Encoded, list[int]]], config: ModelConfig, data: DataConfig
+    items: list[tuple[EncodedRow, list[int]]], config: ModelConfig, data: DataConfig
 ) -> TrainBatch:
     rows, questions = zip(*items, strict=True)
     return branch_batch(rows, questions, config, data, len(rows), len(rows) * data.questions)
 
 
 class PackedBatches:
-    """Whole conversations packed into rows, every one once an epoch: an epoch ends with a batch of
-    its own. Its place is the number of conversations taken."""
+    """Batches of packed conversations, each conversation once an epoch. No batch spans two epochs.
+    The state is the number of conversations taken."""
 
     def __init__(
         self,
@@ -198,7 +203,7 @@ class PackedBatches:
         packed = PackedRows(self.config, self.data, self.rows)
         while _add(packed, self.encoder, int(self.order[self.taken]), self.skipped):
             self.taken += 1
-            if self.taken % self.epoch == 0 and packed.items:
+            if self.taken % self.epoch == 0 and packed.conversations:
                 break
         return packed.batch()
 
@@ -212,10 +217,9 @@ class PackedBatches:
 
 
 def _add(packed: PackedRows, encoder: Encoder, number: int, skipped: Skipped) -> bool:
-    """Take a row's conversation, or leave it out if it cannot be used. False: there is no room left
-    for it."""
+    """Add a row's conversation, or skip it if it cannot be used. False: the batch is full."""
     try:
-        return packed.add(*encoder.conversation(number))
+        return packed.add(encoder.conversation(number))
     except BadRow as row:
         skipped.add(row)
         return True
@@ -224,7 +228,7 @@ def _add(packed: PackedRows, encoder: Encoder, number: int, skipped: Skipped) ->
 def held_out_batches(
     encoder: Encoder, config: ModelConfig, data: DataConfig, skipped: Skipped | None = None
 ) -> Iterator[TrainBatch]:
-    """Every question of the split once, in batches of the training shape; the last one is filled up
+    """Every question of the split once, in batches of the training shape; the last one is filled
     with padding.
 
     skipped: counts the rows that cannot be used; left out, as `data` says.

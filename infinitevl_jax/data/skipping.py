@@ -1,18 +1,17 @@
-"""Rows that cannot be used: named, counted, and too many of them end the run."""
+"""Rows that cannot be used are named and counted; too many of them end the run."""
 
 import threading
 from collections.abc import Mapping
 
 from infinitevl_jax.errors import BadRow, InfiniteVLError
 
-FEW = 3  # rows of a split that may always be unusable: in a small split a share would be none
+FEW = 3  # unusable rows that any split may have: a share of a small split rounds to none
 
 
 class Skipped:
     """The unusable rows of one split that a run has met.
 
-    Which rows they are depends on the rows and the settings alone, so that a resumed run skips the
-    same ones.
+    They depend on the rows and the settings alone, so a resumed run skips the same ones.
     """
 
     def __init__(self, rows: int, share: float):
@@ -27,8 +26,11 @@ class Skipped:
         self._lock = threading.Lock()
 
     def add(self, row: BadRow) -> None:
-        """Count a row, once. Raises InfiniteVLError that lists the rows when there are more than
-        may be, `row` itself where none may be."""
+        """Count a row, once.
+
+        Raises InfiniteVLError, which lists the rows, when there are too many; `row` itself where
+        none is allowed.
+        """
         with self._lock:
             self.reasons.setdefault(row.index, row.reason)
             if len(self.reasons) <= self.limit:
@@ -47,7 +49,7 @@ class Skipped:
             )
 
     def news(self) -> list[str]:
-        """A line for every row that was not told before."""
+        """A line for every row added since the last call."""
         with self._lock:
             told, self._said = self._said, len(self.reasons)
             return [
@@ -61,7 +63,7 @@ class Skipped:
             return {str(index): reason for index, reason in self.reasons.items()}
 
     def set_state(self, state: Mapping[str, str]) -> None:
-        """Go on counting from `get_state`."""
+        """Continue from the result of `get_state`."""
         with self._lock:
             self.reasons = {int(index): str(reason) for index, reason in state.items()}
             self._said = len(self.reasons)

@@ -1,7 +1,7 @@
-"""Tokenizer and processor files for a small model that brings its own vocabulary: one token a word
+"""Tokenizer and processor files for a small model with its own vocabulary: one token for each word
 of the training questions.
 
-The Qwen table alone, 151,936 rows, would outweigh such a model many times over.
+Qwen's embedding table, 151,936 rows, would be many times larger than such a model.
 """
 
 import json
@@ -11,12 +11,19 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, models, pre_tokenizers
 
+from infinitevl_jax import special_tokens
 from infinitevl_jax.config.model import VisionConfig
 
-SPECIAL = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|vision_pad|>"
-    " <|image_pad|> <|video_pad|>".split()
-)
+SPECIAL = [
+    special_tokens.END_OF_TEXT,
+    special_tokens.START_OF_TURN,
+    special_tokens.END_OF_TURN,
+    special_tokens.VISION_START,
+    special_tokens.VISION_END,
+    "<|vision_pad|>",
+    special_tokens.IMAGE,
+    special_tokens.VIDEO,
+]
 
 # <question><|im_end|> becomes <question><|im_start|><answer><|im_end|>: as few tokens as a question
 # can be
@@ -63,8 +70,8 @@ def write_processor_files(
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
+        "eos_token": special_tokens.END_OF_TURN,
+        "pad_token": special_tokens.END_OF_TEXT,
         "unk_token": "<unk>",
         "clean_up_tokenization_spaces": False,
     }

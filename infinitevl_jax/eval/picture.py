@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from infinitevl_jax.data.source import Row
+from infinitevl_jax.data.dataset import Row
 
 
 def draw_samples(samples: Sequence[tuple[Row, int, str]], picture: Path, columns: int = 5) -> None:

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from infinitevl_jax.data.collate import group_questions
-from infinitevl_jax.data.encode import Encoded, Encoder
-from infinitevl_jax.data.source import Row
+from infinitevl_jax.data.dataset import Row
+from infinitevl_jax.data.encode import EncodedRow, Encoder
+from infinitevl_jax.inputs.batch import join_sequences
 from infinitevl_jax.processing import Processor
 from infinitevl_jax.serve.infinitevl import InfiniteVL
 
@@ -19,7 +20,7 @@ YES_NO = ("yes", "no")
 def answer_branches(
     model: InfiniteVL,
     processor: Processor,
-    rows: Sequence[Encoded],
+    rows: Sequence[EncodedRow],
     questions: Sequence[Sequence[int]],
     *,
     images: int,
@@ -40,34 +41,22 @@ def answer_branches(
       The answers in the order of the questions.
     """
     prompts = [
-        row.branches[i].tokens for row, which in zip(rows, questions, strict=True) for i in which
+        row.branches[i].question for row, which in zip(rows, questions, strict=True) for i in which
     ]
-    opens = [
-        int(np.argmax(row.branches[i].answer))
-        for row, which in zip(rows, questions, strict=True)
-        for i in which
-    ]
-    prompts = [tokens[:size] for tokens, size in zip(prompts, opens, strict=True)]
     count, spare = len(prompts), branches - len(prompts)
     parents = np.pad(
         np.repeat(np.arange(len(rows)), [len(which) for which in questions]), (0, spare)
     )
-    filled = [*rows, *[rows[0]] * (images - len(rows))]
-    ids, mask = _pad([row.prefix for row in filled])
-    vision = {}
-    if pixels := [row for row in filled if row.pixels is not None]:
-        vision = {
-            "pixel_values": np.concatenate([r.pixels for r in pixels]),
-            "image_grid_thw": np.concatenate([r.grid for r in pixels]),
-        }
-    longest = ids.shape[1] + max(map(len, prompts)) + max_new_tokens
-    seen = model(
-        ids, mask, **vision, use_cache=True, max_length=longest if model.keeps_everything else None
+    seen = join_sequences([row.prefix for row in [*rows, *[rows[0]] * (images - len(rows))]])
+    asked = join_sequences([*prompts, *[prompts[0]] * spare])
+    longest = seen["input_ids"].shape[1] + asked["input_ids"].shape[1] + max_new_tokens
+    cache = model(
+        **seen, use_cache=True, max_length=longest if model.keeps_everything else None
     ).cache
 
-    ids, mask = _pad([*prompts, *[prompts[0]] * spare])
-    out = model(ids, mask, cache=seen.select(jnp.asarray(parents)))
-    token = np.asarray(jnp.argmax(out.logits[jnp.arange(branches), mask.sum(1) - 1], -1), np.int32)
+    out = model(**asked, cache=cache.select(jnp.asarray(parents)))
+    last = asked["attention_mask"].sum(1) - 1
+    token = np.asarray(jnp.argmax(out.logits[jnp.arange(branches), last], -1), np.int32)
     answers, ended = [token], np.isin(token, model.config.eos_token_ids)
     while len(answers) < max_new_tokens and not ended[:count].all():
         out = model(token[:, None], cache=out.cache)
@@ -105,15 +94,6 @@ def answer_split(
                 answers.append([])
             answers[number] += [next(texts) for _ in which]
     return answers
-
-
-def _pad(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Pad token rows on the right: ids and mask, both [rows, longest]."""
-    ids = np.zeros((len(rows), max(map(len, rows))), np.int32)
-    mask = np.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)], mask[i, : len(row)] = row, 1
-    return ids, mask
 
 
 @dataclass(frozen=True)

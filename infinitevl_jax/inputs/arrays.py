@@ -1,5 +1,5 @@
-"""What a caller passes, read in one place: numpy, jax or torch arrays and nested lists become numpy
-of a declared kind and range."""
+"""Reads what a caller passes: numpy, jax or torch arrays and nested lists become numpy arrays of a
+declared kind and range."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +12,10 @@ INT32_MAX = 2**31 - 1  # counters and positions are int32 on the device
 
 
 def as_numpy(value: Any, name: str) -> np.ndarray:
-    """Any array of numbers as numpy; halves are widened to float32, which is exact. Errors name
-    `name`.
+    """Any array of numbers as numpy; 16-bit floats become float32, which is exact.
 
-    Raises InfiniteVLError for what is no array of numbers: text, rows of unequal length, traced
-      values.
+    name: what errors call the value. Raises InfiniteVLError for anything but an array of numbers:
+      text, rows of unequal length, traced values.
     """
     try:
         if isinstance(value, list | tuple) and any(_is_torch(item) for item in value):
@@ -51,7 +50,7 @@ def integers(
 ) -> np.ndarray:
     """An array of whole numbers from low to high, of rank len(axes), as int64.
 
-    Raises InfiniteVLError for another dtype (floats, too: they may hold fractions), another rank,
+    Raises InfiniteVLError for another dtype (floats too, which may have fractions), another rank,
     or a value out of range.
     """
     array, shape = as_numpy(value, name), f"[{', '.join(axes)}]"

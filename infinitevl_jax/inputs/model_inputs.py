@@ -1,169 +1,59 @@
-"""From a batch named as in Hugging Face to the arrays the model computes on (host side, numpy).
+"""The arrays that the model computes on, built by one function for inference, training and
+evaluation.
 
-Left padding is rolled away here, so that inside every sequence starts at 0 and pads, index -1,
-stand at the end.
+In a row, padding stands behind the tokens, whatever side the caller pads on.
 """
 
-from collections.abc import Sequence
-from fractions import Fraction
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jax import Array
 
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.errors import InfiniteVLError
-from infinitevl_jax.inputs.arrays import INT32_MAX, as_numpy, floats, integers
-from infinitevl_jax.inputs.patches import Patches, pack
-from infinitevl_jax.inputs.positions import (
-    VisionItem,
-    check_position_ids,
-    seconds_per_grid,
-    sequence_positions,
-)
+from infinitevl_jax.inputs.arrays import INT32_MAX
+from infinitevl_jax.inputs.batch import CheckedBatch, read_batch
+from infinitevl_jax.inputs.packing import Packing
+from infinitevl_jax.inputs.patches import Patches, bucket, pack_patches, reach
+from infinitevl_jax.inputs.positions import VisionItem, sequence_positions
 from infinitevl_jax.inputs.segments import split_packed
 
 
-class Inputs(NamedTuple):
-    """Tokens of one decoder call. Padding stands at the end of each row (packed rows may hold
-    several sequences)."""
+class DecoderInputs(NamedTuple):
+    """Tokens of one decoder call."""
 
-    tokens: np.ndarray | Array  # [batch, length] int32
-    index: np.ndarray | Array  # [batch, length] int32 ordinal in this call, -1 = pad
-    segment: np.ndarray | Array  # [batch, length] int32 packed sequence
-    positions: (
-        np.ndarray | Array | None
-    )  # [3, batch, length] int32; None: text that goes on from the cache
-    vision_index: (
-        np.ndarray | Array | None
-    )  # [batch, length] int32 place among the vision tower's tokens, -1 = text
+    tokens: np.ndarray | Array  # [rows, length] int32
+    token_index: np.ndarray | Array  # [rows, length] int32 place in the sequence, -1 = padding
+    segment_ids: np.ndarray | Array  # [rows, length] int32 which packed sequence of its row
+    # [3, rows, length] int32 rotary positions; None = text that counts up from where the cache ends
+    positions: np.ndarray | Array | None
+    # [rows, length] int32 place among the vision tower's tokens, -1 = text; None = text only
+    vision_index: np.ndarray | Array | None
 
 
-class Prepared(NamedTuple):
-    """What `prepare` makes of a batch."""
+class ModelInputs(NamedTuple):
+    """All that the model computes on, and what is needed to give results in the caller's layout."""
 
-    inputs: Inputs
+    decoder: DecoderInputs
     patches: Patches | None
-    shift: np.ndarray  # [batch] left padding that was rolled away
+    left_padding: np.ndarray  # [batch] pads that the caller has before each sequence
 
     @property
     def counts(self) -> np.ndarray:
-        """[batch] tokens of each row, without padding."""
-        return (self.inputs.index >= 0).sum(1)
+        """[rows] tokens of each row, without padding."""
+        return (self.decoder.token_index >= 0).sum(1)
 
     def occurred(self, vocab: int) -> np.ndarray:
-        """[batch, vocab] bool: which tokens each row holds."""
-        out = np.zeros((len(self.shift), vocab), bool)
-        row, column = np.nonzero(self.inputs.index >= 0)
-        out[row, self.inputs.tokens[row, column]] = True
+        """[rows, vocab] bool: which tokens each row holds."""
+        out = np.zeros((len(self.decoder.tokens), vocab), bool)
+        row, column = np.nonzero(self.decoder.token_index >= 0)
+        out[row, self.decoder.tokens[row, column]] = True
         return out
 
 
-def text_inputs(tokens: np.ndarray | Array) -> Inputs:
-    """Inputs of [batch, length] tokens without padding or images, to follow a cache or to start a
-    text."""
-    ordinal = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    return Inputs(tokens, ordinal, np.zeros(tokens.shape, np.int32), None, None)
-
-
-def vision_items(
-    image_grid_thw,
-    video_grid_thw,
-    second_per_grid_ts,
-    config: ModelConfig,
-    truncate_seconds: bool = False,
-) -> tuple[list[VisionItem], list[VisionItem]]:
-    """Images and videos as the decoder sees them. `truncate_seconds` repeats the reference's
-    integer seconds (0.5 s becomes 0)."""
-    merge = config.vision.spatial_merge_size if config.vision else 1
-
-    def merged(grid):
-        return int(grid[0]), int(grid[1]) // merge, int(grid[2]) // merge
-
-    images = [VisionItem("image", merged(g), 0.0) for g in _grids(image_grid_thw)]
-    grids = _grids(video_grid_thw)
-    seconds = [Fraction(1)] * len(grids)
-    if second_per_grid_ts is not None:
-        cure = "give the seconds between two steps of each video: temporal_patch_size / fps"
-        seconds = seconds_per_grid(
-            floats(second_per_grid_ts, "second_per_grid_ts", 0, INT32_MAX, cure)
-        )
-    if len(seconds) != len(grids):
-        raise InfiniteVLError(
-            f"second_per_grid_ts has {len(seconds)} entries for {len(grids)} videos",
-            "give one per video: temporal_patch_size / fps",
-        )
-    if truncate_seconds:
-        seconds = [Fraction(int(s)) for s in seconds]
-    videos = [VisionItem("video", merged(g), s) for g, s in zip(grids, seconds, strict=True)]
-    return images, videos
-
-
-def _grids(grid_thw) -> np.ndarray:
-    if grid_thw is None:
-        return np.zeros((0, 3), np.int64)
-    grids = integers(
-        grid_thw,
-        "grid_thw",
-        ("items", "3"),
-        1,
-        1 << 20,
-        "each is frames, rows, columns in patches, at least 1",
-    )
-    if grids.shape[1] != 3:
-        raise InfiniteVLError(
-            f"grid_thw has shape {grids.shape}",
-            "it is [items, 3]: frames, rows, columns in patches",
-        )
-    return grids
-
-
-def _mask(attention_mask, shape: tuple[int, int]) -> np.ndarray:
-    """[batch, tokens] bool, True for tokens."""
-    if attention_mask is None:
-        return np.ones(shape, bool)
-    mask = as_numpy(attention_mask, "attention_mask")
-    if mask.shape != shape:
-        raise InfiniteVLError(
-            f"attention_mask has shape {mask.shape}, input_ids {shape}",
-            "pass one mask entry a token",
-        )
-    if not ((mask == 0) | (mask == 1)).all():
-        raise InfiniteVLError(
-            f"attention_mask holds {mask[(mask != 0) & (mask != 1)][0]}",
-            "pass 1 for a token and 0 for padding, as a tokenizer returns it",
-        )
-    return mask != 0
-
-
-def _pixels(name: str, value: np.ndarray, features: int) -> np.ndarray:
-    if value.ndim != 2 or value.shape[1] != features:
-        raise InfiniteVLError(
-            f"{name} has shape {value.shape}, the tower takes pixel values of shape [patches,"
-            f" {features}]",
-            "use the processor of this checkpoint (patch_size and temporal_patch_size must agree)",
-        )
-    if value.dtype.kind != "f":
-        raise InfiniteVLError(
-            f"{name} has dtype {value.dtype}", "pass the floats that the processor returns"
-        )
-    return floats(value, name, cure="check the image that made them")
-
-
-def _own_positions(position_ids: np.ndarray, batch: int, width: int) -> np.ndarray:
-    """[3, batch, width] of what a caller passes: that, [batch, width], or [4, batch, width]."""
-    # Hugging Face packs text positions before the three
-    own = position_ids[1:] if position_ids.ndim == 3 and len(position_ids) == 4 else position_ids
-    own = np.broadcast_to(own, (3, *own.shape)) if own.ndim == 2 else own
-    if own.shape != (3, batch, width):
-        raise InfiniteVLError(
-            f"position_ids has shape {own.shape}",
-            f"pass [3, {batch}, {width}]: temporal, height, width",
-        )
-    return own
-
-
-def prepare(
+def build_inputs(
     config: ModelConfig,
     input_ids,
     attention_mask=None,
@@ -174,12 +64,13 @@ def prepare(
     video_grid_thw=None,
     second_per_grid_ts=None,
     *,
-    start: Sequence[int] | None = None,
+    start: Sequence[int] | np.ndarray | None = None,
     length: int | None = None,
-    row_per_sequence: bool = False,
+    packing: Packing | None = None,
+    patches_by_row: bool = False,
     truncate_seconds: bool = False,
-    said: int = 0,
-) -> Prepared:
+    generated: int = 0,
+) -> ModelInputs:
     """Check a batch and turn it into the model's arrays.
 
     Args:
@@ -188,129 +79,208 @@ def prepare(
       position_ids: [3, batch, tokens], [batch, tokens] or [4, batch, tokens] to use instead of the
         rule in `positions`. Where they start anew at 0, another sequence begins, which sees nothing
         of those before it.
-      start: first position of each sequence (where a cache left off); None = 0.
+      pixel_values ... second_per_grid_ts: as Hugging Face's Qwen2.5-VL processor returns them.
+      start: first position of each sequence (where a cache ends); None = 0.
       length: pad the rows to this many tokens.
+      packing: where each sequence stands; its places are as long as the sequences. The patches of
+        each row get a row of their own. None: one sequence a row.
+      patches_by_row: without `packing`: the patches of each row get a row of their own (sharded
+        training) instead of one row for the whole batch.
       truncate_seconds: count a video's time in whole seconds a step, as the reference code does,
-        instead of by the published formula.
-      said: the first `said` tokens of each sequence are text, whatever their ids: what a model made
-        itself stands for no picture.
-      row_per_sequence: pack each sequence's patches in a row of its own (sharded training) rather
-        than all in one.
+        instead of by the published formula (0.5 s becomes 0).
+      generated: the first `generated` tokens of each sequence were made by a model. They are text,
+        whatever their ids: no image belongs to them.
+
+    Raises InfiniteVLError for arguments that do not fit the model or each other.
     """
-    vocab = config.text.vocab_size
-    cure = f"the vocabulary has {vocab} tokens: use this checkpoint's own tokenizer"
-    tokens = integers(input_ids, "input_ids", ("batch", "tokens"), 0, vocab - 1, cure)
-    if 0 in tokens.shape:
-        raise InfiniteVLError(
-            f"input_ids has shape {tokens.shape}", "pass integers [batch, tokens], at least one"
-        )
-    batch, width = tokens.shape
-    mask = _mask(attention_mask, tokens.shape)
-    counts = mask.sum(1)
-    shift = np.where(counts > 0, mask.argmax(1), 0)
-    run = (np.arange(width) >= shift[:, None]) & (np.arange(width) < (shift + counts)[:, None])
-    if (holes := (mask != run).any(1)).any():
-        raise InfiniteVLError(
-            f"attention_mask of sequence {holes.argmax()} has a hole between its tokens",
-            "pad at one side only",
-        )
-
-    def given(name, value):  # a collator may send empty arrays for a batch of text
-        value = None if value is None else as_numpy(value, name)
-        return None if value is None or value.size == 0 else value
-
-    pixel_values, image_grid_thw = (
-        given("pixel_values", pixel_values),
-        given("image_grid_thw", image_grid_thw),
+    batch = read_batch(
+        config,
+        input_ids,
+        attention_mask,
+        position_ids,
+        pixel_values,
+        image_grid_thw,
+        pixel_values_videos,
+        video_grid_thw,
+        second_per_grid_ts,
+        truncate_seconds=truncate_seconds,
     )
-    pixel_values_videos, video_grid_thw = (
-        given("pixel_values_videos", pixel_values_videos),
-        given("video_grid_thw", video_grid_thw),
-    )
-    seconds = given("second_per_grid_ts", second_per_grid_ts)
-    images, videos = vision_items(image_grid_thw, video_grid_thw, seconds, config, truncate_seconds)
-    has_vision = bool(images or videos)
-    sources = [("pixel_values", pixel_values, "image_grid_thw", images)]
-    sources += [("pixel_values_videos", pixel_values_videos, "video_grid_thw", videos)]
-    for name, value, grid_name, items in sources:
-        if (value is not None) != bool(items):
-            present, absent = (name, grid_name) if value is not None else (grid_name, name)
-            raise InfiniteVLError(
-                f"{present} came without {absent}", "pass both, as the processor returned them"
-            )
-    if has_vision and config.vision is None:
+    packed = packing is not None
+    lengths = [len(s) for s in batch.sequences]
+    if packing is None:
+        packing = Packing.one_per_row(lengths, length or batch.width)
+    elif [place.stop - place.start for place in packing.places] != lengths:
         raise InfiniteVLError(
-            f"pixel values came for a text model ({config.family})",
-            "leave images out, or load a vision-language model",
+            f"the packing has {len(packing.places)} places, which do not fit the lengths of the"
+            f" {len(lengths)} sequences",
+            "add every sequence to the packing, in the order of the batch",
         )
+    # ids where they may stand for an image or a video, else -1
+    kinds = [np.where(np.arange(len(s)) < generated, -1, s) for s in batch.sequences]
+    positions, items = _positions(config, batch, kinds, start)
+    segment_ids, token_index = _segments(config, batch, kinds, packing)
+    patches = vision_index = None
+    if batch.pixels is not None or (config.vision is not None and packing.patches):
+        owners = _owners(items)
+        rows = [packing.places[b].row if packed or patches_by_row else 0 for b in owners]
+        patches, place = pack_patches(
+            batch.pixels,
+            batch.grids,
+            config.vision,
+            rows,
+            packing.rows if packed or patches_by_row else 1,
+            packing.patches,
+        )
+        vision_index = packing.lay_out(_vision_index(config, kinds, items, place), fill=-1)
+    # text alone counts up from where the cache ends, which the device knows
+    counted = patches is None and position_ids is None and start is None and not packed
+    decoder = DecoderInputs(
+        tokens=packing.lay_out(batch.sequences),
+        token_index=packing.lay_out(token_index, fill=-1),
+        segment_ids=packing.lay_out(segment_ids),
+        positions=None if counted else packing.lay_out(positions),
+        vision_index=vision_index,
+    )
+    return ModelInputs(decoder, patches, batch.left_padding)
 
-    # positions, and which item each sequence takes
-    image_queue, video_queue = iter(images), iter(videos)
-    size = length or width
-    positions = np.zeros((3, batch, size), np.int32)
-    segment = np.zeros((batch, size), np.int32)
-    ordinal = np.tile(np.arange(size, dtype=np.int32), (batch, 1))
-    owners: dict[str, list[int]] = {"image": [], "video": []}
-    kinds = np.full((batch, size), -1, np.int64)  # ids where they may stand for a picture
-    for b in range(batch):
-        kinds[b, said : counts[b]] = tokens[b, shift[b] + said : shift[b] + counts[b]]
-        row = kinds[b, : counts[b]]
+
+def _positions(
+    config: ModelConfig,
+    batch: CheckedBatch,
+    kinds: Sequence[np.ndarray],
+    start: Sequence[int] | None,
+) -> tuple[list[np.ndarray], list[list[VisionItem]]]:
+    """[3, length] positions of each sequence, and the images and videos that it takes."""
+    images, videos = iter(batch.images), iter(batch.videos)
+    positions, items = [], []
+    for b, row in enumerate(kinds):
         first = 0 if start is None else int(start[b])
-        place, taken = sequence_positions(
-            row, image_queue, video_queue, config, first, f"sequence {b}"
-        )
-        if position_ids is None and place.size and place.max() >= INT32_MAX:
+        found, taken = sequence_positions(row, images, videos, config, first, f"sequence {b}")
+        if batch.positions is None and found.size and found.max() >= INT32_MAX:
             raise InfiniteVLError(
-                f"sequence {b} comes to position {int(place.max()):,}, more than the {INT32_MAX:,}"
+                f"sequence {b} comes to position {int(found.max()):,}, more than the {INT32_MAX:,}"
                 " that there are",
                 "start a new cache, or check second_per_grid_ts",
             )
-        positions[:, b, : counts[b]] = place
-        for item in taken:
-            owners[item.kind].append(b)
-    for kind, items in (("image", images), ("video", videos)):
-        if len(owners[kind]) < len(items):
+        positions.append(found)
+        items.append(taken)
+    for kind, given in (("image", batch.images), ("video", batch.videos)):
+        count = sum(item.kind == kind for taken in items for item in taken)
+        if count < len(given):
             raise InfiniteVLError(
-                f"{len(items)} {kind}s came, but input_ids holds the tokens of {len(owners[kind])}",
+                f"{len(given)} {kind}s came, but input_ids holds the tokens of {count}",
                 f"put one {kind} placeholder in the text for every {kind}, in the same order",
             )
-    if position_ids is not None:
-        position_ids = as_numpy(position_ids, "position_ids")
-        own = _own_positions(position_ids, batch, width)
-        check_position_ids(own[:, run])
-        for b in range(batch):
-            here = slice(shift[b], shift[b] + counts[b])
-            positions[:, b, : counts[b]] = own[:, b, here]
-            is_vision = np.isin(
-                kinds[b, : counts[b]],
-                [config.image_token_id, config.video_token_id] if config.vision else [],
-            )
-            split = split_packed(position_ids[..., b, here], is_vision, f"sequence {b}")
-            segment[b, : counts[b]], ordinal[b, : counts[b]] = split
+    return positions if batch.positions is None else batch.positions, items
 
-    valid = np.arange(size) < counts[:, None]
-    rolled = np.zeros((batch, size), np.int32)
-    for b in range(batch):
-        rolled[b, : counts[b]] = tokens[b, shift[b] : shift[b] + counts[b]]
-    patches = vision_index = None
-    if has_vision:
-        parts = [
-            _pixels(name, value, config.vision.patch_features)
-            for name, value, *_ in sources
-            if value is not None
-        ]
-        grids = np.concatenate([_grids(image_grid_thw), _grids(video_grid_thw)])
-        rows, row_count = (
-            (owners["image"] + owners["video"], batch)
-            if row_per_sequence
-            else ([0] * len(grids), 1)
+
+def _segments(
+    config: ModelConfig, batch: CheckedBatch, kinds: Sequence[np.ndarray], packing: Packing
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """[length] segment ids and [length] token index of each sequence; segments count up in a
+    row."""
+    following = [0] * packing.rows
+    segment_ids, token_index = [], []
+    for b, (row, place) in enumerate(zip(kinds, packing.places, strict=True)):
+        segment, ordinal = np.zeros(len(row), np.int32), np.arange(len(row), dtype=np.int32)
+        if batch.position_ids is not None:
+            is_vision = np.isin(row, _placeholders(config))
+            segment, ordinal = split_packed(batch.position_ids[b], is_vision, f"sequence {b}")
+        segment_ids.append(segment + following[place.row])
+        token_index.append(ordinal)
+        following[place.row] += int(segment.max(initial=0)) + 1
+    return segment_ids, token_index
+
+
+def _placeholders(config: ModelConfig) -> list[int]:
+    return [config.image_token_id, config.video_token_id] if config.vision else []
+
+
+def _owners(items: Sequence[Sequence[VisionItem]]) -> list[int]:
+    """The sequence of each item: images first, then videos, as `CheckedBatch.pixels` has them."""
+    return [
+        b
+        for kind in ("image", "video")
+        for b, taken in enumerate(items)
+        for item in taken
+        if item.kind == kind
+    ]
+
+
+def _vision_index(
+    config: ModelConfig,
+    kinds: Sequence[np.ndarray],
+    items: Sequence[Sequence[VisionItem]],
+    place: np.ndarray,
+) -> list[np.ndarray]:
+    """[length] of each sequence: the place of its image and video tokens among the tower's tokens.
+
+    place: [tokens] of all images, then of all videos.
+    """
+    out = [np.full(len(row), -1, np.int64) for row in kinds]
+    done = 0
+    for kind, placeholder in (("image", config.image_token_id), ("video", config.video_token_id)):
+        for row, taken, index in zip(kinds, items, out, strict=True):
+            count = sum(item.tokens for item in taken if item.kind == kind)
+            index[row == placeholder] = place[done : done + count]
+            done += count
+    return out
+
+
+def text_inputs(tokens: np.ndarray | Array) -> DecoderInputs:
+    """[rows, length] tokens without padding, images or packed sequences: the start of a text, or
+    what follows a cache."""
+    ordinal = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    return DecoderInputs(tokens, ordinal, np.zeros(tokens.shape, np.int32), None, None)
+
+
+def chunks(inputs: DecoderInputs, size: int) -> Iterator[DecoderInputs]:
+    """Chunks of at most `size` tokens for chunked prefill. The last one is padded to a bucket: few
+    shapes, few compilations."""
+    for at in range(0, inputs.tokens.shape[1], size):
+        width = min(size, inputs.tokens.shape[1] - at)
+        more = min(bucket(width), size) - width
+
+        def cut(x, fill, at=at, width=width, more=more):
+            if x is None:
+                return None
+            padding = [(0, 0)] * (x.ndim - 1) + [(0, more)]
+            return np.pad(x[..., at : at + width], padding, constant_values=fill)
+
+        token_index = cut(inputs.token_index, -1)
+        yield DecoderInputs(
+            tokens=cut(inputs.tokens, 0),
+            token_index=np.where(token_index >= 0, token_index - at, -1),
+            segment_ids=cut(inputs.segment_ids, 0),
+            positions=cut(inputs.positions, 0),
+            vision_index=cut(inputs.vision_index, -1),
         )
-        patches, place = pack(np.concatenate(parts), grids, config.vision, rows, row_count)
-        vision_index = np.full((batch, size), -1, np.int32)
-        image_tokens = sum(i.tokens for i in images)
-        vision_index[kinds == config.image_token_id] = place[:image_tokens]
-        vision_index[kinds == config.video_token_id] = place[image_tokens:]
-    elif position_ids is None and start is None:
-        positions = None
-    index = np.where(valid, ordinal, -1).astype(np.int32)
-    return Prepared(Inputs(rolled, index, segment, positions, vision_index), patches, shift)
+
+
+def packed_shapes(
+    config: ModelConfig, packing: Packing, pixel_dtype=np.float32, slice_reach: int | None = None
+) -> tuple[DecoderInputs, Patches | None]:
+    """Shapes (jax.ShapeDtypeStruct) of what `build_inputs` makes of a batch with this packing, to
+    compile ahead of time.
+
+    slice_reach: patches of the longest temporal slice; None = as in `build_inputs`.
+    """
+
+    def shape(*sizes: int, dtype=np.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    rows, patches = packing.rows, None
+    tokens = shape(rows, packing.length)
+    if packing.patches:
+        ids = shape(rows, packing.patches)
+        patches = Patches(
+            pixels=shape(rows, packing.patches, config.vision.patch_features, dtype=pixel_dtype),
+            row_column=shape(rows, packing.patches, 2),
+            patch_index=ids,
+            window_ids=ids,
+            slice_ids=ids,
+            slice_reach=slice_reach or reach(packing.patches),
+        )
+    positions = shape(3, rows, packing.length)
+    vision_index = tokens if packing.patches else None
+    return DecoderInputs(tokens, tokens, tokens, positions, vision_index), patches

@@ -1,9 +1,9 @@
-"""Pixels for the vision tower: patches of any number of images and videos, reordered by window,
-packed and padded to a bucket.
+"""Pixels for the vision tower: patches of any number of images and videos, in window order, packed
+into rows and padded.
 
-Host side (numpy). The tower compiles once a bucket, not once an image size: a packed row holds 2^k
-or 3 * 2^(k-1) patches, so at most a third of it is padding; its longest temporal slice is rounded
-up to a power of two.
+The tower compiles once for each shape, not for each image size. A row holds a bucket of patches,
+2^k or 3 * 2^(k-1), so at most a third of it is padding; the longest temporal slice is rounded up to
+a power of two.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ SMALLEST_BUCKET = 64  # patches
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Patches:
-    """Rows of packed patches in window order. `slice_reach` is static: a new value compiles
-    anew."""
+    """Packed patches in window order. `slice_reach` is static: a new value compiles anew."""
 
     pixels: np.ndarray  # [rows, patches, features] f32
     row_column: np.ndarray  # [rows, patches, 2] int32 place of the patch in its image
-    index: np.ndarray  # [rows, patches] int32 ordinal in the row, -1 = padding
-    window: np.ndarray  # [rows, patches] int32 attention window
-    slice: np.ndarray  # [rows, patches] int32 temporal slice
+    patch_index: np.ndarray  # [rows, patches] int32 place in the row, -1 = padding
+    window_ids: np.ndarray  # [rows, patches] int32 attention window, -1 = padding
+    slice_ids: np.ndarray  # [rows, patches] int32 temporal slice, -1 = padding
+    # no temporal slice has more patches than this
     slice_reach: int = dataclasses.field(metadata={"static": True})
 
 
@@ -41,6 +41,11 @@ def bucket(count: int, smallest: int = SMALLEST_BUCKET) -> int:
     return size
 
 
+def reach(patches: int) -> int:
+    """The power of two that holds a temporal slice of so many patches."""
+    return 1 << (patches - 1).bit_length()
+
+
 def window_order(grid: Sequence[int], config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
     """Merged tokens of one image or video sorted by attention window.
 
@@ -48,10 +53,9 @@ def window_order(grid: Sequence[int], config: VisionConfig) -> tuple[np.ndarray,
       grid: (frames, rows, columns) in patches, frames counted after temporal patching.
 
     Returns:
-      order [tokens]: which merged token (in the order t, row, column) stands at each place; window
-        [tokens]: ids from 0, rising.
-      Windows are row-major per temporal slice; a grid that does not fill them leaves smaller ones
-      at its edges.
+      order [tokens]: which merged token (in the order t, row, column) stands at each place.
+      window [tokens]: window ids from 0, ascending. Windows are row-major in each temporal slice; a
+        grid that does not fill them has smaller ones at its edges.
     """
     frames, rows, columns = (
         grid[0],
@@ -79,20 +83,31 @@ def _patch_places(grid: Sequence[int], merge: int) -> np.ndarray:
     return np.tile(places, (frames, 1))
 
 
-def pack(
-    pixels: np.ndarray, grids: np.ndarray, config: VisionConfig, rows: Sequence[int], row_count: int
+def pack_patches(
+    pixels: np.ndarray | None,
+    grids: np.ndarray,
+    config: VisionConfig,
+    rows: Sequence[int],
+    row_count: int,
+    size: int | None = None,
 ) -> tuple[Patches, np.ndarray]:
     """Pack the patches of all images and videos.
 
     Args:
-      pixels: [patches, features] of all of them, one after the other, as the processor gives them.
-      grids: [items, 3] (frames, rows, columns) in patches.
-      rows: which of `row_count` packed rows each item goes to.
+      pixels: [patches, features] of all items, one after the other, in the processor's order; None
+        where there are no items.
+      grids: [items, 3] frames, rows, columns in patches.
+      rows: for each item the packed row, one of `row_count`, that it goes to.
+      size: patches of a packed row; None = the bucket of the fullest row.
 
     Returns:
       The packed patches, and place [merged tokens]: where in its row (in merged tokens) each token
-        of the processor's order ends up.
+      of the processor's order is.
+
+    Raises InfiniteVLError for pixels and grids that do not fit each other or the tower.
     """
+    if pixels is None:
+        pixels = np.zeros((0, config.patch_features), np.float32)
     counts = grids.prod(1) if len(grids) else np.zeros(0, int)
     if pixels.ndim != 2 or pixels.shape[1] != config.patch_features:
         raise InfiniteVLError(
@@ -118,32 +133,37 @@ def pack(
         )
     unit = config.merge_unit
     used = np.zeros(row_count, int)
-    np.add.at(used, rows, counts)
-    size = bucket(int(used.max(initial=0)))
+    np.add.at(used, np.asarray(rows, int), counts)
+    fullest, longest = int(used.max(initial=0)), max((int(g[1] * g[2]) for g in grids), default=1)
+    if size is None:
+        size = bucket(fullest)
+    elif fullest > size:
+        raise InfiniteVLError(
+            f"the images of one row have {fullest} patches, a packed row holds {size}",
+            "make images smaller, or pack fewer into a row",
+        )
+    else:  # every batch has one shape, however large its images
+        longest = size
     packed = Patches(
         pixels=np.zeros((row_count, size, config.patch_features), pixels.dtype),
         row_column=np.zeros((row_count, size, 2), np.int32),
-        index=np.full((row_count, size), -1, np.int32),
-        window=np.full((row_count, size), -1, np.int32),
-        slice=np.full((row_count, size), -1, np.int32),
-        slice_reach=1 << int(max((g[1] * g[2] for g in grids), default=1) - 1).bit_length(),
+        patch_index=np.full((row_count, size), -1, np.int32),
+        window_ids=np.full((row_count, size), -1, np.int32),
+        slice_ids=np.full((row_count, size), -1, np.int32),
+        slice_reach=reach(longest),
     )
     place = np.empty(int(counts.sum()) // unit, np.int64)
-    filled, windows, slices, source = (
-        np.zeros(row_count, int),
-        np.zeros(row_count, int),
-        np.zeros(row_count, int),
-        0,
-    )
+    filled, windows, slices = np.zeros((3, row_count), int)
+    source = 0
     for grid, row, count in zip(grids, rows, counts, strict=True):
         order, window = window_order(grid, config)
         patch_order = (order[:, None] * unit + np.arange(unit)).reshape(-1)
         here = slice(filled[row], filled[row] + count)
         packed.pixels[row, here] = pixels[source : source + count][patch_order]
         packed.row_column[row, here] = _patch_places(grid, config.spatial_merge_size)[patch_order]
-        packed.index[row, here] = np.arange(here.start, here.stop)
-        packed.window[row, here] = np.repeat(window, unit) + windows[row]
-        packed.slice[row, here] = patch_order // (grid[1] * grid[2]) + slices[row]
+        packed.patch_index[row, here] = np.arange(here.start, here.stop)
+        packed.window_ids[row, here] = np.repeat(window, unit) + windows[row]
+        packed.slice_ids[row, here] = patch_order // (grid[1] * grid[2]) + slices[row]
         place[source // unit + order] = filled[row] // unit + np.arange(count // unit)
         filled[row] += count
         windows[row] += window[-1] + 1

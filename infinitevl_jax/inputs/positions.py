@@ -1,10 +1,13 @@
-"""Rotary positions of a sequence with images and videos (host side, numpy).
+"""Rotary positions of a sequence with images and videos.
 
 Text counts up on all three axes. A vision segment with merged grid (T, H, W) starts at base =
-largest so far + 1: t = base + floor(i_t * seconds_per_grid * tokens_per_second), h = base + row, w
-= base + column, t-major; what follows starts at the largest over all three axes + 1. This is the
-rule the published weights were trained with (transformers 5 goes on from max(H, W)). Seconds are
-exact fractions, so that no step is lost to the rounding of a float.
+largest position so far + 1, and is t-major:
+    t = base + floor(i_t * seconds_per_grid * tokens_per_second)
+    h = base + row
+    w = base + column
+The text after it starts at the largest position of all three axes + 1. The published weights were
+trained with this rule; transformers 5 continues from max(H, W). Seconds are exact fractions, so
+rounding never changes a floor.
 """
 
 from collections.abc import Iterator
@@ -17,7 +20,7 @@ from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.rational import exact
 
-MAX_POSITION = 2**31 - 2  # int32 on the device, and the position after it is counted as well
+MAX_POSITION = 2**31 - 2  # int32 on the device, which also counts the position after it
 
 
 class VisionItem(NamedTuple):
@@ -101,40 +104,40 @@ def sequence_positions(
       [3, length] int64, and the items taken.
     """
     out = np.empty((3, len(tokens)), np.int64)
-    sources = (
+    kinds = (
         {config.image_token_id: ("image", images), config.video_token_id: ("video", videos)}
         if config.vision
         else {}
     )
-    is_vision = np.isin(tokens, list(sources))
+    is_vision = np.isin(tokens, list(kinds))
     taken: list[VisionItem] = []
     at, following = 0, start
     while at < len(tokens):
         if not is_vision[at]:
             ahead = np.flatnonzero(is_vision[at:])
-            run = int(ahead[0]) if len(ahead) else len(tokens) - at
-            out[:, at : at + run] = following + np.arange(run)
-            following += run
+            count = int(ahead[0]) if len(ahead) else len(tokens) - at
+            out[:, at : at + count] = following + np.arange(count)
+            following += count
         else:
-            kind, items = sources[int(tokens[at])]
+            kind, items = kinds[int(tokens[at])]
             item = next(items, None)
             others = np.flatnonzero(tokens[at:] != tokens[at])
-            run = int(others[0]) if len(others) else len(tokens) - at
-            if item is None or run < item.tokens:
+            count = int(others[0]) if len(others) else len(tokens) - at
+            if item is None or count < item.tokens:
                 missing = (
                     f"there is no {kind} left for them"
                     if item is None
                     else f"the next {kind}, grid {item.grid}, takes {item.tokens}"
                 )
                 raise InfiniteVLError(
-                    f"{where}: {run} {kind} tokens stand in a row at token {at}, but {missing}",
+                    f"{where}: {count} {kind} tokens stand in a row at token {at}, but {missing}",
                     f"let the processor expand the {kind} placeholders, and pass every {kind} of"
                     " the batch, in order",
                 )
-            run = item.tokens
+            count = item.tokens
             taken.append(item)
             segment = vision_positions(item, following, config.vision.tokens_per_second)
-            out[:, at : at + run] = segment
+            out[:, at : at + count] = segment
             following = int(segment.max()) + 1
-        at += run
+        at += count
     return out, taken

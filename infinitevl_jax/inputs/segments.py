@@ -1,5 +1,5 @@
-"""Which tokens of a row form one sequence, told by position ids that start anew (a batch without
-padding)."""
+"""Finds the sequences packed in a row by its position ids, which start anew with each sequence
+(Hugging Face's batches without padding)."""
 
 import numpy as np
 
@@ -18,12 +18,12 @@ def split_packed(
       where: how an error names the row.
 
     Returns:
-      segment [length] int32, the number of each token's sequence; ordinal [length] int32, the
-      token's place in it.
+      segment_ids [length] int32, the number of each token's sequence; token_index [length] int32,
+      the token's place in it.
 
     Raises:
-      InfiniteVLError: positions that neither go on nor start anew at 0, so that nobody can tell
-        what belongs together.
+      InfiniteVLError: positions that neither continue nor start anew at 0, so the sequences cannot
+        be told apart.
     """
     length = position_ids.shape[-1]
     if position_ids.ndim == 2 and len(position_ids) == 3:
@@ -48,7 +48,7 @@ def split_packed(
             f"position_ids of {where} go from {place[at]} to {place[at + 1]} at token {at + 1}",
             cure,
         )
-    segment = np.concatenate([[0], np.cumsum(anew)])[:length].astype(np.int32)
+    segment_ids = np.concatenate([[0], np.cumsum(anew)])[:length].astype(np.int32)
     first = np.flatnonzero(np.concatenate([[True], anew])[:length])
-    ordinal = np.arange(length) - (first[segment] if length else 0)
-    return segment, ordinal.astype(np.int32)
+    token_index = np.arange(length) - (first[segment_ids] if length else 0)
+    return segment_ids, token_index.astype(np.int32)

@@ -41,15 +41,15 @@ class PatchInfo(NamedTuple):
 
     Attributes:
       patch_index: [rows, patches] int32; -1 is padding.
-      window: [rows, patches] int32, attention window of the patch.
-      slice: [rows, patches] int32, temporal slice of its image or video.
+      window_ids: [rows, patches] int32, attention window of the patch.
+      slice_ids: [rows, patches] int32, temporal slice of its image or video.
       cos, sin: [rows, patches, head_dim / 2] float32.
       slice_reach: upper bound on the patches of a slice (static).
     """
 
     patch_index: Array
-    window: Array
-    slice: Array
+    window_ids: Array
+    slice_ids: Array
     cos: Array
     sin: Array
     slice_reach: int

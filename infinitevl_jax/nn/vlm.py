@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 
 from infinitevl_jax.config.model import ModelConfig, TextConfig
-from infinitevl_jax.inputs.model_inputs import Inputs
+from infinitevl_jax.inputs.model_inputs import DecoderInputs
 from infinitevl_jax.inputs.patches import Patches
 from infinitevl_jax.nn.cache import Cache
 from infinitevl_jax.nn.layers import Embedding, GatedMLP, Linear, RMSNorm
@@ -83,11 +83,11 @@ class VLM(nnx.Module):
         )
 
     def encode(self, patches: Patches) -> Array:
-        """Patches -> image and video tokens [rows, tokens, width] for `Inputs.vision_index`."""
+        """Image and video tokens [rows, tokens, width], indexed by `DecoderInputs.vision_index`."""
         with jax.named_scope("vision"):
             return self.visual(patches, self.dtype)
 
-    def embed(self, inputs: Inputs, vision: Array | None) -> Array:
+    def embed(self, inputs: DecoderInputs, vision: Array | None) -> Array:
         """Embeddings [batch, length, width], with image and video tokens taken from `vision`.
 
         Args:
@@ -103,7 +103,9 @@ class VLM(nnx.Module):
             x = jnp.where(inputs.vision_index[..., None] >= 0, seen.astype(x.dtype), x)
         return constrain(x, "batch", "length", None)
 
-    def decode(self, x: Array, inputs: Inputs, cache: Cache | None = None, collect: bool = False):
+    def decode(
+        self, x: Array, inputs: DecoderInputs, cache: Cache | None = None, collect: bool = False
+    ):
         """Run the decoder over embedded tokens.
 
         Returns:
@@ -113,17 +115,17 @@ class VLM(nnx.Module):
             empty unless `collect`.
         """
         length = jnp.zeros(x.shape[0], jnp.int32) if cache is None else cache.length
-        valid = inputs.index >= 0
+        valid = inputs.token_index >= 0
         positions = inputs.positions
         if positions is None:  # text that follows the cached tokens
             start = length if cache is None else cache.next_position
             positions = jnp.broadcast_to(
-                start[:, None] + jnp.maximum(inputs.index, 0), (3, *inputs.index.shape)
+                start[:, None] + jnp.maximum(inputs.token_index, 0), (3, *inputs.token_index.shape)
             )
         text = self.config.text
         angles = decoder_angles(positions, text.rotary_dim, text.rope_theta, text.mrope_section)
-        index = jnp.where(valid, inputs.index + length[:, None], -1)
-        info = TokenInfo(index, inputs.segment, length, jnp.cos(angles), jnp.sin(angles))
+        index = jnp.where(valid, inputs.token_index + length[:, None], -1)
+        info = TokenInfo(index, inputs.segment_ids, length, jnp.cos(angles), jnp.sin(angles))
 
         states = None if cache is None else cache.layers
         with jax.named_scope("decoder"):

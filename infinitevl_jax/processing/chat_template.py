@@ -10,6 +10,7 @@ from pathlib import Path
 import jinja2
 import jinja2.ext
 import jinja2.nodes
+import jinja2.parser
 
 from infinitevl_jax import reading
 from infinitevl_jax.errors import InfiniteVLError

@@ -87,7 +87,7 @@ def _boxes(file: BinaryIO, size: int) -> int | None:
 
 
 def _riff(file: BinaryIO, size: int) -> int | None:
-    at = 0
+    at = length = 0
     while at < size:  # a large AVI has several chunks
         kind, length = struct.unpack("<4sI", _read(file, at, 8))
         if kind != b"RIFF" or length in (0, 0xFFFFFFFF):

@@ -14,6 +14,7 @@ from infinitevl_jax.processing.video import VideoOptions
 
 Count = Annotated[int, Meta(ge=1)]
 T = TypeVar("T")
+Options = TypeVar("Options", bound=ImageOptions)
 
 
 class Preprocessor(Struct):
@@ -172,7 +173,7 @@ def _options(kind: type[T], path: Path, values: dict[str, Any], folder: Path) ->
         raise InfiniteVLError(f"{path}: {_NAMES.get(name, name)} {rest}", error.cure) from error
 
 
-def override(options: ImageOptions, values: dict, where: str) -> ImageOptions:
+def override(options: Options, values: dict, where: str) -> Options:
     """Apply a caller's values. Errors name `where`."""
     try:
         return dataclasses.replace(options, **values) if values else options

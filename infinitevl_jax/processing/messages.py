@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,7 @@ class Media:
     """
 
     kind: str
-    source: object
+    source: Any
     where: str
     options: dict = field(default_factory=dict)
 
@@ -153,7 +154,7 @@ class _Text:
         check_spelling(text, where, self.placeholders)
         return text
 
-    def plain(self, value: object, where: str, depth: int = 0) -> object:
+    def plain(self, value: object, where: str, depth: int = 0) -> Any:
         """Copy JSON-like data and check its texts."""
         if depth > DEPTH:
             raise InfiniteVLError(
@@ -222,8 +223,11 @@ def check_call(
         raise InfiniteVLError(
             f"padding_side is {shown(padding_side)}", 'use "left" (for generation) or "right"'
         )
-    whole = isinstance(max_length, int | np.integer) and not isinstance(max_length, bool)
-    if max_length is not None and not (whole and max_length >= 1):
+    if max_length is not None and (
+        isinstance(max_length, bool)
+        or not isinstance(max_length, int | np.integer)
+        or max_length < 1
+    ):
         raise InfiniteVLError(
             f"max_length is {shown(max_length)}",
             "give tokens, an integer of 1 or more, or None for no limit",

@@ -1,18 +1,16 @@
 """The processor: conversations in, the model's numpy inputs out, named as in Hugging Face."""
 
-import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from infinitevl_jax.errors import InfiniteVLError, shown
+from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.processing.chat_template import ChatTemplate
 from infinitevl_jax.processing.continuation import after_answer, without_answers
 from infinitevl_jax.processing.folder import image_options, override, read_json, video_options
-from infinitevl_jax.processing.images import ImageOptions, load_image, patchify, process_image
+from infinitevl_jax.processing.images import ImageOptions
 from infinitevl_jax.processing.messages import (
     Conversation,
     Media,
@@ -20,34 +18,15 @@ from infinitevl_jax.processing.messages import (
     read_conversation,
     split_batch,
 )
-from infinitevl_jax.processing.spelled import GUARD
+from infinitevl_jax.processing.prompt_ids import PLACEHOLDERS, tokenise
 from infinitevl_jax.processing.stream import TextStream
 from infinitevl_jax.processing.tokenizer import Tokenizer
 from infinitevl_jax.processing.trace import check_traces
-from infinitevl_jax.processing.video import VideoOptions, load_video
+from infinitevl_jax.processing.video import VideoOptions
+from infinitevl_jax.processing.vision import Vision, arrays, process
+from infinitevl_jax.special_tokens import END_OF_TURN, VISION_TOKENS
 
-# What config.json calls the ids of the tokens that frame and stand for pictures.
-VISION_TOKENS = {
-    "image_token_id": "<|image_pad|>",
-    "video_token_id": "<|video_pad|>",
-    "vision_start_token_id": "<|vision_start|>",
-    "vision_end_token_id": "<|vision_end|>",
-}
-PLACEHOLDERS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
-END_OF_TURN = "<|im_end|>"
 ANSWERS = 256  # of one training example: to find each, the conversation up to it is rendered
-
-
-@dataclass(frozen=True)
-class Vision:
-    """A processed picture or video: patches [n, features] f32, grid (t, h, w) in patches, the
-    tokens it becomes."""
-
-    media: Media
-    patches: np.ndarray
-    grid: tuple[int, int, int]
-    tokens: int
-    second_per_grid: float = 0.0
 
 
 class Processor:
@@ -162,7 +141,7 @@ class Processor:
         for number, conversation in enumerate(conversations):
             where = f"messages[{number}]" if several else "messages"
             parsed = read_conversation(conversation, where, PLACEHOLDERS, tools)
-            seen = [self._see(media) for media in parsed.media]
+            seen = [self._process(media) for media in parsed.media]
             text = self._render(parsed.messages, add_generation_prompt, parsed.tools)
             rows.append(self._tokenise([text], seen, where, max_length)[0])
             self._check_traces(parsed, where)
@@ -174,7 +153,7 @@ class Processor:
             place = slice(length - len(row), None) if side == "left" else slice(0, len(row))
             ids[i, place] = row
             mask[i, place] = 1
-        return {"input_ids": ids, "attention_mask": mask, **_arrays(vision)}
+        return {"input_ids": ids, "attention_mask": mask, **arrays(vision)}
 
     def encode_example(
         self,
@@ -210,13 +189,13 @@ class Processor:
                 'cut the conversation into several, or learn from its last answer (turns="last")',
             )
         pieces = self._cut(conversation, answers)
-        vision = [self._see(media) for media in conversation.media]
+        vision = [self._process(media) for media in conversation.media]
         ids, piece_of = self._tokenise(pieces, vision, "messages", max_length)
         self._check_traces(conversation, "messages")
         # Answers are every second piece. A picture's tokens are nobody's words.
         placeholders = [self.tokenizer.token_id(token) for token in PLACEHOLDERS.values()]
         mask = (piece_of % 2 == 1) & ~np.isin(ids, [i for i in placeholders if i is not None])
-        return {"input_ids": ids, "answer_mask": mask, **_arrays(vision)}
+        return {"input_ids": ids, "answer_mask": mask, **arrays(vision)}
 
     def continuation(
         self, messages: Sequence, prompt: str = "", *, tools: Sequence[dict] | None = None
@@ -251,13 +230,13 @@ class Processor:
             media = media[len(media) - sum(part["type"] != "text" for part in new) :]
         else:
             rest = self._render(conversation.messages, True, conversation.tools)
-        vision = [self._see(item) for item in media]
+        vision = [self._process(item) for item in media]
         ids, _ = self._tokenise([rest], vision, "messages", None)
         self._check_traces(conversation, "messages", first)
         return {
             "input_ids": ids[None],
             "attention_mask": np.ones_like(ids[None]),
-            **_arrays(vision),
+            **arrays(vision),
         }, whole
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = True) -> str:
@@ -333,148 +312,27 @@ class Processor:
         tokens = [self.tokenizer.backend.id_to_token(i) for i in self.tokenizer.eos_ids]
         return [token for token in tokens if token] or [END_OF_TURN]
 
-    def _see(self, media: Media) -> Vision:
+    def _process(self, media: Media) -> Vision:
         if self.tokenizer.token_id(PLACEHOLDERS[media.kind]) is None:
             raise InfiniteVLError(
                 f"{media.where} is of type {media.kind}, but the tokenizer"
                 f" ({self.tokenizer.source}) has no {PLACEHOLDERS[media.kind]}",
                 "this is a text model: leave pictures out, or load a vision-language checkpoint",
             )
-        values = dict(media.options)
-        sides = [values.pop(name, None) for name in ("resized_height", "resized_width")]
-        if (sides[0] is None) != (sides[1] is None):
-            raise InfiniteVLError(
-                f"{media.where} gives only one of resized_height and resized_width",
-                "give both or neither",
-            )
-        size = (
-            None
-            if sides[0] is None
-            else (_positive(sides[0], media.where), _positive(sides[1], media.where))
-        )
-        try:
-            if media.kind == "image":
-                options = override(self.images, values, media.where)
-                patches, grid = process_image(load_image(media.source, media.name), options, size)
-                return Vision(media, patches, grid, len(patches) // options.merge_unit)
-            if "nframes" in values:
-                values["num_frames"] = values.pop("nframes")
-            options = override(self.videos, values, media.where)
-            video = load_video(media.source, options, size, media.name)
-        except InfiniteVLError as error:
-            if media.where in error.culprit:
-                raise
-            raise InfiniteVLError(f"{media.name}: {error.culprit}", error.cure) from error
-        patches, grid = patchify(video.frames, options)
-        return Vision(
-            media,
-            patches,
-            grid,
-            len(patches) // options.merge_unit,
-            float(options.temporal_patch_size / video.fps),
-        )
+        return process(media, self.images, self.videos)
 
     def _tokenise(
         self, pieces: list[str], vision: list[Vision], where: str, max_length: int | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids [length] of the pieces in a row, placeholders grown to their pictures' tokens, and
-        each id's piece number [length]."""
-        waiting = {kind: [v for v in vision if v.media.kind == kind] for kind in PLACEHOLDERS}
-        for kind, token in PLACEHOLDERS.items():
-            found = sum(piece.count(token) for piece in pieces)
-            if found != len(waiting[kind]):
-                raise InfiniteVLError(
-                    f"{where}: chat template {self.template.source} wrote {found} x {token} for"
-                    f" {len(waiting[kind])} {kind} item(s)",
-                    "use a template that writes it once for each picture (remove the file for the"
-                    " built-in one)",
-                )
-        queues = {token: iter(waiting[kind]) for kind, token in PLACEHOLDERS.items()}
-        ids: list[np.ndarray] = []
-        owner: list[np.ndarray] = []
-        for number, piece in enumerate(pieces):
-            for part in re.split("(" + "|".join(map(re.escape, queues)) + ")", piece):
-                if part in queues:
-                    run = np.full(
-                        next(queues[part]).tokens, self.tokenizer.token_id(part), np.int32
-                    )
-                else:  # on its own, no side of a guard is a special token
-                    run = np.asarray(
-                        [i for words in part.split(GUARD) for i in self.tokenizer.encode(words)],
-                        np.int32,
-                    )
-                ids.append(run)
-                owner.append(np.full(len(run), number, np.int32))
-        flat = np.concatenate(ids)
-        self._check_length(
-            len(flat), vision, where, self.max_length if max_length is None else max_length
+        return tokenise(
+            self.tokenizer,
+            pieces,
+            vision,
+            where,
+            self.template.source,
+            max_length=self.max_length if max_length is None else max_length,
+            max_pixels=self.images.max_pixels,
         )
-        if not len(flat):
-            raise InfiniteVLError(
-                f"{where}: chat template {self.template.source} wrote no text at all",
-                "check the template",
-            )
-        return flat, np.concatenate(owner)
-
-    def _check_length(
-        self, length: int, vision: list[Vision], where: str, limit: int | None
-    ) -> None:
-        if limit is None:
-            return
-        if isinstance(limit, bool) or not isinstance(limit, int | np.integer) or limit < 1:
-            raise InfiniteVLError(
-                f"max_length is {shown(limit)}",
-                "give the most tokens of a prompt, an integer of 1 or more, or None",
-            )
-        if length <= limit:
-            return
-        text = length - sum(v.tokens for v in vision)
-        largest = sorted(vision, key=lambda v: -v.tokens)
-        lines = [
-            f"{v.tokens:,} {v.media.name}, {v.grid[0]} x {v.grid[1]} x {v.grid[2]} patches"
-            for v in largest[:4]
-        ]
-        if len(largest) > 4:
-            lines.append(
-                f"{sum(v.tokens for v in largest[4:]):,} {len(largest) - 4} further pictures"
-            )
-        cure = f"raise max_length to {length}"
-        if largest and largest[0].tokens > text:
-            kind = largest[0].media.kind
-            cure += (
-                f", or lower max_pixels (now {self.images.max_pixels:,} an image)"
-                if kind == "image"
-                else ", or lower fps, max_frames or max_pixels"
-            )
-        else:
-            cure += ", or shorten the text"
-        raise InfiniteVLError(
-            f"{where}: the prompt has {length:,} tokens, {length - limit:,} over the limit of"
-            f" {limit:,}:"
-            + "".join(f"\n    {line}" for line in [f"{text:,} text and markers", *lines]),
-            cure,
-        )
-
-
-def _arrays(vision: list[Vision]) -> dict[str, np.ndarray]:
-    out: dict[str, np.ndarray] = {}
-    for kind, pixels, grids in (
-        ("image", "pixel_values", "image_grid_thw"),
-        ("video", "pixel_values_videos", "video_grid_thw"),
-    ):
-        chosen = [v for v in vision if v.media.kind == kind]
-        if chosen:
-            out[pixels] = (
-                chosen[0].patches
-                if len(chosen) == 1
-                else np.concatenate([v.patches for v in chosen])
-            )
-            out[grids] = np.asarray([v.grid for v in chosen], np.int32)
-            if kind == "video":
-                out["second_per_grid_ts"] = np.asarray(
-                    [v.second_per_grid for v in chosen], np.float64
-                )
-    return out
 
 
 def _check_vision_ids(tokenizer: Tokenizer, folder: Path) -> None:
@@ -494,16 +352,3 @@ def _check_vision_ids(tokenizer: Tokenizer, folder: Path) -> None:
 
 def _given(values: dict) -> dict:
     return {key: value for key, value in values.items() if value is not None}
-
-
-def _positive(value: object, where: str) -> int:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | np.integer)
-        or not 1 <= value <= 1 << 20
-    ):
-        raise InfiniteVLError(
-            f"{where}: resized_height or resized_width is {shown(value)}",
-            "give pixels, an integer from 1 to 1,048,576",
-        )
-    return int(value)

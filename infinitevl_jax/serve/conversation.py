@@ -4,12 +4,13 @@ length and memory stays constant."""
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.inputs.arrays import whole_number
-from infinitevl_jax.inputs.model_inputs import prepare
+from infinitevl_jax.inputs.model_inputs import build_inputs
 from infinitevl_jax.nn.cache import Cache
 from infinitevl_jax.processing import Processor
 from infinitevl_jax.serve.infinitevl import InfiniteVL
@@ -118,6 +119,7 @@ class Conversation:
         max_new_tokens = whole_number(max_new_tokens, "max_new_tokens", 1)
         start, old, undo = time.perf_counter(), self._state, self._undo
         messages = (*self.messages, {"role": "user", "content": content})
+        batch: dict[str, Any]
         batch, prompt = self.processor.continuation(messages, old.prompt if old else "")
         unread = old.said[self.tokens - old.before :] if old else []
         batch["input_ids"] = np.concatenate([np.array([unread], np.int32), batch["input_ids"]], 1)
@@ -129,10 +131,10 @@ class Conversation:
             if old
             else self.model.init_cache(1, self.max_length or before + max_new_tokens)
         )
-        prepared = prepare(
-            self.model.config, **batch, start=np.asarray(past.next_position), said=len(unread)
+        inputs = build_inputs(
+            self.model.config, **batch, start=np.asarray(past.next_position), generated=len(unread)
         )
-        occurred = prepared.occurred(self.model.config.text.vocab_size)
+        occurred = inputs.occurred(self.model.config.text.vocab_size)
         if old:
             occurred = occurred | old.occurred
             occurred[0, old.said] = True
@@ -142,7 +144,7 @@ class Conversation:
             "seed": seed,
             "eos_token_ids": self.eos_token_ids,
         }
-        logits, read = self.model.prefill(prepared, past)
+        logits, read = self.model.prefill(inputs, past)
 
         state = self._state = _State(messages, prompt, before, [], read, occurred[0])
         self._undo = [old]

@@ -1,9 +1,8 @@
 """What a call of `generate` asks for: our words and Hugging Face's, over what
 generation_config.json says, checked in one place."""
 
-import difflib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.errors import InfiniteVLError, InfiniteVLWarning
 from infinitevl_jax.inputs.arrays import INT32_MAX, as_numpy, integers, whole_number
+from infinitevl_jax.serve.arguments import GENERATE, WITHOUT_EFFECT, refuse
 from infinitevl_jax.serve.sampling import Sampling
 
 NEW_TOKENS = 256  # of an answer, where neither the call nor the checkpoint says how many
@@ -22,98 +22,6 @@ WARPERS = {
 }  # as transformers samples where nothing is said
 LENGTHS = ("max_new_tokens", "max_length")
 
-# Hugging Face's settings that have one meaning here: name -> (that value, what to do instead of
-# another). None is always fine.
-_BEAMS = "there is no beam search: draw several answers with do_sample=True and different seeds"
-_SCORES = "generate returns ids: call model(...) on prompt and answer for logits and hidden states"
-_WORDS = "follow model.stream(...) and choose there, or call model(..., cache=...) token by token"
-_DRAW = "use temperature, top_k, top_p or min_p"
-_STOP = "follow model.stream(...) and stop listening"
-FIXED: dict[str, tuple[Any, str]] = {
-    "num_beams": (1, _BEAMS),
-    "num_beam_groups": (1, _BEAMS),
-    "length_penalty": (1, _BEAMS),
-    "diversity_penalty": (0, _BEAMS),
-    "early_stopping": (False, _BEAMS),
-    "constraints": ([], _BEAMS),
-    "force_words_ids": ([], _BEAMS),
-    "penalty_alpha": (0, _DRAW),
-    "typical_p": (1, _DRAW),
-    "epsilon_cutoff": (0, _DRAW),
-    "eta_cutoff": (0, _DRAW),
-    "top_h": (None, _DRAW),
-    "use_cache": (True, "the cache is what decoding runs on: leave use_cache out"),
-    "num_return_sequences": (1, "repeat the row in input_ids: one row an answer"),
-    "return_dict_in_generate": (False, _SCORES),
-    "output_scores": (False, _SCORES),
-    "output_logits": (False, _SCORES),
-    "output_attentions": (False, "attention weights are never formed here"),
-    "output_hidden_states": (False, _SCORES),
-    "min_length": (0, "pass eos_token_ids=[], and cut the answer yourself"),
-    "min_new_tokens": (0, "pass eos_token_ids=[], and cut the answer yourself"),
-    "no_repeat_ngram_size": (0, "use repetition_penalty"),
-    "encoder_no_repeat_ngram_size": (0, "use repetition_penalty"),
-    "encoder_repetition_penalty": (1, "use repetition_penalty"),
-    "bad_words_ids": ([], _WORDS),
-    "suppress_tokens": ([], _WORDS),
-    "begin_suppress_tokens": ([], _WORDS),
-    "sequence_bias": (None, _WORDS),
-    "forced_bos_token_id": (None, _WORDS),
-    "forced_eos_token_id": (None, _WORDS),
-    "exponential_decay_length_penalty": (None, _WORDS),
-    "prefix_allowed_tokens_fn": (None, _WORDS),
-    "logits_processor": ([], _WORDS),
-    "renormalize_logits": (False, "probabilities that are drawn from always sum to 1"),
-    "remove_invalid_values": (
-        False,
-        "logits that are not finite are an error here, not something to hide",
-    ),
-    "stopping_criteria": ([], _STOP),
-    "max_time": (None, _STOP),
-    "guidance_scale": (1, "there is no guidance: call model(...) with both prompts"),
-    "watermarking_config": (None, "there is no watermark"),
-    "token_healing": (False, "end the prompt at a whole token"),
-    "dola_layers": (None, _DRAW),
-    "prompt_lookup_num_tokens": (None, "there is no speculation: leave it out"),
-    "assistant_model": (None, "there is no speculation: leave it out"),
-    "custom_generate": (None, _STOP),
-    "negative_prompt_ids": (None, "there is no guidance: call model(...) with both prompts"),
-    "synced_gpus": (False, "a mesh works in step: load with mesh=make_mesh(...)"),
-    "generation_config": (
-        None,
-        "pass its settings as arguments: do_sample, temperature, max_new_tokens, ...",
-    ),
-    "past_key_values": (None, "use model(..., cache=...), or Conversation, which keeps one"),
-    "inputs_embeds": (None, "pass input_ids"),
-    "inputs": (None, "call it input_ids"),
-}
-# How, not what: of no consequence to the tokens.
-_WITHOUT_EFFECT = {
-    "transformers_version",
-    "bos_token_id",
-    "decoder_start_token_id",
-    "cache_implementation",
-    "cache_config",
-    "max_cache_len",
-    "compile_config",
-    "disable_compile",
-    "prefill_chunk_size",
-    "low_memory",
-    "is_assistant",
-    "num_assistant_tokens",
-    "num_assistant_tokens_schedule",
-    "assistant_confidence_threshold",
-    "max_matching_ngram_size",
-    "assistant_early_exit",
-    "assistant_lookbehind",
-    "target_lookbehind",
-    "assistant_ensemble_weight",
-    "speculation_type",
-    "use_mtp",
-    "continuous_batching_config",
-    "_from_model_config",
-    "_commit_hash",
-}
 _ELSEWHERE = {"eos_token_id", "pad_token_id"}  # the configuration's
 
 
@@ -165,9 +73,9 @@ def read_defaults(folder: str | Path) -> Defaults:
             f"{', '.join(named)} (answers are greedy; pass do_sample=True, or a temperature, to"
             " sample)"
         )
-    known = {"do_sample", "repetition_penalty", *WARPERS, *LENGTHS, *_ELSEWHERE, *_WITHOUT_EFFECT}
+    known = {"do_sample", "repetition_penalty", *WARPERS, *LENGTHS, *_ELSEWHERE, *WITHOUT_EFFECT}
     for name in sorted(content.keys() - known):
-        neutral, cure = FIXED.get(name, (None, "this package does not know it"))
+        neutral, cure = GENERATE.get(name, (None, "this package does not know it"))
         if content[name] != neutral:
             aside.append(f"{name}={content[name]!r} ({cure})")
     if aside:
@@ -221,7 +129,7 @@ def resolve(
         "tokenizer",
         "streamer",
     }
-    refuse(given, known | {*WARPERS, *LENGTHS, *_ELSEWHERE}, FIXED, "generate")
+    refuse(given, known | {*WARPERS, *LENGTHS, *_ELSEWHERE}, GENERATE, "generate")
     ends = config.eos_token_ids
     for name in ("eos_token_id", "eos_token_ids"):
         if name in given:
@@ -247,33 +155,6 @@ def resolve(
         tokenizer=given.get("tokenizer"),
         streamer=_streamer(given.get("streamer")),
     )
-
-
-def refuse(
-    given: Mapping[str, Any], known: Iterable[str], fixed: Mapping[str, tuple[Any, str]], what: str
-) -> None:
-    """Raise InfiniteVLError unless every argument is known, or asks for the one thing that is done
-    anyway."""
-    for name in given.keys() - set(known):
-        if name in fixed:
-            neutral, cure = fixed[name]
-            value = given[name]
-            if value is None or (
-                neutral is not None
-                and type(value) in (bool, int, float, list, tuple, dict)
-                and value == neutral
-            ):
-                continue
-            raise InfiniteVLError(f"{what} does not take {name}={value!r}", cure)
-        near = difflib.get_close_matches(name, [*known, *fixed], n=3)
-        raise InfiniteVLError(
-            f"{what} has no argument {name!r}",
-            (
-                f"did you mean {' or '.join(near)}?"
-                if near
-                else f"it takes {', '.join(sorted(known))}"
-            ),
-        )
 
 
 def _new_tokens(given: Mapping[str, Any], defaults: Defaults, width: int) -> int:

@@ -8,39 +8,39 @@ Qwen2.5-VL processor passes unchanged.
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
+from numpy.typing import ArrayLike
 
 from infinitevl_jax.config.model import ModelConfig
+from infinitevl_jax.dtypes import compute_dtype, floating
 from infinitevl_jax.errors import InfiniteVLError, InfiniteVLWarning
 from infinitevl_jax.extras import says_which_extra
-from infinitevl_jax.inputs.arrays import INT32_MAX, as_numpy, whole_number
-from infinitevl_jax.inputs.model_inputs import Inputs, Prepared, prepare
+from infinitevl_jax.inputs.arrays import as_numpy, whole_number
+from infinitevl_jax.inputs.model_inputs import ModelInputs, build_inputs
 from infinitevl_jax.inputs.patches import bucket
 from infinitevl_jax.nn.cache import Cache, empty
 from infinitevl_jax.nn.ops import Ops, resolve_ops
-from infinitevl_jax.nn.params import (
-    Params,
-    functional,
-    initialize,
-    parameters,
-)
+from infinitevl_jax.nn.params import Params, functional, initialize, parameters
+from infinitevl_jax.serve import decoding
+from infinitevl_jax.serve.arguments import CALL, refuse
+from infinitevl_jax.serve.cache_checks import CacheChecks
 from infinitevl_jax.serve.generation import (
     Defaults,
     Request,
     StopStrings,
     read_defaults,
-    refuse,
     resolve,
 )
 from infinitevl_jax.serve.output import Output
-from infinitevl_jax.serve.programs import Programs
+from infinitevl_jax.serve.programs import Programs, on_mesh
 from infinitevl_jax.sharding import check_mesh, parameter_shardings
 
 VISION_INPUTS = (
@@ -50,18 +50,6 @@ VISION_INPUTS = (
     "video_grid_thw",
     "second_per_grid_ts",
 )
-PREFILL_CHUNK = 8192  # tokens of a prompt that go through the decoder at once
-
-# Hugging Face's other arguments of a call: name -> (what is done anyway, what to do instead)
-CALL_FIXED = {
-    "return_dict": (True, "the output has the fields logits, cache and hidden_states"),
-    "output_attentions": (False, "attention weights are never formed here"),
-    "labels": (None, "compute the loss from logits, or train with train.py"),
-    "past_key_values": (None, "pass cache=..., as an earlier call's output has it"),
-    "inputs_embeds": (None, "pass input_ids"),
-    "cache_position": (None, "the cache knows where it stands: leave it out"),
-    "rope_deltas": (None, "the cache knows where it stands: leave it out"),
-}
 
 
 class InfiniteVL:
@@ -73,7 +61,7 @@ class InfiniteVL:
         config: ModelConfig,
         params: Params,
         *,
-        dtype=None,
+        dtype: Any = None,
         mesh: Mesh | None = None,
         ops: Ops | None = None,
         defaults: Defaults = Defaults(),  # noqa: B008  frozen
@@ -104,16 +92,18 @@ class InfiniteVL:
             )
         self.ops = ops or resolve_ops(mesh)
         model = functional(config, scanned=False, dtype=self.dtype, ops=self.ops)
+        self.module = model  # parameters -> VLM
         self._programs = Programs(model)
         self._module = model(jax.eval_shape(lambda p: p, dict(params)))
         self._cache_spec = lru_cache(self._module.cache_spec)
+        self._checks = CacheChecks(self._module, self._cache_spec)
 
     @classmethod
     def from_pretrained(
         cls,
-        folder,
+        folder: str | Path,
         *,
-        dtype=None,
+        dtype: Any = None,
         mesh: Mesh | None = None,
         ops: Ops | None = None,
         progress: bool = False,
@@ -147,7 +137,7 @@ class InfiniteVL:
         config: ModelConfig,
         seed: int = 0,
         *,
-        dtype=jnp.float32,
+        dtype: Any = jnp.float32,
         mesh: Mesh | None = None,
         ops: Ops | None = None,
     ) -> "InfiniteVL":
@@ -185,28 +175,28 @@ class InfiniteVL:
                 "this model has full-attention layers, whose cache grows with the text",
                 "pass max_length in tokens",
             )
-        with self._on_mesh():
+        with on_mesh(self.mesh):
             spec = self._cache_spec(batch, max_length if self.keeps_everything else None)
             return empty(spec) if self.mesh is None else jax.jit(lambda: empty(spec))()
 
     def __call__(
         self,
-        input_ids,
-        attention_mask=None,
-        position_ids=None,
-        pixel_values=None,
-        image_grid_thw=None,
-        pixel_values_videos=None,
-        video_grid_thw=None,
-        second_per_grid_ts=None,
-        mm_token_type_ids=None,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        position_ids: ArrayLike | None = None,
+        pixel_values: ArrayLike | None = None,
+        image_grid_thw: ArrayLike | None = None,
+        pixel_values_videos: ArrayLike | None = None,
+        video_grid_thw: ArrayLike | None = None,
+        second_per_grid_ts: ArrayLike | None = None,
+        mm_token_type_ids: ArrayLike | None = None,
         *,
         cache: Cache | None = None,
         use_cache: bool = False,
         max_length: int | None = None,
         output_hidden_states: bool = False,
         logits_to_keep: int = 0,
-        **others,
+        **others: Any,
     ) -> Output:
         """Logits of every token (rows of padding hold nothing of meaning).
 
@@ -223,17 +213,17 @@ class InfiniteVL:
 
         Raises InfiniteVLError for arguments that do not fit the model or each other.
         """
-        refuse(others, (), CALL_FIXED, "a call")
-        vision = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
+        refuse(others, (), CALL, "a call")
+        vision: dict[str, Any] = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
         vision |= {"pixel_values_videos": pixel_values_videos, "video_grid_thw": video_grid_thw}
-        self._check_cache(cache)
+        self._checks.check_cache(cache)
         start = None
         if cache is not None and any(v is not None for v in vision.values()):
             start = np.asarray(cache.next_position)
         input_ids = as_numpy(input_ids, "input_ids")
         width = input_ids.shape[-1] if input_ids.ndim else 0
         length = width if width == 1 else bucket(width)
-        prepared = prepare(
+        inputs = build_inputs(
             self.config,
             input_ids,
             attention_mask,
@@ -245,24 +235,24 @@ class InfiniteVL:
         )
         if cache is None and use_cache:
             cache = self.init_cache(
-                len(prepared.shift), 2 * bucket(width) if max_length is None else max_length
+                len(inputs.left_padding), 2 * bucket(width) if max_length is None else max_length
             )
-        self._check_call(cache, prepared)
+        self._checks.check_call(cache, inputs)
         columns = min(whole_number(logits_to_keep, "logits_to_keep", 0), width) or None
         keep = None
         if columns is not None:
             keep = np.maximum(
-                np.arange(width - columns, width) - prepared.shift[:, None], 0
+                np.arange(width - columns, width) - inputs.left_padding[:, None], 0
             ).astype(np.int32)
-        with self._on_mesh():
+        with on_mesh(self.mesh):
             embeds = (
                 None
-                if prepared.patches is None
-                else self._programs.encode(self.params, prepared.patches)
+                if inputs.patches is None
+                else self._programs.encode(self.params, inputs.patches)
             )
             logits, cache, hidden = self._programs.forward(
                 self.params,
-                prepared.inputs,
+                inputs.decoder,
                 embeds,
                 cache,
                 keep,
@@ -272,13 +262,18 @@ class InfiniteVL:
             logits,
             cache,
             tuple(hidden) if output_hidden_states else None,
-            prepared.shift,
+            inputs.left_padding,
             width,
             columns,
         )
 
     def generate(
-        self, input_ids, attention_mask=None, position_ids=None, mm_token_type_ids=None, **arguments
+        self,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        position_ids: ArrayLike | None = None,
+        mm_token_type_ids: ArrayLike | None = None,
+        **arguments: Any,
     ) -> np.ndarray:
         """The new token ids [batch, new], greedy by default; a sequence that has ended is filled up
         with the pad token.
@@ -306,10 +301,16 @@ class InfiniteVL:
         tokens = list(
             self.stream(input_ids, attention_mask, position_ids, mm_token_type_ids, **arguments)
         )
-        return np.stack(tokens, 1) if tokens else np.zeros((len(input_ids), 0), np.int32)
+        rows = len(as_numpy(input_ids, "input_ids"))
+        return np.stack(tokens, 1) if tokens else np.zeros((rows, 0), np.int32)
 
     def stream(
-        self, input_ids, attention_mask=None, position_ids=None, mm_token_type_ids=None, **arguments
+        self,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        position_ids: ArrayLike | None = None,
+        mm_token_type_ids: ArrayLike | None = None,
+        **arguments: Any,
     ) -> Iterator[np.ndarray]:
         """Yield [batch] token ids as they are made, until every sequence has ended or
         `max_new_tokens` have come.
@@ -318,23 +319,23 @@ class InfiniteVL:
           token.
         """
         vision = {name: arguments.pop(name) for name in VISION_INPUTS if name in arguments}
-        prepared = prepare(self.config, input_ids, attention_mask, position_ids, **vision)
-        request = resolve(arguments, self.defaults, self.config, prepared.inputs.tokens.shape[1])
-        return self._stream(prepared, request, as_numpy(input_ids, "input_ids"))
+        inputs = build_inputs(self.config, input_ids, attention_mask, position_ids, **vision)
+        request = resolve(arguments, self.defaults, self.config, inputs.decoder.tokens.shape[1])
+        return self._stream(inputs, request, as_numpy(input_ids, "input_ids"))
 
     def _stream(
-        self, prepared: Prepared, request: Request, prompt: np.ndarray
+        self, inputs: ModelInputs, request: Request, prompt: np.ndarray
     ) -> Iterator[np.ndarray]:
-        batch, width = prepared.inputs.tokens.shape
+        batch, width = inputs.decoder.tokens.shape
         if request.streamer is not None:
             request.streamer.put(prompt)
         if request.max_new_tokens:
             logits, cache = self.prefill(
-                prepared, self.init_cache(batch, bucket(width + request.max_new_tokens))
+                inputs, self.init_cache(batch, bucket(width + request.max_new_tokens))
             )
             occurred = None
             if request.sampling.repetition_penalty != 1:
-                occurred = prepared.occurred(self.config.text.vocab_size)
+                occurred = inputs.occurred(self.config.text.vocab_size)
             stopped = StopStrings(request, batch) if request.stop_strings else None
             for tokens, _ in self._decode(logits, cache, request, occurred, stopped):
                 if request.streamer is not None:
@@ -344,7 +345,7 @@ class InfiniteVL:
             request.streamer.end()
 
     def decode(
-        self, logits: Array, cache: Cache, *, occurred: np.ndarray | None = None, **arguments
+        self, logits: Array, cache: Cache, *, occurred: np.ndarray | None = None, **arguments: Any
     ) -> Iterator[tuple[np.ndarray, Cache]]:
         """Go on from a prompt: yield [batch] token ids as they are made, each with the cache of
         that moment.
@@ -360,7 +361,7 @@ class InfiniteVL:
           arguments: as for `generate`; max_length, stop_strings and streamer are `generate`'s
             alone.
         """
-        self._check_cache(cache)
+        self._checks.check_cache(cache)
         if alone := [
             name
             for name in ("max_length", "stop_strings", "streamer")
@@ -381,177 +382,19 @@ class InfiniteVL:
         cache: Cache,
         request: Request,
         occurred: np.ndarray | None,
-        stopped: Callable | None,
+        stopped: Callable[[np.ndarray], list[bool]] | None,
     ) -> Iterator[tuple[np.ndarray, Cache]]:
-        run, sampling, ends = self._programs, request.sampling, np.asarray(request.ends, np.int32)
-        key, penalised = jax.random.key(request.seed), sampling.repetition_penalty != 1
-        with self._on_mesh():
-            occurred = jnp.asarray(occurred) if penalised else None
-            token, device_ends = (
-                run.choose(logits, key, sampling=sampling, occurred=occurred),
-                jnp.asarray(ends),
-            )
-        self._check_room(cache, max(request.max_new_tokens - 1, 0))
-        done = np.zeros(token.shape, bool)
-        for i in range(1, request.max_new_tokens + 1):
-            following = None
-            if (
-                i < request.max_new_tokens
-            ):  # the device works on the next token while this one is looked at
-                with self._on_mesh():
-                    occurred = run.mark(occurred, token) if penalised else None
-                    drawn = jax.random.fold_in(key, i)
-                    following, cache = run.step(
-                        self.params,
-                        token,
-                        cache,
-                        drawn,
-                        sampling=sampling,
-                        ends=device_ends,
-                        occurred=occurred,
-                    )
-            now = np.asarray(token)
-            yield np.where(done, request.pad, now).astype(np.int32), cache
-            done |= np.isin(now, ends)
-            if stopped is not None:
-                done |= stopped(now)
-            if done.all():
-                return
-            token = following
+        self._checks.check_room(cache, max(request.max_new_tokens - 1, 0))
+        return decoding.decode(
+            self._programs, self.params, logits, cache, request, occurred, stopped, self.mesh
+        )
 
-    def prefill(self, prepared: Prepared, cache: Cache) -> tuple[Array, Cache]:
-        """Take prepared inputs into a cache, in chunks: logits [batch, vocab] of every row's last
-        token, and the new cache."""
-        self._check_cache(cache)
-        self._check_call(cache, prepared)
-        with self._on_mesh():
-            embeds = (
-                None
-                if prepared.patches is None
-                else self._programs.encode(self.params, prepared.patches)
-            )
-            last = None
-            for part in _chunks(prepared.inputs):
-                ending = np.maximum((part.index >= 0).sum(1, keepdims=True) - 1, 0).astype(np.int32)
-                logits, cache, _ = self._programs.forward(self.params, part, embeds, cache, ending)
-                logits = logits[:, 0]
-                # a row that ended in an earlier chunk keeps the logits it had
-                last = logits if last is None else jnp.where(part.index[:, :1] >= 0, logits, last)
-        return last, cache
+    def prefill(self, inputs: ModelInputs, cache: Cache) -> tuple[Array, Cache]:
+        """Chunked prefill of inputs (`build_inputs`).
 
-    def _check_cache(self, cache: Cache | None) -> None:
-        """A cache is one of this model, and still there."""
-        if cache is None:
-            return
-        if not isinstance(cache, Cache):
-            raise InfiniteVLError(
-                f"cache is a {type(cache).__name__}",
-                "pass the cache of an earlier call's output, or init_cache(batch)",
-            )
-        if any(leaf.is_deleted() for leaf in jax.tree.leaves(cache) if isinstance(leaf, Array)):
-            raise InfiniteVLError(
-                "this cache has been used up by decode",
-                "go on from the cache that came with the last token",
-            )
-        spec = self._cache_spec(len(cache.length), self._capacity(cache))
-        if jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), cache) != jax.tree.map(
-            lambda leaf: (leaf.shape, leaf.dtype), spec
-        ):
-            raise InfiniteVLError(
-                "the cache is another model's, or of another dtype",
-                "make it with this model: init_cache(batch)",
-            )
-
-    def _check_call(self, cache: Cache | None, prepared: Prepared) -> None:
-        """A cache can take these inputs."""
-        if cache is not None and prepared.inputs.segment.any():
-            raise InfiniteVLError(
-                "position_ids start anew inside a row: several sequences are packed there, and a"
-                " cache holds one sequence a row",
-                "pass one row a sequence, padded with attention_mask, where a cache or new tokens"
-                " are wanted",
-            )
-        self._check_room(cache, prepared.counts)
-
-    def _capacity(self, cache: Cache) -> int | None:
-        """Tokens of a sequence that a cache has room for, None where it takes any number."""
-        return self._module.max_length(cache)
-
-    def _check_room(self, cache: Cache | None, tokens: np.ndarray | int) -> None:
-        """A cache takes so many tokens more: of the sequences it was made for, no more in full
-        attention than that, and of any model no more than its counters count.
-
-        tokens: [batch], or one number for all sequences.
+        Returns the logits [batch, vocab] of every row's last token, and the new cache.
         """
-        if cache is None:
-            return
-        held = np.asarray(cache.length, np.int64)
-        if np.ndim(tokens) and len(held) != len(tokens):
-            raise InfiniteVLError(
-                f"the cache holds {len(held)} sequences, input_ids {len(tokens)}",
-                "pass one row a sequence, or cache.select(rows) to branch or leave some out",
-            )
-        needed = (held + tokens).max()
-        capacity = self._capacity(cache)
-        if capacity is not None and needed > capacity:
-            raise InfiniteVLError(
-                f"the cache was made for {capacity} tokens, this call brings it to {needed}",
-                "make it with a larger max_length",
-            )
-        furthest = max(needed, (np.asarray(cache.next_position, np.int64) + tokens).max())
-        if furthest > INT32_MAX:
-            raise InfiniteVLError(
-                f"this call brings a sequence to {furthest:,} tokens or positions, its cache counts"
-                f" to {INT32_MAX:,}",
-                "start anew with init_cache(batch): what lies further back than the window is in"
-                " the states alone",
-            )
-
-    def _on_mesh(self):
-        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
-
-
-def compute_dtype(stored) -> np.dtype:
-    """The dtype to compute in for weights that are stored so: their own, float32 for float16, whose
-    range activations leave."""
-    return jnp.dtype("float32" if stored == jnp.float16 else stored)
-
-
-def floating(dtype) -> np.dtype | None:
-    """f32 or bf16 as a numpy dtype, from a name or a dtype of numpy, jax or torch; None for None
-    and "auto"."""
-    name = (
-        str(dtype).removeprefix("torch.") if not isinstance(dtype, type) else np.dtype(dtype).name
-    )
-    if name in ("None", "auto"):
-        return None
-    if name not in ("float32", "bfloat16"):
-        raise InfiniteVLError(
-            f"dtype is {dtype!r}",
-            "compute in float32 or bfloat16, or leave it out to keep the checkpoint's own",
-        )
-    return jnp.dtype(name)
-
-
-def _chunks(inputs: Inputs) -> Iterator[Inputs]:
-    """Pieces of at most PREFILL_CHUNK tokens, the last one padded to a bucket: few shapes, few
-    compilations."""
-    for at in range(0, inputs.tokens.shape[1], PREFILL_CHUNK):
-        width = min(PREFILL_CHUNK, inputs.tokens.shape[1] - at)
-        more = min(bucket(width), PREFILL_CHUNK) - width
-
-        def cut(x, fill, at=at, width=width, more=more):
-            if x is None:
-                return None
-            return np.pad(
-                x[..., at : at + width], [(0, 0)] * (x.ndim - 1) + [(0, more)], constant_values=fill
-            )
-
-        index = cut(inputs.index, -1)
-        yield Inputs(
-            cut(inputs.tokens, 0),
-            np.where(index >= 0, index - at, -1),
-            cut(inputs.segment, 0),
-            cut(inputs.positions, 0),
-            cut(inputs.vision_index, -1),
-        )
+        self._checks.check_cache(cache)
+        self._checks.check_call(cache, inputs)
+        with on_mesh(self.mesh):
+            return decoding.prefill(self._programs, self.params, inputs, cache)

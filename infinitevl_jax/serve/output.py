@@ -23,8 +23,8 @@ class Output:
         cache: Cache | None,
         hidden: tuple[Array, ...] | None,
         shift: np.ndarray,
-        width: int | None,
-        columns,
+        width: int,
+        columns: int | None,
     ):
         """
         Args:

@@ -2,15 +2,22 @@
 token."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
-from infinitevl_jax.inputs.model_inputs import Inputs, text_inputs
+from infinitevl_jax.inputs.model_inputs import DecoderInputs, text_inputs
 from infinitevl_jax.nn.cache import Cache
 from infinitevl_jax.serve.sampling import Sampling, choose
+
+
+def on_mesh(mesh: Mesh | None) -> AbstractContextManager:
+    """Within, programs are for this mesh (None: one device)."""
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 class Programs:
@@ -26,7 +33,8 @@ class Programs:
     def __init__(self, model: Callable):
         """model(params) is a VLM that has these parameters."""
         self.encode = jax.jit(lambda params, patches: model(params).encode(patches))
-        self.forward = jax.jit(partial(forward, model), static_argnames="collect")
+        prefill = jax.named_scope("prefill")(partial(forward, model))
+        self.forward = jax.jit(prefill, static_argnames="collect")
         self.step = jax.jit(
             partial(step, model), static_argnames="sampling", donate_argnames="cache"
         )
@@ -37,7 +45,7 @@ class Programs:
 def forward(
     model,
     params: Mapping[str, Array],
-    inputs: Inputs,
+    inputs: DecoderInputs,
     embeds,
     cache,
     keep=None,
@@ -59,6 +67,7 @@ def forward(
     return vlm.logits(hidden).astype(jnp.float32), cache, states
 
 
+@jax.named_scope("decode")
 def step(
     model,
     params,
@@ -74,7 +83,7 @@ def step(
     inputs = text_inputs(token[:, None])
     ended = jnp.zeros(token.shape, bool) if ends is None else jnp.isin(token, ends)
     if ends is not None:
-        inputs = inputs._replace(index=jnp.where(ended[:, None], -1, inputs.index))
+        inputs = inputs._replace(token_index=jnp.where(ended[:, None], -1, inputs.token_index))
     logits, cache, _ = forward(model, params, inputs, None, cache)
     return jnp.where(ended, token, choose(logits[:, 0], key, sampling, occurred)), cache
 

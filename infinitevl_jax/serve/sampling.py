@@ -1,10 +1,13 @@
 """From logits to the next token: greedy, or sampled with temperature, top-k, top-p and min-p; what
 was said may be penalised."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from infinitevl_jax.inputs.arrays import INT32_MAX, number, whole_number
@@ -43,6 +46,7 @@ class Sampling:
         check("repetition_penalty", 1e-3, 1e3, "above 0; 1 changes nothing, 1.05 is usual")
 
 
+@jax.named_scope("sampling")
 def choose(logits: Array, key: Array, sampling: Sampling, occurred: Array | None = None) -> Array:
     """[batch, vocab] logits -> [batch] int32 tokens. occurred: [batch, vocab] bool, what
     repetition_penalty applies to."""
@@ -72,3 +76,82 @@ def choose(logits: Array, key: Array, sampling: Sampling, occurred: Array | None
             logits < jnp.log(sampling.min_p), -jnp.inf, logits
         )  # the likeliest is 0 here
     return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+class Settings(NamedTuple):
+    """`Sampling` of many sequences, an array [rows] a setting."""
+
+    temperature: Array | np.ndarray  # f32
+    top_k: Array | np.ndarray  # int32
+    top_p: Array | np.ndarray  # f32
+    min_p: Array | np.ndarray  # f32
+    repetition_penalty: Array | np.ndarray  # f32
+
+    @classmethod
+    def of(cls, rows: Sequence[Sampling]) -> "Settings":
+        """One row for each, on the host."""
+
+        def column(name, dtype):
+            return np.array([getattr(row, name) for row in rows], dtype)
+
+        return cls(
+            *[column(name, np.int32 if name == "top_k" else np.float32) for name in cls._fields]
+        )
+
+    @classmethod
+    def greedy(cls, count: int) -> "Settings":
+        """`count` rows that take the likeliest token."""
+        return cls.of([Sampling()] * count)
+
+
+def choose_rows(
+    logits: Array, seed: Array, number: Array, settings: Settings, occurred: Array
+) -> Array:
+    """The next token of each sequence, as `choose` does for one `Sampling`.
+
+    A row's token depends on this row alone.
+
+    Args:
+      logits: [rows, vocab].
+      seed: [rows, 2] uint32, seed and row of the request.
+      number: [rows] int32, tokens chosen before.
+      occurred: [rows, vocab] bool, what repetition_penalty applies to.
+
+    Returns:
+      [rows] int32.
+    """
+    logits = logits.astype(jnp.float32)
+    penalty = settings.repetition_penalty[:, None]
+    penalised = jnp.where(logits < 0, logits * penalty, logits / penalty)
+    logits = jnp.where(occurred, penalised, logits)
+    likeliest = jnp.argmax(logits, -1).astype(jnp.int32)
+
+    def draw():
+        keys = jax.vmap(_key)(seed, number)
+        drawn = jax.vmap(_draw)(keys, logits, settings).astype(jnp.int32)
+        return jnp.where(settings.temperature > 0, drawn, likeliest)
+
+    return jax.lax.cond(jnp.any(settings.temperature > 0), draw, lambda: likeliest)
+
+
+def _key(seed: Array, number: Array) -> Array:
+    key = jax.random.fold_in(jax.random.key(seed[0]), seed[1])
+    return jax.random.fold_in(key, number)
+
+
+def _draw(key: Array, logits: Array, settings: Settings) -> Array:
+    """One token of one sequence: logits [vocab], settings of rank 0."""
+    # the likeliest token has 0, so that a cold temperature cannot overflow
+    cold = jnp.maximum(settings.temperature, jnp.finfo(jnp.float32).tiny)
+    logits = (logits - jnp.max(logits)) / cold
+    order = jnp.sort(logits, descending=True)
+    count = jnp.where(settings.top_k > 0, jnp.minimum(settings.top_k, len(logits)), len(logits))
+    least = order[count - 1]
+    order = jnp.where(order < least, -jnp.inf, order)
+    share = jax.nn.softmax(order)
+    before = jnp.cumsum(share) - share
+    # the smallest set of tokens whose probability reaches top_p
+    nucleus = jnp.min(jnp.where(before < settings.top_p, order, jnp.inf))
+    least = jnp.where(settings.top_p < 1, nucleus, least)
+    least = jnp.maximum(least, jnp.where(settings.min_p > 0, jnp.log(settings.min_p), -jnp.inf))
+    return jax.random.categorical(key, jnp.where(logits < least, -jnp.inf, logits))

@@ -1,26 +1,36 @@
 """A run's checkpoints: RUN/checkpoints/STEP, each at the same time one of our checkpoint folders.
 
-STEP/params is the flat dict of all parameters, STEP/optimizer the moments and counters, STEP/data
-the place in the data. Beside them lie config.json, the processor's files and the manifest, so that
-STEP can be exported, or opened with `InfiniteVL.from_pretrained`.
+STEP/params holds all parameters, STEP/optimizer the moments and counters, both layer by layer
+whatever the run scans; STEP/data/metadata is the place in the data. Beside them lie config.json,
+the processor's files and the manifest, so that STEP can be exported, or opened with
+`InfiniteVL.from_pretrained`.
 """
 
+import json
+import logging
 import os
+import re
 import shutil
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
+import numpy as np
+from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import NamedSharding
 
-from infinitevl_jax.checkpoints.files import MANIFEST, copy_side_files, side_files
-from infinitevl_jax.checkpoints.manifest import Manifest
+from infinitevl_jax.checkpoints.array_reader import ArrayReader, is_format_2
+from infinitevl_jax.checkpoints.array_writer import layers_of, write_arrays
+from infinitevl_jax.checkpoints.files import MANIFEST, PARAMS, copy_side_files, side_files
+from infinitevl_jax.checkpoints.format2 import StackReader
+from infinitevl_jax.checkpoints.manifest import FORMAT, Manifest
+from infinitevl_jax.checkpoints.placing import place
+from infinitevl_jax.checkpoints.reading import read_config
+from infinitevl_jax.checkpoints.stored import Reader, read_stack
 from infinitevl_jax.errors import InfiniteVLError
-from infinitevl_jax.reading import check_regular
-from infinitevl_jax.train.quiet import report_once
+from infinitevl_jax.reading import check_regular, read_json
 from infinitevl_jax.train.step import TrainState
 from infinitevl_jax.writing import (
     StorageError,
@@ -31,6 +41,10 @@ from infinitevl_jax.writing import (
     sync,
     sync_tree,
 )
+
+_log = logging.getLogger(__name__)
+_OPTIMIZER, _PLACE = "optimizer", Path("data", "metadata")
+_STEP = re.compile(r"0|[1-9][0-9]*")
 
 
 class _Unusable(InfiniteVLError):
@@ -46,38 +60,28 @@ class Checkpoints:
         files: Path,
         manifest: Manifest,
         keep: int,
-        say: Callable[[str], None] = print,
+        layers: Mapping[str, Sequence[str]] | None = None,
     ):
         """
         Args:
           run: the run's folder.
           files: a folder with the model's side files. manifest: what export needs to know beside
             them.
-          say: told which steps could not be used.
+          layers: name of a parameter of the state -> its names on disk: those of its layers, if it
+            is a stack of them. A parameter that is not named here keeps its name.
         """
         self.folder, self.files, self.manifest = run.absolute() / "checkpoints", files, manifest
-        self.keep, self.say = keep, say
-        report_once()
-        # Older steps are removed here, once the new one is on the disk.
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=None, enable_async_checkpointing=False, create=True
-        )
-        handlers = {
-            "params": ocp.StandardCheckpointHandler(),
-            "optimizer": ocp.StandardCheckpointHandler(),
-        }
-        handlers["data"] = ocp.JsonCheckpointHandler()
+        self.keep, self.layers = keep, layers or {}
         with storage(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_unfinished()
             self._check_steps()
-            self._manager = ocp.CheckpointManager(
-                self.folder, options=options, item_handlers=handlers
-            )
 
     @property
     def steps(self) -> list[int]:
         """Steps of which there is a checkpoint, the newest first."""
-        return sorted(self._manager.all_steps(), reverse=True)
+        found = (path for path in self.folder.iterdir() if _STEP.fullmatch(path.name))
+        return sorted((int(path.name) for path in found if path.is_dir()), reverse=True)
 
     @property
     def last(self) -> int | None:
@@ -90,39 +94,66 @@ class Checkpoints:
 
     def save(self, state: TrainState, place: Mapping[str, Any]) -> Path:
         """Write the state after a step, and `place` (JSON) in the data; on the disk and whole when
-        this returns.
+        this returns. All processes of a run call this together.
 
         Raises StorageError, which names the step to go back to, if it cannot be written.
         """
         step = int(state.step)
         if step != self.last:
-            items = ocp.args.Composite(
-                params=ocp.args.StandardSave({**state.trainable, **state.frozen}),
-                optimizer=ocp.args.StandardSave({"state": state.optimizer, "step": state.step}),
-                data=ocp.args.JsonSave(dict(place)),
-            )
             try:
                 with storage(f"checkpoint {self.path(step)}"):
                     self._check_room(state)
-                    self._manager.save(step, args=items, force=True)
-                    self._manager.wait_until_finished()
-                    sync_tree(self.path(step))
-                    self._write_side_files(self.path(step))
+                    self._write(step, state, place)
             except StorageError as error:
                 self._remove_unfinished()  # the room is needed
-                self._manager.reload()
                 back = "begins anew" if self.last is None else f"goes on from step {self.last}"
                 raise StorageError(
                     error.culprit, f"{error.cure}; then the same command {back}"
                 ) from error
-            for old in self.steps[self.keep :]:
-                self._manager.delete(old)
+            if jax.process_index() == 0:
+                for old in self.steps[self.keep :]:
+                    self._remove(old)
         return self.path(step)
+
+    def _write(self, step: int, state: TrainState, place: Mapping[str, Any]) -> None:
+        """Write a step aside, and give it its name when it is whole."""
+        work, first = self._aside(step), jax.process_index() == 0
+        if first:
+            work.mkdir()
+        _wait_for_all("folder")
+        for item, arrays in self._stored(state).items():
+            write_arrays(work, item, (part for x, names in arrays for part in layers_of(x, names)))
+        _wait_for_all("arrays")
+        if first:
+            (work / _PLACE).parent.mkdir()
+            (work / _PLACE).write_text(json.dumps(dict(place)), "utf-8")
+            self._write_side_files(work)
+            sync_tree(work)
+            os.rename(work, self.path(step))
+            sync(self.folder)
+        _wait_for_all("step")
+
+    def _stored(self, state: TrainState) -> dict[str, list[tuple[Any, tuple[str, ...]]]]:
+        """Folder in a step -> its arrays (or their shapes), with their names on disk."""
+        params = {**state.trainable, **state.frozen}
+        leaves = jax.tree_util.tree_leaves_with_path(state.optimizer)
+        optimizer = [(x, self._names(path)) for path, x in leaves]
+        return {
+            PARAMS: [(x, tuple(self.layers.get(name, [name]))) for name, x in params.items()],
+            _OPTIMIZER: [*optimizer, (state.step, ("step",))],
+        }
+
+    def _names(self, path: tuple) -> tuple[str, ...]:
+        """Names on disk of a leaf of the optimizer's state: the moments of a parameter are called
+        as the parameter, after what they are."""
+        name = "state." + jax.tree_util.keystr(path, simple=True, separator=".")
+        param = str(getattr(path[-1], "key", ""))
+        return tuple(name.removesuffix(param) + layer for layer in self.layers.get(param, [param]))
 
     def restore(self, state: TrainState, accept: Callable[[dict[str, Any]], None]) -> TrainState:
         """The newest checkpoint that can be read, as arrays of the shapes and shardings of `state`.
 
-        Newer ones that cannot be read are moved to RUN/damaged-step-N, and `say` is told.
+        Newer ones that cannot be read are moved to RUN/damaged-step-N, with a warning in the log.
 
         Args:
           state: a TrainState of jax.ShapeDtypeStruct with shardings.
@@ -142,9 +173,7 @@ class Checkpoints:
             for bad, error in unusable.items():
                 with storage(self.path(bad)):
                     kept = keep_aside(self.path(bad), self.folder.with_name(f"damaged-step-{bad}"))
-                self.say(f"{error.culprit}\n  kept as {kept}; going back to step {step}")
-            if unusable:
-                self._manager.reload()
+                _log.warning("%s\n  kept as %s; going back to step %d", error.culprit, kept, step)
             with storage(self.path(step)):
                 # a run killed at the wrong moment lacks them
                 self._write_side_files(self.path(step))
@@ -155,29 +184,43 @@ class Checkpoints:
         self, step: int, state: TrainState, accept: Callable[[dict[str, Any]], None]
     ) -> TrainState:
         """A step's checkpoint. Raises _Unusable."""
-        wanted = {**state.trainable, **state.frozen}
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(wanted),
-            optimizer=ocp.args.StandardRestore({"state": state.optimizer, "step": state.step}),
-            data=ocp.args.JsonRestore(),
-        )
         try:
             check_regular(self.path(step))
-            self._check(step, wanted)
-            found = self._manager.restore(step, args=items)
-            params, optimizer = found["params"], found["optimizer"]
+            stored = self._stored(state)
+            params, optimizer = (self._open(step, item) for item in stored)
+            if wrong := _differences(params, stored[PARAMS]):
+                more = [f"and {len(wrong) - 5} more"] if len(wrong) > 5 else []
+                raise _Unusable(
+                    f"checkpoint {self.path(step)} is of another configuration:",
+                    "go on with the configuration that it was made with, or choose another"
+                    " train.output",
+                    [*wrong[:5], *more],
+                )
+            if wrong := _differences(optimizer, stored[_OPTIMIZER]):
+                raise ValueError(wrong[0])
+            found = int(optimizer.read("step"))
+            if found != step:
+                raise ValueError(f"it holds step {found}")
+            accept(read_json(self.path(step) / _PLACE))
+            arrays = [
+                _load(reader, x, names)
+                for reader, item in ((params, PARAMS), (optimizer, _OPTIMIZER))
+                for x, names in stored[item]
+            ]
+            names = [*state.trainable, *state.frozen]
+            values = dict(zip(names, arrays, strict=False))
             trainable, frozen = (
-                {name: params[name] for name in names} for names in (state.trainable, state.frozen)
+                {name: values[name] for name in part} for part in (state.trainable, state.frozen)
             )
-            if int(optimizer["step"]) != step:
-                raise ValueError(f"it holds step {int(optimizer['step'])}")
-            accept(found["data"])
-            return TrainState(trainable, frozen, optimizer["state"], optimizer["step"])
+            moments = jax.tree.unflatten(
+                jax.tree.structure(state.optimizer), arrays[len(names) : -1]
+            )
+            return TrainState(trainable, frozen, moments, arrays[-1])
         except (_Unusable, MemoryError, jax.errors.JaxRuntimeError):
             raise
-        except (
-            Exception
-        ) as error:  # orbax, tensorstore and JSON raise what they like, bare Exception included
+        except InfiniteVLError as error:
+            reason = error.culprit
+        except Exception as error:  # what `accept` makes of a damaged place
             reason = failure("", error).culprit.removeprefix(": ")
         # here the arrays that were read so far are gone: the step before needs their memory
         raise _Unusable(
@@ -185,6 +228,12 @@ class Checkpoints:
             f" parameters: {reason}",
             self._instead_of(step),
         )
+
+    def _open(self, step: int, item: str) -> Reader:
+        reader = ArrayReader(self.path(step), item)
+        if not is_format_2(self.path(step), item):
+            return reader
+        return StackReader(reader, read_config(self.files))
 
     def _instead_of(self, step: int) -> str:
         before = [other for other in self.steps if other < step]
@@ -194,34 +243,6 @@ class Checkpoints:
             else "put a copy of it there, or choose another train.output"
         )
 
-    def close(self) -> None:
-        """Release the manager's threads."""
-        self._manager.close()
-
-    def _check(self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-        """Compare names, shapes and dtypes with what is stored, and say what differs."""
-        params = dict(self._manager.item_metadata(step)["params"].items())
-        wrong = [f"{name} is missing there" for name in wanted if name not in params]
-        wrong += [f"{name} is unknown here" for name in params if name not in wanted]
-        for name, here in wanted.items():
-            there = params.get(name)
-            if there is not None and (tuple(there.shape), str(there.dtype)) != (
-                here.shape,
-                str(here.dtype),
-            ):
-                wrong.append(
-                    f"{name} is {tuple(there.shape)} {there.dtype} there, {here.shape} {here.dtype}"
-                    " here"
-                )
-        if wrong:
-            more = [f"and {len(wrong) - 5} more"] if len(wrong) > 5 else []
-            raise _Unusable(
-                f"checkpoint {self.path(step)} is of another configuration:",
-                "go on with the configuration that it was made with, or choose another"
-                " train.output",
-                [*wrong[:5], *more],
-            )
-
     def _write_side_files(self, folder: Path) -> None:
         """Configuration, processor and, last, the manifest: each appears whole, whatever was
         there."""
@@ -229,7 +250,7 @@ class Checkpoints:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         copy_side_files(self.files, aside)
-        self.manifest.write(aside)
+        self.manifest.write(aside, format=2 if is_format_2(folder, PARAMS) else FORMAT)
         sync_tree(aside)
         for name in [*side_files(aside), Path(MANIFEST)]:
             (folder / name).parent.mkdir(exist_ok=True)
@@ -238,16 +259,20 @@ class Checkpoints:
         shutil.rmtree(aside)
         sync(self.folder)
 
+    def _aside(self, step: int) -> Path:
+        """Where a step lies that is being written or removed."""
+        return self.folder / f".{step}.partial"
+
+    def _remove(self, step: int) -> None:
+        os.rename(self.path(step), self._aside(step))  # half of it would pass for a step
+        shutil.rmtree(self._aside(step))
+
     def _remove_unfinished(self) -> None:
-        """Remove what a killed or failed save left. Threads of a failed one may still write for a
-        moment."""
-        for _ in range(20):
-            left = list(self.folder.glob("*.orbax-checkpoint-tmp*"))
-            for path in left:
-                shutil.rmtree(path, ignore_errors=True)
-            if not left:
-                return
-            time.sleep(0.1)
+        """Remove what a killed or failed save left, of this version or one before."""
+        if jax.process_index() == 0:
+            for pattern in (".*.partial", "*.orbax-checkpoint-tmp*"):
+                for path in self.folder.glob(pattern):
+                    shutil.rmtree(path, ignore_errors=True)
 
     def _check_steps(self) -> None:
         """What is called like a step has to be a folder: a save would wait for a pipe of that
@@ -269,6 +294,36 @@ class Checkpoints:
                 f" {megabytes(free)} are free",
                 "free some space",
             )
+
+
+def _differences(
+    reader: Reader, wanted: Sequence[tuple[jax.ShapeDtypeStruct, Sequence[str]]]
+) -> list[str]:
+    """Names, shapes and dtypes in which a checkpoint is not what is wanted, a line each."""
+    here = {}
+    for x, names in wanted:
+        shape = x.shape if len(names) == 1 else x.shape[1:]
+        here |= dict.fromkeys(names, (tuple(shape), np.dtype(x.dtype)))
+    there = {name: (shape, reader.dtypes[name]) for name, shape in reader.shapes.items()}
+    lines = [f"{name} is missing there" for name in here if name not in there]
+    lines += [f"{name} is unknown here" for name in there if name not in here]
+    lines += [
+        f"{name} is {there[name][0]} {there[name][1]} there, {shape} {dtype} here"
+        for name, (shape, dtype) in here.items()
+        if name in there and there[name] != (shape, dtype)
+    ]
+    return lines
+
+
+def _load(reader: Reader, x: jax.ShapeDtypeStruct, names: Sequence[str]) -> jax.Array:
+    read = partial(read_stack, reader, names, x.shape, np.dtype(x.dtype))
+    return place(x.shape, x.sharding, read, whole=True)
+
+
+def _wait_for_all(what: str) -> None:
+    """Until every process of the run has come here."""
+    if jax.process_count() > 1:
+        sync_global_devices(f"checkpoint: {what}")
 
 
 def abstract_state(state: TrainState, shardings: TrainState) -> TrainState:

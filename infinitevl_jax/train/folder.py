@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from infinitevl_jax.config.presets import RENAMED, Preset, differences, to_tree
@@ -13,6 +13,8 @@ from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.locking import Lock
 from infinitevl_jax.reading import read_json
 from infinitevl_jax.writing import keep_aside, storage, write_text
+
+logger = logging.getLogger(__name__)
 
 # settings that a resumed run may change
 FREE = (
@@ -37,13 +39,10 @@ FREE += ("train.data.folder", "train.data.max_skipped")
 PRESET = "preset.json"
 
 
-def claim_folder(preset: Preset, say: Callable[[str], None] = print) -> tuple[Path, Lock]:
+def claim_folder(preset: Preset) -> tuple[Path, Lock]:
     """Lock the run's folder and write the preset into it.
 
     Files of an earlier run without a checkpoint are removed; its log is kept under another name.
-
-    Args:
-      say: receives messages.
 
     Returns:
       The folder, and the lock that excludes other runs until it is closed.
@@ -62,25 +61,27 @@ def claim_folder(preset: Preset, say: Callable[[str], None] = print) -> tuple[Pa
         run.mkdir(parents=True, exist_ok=True)
         lock = Lock(run / ".lock", f"the run in {run}")
         try:
-            _make_ready(run, to_tree(preset), say)
+            _make_ready(run, to_tree(preset))
         except BaseException:
             lock.close()
             raise
     return run, lock
 
 
-def _make_ready(run: Path, tree: dict, say: Callable[[str], None]) -> None:
+def _make_ready(run: Path, tree: dict) -> None:
     for leftover in run.glob(".*.partial*"):  # of a killed process; the lock excludes others
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     if not _steps(run):
         shutil.rmtree(run / "model", ignore_errors=True)
         log = run / "log.jsonl"
         if log.exists() and log.stat().st_size:
-            say(f"a run that left no checkpoint was here: its log is kept as {keep_aside(log)}")
+            logger.warning(
+                f"a run that left no checkpoint was here: its log is kept as {keep_aside(log)}"
+            )
     elif (run / PRESET).exists():
         _compare(run, tree)
     else:
-        say(f"{run} has no {PRESET}: taken for a run of this configuration")
+        logger.warning(f"{run} has no {PRESET}: taken for a run of this configuration")
     write_text(run / PRESET, json.dumps(tree, indent=2) + "\n")
 
 

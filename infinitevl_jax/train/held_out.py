@@ -1,5 +1,6 @@
 """Evaluation during training: loss and exact answers on the held-out split."""
 
+import logging
 from collections.abc import Callable
 
 import jax
@@ -7,42 +8,30 @@ import numpy as np
 from jax.sharding import Mesh
 
 from infinitevl_jax.config.train import DataConfig
+from infinitevl_jax.data.dataset import Dataset
 from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.pipeline import held_out_batches
 from infinitevl_jax.data.skipping import Skipped
-from infinitevl_jax.data.source import Source
 from infinitevl_jax.train.saving import Stop
 from infinitevl_jax.train.setup import Start
 from infinitevl_jax.train.step import TrainState, put_batch
+
+logger = logging.getLogger(__name__)
 
 
 class HeldOut:
     """Evaluates on the held-out split."""
 
-    def __init__(
-        self,
-        data: DataConfig,
-        start: Start,
-        measure: Callable,
-        mesh: Mesh,
-        say: Callable[[str], None],
-    ):
+    def __init__(self, data: DataConfig, start: Start, measure: Callable, mesh: Mesh):
         """Open the held-out split.
 
         Args:
           measure: maps parameters and a batch to LossSums.
-          say: receives a message for each unusable row.
         """
-        source = Source(data.name, data.folder, data.held_out)
+        source = Dataset(data.name, data.folder, data.held_out)
         self.encoder = Encoder(source, start.processor, start.config)
         self.skipped = Skipped(len(source), data.max_skipped)
-        self.data, self.config, self._measure, self.mesh, self.say = (
-            data,
-            start.config,
-            measure,
-            mesh,
-            say,
-        )
+        self.data, self.config, self._measure, self.mesh = data, start.config, measure, mesh
 
     def measure(self, state: TrainState, stop: Stop) -> dict[str, float] | None:
         """Evaluate the whole split.
@@ -56,7 +45,7 @@ class HeldOut:
         params, sums = {**state.trainable, **state.frozen}, []
         for batch in held_out_batches(self.encoder, self.config, self.data, self.skipped):
             for line in self.skipped.news():
-                self.say(f"held out: {line}")
+                logger.warning(f"held out: {line}")
             sums.append(self._measure(params, put_batch(batch, self.mesh)))
             jax.block_until_ready(sums[-2:-1])  # bounds the queue, so that a stop is noticed
             if stop.asked:

@@ -1,30 +1,32 @@
 """The training log RUN/log.jsonl, one JSON object per line, and its plot."""
 
 import json
+import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from infinitevl_jax.reading import open_regular
 from infinitevl_jax.writing import keep_aside, storage, write_text
 
+logger = logging.getLogger(__name__)
+
 
 class Log:
-    """Appends lines to a log. Opening it drops lines after the restored checkpoint."""
+    """Appends lines to a log. Opening it drops lines after the restored checkpoint. A log with
+    damaged lines is kept under another name."""
 
-    def __init__(self, path: Path, step: int, say: Callable[[str], None] = print):
+    def __init__(self, path: Path, step: int):
         """Open a log.
 
         Args:
           path: the log file.
           step: step of the restored checkpoint.
-          say: receives a message if damaged lines are found.
         """
         self.path = path
         lines, damaged = _read(path)
         if damaged:
-            say(
+            logger.warning(
                 f"{damaged} damaged lines in {path}: it is kept as {keep_aside(path)}, the others"
                 " go on"
             )

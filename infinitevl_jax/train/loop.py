@@ -1,6 +1,7 @@
 """The training loop: prepare, restore or start, step, save, evaluate, plot."""
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterable
 from functools import partial
@@ -14,10 +15,10 @@ from tqdm import tqdm
 from infinitevl_jax.config.presets import Preset
 from infinitevl_jax.config.ranges import INT32
 from infinitevl_jax.data.batch import TrainBatch
+from infinitevl_jax.data.dataset import Dataset
 from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.pipeline import count_steps, train_batches
 from infinitevl_jax.data.skipping import Skipped
-from infinitevl_jax.data.source import Source
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.nn.ops import resolve_ops
 from infinitevl_jax.nn.params import parameters
@@ -41,6 +42,8 @@ from infinitevl_jax.train.step import (
     train_step,
 )
 
+logger = logging.getLogger(__name__)
+
 
 class Outcome(NamedTuple):
     """Result of a run: its folder, its last checkpoint and step, and whether it finished."""
@@ -51,11 +54,9 @@ class Outcome(NamedTuple):
     finished: bool
 
 
-def train(preset: Preset, say=print) -> Outcome:
+def train(preset: Preset) -> Outcome:
     """Train a preset to its end, or until Ctrl-C or SIGTERM. Resumes from its last checkpoint.
-
-    Args:
-      say: receives messages.
+    Logs its progress.
 
     Raises:
       InfiniteVLError: the preset, data, mesh or output folder is invalid.
@@ -70,9 +71,9 @@ def train(preset: Preset, say=print) -> Outcome:
     mesh = make_mesh(preset.run)
     ops = resolve_ops(mesh, preset.run.ops)
     with contextlib.ExitStack() as stack:
-        run, lock = claim_folder(preset, say)
+        run, lock = claim_folder(preset)
         stack.enter_context(lock)
-        source = Source(config.data.name, config.data.folder, config.data.train)
+        source = Dataset(config.data.name, config.data.folder, config.data.train)
         start = prepare_start(preset.model, source, run, config.seed)
         encoder = Encoder(source, start.processor, start.config)
         skipped = Skipped(len(source), config.data.max_skipped)
@@ -93,9 +94,8 @@ def train(preset: Preset, say=print) -> Outcome:
         model = model_of(start.config, preset.run, ops)
         names, frozen = split_trainable(known, config.trainable)
         check_memory(known, names, mesh)
-        checkpoints = stack.enter_context(
-            contextlib.closing(Checkpoints(run, start.files, start.manifest, config.keep, say))
-        )
+        layers = {name: parameter.layers for name, parameter in known.items()}
+        checkpoints = Checkpoints(run, start.files, start.manifest, config.keep, layers)
 
         def set_place(place: dict[str, Any]) -> None:
             batches.set_state(place["rows"])
@@ -103,31 +103,30 @@ def train(preset: Preset, say=print) -> Outcome:
 
         state = _state(checkpoints, start, known, names, optimizer, mesh, set_place)
         first = int(state.step)
-        log = stack.enter_context(contextlib.closing(Log(run / "log.jsonl", first, say)))
+        log = stack.enter_context(contextlib.closing(Log(run / "log.jsonl", first)))
 
-        say(
+        logger.info(
             f"{steps} steps of {config.data.batch} rows on {len(source):,} rows of"
             f" {config.data.name}, output in {run}"
         )
-        say(
+        logger.info(
             f"device: {_devices(mesh)}; mesh: "
             + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         )
-        say("activations: " + preset.run.dtype)
+        logger.info("activations: " + preset.run.dtype)
         sizes = [sum(known[name].size for name in group) for group in (names, frozen)]
-        say(f"parameters: {sizes[0]:,} trained, {sizes[1]:,} frozen")
+        logger.info(f"parameters: {sizes[0]:,} trained, {sizes[1]:,} frozen")
         if whole := kept_whole(known, mesh):
-            say("\n  ".join(["on every device, whole:", *whole]))
+            logger.info("\n  ".join(["on every device, whole:", *whole]))
         if first:
-            say(f"going on from step {first}")
+            logger.info(f"going on from step {first}")
 
-        say = partial(_above_the_bar, say)
         step_fn = jax.jit(partial(train_step, model, optimizer), donate_argnums=0)
         held_out = None
         if config.data.held_out:
-            held_out = HeldOut(config.data, start, jax.jit(partial(forward_loss, model)), mesh, say)
+            held_out = HeldOut(config.data, start, jax.jit(partial(forward_loss, model)), mesh)
         stop = Stop()
-        saver = Saver(checkpoints, lock, config, skipped, state, batches.get_state(), stop, say)
+        saver = Saver(checkpoints, lock, config, skipped, state, batches.get_state(), stop)
         del state  # the first step donates its memory
         with stop, Progress(steps, first) as bar, saver:
             tokens, since = 0, time.monotonic()
@@ -147,12 +146,12 @@ def train(preset: Preset, say=print) -> Outcome:
                     break
                 batch = next(batches)
                 for line in skipped.news():
-                    say(line)
+                    logger.warning(line)
                 saver.advance(step_fn, put_batch(batch, mesh), batches.get_state())
                 tokens += _count(batch)
                 bar.update()
                 if saver.step == first + 1:  # all operators are traced
-                    say("\n  ".join(["what ran:", *ops.report()]))
+                    logger.info("\n  ".join(["what ran:", *ops.report()]))
                 if _is_due(config.log_every, saver.step, steps):
                     saver.check()
                     line = {name: float(value) for name, value in saver.metrics._asdict().items()}
@@ -174,9 +173,9 @@ def train(preset: Preset, say=print) -> Outcome:
                     )
             path = saver.save()
         if finished := step == steps and not unmeasured:
-            say(f"done: checkpoint {path}, log {run / 'log.jsonl'}, {_plot(run)}")
+            logger.info(f"done: checkpoint {path}, log {run / 'log.jsonl'}, {_plot(run)}")
         else:
-            say(
+            logger.info(
                 f"stopped at step {step} of {steps}; saved in {path}\nthe same command goes on from"
                 " here"
             )
@@ -205,7 +204,9 @@ def _state(
 def _count(batch: TrainBatch) -> int:
     """Number of decoder tokens in this process's part of the batch."""
     return sum(
-        int((part.index >= 0).sum()) for part in (batch.prefix, batch.branches) if part is not None
+        int((part.token_index >= 0).sum())
+        for part in (batch.prefix, batch.branches)
+        if part is not None
     )
 
 
@@ -221,11 +222,6 @@ def _is_due(every: int, step: int, steps: int) -> bool:
 
 def _counting(rows: Iterable[int]) -> Iterable[int]:
     return tqdm(rows, desc="counting tokens", leave=False, dynamic_ncols=True, disable=None)
-
-
-def _above_the_bar(say, text: str) -> None:
-    with tqdm.external_write_mode():
-        say(text)
 
 
 def _plot(run: Path) -> str:

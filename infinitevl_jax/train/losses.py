@@ -28,6 +28,7 @@ class LossSums(NamedTuple):
     rows: Array
 
 
+@jax.named_scope("loss")
 def answer_loss(
     head: Callable[[Array], Array],
     hidden: Array,

@@ -2,14 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.data.batch import TrainBatch
-from infinitevl_jax.inputs.model_inputs import Inputs
-from infinitevl_jax.inputs.patches import Patches
+from infinitevl_jax.inputs.model_inputs import packed_shapes
+from infinitevl_jax.inputs.packing import Packing
 from infinitevl_jax.nn.params import parameters
 from infinitevl_jax.train.optimizer import split_trainable
 from infinitevl_jax.train.step import TrainState, batch_shardings, init_state, state_shardings
@@ -44,25 +43,12 @@ def abstract_batch(
       length: tokens per row.
       patches: image patches per row; 0 is text only.
     """
-    ints = np.broadcast_to(np.int32(0), (rows, length))
-    vision = None
-    if patches:
-        ids = np.broadcast_to(np.int32(0), (rows, patches))
-        pixels = np.broadcast_to(jnp.bfloat16(0), (rows, patches, config.vision.patch_features))
-        vision = Patches(
-            pixels,
-            np.broadcast_to(np.int32(0), (rows, patches, 2)),
-            ids,
-            ids,
-            ids,
-            slice_reach=1024,
-        )
-    inputs = Inputs(
-        ints, ints, ints, np.broadcast_to(np.int32(0), (3, rows, length)), ints if patches else None
+    inputs, vision = packed_shapes(
+        config, Packing(rows, length, patches), pixel_dtype=jnp.bfloat16, slice_reach=1024
     )
-    batch = TrainBatch(
-        vision, None, inputs, None, ints, np.broadcast_to(np.float32(0), (rows, length))
-    )
+    tokens = inputs.tokens
+    weights = jax.ShapeDtypeStruct(tokens.shape, jnp.float32)
+    batch = TrainBatch(vision, None, inputs, None, targets=tokens, weights=weights)
     return _placed(batch, batch_shardings(batch, mesh))
 
 

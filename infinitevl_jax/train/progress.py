@@ -1,5 +1,6 @@
-"""Progress display: a bar in a terminal, else a line every now and then."""
+"""Progress display: a bar in a terminal, else a log record every now and then."""
 
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -7,7 +8,9 @@ from collections.abc import Sequence
 from tqdm import tqdm
 from tqdm.utils import disp_len
 
-_EVERY = 30  # seconds between lines without a terminal
+logger = logging.getLogger(__name__)
+
+_EVERY = 30  # seconds between records without a terminal
 _BAR = 8  # smallest width of the bar in columns
 
 
@@ -44,9 +47,7 @@ class Progress(tqdm):
             self.refresh()
         elif step == self.steps[1] or time.monotonic() - self._told >= _EVERY:
             self._told = time.monotonic()
-            print(
-                f"step {step} of {self.steps[1]}: {', '.join(figures)}", file=sys.stderr, flush=True
-            )
+            logger.info(f"step {step} of {self.steps[1]}: {', '.join(figures)}")
 
     def __str__(self) -> str:
         facts = self.format_dict

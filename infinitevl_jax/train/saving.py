@@ -1,6 +1,7 @@
 """Saving of a run: periodically, on request, and before an error ends it."""
 
 import contextlib
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from infinitevl_jax.interrupts import postponed
 from infinitevl_jax.locking import Lock
 from infinitevl_jax.train.checkpoints import Checkpoints
 from infinitevl_jax.train.step import TrainState
+
+logger = logging.getLogger(__name__)
 
 
 class Stop(contextlib.AbstractContextManager):
@@ -45,7 +48,8 @@ class Stop(contextlib.AbstractContextManager):
 class Saver(contextlib.AbstractContextManager):
     """Holds a run's state with its data position, and saves both.
 
-    As a context manager it saves the last good state when an error ends the block.
+    As a context manager it saves the last good state when an error ends the block. The error says
+    where (InfiniteVLError), or the log does.
     """
 
     def __init__(
@@ -57,16 +61,14 @@ class Saver(contextlib.AbstractContextManager):
         state: TrainState,
         place: dict[str, Any],
         stop: Stop,
-        say: Callable[[str], None],
     ):
         """Hold the state of a run.
 
         Args:
           place: JSON position in the data of the batch that follows `state`.
-          say: receives a message if an error ends the run.
         """
         self.checkpoints, self.lock, self.config, self.skipped = checkpoints, lock, config, skipped
-        self.stop, self.say = stop, say
+        self.stop = stop
         self.state, self.metrics = state, None
         self.step = int(state.step)
         self._first, self._places = self.step, {self.step: place}
@@ -129,7 +131,7 @@ class Saver(contextlib.AbstractContextManager):
             raise InfiniteVLError(error.culprit, error.cure, [*error.items, *told]) from error
         with contextlib.suppress(OSError):  # the terminal may be the cause
             for line in told:
-                self.say(line)
+                logger.warning(line)
 
     def _last_words(self, leave: bool) -> list[str]:
         """Save the state unless saving failed or the run must leave; report what is saved."""

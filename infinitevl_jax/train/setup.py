@@ -10,14 +10,14 @@ from pathlib import Path
 import jax
 from jax.sharding import NamedSharding
 
-from infinitevl_jax import checkpoints
+from infinitevl_jax import checkpoints, special_tokens
 from infinitevl_jax.checkpoints.destination import new_folder
 from infinitevl_jax.checkpoints.files import copy_side_files, side_files
-from infinitevl_jax.checkpoints.load import run_manifest
 from infinitevl_jax.checkpoints.manifest import Manifest
+from infinitevl_jax.checkpoints.save import run_manifest
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.config.presets import ModelSource
-from infinitevl_jax.data.source import Source
+from infinitevl_jax.data.dataset import Dataset
 from infinitevl_jax.data.vocabulary import word_tokenizer, write_processor_files
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.families.huggingface import read_config, to_huggingface
@@ -43,7 +43,7 @@ class Start:
     params: Callable[[Mapping[str, NamedSharding]], Params]
 
 
-def prepare_start(model: ModelSource, source: Source, run: Path, seed: int) -> Start:
+def prepare_start(model: ModelSource, source: Dataset, run: Path, seed: int) -> Start:
     """Open the preset's checkpoint folder, or write the files of a new model to RUN/model.
 
     If the preset changes the folder's image size limits, RUN/model gets a copy with that change.
@@ -109,7 +109,7 @@ def existing_folder(name: str, key: str) -> Path:
     return folder
 
 
-def _write_files(model: ModelSource, source: Source, folder: Path) -> None:
+def _write_files(model: ModelSource, source: Dataset, folder: Path) -> None:
     """Write config.json and processor files of a new model."""
     text, vision = model.text, model.vision
     if model.tokenizer == "words":
@@ -133,15 +133,9 @@ def _write_files(model: ModelSource, source: Source, folder: Path) -> None:
                 f" {tokenizer.get_vocab_size()} tokens",
                 f"model.text.vocab_size={tokenizer.get_vocab_size()} or more",
             )
-    names = {
-        "image_token_id": "<|image_pad|>",
-        "video_token_id": "<|video_pad|>",
-        "vision_start_token_id": "<|vision_start|>",
-        "vision_end_token_id": "<|vision_end|>",
-        "pad_token_id": "<|endoftext|>",
-    }
+    names = {**special_tokens.VISION_TOKENS, "pad_token_id": special_tokens.END_OF_TEXT}
     ids = {key: tokenizer.token_to_id(token) for key, token in names.items()}
-    ends = tuple(tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>"))
+    ends = tuple(tokenizer.token_to_id(token) for token in special_tokens.EOS_TOKENS)
     if missing := [names[key] for key, value in ids.items() if value is None]:
         raise InfiniteVLError(
             f"the tokenizer of {model.tokenizer} has no {', '.join(missing)}",

@@ -97,6 +97,16 @@ def model_of(
 
 def forward_loss(model: Callable[[Params], VLM], params: Params, batch: TrainBatch) -> LossSums:
     """Sums of loss and correct answers over a batch."""
+    vlm, hidden = _forward(model, params, batch)
+    return answer_loss(vlm.logits, hidden, batch.targets, batch.weights)
+
+
+@jax.named_scope("forward")
+def _forward(
+    model: Callable[[Params], VLM], params: Params, batch: TrainBatch
+) -> tuple[VLM, Array]:
+    """The module with these parameters, and its hidden states [batch, length, width] of
+    `batch.branches`."""
     vlm = model(params)
     vision = None if batch.patches is None else vlm.encode(batch.patches)
     if batch.prefix is None:
@@ -109,7 +119,7 @@ def forward_loss(model: Callable[[Params], VLM], params: Params, batch: TrainBat
         hidden, _, _ = vlm.decode(
             vlm.embed(batch.branches, None), batch.branches, cache.select(batch.parents)
         )
-    return answer_loss(vlm.logits, hidden, batch.targets, batch.weights)
+    return vlm, hidden
 
 
 def train_step(
@@ -128,13 +138,14 @@ def train_step(
         return sums.loss / sums.tokens, sums
 
     (value, sums), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable)
-    update, moments = optimizer.update(gradient, state.optimizer, state.trainable)
-    metrics = Metrics(value, sums.right / sums.tokens, optax.global_norm(gradient))
-    new = (optax.apply_updates(state.trainable, update), moments, state.step + 1)
-    finite = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.grad_norm)
-    trainable, moments, step = jax.tree.map(
-        partial(jnp.where, finite), new, (state.trainable, state.optimizer, state.step)
-    )
+    with jax.named_scope("optimizer"):
+        update, moments = optimizer.update(gradient, state.optimizer, state.trainable)
+        metrics = Metrics(value, sums.right / sums.tokens, optax.global_norm(gradient))
+        new = (optax.apply_updates(state.trainable, update), moments, state.step + 1)
+        finite = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.grad_norm)
+        trainable, moments, step = jax.tree.map(
+            partial(jnp.where, finite), new, (state.trainable, state.optimizer, state.step)
+        )
     return TrainState(trainable, state.frozen, moments, step), metrics
 
 
@@ -182,8 +193,8 @@ def batch_axes(batch: TrainBatch) -> TrainBatch:
         rank2 = ("batch", None)
         return x._replace(
             tokens=rank2,
-            index=rank2,
-            segment=rank2,
+            token_index=rank2,
+            segment_ids=rank2,
             positions=None if x.positions is None else (None, *rank2),
             vision_index=None if x.vision_index is None else rank2,
         )

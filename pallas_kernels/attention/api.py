@@ -10,8 +10,8 @@ from pallas_kernels.attention.mask import Mask
 from pallas_kernels.attention.state import KVCache
 
 RESIDUAL_NAMES = ("attention_out", "attention_lse")
-"""Names, in every implementation, of what the backward pass saves besides the inputs (for remat
-policies)."""
+"""Names for remat policies, the same in every implementation: the residuals of the backward pass
+besides the inputs."""
 
 
 def attention(
@@ -47,8 +47,8 @@ def attention(
     Returns:
         out [B, Tq, Hq, Dv] in the dtype of q, and lse [B, Tq, Hq] in float32. A query that is a pad
         or sees no key gives out 0 and lse -inf. Both are differentiable in q, k and v. Softmax and
-        sums are float32; products of float32 inputs have full precision, those of narrower inputs
-        their own.
+        sums are float32. Products of float32 inputs are in full float32, those of narrower inputs
+        in the inputs' dtype.
 
     Raises ValueError for shapes that do not fit together, segments on one side only, or an aligned
     mask over Tq != Tk; Refusal where no allowed implementation takes the call.
@@ -72,8 +72,8 @@ def attention_step(
     *,
     implementation: str | None = None,
 ) -> tuple[Array, KVCache]:
-    """Attention of one new token of each sequence to itself and the cached ones; adds it to the
-    cache.
+    """Attention of one new token of each sequence to itself and the cached tokens. Adds the new
+    token to the cache.
 
     `pallas_kernels.attention.step.step` gives arguments and results. implementation: as for
     `attention`.
@@ -114,7 +114,7 @@ def complete(
     mask = Mask() if mask is None else mask
     check(q, k, v, q_segment_ids, k_segment_ids, mask)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    indices = (
+    q_token_index, k_token_index = (
         (
             jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
             if index is None
@@ -122,7 +122,7 @@ def complete(
         )
         for x, index in ((q, q_token_index), (k, k_token_index))
     )
-    return Call(q, k, v, *indices, q_segment_ids, k_segment_ids, mask, scale)
+    return Call(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, mask, scale)
 
 
 def arguments(*args, **kwargs) -> dict:

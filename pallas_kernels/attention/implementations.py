@@ -1,8 +1,8 @@
 """The implementations of attention and of its one-token step, in order of preference.
 
 On a TPU the kernels come first by static score (benchmarks/results/tpu_scores.jsonl). On Hopper
-they come first because the whole model is faster with them (benchmarks/results/prefill.jsonl,
-train_step.jsonl).
+they come first because they make the whole model faster (benchmarks/results/prefill.jsonl,
+train_step.jsonl). They refuse heads wider than 128, and xla runs.
 """
 
 from pallas_kernels.attention import step, xla

@@ -1,4 +1,4 @@
-"""Which keys a query may see: by order in the sequence, not by rotary position or row."""
+"""Which keys a query sees: by order in the sequence, not by rotary position or row."""
 
 import dataclasses
 

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 def merge(
     out_a: jax.Array, lse_a: jax.Array, out_b: jax.Array, lse_b: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention over two disjoint sets of keys, from attention over each.
+    """Attention over the union of two disjoint sets of keys, from attention over each.
 
     out_a, out_b: [..., D]; lse_a, lse_b: [...], log-sum-exp of the scores, -inf (with out 0) where
-    a set is empty. Returns out (dtype of out_a) and lse. With one set empty the other comes back
-    bit for bit; with both empty out is 0 and lse -inf. Differentiable in all four, with zero
-    gradients towards empty sets.
+    a set is empty. Returns out (dtype of out_a) and lse. If one set is empty, the other comes back
+    bit for bit; if both are, out is 0 and lse -inf. Differentiable in all four, with zero gradients
+    towards empty sets.
     """
     top = jax.lax.stop_gradient(jnp.maximum(lse_a, lse_b))
     top = jnp.where(top == -jnp.inf, 0, top)

@@ -35,14 +35,12 @@ def attention(
     @jax.checkpoint
     def block(rows):
         q, q_token_index, q_segment_ids = rows
-        seen = mask.visible(q_token_index, k_token_index, q_segment_ids, k_segment_ids)[
-            :, None
-        ]  # [batch, 1, queries, keys]
+        # [batch, 1, queries, keys]
+        seen = mask.visible(q_token_index, k_token_index, q_segment_ids, k_segment_ids)[:, None]
         empty = ~seen.any(axis=-1, keepdims=True)
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision="highest") * scale
-        scores = jnp.where(
-            empty, 0, jnp.where(seen, scores, -jnp.inf)
-        )  # a row without keys is kept finite, then erased
+        # A row without keys is kept finite, then erased.
+        scores = jnp.where(empty, 0, jnp.where(seen, scores, -jnp.inf))
         weights = jnp.where(empty, 0, jax.nn.softmax(scores, axis=-1))
         lse = jnp.where(empty[..., 0], -jnp.inf, jax.nn.logsumexp(scores, axis=-1))
         return jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision="highest"), lse.swapaxes(1, 2)

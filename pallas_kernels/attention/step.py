@@ -1,4 +1,4 @@
-"""The one-token step of attention: the definition, and the portable implementation."""
+"""The one-token step of attention: the definition, which is also the portable implementation."""
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +16,16 @@ def step(
     window: int | None = None,
     scale: float | None = None,
 ) -> tuple[Array, KVCache]:
-    """out = softmax(scale q k^T) v over the last `window` tokens, the new one among them; adds the
-    new one to the cache.
+    """out = softmax(scale q k^T) v over the last `window` tokens, the new one included. Adds the
+    new token to the cache.
 
     Args:
         q: [batch, query_heads, D]. Query head h reads key head h // (query_heads / kv_heads).
         k: [batch, kv_heads, D] of the new token.
         v: [batch, kv_heads, D] of the new token.
         kv_cache: the tokens before it. Empty slots hold any finite numbers.
-        token_index: [batch] int, the number of tokens before the new one; -1 for a sequence without
-            a new token.
+        token_index: [batch] int, the number of tokens before the new one. -1: a sequence without a
+            new token.
         window: tokens that the new one sees, itself included. None, or more than the cache's
             capacity: all that the cache holds once the new token has replaced the oldest.
         scale: factor of the scores. None: D ** -0.5.
@@ -45,9 +45,8 @@ def step(
     }
     real = token_index >= 0
     slot = token_index % capacity
-    age = (
-        slot[:, None] - jnp.arange(capacity) - 1
-    ) % capacity + 1  # [batch, capacity] how many tokens ago: 1 to capacity
+    # [batch, capacity] how many tokens ago: 1 to capacity
+    age = (slot[:, None] - jnp.arange(capacity) - 1) % capacity + 1
     seen = real[:, None] & (age <= token_index[:, None]) & (age < window)
 
     q, k, v = (jnp.where(real[:, None, None], x, 0) for x in (q, k, v))

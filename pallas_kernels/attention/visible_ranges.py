@@ -1,5 +1,5 @@
-"""Visible ranges: the contiguous rows that each row sees, among tokens that attend to themselves
-or among sorted cached keys."""
+"""Visible ranges: the contiguous rows that each row sees, for tokens that attend to themselves or
+to sorted cached keys."""
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ from pallas_kernels.attention.mask import Mask
 def visible_ranges(
     token_index: jax.Array, segment_ids: jax.Array | None, mask: Mask
 ) -> tuple[jax.Array, ...]:
-    """Four [B, T] int32: the first and the last key row that each query row sees, and the first
-    and the last query row that sees each key row; 0 and -1 for pads."""
+    """Four [B, T] int32: the first and last key row that each query row sees, and the first and
+    last query row that sees each key row. 0 and -1 for pads."""
     real = token_index >= 0
     length = token_index.shape[1]
     row = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), token_index.shape)
@@ -25,9 +25,8 @@ def visible_ranges(
         stop = jax.lax.cummin(jnp.where(stops, row, length), axis=1, reverse=True)
     before, after = start, stop
     if mask.window is not None:
-        far = (
-            min(mask.window, length) - 1
-        )  # a window may be as wide as an int32, a row number plus it not
+        # A window may be as wide as an int32; a row number plus such a window would overflow.
+        far = min(mask.window, length) - 1
         before, after = jnp.maximum(start, row - far), jnp.minimum(stop, row + far)
     if mask.causal:
         ends = before, row, row, after
@@ -42,10 +41,10 @@ def cached_visible_ranges(
     q_token_index: jax.Array, k_token_index: jax.Array, mask: Mask
 ) -> tuple[jax.Array, jax.Array]:
     """Two [B, Tq] int32: the first and last key row that each query sees once keys are sorted by
-    token index.
+    token index. 0 and -1: none.
 
-    Pads (-1) are sorted to the front. 0 and -1 for none. For causal masks without sinks;
-    k_token_index [B, Tk] may be in any order.
+    Pads (-1) are sorted to the front. For causal masks without sinks. k_token_index [B, Tk] may be
+    in any order.
     """
 
     def up_to(last):

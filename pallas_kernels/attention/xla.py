@@ -88,14 +88,13 @@ def _forward(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids
     )
 
 
-def _backward(mask, scale, kept, cotangents):
+def backward(mask, scale, kept, cotangents):
     q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, out, lse = kept
     d_out, d_lse = cotangents
-    live = (
-        lse != -jnp.inf
-    )  # the other queries saw nothing: nothing comes back through them, whatever their rows hold
+    # Queries that saw no key have no gradient, whatever their rows hold.
+    live = lse != -jnp.inf
     d_out = jnp.where(live[..., None], d_out, 0)
-    # d score = p (d p - sum(out * d out) + d lse): the last two are one number a row.
+    # d score = p (d p - sum(out * d out) + d lse). The last two terms are one number a row.
     shift = jnp.where(live, jnp.sum(d_out.astype(jnp.float32) * out, axis=-1) - d_lse, 0)
     lse = jnp.where(live, lse, 0)
 
@@ -135,7 +134,7 @@ def _backward(mask, scale, kept, cotangents):
     return d_q, d_k, d_v, None, None, None, None
 
 
-_attention.defvjp(_forward, _backward)
+_attention.defvjp(_forward, backward)
 
 
 # One tile. Letters: b batch (times blocks), t queries, s keys, h key heads, g query heads of each,
@@ -186,14 +185,13 @@ def _by_group(x: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def _erase(x: jax.Array, token_index: jax.Array) -> jax.Array:
-    """Zeros in the rows of pads, for a weight of 0 does not silence a NaN."""
+    """Zeros in the rows of pads: a weight of 0 does not remove a NaN."""
     return jnp.where(token_index[:, :, None, None] >= 0, x, 0)
 
 
 def _filled(x: jax.Array, value: float, shape: tuple[int, ...] | None = None) -> jax.Array:
-    return lax.full_like(
-        x, value, jnp.float32, shape
-    )  # "like" also in how it varies over a mesh, inside shard_map
+    # full_like also copies how x varies over a mesh inside shard_map.
+    return lax.full_like(x, value, jnp.float32, shape)
 
 
 def _pad(tree: Any, front: int, total: int) -> Any:

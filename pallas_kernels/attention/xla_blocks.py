@@ -10,14 +10,13 @@ from pallas_kernels.attention.tuning import XLA as XLAAttention
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Steps of attention. At a step, `count` query blocks of `q_block` rows in a row each meet the
-    `reach` key rows that begin with (query block j of the step: j * q_block rows after) the step's
-    first key row.
+    """The steps of attention. In a step, each of `count` adjacent query blocks of `q_block` rows
+    meets `reach` key rows. Those of the step's query block j begin j * q_block rows after the
+    step's first key row.
 
-    q_total, k_front, k_total: rows of the queries once padded, key pads put in front, rows of the
-        keys once padded.
-    starts: first query row and first key row (both counted in padded rows) of each step, [steps,
-        2].
+    q_total: rows of the padded queries. k_front: key pads in front. k_total: rows of the padded
+        keys.
+    starts: [steps, 2], the first query row and the first key row of each step, in padded rows.
     """
 
     q_block: int
@@ -38,8 +37,8 @@ class Plan:
 
 
 def plan(q_length: int, k_length: int, mask: Mask, packed: bool) -> Plan:
-    """The steps that cover every pair of a query row and a key row that can meet. packed:
-    segments are in use."""
+    """The steps that cover every pair of a query row and a key row that can meet. packed: there are
+    segments."""
     if (
         mask.aligned
         and mask.window is not None
@@ -52,12 +51,11 @@ def plan(q_length: int, k_length: int, mask: Mask, packed: bool) -> Plan:
 
 
 def _band(length: int, mask: Mask) -> Plan:
-    """A narrow window: each small query block and the few key blocks around it, many of them
-    batched in one step."""
+    """A narrow window: each small query block meets the few key blocks around it, many query blocks
+    in one step."""
     block = 64 if mask.window <= 64 else 128
-    back = -(
-        -(mask.window - 1) // block
-    )  # key blocks before the query's own that are in the window
+    # Key blocks before the query's own that are in the window.
+    back = -(-(mask.window - 1) // block)
     wide = back + 1 + (0 if mask.causal else back)
     blocks = -(-length // block)
     steps = -(-blocks * block * wide * block // XLAAttention.band_area)
@@ -75,12 +73,11 @@ def _band(length: int, mask: Mask) -> Plan:
 
 
 def _pairs(q_length: int, k_length: int, mask: Mask, packed: bool) -> Plan:
-    """Pairs of one query block and one key block, less those that alignment rules out."""
+    """Pairs of a query block and a key block, without those that alignment rules out."""
     side = XLAAttention.side
     if mask.aligned and mask.window is not None:
-        side = min(
-            XLAAttention.side, max(256, mask.window // 2)
-        )  # larger blocks would mostly hold keys out of reach
+        # Larger blocks would mostly hold keys outside the window.
+        side = min(XLAAttention.side, max(256, mask.window // 2))
     q_block, q_count = _share(q_length, side)
     k_block, k_count = _share(k_length, side if mask.aligned else XLAAttention.area // q_block)
     q_start, k_start = np.arange(q_count) * q_block, np.arange(k_count) * k_block
@@ -93,7 +90,7 @@ def _pairs(q_length: int, k_length: int, mask: Mask, packed: bool) -> Plan:
             meet &= first_q - last_k < mask.window
             if not mask.causal:
                 meet &= first_k - last_q < mask.window
-            # One sequence has its sinks in its first rows; packed ones have theirs anywhere.
+            # A single sequence has its sinks in its first rows, packed ones have them anywhere.
             meet |= (first_k < mask.sinks) | (packed and mask.sinks > 0)
         if mask.causal:
             meet &= first_k <= last_q
@@ -102,7 +99,7 @@ def _pairs(q_length: int, k_length: int, mask: Mask, packed: bool) -> Plan:
 
 
 def _share(length: int, most: int) -> tuple[int, int]:
-    """Block length (even shares, tile friendly when there are several) and number of blocks."""
+    """Block length and number of blocks: even shares, multiples of 64 when there are several."""
     count = max(1, -(-length // most))
     block = -(-length // count)
     return (block, 1) if count == 1 else (-(-block // 64) * 64, count)

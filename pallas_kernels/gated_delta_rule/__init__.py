@@ -1,4 +1,4 @@
-"""Gated delta rule: linear attention whose state decays by a gate and is corrected by the delta
+"""Gated delta rule: linear attention with a state that decays by a gate and is updated by the delta
 rule."""
 
 from pallas_kernels.gated_delta_rule.api import (

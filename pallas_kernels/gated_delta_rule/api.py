@@ -8,8 +8,8 @@ from jax import Array
 from pallas_kernels.gated_delta_rule.state import DeltaState
 
 RESIDUAL_NAMES = ("gdn_out", "gdn_inverse", "gdn_states")
-"""Names, in every implementation, of the result and of what the backward pass saves besides the
-inputs (for remat policies)."""
+"""Names for remat policies, the same in every implementation: the result, and the residuals of the
+backward pass besides the inputs."""
 
 
 def gated_delta_rule(
@@ -45,22 +45,21 @@ def gated_delta_rule(
     Returns:
         out [batch, length, value_heads, V] in v's dtype, zero at pads, and the last state
         [batch, value_heads, K, V] float32. A row without valid tokens returns its state bit for
-        bit. What pads hold (NaN included) reaches neither results nor gradients.
+        bit. The contents of pads (NaN included) reach neither results nor gradients.
 
     Differentiable in the first six. The backward pass saves the inputs and two tensors that a remat
-    policy may name: "gdn_inverse" (T) and "gdn_states" (the state before each chunk). With both
+    policy may name: "gdn_inverse" (T) and "gdn_states" (the state before each chunk). If both are
     saved, and "gdn_out" (out) for its readers, nothing sequential is recomputed.
 
     With float32 inputs all products are in full float32. With bfloat16 inputs, products with the
-    state take bfloat16 operands, what a chunk adds to the state float32 ones (`Precision.HIGH`),
-    and "gdn_states" is bfloat16; the carried state is float32 all the same.
+    state have bfloat16 operands and "gdn_states" is bfloat16. The update of the state has float32
+    operands (`Precision.HIGH`), and the carried state is float32.
 
     Raises ValueError for shapes that do not fit together; Refusal where no allowed implementation
     takes the call.
     """
-    from pallas_kernels.gated_delta_rule.implementations import (
-        GATED_DELTA_RULE,
-    )  # imports the kernels' compilers
+    # Imports the kernels' compilers.
+    from pallas_kernels.gated_delta_rule.implementations import GATED_DELTA_RULE
 
     call = q, k, v, g, beta, initial_state, token_index, segment_ids
     return GATED_DELTA_RULE(*call, implementation=implementation)

@@ -1,8 +1,8 @@
 """The implementations of the gated delta rule and of its one-token step, in order of preference.
 
 On a TPU the kernels come first by static score (benchmarks/results/tpu_scores.jsonl). On Hopper
-they come first because the whole model is faster with them (benchmarks/results/prefill.jsonl,
-train_step.jsonl).
+they come first because they make the whole model faster (benchmarks/results/prefill.jsonl,
+train_step.jsonl). With fewer key heads than value heads they refuse, and xla runs.
 """
 
 from pallas_kernels.dispatch import Implementation, Operator

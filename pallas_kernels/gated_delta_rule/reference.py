@@ -1,4 +1,4 @@
-"""Reference: the gated delta rule as it is defined, token by token, in the precision of the
+"""Reference: the definition of the gated delta rule, token by token, in the precision of the
 inputs."""
 
 import jax
@@ -45,9 +45,8 @@ def gated_delta_rule(q, k, v, g, beta, initial_state=None, token_index=None, seg
 
     size = max(1, min(length, BLOCK))
     over_time = [jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, beta, valid, segment_ids)]
-    over_time = [
-        jnp.pad(x, [(0, -length % size)] + [(0, 0)] * (x.ndim - 1)) for x in over_time
-    ]  # by pads
+    # Rows are filled up with pads.
+    over_time = [jnp.pad(x, [(0, -length % size)] + [(0, 0)] * (x.ndim - 1)) for x in over_time]
     start = (state, jnp.zeros(batch, bool), jnp.zeros(batch, segment_ids.dtype))
     with jax.default_matmul_precision("highest"):
         (state, _, _), out = jax.lax.scan(

@@ -1,4 +1,4 @@
-"""What a Gated DeltaNet layer keeps of each sequence between calls."""
+"""The state of a Gated DeltaNet layer between calls, for each sequence."""
 
 from typing import NamedTuple
 

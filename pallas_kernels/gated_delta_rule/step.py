@@ -1,5 +1,5 @@
-"""The one-token step of a Gated DeltaNet layer between its projections: the definition, and the
-portable implementation."""
+"""The one-token step of a Gated DeltaNet layer between its projections: the definition, which is
+also the portable implementation."""
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +32,9 @@ def step(
         out [batch, value_heads * V] in the inputs' dtype, and the new state. Where token_index is
         -1, out is 0 and the state is returned bit for bit, whatever the inputs hold.
 
-    Arithmetic is float32 or wider. Here values are rounded to the inputs' dtype where separate
-    operations would pass them on: after the convolutions, the normalisation of q and k, and the
-    delta rule. Other implementations may skip these roundings.
+    Arithmetic is float32 or wider. Values are rounded to the inputs' dtype where separate
+    operations would round them: after the convolutions, the normalisation of q and k, and the delta
+    rule. Other implementations may skip these roundings.
     """
     batch, heads, width, _ = state.recurrent_state.shape
     dtype, wide = inputs.q.dtype, jnp.promote_types(inputs.q.dtype, jnp.float32)
@@ -64,9 +64,10 @@ def step(
     )
     decay = jnp.exp(-jnp.exp(rate) * jax.nn.softplus(a + bias))[..., None]  # [batch, heads, 1]
     recurrent_state = state.recurrent_state
+    # [batch, heads, V]
     update = jax.nn.sigmoid(b)[..., None] * (
         v - decay * jnp.sum(k[..., None] * recurrent_state, axis=2)
-    )  # [batch, heads, V]
+    )
     out = (
         decay * jnp.sum(q[..., None] * recurrent_state, axis=2)
         + jnp.sum(q * k, axis=-1, keepdims=True) * update

@@ -1,28 +1,28 @@
 """Sizes of the gated delta rule kernels that were chosen by measurement, each with the benchmark
 that chose it.
 
-A change is measured with that benchmark again. Sizes that the hardware or the mathematics fixes
-stay with their kernel. Hopper: milliseconds on an H100. TPU: static scores. XLA: milliseconds on an
-H100, time and memory on a CPU.
+Measure a change with that benchmark again. Sizes fixed by the hardware or the mathematics stay with
+their kernel. Hopper: milliseconds on an H100. TPU: static scores. XLA: milliseconds on an H100,
+time and memory on a CPU.
 """
 
 
 class HopperChunks:
     """python -m benchmarks.gated_delta_rule"""
 
-    groups = 3  # warpgroups of a thread block, each with chunks of its own
+    groups = 3  # warpgroups of a thread block, each with its own chunks
 
 
 class HopperSpans:
     """python -m benchmarks.gated_delta_rule --shapes 1x8192 --heads 16 8 4 2"""
 
-    # chunks of a row that is cut: a kernel more, and the products between spans, take as long as
-    # some chunks
+    # Chunks of the shortest row that is cut. One more kernel and the products between spans take
+    # as long as some chunks.
     row = 64
     shortest = 16  # chunks of a span
-    most = 8  # spans: the products between them go one after the other
-    # most chunks of a row in two spans, which won 6 % there; longer rows, and the backward scan,
-    # were only timed whole
+    most = 8  # spans: the products between them are sequential
+    # Chunks of the longest row in two spans, which are 6 % faster there. Longer rows, and the
+    # backward scan, were only timed whole.
     two = 128
 
 
@@ -36,30 +36,23 @@ class HopperSpanTransitions:
 class HopperChunkScan:
     """python -m benchmarks.gated_delta_rule"""
 
-    stages, out_stages = (
-        2,
-        2,
-        # chunks in shared memory: of what the carrying warpgroup reads, and of what the one that
-        #   puts
-        # out reads
-    )
+    stages = 2  # chunks in shared memory, for the warpgroup that carries the state
+    out_stages = 2  # likewise, for the warpgroup that writes outputs
     registers = 240, 152, 24
 
 
 class HopperChunkScanBackward:
     """python -m benchmarks.gated_delta_rule"""
 
-    ahead, stages = (
-        2,
-        3,
-    )  # chunks in shared memory: of what one warpgroup reads early, and of what is held longer
+    ahead = 2  # chunks in shared memory, of inputs that one warpgroup reads early
+    stages = 3  # likewise, of inputs that are held longer
     registers = 240, 24
 
 
 class HopperGradients:
     """python -m benchmarks.gated_delta_rule"""
 
-    stages = 2  # of everything in shared memory
+    stages = 2  # places in shared memory
     registers = 240, 24
 
 
@@ -72,7 +65,7 @@ class HopperStep:
 class TPU:
     """python -m benchmarks.tpu_scores --op gated_delta_rule"""
 
-    chunk = 128  # an MXU is 128 or 256 wide, and half as many states pass through memory as with 64
+    chunk = 128  # an MXU is 128 or 256 wide; 64 would move twice as many states
     forward, backward = 8, 4  # heads of a block at K 128, V 256 and bfloat16
     base = 16  # rows of a diagonal block that is inverted by substitution
 

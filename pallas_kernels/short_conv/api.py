@@ -16,11 +16,11 @@ def short_conv(
 
     Args:
         x: [batch, length, channels].
-        weight: [4, channels]; row 3 meets the current token.
+        weight: [4, channels]; row 3 multiplies the current token.
         conv_state: [batch, 3, channels], the three inputs before this call, of the sequence that
             the first valid token continues. None: zeros.
-        token_index: [batch, length] int, -1 marks a pad. None: no pads. Pads may end a row or lie
-            between two sequences, not inside one or before the first.
+        token_index: [batch, length] int, -1 marks a pad. None: no pads. Pads may be at the end of a
+            row or between two sequences, not inside a sequence or before the first.
         segment_ids: [batch, length] int. No tap reads across a change of segment. None: one
             segment.
         implementation: a name, or several in order ("mosaic_tpu,xla"). None: the first that can
@@ -29,15 +29,14 @@ def short_conv(
     Returns:
         out [batch, length, channels] in x's dtype, zero at pads, and the new conv_state [batch, 3,
         channels] in x's dtype: the last three inputs of the last valid token's sequence, zeros
-        where it has had fewer. A row without valid tokens returns its conv_state bit for bit. What
-        pads hold (NaN included) reaches neither results nor gradients.
+        where it has had fewer. A row without valid tokens returns its conv_state bit for bit. The
+        contents of pads (NaN included) reach neither results nor gradients.
 
-    Differentiable in x, weight and conv_state; the backward pass saves the inputs alone. Raises
+    Differentiable in x, weight and conv_state. The backward pass saves only the inputs. Raises
     Refusal where no allowed implementation takes the call.
     """
-    from pallas_kernels.short_conv.implementations import (
-        SHORT_CONV,
-    )  # imports the kernels' compilers
+    # Imports the kernels' compilers.
+    from pallas_kernels.short_conv.implementations import SHORT_CONV
 
     return SHORT_CONV(
         x, weight, conv_state, token_index, segment_ids, implementation=implementation

@@ -1,4 +1,4 @@
-"""Reference: the short convolution as it is defined, token by token, in the precision of the
+"""Reference: the definition of the short convolution, token by token, in the precision of the
 inputs."""
 
 import jax
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 
 def short_conv(x, weight, conv_state=None, token_index=None, segment_ids=None):
-    """The contract of `pallas_kernels.short_conv.short_conv`; here pads may stand anywhere."""
+    """The contract of `pallas_kernels.short_conv.short_conv`. Here pads may be anywhere."""
     batch, length, channels = x.shape
     valid = jnp.ones((batch, length), bool) if token_index is None else token_index >= 0
     segment_ids = jnp.zeros((batch, length), jnp.int32) if segment_ids is None else segment_ids
@@ -17,9 +17,10 @@ def short_conv(x, weight, conv_state=None, token_index=None, segment_ids=None):
         x, valid, segment_ids = now
         here = valid[:, None]
         reset = (valid & started & (segment_ids != last))[:, None, None]
+        # [B, 4, C]
         seen = jnp.concatenate(
             [jnp.where(reset, 0, conv_state), jnp.where(here, x, 0)[:, None]], axis=1
-        )  # [B, 4, C]
+        )
         out = jnp.where(here, jax.nn.silu(jnp.sum(seen * weight, axis=1)), 0)
         return (
             jnp.where(here[..., None], seen[:, 1:], conv_state),

@@ -1,9 +1,9 @@
-"""Sizes of the short conv kernels that were chosen by measurement, each with the benchmark that
-chose it.
+"""Sizes of the short convolution kernels that were chosen by measurement, each with the benchmark
+that chose it.
 
-A change is measured with that benchmark again. Sizes that the hardware or the mathematics fixes
-stay with their kernel. Hopper: milliseconds on an H100. TPU: static scores. XLA: milliseconds on an
-H100, time and memory on a CPU.
+Measure a change with that benchmark again. Sizes fixed by the hardware or the mathematics stay with
+their kernel. Hopper: milliseconds on an H100. TPU: static scores. XLA: milliseconds on an H100,
+time and memory on a CPU.
 """
 
 

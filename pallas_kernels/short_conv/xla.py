@@ -22,9 +22,8 @@ def short_conv(
 def start(x, conv_state):
     """The inputs before this call, [B, 3, C] in x's dtype."""
     if conv_state is None:
-        return jnp.repeat(
-            jnp.zeros_like(x[:, :1]), TAPS - 1, axis=1
-        )  # zeros that are sharded as x is
+        # Zeros made from x, so that they are sharded as x is.
+        return jnp.repeat(jnp.zeros_like(x[:, :1]), TAPS - 1, axis=1)
     return conv_state.astype(x.dtype)
 
 
@@ -47,8 +46,8 @@ def _inputs(x, conv_state, token_index, segment_ids):
     if valid is not None:
         x = jnp.where(valid[..., None], x, 0)
     if x.shape[1] == 1:
-        # else XLA for GPU draws the projection that made x into the concatenation, as one serial
-        # dot product a channel (0.6 ms)
+        # Otherwise XLA for GPU fuses the projection that made x into the concatenation, as a serial
+        # dot product for each channel (0.6 ms).
         x = jax.lax.optimization_barrier(x)
     segment = None
     if segment_ids is not None:  # conv_state belongs to segment 0
@@ -57,7 +56,7 @@ def _inputs(x, conv_state, token_index, segment_ids):
 
 
 def _reaches(inputs, segment):
-    """What each tap sees of every token, f32 [B, T, C], zero beyond the token's sequence."""
+    """The input of each tap for every token, f32 [B, T, C], zero beyond the token's sequence."""
     length = inputs.shape[1] - TAPS + 1
     for tap in range(TAPS):
         seen = inputs[:, tap : tap + length].astype(jnp.float32)
@@ -92,8 +91,8 @@ def _state_rows(inputs, valid):
 
 
 def _in_last_segment(segment, rows):
-    """[B, 3, 1] or True: whether a row of the new conv_state is of the last token's sequence;
-    what is not becomes zero."""
+    """[B, 3, 1] or True: whether a row of the new conv_state belongs to the last token's sequence.
+    The others become zero."""
     if segment is None:
         return True
     kept = jnp.take_along_axis(segment, rows, axis=1)
@@ -116,8 +115,8 @@ def _short_conv_forward(x, weight, conv_state, token_index, segment_ids):
 
 
 def _short_conv_backward(residuals, cts):
-    """By hand: autodiff keeps four float32 copies of x, and scatters the new conv_state's
-    gradient into an array of zeros as large as x."""
+    """Written by hand: autodiff would keep four float32 copies of x and scatter the gradient of the
+    new conv_state into zeros as large as x."""
     x, weight, conv_state, token_index, segment_ids = residuals
     d_out, d_new_state = cts
     inputs, valid, segment = _inputs(x, conv_state, token_index, segment_ids)
@@ -133,7 +132,7 @@ def _short_conv_backward(residuals, cts):
         weight.dtype
     )
 
-    # an input was seen by the token `TAPS - 1 - tap` after it, through that tap
+    # The token `TAPS - 1 - tap` after an input read it through that tap.
     count, edge = inputs.shape[1], TAPS - 1
     later = jnp.pad(d_total, ((0, 0), (edge, edge), (0, 0)))
     later_segment = (

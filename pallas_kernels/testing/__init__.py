@@ -1,1 +1,1 @@
-"""What tests of the operators share."""
+"""Shared parts of the operators' tests."""

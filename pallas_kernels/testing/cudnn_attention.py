@@ -1,12 +1,13 @@
 """Attention by cuDNN's flash kernels, as `jax.nn.dot_product_attention` calls them, for comparison.
 
-It follows the contract of `attention` for one sequence a row. A model cannot use it: the model's
+It follows the contract of `attention` for one sequence a row. A model cannot use it, because its
 calls have segments. It was not faster than the Hopper kernels at 4K to 128K tokens
 (benchmarks/results/attend.jsonl).
 
-JAX returns cuDNN's log-sum-exp as bfloat16, too coarse for merging. The one returned here is that
-of `xla.attention`, and so are its gradients; where nobody uses it, it is not computed. Under
-rematerialisation the forward pass runs again: what cuDNN's backward pass saves has no name.
+JAX returns cuDNN's log-sum-exp as bfloat16, too coarse for merging. The log-sum-exp returned here
+and its gradients are those of `xla.attention`; where it is unused, it is not computed. Under
+rematerialisation the forward pass runs again, because the residuals of cuDNN's backward pass have
+no name.
 """
 
 from functools import partial
@@ -54,10 +55,11 @@ def attention(
     scale: float | None = None,
     implementation: str = "cudnn",
 ) -> tuple[jax.Array, jax.Array]:
-    """The contract of `pallas_kernels.attention.attention`; raises ValueError where `supports`
-    objects.
+    """The contract of `pallas_kernels.attention.attention`. Raises ValueError where `supports`
+    gives a reason.
 
-    implementation: "xla" has `jax.nn` make the same call without cuDNN, for tests on other devices.
+    implementation: "xla" makes `jax.nn` compute the same call without cuDNN, for tests on other
+    devices.
     """
     call = complete(
         q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, mask, scale

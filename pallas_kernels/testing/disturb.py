@@ -1,9 +1,8 @@
-"""What runs between two calls of a kernel that must give the same: it leaves NaN wherever the next
-call may find memory of nobody.
+"""Leaves NaN in freed memory between two calls of a kernel that must give the same result.
 
-The allocator hands freed memory to the next program that asks for as much, so buffers of the sizes
-of a program's results and temporaries, filled and freed, are what its next call gets. Shared memory
-keeps what the last kernel on a multiprocessor left there.
+The allocator hands freed memory to the next program that asks for as much. Buffers of the sizes of
+a program's results and temporaries, filled and freed, are therefore what its next call gets. Shared
+memory keeps what the last kernel on a multiprocessor left there.
 """
 
 from collections.abc import Sequence
@@ -32,8 +31,8 @@ def sizes(program: jax.stages.Compiled) -> tuple[int, ...]:
 
 
 def work(sizes: Sequence[int], device: jax.Device):
-    """The function of no arguments to compile and call between calls; its results are to be
-    dropped. The same for the same sizes."""
+    """The function of no arguments to compile and call between calls. Its results are to be
+    dropped. The same object for the same sizes."""
     return _work(
         tuple(sorted(n for n in sizes if n)),
         hopper(device) is None,

@@ -1,5 +1,5 @@
-"""Results held against float64 and against an earlier call, on the device: one program a case,
-and nothing large is fetched."""
+"""Compares results with float64 and with an earlier call, on the device: one program a case, and
+nothing large is fetched."""
 
 from collections.abc import Sequence
 
@@ -11,14 +11,16 @@ import numpy as np
 def judge(
     first: Sequence, got: Sequence, want: Sequence, exact: Sequence
 ) -> tuple[jax.Array, jax.Array]:
-    """For each result, how far `got` is from `want`, and whether any bit of it differs from
-    `first`: two vectors.
+    """For each result, how far `got` is from `want` and whether any bit of it differs from `first`,
+    as two vectors.
 
-    first, got: results of two calls. want: the same in float64. exact: for each result None, or a
-    mask of its leading axes: what must equal `want` to the sign of a zero, or the error is
-    infinite. Errors are relative root-mean-square (see `parity.rel_rms`) over what is finite in
-    `want`; -inf must stand where it stands in `want`, or the error is NaN. To be compiled and
-    called under `jax.enable_x64(True)`. Raises ValueError where shapes differ.
+    first, got: results of two calls. want: the same in float64.
+    exact: for each result None, or a mask of its leading axes. Where it is set, the result must
+        equal `want` to the sign of a zero, or the error is infinite.
+
+    Errors are relative root mean squares (see `parity.rel_rms`) over what is finite in `want`. -inf
+    must be where it is in `want`, or the error is NaN. Compile and call it under
+    `jax.enable_x64(True)`. Raises ValueError where shapes differ.
     """
     errors = [_error(*x) for x in zip(got, want, exact, strict=True)]
     differs = [jnp.any(_bits(a) != _bits(b)) for a, b in zip(first, got, strict=True)]

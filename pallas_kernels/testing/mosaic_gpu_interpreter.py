@@ -1,14 +1,14 @@
-"""Mosaic GPU kernels interpreted on a CPU, races detected, by JAX's own interpreter and the three
-operations of Hopper that it lacks.
+"""Interprets Mosaic GPU kernels on a CPU and detects races.
 
-The interpreter of JAX 0.11.2 has no wgmma whose left operand lies in registers, no store into an
-accumulator and no copy that adds, and takes it for an error when a kernel ends before each thread
-has waited for the last phase of a barrier. That of JAX 0.10.2 has no transposed operands either:
-`refusal` says so. These are private parts of JAX, touched here alone and put back afterwards.
+JAX's own interpreter does it; what it lacks for Hopper is added here. The one of JAX 0.11.2 has no
+wgmma with its left operand in registers, no store into an accumulator and no copy that adds. It
+also raises an error when a kernel ends before each thread has waited for the last phase of a
+barrier. The one of JAX 0.10.2 has no transposed operands either: `refusal` says so. The private
+parts of JAX are those of jax_private.py. They are patched here and restored afterwards.
 
-Each warpgroup of each thread block is a thread that waits in a callback, so XLA needs as many of
-them: start the process with the environment variable NPROC, which XLA reads, at a few dozen, or
-kernels of several warpgroups wait for good.
+Each warpgroup of each thread block is a thread that waits in a callback, so XLA needs as many
+threads. Start the process with the environment variable NPROC, which XLA reads, at a few dozen.
+With fewer, kernels of several warpgroups wait forever.
 """
 
 import os
@@ -21,21 +21,20 @@ from unittest.mock import patch
 import jax
 import numpy as np
 
-VERSION = (0, 11, 2)
+from pallas_kernels.testing import jax_private
+
 THREADS = 32
 
 
 class Raced(RuntimeError):
-    """Two threads of a kernel reached for one place, and nothing says which came first."""
+    """Two threads of a kernel accessed the same memory without synchronisation."""
 
 
 def refusal() -> str | None:
-    """Why kernels cannot be interpreted here, or None."""
-    if jax.__version_info__ != VERSION:
-        return (
-            f"for Hopper GPUs; interpreted by JAX {'.'.join(map(str, VERSION))} alone, this is"
-            f" {jax.__version__}"
-        )
+    """The reason kernels cannot be interpreted here, else None."""
+    if jax.__version_info__ != jax_private.VERSION:
+        wanted = ".".join(map(str, jax_private.VERSION))
+        return f"for Hopper GPUs; interpreted by JAX {wanted} alone, this is {jax.__version__}"
     if int(os.environ.get("NPROC", "0")) < THREADS:
         return (
             f"for Hopper GPUs; interpreted in a process that was started with NPROC={2 * THREADS}"
@@ -45,43 +44,25 @@ def refusal() -> str | None:
 
 @contextmanager
 def interpreted(races: bool = True) -> Iterator[None]:
-    """Inside, Mosaic GPU kernels that are traced run on the CPU, and must be waited for. Raises
-    Raced at the end if one did and `races` are looked for."""
-    from jax._src import callback
-    from jax._src.pallas.mosaic_gpu import primitives
-    from jax._src.pallas.mosaic_gpu.interpret import (
-        gpu_callbacks,
-        interpret_pallas_call,
-        jaxpr_interpret,
-        params,
-        shared_memory,
-    )
-
-    interpreter = jaxpr_interpret.JaxprInterpreter
-    with_both_in_memory, deallocate = (
-        interpreter._interpret_wgmma_ref_p,
-        shared_memory.Barrier.deallocate,
-    )
-    plain_copy, adding = gpu_callbacks.copy_smem_to_gmem, Lock()
+    """Within this context, Mosaic GPU kernels that are traced run on the CPU. Wait for their
+    results inside it. races: detect races, and raise Raced at the end if there was one."""
+    jax_ = jax_private.mosaic_gpu_interpreter()
+    callbacks, interpreter = jax_.callbacks, jax_.JaxprInterpreter
+    with_both_in_memory = getattr(interpreter, jax_.WGMMA_RULE)
+    deallocate = jax_.Barrier.deallocate
+    plain_copy, adding = callbacks.copy_smem_to_gmem, Lock()
 
     def call(self, eqn, function, token, **arrays):
-        run = partial(gpu_callbacks.fail_on_exception(function), source_info=eqn.source_info)
+        run = partial(callbacks.fail_on_exception(function), source_info=eqn.source_info)
         place = {"mesh_location": self.mesh_location, "thread": self.thread}
-        return (
-            callback.io_callback(
-                run, gpu_callbacks.TOKEN_SHAPE_DTYPE, token=token, **place, **arrays
-            ),
-            [],
-        )
+        shape = callbacks.TOKEN_SHAPE_DTYPE
+        return jax_.io_callback(run, shape, token=token, **place, **arrays), []
 
     def access(key, transforms, mesh_location, thread, source_info):
-        """The memory, a buffer's key, what part of it is meant, and who asks."""
-        memory, key = (
-            gpu_callbacks._get_shared_memory(),
-            gpu_callbacks.HostAllocationKey.from_array(key),
-        )
-        transforms = jax.tree.map(int, gpu_callbacks._remove_noop_transforms(transforms))
-        asks = gpu_callbacks.memory.GPULoggingInfo(mesh_location, thread, source_info)
+        """The memory, a buffer's key, the part accessed, and the thread that accesses it."""
+        memory, key = jax_.get_shared_memory(), callbacks.HostAllocationKey.from_array(key)
+        transforms = jax.tree.map(int, jax_.remove_noop_transforms(transforms))
+        asks = callbacks.memory.GPULoggingInfo(mesh_location, thread, source_info)
         return memory, key, memory.access(key, transforms), {"logging_info": asks}
 
     def multiply(
@@ -106,8 +87,8 @@ def interpreted(races: bool = True) -> Iterator[None]:
         acc_transforms, _, b_transforms = jax.tree.unflatten(
             jax.tree_util.treedef_tuple(tuple(trees)), leaves
         )
-        acc, acc_transforms = jaxpr_interpret.resolve_ref(eqn.invars[0].aval, acc, acc_transforms)
-        b, b_transforms = jaxpr_interpret.resolve_ref(eqn.invars[2].aval, b, b_transforms)
+        acc, acc_transforms = jax_.resolve_ref(eqn.invars[0].aval, acc, acc_transforms)
+        b, b_transforms = jax_.resolve_ref(eqn.invars[2].aval, b, b_transforms)
         arrays = {
             "acc": acc,
             "acc_transforms": acc_transforms,
@@ -125,11 +106,11 @@ def interpreted(races: bool = True) -> Iterator[None]:
     def store(self, eqn, token, values):
         return call(self, eqn, put, token, acc=values[0], value=values[1])
 
-    class Addition(gpu_callbacks.AsyncCopySmemToGmemTask):
-        """A copy that adds: the hardware does so number by number, so several do not race."""
+    class Addition(callbacks.AsyncCopySmemToGmemTask):
+        """A copy that adds. The hardware adds element by element, so several do not race."""
 
         def __call__(self, engine):
-            memory, asks = gpu_callbacks._get_shared_memory(), {"logging_info": self.logging_info}
+            memory, asks = jax_.get_shared_memory(), {"logging_info": self.logging_info}
             self.pre_read(engine, memory)
             value, _, _ = memory.get_buffer_content(
                 self.src_allocation_key, self.src_access, self.thread, **asks
@@ -189,14 +170,14 @@ def interpreted(races: bool = True) -> Iterator[None]:
                 raise
 
     with (
-        patch.object(interpreter, "_interpret_wgmma_ref_p", wgmma),
-        # the interpreter's name for an operation of later GPUs leads to the one it lacks
-        patch.object(primitives, "tcgen05_mma_p", primitives.wgmma_accumulator_store_p),
-        patch.object(interpreter, "_interpret_tcgen05_mma_p", store),
-        patch.object(gpu_callbacks, "copy_smem_to_gmem", copy),
-        patch.object(shared_memory.Barrier, "deallocate", end),
-        params.force_gpu_interpret_mode(params.InterpretGPUParams(detect_races=races)),
+        patch.object(interpreter, jax_.WGMMA_RULE, wgmma),
+        # The rule for an operation of later GPUs is used for the one that has no rule.
+        patch.object(jax_.primitives, "tcgen05_mma_p", jax_.primitives.wgmma_accumulator_store_p),
+        patch.object(interpreter, jax_.TCGEN05_RULE, store),
+        patch.object(callbacks, "copy_smem_to_gmem", copy),
+        patch.object(jax_.Barrier, "deallocate", end),
+        jax_.interpret_mode(jax_.InterpretParams(detect_races=races)),
     ):
         yield
-    if races and interpret_pallas_call.get_races().races_found:
+    if races and jax_.get_races().races_found:
         raise Raced

@@ -1,8 +1,7 @@
-"""Compare an operator with its float64 reference, in value and gradient, on the cases that break
-such operators.
+"""Compares an operator with its float64 reference, in value and gradient.
 
-Errors are relative root-mean-square: `rel_rms(got, want)`. Cases come from a numpy Generator, so
-that a seed names them.
+Errors are relative root mean squares: `rel_rms(got, want)`. Cases come from a numpy Generator, so
+that a seed identifies them.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,8 +24,8 @@ GATES: dict[str, Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]] =
 
 
 def fresh_gates(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Log decays of a layer that has not learned: A from 1 to 16 and steps from 0.001 to 0.1
-    over the heads, the last axis."""
+    """Log decays of an untrained layer: A from 1 to 16 and steps from 0.001 to 0.1 over the heads,
+    the last axis."""
     steps = np.exp(np.linspace(np.log(1e-3), np.log(0.1), shape[-1]))
     return -np.linspace(1, 16, shape[-1]) * steps * np.exp(0.3 * rng.standard_normal(shape))
 
@@ -49,11 +48,10 @@ def unit(rng: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
 
 
 def alike(rng: np.random.Generator, direction: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """Vectors of one direction but for 5 %, as keys are after the convolution and SiLU of real
-    text.
+    """Vectors of one direction plus 5 % noise, like keys of real text after the convolution and
+    SiLU.
 
-    direction: normal numbers of a shape that broadcasts to `shape`, such as [batch, 1, heads,
-        width].
+    direction: normal numbers that broadcast to `shape`, such as [batch, 1, heads, width].
     """
     return direction + 0.05 * rng.standard_normal(shape)
 
@@ -65,14 +63,14 @@ def lengths(rng: np.random.Generator, total: int, pieces: int) -> list[int]:
 
 
 def padding(counts: Sequence[int], length: int) -> np.ndarray:
-    """index [batch, length] of rows with `counts` valid tokens each, then pads."""
+    """token_index [batch, length] of rows with `counts` valid tokens each, then pads."""
     row = np.arange(length, dtype=np.int32)[None]
     return np.where(row < np.asarray(counts)[:, None], row, -1).astype(np.int32)
 
 
 def packing(pieces: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """index and segment [1, length] of one row that holds sequences of those lengths one after
-    the other, then pads."""
+    """token_index and segment_ids [1, length] of one row that holds sequences of those lengths in
+    order, then pads."""
     used = sum(pieces)
     token_index = np.concatenate([np.arange(n) for n in pieces] + [np.full(length - used, -1)])
     segment_ids = np.repeat(np.arange(len(pieces) + 1), [*pieces, length - used])
@@ -80,15 +78,15 @@ def packing(pieces: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def poison(x: np.ndarray, token_index: np.ndarray) -> np.ndarray:
-    """x [batch, length, ...] with NaN wherever index is -1."""
+    """x [batch, length, ...] with NaN where token_index is -1."""
     x = np.array(x)
     x[np.asarray(token_index) < 0] = np.nan
     return x
 
 
 def compiler_options() -> dict | None:
-    """Compile quickly: on a CPU without the optimiser of generated code (XLA's own passes run as
-    ever), on a GPU without timing several ways to multiply."""
+    """Options for fast compilation: on a CPU without LLVM's optimiser (XLA's own passes run as
+    usual), on a GPU without autotuning of products."""
     options = {"cpu": {"xla_backend_optimization_level": 0}, "gpu": {"xla_gpu_autotune_level": 0}}
     return options.get(jax.default_backend())
 

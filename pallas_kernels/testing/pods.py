@@ -1,4 +1,4 @@
-"""Compile a program for a TPU pod on a machine without one: libtpu's compiler runs on any CPU
+"""Compiles a program for a TPU pod on a machine without one: libtpu's compiler runs on any CPU
 (`pip install libtpu`)."""
 
 import tempfile

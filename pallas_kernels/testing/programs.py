@@ -1,4 +1,4 @@
-"""Programs compiled ahead of their use, several at a time: on a GPU most of the parity matrix's
+"""Compiles programs ahead of their use, several at a time. On a GPU most of the parity matrix's
 time would be compilation."""
 
 from collections import deque
@@ -17,10 +17,10 @@ Result = TypeVar("Result")
 
 
 class Programs:
-    """Compiles `function(*args)` for the shapes and dtypes of `args`, once, whichever thread asks
+    """Compiles `function(*args)` for the shapes and dtypes of `args` once, whichever thread asks
     first.
 
-    The key of a program is the function itself: hand the same object for the same computation.
+    The key of a program is the function itself: pass the same object for the same computation.
     """
 
     def __init__(self):
@@ -51,11 +51,8 @@ class Programs:
 def ahead(
     items: Iterable[Item], prepare: Callable[[Item], Result], workers: int
 ) -> Iterator[tuple[Item, Result]]:
-    """Each item with what `prepare` made of it, in order; prepared by so many threads, as many
-    ahead.
-
-    workers: 0 prepares an item when it is asked for, in the caller's thread.
-    """
+    """Each item with the result of `prepare`, in order. Items are prepared by `workers` threads, as
+    many ahead. With 0 workers an item is prepared when it is asked for, in the caller's thread."""
     if not workers:
         yield from ((item, prepare(item)) for item in items)
         return

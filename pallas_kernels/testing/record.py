@@ -1,5 +1,5 @@
-"""The parity matrix's results as lines of JSON, written as they come, so that several calls of
-the command make one record."""
+"""The parity matrix's results as lines of JSON, written as they come, so that several calls of the
+command make one record."""
 
 import json
 from collections.abc import Mapping
@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 class Record:
-    """Cells by name, of a file that later cells are appended to; the last line of a cell counts.
-    Without a path it only remembers."""
+    """Cells by name, from a file to which later cells are appended. The last line of a cell counts.
+    Without a path nothing is written."""
 
     def __init__(self, path: Path | None = None):
         self.path = path
@@ -19,11 +19,11 @@ class Record:
                 self.cells[cell["cell"]] = cell
 
     def passed(self, name: str) -> bool:
-        """Whether that cell is in the record and was within what is allowed, or does not exist."""
+        """Whether that cell is in the record and passed. A refused cell passes."""
         return name in self.cells and self.cells[name]["passed"]
 
     def add(self, name: str, passed: bool, line: str, facts: Mapping) -> None:
-        """line: what is printed of the cell. facts: all else, ready for JSON."""
+        """line: what is printed of the cell. facts: everything else, ready for JSON."""
         cell = {"cell": name, "passed": passed, "line": line, **facts}
         self.cells[name] = cell
         if self.path is not None:

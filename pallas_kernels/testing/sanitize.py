@@ -1,15 +1,16 @@
-"""NVIDIA's compute-sanitizer on a few small cells of the parity matrix, for the Hopper kernels
+"""Runs NVIDIA's compute-sanitizer on a few small cells of the parity matrix, for the Hopper kernels
 alone.
 
-    python -m pallas_kernels.testing.sanitize                                # racecheck and
-    initcheck python -m pallas_kernels.testing.sanitize --tool memcheck --tool synccheck --sanitizer
-    /usr/local/cuda/bin/compute-sanitizer
+    # racecheck and initcheck
+    python -m pallas_kernels.testing.sanitize
 
-First a control for each tool: kernels that are wrong on purpose (`wrong_kernels`). Where a tool
-finds nothing in them it does not see what Mosaic GPU compiles to, and its silence about the others
-says nothing: then the command ends with an error. It prints each kind of finding once with its
-count, then a line a tool; it ends with an error if there are findings. Everything a tool said goes
-to `--log`.
+    python -m pallas_kernels.testing.sanitize --tool memcheck --tool synccheck \\
+        --sanitizer /usr/local/cuda/bin/compute-sanitizer
+
+First each tool runs on kernels that are wrong on purpose (`wrong_kernels`). A tool that finds
+nothing in them cannot see into what Mosaic GPU compiles to, so its other results mean nothing: the
+command then ends with an error. It prints each kind of finding once with its count, then a line a
+tool, and ends with an error if there are findings. The full output goes to `--log`.
 
 compute-sanitizer comes with CUDA, or by `pip install nvidia-cuda-sanitizer-api`. Programs run tens
 to hundreds of times slower in it.
@@ -25,10 +26,8 @@ from collections import Counter
 from pathlib import Path
 
 TOOLS = "racecheck", "initcheck", "synccheck", "memcheck"
-CONTROLS = {
-    "racecheck": "race",
-    "initcheck": "uninitialised",
-}  # what `wrong_kernels` has for a tool
+# The argument of `wrong_kernels` for a tool.
+CONTROLS = {"racecheck": "race", "initcheck": "uninitialised"}
 CELLS = (
     "^(attention mosaic_gpu bfloat16 (window, 65|packed, 300|ring, 65 x 128)|gated_delta_rule"
     " mosaic_gpu bfloat16 (gates spread, 65|gates mild, alike|packed, 300)|attention_step"
@@ -49,8 +48,8 @@ XLA = {
 
 
 def command(sanitizer: str, tool: str, known: str, python: list[str]) -> list[str]:
-    """The command line that runs Python under a tool. known: what the sanitizer's --help says,
-    for options that not all have."""
+    """The command line that runs Python under a tool. known: the output of the sanitizer's --help,
+    for options that not all versions have."""
     options = [
         f"--tool={tool}",
         "--kernel-name=kns=mosaic_gpu",
@@ -67,8 +66,8 @@ def command(sanitizer: str, tool: str, known: str, python: list[str]) -> list[st
 
 
 def findings(said: str) -> tuple[int | None, Counter]:
-    """How many findings a tool counts in its summary, None if it came to none, and the lines
-    that tell of them by their kind."""
+    """The number of findings in a tool's summary (None: it wrote no summary), and the lines about
+    them by kind."""
     totals = re.findall(r"SUMMARY: (\d+) (?:hazard|error)", said)
     kinds = Counter()
     for line in said.splitlines():
@@ -80,8 +79,8 @@ def findings(said: str) -> tuple[int | None, Counter]:
 
 
 def wrong_kernels(kind: str) -> None:
-    """Runs a kernel in which two warpgroups write one place ("race"), or one that reads memory
-    which nobody wrote ("uninitialised")."""
+    """Runs a kernel in which two warpgroups write one place ("race"), or one that reads memory that
+    was never written ("uninitialised")."""
     import jax
     import jax.numpy as jnp
     from jax import lax

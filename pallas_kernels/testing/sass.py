@@ -1,16 +1,19 @@
-"""Hopper machine code of the kernels: are the registers of products left alone while the tensor
-cores read them?
+"""Checks Hopper machine code: the registers of products must not change while the tensor cores read
+them.
 
     mkdir ptx; export MOSAIC_GPU_DUMP_TO=ptx MOSAIC_GPU_DUMP_PTX=1
-    python -m pallas_kernels.testing.matrix --implementation mosaic_gpu    # on a GPU
-    python -m pallas_kernels.testing.sass ptx/*.ptx                        # with ptxas and nvdisasm
-    of CUDA
+
+    # On a GPU.
+    python -m pallas_kernels.testing.matrix --implementation mosaic_gpu
+
+    # With ptxas and nvdisasm of CUDA.
+    python -m pallas_kernels.testing.sass ptx/*.ptx
 
 A wgmma (HGMMA) may take its left factor from registers and reads them some time after it is issued.
 `overwritten` finds the instructions that write such a register before the wait for the product.
-ptxas 13.0 makes them itself: where elements of the factor are known when it compiles, it may set
-the register of such a constant only between two products that both read it, so that the first one
-reads whatever was there before.
+ptxas 13.0 emits them itself: where elements of the factor are known at compile time, it may set the
+register of such a constant only between two products that both read it. The first product then
+reads the old value.
 """
 
 import argparse
@@ -85,7 +88,7 @@ def instructions(sass: str) -> list[Instruction]:
 
 
 def left_factor(product: Instruction) -> frozenset[int]:
-    """Numbers of the four registers of an HGMMA's left factor; none if it comes from shared
+    """The numbers of the four registers of an HGMMA's left factor. Empty if it comes from shared
     memory."""
     match = re.fullmatch(r"R(\d+)(?:\.reuse)?", product.operands[1])
     return frozenset(range(int(match[1]), int(match[1]) + 4)) if match else frozenset()
@@ -114,9 +117,8 @@ def written(instruction: Instruction) -> frozenset[int]:
 def overwritten(code: list[Instruction]) -> list[Overwritten]:
     """Registers of left factors that are written before the wait that covers their product, in
     straight-line order."""
-    groups: list[list[Instruction]] = [
-        []
-    ]  # products by the group that a wait counts; the last one is still open
+    # Products by the group that a wait counts. The last group is still open.
+    groups: list[list[Instruction]] = [[]]
     found = []
     for instruction in code:
         if instruction.opcode.startswith("HGMMA"):

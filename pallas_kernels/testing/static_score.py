@@ -1,18 +1,18 @@
-"""Score a program for TPU without one: libtpu compiles it on any CPU and tells what the chip would
+"""Scores a program for TPU without one: libtpu compiles it on any CPU and tells what the chip would
 execute.
 
     score = sum over programs of max(cycles / clock, bytes / HBM rate)
 
 A program is one Pallas kernel or one of XLA's fusions and copies. A kernel's cycles are its
-instruction bundles (one a cycle) times its grid steps, prologue and epilogue counted in every step;
-its bytes are the blocks that its grid fetches and writes, a block that stays in place counted once.
-An XLA program's cycles are the compiler's own estimate; its bytes are its operands and results in
-HBM, of an operand that it only slices the slice. Both times how often a loop runs it, where the
-loop counts to a constant. No stall on memory or DMA is seen, and custom calls of XLA's own count by
-their bytes alone: an estimate.
+instruction bundles (one a cycle) times its grid steps, with prologue and epilogue counted in every
+step. Its bytes are the blocks that its grid fetches and writes; a block that stays in place counts
+once. An XLA program's cycles are the compiler's own estimate. Its bytes are its operands and
+results in HBM; of an operand that it only slices, the slice. Both are multiplied by the trips of
+the loop around it, where the loop counts to a constant. The score is an estimate: it sees no stalls
+on memory or DMA, and XLA's own custom calls count by their bytes alone.
 
 A loop inside a kernel counts once: unroll it, or pass it as a grid dimension. Compile in a process
-of its own, because the compiler takes its dump flags once: `score` does so for a function that can
+of its own, because the compiler reads its dump flags once. `score` does so for a function that can
 be imported.
 """
 
@@ -51,8 +51,8 @@ NO_OFFLOAD = "--xla_tpu_offload_gather_to_sparsecore=false"
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """`cycles` and `bytes` of all its trips; `bundles` and `spills` (stores of registers to
-    memory) of one, None for XLA's."""
+    """cycles, bytes: of all its trips. bundles, spills (stores of registers to memory): of one
+    trip, None for XLA's programs."""
 
     name: str
     cycles: int
@@ -81,18 +81,20 @@ class Score:
 
 
 def score(build: Callable, chip: str, *places, **names) -> Score:
-    """Score `function` for one device of `chip` ("v5e", "v5p", "v6e", "tpu7x") where `function,
+    """Scores `function` for one device of `chip` ("v5e", "v5p", "v6e", "tpu7x") where `function,
     shapes = build(*places, **names)`.
 
-    `build` is a function of a module (not of __main__); arguments are JSON values; shapes are
-    jax.ShapeDtypeStruct (or trees of them), one for each argument of the function. RuntimeError
-    with the compiler's last words where it fails.
+    `build` is a function of a module (not of __main__). Its arguments are JSON values. shapes are
+    jax.ShapeDtypeStruct (or trees of them), one for each argument of the function. Raises
+    RuntimeError with the compiler's last words where it fails.
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with tempfile.TemporaryDirectory() as folder:
         environment |= {
             "LIBTPU_INIT_ARGS": (
-                f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true {NO_OFFLOAD}"
+                f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+                # the last pass holds the bundles; the text of all is 500 times as much
+                f" --xla_jf_dump_llo_pass_label_regex=final_hlo {NO_OFFLOAD}"
             ),
             "JAX_PLATFORMS": "cpu",
         }
@@ -121,8 +123,7 @@ def score(build: Callable, chip: str, *places, **names) -> Score:
     return Score(chip, tuple(Program(**program) for program in programs))
 
 
-# --- in the process that compiles
-# -------------------------------------------------------------------------------------
+# In the process that compiles.
 
 
 def _compile_and_read(
@@ -176,8 +177,8 @@ def _kernels(jaxpr):
 
 
 def _block_traffic(block, grid) -> int:
-    """Bytes of a block times how often it changes along the grid; of an array without blocks, or
-    with blocks that depend on data, the whole array's."""
+    """Bytes of a block times the number of its changes along the grid. For an array without blocks,
+    or with blocks that depend on data, the bytes of the whole array."""
     import jax
     import numpy as np
 
@@ -267,8 +268,8 @@ def _kernel_key(instruction, kernels: dict) -> tuple:
 
 
 def _kernel_program(kernel: dict, names: list[str], trips: int, folder: str) -> Program:
-    """names: of the instruction and of those that call the same kernel, for the compiler writes
-    down equal programs once."""
+    """names: of the instruction and of those that call the same kernel, because the compiler dumps
+    equal programs once."""
     tail = "-[0-9][0-9]-final_hlo-static-per-bundle-utilization.txt"
     file = next(
         file
@@ -299,7 +300,7 @@ def _computations(hlo: str) -> dict[str, dict[str, dict]]:
 
 
 def _sizes(type_text: str) -> list[int]:
-    """Bytes in HBM of each array of a type; 0 for what lies in a chip's own memories."""
+    """Bytes in HBM of each array of a type. 0 for arrays in a chip's own memories."""
     sizes = []
     for found in ARRAY.finditer(type_text):
         bits = BITS.get(found["dtype"]) or int(re.search(r"\d+", found["dtype"])[0])

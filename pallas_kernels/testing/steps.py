@@ -1,5 +1,5 @@
-"""Token steps as operators of the parity matrix: of tokens one after the other, so that each has
-to do with what the last one left."""
+"""Token steps as operators of the parity matrix: several tokens in sequence, so that each one uses
+the state that the last one left."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,8 +14,8 @@ def in_a_row(step: Callable) -> Callable:
     """`step(*inputs, *weights, state, index, **rule) -> out, state` for several tokens of each
     sequence.
 
-    All arrays of `inputs`, index and out have a leading axis of tokens; the state comes in before
-    the first and goes out after the last.
+    All arrays of `inputs`, index and out have a leading axis of tokens. The state comes in before
+    the first token and is returned after the last.
     """
 
     def run(inputs, weights, state, token_index, **rule):
@@ -29,7 +29,8 @@ def in_a_row(step: Callable) -> Callable:
 
 
 def implementation_in_a_row(implementation: Implementation) -> Implementation:
-    """Likewise of a token step's implementation, which takes what it would of the first token."""
+    """The same for a token step's implementation. It supports what the step supports for the first
+    token."""
 
     def supports(inputs, weights, state, token_index, **rule):
         return implementation.supports(*_token(inputs, 0), *weights, state, token_index[0], **rule)

@@ -1,17 +1,17 @@
-"""Score the attention kernels for TPU without one: libtpu compiles them on any CPU and tells what
+"""Scores the attention kernels for TPU without one: libtpu compiles them on any CPU and tells what
 the chip would execute.
 
     score = max(cycles / clock, bytes / HBM rate)
 
 The steps of these kernels differ: some begin or end a row of blocks, some need no mask, and each
-loops over heads. So the bundles (one a cycle) are counted by region of the compiled program: the
-loops that multiply, first the one without a mask, then the one with it, then the one for the
-diagonal; other large regions, which run once a row of blocks; and the rest, which runs in every
-step. Regions are weighed with how often they run, taken from the list of visits. Bytes are the
-blocks that change between steps. No stall on memory or DMA is seen: an estimate. One core is
-counted: a v5p has two, and the blocks of heads spread over them.
+loops over heads. The bundles (one a cycle) are therefore counted by region of the compiled program.
+Regions are the loops that multiply (without a mask, with it, on the diagonal), other large regions,
+which run once a row of blocks, and the rest, which runs in every step. Each is weighted by how
+often it runs, from the list of visits. Bytes are the blocks that change between steps. The score is
+an estimate: it sees no stalls on memory or DMA. It counts one core; a v5p has two, and the blocks
+of heads spread over them.
 
-Compiling happens in a process of its own, because the compiler takes its dump flags once.
+Compiling happens in a process of its own, because the compiler reads its dump flags once.
 """
 
 import dataclasses
@@ -27,9 +27,31 @@ from pathlib import Path
 from pallas_kernels.testing.static_score import CHIPS, TOPOLOGIES
 
 KERNELS = ("attention_forward", "attention_backward_queries", "attention_backward_keys")
-SMALL = (
-    300  # bundles: smaller regions without products (waits for copies, mostly) count in every step
-)
+CASES = {
+    "decoder layer": {"length": 8192, "heads": 16, "key_heads": 2, "width": 128, "window": 8192},
+    "tower, windows": {
+        "length": 4096,
+        "heads": 16,
+        "key_heads": 16,
+        "width": 80,
+        "window": 64,
+        "causal": False,
+        "segment": 64,
+    },
+    "tower, slices": {
+        "length": 4096,
+        "heads": 16,
+        "key_heads": 16,
+        "width": 80,
+        "window": 1024,
+        "causal": False,
+        "segment": 1024,
+    },
+}
+"""Cases whose scores are recorded, as `scores` takes them."""
+
+# Bundles. Smaller regions without products, mostly waits for copies, count in every step.
+SMALL = 300
 DELAY = 5  # bundles from a jump to the first that it may skip
 BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|0)\s+([A-Z]{2}(?:/[A-Z]{2})*)?\s*:([ >]*)\{")
 JUMP = re.compile(r"sbr\.rel \(!?%p\w+\) target")
@@ -37,9 +59,9 @@ JUMP = re.compile(r"sbr\.rel \(!?%p\w+\) target")
 
 @dataclasses.dataclass(frozen=True)
 class Bundles:
-    """Of one head in a step without a mask, with one, and on the diagonal (0: there is none); of
-    the masks; of one head, and of what is not for each head, where a row of blocks begins and
-    ends; of every step."""
+    """whole, masked, diagonal: of one head in a step without a mask, with one, and on the diagonal
+    (0: there is none). mask, diagonal_mask: of the masks. row_head, row: where a row of blocks
+    begins and ends, for each head and once. step: of every step."""
 
     whole: int
     masked: int
@@ -54,7 +76,8 @@ class Bundles:
 @dataclasses.dataclass(frozen=True)
 class Score:
     """spills: stores of registers to memory, in all bundles. visits: steps for each block of
-    heads. cycles, bytes: of a call."""
+    heads. cycles, bytes: of a call. temporaries: bytes of HBM that the forward and the backward
+    pass together use besides their inputs and results."""
 
     chip: str
     kernel: str
@@ -63,6 +86,7 @@ class Score:
     visits: int
     cycles: int
     bytes: int
+    temporaries: int
 
     @property
     def milliseconds(self) -> float:
@@ -107,8 +131,7 @@ def scores(chip: str, **case) -> list[Score]:
         ]
 
 
-# --- in the process that compiles
-# -------------------------------------------------------------------------------------
+# In the process that compiles.
 
 
 def _compile(
@@ -145,9 +168,14 @@ def _compile(
 
     q, k = array(length, heads, width), array(length, key_heads, width)
     with jax.set_mesh(mesh):
-        jax.jit(run).lower(
-            q, k, k, array(length, dtype=jnp.int32), q, array(length, heads, dtype=jnp.float32)
-        ).compile()
+        compiled = (
+            jax.jit(run)
+            .lower(
+                q, k, k, array(length, dtype=jnp.int32), q, array(length, heads, dtype=jnp.float32)
+            )
+            .compile()
+        )
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
 
     index = np.arange(length, dtype=np.int32)[None]
     segments = index // segment if segment else None
@@ -155,15 +183,15 @@ def _compile(
     found = []
     for name, block in zip(KERNELS, (tuning.forward, tuning.queries, tuning.keys), strict=True):
         by_key = name == KERNELS[2]
-        static = attention_tpu._Static(mask, 1.0, None, tuning)
-        who, options = attention_tpu._call(
+        static = attention_tpu.Static(mask, 1.0, None, tuning)
+        who, options = attention_tpu.kernel_call(
             q, k, reach(index, index, segments, segments, mask), block, static
         )
-        walk = jax.jit(visits, static_argnums=(1, 2, 3, 4))(
+        visited = jax.jit(visits, static_argnums=(1, 2, 3, 4))(
             who, mask, block.rows, block.keys, by_key
         )
-        count = int(walk.count)
-        outer, inner = np.asarray(walk.outer)[:count], np.asarray(walk.inner)[:count]
+        count = int(visited.count)
+        outer, inner = np.asarray(visited.outer)[:count], np.asarray(visited.inner)[:count]
         bundles, spills = read(folder, name)
         step_heads = options["heads"][0]
         groups = heads // step_heads
@@ -177,10 +205,8 @@ def _compile(
             masked * bundles.mask + diagonal * bundles.diagonal_mask + count * bundles.step
         )
         cycles += groups * rows * (bundles.row + options["heads"][by_key] * bundles.row_head)
-        moved = (
-            rows,
-            1 + int(np.sum(np.diff(inner) != 0)),
-        )  # blocks of the side that stays, and of the other
+        # Blocks of the side that stays, and of the other.
+        moved = (rows, 1 + int(np.sum(np.diff(inner) != 0)))
         query, key = (
             2 * 128 * heads * block.rows,
             2 * 128 * block.keys * options["heads"][1] * groups,
@@ -189,7 +215,7 @@ def _compile(
             traffic = moved[0] * key * 4 + moved[1] * query * 2
         else:  # q and out, or q, d_out and dq; k and v
             traffic = moved[0] * query * (2 if name == KERNELS[0] else 3) + moved[1] * key * 2
-        found.append(Score(chip, name, bundles, spills, count, cycles, traffic))
+        found.append(Score(chip, name, bundles, spills, count, cycles, traffic, temporaries))
     return found
 
 
@@ -242,8 +268,8 @@ def read(folder: str, name: str) -> tuple[Bundles, int]:
 
 
 def _regions(text: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Regions of bundles that a jump may skip, and loops inside the loop over the grid's steps
-    (with no jumps in them)."""
+    """Regions of bundles that a jump may skip, and loops without jumps inside the loop over the
+    grid's steps."""
     open_regions, regions, loops, start = [], [], [], None
     for line in text.splitlines():
         if not (found := BUNDLE.match(line)):
@@ -254,9 +280,8 @@ def _regions(text: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         if "PF" in label and open_regions:
             regions.append((open_regions.pop(), at))
         if JUMP.search(line):
-            if (
-                start is not None
-            ):  # what follows a loop may already run in the last bundles of its body
+            # What follows a loop may already run in the last bundles of its body.
+            if start is not None:
                 loops.append((start, at + DELAY))
                 start = None
             else:

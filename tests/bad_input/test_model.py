@@ -1,18 +1,13 @@
 """Invalid calls of a model are refused by name before any computation."""
 
-import sys
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
+from tiny import hybrid_config
 
 from infinitevl_jax import InfiniteVL, InfiniteVLError
 from infinitevl_jax.config.model import TextConfig, VisionConfig
 from infinitevl_jax.nn.params import parameters
-
-sys.path.append(str(Path(__file__).parent.parent / "nn"))
-from tiny import hybrid_config  # noqa: E402  the model tests' tiny configurations
 
 S = "sliding_attention"
 

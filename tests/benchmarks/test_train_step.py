@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.pods import TRAINABLE
 from benchmarks.train_flops import causal_pairs, step_flops
 from benchmarks.train_step import TRAIN, measure, random_batch, starter
 from infinitevl_jax.config.model import (
@@ -15,8 +14,11 @@ from infinitevl_jax.config.model import (
     hybrid_pattern,
     infinitevl_4b,
 )
+from infinitevl_jax.nn.mixers import register_mixer
+from infinitevl_jax.nn.mixers.gated_delta_net import GatedDeltaNet
 from infinitevl_jax.nn.params import parameters
 from infinitevl_jax.train.optimizer import split_trainable
+from infinitevl_jax.train.pods import TRAINABLE
 
 TINY = ModelConfig(
     TextConfig(
@@ -57,6 +59,13 @@ def counted(config, patterns, length, images, grid):
     return step_flops(
         config, names, random_batch(config, np.random.default_rng(0), length, images, grid)
     )
+
+
+def test_a_layer_kind_that_cannot_be_counted_is_refused():
+    register_mixer("uncounted", GatedDeltaNet)
+    text = replace(TINY.text, layer_types=("uncounted", *TINY.text.layer_types[1:]))
+    with pytest.raises(ValueError, match="layers of the kind 'uncounted' cannot be counted"):
+        counted(replace(TINY, text=text), TRAIN["mixers"], 40, 1, GRID)
 
 
 def test_visible_pairs():

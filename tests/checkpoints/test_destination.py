@@ -87,14 +87,14 @@ def test_appears_between_the_check_and_the_exchange(tmp_path, monkeypatch):
 def test_two_imports_to_one_destination(tmp_path, monkeypatch):
     """Neither with overwrite: the first to end has it, the second is told so."""
     first, second = hybrid_folder(tmp_path / "a"), hybrid_folder(tmp_path / "b", seed=9)
-    dst, write = tmp_path / "dst", importer.write_params
+    dst, write = tmp_path / "dst", importer.write_arrays
 
-    def meanwhile(work, params):
-        monkeypatch.setattr(importer, "write_params", write)
+    def meanwhile(work, name, arrays):
+        monkeypatch.setattr(importer, "write_arrays", write)
         import_folder(second, dst)
-        write(work, params)
+        write(work, name, arrays)
 
-    monkeypatch.setattr(importer, "write_params", meanwhile)
+    monkeypatch.setattr(importer, "write_arrays", meanwhile)
     with pytest.raises(InfiniteVLError, match="not empty"):
         import_folder(first, dst)
     one, other = load_params(dst, scanned=True)[1], load_params(second, scanned=True)[1]

@@ -13,8 +13,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSha
 from torch_folders import BF16, hybrid_folder, hybrid_tensors
 
 from infinitevl_jax.checkpoints import import_folder, load_params
+from infinitevl_jax.checkpoints.array_reader import ArrayReader
+from infinitevl_jax.checkpoints.array_writer import LazyArray, write_arrays
 from infinitevl_jax.checkpoints.load import from_source
-from infinitevl_jax.checkpoints.orbax_store import Deferred, Store, write_params
+from infinitevl_jax.checkpoints.placing import place
 from infinitevl_jax.checkpoints.reading import read_leaf
 from infinitevl_jax.checkpoints.source import open_source
 from infinitevl_jax.checkpoints.weights import count, hub_name, leaves, runtime_name
@@ -73,11 +75,11 @@ def test_layouts(folders, kind):
         (5, "g_proj", "blocks.1", 3),
         (8, "q_proj", "8", ...),
     )
-    for layer, weight, place, index in places:
+    for layer, weight, block, index in places:
         torch = tensors[f"model.layers.{layer}.self_attn.{weight}.weight"]
         found = single[f"layers.{layer}.self_attn.{weight}.kernel"]
         assert found.dtype == torch.dtype and np.array_equal(np.asarray(found), torch.T)
-        stacked = scanned[f"layers.{place}.self_attn.{weight}.kernel"][index]
+        stacked = scanned[f"layers.{block}.self_attn.{weight}.kernel"][index]
         assert np.array_equal(np.asarray(stacked, np.float32), torch.T.astype(np.float32))
     conv = tensors["model.layers.1.self_attn.q_conv1d.weight"]
     assert np.array_equal(np.asarray(single["layers.1.self_attn.q_conv1d.weight"]), conv[:, 0].T)
@@ -191,8 +193,8 @@ def test_each_device_reads_only_its_shard_of_ours(tmp_path):
     """The same of our folder, whose chunks follow no mesh: counted by the kernel."""
     shape = (2, 2048, 4096)
     value = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
-    write_params(tmp_path, {"w": Deferred(shape, value.dtype, lambda: value)})
-    store = Store(tmp_path)
+    write_arrays(tmp_path, "params", [LazyArray("w", value.nbytes, lambda: value)])
+    reader = ArrayReader(tmp_path, "params")
 
     def read_bytes():
         with open("/proc/self/io") as file:
@@ -203,7 +205,7 @@ def test_each_device_reads_only_its_shard_of_ours(tmp_path):
             jax.make_mesh((8, 1), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2), spec
         )
         before = read_bytes()
-        whole = store.read("w", sharding)
+        whole = place(shape, sharding, lambda index: reader.read("w", index))
         assert np.array_equal(np.asarray(whole), value)
         assert (
             read_bytes() - before < 1.2 * value.nbytes
@@ -214,7 +216,7 @@ def test_each_device_reads_only_its_shard_of_ours(tmp_path):
 @pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt"])
 def test_a_stored_file_that_is_none_is_refused_at_once(folders, tmp_path, name, kind):
     ours = shutil.copytree(folders["ours"], tmp_path / "ours")
-    path = ours / "params" / name
+    path = ours / "params" / "state" / name
     path.unlink()
     target = {"device": "/dev/zero", "nothing": "no", "circle": path}
     os.mkfifo(path) if kind == "pipe" else path.symlink_to(target[kind])

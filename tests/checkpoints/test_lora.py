@@ -3,7 +3,6 @@
 import json
 
 import numpy as np
-import peft
 import pytest
 import torch
 import transformers
@@ -158,13 +157,15 @@ def test_merge_of_a_shard_is_the_shard_of_the_merge(tmp_path):
         },
         {"init_lora_weights": "gaussian", "lora_dropout": 0.3, "exclude_modules": "down_proj"},
         {"init_lora_weights": "orthogonal", "layers_to_transform": [1]},
-        {"init_lora_weights": "eva", "eva_config": peft.tuners.lora.EvaConfig()},
+        {"init_lora_weights": "eva"},
     ],
     ids=["plain", "rslora", "patterns", "first pattern wins", "gaussian", "orthogonal", "eva"],
 )
 @pytest.mark.filterwarnings("ignore")  # peft's own
 def test_as_peft_merges(tmp_path, options):
     """The weights of peft's own merge_and_unload of the same folder."""
+    import peft  # 6 seconds, which every worker would spend on collecting this file
+
     torch.manual_seed(0)
     sizes = dict(
         hidden_size=32,
@@ -178,6 +179,8 @@ def test_as_peft_merges(tmp_path, options):
     )
     model.save_pretrained(tmp_path / "base")
     options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"]} | options
+    if options.get("init_lora_weights") == "eva":
+        options["eva_config"] = peft.tuners.lora.EvaConfig()
     adapted = peft.get_peft_model(model, peft.LoraConfig(**options))
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:

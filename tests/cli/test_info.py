@@ -9,20 +9,18 @@ import pytest
 from tiny_folder import full_attention_config
 from torch_folders import hybrid_folder, hybrid_shapes
 
-from infinitevl_jax.checkpoints import export_folder
+from infinitevl_jax.checkpoints import export_folder, inspect
 from infinitevl_jax.checkpoints.source import Source
 from infinitevl_jax.checkpoints.weights import leaves
-from infinitevl_jax.cli import info
 from infinitevl_jax.config.model import infinitevl_4b
 from infinitevl_jax.nn.params import cache_spec
 
 
 def test_parts_of_the_published_model():
     config, bf16 = infinitevl_4b(), np.dtype("bfloat16")
-    parts = info._parts(
-        config, {name: bf16 for leaf in leaves(config, scanned=False) for name in leaf.torch}
-    )
-    assert {name: part["parameters"] for name, part in parts.items()} == {
+    dtypes = {name: bf16 for leaf in leaves(config, scanned=False) for name in leaf.torch}
+    parts = inspect.parts(config, dtypes)
+    assert {name: sizes[bf16] for name, sizes in parts.items()} == {
         "vision tower": 631_975_680,
         "vision merger": 36_708_608,
         "embeddings": 311_164_928,
@@ -31,7 +29,7 @@ def test_parts_of_the_published_model():
         "MLPs": 2_434_793_472,
         "norms": 149_504,
     }
-    assert sum(part["bytes"] for part in parts.values()) == 2 * 4_408_381_536
+    assert sum(sum(sizes.values()) for sizes in parts.values()) == 4_408_381_536
 
 
 def by_hand(formula: str, length: int) -> int:
@@ -48,8 +46,8 @@ def by_hand(formula: str, length: int) -> int:
     "config", [infinitevl_4b(), full_attention_config()], ids=["hybrid", "full"]
 )
 def test_the_printed_formula_gives_the_bytes(config):
-    for length in info.LENGTHS:
-        formula = info.cache_formula(config, np.dtype("bfloat16"))
+    for length in inspect.LENGTHS:
+        formula = inspect.cache_formula(config, np.dtype("bfloat16"))
         spec = cache_spec(config, 1, length, "bfloat16")
         assert by_hand(formula, length) == spec.nbytes
 
@@ -86,6 +84,7 @@ def test_ours_as_json_and_as_a_table(run, folder, model):
     ):
         assert figure in table
     assert max(map(len, table.splitlines())) < 200
+    assert run("convert", "inspect", folder).stdout == table  # one question, one answer
 
 
 def test_hugging_face_folders_read_from_headers_alone(run, tmp_path, monkeypatch):
@@ -113,7 +112,7 @@ def test_both_kinds_of_folder_say_the_same(run, folder, tmp_path):
         json.loads(run("info", path, "--json").stdout) for path in (folder, tmp_path / "hf")
     )
     for facts in (ours, theirs):
-        del facts["folder"], facts["kind"], facts["tokenizer"]
+        del facts["folder"], facts["kind"], facts["names"], facts["tokenizer"]
     assert ours == theirs
 
 

@@ -183,11 +183,10 @@ def test_an_import_leaves_nothing(tmp_path):
         "-c",
         f"""
 import sys, time
+from infinitevl_jax.__main__ import main
 from torch_folders import hybrid_folder
 from pathlib import Path
 hybrid_folder(Path({str(tmp_path)!r}) / "src")
-import convert_torch
-from infinitevl_jax.command import run
 from infinitevl_jax.checkpoints import importer
 read, count = importer.read_leaf, [0]
 def slow(*arguments):
@@ -196,7 +195,8 @@ def slow(*arguments):
     if count[0] >= 8: time.sleep(0.3)
     return read(*arguments)
 importer.read_leaf = slow
-run(lambda: convert_torch.main(["import", {str(tmp_path / "src")!r}, {str(tmp_path / "dst")!r}]))
+sys.argv[1:] = ["import", {str(tmp_path / "src")!r}, {str(tmp_path / "dst")!r}]
+main("convert", "convert_torch.py")
 """,
     )
     assert process.stdout.readline() == "ready\n", process.communicate()[1]
@@ -246,9 +246,8 @@ import infinitevl_jax.config.presets as presets
 def load(*_): print("ready", flush=True); time.sleep(99)
 presets.load_preset = load
 sys.argv = ["train.py", "configs/easy_vqa.toml"]
-import train
-from infinitevl_jax.command import run
-run(train.main)
+import runpy
+runpy.run_path("train.py", run_name="__main__")
 """,
     )
     assert process.stdout.readline() == "ready\n", process.communicate()[1]

@@ -6,6 +6,7 @@ import pytest
 
 from infinitevl_jax import InfiniteVLError
 from infinitevl_jax.config.presets import RENAMED, Preset, differences, load_preset, to_tree
+from infinitevl_jax.config.shipped import known_presets
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,6 +21,20 @@ def test_shipped_presets_load_and_say_what_they_are(path):
         and "expect" in header
         and "minutes" in header
     )
+
+
+def test_shipped_presets_are_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_preset("easy_vqa") == load_preset(ROOT / "configs" / "easy_vqa.toml")
+    assert known_presets() == ["easy_vqa"]
+    with pytest.raises(InfiniteVLError) as caught:
+        load_preset("easy_vqb")
+    assert "easy_vqb" in caught.value.culprit and "easy_vqa" in caught.value.cure
+    minimal(tmp_path).rename(tmp_path / "easy_vqa")  # a file of this name comes first
+    assert load_preset("easy_vqa").model.from_ == "somewhere"
+    (tmp_path / "configs").mkdir()
+    minimal(tmp_path).rename(tmp_path / "configs" / "mine.toml")
+    assert known_presets() == ["configs/mine.toml", "easy_vqa"]
 
 
 def minimal(tmp_path, text=""):

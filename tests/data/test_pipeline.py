@@ -14,9 +14,9 @@ from tiny_run import write_preset
 
 from infinitevl_jax.config.presets import load_preset
 from infinitevl_jax.data.collate import group_questions
+from infinitevl_jax.data.dataset import Dataset
 from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.pipeline import held_out_batches, train_batches
-from infinitevl_jax.data.source import Source
 from infinitevl_jax.train.setup import prepare_start
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def made(tmp_path_factory, tiny_data):
     folder = tmp_path_factory.mktemp("run")
     preset = load_preset(write_preset(folder, tiny_data))
-    source = Source("tiny_vqa", tiny_data, "train[:75%]")
+    source = Dataset("tiny_vqa", tiny_data, "train[:75%]")
     start = prepare_start(preset.model, source, folder, 0)
     return preset.train.data, start, Encoder(source, start.processor, start.config)
 
@@ -50,14 +50,14 @@ def test_prefix_and_branch_are_the_processor_s_prompt(made):
     for number in range(len(encoder)):
         row = encoder[number]
         for i, branch in enumerate(row.branches):
-            whole = np.concatenate([row.prefix, branch.tokens])
-            prompt = ask(start, encoder.source, number, i)
+            whole = np.concatenate([row.prefix.tokens, branch.tokens])
+            prompt = ask(start, encoder.dataset, number, i)
             np.testing.assert_array_equal(whole[: len(prompt)], prompt)
             answer = whole[len(prompt) :]
-            assert start.processor.decode(answer) == encoder.source[number].answers[i]
+            assert start.processor.decode(answer) == encoder.dataset[number].answers[i]
             assert answer[-1] == start.config.eos_token_ids[0]
             np.testing.assert_array_equal(
-                branch.answer, np.arange(len(branch.tokens)) >= len(prompt) - len(row.prefix)
+                branch.answer, np.arange(len(branch.tokens)) >= len(prompt) - len(row.prefix.tokens)
             )
 
 
@@ -66,12 +66,14 @@ def test_a_batch_asks_each_image_its_own_questions(made):
     batch = next(train_batches(encoder, start.config, data, seed=3))
     assert batch.prefix.tokens.shape == (8, 6) and batch.branches.tokens.shape == (16, 10)
     np.testing.assert_array_equal(batch.parents, np.repeat(np.arange(8), 2))
-    rows = {encoder[i].pixels.tobytes(): encoder[i] for i in range(len(encoder))}
+    rows = {encoder[i].prefix.pixels.tobytes(): encoder[i] for i in range(len(encoder))}
     for i in range(16):
-        used = batch.patches.index[batch.parents[i]] >= 0
+        used = batch.patches.patch_index[batch.parents[i]] >= 0
         patches = np.sort(batch.patches.pixels[batch.parents[i]][used], axis=0)
-        row = next(r for r in rows.values() if np.array_equal(np.sort(r.pixels, axis=0), patches))
-        size = int((batch.branches.index[i] >= 0).sum())
+        row = next(
+            r for r in rows.values() if np.array_equal(np.sort(r.prefix.pixels, axis=0), patches)
+        )
+        size = int((batch.branches.token_index[i] >= 0).sum())
         tokens = np.append(batch.branches.tokens[i][:size], batch.targets[i][size - 1])
         assert any(np.array_equal(tokens, b.tokens) for b in row.branches)
         answered = batch.targets[i][batch.weights[i] > 0]
@@ -146,7 +148,7 @@ def test_balance_draws_a_question_s_rare_answers_more_often(made):
     turns = Counter(
         turn
         for i in range(len(encoder))
-        for turn in zip(encoder.source[i].questions, encoder.source[i].answers, strict=True)
+        for turn in zip(encoder.dataset[i].questions, encoder.dataset[i].answers, strict=True)
     )
     question = next(q for (q, a) in turns if a == "yes" and turns[q, "no"] > turns[q, "yes"])
     asked = start.processor.tokenizer.encode(question)
@@ -185,8 +187,8 @@ def test_a_script_named_like_the_package_is_no_hindrance(tmp_path):
     """A script of the same name stands first on the path, and must not be taken for the package."""
     script = tmp_path / "easy_vqa.py"
     script.write_text(
-        f"import sys; sys.path.append({str(ROOT)!r})\nfrom infinitevl_jax.data.source import"
-        f" Source\nprint(len(Source('easy_vqa', {str(tmp_path / 'data')!r}, 'test')))\n"
+        f"import sys; sys.path.append({str(ROOT)!r})\nfrom infinitevl_jax.data.dataset import"
+        f" Dataset\nprint(len(Dataset('easy_vqa', {str(tmp_path / 'data')!r}, 'test')))\n"
     )
     out = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
     assert out.stdout.strip() == "1000", out.stderr

@@ -9,11 +9,11 @@ from tiny_run import write_preset
 
 from infinitevl_jax.config.presets import load_preset
 from infinitevl_jax.config.train import DataConfig
-from infinitevl_jax.data import pipeline
+from infinitevl_jax.data.dataset import Dataset, Row, _texts
 from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.pipeline import count_steps, held_out_batches, train_batches
-from infinitevl_jax.data.source import Row, Source, _texts
 from infinitevl_jax.errors import BadRow
+from infinitevl_jax.inputs.packing import Packing
 from infinitevl_jax.processing import ChatTemplate, Processor
 from infinitevl_jax.train.setup import prepare_start
 
@@ -37,7 +37,7 @@ class Rows:
 def made(tmp_path_factory, tiny_data):
     folder = tmp_path_factory.mktemp("run")
     preset = load_preset(write_preset(folder, tiny_data))
-    source = Source("tiny_vqa", tiny_data, "train[:75%]")
+    source = Dataset("tiny_vqa", tiny_data, "train[:75%]")
     return source, prepare_start(preset.model, source, folder, 0)
 
 
@@ -65,7 +65,7 @@ def test_a_row_is_encoded_alike_whatever_came_before(made, headed):
             encoder[number]
     for number in range(3):
         wholes = [
-            [np.concatenate([row.prefix, b.tokens]).tolist() for b in row.branches]
+            [np.concatenate([row.prefix.tokens, b.tokens]).tolist() for b in row.branches]
             for row in (e[number] for e in orders)
         ]
         assert wholes[0] == wholes[1] == wholes[2]
@@ -114,8 +114,10 @@ def test_an_epoch_of_packed_rows_has_every_conversation_once(packing):
 
     def contents(batch):
         for row in range(data.batch):
-            for segment in range(batch.branches.segment[row].max() + 1):
-                here = (batch.branches.segment[row] == segment) & (batch.branches.index[row] >= 0)
+            for segment in range(batch.branches.segment_ids[row].max() + 1):
+                here = (batch.branches.segment_ids[row] == segment) & (
+                    batch.branches.token_index[row] >= 0
+                )
                 if here.any():
                     last = batch.targets[row][here][-1:]
                     yield (
@@ -147,13 +149,14 @@ def test_unusable_rows_are_no_part_of_an_epoch(packing, monkeypatch):
     longest = max(encoder.conversation(i).tokens for i in range(len(encoder)))
     short = dataclasses.replace(data, batch=1, length=longest - 1)
     fitting = [i for i in range(len(encoder)) if encoder.conversation(i).tokens < longest]
-    room = [pipeline.Room(short, 1)]
+    steps = [Packing(1, short.length)]
     for number in fitting:  # any order: these conversations have two lengths at most
-        room[-1].take(encoder.conversation(number).tokens, 0) or room.append(
-            pipeline.Room(short, 1)
-        )
+        tokens = encoder.conversation(number).tokens
+        if not steps[-1].add(tokens):
+            steps.append(Packing(1, short.length))
+            assert steps[-1].add(tokens)
     assert 0 < len(fitting) < len(encoder)
-    assert abs(count_steps(encoder, short, 1, 0) - len(room)) <= 1
+    assert abs(count_steps(encoder, short, 1, 0) - len(steps)) <= 1
 
 
 GOOD = (["is it red?"], ["yes"])
@@ -208,7 +211,7 @@ def stored(made, monkeypatch):
     """A prepared data set with other contents."""
 
     def replace(*rows):
-        source = Source.__new__(Source)
+        source = Dataset.__new__(Dataset)
         source.name, source.split, source._rows = "stored", "train", rows
         return source
 

@@ -10,10 +10,10 @@ import pytest
 from tiny_run import write_preset
 
 from infinitevl_jax.config.presets import load_preset
+from infinitevl_jax.data.dataset import Dataset, Row
 from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.pipeline import held_out_batches, train_batches
 from infinitevl_jax.data.skipping import Skipped
-from infinitevl_jax.data.source import Row, Source
 from infinitevl_jax.errors import BadRow, InfiniteVLError
 from infinitevl_jax.train.setup import prepare_start
 
@@ -49,7 +49,7 @@ class Rows:
 def made(tmp_path_factory, tiny_data):
     folder = tmp_path_factory.mktemp("run")
     preset = load_preset(write_preset(folder, tiny_data))
-    source = Source("tiny_vqa", tiny_data, "train[:75%]")
+    source = Dataset("tiny_vqa", tiny_data, "train[:75%]")
     return preset.train.data, prepare_start(preset.model, source, folder, 0), source
 
 

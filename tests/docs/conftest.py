@@ -9,13 +9,14 @@ import sys
 import av
 import numpy as np
 import pytest
-from doc_pages import ROOT
+from doc_pages import ROOT, blocks
 from PIL import Image
 from tiny_folder import tiny_config, tiny_model, write_folder
 from torch_folders import read_folder, safetensors_bytes
 
 from benchmarks import kernels
 from infinitevl_jax.checkpoints import export_folder
+from pallas_kernels.operators import OPERATORS
 
 ADAPTED = "model.layers.0.self_attn.q_proj"
 
@@ -45,6 +46,8 @@ def stocked(tmp_path_factory):
     write_adapter(folder / "my-lora", read_folder(folder / "InfiniteVL")[ADAPTED + ".weight"][1])
     shutil.copytree(ROOT / "configs", folder / "configs")
     shutil.copytree(ROOT / "docs", folder / "docs")
+    (preset,) = [b.text for b in blocks(ROOT / "docs" / "training.md") if b.language == "toml"]
+    (folder / "mixers.toml").write_text(preset, "utf-8")
     return folder
 
 
@@ -69,6 +72,8 @@ def workspace(stocked, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(kernels, "DOCUMENT", folder / "docs" / "kernels.md")
+    for operator in OPERATORS:  # what a snippet registers is gone afterwards
+        monkeypatch.setattr(operator, "implementations", operator.implementations)
     before = dict(os.environ)
     yield folder
     os.environ.clear()

@@ -1,5 +1,5 @@
 """Shell commands of the documentation in this process: run, or only checked for programs and
-arguments that exist."""
+arguments that exist. A preset that is named exists, and takes the changes."""
 
 import argparse
 import importlib
@@ -17,6 +17,7 @@ from doc_pages import ROOT
 from typer.testing import CliRunner
 
 from infinitevl_jax.cli import app
+from infinitevl_jax.config.presets import load_preset
 
 ASSIGNMENT = re.compile(r"[A-Z_]+=\S+")
 TYPED = "Hello\n/quit\n"  # what someone says to a program that asks
@@ -31,6 +32,9 @@ def handle(words: tuple[str, ...], runs: bool) -> None:
     if words[0] == "export":
         assert not runs and all(map(ASSIGNMENT.fullmatch, words[1:]))
         return
+    if words[0] == ".":
+        assert words[1:] == (".venv/bin/activate",), f"{words}: only the environment is activated"
+        return
     while ASSIGNMENT.fullmatch(words[0]):
         assert not runs, f"{words}: this process has its environment already"
         words = words[1:]
@@ -41,7 +45,9 @@ def handle(words: tuple[str, ...], runs: bool) -> None:
 
 def python(arguments: tuple[str, ...], runs: bool) -> None:
     """A script or module of this project, or a module that is run in a process of its own."""
-    if arguments[0] != "-m":
+    if arguments[0] in SCRIPTS:
+        infinitevl((SCRIPTS[arguments[0]], *arguments[1:]), runs)
+    elif arguments[0] != "-m":
         main = runpy.run_path(str(ROOT / arguments[0]), run_name="__not_main__")["main"]
         call(main, arguments, runs)
     elif arguments[1].split(".")[0] in ("benchmarks", "pallas_kernels", "infinitevl_jax"):
@@ -51,7 +57,7 @@ def python(arguments: tuple[str, ...], runs: bool) -> None:
     else:
         assert runs and arguments[1] in ("venv", "ruff")
         lenient = (
-            ["--exit-zero"] if arguments[1] == "ruff" else []
+            ["--exit-zero"] if arguments[1:3] == ("ruff", "check") else []
         )  # what it finds is no fault of the documentation
         subprocess.run([sys.executable, *arguments, *lenient], check=True, capture_output=True)
 
@@ -72,18 +78,12 @@ def call(main: Callable, arguments: tuple[str, ...], runs: bool) -> None:
         except SystemExit as ended:
             code = ended.code
         except Parsed as parsed:
-            check_preset(*parsed.args)
+            (found,) = parsed.args
+            if changes := getattr(found, "changes", []):
+                load_preset(getattr(found, "config", "easy_vqa"), changes)
             return
     assert runs, f"{' '.join(arguments)} parsed no arguments: it ended with {code}"
     assert code in (None, 0), f"{' '.join(arguments)} ended with {code}"
-
-
-def check_preset(found: argparse.Namespace) -> None:
-    """A preset that is named exists, and takes the changes."""
-    from infinitevl_jax.config.presets import load_preset
-
-    if changes := getattr(found, "changes", []):
-        load_preset(getattr(found, "config", ROOT / "configs" / "easy_vqa.toml"), changes)
 
 
 def infinitevl(arguments: tuple[str, ...], runs: bool) -> None:
@@ -92,9 +92,16 @@ def infinitevl(arguments: tuple[str, ...], runs: bool) -> None:
         assert result.exit_code == 0, result.output
         assert result.stdout.strip(), "it said nothing"
     else:
-        typer.main.get_command(app).commands[arguments[0]].make_context(
-            arguments[0], list(arguments[1:])
-        )
+        parse(typer.main.get_command(app), arguments)
+
+
+def parse(command, words: tuple[str, ...]) -> None:
+    """Parse a command line of `infinitevl` down to its last command."""
+    while hasattr(command, "commands"):
+        command, words = command.commands[words[0]], words[1:]
+    found = command.make_context(command.name, list(words)).params
+    if "config" in found:
+        load_preset(found["config"], found["changes"])
 
 
 def pip(arguments: tuple[str, ...], runs: bool) -> None:
@@ -118,6 +125,7 @@ def run_tests(arguments: tuple[str, ...], runs: bool) -> None:
     tests(arguments, runs)
 
 
+SCRIPTS = {"train.py": "train", "convert_torch.py": "convert"}
 PROGRAMS = {
     "python": python,
     "python3": python,

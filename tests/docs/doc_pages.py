@@ -1,8 +1,10 @@
 """Code in Markdown files: fenced blocks, shell lines, commands inside sentences and tables,
 links."""
 
+import ast
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +57,14 @@ def commands(block: Block) -> Iterator[Command]:
         if words := shlex.split(line, comments=True):
             comment = line.partition(" #")[2]
             yield Command(tuple(words), not LONG.search(comment))
+
+
+def examples(program: Path) -> list[Command]:
+    """The commands of this project in a program's docstring, which --help shows. Not run."""
+    text = ast.get_docstring(ast.parse(program.read_text("utf-8")))
+    indented = [line for line in text.splitlines() if line.startswith("    ")]
+    block = Block(program, 1, "bash", textwrap.dedent("\n".join(indented)))
+    return [Command(c.words, False) for c in commands(block) if c.words[0] == "python"]
 
 
 def mentioned(page: Path) -> list[Command]:

@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from torch_folders import hybrid_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("infinitevl_jax", "pallas_kernels", "configs", "pyproject.toml", "README.md", "LICENSE")
@@ -106,36 +107,59 @@ def test_metadata_names_licence_and_extras(wheel):
     assert len(metadata.get_all("Project-URL")) == len(declared["urls"])
 
 
-def test_it_works_outside_the_checkout(built, tmp_path):
-    """Installed without its dependencies, which are those of this environment, and started from
-    elsewhere."""
-    there = tmp_path / "installed"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--no-index",
-        "--no-compile",
-        "--target",
-        str(there),
-        str(built),
-    ]
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory):
+    """call(command, folder) runs a program in a folder outside the checkout, with the wheel
+    installed; its dependencies are those of this environment."""
+    there = tmp_path_factory.mktemp("installed")
+    options = ["-q", "--no-deps", "--no-index", "--no-compile", "--target", str(there)]
+    command = [sys.executable, "-m", "pip", "install", *options, str(built)]
     subprocess.run(command, check=True, capture_output=True)
+    environment = os.environ | {"PYTHONPATH": str(there), "JAX_PLATFORMS": "cpu"}
+
+    def call(command, folder):
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+        assert str(ROOT) not in done.stdout + done.stderr
+        return done
+
+    call.infinitevl = str(there / "bin" / "infinitevl")
+    return call
+
+
+def test_packages_are_imported_outside_the_checkout(installed, tmp_path):
     code = (
         "import infinitevl_jax, pallas_kernels; from infinitevl_jax.processing import Processor;"
         "print(infinitevl_jax.__file__, pallas_kernels.__file__, bool(Processor()))"
     )
-    environment = os.environ | {"PYTHONPATH": str(there)}
-    for run in ([sys.executable, "-c", code], [str(there / "bin" / "infinitevl"), "--help"]):
-        done = subprocess.run(
-            run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        assert str(ROOT) not in done.stdout
-    assert (
-        "infinitevl" in done.stdout
-        and (there / "share" / "infinitevl_jax" / "configs" / "easy_vqa.toml").is_file()
+    done = installed([sys.executable, "-c", code], tmp_path)
+    assert done.returncode == 0 and "True" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("command", ["", "ask", "chat", "info", "train", "convert"])
+def test_commands_run_outside_the_checkout(installed, tmp_path, command):
+    done = installed([installed.infinitevl, *command.split(), "--help"], tmp_path)
+    assert done.returncode == 0 and f"Usage: infinitevl {command}".strip() in done.stdout
+
+
+def test_presets_are_found_by_name_outside_the_checkout(installed, tmp_path):
+    """`infinitevl train NAME` reads the preset: a change that does not fit it is refused."""
+    done = installed([installed.infinitevl, "train"], tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.endswith("error: name a preset. Those that come along: easy_vqa\n")
+    done = installed([installed.infinitevl, "train", "easy_vqa", "train.steps=none"], tmp_path)
+    assert done.returncode == 2 and "train.steps" in done.stderr, done.stderr
+    code = (
+        "from infinitevl_jax.config.presets import load_preset;"
+        "print(load_preset('easy_vqa').train.output)"
     )
+    done = installed([sys.executable, "-c", code], tmp_path)
+    assert done.stdout == "runs/easy_vqa\n", done.stderr
+
+
+def test_convert_runs_outside_the_checkout(installed, tmp_path):
+    hybrid_folder(tmp_path / "hf")
+    for words in (["import", "hf", "ours"], ["export", "ours", "again"], ["inspect", "again"]):
+        done = installed([installed.infinitevl, "convert", *words], tmp_path)
+        assert done.returncode == 0 and "infinite_vl" in done.stdout, done.stderr

@@ -6,8 +6,8 @@ from tiny_run import write_preset
 
 from infinitevl_jax import InfiniteVL
 from infinitevl_jax.config.presets import load_preset
+from infinitevl_jax.data.dataset import Dataset, Row
 from infinitevl_jax.data.encode import Encoder
-from infinitevl_jax.data.source import Row, Source
 from infinitevl_jax.eval.picture import draw_samples
 from infinitevl_jax.eval.vqa import answer_blind, answer_split, score
 from infinitevl_jax.train.setup import prepare_start
@@ -17,7 +17,7 @@ from infinitevl_jax.train.setup import prepare_start
 def made(tmp_path_factory, tiny_data):
     folder = tmp_path_factory.mktemp("run")
     preset = load_preset(write_preset(folder, tiny_data))
-    source = Source("tiny_vqa", tiny_data, "train[75%:]")
+    source = Dataset("tiny_vqa", tiny_data, "train[75%:]")
     start = prepare_start(preset.model, source, folder, 0)
     model = InfiniteVL.random(start.config, 5)
     # an untrained model repeats the last token, a special one: bias it towards words
@@ -76,15 +76,15 @@ def test_picture(tmp_path, made):
 
 def test_the_official_split_and_its_blind_baseline(tmp_path):
     """Known sizes. The blind baseline is 67.0 % of all questions, 23.3 % without yes/no."""
-    train, test = (Source("easy_vqa", tmp_path, split) for split in ("train", "test"))
+    train, test = (Dataset("easy_vqa", tmp_path, split) for split in ("train", "test"))
     train, test = ([source[i] for i in range(len(source))] for source in (train, test))
     assert (len(train), len(test)) == (4000, 1000)
     assert sum(len(r.questions) for r in train) == 38575
     blind = score(test, answer_blind(train, test))
     assert (blind.questions, blind.questions_other) == (9673, 2537)
     assert (round(blind.all, 3), round(blind.other, 3)) == (0.670, 0.233)
-    held = Source("easy_vqa", tmp_path, "train[90%:]")
-    kept = Source("easy_vqa", tmp_path, "train[:90%]")
+    held = Dataset("easy_vqa", tmp_path, "train[90%:]")
+    kept = Dataset("easy_vqa", tmp_path, "train[:90%]")
     assert not {held[i].image for i in range(len(held))} & {
         kept[i].image for i in range(len(kept))
     } or _twins(train)

@@ -9,7 +9,7 @@ from tiny import conversation, hybrid_config
 
 from infinitevl_jax import InfiniteVLError
 from infinitevl_jax.inputs.arrays import as_numpy, number, whole_number
-from infinitevl_jax.inputs.model_inputs import prepare
+from infinitevl_jax.inputs.model_inputs import build_inputs
 
 VALUES = np.array([[1.0, -2.5, 3.140625, 65280.0]], np.float32)  # each exact in bfloat16
 
@@ -50,17 +50,17 @@ def test_a_batch_of_torch_is_the_batch_of_its_numbers():
         "attention_mask": given["attention_mask"].bool(),
     }
     given["second_per_grid_ts"] = list(given["second_per_grid_ts"].bfloat16())
-    expected, read = prepare(config, **batch), prepare(config, **given)
+    expected, read = build_inputs(config, **batch), build_inputs(config, **given)
     for a, b in zip(
-        (*expected.inputs, expected.patches.pixels),
-        (*read.inputs, read.patches.pixels),
+        (*expected.decoder, expected.patches.pixels),
+        (*read.decoder, read.patches.pixels),
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
 
 
 def with_vision(**changes):
-    return lambda config: prepare(config, **conversation(config) | changes)
+    return lambda config: build_inputs(config, **conversation(config) | changes)
 
 
 def with_positions(change):
@@ -69,40 +69,49 @@ def with_positions(change):
         place = np.broadcast_to(
             np.arange(batch["input_ids"].shape[1]), (3, *batch["input_ids"].shape)
         )
-        return prepare(config, **batch, position_ids=change(place))
+        return build_inputs(config, **batch, position_ids=change(place))
 
     return action
 
 
 BAD = {
-    "ids as floats": (lambda c: prepare(c, [[1.0, 2.0]]), "dtype float64"),
-    "ids as bools": (lambda c: prepare(c, [[True]]), "dtype bool"),
-    "ids as text": (lambda c: prepare(c, "Hello"), "no real numbers"),
-    "ids as words": (lambda c: prepare(c, [["a", "b"]]), "no real numbers"),
-    "no ids": (lambda c: prepare(c, None), "no real numbers"),
-    "rows of unequal length": (lambda c: prepare(c, [[1, 2], [3]]), "cannot be read as an array"),
-    "one row without a batch": (lambda c: prepare(c, [1, 2]), r"pass integers \[batch, tokens\]"),
-    "an id of 2^40": (lambda c: prepare(c, [[2**40]]), "input_ids holds 1099511627776"),
+    "ids as floats": (lambda c: build_inputs(c, [[1.0, 2.0]]), "dtype float64"),
+    "ids as bools": (lambda c: build_inputs(c, [[True]]), "dtype bool"),
+    "ids as text": (lambda c: build_inputs(c, "Hello"), "no real numbers"),
+    "ids as words": (lambda c: build_inputs(c, [["a", "b"]]), "no real numbers"),
+    "no ids": (lambda c: build_inputs(c, None), "no real numbers"),
+    "rows of unequal length": (
+        lambda c: build_inputs(c, [[1, 2], [3]]),
+        "cannot be read as an array",
+    ),
+    "one row without a batch": (
+        lambda c: build_inputs(c, [1, 2]),
+        r"pass integers \[batch, tokens\]",
+    ),
+    "an id of 2^40": (lambda c: build_inputs(c, [[2**40]]), "input_ids holds 1099511627776"),
     "an id of 2^64 - 1": (
-        lambda c: prepare(c, np.array([[2**64 - 1]], np.uint64)),
+        lambda c: build_inputs(c, np.array([[2**64 - 1]], np.uint64)),
         "input_ids holds 18446744073709551615",
     ),
     "a mask to add": (
-        lambda c: prepare(c, [[1, 2]], [[0.0, -np.inf]]),
+        lambda c: build_inputs(c, [[1, 2]], [[0.0, -np.inf]]),
         "attention_mask holds -inf",
     ),
-    "a mask of twos": (lambda c: prepare(c, [[1, 2]], [[2, 1]]), "attention_mask holds 2"),
-    "a mask of NaN": (lambda c: prepare(c, [[1, 2]], [[np.nan, 1]]), "attention_mask holds nan"),
+    "a mask of twos": (lambda c: build_inputs(c, [[1, 2]], [[2, 1]]), "attention_mask holds 2"),
+    "a mask of NaN": (
+        lambda c: build_inputs(c, [[1, 2]], [[np.nan, 1]]),
+        "attention_mask holds nan",
+    ),
     "a mask of words": (
-        lambda c: prepare(c, [[1, 2]], [["yes", "no"]]),
+        lambda c: build_inputs(c, [[1, 2]], [["yes", "no"]]),
         "attention_mask has dtype",
     ),
     "a causal mask": (
-        lambda c: prepare(c, [[1, 2]], np.ones((1, 1, 2, 2))),
+        lambda c: build_inputs(c, [[1, 2]], np.ones((1, 1, 2, 2))),
         r"shape \(1, 1, 2, 2\)",
     ),
     "a tensor without values": (
-        lambda c: prepare(c, torch.zeros((1, 2), dtype=torch.int64, device="meta")),
+        lambda c: build_inputs(c, torch.zeros((1, 2), dtype=torch.int64, device="meta")),
         "cannot be read",
     ),
     "pixels as bytes": (
@@ -153,7 +162,7 @@ BAD = {
     "negative positions": (with_positions(lambda p: p - 1), "position_ids hold -1"),
     "two axes of positions": (with_positions(lambda p: p[:2]), r"pass \[3, 1, "),
     "a cache near the last position": (
-        lambda c: prepare(c, [[1, 2, 3]], start=[2**31 - 3]),
+        lambda c: build_inputs(c, [[1, 2, 3]], start=[2**31 - 3]),
         "comes to position 2,147,483,647",
     ),
 }

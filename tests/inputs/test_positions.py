@@ -8,8 +8,8 @@ import pytest
 
 from infinitevl_jax.config.model import ModelConfig, TextConfig, VisionConfig
 from infinitevl_jax.errors import InfiniteVLError
-from infinitevl_jax.inputs.model_inputs import prepare
-from infinitevl_jax.inputs.patches import bucket, pack, window_order
+from infinitevl_jax.inputs.model_inputs import build_inputs
+from infinitevl_jax.inputs.patches import bucket, pack_patches, window_order
 from infinitevl_jax.inputs.positions import VisionItem, vision_positions
 from infinitevl_jax.nn.rope import decoder_angles
 
@@ -64,10 +64,10 @@ def batch_of(config, rows, images=(), videos=(), seconds=None, **extra):
 
 def test_text_counts_up_and_follows_the_cache(config):
     assert (
-        prepare(config, [[1, 2, 3]]).inputs.positions is None
+        build_inputs(config, [[1, 2, 3]]).decoder.positions is None
     )  # left to the device: next_position + ordinal
     image = batch_of(config, [[IMAGE, 5]], images=[(1, 2, 2)])
-    positions = prepare(config, **image, start=[40]).inputs.positions
+    positions = build_inputs(config, **image, start=[40]).decoder.positions
     assert positions[:, 0].tolist() == [[40, 41]] * 3
 
 
@@ -75,7 +75,7 @@ def test_image_then_text(config):
     # grid 4 x 6 patches = 2 x 3 tokens; base 2, so rows 2..3, columns 2..4, next text at max + 1 =
     # 5
     batch = batch_of(config, [[7, START] + [IMAGE] * 6 + [END, 8]], images=[(1, 4, 6)])
-    t, h, w = prepare(config, **batch).inputs.positions[:, 0]
+    t, h, w = build_inputs(config, **batch).decoder.positions[:, 0]
     assert t.tolist() == [0, 1, 2, 2, 2, 2, 2, 2, 5, 6]
     assert h.tolist() == [0, 1, 2, 2, 2, 3, 3, 3, 5, 6]
     assert w.tolist() == [0, 1, 2, 3, 4, 2, 3, 4, 5, 6]
@@ -87,14 +87,18 @@ def test_video_time_counts_and_text_goes_on_after_the_largest_axis(config):
     batch = batch_of(
         config, [[1, 2, START] + [VIDEO] * 60 + [END]], videos=[(3, 10, 8)], seconds=[2.0]
     )
-    positions = prepare(config, **batch).inputs.positions[:, 0]
+    positions = build_inputs(config, **batch).decoder.positions[:, 0]
     assert sorted(set(positions[0, 3:63].tolist())) == [3, 7, 11]
     assert positions[:, 63].tolist() == [12, 12, 12]
 
 
 def test_half_second_steps_are_not_truncated(config):
     batch = batch_of(config, [[VIDEO] * 3], videos=[(3, 2, 2)], seconds=[0.75])
-    assert prepare(config, **batch).inputs.positions[0, 0].tolist() == [0, 1, 3]  # floor(i * 1.5)
+    assert build_inputs(config, **batch).decoder.positions[0, 0].tolist() == [
+        0,
+        1,
+        3,
+    ]  # floor(i * 1.5)
 
 
 @pytest.mark.parametrize("kind", [np.float64, np.float32, list])
@@ -115,7 +119,7 @@ def test_steps_of_time_are_exact(config, kind, seconds, rate, want):
     )
     given = [float(seconds)] if kind is list else np.array([float(seconds)], kind)
     batch = batch_of(config, [[VIDEO] * 4], videos=[(4, 2, 2)]) | {"second_per_grid_ts": given}
-    assert prepare(config, **batch).inputs.positions[0, 0].tolist() == want
+    assert build_inputs(config, **batch).decoder.positions[0, 0].tolist() == want
 
 
 def test_a_long_video_keeps_exact_time(config):
@@ -127,7 +131,7 @@ def test_a_long_video_keeps_exact_time(config):
 def test_seconds_that_are_none_are_refused(config, seconds):
     batch = batch_of(config, [[VIDEO] * 3], videos=[(3, 2, 2)], seconds=[seconds])
     with pytest.raises(InfiniteVLError, match="second_per_grid_ts"):
-        prepare(config, **batch)
+        build_inputs(config, **batch)
 
 
 @pytest.mark.parametrize(
@@ -135,20 +139,22 @@ def test_seconds_that_are_none_are_refused(config, seconds):
 )
 def test_position_ids_that_are_none_are_refused(config, ids):
     with pytest.raises(InfiniteVLError, match="position_ids"):
-        prepare(config, [[1, 2]], position_ids=np.array(ids))
+        build_inputs(config, [[1, 2]], position_ids=np.array(ids))
 
 
 def test_position_ids_of_pads_do_not_matter(config):
     own = np.array([[-7, 3, 4]])
-    positions = prepare(
+    positions = build_inputs(
         config, [[0, 1, 2]], attention_mask=[[0, 1, 1]], position_ids=own
-    ).inputs.positions
+    ).decoder.positions
     assert positions[:, 0, :2].tolist() == [[3, 4]] * 3
 
 
 def test_seconds_are_truncated_when_asked_for(config):
     batch = batch_of(config, [[VIDEO] * 3], videos=[(3, 2, 2)], seconds=[0.75])
-    assert prepare(config, **batch, truncate_seconds=True).inputs.positions[0, 0].tolist() == [
+    assert build_inputs(config, **batch, truncate_seconds=True).decoder.positions[
+        0, 0
+    ].tolist() == [
         0,
         0,
         0,
@@ -164,28 +170,30 @@ def test_items_go_to_sequences_in_order(config):
         videos=[(1, 2, 2), (2, 2, 2)],
         seconds=[1.0, 1.0],
     )
-    one = prepare(config, **batch)
-    assert sorted(one.inputs.vision_index[one.inputs.vision_index >= 0].tolist()) == list(range(6))
-    each = prepare(config, **batch, row_per_sequence=True)
+    one = build_inputs(config, **batch)
+    assert sorted(one.decoder.vision_index[one.decoder.vision_index >= 0].tolist()) == list(
+        range(6)
+    )
+    each = build_inputs(config, **batch, patches_by_row=True)
     assert each.patches.pixels.shape[0] == 3
-    assert each.inputs.vision_index.tolist() == [[0, -1, 1, -1], [-1] * 4, [0, 1, 2, 3]]
+    assert each.decoder.vision_index.tolist() == [[0, -1, 1, -1], [-1] * 4, [0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_rolled_to_the_end(config, side):
     ids = np.array([[1, 2, 3, 4], [5, 6, 0, 0] if side == "right" else [0, 0, 5, 6]])
     mask = np.array([[1, 1, 1, 1], [1, 1, 0, 0] if side == "right" else [0, 0, 1, 1]])
-    prepared = prepare(config, ids, mask, length=6)
-    assert prepared.inputs.tokens[1].tolist() == [5, 6, 0, 0, 0, 0]
-    assert prepared.inputs.index.tolist() == [[0, 1, 2, 3, -1, -1], [0, 1, -1, -1, -1, -1]]
-    assert prepared.shift.tolist() == [0, 2 if side == "left" else 0]
+    inputs = build_inputs(config, ids, mask, length=6)
+    assert inputs.decoder.tokens[1].tolist() == [5, 6, 0, 0, 0, 0]
+    assert inputs.decoder.token_index.tolist() == [[0, 1, 2, 3, -1, -1], [0, 1, -1, -1, -1, -1]]
+    assert inputs.left_padding.tolist() == [0, 2 if side == "left" else 0]
 
 
 def test_empty_arrays_are_no_images(config):
     nothing = dict(
         pixel_values=np.zeros((0, 24)), image_grid_thw=np.zeros((0, 3), int), second_per_grid_ts=[]
     )
-    assert prepare(config, [[1, 2]], **nothing).patches is None
+    assert build_inputs(config, [[1, 2]], **nothing).patches is None
 
 
 def test_large_positions_keep_their_angles():
@@ -213,12 +221,12 @@ def test_windows_are_row_major_and_stay_inside_a_slice(config):
 def test_packing_pads_to_buckets_and_keeps_every_patch(config):
     grids = np.array([(1, 6, 10), (2, 4, 4)])
     pixels = np.arange(92 * 24, dtype=np.float32).reshape(92, 24)
-    patches, place = pack(pixels, grids, config.vision, [0, 0], 1)
-    assert patches.pixels.shape == (1, 96, 24) and (patches.index[0, 92:] == -1).all()
+    patches, place = pack_patches(pixels, grids, config.vision, [0, 0], 1)
+    assert patches.pixels.shape == (1, 96, 24) and (patches.patch_index[0, 92:] == -1).all()
     assert patches.slice_reach == 64
     first = patches.pixels[0, place * 4]  # a merged token's four patches stay together, in order
     np.testing.assert_array_equal(first, pixels[::4])
-    assert (patches.slice[0, :92] == np.repeat([0, 1, 2], [60, 16, 16])).all()
+    assert (patches.slice_ids[0, :92] == np.repeat([0, 1, 2], [60, 16, 16])).all()
 
 
 def test_buckets_waste_at_most_a_third():
@@ -232,10 +240,10 @@ def test_buckets_waste_at_most_a_third():
 
 def test_vision_index_points_at_the_right_rows(config):
     batch = batch_of(config, [[IMAGE] * 15], images=[(1, 6, 10)])
-    prepared = prepare(config, **batch)
-    merged = prepared.patches.pixels[0].reshape(-1, 4, config.vision.patch_features)
+    inputs = build_inputs(config, **batch)
+    merged = inputs.patches.pixels[0].reshape(-1, 4, config.vision.patch_features)
     np.testing.assert_array_equal(
-        merged[prepared.inputs.vision_index[0]].reshape(-1, config.vision.patch_features),
+        merged[inputs.decoder.vision_index[0]].reshape(-1, config.vision.patch_features),
         batch["pixel_values"],
     )
 
@@ -309,5 +317,5 @@ BAD = {
 def test_bad_batches_are_named(config, name):
     batch, culprit = BAD[name]
     with pytest.raises(InfiniteVLError, match=culprit) as error:
-        prepare(config, **batch)
+        build_inputs(config, **batch)
     assert len(str(error.value).splitlines()) <= 10

@@ -7,7 +7,9 @@ import pytest
 from tiny import conversation, hybrid
 
 from infinitevl_jax.config.model import LINEAR, SLIDING, infinitevl_4b
-from infinitevl_jax.inputs.model_inputs import Inputs, prepare
+from infinitevl_jax.inputs.batch import TokenSequence, join_sequences
+from infinitevl_jax.inputs.model_inputs import build_inputs
+from infinitevl_jax.inputs.packing import Packing
 from infinitevl_jax.nn.mixers.softmax_attention import slot_index
 from infinitevl_jax.nn.params import cache_spec, functional, initialize
 from infinitevl_jax.serve.infinitevl import InfiniteVL
@@ -56,7 +58,7 @@ def test_token_by_token_equals_one_shot(model, tokens, whole):
 def test_images_and_video_in_chunks(model):
     batch = conversation(model.config, text=60)
     expected = model(**batch, use_cache=True)
-    prepared = prepare(model.config, **batch)
+    inputs = build_inputs(model.config, **batch)
     ids = batch["input_ids"]
     # text, image and text, video and text: each part continues the cache
     image = {k: v for k, v in batch.items() if k in ("pixel_values", "image_grid_thw")}
@@ -79,7 +81,7 @@ def test_images_and_video_in_chunks(model):
     assert (
         cache.next_position.tolist()
         == expected.cache.next_position.tolist()
-        == [int(prepared.inputs.positions.max()) + 1]
+        == [int(inputs.decoder.positions.max()) + 1]
     )
 
 
@@ -154,7 +156,7 @@ def test_cache_bytes_do_not_grow(model):
             model.params, chunk, None, cache, np.zeros((1, 1), np.int32)
         )[1]
     )
-    chunk = prepare(model.config, np.ones((1, 5000), int)).inputs
+    chunk = build_inputs(model.config, np.ones((1, 5000), int)).decoder
     long = model.init_cache(1)
     for _ in range(20):
         long = step(long)
@@ -190,30 +192,21 @@ def test_packed_equals_unpacked_with_gradients():
         vlm = bind(params)
         return jnp.sum(vlm.decode(vlm.embed(inputs, None), inputs)[0] * weight)
 
-    def row(tokens, segment, size):
-        pad = size - len(tokens)
-        at = (
-            np.concatenate([np.arange(n) for n in np.bincount(segment)])
-            if len(tokens)
-            else np.zeros(0, int)
-        )
-        ordinal = np.pad(at, (0, pad), constant_values=-1)
-        positions = np.broadcast_to(np.maximum(ordinal, 0), (3, 1, size))
-        return Inputs(
-            np.pad(tokens, (0, pad))[None],
-            ordinal[None],
-            np.pad(segment, (0, pad))[None],
-            positions,
-            None,
+    def lay_out(packing):
+        batch = join_sequences([TokenSequence(text) for text in texts])
+        return (
+            build_inputs(config, **batch, packing=packing).decoder,
+            np.moveaxis(packing.lay_out([w.T for w in weight], dtype=np.float64), 0, -1),
         )
 
     step = jax.jit(jax.value_and_grad(loss))
-    packed = row(np.concatenate(texts), np.repeat([0, 1, 2], [17, 40, 5]), 64)
-    value, grads = step(params, packed, np.pad(np.concatenate(weight), ((0, 2), (0, 0)))[None])
-    rows = [row(t, np.zeros(len(t), int), 64) for t in texts]
+    packing = Packing(1, 64)
+    assert all(packing.add(len(text)) for text in texts)
+    value, grads = step(params, *lay_out(packing))
+    inputs, weights = lay_out(Packing.one_per_row([len(text) for text in texts], 64))
     parts = [
-        step(params, r, np.pad(w, ((0, 64 - len(w)), (0, 0)))[None])
-        for r, w in zip(rows, weight, strict=True)
+        step(params, jax.tree.map(lambda x, i=i: x[..., i : i + 1, :], inputs), weights[i : i + 1])
+        for i in range(3)
     ]
     assert rel_rms(value, sum(p[0] for p in parts)) <= TOLERANCE
     for name in grads:
@@ -229,7 +222,7 @@ def test_layouts_agree():
     tokens = np.random.default_rng(0).integers(1, 90, (2, 33))
     scanned = initialize(config, jax.random.key(3), scanned=True)
     model = InfiniteVL(config, initialize(config, jax.random.key(3), scanned=False))
-    inputs = prepare(config, tokens).inputs
+    inputs = build_inputs(config, tokens).decoder
     vlm = functional(config, scanned=True)(scanned)
     hidden, _, states = vlm.decode(vlm.embed(inputs, None), inputs, collect=True)
     out = model(tokens, output_hidden_states=True)

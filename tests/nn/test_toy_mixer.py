@@ -20,7 +20,7 @@ from infinitevl_jax.config.model import SLIDING, TextConfig
 from infinitevl_jax.config.run import RunConfig
 from infinitevl_jax.config.train import OptimizerConfig
 from infinitevl_jax.data.batch import TrainBatch
-from infinitevl_jax.inputs.model_inputs import prepare
+from infinitevl_jax.inputs.model_inputs import build_inputs
 from infinitevl_jax.nn.layers import Linear
 from infinitevl_jax.nn.mixers import Mixer, register_mixer
 from infinitevl_jax.nn.ops import Ops, resolve_ops
@@ -82,7 +82,7 @@ def folder(model, tmp_path_factory):
 
 def batch(rows):
     tokens = np.random.default_rng(0).integers(1, 90, (rows, 24))
-    inputs = prepare(CONFIG, tokens).inputs
+    inputs = build_inputs(CONFIG, tokens).decoder
     weights = np.ones(tokens.shape, np.float32)
     return TrainBatch(None, None, inputs, None, np.roll(tokens, -1, 1).astype(np.int32), weights)
 

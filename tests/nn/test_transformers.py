@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from infinitevl_jax import InfiniteVL
-from infinitevl_jax.inputs.model_inputs import prepare
+from infinitevl_jax.inputs.model_inputs import build_inputs
 from pallas_kernels.testing.parity import rel_rms
 
 IMAGE, VIDEO, START, END = 91, 92, 93, 94
@@ -147,7 +147,7 @@ def test_vision_tower(vl):
             torch.tensor(values), grid_thw=torch.tensor(GRIDS)
         ).pooler_output.numpy()
     ids = [[IMAGE] * int(np.prod(GRIDS[:3], 1).sum() // 4) + [VIDEO] * 45]
-    prepared = prepare(
+    inputs = build_inputs(
         ours.config,
         ids,
         pixel_values=pixels(GRIDS)[: len(values) - 180],
@@ -155,16 +155,18 @@ def test_vision_tower(vl):
         pixel_values_videos=values[-180:],
         video_grid_thw=GRIDS[3:],
     )
-    tokens = np.asarray(ours._programs.encode(ours.params, prepared.patches))[0][
-        prepared.inputs.vision_index[0]
+    tokens = np.asarray(ours._programs.encode(ours.params, inputs.patches))[0][
+        inputs.decoder.vision_index[0]
     ]
     assert rel_rms(tokens, expected) <= 1e-5
 
 
 def test_full_attention_model(vl, batch):
     model, ours = vl
-    prepared = prepare(ours.config, **batch)
-    positions = left_padded(prepared.inputs.positions, prepared.shift, batch["input_ids"].shape[1])
+    inputs = build_inputs(ours.config, **batch)
+    positions = left_padded(
+        inputs.decoder.positions, inputs.left_padding, batch["input_ids"].shape[1]
+    )
     expected = torch_logits(model, batch, positions, output_hidden_states=True)
     out = ours(**batch, mm_token_type_ids=batch["input_ids"], output_hidden_states=True)
     mask = batch["attention_mask"]
@@ -178,8 +180,10 @@ def test_full_attention_model(vl, batch):
 
 def test_bf16_is_as_near_as_torchs_own(vl, batch):
     model, ours = vl
-    prepared = prepare(ours.config, **batch)
-    positions = left_padded(prepared.inputs.positions, prepared.shift, batch["input_ids"].shape[1])
+    inputs = build_inputs(ours.config, **batch)
+    positions = left_padded(
+        inputs.decoder.positions, inputs.left_padding, batch["input_ids"].shape[1]
+    )
     mask = batch["attention_mask"]
     rounded = {name: p.astype(jnp.bfloat16) for name, p in ours.params.items()}
     half = InfiniteVL(ours.config, rounded)

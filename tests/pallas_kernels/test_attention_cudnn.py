@@ -15,7 +15,7 @@ from pallas_kernels.attention.implementations import ATTENTION
 from pallas_kernels.dispatch import Dispatch
 from pallas_kernels.hardware import ampere
 from pallas_kernels.testing import cudnn_attention
-from pallas_kernels.testing.matrix import ALLOWED
+from pallas_kernels.testing.cells import ALLOWED
 from pallas_kernels.testing.parity import in_float64, padding, poison, rel_rms, with_gradients
 
 CASES = {

@@ -1,7 +1,7 @@
 """Attention for Hopper: the plan against the mask, and the frame around the kernels.
 
 Not every JAX can interpret these kernels on a CPU (test_mosaic_gpu_interpreted.py): here they are
-lowered, and dense products over the same runs of rows take their place.
+lowered, and dense products over the same ranges of rows take their place.
 """
 
 import dense_kernels
@@ -109,13 +109,12 @@ def test_blocks_cover_what_is_seen(name, strict):
     first, last, *_ = attention_hopper.visible_ranges(
         tokens["q_token_index"], tokens["q_segment_ids"], case.mask
     )
-    first, last = attention_hopper._pad(first, 0), attention_hopper._pad(last, -1)
+    first, last = attention_hopper.pad_to_blocks(first, 0), attention_hopper.pad_to_blocks(last, -1)
     length = first.shape[1]
     column = np.arange(length)
     seen = (column >= first[:, :, None]) & (column <= last[:, :, None])
-    seen = seen.reshape(-1, length // rows, rows, length // keys, keys).swapaxes(
-        2, 3
-    )  # [b, tile, block, row, key]
+    # [b, tile, block, row, key]
+    seen = seen.reshape(-1, length // rows, rows, length // keys, keys).swapaxes(2, 3)
     real = np.asarray(first <= last).reshape(-1, length // rows, 1, rows, 1)
     bounds = np.asarray(attention_forward.tile_blocks(first, last, rows, keys, strict))
     begin, whole, broken, end = np.moveaxis(bounds, 2, 0)[..., None]

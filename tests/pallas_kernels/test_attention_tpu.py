@@ -25,7 +25,7 @@ from pallas_kernels.attention.tpu.plan import (
     reach,
     visits,
 )
-from pallas_kernels.testing.matrix import INTERPRETED
+from pallas_kernels.testing.comparison import INTERPRETED
 from pallas_kernels.testing.parity import poison, rel_rms
 
 SMALL = attention_tpu.Block(128, 128, 2)  # so that these lengths take several steps
@@ -98,14 +98,14 @@ def test_visits_are_the_mask(name, by_key):
 
     @jax.jit
     def make(tokens):
-        who, _ = attention_tpu._call(
-            k, k, reach(**tokens, mask=mask), block, attention_tpu._Static(mask, 1.0, None, SMALL)
+        who, _ = attention_tpu.kernel_call(
+            k, k, reach(**tokens, mask=mask), block, attention_tpu.Static(mask, 1.0, None, SMALL)
         )
         return who, visits(who, mask, rows, keys, by_key)
 
-    who, walk = make(tokens)
-    outer, inner = (np.asarray(x)[: walk.count] for x in (walk.outer, walk.inner))
-    assert walk.count <= len(walk.outer)
+    who, visited = make(tokens)
+    outer, inner = (np.asarray(x)[: visited.count] for x in (visited.outer, visited.inner))
+    assert visited.count <= len(visited.outer)
 
     far, near = who.low.shape[1] - case.length, who.number.shape[1] - k.shape[1]
     seen = np.asarray(mask.visible(*tokens.values()))
@@ -123,9 +123,8 @@ def test_visits_are_the_mask(name, by_key):
     kinds[b, i, j] = flags & (MASKED | DIAGONAL | WHOLE)
     assert (kinds[some] > 0).all() and every[kinds == WHOLE].all()
     blocks = np.split(outer >> FLAG_BITS, np.flatnonzero(np.diff(outer >> FLAG_BITS)) + 1)
-    assert [x[0] for x in blocks] == list(
-        range(case.batch * some.shape[2 if by_key else 1])
-    )  # each, in one stretch
+    # Each, in one stretch.
+    assert [x[0] for x in blocks] == list(range(case.batch * some.shape[2 if by_key else 1]))
     ends = np.cumsum([len(x) for x in blocks])
     np.testing.assert_array_equal(np.flatnonzero(flags & LAST), ends - 1)
     np.testing.assert_array_equal(np.flatnonzero(flags & FIRST), ends - [len(x) for x in blocks])

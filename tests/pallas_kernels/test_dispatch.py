@@ -54,9 +54,8 @@ def test_gradients_made_elsewhere_are_reported():
 
 def test_a_name_runs_or_fails():
     assert (Dispatch(operator(*options()), CPU, "any")(X) == 4).all()
-    assert (
-        Dispatch(operator(*options()), CPU, "elsewhere,any,narrow")(X[:, :2]) == 4
-    ).all()  # in the order given
+    # In the order given.
+    assert (Dispatch(operator(*options()), CPU, "elsewhere,any,narrow")(X[:, :2]) == 4).all()
     with pytest.raises(
         ValueError,
         match=r"op cannot run on bfloat16\[2, 3\] on cpu: narrow: 3 columns\n  -> name another",

@@ -104,6 +104,34 @@ def test_value_heads_share_a_key_head():
     assert want[1][0].shape == (1, 70, 2, 8)
 
 
+@pytest.mark.parametrize("cut", [1, 20, 69])
+def test_a_state_is_passed_on(cut):
+    """Two calls give what one call gives, also when one of them is a single token. The cuts are
+    inside a sequence, because a call's state belongs to its first one, or before a pad."""
+    (*inputs, state), _, tokens = grouped()
+    run = jax.jit(delta_xla.gated_delta_rule)
+
+    def part(state, start, stop):
+        pieces = [x[:, start:stop] for x in (*inputs, *tokens.values())]
+        return run(*pieces[:5], state, *pieces[5:])
+
+    out, last = part(state, 0, 70)
+    first, between = part(state, 0, cut)
+    second, end = part(between, cut, 70)
+    assert rel_rms(np.concatenate([first, second], axis=1), out) <= 1e-6
+    assert rel_rms(end, last) <= 1e-6
+
+
+def test_the_backward_pass_saves_key_heads_once():
+    """q and k are saved as they came, and K K^T and Q K^T are computed for each key head."""
+    inputs, _, _ = grouped(length=128, key_heads=2, value_heads=6)
+    _, pull = jax.vjp(delta_xla.gated_delta_rule, *inputs)
+    saved = [x.shape for x in jax.tree.leaves(pull) if hasattr(x, "shape")]
+    assert saved.count((1, 128, 2, 8)) == 2 and (1, 128, 6, 8) not in saved
+    program = str(jax.make_jaxpr(delta_xla.gated_delta_rule)(*inputs))
+    assert "f32[2,1,2,64,64]" in program  # [chunks, batch, key heads, C, C]
+
+
 @pytest.mark.parametrize(
     ("device", "name"), [(HOPPER, "mosaic_gpu"), (TPU, "mosaic_tpu")], ids=["hopper", "tpu"]
 )

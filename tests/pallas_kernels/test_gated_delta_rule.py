@@ -12,7 +12,7 @@ from pallas_kernels.gated_delta_rule import gated_delta_rule, reference, xla
 from pallas_kernels.gated_delta_rule.hopper import gated_delta_rule as delta_hopper
 from pallas_kernels.gated_delta_rule.tpu import gated_delta_rule as delta_tpu
 from pallas_kernels.testing import parity
-from pallas_kernels.testing.matrix import ALLOWED
+from pallas_kernels.testing.cells import ALLOWED
 from pallas_kernels.testing.parity import GATES, LENGTHS, poison, rel_rms, unit
 
 TOLERANCE = 1e-5
@@ -249,7 +249,7 @@ def test_bfloat16(keys):
 def test_remat_policy_can_keep_the_sequential_parts():
     inputs, _ = case(130)
 
-    def loops(policy):  # a walk forward or back, or the doublings of an inverse
+    def loops(policy):  # a scan forward or back, or the doublings of an inverse
         layer = jax.checkpoint(lambda *args: jnp.sin(gated_delta_rule(*args)[0]), policy=policy)
         gradient = jax.value_and_grad(lambda *args: layer(*args).sum(), argnums=range(6))
         return jax.jit(gradient).lower(*inputs).as_text("hlo").count(" while(")

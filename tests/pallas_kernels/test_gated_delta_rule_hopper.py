@@ -111,8 +111,10 @@ def test_an_empty_row_keeps_its_negative_zeros(dense):
 def test_starts_are_the_changes_between_valid_tokens():
     token_index = jnp.array([[0, 1, -1, 0, -1, 1, 0, -1]])
     segment_ids = jnp.array([[4, 4, 9, 5, 9, 5, 4, 4]])
-    assert delta_hopper._starts(token_index, segment_ids).tolist() == [[0, 0, 0, 1, 0, 0, 1, 0]]
-    assert delta_hopper._starts(None, segment_ids).tolist() == [[0, 0, 1, 1, 1, 1, 1, 0]]
+    assert delta_hopper.sequence_starts(token_index, segment_ids).tolist() == [
+        [0, 0, 0, 1, 0, 0, 1, 0]
+    ]
+    assert delta_hopper.sequence_starts(None, segment_ids).tolist() == [[0, 0, 1, 1, 1, 1, 1, 0]]
 
 
 def test_joins_tile_the_lower_triangle():

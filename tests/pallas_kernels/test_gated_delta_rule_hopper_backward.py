@@ -16,12 +16,12 @@ from pallas_kernels.gated_delta_rule.hopper.chunk_scan_backward import (
     BETA,
     CHUNK,
     ROWS,
-    RUN,
+    SEGMENT,
     SINCE,
     SUM,
     UNTIL,
 )
-from pallas_kernels.gated_delta_rule.hopper.gradients import (
+from pallas_kernels.gated_delta_rule.hopper.gradients_memory import (
     D_BETA,
     D_BETA_TOO,
     D_GATE,
@@ -52,7 +52,7 @@ def joined(x):
 
 
 def decays(vectors):
-    sums, run = vectors[..., SUM, :], vectors[..., RUN, :]
+    sums, run = vectors[..., SUM, :], vectors[..., SEGMENT, :]
     keep = jnp.tri(CHUNK, dtype=bool) & (run[..., :, None] == run[..., None, :])
     return jnp.exp(jnp.where(keep, sums[..., :, None] - sums[..., None, :], -jnp.inf))
 
@@ -109,14 +109,14 @@ def dense_gradients(q, k, v, d_out, inverse, states, x, d_states, vectors):
 
 
 @jax.jit
-def both(inputs, d_out, d_last, runs, others):
+def both(inputs, d_out, d_last, numbers, others):
     """Gradients by `backward` and by xla.py."""
-    _, kept = xla._run(*inputs, **others)
+    _, kept = xla.forward(*inputs, **others)
     inverse, states = (jnp.moveaxis(x, 0, 2) for x in kept)
     q, k, v, g, beta, _ = inputs
     g, beta = g.swapaxes(1, 2), beta.swapaxes(1, 2)
     got = delta_backward.backward(
-        q, k, v, g, beta, runs, inverse[:, :, :, None], states, d_out, d_last
+        q, k, v, g, beta, numbers, inverse[:, :, :, None], states, d_out, d_last
     )
     return got, jax.vjp(lambda *a: xla.gated_delta_rule(*a, **others), *inputs)[1]((d_out, d_last))
 
@@ -127,10 +127,10 @@ def test_formulas(name, monkeypatch):
     monkeypatch.setattr(delta_backward, "chunk_scan_backward", dense_chunk_scan_backward)
     monkeypatch.setattr(delta_backward, "gradients", dense_gradients)
     inputs, (d_out, d_last) = case(length, gates, keys, value_dim=64)
-    others, runs = {"token_index": None, "segment_ids": None}, None
+    others, numbers = {"token_index": None, "segment_ids": None}, None
     if pieces:
         token_index, segment_ids = parity.packing(pieces, length)
-        others, runs = (
+        others, numbers = (
             {"token_index": token_index, "segment_ids": segment_ids},
             segment_numbers(token_index, segment_ids),
         )
@@ -143,7 +143,7 @@ def test_formulas(name, monkeypatch):
         )
         d_out = np.where((token_index < 0)[..., None, None], 0, d_out)
 
-    (*got, d_g, d_beta, d_initial), want = both(inputs, d_out, d_last, runs, others)
+    (*got, d_g, d_beta, d_initial), want = both(inputs, d_out, d_last, numbers, others)
     valid = True if others["token_index"] is None else (others["token_index"] >= 0)[..., None]
     got = *got, jnp.where(valid, d_g.swapaxes(1, 2), 0), d_beta.swapaxes(1, 2), d_initial
     errors = {
@@ -164,9 +164,9 @@ def test_lowers_for_cuda(batch, length, heads, width, parts):
     q, k, v, d_out = arrays(jnp.bfloat16, *[(length, heads, n) for n in (128, 128, width, width)])
     inverse, states = arrays(jnp.bfloat16, (*chunks, parts, CHUNK, CHUNK), (*chunks, 128, width))
     g, beta, d_last = arrays(jnp.float32, (heads, length), (heads, length), (heads, 128, width))
-    (runs,) = arrays(jnp.int32, (length,))
+    (numbers,) = arrays(jnp.int32, (length,))
     traced = jax.jit(delta_backward.backward).trace(
-        q, k, v, g, beta, runs, inverse, states, d_out, d_last
+        q, k, v, g, beta, numbers, inverse, states, d_out, d_last
     )
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == 2
 
@@ -176,5 +176,5 @@ def test_vectors_hold_what_the_kernels_read():
         jnp.zeros((1, 2, 128)), jnp.ones((1, 2, 128)), jnp.zeros((1, 128), jnp.int32)
     )
     assert vectors.shape == (1, 2, 2, ROWS, CHUNK)
-    wanted = {SUM: 0, SINCE: 1, BETA: 1, UNTIL: 1, RUN: 0}
+    wanted = {SUM: 0, SINCE: 1, BETA: 1, UNTIL: 1, SEGMENT: 0}
     assert all((vectors[..., row, :] == value).all() for row, value in wanted.items())

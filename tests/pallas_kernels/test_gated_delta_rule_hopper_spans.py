@@ -1,4 +1,4 @@
-"""How the walks for Hopper are cut into spans: which, by how many blocks, and the states between
+"""How chunk scans for Hopper are cut into spans: which, by how many blocks, and the states between
 them. (What the kernels make of a
 span: test_mosaic_gpu_interpreted.py.)"""
 
@@ -26,16 +26,16 @@ from pallas_kernels.testing.parity import rel_rms, unit
 
 
 def test_cut_where_multiprocessors_are_idle():
-    for walks, parts, count in itertools.product(
+    for rows, parts, count in itertools.product(
         (1, 2, 3, 4, 8, 16, 20, 33, 200), (1, 2, 4), (1, 16, 31, 32, 33, 100, 128, 2048)
     ):
-        spans = spans_of(walks, parts, count)
+        spans = spans_of(rows, parts, count)
         lengths = [int(cut(count, spans, span)[1]) for span in range(spans)]
         assert sum(lengths) == count and min(lengths) > 0
         if spans > 1:
             assert (
-                walks * spans * parts <= HOPPER_MULTIPROCESSORS
-                and walks * transition_blocks(spans, parts) <= HOPPER_MULTIPROCESSORS
+                rows * spans * parts <= HOPPER_MULTIPROCESSORS
+                and rows * transition_blocks(spans, parts) <= HOPPER_MULTIPROCESSORS
             )
             assert lengths[0] >= HopperDeltaSpans.shortest and count >= HopperDeltaSpans.row
     assert [spans_of(heads, 4, 128) for heads in (32, 16, 8, 4, 1)] == [1, 2, 4, 6, 8]
@@ -64,7 +64,7 @@ def test_each_block_has_its_own_columns(spans, parts):
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_states_between_spans(backward):
-    """From passages through spans by the recurrence in float64, those of the recurrence without
+    """From span transitions by the recurrence in float64, those of the recurrence without
     spans."""
     rng, (count, spans, heads, width) = np.random.default_rng(0), (7, 3, 2, 5)
     lead = 1, count, heads
@@ -92,15 +92,15 @@ def test_states_between_spans(backward):
         tokens = [
             (int(a), int(a + n)) for a, n in (cut(count, spans, span) for span in range(spans))
         ][:: -1 if backward else 1]
-        passed = [jnp.concatenate([chunk_scan(jnp.asarray(first), 1, tokens[0]), identity], 3)]
-        passed += [
+        transitions = [jnp.concatenate([chunk_scan(jnp.asarray(first), 1, tokens[0]), identity], 3)]
+        transitions += [
             jnp.concatenate(
                 [chunk_scan(jnp.asarray(nothing), 1, at), chunk_scan(jnp.asarray(identity), 0, at)],
                 3,
             )
             for at in tokens[1:-1]
         ]
-        got = compose(jnp.asarray(first), jnp.stack(passed, 2))
+        got = compose(jnp.asarray(first), jnp.stack(transitions, 2))
         want = first
         for span, at in enumerate(tokens):
             assert rel_rms(got[:, :, span], want) < 1e-13

@@ -12,7 +12,8 @@ from pallas_kernels.gated_delta_rule import reference
 from pallas_kernels.gated_delta_rule.tpu import gated_delta_rule as delta_tpu
 from pallas_kernels.gated_delta_rule.tuning import TPU as TPUDelta
 from pallas_kernels.testing import parity
-from pallas_kernels.testing.matrix import ALLOWED, INTERPRETED
+from pallas_kernels.testing.cells import ALLOWED
+from pallas_kernels.testing.comparison import INTERPRETED
 from pallas_kernels.testing.parity import GATES, poison, rel_rms, unit
 
 NAMES = ("out", "state", "d_q", "d_k", "d_v", "d_g", "d_beta", "d_initial_state")
@@ -89,8 +90,8 @@ def test_bfloat16(length):
 def test_blocks_of_heads_and_an_odd_number_of_chunks():
     inputs, cotangents = case(260, batch=2, heads=6, value_dim=384)
     assert (
-        delta_tpu._heads(6, 128, 384, jnp.float32, TPUDelta.backward) == 1
-        and delta_tpu._heads(6, 128, 384, jnp.float32) == 2
+        delta_tpu.block_heads(6, 128, 384, jnp.float32, TPUDelta.backward) == 1
+        and delta_tpu.block_heads(6, 128, 384, jnp.float32) == 2
     )
     assert_close(ours(inputs, cotangents), truth(inputs, cotangents))
 

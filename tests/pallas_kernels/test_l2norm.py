@@ -41,9 +41,8 @@ def test_matches_float64(function, dtype):
     (out, d_x), (want, want_d_x) = results(function, x, ct), jax.tree.leaves(exact)
     assert function(x, HEADS, EPS).dtype == jnp.float32
     assert rel_rms(out, want) <= 1e-6
-    assert rel_rms(d_x, want_d_x) <= (
-        1e-5 if dtype == jnp.float32 else 4e-3
-    )  # the gradient of x is rounded to bfloat16
+    # The gradient of x is rounded to bfloat16.
+    assert rel_rms(d_x, want_d_x) <= (1e-5 if dtype == jnp.float32 else 4e-3)
     assert not out[0, 0, :WIDTH].any()
 
 

@@ -244,9 +244,8 @@ def test_a_record_is_gone_on_with(monkeypatch, capsys, tmp_path):
         out, lse = xla.attention(q, *args, **kwargs)
         return out * (1 + (q.shape[1] == 65)), lse
 
-    assert (
-        run(monkeypatch, *arguments, "--minutes", "0", attention=xla.attention) == 3
-    )  # nothing begun, nothing wrong
+    # Nothing begun, nothing wrong.
+    assert run(monkeypatch, *arguments, "--minutes", "0", attention=xla.attention) == 3
     assert "2 cases are left" in capsys.readouterr().err
     assert run(monkeypatch, *arguments, attention=wrong_at_65) == 1
     said = capsys.readouterr()

@@ -13,7 +13,8 @@ import textwrap
 import jax
 import pytest
 
-from pallas_kernels.testing.mosaic_gpu_interpreter import THREADS, VERSION, refusal
+from pallas_kernels.testing.jax_private import VERSION
+from pallas_kernels.testing.mosaic_gpu_interpreter import THREADS, refusal
 
 CASES = {
     "attention": "^(window, 300 x (64|128)|packed|ring, 65 x 128|tower, windows)",

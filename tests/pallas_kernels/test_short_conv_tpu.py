@@ -12,7 +12,7 @@ from test_short_conv import assert_close, case, truth
 from pallas_kernels.short_conv.tpu import short_conv as short_conv_tpu
 from pallas_kernels.short_conv.tuning import TPU as TPUShortConv
 from pallas_kernels.testing import parity
-from pallas_kernels.testing.matrix import INTERPRETED
+from pallas_kernels.testing.comparison import INTERPRETED
 from pallas_kernels.testing.parity import poison
 
 ours = parity.with_gradients(partial(short_conv_tpu.short_conv, interpret=INTERPRETED))

@@ -105,14 +105,8 @@ def test_delta_step_is_the_layer(dtype):
 @pytest.mark.parametrize("window", (CAPACITY, 5))
 def test_attention_step_is_the_layer(window):
     layer = SoftmaxAttention(CONFIG, window, Ops(), Rngs(jax.random.key(0)))
-    token_index = [
-        0,
-        3,
-        -1,
-        CAPACITY - 1,
-        CAPACITY,
-        29,
-    ]  # empty, partly filled, still, about to be full, wrapped
+    # Empty, partly filled, still, about to be full, wrapped.
+    token_index = [0, 3, -1, CAPACITY - 1, CAPACITY, 29]
     now = span(token_index)
     x = normal(len(token_index), 1, CONFIG.hidden_size, seed=2)
     kv_cache = KVCache(*filled(layer.state_spec(len(token_index), None, jnp.float32), seed=3))

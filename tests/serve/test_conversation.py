@@ -48,10 +48,10 @@ def test_only_the_new_turn_is_read_and_nothing_is_lost(conversation, model, proc
     holds what reading all of it gives."""
     held, last, prefill = [], [], model.prefill
 
-    def spy(prepared, cache):
-        logits, cache = prefill(prepared, cache)
-        held.extend(prepared.inputs.tokens[0])
-        last[:] = [prepared.inputs.tokens.shape[1], logits[0]]
+    def spy(inputs, cache):
+        logits, cache = prefill(inputs, cache)
+        held.extend(inputs.decoder.tokens[0])
+        last[:] = [inputs.decoder.tokens.shape[1], logits[0]]
         return logits, cache
 
     monkeypatch.setattr(model, "prefill", spy)
@@ -181,14 +181,14 @@ def test_a_conversation_goes_on_whatever_was_said(
         answering(model, patch, SAID[case])
         stop_after(conversation.ask("Next", max_new_tokens=40), len(SAID[case]))
     assert conversation._state.said == SAID[case]
-    prepared, prefill = [], model.prefill
+    read, prefill = [], model.prefill
     monkeypatch.setattr(
         model,
         "prefill",
-        lambda inputs, cache: prepared.append(inputs.inputs) or prefill(inputs, cache),
+        lambda inputs, cache: read.append(inputs.decoder) or prefill(inputs, cache),
     )
     "".join(conversation.ask(SEEN, max_new_tokens=3))
-    ids = prepared[0].tokens[0].tolist()
+    ids = read[0].tokens[0].tolist()
     before = {"role": "user", "content": "Next"}, {"role": "assistant", "content": "x"}
     _, prompt = processor.continuation(before[:1])
     turn = processor.continuation([*before, {"role": "user", "content": SEEN}], prompt)[0][
@@ -197,7 +197,7 @@ def test_a_conversation_goes_on_whatever_was_said(
     assert ids[len(ids) - len(turn) :] == turn
     waited = ids[: len(ids) - len(turn)]
     assert waited == SAID[case][len(SAID[case]) - len(waited) :]
-    seen = np.flatnonzero(prepared[0].vision_index[0] >= 0)
+    seen = np.flatnonzero(read[0].vision_index[0] >= 0)
     assert (seen >= len(waited)).all() and len(seen) == turn.count(IDS["<|image_pad|>"])
     assert conversation.messages[3]["content"] == processor.decode(SAID[case])
 

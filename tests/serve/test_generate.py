@@ -2,22 +2,18 @@
 of one cache, a mesh."""
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "nn"))
 from tiny import conversation, hybrid_config
 
 from infinitevl_jax import InfiniteVL
 from infinitevl_jax.checkpoints import save_params
-from infinitevl_jax.inputs.model_inputs import prepare
+from infinitevl_jax.inputs.model_inputs import build_inputs
 from infinitevl_jax.nn.params import parameters
-from infinitevl_jax.serve import infinitevl
+from infinitevl_jax.serve import decoding
 from infinitevl_jax.serve.sampling import Sampling, choose
 from pallas_kernels.testing.parity import rel_rms
 
@@ -119,7 +115,7 @@ def test_a_sequence_that_has_ended_leaves_its_cache_as_it_is(model, prompt, gree
     bit."""
 
     def after(count, ends):
-        logits, cache = model.prefill(prepare(model.config, **prompt), model.init_cache(1))
+        logits, cache = model.prefill(build_inputs(model.config, **prompt), model.init_cache(1))
         made = model.decode(logits, cache, max_new_tokens=NEW, eos_token_ids=ends)
         return jax.tree.map(
             np.asarray, [cache for _, (_, cache) in zip(range(count), made, strict=False)][-1]
@@ -147,9 +143,9 @@ def test_a_prompt_in_several_chunks_equals_one(model, prompt, together, monkeypa
     """Chunks of 16 cut through the image and the video; the second row ends in the first of
     them."""
     batch, rows = ragged(prompt)
-    whole, _ = model.prefill(prepare(model.config, **batch), model.init_cache(3))
-    monkeypatch.setattr(infinitevl, "PREFILL_CHUNK", 16)
-    parts, cache = model.prefill(prepare(model.config, **batch), model.init_cache(3))
+    whole, _ = model.prefill(build_inputs(model.config, **batch), model.init_cache(3))
+    monkeypatch.setattr(decoding, "PREFILL_CHUNK", 16)
+    parts, cache = model.prefill(build_inputs(model.config, **batch), model.init_cache(3))
     assert rel_rms(parts, whole) <= 1e-5
     assert cache.length.tolist() == [len(row) for row in rows]
     np.testing.assert_array_equal(
@@ -231,3 +227,16 @@ def test_a_mesh_of_eight_devices_generates_the_same(model, prompt, greedy, tmp_p
     assert jax.tree.all(
         jax.tree.map(lambda a, b: bool((a == b).all()), one.params, dict(model.params))
     )
+
+
+def test_profiles_name_the_stages(model, prompt):
+    """Prefill, decoding and sampling are scopes in the names of the compiled programs."""
+    inputs, cache = build_inputs(model.config, **prompt), model.init_cache(1)
+    run, params = model._programs, model.params
+    embeds = run.encode(params, inputs.patches)
+    text = run.forward.lower(params, inputs.decoder, embeds, cache).as_text(debug_info=True)
+    assert "/prefill/" in text and "/decode/" not in text
+    token, key = np.zeros(1, np.int32), jax.random.key(0)
+    step = run.step.lower(params, token, cache, key, sampling=Sampling(0.7))
+    text = step.as_text(debug_info=True)
+    assert "/decode/" in text and "/decode/sampling/" in text and "/prefill/" not in text

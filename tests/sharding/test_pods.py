@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from benchmarks.pods import collectives, compile_step, of_rows
+from infinitevl_jax.train.pods import collectives, compile_step, of_rows
 from pallas_kernels.testing.pods import HBM
 
 

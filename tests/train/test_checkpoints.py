@@ -2,6 +2,7 @@
 used, and that is said."""
 
 import json
+import logging
 import os
 import resource
 import shutil
@@ -13,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import QUICK
 
+from infinitevl_jax import train
 from infinitevl_jax.checkpoints.manifest import Manifest
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.train.checkpoints import Checkpoints, abstract_state
@@ -47,17 +50,20 @@ def model(tmp_path):
 
 @pytest.fixture
 def opened(tmp_path, model):
-    """Opens the run's checkpoints; what was said is in `opened.said`."""
-    made = []
+    """Opens the run's checkpoints; what was logged is in `opened.said`."""
 
     def checkpoints(keep=3):
-        made.append(Checkpoints(tmp_path / "run", model, Manifest(), keep, said.append))
-        return made[-1]
+        return Checkpoints(tmp_path / "run", model, Manifest(), keep)
+
+    class Kept(logging.Handler):
+        def emit(self, record):
+            said.append(record.getMessage())
 
     said = checkpoints.said = []
+    logger, handler = logging.getLogger("infinitevl_jax.train.checkpoints"), Kept()
+    logger.addHandler(handler)
     yield checkpoints
-    for each in made:
-        each.close()
+    logger.removeHandler(handler)
 
 
 @pytest.fixture
@@ -88,7 +94,7 @@ def test_a_step_that_is_a_pipe_is_refused(opened, saved):
 
 
 def test_a_step_that_holds_a_pipe_is_damaged(opened, saved):
-    os.mkfifo(saved / "4" / "params" / "d" / "pipe")
+    os.mkfifo(saved / "4" / "params" / "state" / "pipe")
     step, _, places = restore(opened())
     assert step == 2 and places == [2]
     assert (
@@ -111,25 +117,31 @@ def test_the_newest_are_kept(opened, tmp_path):
 
 
 def largest(folder):
-    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    """The largest file of arrays."""
+    return max(folder.rglob("d/*"), key=lambda p: p.stat().st_size)
 
 
 def cut(path):
     path.write_bytes(path.read_bytes()[:40])
 
 
+def checksums(step):
+    return step / "checksums" / "params.0.json"
+
+
 DAMAGE = {
-    "parameters' file deleted": lambda step: largest(step / "params" / "d").unlink(),
-    "parameters' file cut": lambda step: cut(largest(step / "params" / "d")),
-    "moments' file deleted": lambda step: largest(step / "optimizer" / "d").unlink(),
+    "parameters' file deleted": lambda step: largest(step / "params").unlink(),
+    "parameters' file cut": lambda step: cut(largest(step / "params")),
+    "moments' file deleted": lambda step: largest(step / "optimizer").unlink(),
     "place in the data is empty": lambda step: (step / "data" / "metadata").write_text(""),
     "place in the data is {}": lambda step: (step / "data" / "metadata").write_text("{}"),
     "place in the data is a list": lambda step: (step / "data" / "metadata").write_text("[3]"),
     "place in the data is not JSON": lambda step: (step / "data" / "metadata").write_bytes(
         b"\xff\xfe"
     ),
-    "list of parameters is not JSON": lambda step: (step / "params" / "_METADATA").write_text("{"),
-    "list of parameters is another": lambda step: (step / "params" / "_METADATA").write_text("{}"),
+    "list of parameters is not JSON": lambda step: checksums(step).write_text("{"),
+    "list of parameters is another": lambda step: checksums(step).write_text("{}"),
+    "list of parameters deleted": lambda step: checksums(step).unlink(),
     "another step's files": lambda step: swap(step, step.with_name("2")),
 }
 
@@ -164,9 +176,29 @@ def test_a_damaged_step_makes_way_for_the_one_before(case, opened, saved, tmp_pa
     assert restore(again)[0] == 4
 
 
+@pytest.mark.parametrize("item, name", [("params", "a"), ("optimizer", "state.mu.a")])
+def test_a_flipped_bit_is_seen(opened, tmp_path, item, name):
+    """One bit of an array's numbers, which no file of the store itself would show."""
+    checkpoints = opened()
+    for step in (2, 4):
+        checkpoints.save(state(step, 4096), {"rows": step})
+    numbers = state(4, 4096)
+    numbers = numbers.trainable["a"] if item == "params" else numbers.optimizer["mu"]["a"]
+    (path,) = (
+        path
+        for path in (tmp_path / "run" / "checkpoints" / "4" / item).rglob("d/*")
+        if np.asarray(numbers).tobytes() in path.read_bytes()
+    )
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(np.asarray(numbers).tobytes()) + 402] ^= 4
+    path.write_bytes(raw)
+    assert restore(checkpoints, size=4096)[0] == 2
+    assert f"{item}: {name} does not have the bytes that were written" in opened.said[0]
+
+
 def test_when_every_step_is_damaged_nothing_moves(opened, saved, tmp_path):
     for step in ("2", "4"):
-        largest(saved / step / "params" / "d").unlink()
+        largest(saved / step / "params").unlink()
     with pytest.raises(InfiniteVLError) as caught:
         restore(opened())
     assert (
@@ -207,25 +239,24 @@ def test_side_files_cut_by_a_kill_heal(opened, saved, content, name):
 
 
 def test_what_a_killed_save_left_is_removed(opened, saved):
-    (saved / "6.orbax-checkpoint-tmp").mkdir()
-    (saved / "6.orbax-checkpoint-tmp" / "x").write_text("part")
+    for name in (".6.partial", "6.orbax-checkpoint-tmp"):
+        (saved / name).mkdir()
+        (saved / name / "x").write_text("part")
     assert opened().last == 4 and sorted(p.name for p in saved.iterdir()) == ["2", "4"]
 
 
 FULL = """
 import resource, sys
-sys.path[:0] = sys.argv[1:3]
-import test_manager as t
+import test_checkpoints as t
 from infinitevl_jax.checkpoints.manifest import Manifest
 from pathlib import Path
-checkpoints = t.Checkpoints(Path(sys.argv[3]), Path(sys.argv[4]), Manifest(), 3)
+checkpoints = t.Checkpoints(Path(sys.argv[1]), Path(sys.argv[2]), Manifest(), 3)
 import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[5]),) * 2)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
 try:
     checkpoints.save(t.state(6, 300_000), {"rows": 6})
 except t.InfiniteVLError as error:
     print(error)
-checkpoints.close()
 """
 
 
@@ -236,13 +267,12 @@ def test_a_full_disk(opened, saved, model, tmp_path, limit):
         sys.executable,
         "-c",
         FULL,
-        str(ROOT),
-        str(Path(__file__).parent),
         str(tmp_path / "run"),
         str(model),
         str(limit),
     ]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent)))
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK, "PYTHONPATH": path}
     told = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     lines = told.stdout.splitlines()
     assert told.returncode == 0 and "Traceback" not in told.stderr, told.stderr[-3000:]
@@ -287,7 +317,7 @@ def test_a_save_that_fails_says_where_to_go_on(opened, monkeypatch, error):
     def fails(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(checkpoints._manager, "save", fails)
+    monkeypatch.setattr(train.checkpoints, "write_arrays", fails)
     with pytest.raises(InfiniteVLError) as caught:
         checkpoints.save(state(1), {})
     assert "checkpoints/1" in caught.value.culprit and caught.value.cure.endswith(
@@ -296,12 +326,10 @@ def test_a_save_that_fails_says_where_to_go_on(opened, monkeypatch, error):
 
 
 def test_nothing_older_is_removed_before_the_new_one_is_on_the_disk(opened, saved, monkeypatch):
-    from infinitevl_jax.checkpoints import manager
-
     def fails(folder):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(manager, "sync_tree", fails)
+    monkeypatch.setattr(train.checkpoints, "sync_tree", fails)
     with pytest.raises(InfiniteVLError, match="no space left"):
         opened(keep=1).save(state(6), {"rows": 6})
     assert {"2", "4"} <= {p.name for p in saved.iterdir()}

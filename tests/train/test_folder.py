@@ -21,8 +21,8 @@ def preset(tmp_path):
     return make
 
 
-def claim(preset, said=None):
-    run, lock = claim_folder(preset, (said if said is not None else []).append)
+def claim(preset):
+    run, lock = claim_folder(preset)
     lock.close()
     return run
 
@@ -36,13 +36,13 @@ def test_two_runs_never_share_a_folder(preset, tmp_path, name):
     """Also for another seed and another name of the folder. The refused run changes nothing."""
     (tmp_path / "link").symlink_to("run")
     (tmp_path / "run").mkdir()
-    run, lock = claim_folder(preset(tmp_path / "run"), print)
+    run, lock = claim_folder(preset(tmp_path / "run"))
     (run / "model").mkdir()
     (run / "model" / "config.json").write_text("{}")
     (run / "log.jsonl").write_text('{"step": 1}\n')
     before = content(run)
     with pytest.raises(InfiniteVLError) as caught:
-        loop.train(preset(tmp_path / name, "train.seed=1"), say=print)
+        loop.train(preset(tmp_path / name, "train.seed=1"))
     assert f"in use by process {os.getpid()} on" in caught.value.culprit and content(run) == before
     lock.close()
     claim(preset(tmp_path / name, "train.seed=1"))
@@ -66,12 +66,12 @@ def test_a_refused_run_lets_go(preset, tmp_path):
     )  # these may change
 
 
-def test_a_lost_run_s_log_is_kept(preset, tmp_path):
+def test_a_lost_run_s_log_is_kept(preset, tmp_path, said):
     for number in (1, 2):
-        run, said = claim(preset(tmp_path / "run")), []
+        run = claim(preset(tmp_path / "run"))
         (run / "log.jsonl").write_text(f'{{"step": {number}}}\n')
-        claim(preset(run), said)
-        assert said == [
+        claim(preset(run))
+        assert said()[number - 1 :] == [
             "a run that left no checkpoint was here: its log is kept as"
             f" {run / f'log.{number}.jsonl'}"
         ]
@@ -101,7 +101,7 @@ DAMAGED = [
 
 
 @pytest.mark.parametrize("text", DAMAGED, ids=range(len(DAMAGED)))
-def test_a_damaged_preset_is_named_and_its_cure_works(preset, tmp_path, text):
+def test_a_damaged_preset_is_named_and_its_cure_works(preset, tmp_path, text, said):
     run = claim(preset(tmp_path / "run"))
     for step in ("2", "4"):
         (run / "checkpoints" / step).mkdir(parents=True)
@@ -114,9 +114,8 @@ def test_a_damaged_preset_is_named_and_its_cure_works(preset, tmp_path, text):
     )
     assert len(str(caught.value)) < 1600
     (run / "preset.json").unlink()
-    said = []
-    claim(preset(run), said)
-    assert said == [f"{run} has no preset.json: taken for a run of this configuration"]
+    claim(preset(run))
+    assert said() == [f"{run} has no preset.json: taken for a run of this configuration"]
     assert json.loads((run / "preset.json").read_text())["model"] == {
         "from": "somewhere",
         "tokenizer": "words",
@@ -158,7 +157,7 @@ def test_outputs_that_cannot_be(preset, tmp_path, case):
     chosen = preset(OUTPUTS[case](tmp_path))
     before = content(tmp_path)
     with pytest.raises(InfiniteVLError) as caught:
-        loop.train(chosen, say=print)
+        loop.train(chosen)
     assert (
         str(OUTPUTS[case](tmp_path))[:100] in caught.value.culprit and len(str(caught.value)) < 5000
     )

@@ -22,37 +22,37 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_damaged_lines(tmp_path, case):
-    path, said = tmp_path / "log.jsonl", []
+def test_damaged_lines(tmp_path, said, case):
+    path = tmp_path / "log.jsonl"
     content = (
         b'{"step": 1, "loss": 2.5}\n'
         + DAMAGED[case]
         + b'{"step": 3, "loss": 2.0}\n{"step": 9, "loss": 1}\n'
     )
     path.write_bytes(content)
-    log = Log(path, 3, said.append)
+    log = Log(path, 3)
     log.write(step=4, loss=1.5)
     log.close()
     assert [line["step"] for line in read_log(path)] == [1, 3, 4]
-    assert said == [
+    assert said() == [
         f"1 damaged lines in {path}: it is kept as {tmp_path / 'log.1.jsonl'}, the others go on"
     ]
     assert (tmp_path / "log.1.jsonl").read_bytes() == content
 
 
-def test_a_last_line_that_a_kill_cut_is_no_damage(tmp_path):
-    path, said = tmp_path / "log.jsonl", []
+def test_a_last_line_that_a_kill_cut_is_no_damage(tmp_path, said):
+    path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"step": 1, "loss": 2.5}\n{"step": 2, "lo')
-    Log(path, 5, said.append).close()
+    Log(path, 5).close()
     assert (
-        said == []
+        said() == []
         and path.read_bytes() == b'{"step": 1, "loss": 2.5}\n'
         and os.listdir(tmp_path) == ["log.jsonl"]
     )
 
 
 def test_what_is_logged_can_be_asked(tmp_path):
-    log = Log(tmp_path / "log.jsonl", 0, print)
+    log = Log(tmp_path / "log.jsonl", 0)
     log.write(step=2, held_out_loss=1.0)
     assert (
         log.has(2, "held_out_loss") and not log.has(2, "loss") and not log.has(1, "held_out_loss")
@@ -61,7 +61,7 @@ def test_what_is_logged_can_be_asked(tmp_path):
 
 
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
-    log = Log(tmp_path / "log.jsonl", 0, print)
+    log = Log(tmp_path / "log.jsonl", 0)
     with (
         monkeypatch.context() as patch,
         pytest.raises(InfiniteVLError, match=r"no space left for .*log\.jsonl"),

@@ -27,7 +27,7 @@ def step_fn(state, loss):
 
 @pytest.fixture
 def run(tmp_path):
-    """Make a saver with a state of step 0; its messages are in run.said."""
+    """Make a saver with a state of step 0."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "run").mkdir()
@@ -45,12 +45,10 @@ def run(tmp_path):
                 state,
                 {"at": 0},
                 make.stop,
-                make.said.append,
             )
 
-        make.said, make.folder, make.checkpoints = [], tmp_path / "run" / "checkpoints", checkpoints
+        make.folder, make.checkpoints = tmp_path / "run" / "checkpoints", checkpoints
         yield make
-        checkpoints.close()
 
 
 def steps(run):
@@ -91,13 +89,13 @@ def test_an_error_says_where_the_run_is_saved(run, case):
 @pytest.mark.parametrize(
     "error", [KeyboardInterrupt(), SystemExit(143), RuntimeError("a bug"), MemoryError()], ids=repr
 )
-def test_anything_else_passes_once_the_run_is_saved(run, error):
+def test_anything_else_passes_once_the_run_is_saved(run, said, error):
     with pytest.raises(type(error)) as caught:
         go(run(), error)
     assert (
         caught.value is error
         and steps(run) == [3]
-        and run.said == [f"step 3 is saved in {run.folder / '3'}"]
+        and said() == [f"step 3 is saved in {run.folder / '3'}"]
     )
 
 
@@ -149,7 +147,7 @@ def test_an_error_is_told_before_the_save_that_then_fails(run, monkeypatch):
     assert caught.value.items == ("step 3 could not be saved: no space left", "no step is saved")
 
 
-def test_a_state_that_a_failed_step_took_along(run):
+def test_a_state_that_a_failed_step_took_along(run, said):
     def fails(state, batch):
         for array in (state.trainable["a"], state.step):
             array.delete()
@@ -161,7 +159,7 @@ def test_a_state_that_a_failed_step_took_along(run):
         saver.save()
         saver.advance(step_fn, 1.0, {"at": 2})
         saver.advance(fails, 1.0, {"at": 3})
-    assert run.said == ["step 2 was lost with it", "step 1 is saved"]
+    assert said() == ["step 2 was lost with it", "step 1 is saved"]
 
 
 def test_a_folder_that_was_replaced_is_not_written(run, tmp_path):
@@ -207,10 +205,10 @@ def test_signals_ask_the_run_to_stop(number, capsys):
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
 
 
-def test_a_second_ctrl_c_leaves_without_saving(run):
+def test_a_second_ctrl_c_leaves_without_saving(run, said):
     saver = run()
     with pytest.raises(KeyboardInterrupt), saver:
         saver.advance(step_fn, 1.0, {"at": 1})
         run.stop.asked = True
         raise KeyboardInterrupt
-    assert steps(run) == [] and run.said == ["no step is saved"]
+    assert steps(run) == [] and said() == ["no step is saved"]

@@ -1,20 +1,23 @@
 """Questions on branches of an image's state equal whole conversations: loss and gradients."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
+import optax
 import pytest
 from tiny_run import write_preset
 
 from infinitevl_jax.config.presets import load_preset
 from infinitevl_jax.config.run import RunConfig
-from infinitevl_jax.data.collate import PackedRows, branch_batch
-from infinitevl_jax.data.encode import Branch, Encoder
-from infinitevl_jax.data.source import Source
+from infinitevl_jax.data.collate import PackedRows, branch_batch, packed_batch
+from infinitevl_jax.data.dataset import Dataset
+from infinitevl_jax.data.encode import Branch, EncodedConversation, Encoder
+from infinitevl_jax.inputs.packing import Packing
 from infinitevl_jax.nn.params import initialize
 from infinitevl_jax.train.setup import prepare_start
-from infinitevl_jax.train.step import forward_loss, model_of
+from infinitevl_jax.train.step import forward_loss, init_state, model_of, train_step
 from pallas_kernels.testing.parity import rel_rms
 
 
@@ -23,7 +26,7 @@ def made(tmp_path_factory, tiny_data):
     """Parameters, and the same questions as branches, as one row each, and as packed rows."""
     folder = tmp_path_factory.mktemp("run")
     preset = load_preset(write_preset(folder, tiny_data))
-    source = Source("tiny_vqa", tiny_data, "train")
+    source = Dataset("tiny_vqa", tiny_data, "train")
     start = prepare_start(preset.model, source, folder, 0)
     encoder = Encoder(source, start.processor, start.config)
     data = dataclasses.replace(preset.train.data, patches=64, length=24)
@@ -31,20 +34,18 @@ def made(tmp_path_factory, tiny_data):
     questions = [range(len(row.branches)) for row in rows]
     count = sum(map(len, questions))
     batches = {"branches": branch_batch(rows, questions, start.config, data, 3, count)}
-    for name, size, length in (("rows", count, 24), ("packed", 2, 96)):
-        packed = PackedRows(
-            start.config, dataclasses.replace(data, length=length, patches=256), size
-        )
-        for row in rows:
-            for branch in row.branches:
-                whole = np.concatenate([row.prefix, branch.tokens])
-                answer = np.concatenate([np.zeros(len(row.prefix), bool), branch.answer])
-                if name == "rows":
-                    packed.used = [
-                        length if row and used else used for row, used in enumerate(packed.used, 1)
-                    ]
-                assert packed.add(Branch(whole, answer, branch.turn), row.pixels, row.grid)
-        batches[name] = packed.batch()
+    wholes = []
+    for row in rows:
+        for branch in row.branches:
+            whole = np.concatenate([row.prefix.tokens, branch.tokens])
+            answer = np.concatenate([np.zeros(len(row.prefix.tokens), bool), branch.answer])
+            branch = Branch(whole, answer, branch.turn)
+            wholes.append(EncodedConversation(branch, row.prefix.pixels, row.prefix.grids))
+    alone = Packing.one_per_row([whole.tokens for whole in wholes], 24, patches=256)
+    batches["rows"] = packed_batch(wholes, alone, start.config)
+    packed = PackedRows(start.config, dataclasses.replace(data, length=96, patches=256), 2)
+    assert all(packed.add(whole) for whole in wholes)
+    batches["packed"] = packed.batch()
     return start.config, initialize(start.config, jax.random.key(1), scanned=True), batches
 
 
@@ -90,3 +91,14 @@ def test_neither_rematerialisation_nor_scanning_changes_anything(made, expected,
     assert abs(value - expected[0]) <= 1e-5 * expected[0]
     for name, wanted in expected[2].items():
         assert rel_rms(found[name], wanted) <= 2e-5, name
+
+
+def test_profiles_name_the_stages(made):
+    """Each stage of a step, its gradients included, is a scope in the compiled program's names."""
+    config, params, batches = made
+    optimizer = optax.adam(1e-3)
+    state = jax.eval_shape(lambda p: init_state(p, list(p), optimizer), params)
+    step = jax.jit(partial(train_step, model_of(config, RunConfig(fsdp=1)), optimizer))
+    text = step.lower(state, batches["rows"]).as_text(debug_info=True)
+    for scope in ("jvp(forward)", "transpose(jvp(forward))", "jvp(loss)", "optimizer"):
+        assert f"/{scope}/" in text, scope

@@ -52,9 +52,9 @@ class VisionAttention(nnx.Module):
         q, k = rotate(q, info.cos, info.sin), rotate(k, info.cos, info.sin)
         # a segment spans at most `reach` patches, so keys farther away can be skipped
         segment, reach = (
-            (info.window, self.window_patches)
+            (info.window_ids, self.window_patches)
             if self.kind == WINDOW
-            else (info.slice, info.slice_reach)
+            else (info.slice_ids, info.slice_reach)
         )
         mask = Mask(causal=False, window=reach, aligned=True)
         out, _ = self.ops.attention(
@@ -124,9 +124,9 @@ class VisionTower(nnx.Module):
     def __call__(self, patches: Patches, dtype) -> Array:
         angles = vision_angles(patches.row_column, self.head_dim, self.theta)
         info = PatchInfo(
-            patches.index,
-            patches.window,
-            patches.slice,
+            patches.patch_index,
+            patches.window_ids,
+            patches.slice_ids,
             jnp.cos(angles),
             jnp.sin(angles),
             patches.slice_reach,

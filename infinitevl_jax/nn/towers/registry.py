@@ -5,6 +5,7 @@ from typing import Any
 
 from flax import nnx
 
+from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.nn.ops import Ops
 from infinitevl_jax.nn.rngs import Rngs
 
@@ -22,5 +23,13 @@ def register_tower(config: type, make: Callable[..., nnx.Module]) -> None:
 
 
 def make_tower(config: Any, ops: Ops, *, scanned: bool, remat: Callable, rngs: Rngs) -> nnx.Module:
-    """Create the tower of a vision configuration."""
+    """Create the tower of a vision configuration.
+
+    Raises InfiniteVLError where none is registered for its type.
+    """
+    if type(config) not in _TOWERS:
+        raise InfiniteVLError(
+            f"no vision tower is registered for {type(config).__name__}",
+            "call infinitevl_jax.nn.towers.register_tower with it",
+        )
     return _TOWERS[type(config)](config, ops, scanned=scanned, remat=remat, rngs=rngs)

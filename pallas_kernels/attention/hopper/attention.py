@@ -1,9 +1,9 @@
 """Attention on Hopper GPUs (H100, H200), by Mosaic GPU kernels.
 
-With an aligned mask each query sees one contiguous range of key rows, whatever the mix of causal
-order, window, packed segments and pads. With a causal mask over cached keys so does each query once
-the keys are sorted by token index. The kernels take only these ranges. Measurements and other
-libraries: benchmarks/results/attend.jsonl.
+The kernels take one contiguous range of key rows for each query. With an aligned mask each query
+sees such a range, for any mix of causal order, window, packed segments and pads. With a causal mask
+over cached keys it does once the keys are sorted by token index. Measurements and comparisons with
+other libraries: benchmarks/results/attend.jsonl.
 """
 
 from functools import partial
@@ -78,7 +78,7 @@ def attention(
 
 
 def gradients_by(*_, mask: Mask, **__) -> str | None:
-    """The implementation that computes the gradients, where it is another one."""
+    """The implementation that computes the gradients, None for this one."""
     return None if mask.aligned else "xla"
 
 
@@ -97,7 +97,7 @@ def _forward(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids
         first, last = cached_visible_ranges(q_token_index, k_token_index, mask)
         order = jnp.argsort(k_token_index, axis=1)[:, :, None, None]
         keys = tuple(jnp.take_along_axis(x, order, axis=1) for x in keys)
-    rows = _pad((q, *keys), 0) + (_pad(first, 0), _pad(last, -1))
+    rows = pad_to_blocks((q, *keys), 0) + (pad_to_blocks(first, 0), pad_to_blocks(last, -1))
     out, lse = forward.forward(*rows, scale)
     out, lse = out[:, :length], lse.swapaxes(1, 2)[:, :length]
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
@@ -117,7 +117,7 @@ def _forward(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids
 def _backward(mask, scale, kept, cotangents):
     q, k, v, q_token_index, k_token_index, q_segment_ids, _, out, lse = kept
     if gradients_by(mask=mask) == "xla":
-        return xla._backward(mask, scale, kept, cotangents)
+        return xla.backward(mask, scale, kept, cotangents)
     length, width = q.shape[1], q.shape[3]
     d_out, d_lse = cotangents
     live = lse != -jnp.inf
@@ -126,10 +126,10 @@ def _backward(mask, scale, kept, cotangents):
     lse = jnp.where(live, lse, 0)
     _, _, first, last = visible_ranges(q_token_index, q_segment_ids, mask)
     rows = _erase(q, q_token_index), _erase(k, k_token_index), _erase(v, k_token_index), d_out
-    rows = _pad(tuple(_widen(x, backward.WIDTH) for x in rows), 0)
-    rows += tuple(_pad(x, 0).swapaxes(1, 2) for x in (lse, shift)) + (
-        _pad(first, 0),
-        _pad(last, -1),
+    rows = pad_to_blocks(tuple(_widen(x, backward.WIDTH) for x in rows), 0)
+    rows += tuple(pad_to_blocks(x, 0).swapaxes(1, 2) for x in (lse, shift)) + (
+        pad_to_blocks(first, 0),
+        pad_to_blocks(last, -1),
     )
     gradients = backward.backward(*rows, scale)
     return *(x[:, :length, :, :width].astype(q.dtype) for x in gradients), None, None, None, None
@@ -139,7 +139,7 @@ _attention.defvjp(_forward, _backward)
 
 
 def _erase(x: jax.Array, token_index: jax.Array) -> jax.Array:
-    """Zeros in the rows of pads, for a weight of 0 does not silence a NaN."""
+    """Zeros in the rows of pads: a weight of 0 does not remove a NaN."""
     return jnp.where(token_index[:, :, None, None] >= 0, x, 0)
 
 
@@ -148,7 +148,7 @@ def _widen(x: jax.Array, width: int) -> jax.Array:
     return x if x.shape[3] == width else jnp.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[3])])
 
 
-def _pad(tree, value):
+def pad_to_blocks(tree, value):
     def pad(x):
         widths = [(0, 0), (0, -x.shape[1] % BLOCK)] + [(0, 0)] * (x.ndim - 2)
         return jnp.pad(x, widths, constant_values=value)

@@ -3,17 +3,17 @@
 Computes dq, dk and dv of out and lse from the saved log-sum-exp; the weights are recomputed. Key
 row s is seen by the query rows first[s] to last[s] and by no other.
 
-Tiling: a thread block owns 128 key rows of one key head, 64 for each of two computing warpgroups,
-and loops over the blocks of 64 query rows that see them, for some of the query heads of that key
+Tiling: a thread block owns 128 key rows of one key head, 64 for each of two computing warpgroups.
+It loops over the blocks of 64 query rows that see them, for some of the query heads of that key
 head. A third warpgroup starts the copies (TMA). Work starts with the first keys, which most queries
 see. Scores are [keys, queries], so that weights and their gradients are register operands of the
-sums dk and dv, which stay in registers. The gradients of the scores also go to shared memory: from
+sums dk and dv, which stay in registers. The gradients of the scores also go to shared memory. From
 there each warpgroup computes half the columns of the block's dq, which the copy engine adds to a
-float32 array in memory, in no fixed order. Five products, none computed twice.
+float32 array in global memory, in no fixed order. There are five products, none computed twice.
 
 Traffic: k, v, dk and dv once; q, d_out and 2 x dq (float32, into the L2 cache) once per 128 keys.
-Floor: 10 D operations for each (query, head, visible key): with 16 heads, D 128 and a window of
-8192, 0.70 ms at 8K and 4.9 at 32K.
+Floor: 10 D operations for each (query, head, visible key). With 16 heads, D 128 and a window of
+8192: 0.70 ms at 8K and 4.9 at 32K.
 """
 
 import math
@@ -136,9 +136,8 @@ def backward(
                 p, dp = pl.run_scoped(weigh, scores, scores)
                 ds = p * (dp - across(load(shift_smem.at[at], by_column, optimized=True), ROWS))
                 p, ds = p.astype(q.dtype), ds.astype(q.dtype)
-                mine = lax.rem(
-                    i, 2
-                )  # two places in turn, so that one meeting of the warpgroups a step is enough
+                # Two alternating places, so that the warpgroups synchronise once a step.
+                mine = lax.rem(i, 2)
                 ds_smem[mine, me] = ds
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(ds_ready)
@@ -244,7 +243,7 @@ def backward(
     grid = length // KEYS * batch * units
     mesh = plgpu.Mesh(grid=(grid,), grid_names=("work",), num_threads=3, thread_name="group")
     parameters = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512)
-    # Not plgpu.kernel, which takes no references: dq is one, to be added to.
+    # Not plgpu.kernel, which takes no references: dq is a reference that the kernel adds to.
     run = pl.kernel(
         entry,
         [part_type, part_type],

@@ -1,13 +1,13 @@
 """Forward kernel of attention for Hopper GPUs, in Pallas Mosaic GPU.
 
-Computes out = softmax(scale q k^T) v and the log-sum-exp of the scores, where query row t sees the
-key rows first[t] to last[t] and no other: one rule for causal order, windows, packed sequences and
+Computes out = softmax(scale q k^T) v and the log-sum-exp of the scores. Query row t sees the key
+rows first[t] to last[t] and no other: one rule for causal order, windows, packed sequences and
 pads.
 
 Tiling: a thread block takes 64 query rows of two query heads that share a key head; with an odd
 number of query heads a key head, 128 query rows of one head. Two warpgroups compute, one head or
 half the rows each. A third only starts copies (TMA) of key and value blocks of `keys` rows,
-`stages` deep, which both read. Key blocks that no row of the tile sees are not loaded; only those
+`stages` deep, which both read. Key blocks that no row of the tile sees are not loaded. Only those
 that some row sees in part are masked. A warpgroup issues the scores of key block j together with
 (weights of block j - 1) @ v, and computes the softmax of block j while the tensor cores run. The
 two take turns in issuing, so that one computes softmax while the other multiplies (the schedule of
@@ -15,8 +15,8 @@ FlashAttention-3, Shah et al., arXiv 2407.08608). Tiles start with the last rows
 longest.
 
 Traffic: q and out once, k and v once per 128 rows of (query, head) from the L2 cache. Floor: 4 D
-operations for each (query, head, visible key), at 989 Tflop/s: with 16 heads, D 128 and a window of
-8192, 0.28 ms at 8K, 1.95 at 32K.
+operations for each (query, head, visible key), at 989 Tflop/s. With 16 heads, D 128 and a window of
+8192: 0.28 ms at 8K, 1.95 at 32K.
 """
 
 import math
@@ -46,7 +46,7 @@ def forward(
         lse -inf).
     """
     batch, length, q_heads, width = q.shape
-    alone = q_heads // k.shape[2] % 2  # heads that find no second one for their key head
+    alone = q_heads // k.shape[2] % 2  # query heads without a partner on their key head
     heads, rows_of_tile = (1, 2 * ROWS) if alone else (2, ROWS)
     units, tiles = q_heads // heads, length // rows_of_tile
     keys, stages = Tuning.keys, min(Tuning.stages, k.shape[1] // Tuning.keys)
@@ -88,8 +88,8 @@ def forward(
                 return jnp.where(seen, scores, -jnp.inf)
 
             def soften(scores, top):
-                """Weights, their sum, the new maximum and the factor for what was weighed by the
-                old one."""
+                """The weights, their sum, the new maximum, and the factor for what was weighted
+                with the old maximum."""
                 new = jnp.maximum(top, scores.max(axis=1) * log2_scale)
                 weights = jnp.exp2(scores * log2_scale - spread(new, keys))
                 return weights, weights.sum(axis=1), new, jnp.exp2(top - new)
@@ -131,9 +131,9 @@ def forward(
                     plgpu.barrier_arrive(k_free.at[slot(j)])
                     softened = soften(hide(scores, j) if masked else scores, top)
                     softened = lax.optimization_barrier(softened)
-                    # Wait here for what the next step needs: the compiler moves no work past the
-                    # loop of this wait, but it would move the softmax past the wait for the product
-                    # that it is to run beside.
+                    # Wait here for the next step's input. The compiler moves no work past the loop
+                    # of this wait. It would move the softmax past the wait for the product that it
+                    # should run beside.
                     plgpu.barrier_wait(v_ready.at[slot(j)])
                     done = lax.optimization_barrier((products.wait(acc_ref), *softened))
                     plgpu.barrier_arrive(v_free.at[slot(j - 1)])
@@ -243,10 +243,11 @@ def forward(
 def tile_blocks(
     first: jax.Array, last: jax.Array, rows: int, keys: int, strict: bool = False
 ) -> jax.Array:
-    """[B, tiles, 4] int32: begin, whole, broken, end. A tile of `rows` rows meets the blocks
-    begin <= j < end of `keys` columns; all its rows see all of those with whole <= j < broken.
-    Rows that see nothing do not count, unless strict: then a tile that has one has no whole
-    blocks."""
+    """[B, tiles, 4] int32: begin, whole, broken, end. A tile of `rows` rows meets the blocks begin
+    <= j < end of `keys` columns. All its rows see all of the blocks whole <= j < broken.
+
+    Rows that see nothing do not count. strict: a tile that has such a row has no whole blocks.
+    """
     first, last = (x.reshape(x.shape[0], -1, rows) for x in (first, last))
     real = first <= last
     many = jnp.iinfo(jnp.int32).max // 2

@@ -1,23 +1,24 @@
 """One-token step of attention on Hopper GPUs, in Pallas Mosaic GPU.
-`pallas_kernels.attention.step.step` says what is computed.
+`pallas_kernels.attention.step.step` is the definition.
 
 Tiling: a thread block is one warpgroup. It loops over blocks of `keys` cache slots of one key head
-of one sequence, every `splits`-th of them, for all query heads of that key head; `splits` is chosen
+of one sequence, every `splits`-th of them, for all query heads of that key head. `splits` is chosen
 so that the thread blocks about fill the GPU. Copies (TMA) of keys and values run `stages` blocks
-ahead. Blocks of empty slots are not read. Scores are [keys, heads], so that the tensor cores
-multiply 64 keys by 8 heads instead of 64 heads of which 8 are used; the weights go through shared
-memory, and v^T weights gives the output as [D, heads]. The first thread block of a key head starts
-with the new token, while its copies are in flight, and writes it into the cache; what another
-thread block reads in that slot is outside the window. A second kernel, one thread block a head,
-merges the parts by their log-sum-exp: 8 D bytes read for each part, from the L2 cache, and 2 D
-written.
+ahead. Blocks of empty slots are not read. Scores are [keys, heads]: the tensor cores multiply 64
+keys by 8 heads, instead of 64 heads of which 8 are used. The weights go through shared memory, and
+v^T weights gives the output as [D, heads].
+
+The first thread block of a key head starts with the new token, while its copies are in flight, and
+writes it into the cache. Another thread block may read that slot, but it is outside its window. A
+second kernel, one thread block a head, merges the parts by their log-sum-exp: 8 D bytes read for
+each part, from the L2 cache, and 2 D written.
 
 A layer calls it on rotated queries and keys [batch, 1, heads, D]:
 
     out, kv_cache = step(q[:, 0], k[:, 0], v[:, 0], kv_cache, token_index, window, scale)
     y = o_proj(out.reshape(batch, 1, -1))
 
-Traffic: each filled slot once, 4 D bytes a key head; the parts pass through the L2 cache. Floor: 8
+Traffic: each filled slot once, 4 D bytes a key head. The parts pass through the L2 cache. Floor: 8
 MiB for 8192 slots of 2 key heads 128 wide, 2.8 us at 3 TB/s, and 179 us for 64 sequences.
 """
 
@@ -101,7 +102,7 @@ def attention_parts(q, k, v, kv_cache, cache_shape, token_index, window, scale):
     stages = min(Tuning.stages, -(-tiles // splits))
     log2_scale = scale * math.log2(math.e)
     by_key, by_head = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-    # One head a warp, for the only product of this kernel that is not a matrix's.
+    # One head a warp, for the only product of this kernel that is not a matrix product.
     heads_of_warps = plgpu.Layout.TILED(
         plgpu.Tiling(((4, 128), (4,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
     )
@@ -115,9 +116,8 @@ def attention_parts(q, k, v, kv_cache, cache_shape, token_index, window, scale):
         heads = pl.ds(key_head * group, group)
         token_index = index_ref[b]
         real = token_index >= 0
-        live = lax.div(
-            jnp.clip(token_index, 0, capacity) + keys - 1, keys
-        )  # blocks with a token in them
+        # Blocks with a token in them.
+        live = lax.div(jnp.clip(token_index, 0, capacity) + keys - 1, keys)
         count = lax.div(jnp.maximum(live - split, 0) + splits - 1, splits)
         slot = lax.rem(jnp.maximum(token_index, 0), capacity)
 

@@ -1,10 +1,10 @@
 """Attention on TPUs, by Pallas kernels that visit only pairs of blocks in which some query sees
 some key.
 
-The kernels take ranges of numbers and a list of block pairs, both made by plan.py from the arrays;
-they know nothing of order, windows, segments and pads. Operands are rows of tokens with the heads
-side by side, 128 lanes each: for heads 128 wide this is the memory layout of [B, T, H, D]; narrower
-heads are padded with zeros.
+plan.py turns order, windows, segments and pads into ranges of numbers and a list of block pairs.
+The kernels take only these. Operands are rows of tokens with the heads side by side, 128 lanes
+each. For heads 128 wide this is the memory layout of [B, T, H, D]; narrower heads are padded with
+zeros.
 
 There are three kernels: output (forward.py), gradient of the queries (backward_queries.py),
 gradients of keys and values (backward_keys.py). Static scores: benchmarks/tpu_scores.py.
@@ -28,7 +28,7 @@ from pallas_kernels.attention.tpu.plan import BLIND, NOBODY, Reach, has_diagonal
 from pallas_kernels.attention.tuning import TPU as TPUAttention
 from pallas_kernels.attention.tuning import Block
 
-MOST_VISITS = 1 << 16  # pairs of blocks: the list lies in scalar memory, 8 bytes for each
+MOST_VISITS = 1 << 16  # pairs of blocks: the list is in scalar memory, 8 bytes each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +48,14 @@ def tuned(q_length: int, k_length: int, mask: Mask, dtype) -> Tuning:
     def share(length, most):
         """Even shares of at most `most` rows, that fill registers."""
         if window is not None and window > LANES:
-            most = min(
-                most, max(TPUAttention.least, up(window // 2, LANES))
-            )  # larger blocks would mostly hold keys out of reach
+            # Larger blocks would mostly hold keys outside the window.
+            most = min(most, max(TPUAttention.least, up(window // 2, LANES)))
         return up(-(-length // -(-length // most)), LANES)
 
+    # As many bytes in each dtype.
     rows, keys = (
         max(LANES, most * 2 // jnp.dtype(dtype).itemsize) for most in (block.rows, block.keys)
-    )  # as many bytes
+    )
     block = Block(share(q_length, rows), share(k_length, keys), block.heads)
     return Tuning(block, block, block)
 
@@ -116,12 +116,12 @@ def attention(
             f"attention on TPU does not take {reason}\n  -> use the implementation xla"
         )
     tuning = tuning or tuned(q.shape[1], k.shape[1], call.mask, q.dtype)
-    return _attention(*call[:7], _Static(call.mask, call.scale, interpret, tuning))
+    return _attention(*call[:7], Static(call.mask, call.scale, interpret, tuning))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Static:
-    """What is known when a program is made."""
+class Static:
+    """What is known when a program is traced."""
 
     mask: Mask
     scale: float
@@ -137,14 +137,14 @@ def _attention(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_i
 def _forward(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, static):
     block = static.tuning.forward
     who = reach(q_token_index, k_token_index, q_segment_ids, k_segment_ids, static.mask)
-    who, options = _call(q, k, who, block, static)
+    who, options = kernel_call(q, k, who, block, static)
     rows = (
         _rows(q, block.rows),
         _rows(_erase(k, k_token_index), block.keys),
         _rows(_erase(v, k_token_index), block.keys),
     )
-    walk = visits(who, static.mask, block.rows, block.keys)
-    out, lse = forward(*rows, _columns(*who[:3]), _columns(*who[3:]).T, walk, **options)
+    visited = visits(who, static.mask, block.rows, block.keys)
+    out, lse = forward(*rows, _columns(*who[:3]), _columns(*who[3:]).T, visited, **options)
     out = _tokens(out, q.shape[:3] + v.shape[3:])
     lse = lse.reshape(q.shape[2], q.shape[0], -1)[:, :, : q.shape[1]].transpose(1, 2, 0)
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
@@ -164,19 +164,17 @@ def _forward(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids
 def _backward(static, kept, cotangents):
     q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids, out, lse = kept
     d_out, d_lse = cotangents
-    live = (
-        lse != -jnp.inf
-    )  # the other queries saw nothing: nothing comes back through them, whatever their rows hold
+    # Queries that saw no key have no gradient, whatever their rows hold.
+    live = lse != -jnp.inf
     d_out = jnp.where(live[..., None], d_out, 0)
     shift = jnp.where(live, jnp.sum(d_out.astype(jnp.float32) * out, axis=-1) - d_lse, 0)
-    lse = jnp.where(
-        live, lse * math.log2(math.e), -jnp.finfo(jnp.float32).min
-    )  # weights exp2(score - lse) are 0 there
+    # For the others, this lse makes all weights exp2(score - lse) 0.
+    lse = jnp.where(live, lse * math.log2(math.e), -jnp.finfo(jnp.float32).min)
     q, k, v = _erase(q, q_token_index), _erase(k, k_token_index), _erase(v, k_token_index)
     everyone = reach(q_token_index, k_token_index, q_segment_ids, k_segment_ids, static.mask)
 
     def arguments(block):
-        who, options = _call(q, k, everyone, block, static)
+        who, options = kernel_call(q, k, everyone, block, static)
         rows = (
             _rows(q, block.rows),
             _rows(k, block.keys),
@@ -190,20 +188,20 @@ def _backward(static, kept, cotangents):
 
     block = static.tuning.queries
     arrays, ranges, numbers, who, options = arguments(block)
-    walk = visits(who, static.mask, block.rows, block.keys)
-    d_q = _tokens(backward_queries(*arrays, ranges, numbers.T, walk, **options), q.shape)
+    visited = visits(who, static.mask, block.rows, block.keys)
+    d_q = _tokens(backward_queries(*arrays, ranges, numbers.T, visited, **options), q.shape)
     block = static.tuning.keys
     arrays, ranges, numbers, who, options = arguments(block)
-    walk = visits(who, static.mask, block.rows, block.keys, by_key=True)
-    d_k, d_v = backward_keys(*arrays, ranges.T, numbers, walk, **options)
+    visited = visits(who, static.mask, block.rows, block.keys, by_key=True)
+    d_k, d_v = backward_keys(*arrays, ranges.T, numbers, visited, **options)
     return d_q, _tokens(d_k, k.shape), _tokens(d_v, v.shape), None, None, None, None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _call(q, k, who: Reach, block: Block, static: _Static):
-    """The reach of padded rows, and what the kernels are told besides arrays."""
+def kernel_call(q, k, who: Reach, block: Block, static: Static):
+    """The reach of padded rows, and the keyword arguments of the kernels."""
     fills = (0, BLIND, 0, NOBODY, 0)
     steps = (block.rows,) * 3 + (block.keys,) * 2
     who = Reach(
@@ -235,7 +233,7 @@ def _divisor(n: int, most: int) -> int:
 
 
 def _erase(x: jax.Array, token_index: jax.Array) -> jax.Array:
-    """Zeros in the rows of pads, for a weight of 0 does not silence a NaN."""
+    """Zeros in the rows of pads: a weight of 0 does not remove a NaN."""
     return jnp.where(token_index[:, :, None, None] >= 0, x, 0)
 
 

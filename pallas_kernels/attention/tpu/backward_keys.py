@@ -1,18 +1,19 @@
 """The kernel for the gradients of keys and values, for TPUs, in Pallas.
 
-Computes dv = p^T d_out and dk = scale (p * (d_out v^T - shift))^T q, the weights p = exp(scale q
-k^T - lse) being recomputed; shift is sum(out * d_out) - d_lse, one number a query.
+Computes dv = p^T d_out and dk = scale (p * (d_out v^T - shift))^T q. The weights p = exp(scale q
+k^T - lse) are recomputed. shift is sum(out * d_out) - d_lse, one number a query.
 
-Tiling: the grid is (blocks of key heads) x (visits, all of one key block in a row) x (parts of the
-query heads that read them). Scores stand as [keys, rows], so that lse and shift are rows, and
-weights and their gradients feed the sums as they are; dk and dv stay in VMEM over the visits of one
-key block, and take up all query heads of a key head. On the diagonal, each part of the keys starts
-at its own first query; elsewhere parts gain nothing here.
+Tiling: the grid is (blocks of key heads) x (visits, ordered by key block) x (parts of the query
+heads that read them). Scores are [keys, rows]. lse and shift are then rows, and weights and their
+gradients go into the sums without a transpose. dk and dv stay in VMEM over the visits of one key
+block and sum over all query heads of a key head. On the diagonal, each part of the keys starts at
+its own first query; elsewhere parts gain nothing here.
 
 Traffic: k, v, dk and dv once; q and d_out once per block of `keys` keys. Floor: 8 D operations for
-each (query, head, visible key): 16 heads, D 128, 8192 tokens in a window as long: 2.8 ms on a v5e,
-0.60 on a v6e (1.2 at the half of its units that heads 128 wide fill). Static score: 2.53 and 1.37
-ms, on a v5e below the floor, for instruction bundles do not show how long a product keeps its unit.
+each (query, head, visible key). With 16 heads, D 128 and 8192 tokens in a window as long: 2.8 ms on
+a v5e, 0.60 on a v6e, or 1.2 because heads 128 wide fill half of its units. Static score: 2.53 and
+1.37 ms. On a v5e it is below the floor: instruction bundles do not show how long a product occupies
+its unit.
 """
 
 import math

@@ -1,17 +1,17 @@
 """The kernel for the gradient of the queries, for TPUs, in Pallas.
 
-Computes dq = scale (p * (d_out v^T - shift)) k, the weights p = exp(scale q k^T - lse) being
-recomputed; shift is sum(out * d_out) - d_lse, one number a query.
+Computes dq = scale (p * (d_out v^T - shift)) k. The weights p = exp(scale q k^T - lse) are
+recomputed. shift is sum(out * d_out) - d_lse, one number a query.
 
-Tiling: as the forward kernel: (blocks of query heads) x (visits, all of one query block in a row),
+Tiling: as in the forward kernel, (blocks of query heads) x (visits, ordered by query block), with
 dq in VMEM over the visits of one query block, the same parts and the same three bodies. lse and
-shift arrive as rows, and are turned into columns that fill the lanes once for each query block.
+shift arrive as rows. They are turned into columns that fill the lanes once for each query block.
 
 Traffic: q, d_out and dq once; k and v once per block of `rows` queries and of `heads` heads. Floor:
-6 D operations for each (query, head, visible key): 16 heads, D 128, 8192 tokens in a window as
-long: 2.1 ms on a v5e, 0.45 on a v6e (0.9 at the half of its units that heads 128 wide fill). Static
-score: 2.02 and 1.08 ms, on a v5e below the floor, for instruction bundles do not show how long a
-product keeps its unit.
+6 D operations for each (query, head, visible key). With 16 heads, D 128 and 8192 tokens in a window
+as long: 2.1 ms on a v5e, 0.45 on a v6e, or 0.9 because heads 128 wide fill half of its units.
+Static score: 2.02 and 1.08 ms. On a v5e it is below the floor: instruction bundles do not show how
+long a product occupies its unit.
 """
 
 import math

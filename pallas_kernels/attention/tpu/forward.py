@@ -1,24 +1,26 @@
 """The forward kernel of attention for TPUs, in Pallas.
 
-Computes out = softmax(scale q k^T) v and the log-sum-exp of the scores, where a query sees the keys
-whose number lies in its range (plan.py).
+Computes out = softmax(scale q k^T) v and the log-sum-exp of the scores. A query sees the keys whose
+number is in its range (plan.py).
 
-Tiling: the grid is (blocks of query heads) x (visits): a visit is one block of query rows and one
-of key rows, from the list that the plan made, so no step is spent on blocks that do not meet. A
-step takes `heads` query heads, with the key heads that they read, one after the other: scores
-[rows, keys] in float32, new maximum, weights, weights @ v. It goes by parts of the rows, the
-product of the next part written before the softmax of this one, for the compiler runs side by side
-only what stands close together. Maximum, sum and weighted values stay in VMEM over the visits of
-one query block; all are as wide as a vector register, the maximum repeated, the sum spread over the
-lanes, so that only the maximum needs a reduction across lanes in each step. There are three bodies:
-blocks that are seen whole skip the mask; on the diagonal, each part of the rows stops at its own
-last key; all others are masked in full, the mask made once for all heads.
+Tiling: the grid is (blocks of query heads) x (visits). A visit is one block of query rows and one
+of key rows, from the plan's list, so no step is spent on blocks that do not meet. A step takes
+`heads` query heads in sequence, with the key heads that they read: scores [rows, keys] in float32,
+new maximum, weights, weights @ v. It takes the rows in parts. The product of the next part is
+written before the softmax of this one, because the compiler overlaps only what is close in program
+order.
+
+Maximum, sum and weighted values stay in VMEM over the visits of one query block. All are as wide as
+a vector register: the maximum is repeated and the sum is spread over the lanes, so that only the
+maximum needs a reduction across lanes in each step. There are three bodies. Blocks that are seen
+whole skip the mask. On the diagonal, each part of the rows stops at its own last key. All others
+are masked in full, with one mask for all heads.
 
 Traffic: q and out once; k and v once per block of `rows` queries and of `heads` heads. Floor: 4 D
-operations for each (query, head, visible key): 16 heads, D 128, 8192 tokens in a window as long:
-1.40 ms on a v5e (197 Tflop/s), 0.60 on a v5p (459), 0.30 on a v6e (918), where heads 128 wide fill
-half of a 256 x 256 unit, so 0.60; memory needs a tenth of that. Static score: 1.59 ms on a v5e,
-0.86 on a v6e.
+operations for each (query, head, visible key). With 16 heads, D 128 and 8192 tokens in a window as
+long: 1.40 ms on a v5e (197 Tflop/s), 0.60 on a v5p (459), 0.30 on a v6e (918), or 0.60 because
+heads 128 wide fill half of its 256 x 256 units. Memory needs a tenth of that. Static score: 1.59 ms
+on a v5e, 0.86 on a v6e.
 """
 
 import math
@@ -155,8 +157,8 @@ def forward(
                 out_ref[:, lanes(h)] = jnp.where(some, acc_ref[h] * inverse, 0).astype(
                     out_ref.dtype
                 )
-                # one lane for each head's sum, and one for its maximum, so that all heads turn into
-                # rows at once
+                # One lane for each head's sum and one for its maximum, so that all heads become
+                # rows at once.
                 ends_ref[...] = jnp.where(
                     lane == h, total, jnp.where(lane == LANES // 2 + h, top_ref[h], ends_ref[...])
                 )
@@ -211,9 +213,9 @@ def forward(
 
 
 def in_turn(before: Callable, after: Callable, rows: int, part_rows: int) -> None:
-    """after(part, before(part)) for each part of the rows, in an order that lets the compiler
-    run `before` of a part, which is a product, beside `after` of the part before it, most of
-    which is not: it keeps close to the order of the program."""
+    """after(part, before(part)) for each part of the rows. `before` of a part is written next to
+    `after` of the part before it. `before` is a product and most of `after` is not, and the
+    compiler, which keeps close to program order, then overlaps them."""
     parts = [slice(i, min(i + part_rows, rows)) for i in range(0, rows, part_rows)]
     ready = before(parts[0])
     for part, following in zip(parts, [*parts[1:], None], strict=True):
@@ -223,8 +225,8 @@ def in_turn(before: Callable, after: Callable, rows: int, part_rows: int) -> Non
 
 
 def see(ranges_ref, numbers_ref, sinks: int, segments: bool, by_key: bool = False) -> jax.Array:
-    """Who sees whom: [rows, keys] booleans, or by_key [keys, rows]. What leads is a reference
-    [n, 8], with a column for each item, the other one [8, n]."""
+    """The mask: [rows, keys] booleans, or by_key [keys, rows]. The argument of the leading axis is
+    a reference [n, 8] with a column for each item, the other one is [8, n]."""
 
     def items(ref, count, leads):
         return [ref[:, i : i + 1] if leads else ref[i : i + 1, :] for i in range(count)]
@@ -241,12 +243,12 @@ def see(ranges_ref, numbers_ref, sinks: int, segments: bool, by_key: bool = Fals
 
 
 def lanes(head: jax.Array | int) -> pl.Slice:
-    """Where a head lies among the columns."""
+    """The columns of a head."""
     return pl.ds(pl.multiple_of(head * LANES, LANES), LANES)
 
 
 def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
-    """Product in float32 over those axes; of float32, in full precision."""
+    """The product over those axes in float32. Products of float32 are in full precision."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     contract = (((axes[0],), (axes[1],)), ((), ()))
     return lax.dot_general(a, b, contract, precision=precision, preferred_element_type=jnp.float32)

@@ -1,19 +1,19 @@
-"""What the attention kernels for TPU are told: who sees whom as a range of numbers, and which pairs
-of blocks to visit.
+"""The plan of the attention kernels for TPU: which keys a query sees, as a range of numbers, and
+which pairs of blocks to visit.
 
 `reach` turns order, windows, segments and pads into one rule. Each key has a number, each query a
 range of numbers:
 
     seen = low <= number <= high        (sinks: keys numbered below `sinks` are seen from any `low`)
 
-For tokens that attend to themselves (an aligned mask) the number is the row and the range is one
-run of rows, segments and all. Otherwise the number is the token index, and segments, if any, are
-compared besides.
+With an aligned mask, where tokens attend to themselves, the number is the row and the range is one
+range of rows, segments included. Otherwise the number is the token index, and segments, if any, are
+compared too.
 
-`visits` lists the pairs of a query block and a key block of which some row sees some row, in the
-order in which a kernel visits them. The list is made on the device from the numbers, and its length
-is the length of the kernel's grid, so that blocks outside windows, segments and the filled part of
-a cache cost nothing. The kernels find their blocks through scalar prefetch.
+`visits` lists the pairs of a query block and a key block in which some row sees some row, in the
+order in which a kernel visits them. The list is made on the device from the numbers. Its length is
+the length of the kernel's grid, so blocks outside windows, segments and the filled part of a cache
+cost nothing. The kernels find their blocks through scalar prefetch.
 """
 
 from typing import NamedTuple
@@ -29,18 +29,16 @@ NOBODY = np.iinfo(np.int32).max  # the number of a key that is a pad: beyond eve
 FAR = NOBODY - 1
 BLIND = -1  # `high` of a query that is a pad: before every key
 
-FIRST, LAST = 1, 2  # of a visit: begins or ends its row of blocks ...
-MASKED, DIAGONAL, WHOLE = (
-    4,
-    8,
-    16,
-)  # ... some pairs are seen; some, none of them with a key below its query; all
+# Flags of a visit: it is the first or the last of its outer block.
+FIRST, LAST = 1, 2
+# Flags of a visit: some pairs are seen; some, none of them with a later key; all.
+MASKED, DIAGONAL, WHOLE = (4, 8, 16)
 FLAG_BITS = 5
 
 
 class Reach(NamedTuple):
-    """low, high, q_segment_ids: [B, Tq] int32; number, k_segment_ids: [B, Tk] int32; segments
-    None if they need no comparing."""
+    """low, high, q_segment_ids: [B, Tq] int32. number, k_segment_ids: [B, Tk] int32. Segments are
+    None where they need not be compared."""
 
     low: jax.Array
     high: jax.Array
@@ -50,8 +48,8 @@ class Reach(NamedTuple):
 
 
 class Visits(NamedTuple):
-    """outer, inner: [most] int32, the blocks of each visit, counted through all sequences; outer
-    << FLAG_BITS | flags. count: [] int32, the visits to make."""
+    """outer, inner: [most] int32, the blocks of each visit, counted through all sequences; outer is
+    shifted: block << FLAG_BITS | flags. count: [] int32, the number of visits."""
 
     outer: jax.Array
     inner: jax.Array
@@ -65,7 +63,7 @@ def reach(
     k_segment_ids: jax.Array | None,
     mask: Mask,
 ) -> Reach:
-    """Arguments as of `attend`."""
+    """The arguments of `attention`, as ranges of numbers."""
     dead = q_token_index < 0
     if mask.aligned and not (mask.sinks and mask.window is not None):
         low, high, _, _ = visible_ranges(q_token_index, q_segment_ids, mask)
@@ -75,16 +73,14 @@ def reach(
         low, high = jnp.zeros_like(q_token_index), jnp.full_like(q_token_index, FAR)
         if mask.window is not None:
             low = jnp.maximum(q_token_index - (mask.window - 1), 0)
-            high = q_token_index + jnp.minimum(
-                mask.window - 1, FAR - q_token_index
-            )  # no further than int32 goes
+            # Within int32.
+            high = q_token_index + jnp.minimum(mask.window - 1, FAR - q_token_index)
         if mask.causal:
             high = q_token_index
         number = k_token_index
         if mask.sinks and mask.window is not None and not mask.causal:
-            high = jnp.maximum(
-                high, mask.sinks - 1
-            )  # sinks ahead are in reach as well, and nothing between is not
+            # Sinks beyond the window are seen too. All keys in between are sinks as well.
+            high = jnp.maximum(high, mask.sinks - 1)
     return Reach(
         jnp.where(dead, 0, low).astype(jnp.int32),
         jnp.where(dead, BLIND, high).astype(jnp.int32),
@@ -95,9 +91,9 @@ def reach(
 
 
 def visits(reach: Reach, mask: Mask, rows: int, keys: int, by_key: bool = False) -> Visits:
-    """The pairs of blocks of `rows` queries and of `keys` keys to visit, all those of one query
-    block in a row (by_key: of one key block). Each block of that side is visited, if only once with
-    no flag that says that anything is seen.
+    """The pairs of a block of `rows` queries and a block of `keys` keys to visit, ordered by query
+    block (by_key: by key block). Each block of that side is visited at least once; if nothing is
+    seen, with no flag for the kind of visit.
 
     The lengths in `reach` are multiples of `rows` and `keys`.
     """
@@ -109,7 +105,7 @@ def visits(reach: Reach, mask: Mask, rows: int, keys: int, by_key: bool = False)
         kinds, possible = kinds.swapaxes(1, 2), possible.T
     batch, outers, inners = kinds.shape
     most = batch * int(np.sum(possible) + np.sum(~possible.any(axis=1)))
-    most += 1  # the pipeline looks up where the visit after the last would be
+    most += 1  # the pipeline also reads the entry after the last visit
     seen = kinds > 0
     seen |= (jnp.arange(inners) == 0) & ~seen.any(axis=2, keepdims=True)
     rank = jnp.cumsum(seen, axis=2, dtype=jnp.int32)
@@ -123,14 +119,14 @@ def visits(reach: Reach, mask: Mask, rows: int, keys: int, by_key: bool = False)
 
 
 def has_diagonal(mask: Mask, rows: int, keys: int) -> bool:
-    """Whether some blocks have the same tokens as queries and as keys, of which none sees a
-    later one."""
+    """Whether some pairs of blocks hold the same tokens as queries and keys, with no token that
+    sees a later one."""
     return mask.aligned and mask.causal and rows == keys
 
 
 def _kinds(reach: Reach, sinks: int, rows: int, keys: int) -> jax.Array:
-    """[B, query blocks, key blocks]: MASKED, WHOLE or 0. Queries that are pads do not count;
-    whole blocks have no key that is one."""
+    """[B, query blocks, key blocks]: MASKED, WHOLE or 0. Queries that are pads do not count. Whole
+    blocks have no key that is a pad."""
 
     def by_row(x):
         return x.reshape(x.shape[0], -1, rows)
@@ -160,7 +156,7 @@ def _kinds(reach: Reach, sinks: int, rows: int, keys: int) -> jax.Array:
 
 
 def _possible(mask: Mask, q_blocks: int, k_blocks: int, rows: int, keys: int) -> np.ndarray:
-    """[query blocks, key blocks] booleans: False where an aligned mask says that nothing can be
+    """[query blocks, key blocks] booleans: False where an aligned mask rules out that anything is
     seen."""
     possible = np.ones((q_blocks, k_blocks), bool)
     if not mask.aligned:

@@ -1,9 +1,9 @@
-"""All gradients of the gated delta rule, by the backward kernels for Hopper GPUs.
+"""The gradients of the gated delta rule by the backward kernels for Hopper GPUs.
 
-chunk_scan_backward.py carries the gradient of the state through the chunks, last to first;
-gradients.py then computes all chunks in parallel. Between them are 96 KiB for each chunk of each
-head, with V 256. Where few heads would leave multiprocessors idle, the backward chunk scan is cut
-into spans (spans.py).
+chunk_scan_backward.py carries the gradient of the state through the chunks, last to first.
+gradients.py then computes all chunks in parallel. It reads 96 KiB that the first kernel wrote for
+each chunk of a head, with V 256. Where few heads would leave multiprocessors idle, the backward
+scan is cut into spans (spans.py).
 """
 
 import jax
@@ -16,12 +16,12 @@ from pallas_kernels.gated_delta_rule.hopper.chunk_scan_backward import (
     chunk_scan_backward,
     span_transitions_backward,
 )
-from pallas_kernels.gated_delta_rule.hopper.gradients import (
+from pallas_kernels.gated_delta_rule.hopper.gradients import gradients
+from pallas_kernels.gated_delta_rule.hopper.gradients_memory import (
     D_BETA,
     D_BETA_TOO,
     D_GATE,
     PRODUCT,
-    gradients,
 )
 from pallas_kernels.gated_delta_rule.hopper.spans import WIDTH, compose, spans_of
 
@@ -41,22 +41,21 @@ def backward(
     d_out: jax.Array,
     d_last: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """dq, dk, dv in bfloat16, dg and dbeta [B, H, T] float32, and the initial state's gradient [B,
-    H, 128, V] float32.
+    """dq, dk, dv in bfloat16, dg and dbeta [B, H, T] float32, and the gradient of the initial state
+    [B, H, 128, V] float32. dg is not zero at pads.
 
     q, k: [B, T, H, 128], v, d_out: [B, T, H, V], bfloat16, zero at pads, T and V multiples of 64.
-    g, beta: [B, H, T] float32, finite, zero at pads. segments: [B, T] int32 from `segment_numbers`,
-    None if no row is packed. inverse [B, H, N, 64, 64] bfloat16, T, or [B, H, N, 2, 64, 64], two
-    that add up to it, and states [B, H, N, 128, V] bfloat16: as kept by `forward`. d_last: [B, H,
-    128, V] float32.
-
-    At pads dg is not zero.
+    g, beta: [B, H, T] float32, finite, zero at pads.
+    segments: [B, T] int32 from `segment_numbers`; None: no row is packed.
+    inverse: from `forward`, [B, H, N, 64, 64] bfloat16, or [B, H, N, 2, 64, 64], two parts of T.
+    states: from `forward`, [B, H, N, 128, V] bfloat16.
+    d_last: [B, H, 128, V] float32.
     """
     inverse = inverse.reshape(*inverse.shape[:3], -1, CHUNK, CHUNK)
     vectors = gate_vectors(g, beta, segments)
     batch, length, heads, width = d_out.shape
-    # Two spans were not measured; they should save nothing, for the backward scan is hardly faster
-    # without writing.
+    # Two spans were not measured. They should save nothing: without results to write, the backward
+    # scan is hardly faster.
     spans = spans_of(batch * heads, width // WIDTH, length // CHUNK, back=True)
     if spans > 1:
         d_ends = compose(
@@ -73,8 +72,8 @@ def backward(
 
 
 def gate_vectors(g: jax.Array, beta: jax.Array, segments: jax.Array | None) -> jax.Array:
-    """The chunks' vectors of `chunk_scan_backward`, in the order of its constants, of g and beta
-    [B, H, T]."""
+    """The vectors of `chunk_scan_backward`, in the order of its constants, from g and beta [B, H,
+    T]."""
     batch, heads, _ = g.shape
     g, beta = (x.reshape(batch, heads, -1, CHUNK) for x in (g, beta))
     sums = jnp.matmul(g, jnp.tri(CHUNK, dtype=f32).T, precision=lax.Precision.HIGHEST)
@@ -82,9 +81,8 @@ def gate_vectors(g: jax.Array, beta: jax.Array, segments: jax.Array | None) -> j
     segment = jnp.zeros_like(g)
     if segments is not None:
         segments = segments.reshape(batch, 1, -1, CHUNK)
-        before = jnp.pad(
-            segments[:, :, :-1, -1:], ((0, 0), (0, 0), (1, 0), (0, 0))
-        )  # the first chunk's state belongs to segment 0
+        # The first chunk's state belongs to segment 0.
+        before = jnp.pad(segments[:, :, :-1, -1:], ((0, 0), (0, 0), (1, 0), (0, 0)))
         since = jnp.where(segments == before, since, 0)
         until = jnp.where(segments == segments[..., -1:], until, 0)
         segment = jnp.broadcast_to(segments.astype(f32), g.shape)

@@ -1,27 +1,29 @@
 """Chunk scan of the gated delta rule, with the outputs: the second of two forward kernels for
 Hopper GPUs, in Pallas Mosaic GPU.
 
-Computes, chunk after chunk and in the notation of xla.py, new = T beta (V - d K S), out = d Q S +
-(Q K^T * D) new and S' = d_C S + (D_C K)^T new, from the inputs and the results of chunks.py.
+Computes, chunk after chunk, in the notation of xla.py and from the results of chunks.py:
+
+    new = T beta (V - d K S)
+    out = d Q S + (Q K^T * D) new
+    S'  = d_C S + (D_C K)^T new
 
 Tiling: a thread block carries 64 columns of one head's state through the whole sequence, with three
-warpgroups. The first computes only what the next chunk depends on: k S, new and S'. There
-everything is transposed, [V, tokens] and [V, K], so that the state is an accumulator that stays in
-the registers and, rounded, the register operand of its own products; likewise `new`. It passes
-both, through shared memory, to the second warpgroup, which computes the outputs in parallel. The
-third starts the copies (TMA), some chunks ahead. Where these blocks would leave multiprocessors
-idle, the sequence is cut into spans that are scanned in parallel, each from a state found by
-span_transitions.py.
+warpgroups. The first computes only what the next chunk depends on: k S, new and S'. Its arrays are
+transposed, [V, tokens] and [V, K]. The state is then an accumulator that stays in registers and,
+rounded, the register operand of its own products; so is `new`. The first warpgroup passes both
+through shared memory to the second, which computes the outputs in parallel. The third starts the
+copies (TMA), some chunks ahead. Where these blocks would leave multiprocessors idle, the sequence
+is cut into spans that are scanned in parallel, each from a state found by span_transitions.py.
 
-Rounding: sums and the carried state are float32, operands bfloat16. T, the scores and `new`,
-between which much cancels where keys repeat, are two bfloat16 each, of which two products are
-formed with T and K and three with the scores.
+Rounding: sums and the carried state are float32, operands bfloat16. T, the scores and `new` are two
+bfloat16 each, because much cancels between them where keys repeat. Two products are formed with T
+and K, three with the scores.
 
-Traffic: for a chunk of a head 96 KiB read (k, q, T and scores by every slice, from the L2 cache but
-once) and 32 KiB written, and 64 KiB more where the states before each chunk are saved. Floor at 16
-heads and 8,192 tokens: 0.09 ms for the memory at 3 TB/s, 0.12 ms for the tensor cores. With so few
-heads latency dominates: 128 chunks, one after the other, of three dependent products, 1,664 clocks
-of tensor work a chunk and slice.
+Traffic: for a chunk of a head 96 KiB read and 32 KiB written, and 64 KiB more where the states
+before each chunk are saved. Every slice reads k, q, T and the scores, all but once from the L2
+cache. Floor at 16 heads and 8,192 tokens: 0.09 ms of memory at 3 TB/s, 0.12 ms of tensor cores.
+With so few heads latency dominates: 128 chunks in sequence, three dependent products each, 1,664
+clocks of tensor work a chunk and slice.
 """
 
 from collections.abc import Callable
@@ -55,7 +57,7 @@ from pallas_kernels.mosaic_gpu import (
     transposed,
 )
 
-HALVES = pl.ds(0, CHUNK), pl.ds(CHUNK, CHUNK)  # rows of the two parts that T and the scores come in
+HALVES = pl.ds(0, CHUNK), pl.ds(CHUNK, CHUNK)  # rows of the two parts of T and of the scores
 
 f32, bf16 = jnp.float32, jnp.bfloat16
 
@@ -70,12 +72,13 @@ def chunk_scan(
     starts: jax.Array | None,
     keep: bool,
 ) -> tuple[jax.Array, ...]:
-    """out [B, T, H, V] bfloat16, the last state [B, H, 128, V] float32 and, if keep, those before
-    each chunk [B, H, N, 128, V] bfloat16.
+    """out [B, T, H, V] bfloat16, the last state [B, H, 128, V] float32 and, if keep, the state
+    before each chunk [B, H, N, 128, V] bfloat16.
 
     q, k: [B, T, H, 128] and v: [B, T, H, V], bfloat16, no NaN, T and V multiples of 64.
-    inverse, scores, vectors: from `chunks`. starts: [B, H, S, 128, V] float32, the state before
-    each of the S spans that `cut` makes of the chunks; None is one span, from zeros.
+    inverse, scores, vectors: from `chunks`.
+    starts: [B, H, S, 128, V] float32, the state before each of the S spans that `cut` makes of the
+        chunks. None: one span, from zeros.
     """
     batch, length, heads, width = v.shape
     parts, odd = divmod(width, WIDTH)
@@ -210,7 +213,7 @@ def chunk_scan(
                 )
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(state_free)
-                plgpu.commit_smem()  # the vectors are read before a copy may replace them
+                plgpu.commit_smem()  # the vectors are read: a copy may replace them
                 plgpu.barrier_arrive(free.at[at])
                 out = out * spread(since, WIDTH)
                 plgpu.barrier_wait(new_ready)
@@ -306,8 +309,8 @@ def chunk_scan(
 
 
 class Chunk(NamedTuple):
-    """What the state needs of a chunk, in shared memory, and the barriers at which it arrives
-    (the vectors with v)."""
+    """What the state needs of a chunk, in shared memory, and the barriers at which it arrives (the
+    vectors arrive with v)."""
 
     k: Any
     v: Any
@@ -326,12 +329,15 @@ def advance(
     adding: Callable[[jax.Array], None],
     share_of_v: jax.Array | None = None,
 ) -> jax.Array:
-    """The state after a chunk, of the state before it, both transposed [64 columns, 128] float32 in
-    a warpgroup's registers.
+    """The state after a chunk from the state before it. Both are transposed, [64 columns, 128]
+    float32 in registers of a warpgroup.
 
-    Called while a product runs: reading with the state before, rounded to bfloat16; before_new
-    where `new` of the chunk before must have been read by others; adding with `new` [64 columns,
-    tokens]. share_of_v: 0 instead of 1 for what becomes of a state where no values come.
+    The callbacks are called while a product runs.
+
+    reading: gets the state before the chunk, rounded to bfloat16.
+    before_new: returns once others have read `new` of the previous chunk.
+    adding: gets `new` [64 columns, tokens].
+    share_of_v: 1, or 0 for a state that runs with V = 0.
     """
 
     def vector(i):
@@ -354,8 +360,8 @@ def advance(
         factor = load(chunk.vectors.at[BETA], by_column, optimized=True)
         factor *= load(chunk.vectors.at[SINCE], by_column, optimized=True)
         values, factor = lax.optimization_barrier((values, factor))
-        # The compiler moves no work past the loop of this wait, but it would move this past the one
-        # for the product.
+        # The compiler moves no work past the loop of this wait. It would move this work past the
+        # wait for the product.
         plgpu.barrier_wait(chunk.inverse_ready)
         return values, factor, products.wait(acc)
 

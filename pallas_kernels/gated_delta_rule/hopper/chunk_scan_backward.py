@@ -2,30 +2,30 @@
 in Pallas Mosaic GPU.
 
 Computes, from the last chunk to the first and in the notation of xla.py, with dS' the gradient of
-the state after the chunk,
+the state after the chunk:
 
     d_new = (Q K^T * D)^T d_out + (D_C K) dS'
-    x     = T^T d_new                             gradient of beta (V - d K S)
+    x     = T^T d_new, the gradient of beta (V - d K S)
     dS    = d_C dS' + (d Q)^T d_out - (beta d K)^T x
 
-and writes x and dS', the only sequential results that gradients.py needs.
+It writes x and dS', the only sequential results that gradients.py needs.
 
 Tiling: a thread block takes 64 columns of one head's state. One warpgroup carries dS through the
-whole sequence: everything is transposed, [V, tokens] and [V, K], so that dS is an accumulator that
-stays in the registers and, rounded, the register operand of its own products; likewise d_new and x.
-A second warpgroup is one chunk ahead with what depends on no state: the scores and d Q. A third
+whole sequence. Its arrays are transposed, [V, tokens] and [V, K]. dS is then an accumulator that
+stays in registers and, rounded, the register operand of its own products; so are d_new and x. A
+second warpgroup computes the scores and d Q, which depend on no state, one chunk ahead. A third
 starts the copies (TMA). Where these blocks would leave multiprocessors idle, the sequence is cut
-into spans (spans.py) that are scanned in parallel. `span_transitions_backward` is the same scan
-before that, without the per-chunk results: it reads as much of q, k, d_out and T, and writes 192
-KiB for a span of a head with V 256.
+into spans (spans.py) that are scanned in parallel. `span_transitions_backward` runs before that. It
+is the same scan without the per-chunk results: it reads as much of q, k, d_out and T, and writes
+192 KiB for a span of a head with V 256.
 
-Rounding: operands are bfloat16, sums and the carried gradient float32. d_new is multiplied with T
-as two bfloat16: where keys repeat, its rounding errors would grow (2 % of dv, 1.3 % with two). T in
-two parts halves that again (0.6 %).
+Rounding: operands are bfloat16, sums and the carried gradient float32. The product of d_new and T
+takes d_new as two bfloat16: where keys repeat, its rounding errors would grow (2 % of dv, 1.3 %
+with two). T in two parts halves that again (0.6 %).
 
-Traffic: a chunk of a head is 32 KiB of d_out, and q, k and T once per 64 columns (160 KiB, from the
-L2 cache) read, 96 KiB written: 0.1 ms at 16 heads and 8,192 tokens. Floor: 0.1 ms too, by latency:
-128 chunks, one after the other, of three dependent products, 1,150 clocks of tensor core each
+Traffic: for a chunk of a head 32 KiB of d_out, and q, k and T once per 64 columns (160 KiB, from
+the L2 cache) read, 96 KiB written: 0.1 ms at 16 heads and 8,192 tokens. Floor: 0.1 ms too, by
+latency: 128 chunks in sequence, three dependent products each, 1,150 clocks of tensor core a chunk
 (1,280 with T in two parts). Measured on an H100 with T in two parts: 0.25 ms, 2,900 clocks a chunk.
 """
 
@@ -49,7 +49,7 @@ from pallas_kernels.mosaic_gpu import (
 )
 
 CHUNK = 64  # tokens of a chunk
-SUM, SINCE, BETA, UNTIL, RUN, ROWS = range(6)  # rows of a chunk's vectors
+SUM, SINCE, BETA, UNTIL, SEGMENT, ROWS = range(6)  # rows of a chunk's vectors
 AHEAD, STAGES = Tuning.ahead, Tuning.stages
 
 f32, bf16 = jnp.float32, jnp.bfloat16
@@ -63,15 +63,16 @@ def chunk_scan_backward(
     vectors: jax.Array,
     d_ends: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x [B, H, N, 64, V] bfloat16, the gradients of the states after each of the N chunks,
-    transposed [B, H, N, V, 128] bfloat16, and that of the initial state [B, H, 128, V] float32.
+    """x [B, H, N, 64, V] bfloat16, the gradient of the state after each of the N chunks, transposed
+    [B, H, N, V, 128] bfloat16, and that of the initial state [B, H, 128, V] float32.
 
-    q, k: [B, T, H, 128], d_out: [B, T, H, V], bfloat16, no NaN, T and V multiples of 64. inverse:
-    [B, H, N, 1 or 2, 64, 64] bfloat16, T or the two that add up to it.
+    q, k: [B, T, H, 128], d_out: [B, T, H, V], bfloat16, no NaN, T and V multiples of 64.
+    inverse: [B, H, N, 1 or 2, 64, 64] bfloat16, T or two parts of it.
     vectors: [B, H, N, ROWS, 64] float32: running sum of g in the chunk, decay d from the state
-    before it (0 for other sequences' tokens), beta, decay to the chunk's last token (likewise),
-    number of the token's sequence. d_ends: [B, H, S, 128, V] float32, the gradient of the state
-    after each of the S spans that `cut` makes of the chunks, the last span's first.
+        before it, beta, decay to the chunk's last token, number of the token's sequence. Both
+        decays are 0 for tokens of other sequences.
+    d_ends: [B, H, S, 128, V] float32, the gradient of the state after each of the S spans that
+        `cut` makes of the chunks, the last span's first.
     """
     x, d_states, d_first = _chunk_scan_backward(q, k, d_out, inverse, vectors, d_ends, None)
     return x, d_states, d_first[:, :, -1]
@@ -86,21 +87,23 @@ def span_transitions_backward(
     d_last: jax.Array,
     spans: int,
 ) -> jax.Array:
-    """What `compose` needs, spans counted from the last: [B, H, spans - 1, 128, V + 128]
-    float32, as `span_transitions` for the scan; d_last: [B, H, 128, V] float32, the rest as in
-    `chunk_scan_backward`."""
-    (passed,) = _chunk_scan_backward(q, k, d_out, inverse, vectors, d_last[:, :, None], spans)
-    return passed
+    """The argument of `compose`, [B, H, spans - 1, 128, V + 128] float32, with spans counted from
+    the last.
+
+    d_last: [B, H, 128, V] float32. The other arguments are those of `chunk_scan_backward`.
+    """
+    (transitions,) = _chunk_scan_backward(q, k, d_out, inverse, vectors, d_last[:, :, None], spans)
+    return transitions
 
 
-def _chunk_scan_backward(q, k, d_out, inverse, vectors, d_ends, passed_spans):
+def _chunk_scan_backward(q, k, d_out, inverse, vectors, d_ends, transition_spans):
     batch, length, heads, width = d_out.shape
     slices, odd = divmod(width, WIDTH)
     assert k.shape[3] == KEY and length % CHUNK == 0 and not odd
     count, parts = length // CHUNK, inverse.shape[3]
-    passing = passed_spans is not None
-    spans = passed_spans if passing else d_ends.shape[2]
-    blocks = transition_blocks(spans, slices) if passing else spans * slices  # of a head
+    transitions_only = transition_spans is not None
+    spans = transition_spans if transitions_only else d_ends.shape[2]
+    blocks = transition_blocks(spans, slices) if transitions_only else spans * slices  # of a head
     wgmma, sideways = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA_TRANSPOSED
     by_row, by_column = wgmma.reduce(1), wgmma.reduce(0)
 
@@ -112,13 +115,16 @@ def _chunk_scan_backward(q, k, d_out, inverse, vectors, d_ends, passed_spans):
         work = lax.axis_index("work")
         block, head = lax.rem(work, blocks), lax.rem(lax.div(work, blocks), heads)
         b = lax.div(work, blocks * heads)
+        # Spans count from the last.
         span, slice_ = (
-            place(block, slices) if passing else (lax.div(block, slices), lax.rem(block, slices))
-        )  # the last span is 0
+            place(block, slices)
+            if transitions_only
+            else (lax.div(block, slices), lax.rem(block, slices))
+        )
         first, chunks = cut(count, spans, spans - 1 - span)
         mine = pl.ds(slice_ * WIDTH, WIDTH)
         columns = pl.ds(jnp.minimum(slice_, slices - 1) * WIDTH, WIDTH)
-        if passing:
+        if transitions_only:
             (zeros_ref,) = others
         else:
             (x_ref, ds_ref), (x_smem, ds_smem) = others, staging
@@ -141,14 +147,14 @@ def _chunk_scan_backward(q, k, d_out, inverse, vectors, d_ends, passed_spans):
                 plgpu.barrier_wait(k_ready.at[late])
                 plgpu.barrier_wait(made.at[early])
 
-                # What is not a product runs beside one. Only narrowing to bfloat16 does not: ptxas
-                # makes every wgmma wait for the last if the operand registers of one are written
+                # Other work runs beside the products, except for narrowing to bfloat16. ptxas makes
+                # every wgmma wait for the last one if the operand registers of one are written
                 # while another is in flight (its message C7513).
                 def gather(far_acc, near_acc):
                     products = Products()
                     products.add(far_acc, rounded, transposed(k_))
                     products.add(near_acc, transposed(do_), scores_smem.at[early])
-                    if not passing:
+                    if not transitions_only:
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                         ds_smem[...] = rounded
                         plgpu.commit_smem()
@@ -189,7 +195,7 @@ def _chunk_scan_backward(q, k, d_out, inverse, vectors, d_ends, passed_spans):
                     acc[...] = ds
                     products = Products()
                     products.add(acc, written, k_)
-                    if not passing:
+                    if not transitions_only:
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                         transposed(x_smem)[...] = plgpu.layout_cast(x.astype(bf16), sideways)
                         plgpu.commit_smem()
@@ -201,10 +207,11 @@ def _chunk_scan_backward(q, k, d_out, inverse, vectors, d_ends, passed_spans):
                 return ds
 
             ds = load(
-                transposed(ends_ref.at[b, head, 0 if passing else span, :, columns]), sideways
+                transposed(ends_ref.at[b, head, 0 if transitions_only else span, :, columns]),
+                sideways,
             )
             ds = plgpu.layout_cast(ds, wgmma)
-            if passing:
+            if transitions_only:
                 ds = entering(ds, span, slice_, slices)
             ds = lax.fori_loop(0, chunks, step, ds)
             transposed(first_ref.at[b, head, span, :, mine])[...] = plgpu.layout_cast(ds, sideways)
@@ -254,7 +261,7 @@ def _chunk_scan_backward(q, k, d_out, inverse, vectors, d_ends, passed_spans):
                 def copy_d_out(source):
                     plgpu.copy_gmem_to_smem(source, do_smem.at[late], k_ready.at[late])
 
-                if passing:
+                if transitions_only:
                     pl.when(slice_ < slices)(
                         lambda: copy_d_out(do_ref.at[b, tokens, head, columns])
                     )
@@ -290,7 +297,7 @@ def _chunk_scan_backward(q, k, d_out, inverse, vectors, d_ends, passed_spans):
             plgpu.SMEM((STAGES, ROWS, CHUNK), f32),
             shared(AHEAD, CHUNK, CHUNK),
             shared(AHEAD, CHUNK, KEY),
-            *([] if passing else (shared(CHUNK, WIDTH), shared(WIDTH, KEY))),
+            *([] if transitions_only else (shared(CHUNK, WIDTH), shared(WIDTH, KEY))),
         )
         barriers = (
             plgpu.Barrier(num_barriers=AHEAD),
@@ -306,7 +313,7 @@ def _chunk_scan_backward(q, k, d_out, inverse, vectors, d_ends, passed_spans):
             lambda *scratch: kernel(refs, *scratch), smem, barriers, collective_axes="group"
         )
 
-    if passing:
+    if transitions_only:
         results = [jax.ShapeDtypeStruct((batch, heads, spans - 1, KEY, width + KEY), f32)]
         others = [jnp.zeros((CHUNK, WIDTH), bf16)]
     else:
@@ -326,7 +333,9 @@ def _chunk_scan_backward(q, k, d_out, inverse, vectors, d_ends, passed_spans):
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
-        kernel_name="gdn_span_transitions_backward" if passing else "gdn_chunk_scan_backward",
+        kernel_name="gdn_span_transitions_backward"
+        if transitions_only
+        else "gdn_chunk_scan_backward",
     )(q, k, d_out, inverse, vectors, d_ends, *others)
 
 
@@ -336,7 +345,7 @@ def decays(vector, row, column):
     exponent = spread(load(vector.at[SUM], by_row), CHUNK) - across(
         load(vector.at[SUM], by_column), CHUNK
     )
-    same = spread(load(vector.at[RUN], by_row), CHUNK) == across(
-        load(vector.at[RUN], by_column), CHUNK
+    same = spread(load(vector.at[SEGMENT], by_row), CHUNK) == across(
+        load(vector.at[SEGMENT], by_column), CHUNK
     )
     return jnp.exp(jnp.where((column <= row) & same, exponent, -jnp.inf))

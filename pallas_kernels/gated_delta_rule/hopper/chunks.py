@@ -1,24 +1,24 @@
-"""What depends on no state, all chunks in parallel: the first of two forward kernels for Hopper
-GPUs, in Pallas Mosaic GPU.
+"""Everything that depends on no state, for all chunks in parallel: the first of two forward kernels
+for Hopper GPUs, in Pallas Mosaic GPU.
 
 Computes, for a chunk of 64 tokens of one head and in the notation of xla.py, the decays D and d,
 the inverse T = (I + A)^-1 with A the strictly lower part of beta_i k_i.k_j D_ij, and the scores Q
 K^T * D.
 
 Tiling: three warpgroups a thread block and one thread block a multiprocessor. Each warpgroup takes
-its own chunks and copies q and k of its next one (TMA) meanwhile, so that one warpgroup computes
-while another waits. The inverse starts from exact blocks of 2 x 2 and doubles them five times, X <-
-X - X S X, S the part of A that joins their halves: the whole of X A X is formed, of which only that
-part is taken, so that A is rounded once. Operands of these products are split into two bfloat16, of
+its own chunks and meanwhile copies q and k of its next one (TMA), so that one warpgroup computes
+while another waits. The inverse starts from exact blocks of 2 x 2 and doubles them five times: X <-
+X - X S X, with S the part of A that joins their halves. The whole of X A X is formed and only that
+part of it taken, so that A is rounded once. Operands of these products are two bfloat16 each, of
 which three products are formed: 16 bits.
 
 Rounding: T and the scores are written as two bfloat16 each. With one, errors of out reach 1.2 %
-where keys repeat and nothing decays: what the tokens add to a state then almost cancels, and errors
-do not. With two, no test case has more than 0.35 %. The first of T is rounded to the nearest,
+where keys repeat and nothing decays: the updates of the state then almost cancel, and their errors
+do not. With two, no test case has more than 0.35 %. The first part of T is rounded to the nearest,
 because the gradients use it alone in places, where a bias would add up.
 
 Traffic: for a chunk of a head 32 KiB (q and k) read and 32 KiB written. Floor at 16 heads and 8,192
-tokens: 128 MiB, 0.045 ms at 3 TB/s; the 136 wgmma of 64 x 64 x 16 a chunk take 4,352 clocks of a
+tokens: 128 MiB, 0.045 ms at 3 TB/s. The 136 wgmma of 64 x 64 x 16 a chunk take 4,352 clocks of a
 multiprocessor's tensor cores, 0.039 ms.
 """
 
@@ -47,9 +47,8 @@ CHUNK = 64
 GROUPS = Tuning.groups
 BETA, SINCE, UNTIL, PARTS = 0, 1, 2, 3  # rows of the chunk's vectors
 
-FAR = (
-    1e6  # taken from the logarithm of a decay for each start of a sequence on the way: it becomes 0
-)
+# Subtracted from the logarithm of a decay for each sequence that starts in between: exp gives 0.
+FAR = 1e6
 
 f32, bf16 = jnp.float32, jnp.bfloat16
 
@@ -57,16 +56,16 @@ f32, bf16 = jnp.float32, jnp.bfloat16
 def chunks(
     q: jax.Array, k: jax.Array, g: jax.Array, beta: jax.Array, starts: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """T and scores [B, H, N, 128, 64] bfloat16 and vectors [B, H, N, 3, 64] float32 of all N
+    """T and the scores [B, H, N, 128, 64] bfloat16 and vectors [B, H, N, 3, 64] float32 of all N
     chunks.
 
     T and the scores are the sum of rows 0 to 63 and rows 64 to 127. The vectors of a chunk are
     beta, the decay d from the state before the chunk to each token (0 if the token belongs to
     another sequence) and the decay from each token to the chunk's last.
 
-    q, k: [B, T, H, 128] bfloat16, T a multiple of 64, no NaN. g, beta: [B, H, T] float32, finite.
-    starts: [B, T] float32, 1 for a token before which the state is reset, else 0; None if there is
-    none.
+    q, k: [B, T, H, 128] bfloat16, T a multiple of 64, no NaN.
+    g, beta: [B, H, T] float32, finite.
+    starts: [B, T] float32, 1 for a token before which the state is reset, else 0. None: no resets.
     """
     batch, length, heads, width = k.shape
     assert width == KEY and length % CHUNK == 0
@@ -122,9 +121,8 @@ def chunks(
                 all_tiles.at[*at],
                 [all_steps.at[*at, j] for j in range(2 + len(starts_refs))],
             )
-            plgpu.wait_smem_to_gmem(
-                0, wait_read_only=True
-            )  # the last chunk's results, out of the tiles that are filled next
+            # The last chunk's results have left the tiles that are filled next.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             pl.when(i + 1 < mine)(lambda: fetch(i + 1))
             plgpu.barrier_wait(ready.at[*at])
             by_rows = [
@@ -152,9 +150,8 @@ def chunks(
                     for x, y in zip(by_rows, by_columns, strict=True)
                 )
             )
-            between = jnp.exp(
-                jnp.where(column < row, between, -jnp.inf)
-            )  # masked before: exp would overflow above the diagonal
+            # Masked before: exp would overflow above the diagonal.
+            between = jnp.exp(jnp.where(column < row, between, -jnp.inf))
 
             def put(halves, first, target):
                 """Write the halves of a matrix through two tiles."""
@@ -173,9 +170,8 @@ def chunks(
             put(rounded_halves(jnp.where(column == row, scores, scores * between)), 0, scores_ref)
             plgpu.copy_smem_to_gmem(vectors_smem, vectors_ref.at[b, head, n])
             gram = multiply(square, *[(tiles.at[j], transposed(tiles.at[j])) for j in (2, 3)])
-            a = (
-                spread(load(beta_smem, by_row, optimized=True), CHUNK) * gram * between
-            )  # 0 on and above the diagonal
+            # 0 on and above the diagonal.
+            a = spread(load(beta_smem, by_row, optimized=True), CHUNK) * gram * between
             inverse = jnp.where(column == row, 1.0, jnp.where(joins(row, column, 0), -a, 0.0))
             a_high, a_low = rounded_halves(a)
 
@@ -194,9 +190,8 @@ def chunks(
                 )
                 return jnp.where(joins(row, column, level), -joined, inverse)
 
-            inverse = lax.fori_loop(
-                1, CHUNK.bit_length() - 1, double, inverse
-            )  # a loop: short code stays in its cache
+            # A loop, because short code stays in the instruction cache.
+            inverse = lax.fori_loop(1, CHUNK.bit_length() - 1, double, inverse)
             put(nearest_halves(inverse), 2, inverse_ref)
 
         plgpu.wait_smem_to_gmem(0)
@@ -226,14 +221,14 @@ def chunks(
 
 
 def exponent(g, starts=None):
-    """Logarithm of a decay from sums of log decays, far below all others beyond the start of a
-    sequence."""
+    """The logarithm of a decay, from sums of log decays. Across the start of a sequence it is far
+    below all others."""
     return g if starts is None else g - FAR * starts
 
 
 def joins(row, column, level):
-    """Where the two halves of each block of 2^(level + 1) meet below the diagonal: the lower
-    half's rows, the upper half's columns."""
+    """Where the two halves of each block of 2^(level + 1) meet below the diagonal: rows of the
+    lower half, columns of the upper half."""
     row, column = row >> level, column >> level
     return ((row & 1) == 1) & (column == row - 1)
 

@@ -1,9 +1,10 @@
-"""The gated delta rule with what its backward pass saves, by the forward kernels for Hopper GPUs.
+"""The gated delta rule with the residuals of its backward pass, by the forward kernels for Hopper
+GPUs.
 
-chunks.py computes what depends on no state, all chunks in parallel; chunk_scan.py goes through the
-chunks with the state in registers and writes the outputs. Between them are 32 KiB for each chunk of
-each head. Where few heads would leave multiprocessors idle, the scan is cut into spans (spans.py),
-and span_transitions.py runs before it.
+chunks.py computes everything that depends on no state, all chunks in parallel. chunk_scan.py goes
+through the chunks with the state in registers and writes the outputs. It reads 32 KiB that the
+first kernel wrote for each chunk of a head. Where few heads would leave multiprocessors idle, the
+scan is cut into spans (spans.py), and span_transitions.py runs before it.
 """
 
 from functools import partial
@@ -28,14 +29,13 @@ def forward(
     initial_state: jax.Array | None,
     keep: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """out [B, T, H, V] bfloat16, the last state [B, H, 128, V] float32, T [B, H, N, 2, 64, 64]
-    bfloat16 (two that add up to it) and, if keep, the state before each of the N chunks [B, H, N,
-    128, V] bfloat16.
+    """out [B, T, H, V] bfloat16, the last state [B, H, 128, V] float32, two parts of T [B, H, N, 2,
+    64, 64] bfloat16 and, if keep, the state before each of the N chunks [B, H, N, 128, V] bfloat16.
 
-    q, k: [B, T, H, 128] and v: [B, T, H, V], bfloat16, zero at pads, T a multiple of 64, V too.
-    g, beta: [B, H, T] float32, finite, zero at pads. starts: [B, T] float32, 1 for a token before
-    which the state is reset, else 0; None if there is none.
-    initial_state: [B, H, 128, V] float32; None is zeros.
+    q, k: [B, T, H, 128] and v: [B, T, H, V], bfloat16, zero at pads, T and V multiples of 64.
+    g, beta: [B, H, T] float32, finite, zero at pads.
+    starts: [B, T] float32, 1 for a token before which the state is reset, else 0. None: no resets.
+    initial_state: [B, H, 128, V] float32. None: zeros.
     """
     inverse, scores, vectors = chunks(q, k, g, beta, starts)
     batch, length, heads, width = v.shape

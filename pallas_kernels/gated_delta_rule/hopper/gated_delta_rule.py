@@ -1,7 +1,7 @@
 """The gated delta rule on Hopper GPUs (H100, H200), by Mosaic GPU kernels.
 
 The kernels take chunks of 64 tokens, and packed sequences as numbered segments. Here rows are
-padded to whole chunks and pads are zeroed. Measurements and other libraries:
+padded to whole chunks and pads are zeroed. Measurements and comparisons with other libraries:
 benchmarks/results/gated_delta_rule.jsonl.
 """
 
@@ -9,16 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.gated_delta_rule import xla
 from pallas_kernels.gated_delta_rule.api import check
+from pallas_kernels.gated_delta_rule.chunk_layout import without_pads
 from pallas_kernels.gated_delta_rule.hopper import backward, forward
 from pallas_kernels.gated_delta_rule.hopper.chunks import CHUNK, KEY
 from pallas_kernels.gated_delta_rule.hopper.spans import WIDTH
 from pallas_kernels.segments import segment_numbers
 
-FLOOR = (
-    -90.0
-)  # of log decays: e^-90 is no normal float32, and sums of 64 of these keep four decimals
+# Smallest log decay: e^-90 is no normal float32, and sums of 64 of these keep four decimals.
+FLOOR = -90.0
 
 f32 = jnp.float32
 
@@ -61,8 +60,8 @@ def gated_delta_rule(
 ) -> tuple[jax.Array, jax.Array]:
     """The contract of `pallas_kernels.gated_delta_rule.gated_delta_rule`.
 
-    The residuals "gdn_inverse" (T) and "gdn_states" are saved in bfloat16, T as two that add up to
-    it. Raises ValueError where `check` does or `supports` gives a reason.
+    The residuals "gdn_inverse" (two parts of T) and "gdn_states" are bfloat16. Raises ValueError
+    where `check` does or `supports` gives a reason.
     """
     check(q, k, v, g, beta, initial_state)
     if reason := supports(q, k, v, g, beta, initial_state, token_index, segment_ids):
@@ -83,24 +82,24 @@ def _run(q, k, v, g, beta, initial_state, token_index, segment_ids, keep):
         q, k, v, g, beta, token_index, segment_ids
     )
     valid = None if token_index is None else token_index >= 0
-    q, k, v, g, beta = (xla._without_pads(x, valid) for x in (q, k, v, g, beta))
+    q, k, v, g, beta = (without_pads(x, valid) for x in (q, k, v, g, beta))
     g, beta = jnp.maximum(g, FLOOR).swapaxes(1, 2), beta.swapaxes(1, 2)
-    starts = None if segment_ids is None else _starts(token_index, segment_ids)
+    starts = None if segment_ids is None else sequence_starts(token_index, segment_ids)
     out, last, inverse, states = forward.forward(q, k, v, g, beta, starts, initial_state, keep)
-    if token_index is not None:  # also where nothing was added, 1 * S + 0 turns -0 into 0
+    if token_index is not None:  # without valid tokens, 1 * S + 0 would turn -0 into 0
         before = jnp.zeros_like(last) if initial_state is None else initial_state
         last = jnp.where((token_index >= 0).any(1)[:, None, None, None], last, before)
     return (out[:, :length], last), (inverse, states)
 
 
-def _starts(token_index, segment_ids):
-    """[B, T] float32: 1 for the first token of each sequence but a row's first, else 0."""
+def sequence_starts(token_index, segment_ids):
+    """[B, T] float32: 1 for the first token of each sequence except a row's first, else 0."""
     segments = segment_numbers(token_index, segment_ids)
     return jnp.diff(segments, axis=1, prepend=0).astype(f32)
 
 
 def _whole_chunks(q, k, v, g, beta, token_index, segment_ids):
-    """Rows filled up to whole chunks by tokens that change nothing."""
+    """Rows filled up to whole chunks with tokens that change nothing."""
 
     def fill(x, **how):
         return (
@@ -146,14 +145,14 @@ def _delta_rule_backward(residuals, cts):
         q, k, v, g, beta, token_index, segment_ids
     )
     valid = None if token_index is None else token_index >= 0
-    q, k, v, g, beta, d_out = (xla._without_pads(x, valid) for x in (q, k, v, g, beta, d_out))
+    q, k, v, g, beta, d_out = (without_pads(x, valid) for x in (q, k, v, g, beta, d_out))
     g, beta = jnp.maximum(g, FLOOR).swapaxes(1, 2), beta.swapaxes(1, 2)
     segments = None if segment_ids is None else segment_numbers(token_index, segment_ids)
     found = backward.backward(
         q, k, v, g, beta, segments, inverse, states, d_out, cts[1].astype(f32)
     )
     *wide, d_g, d_beta, d_initial = found
-    d_g, d_beta = (xla._without_pads(x.swapaxes(1, 2), valid) for x in (d_g, d_beta))
+    d_g, d_beta = (without_pads(x.swapaxes(1, 2), valid) for x in (d_g, d_beta))
     return (
         *(x[:, :length] for x in (*wide, d_g, d_beta)),
         None if initial_state is None else d_initial,

@@ -1,18 +1,18 @@
 """Transitions of the state through spans of a sequence, for Hopper GPUs: the kernel before the
 chunk scan where spans.py cuts the sequence.
 
-A span maps the state S to A S + B. Computes, chunk after chunk and in the notation of xla.py, new =
-T beta (V - d K S) and S' = d_C S + (D_C K)^T new of all spans but the last: of the first from the
-known state; of the others once from S = 0, which gives B, and once from the identity with V = 0,
-which gives A.
+A span maps the state S to A S + B. The kernel computes, chunk after chunk and in the notation of
+xla.py, new = T beta (V - d K S) and S' = d_C S + (D_C K)^T new, for all spans but the last. The
+first span runs from the known state. The others run twice: from S = 0, which gives B, and from the
+identity with V = 0, which gives A.
 
-Tiling: a thread block takes 64 columns through a span as in chunk_scan.py, but without outputs: one
+Tiling: a thread block takes 64 columns through a span as in chunk_scan.py, but without outputs. One
 warpgroup carries the state, the other starts the copies (TMA).
 
-Traffic: for a chunk of a head k and T (32 KiB) by every 64 columns, from the L2 cache but once, and
-v; 192 KiB written for a span of a head with V 256, 12 MB or 4 us at 3 TB/s for 4 heads in 6 spans
-of 8,192 tokens. Floor: latency, as for the chunk scan: the chunks of a span one after the other,
-three dependent products each.
+Traffic: for a chunk of a head k and T (32 KiB) once per 64 columns, all but once from the L2 cache,
+and v. 192 KiB written for a span of a head with V 256: 12 MB or 4 us at 3 TB/s for 4 heads in 6
+spans of 8,192 tokens. Floor: latency, as in the chunk scan: the chunks of a span in sequence, three
+dependent products each.
 """
 
 import jax
@@ -38,11 +38,12 @@ def span_transitions(
     initial_state: jax.Array,
     spans: int,
 ) -> jax.Array:
-    """What `compose` needs: [B, H, spans - 1, 128, V + 128] float32, of the first span the state
-    after it (and nothing in the last 128 columns), of the others, but not of the last one, B and A.
+    """The argument of `compose`, [B, H, spans - 1, 128, V + 128] float32: for the first span the
+    state after it (the last 128 columns are not written), for the others except the last B and A.
 
-    k: [B, T, H, 128] and v: [B, T, H, V], bfloat16, no NaN, T and V multiples of 64. inverse,
-    vectors: from `chunks`. initial_state: [B, H, 128, V] float32.
+    k: [B, T, H, 128] and v: [B, T, H, V], bfloat16, no NaN, T and V multiples of 64.
+    inverse, vectors: from `chunks`.
+    initial_state: [B, H, 128, V] float32.
     """
     batch, length, heads, width = v.shape
     parts, odd = divmod(width, WIDTH)
@@ -51,7 +52,7 @@ def span_transitions(
     wgmma, sideways = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA_TRANSPOSED
 
     def kernel(refs, smem, barriers):
-        k_ref, v_ref, inverse_ref, vectors_ref, initial_ref, passed_ref = refs
+        k_ref, v_ref, inverse_ref, vectors_ref, initial_ref, transitions_ref = refs
         k_smem, v_smem, inverse_smem, vectors_smem = smem
         k_ready, v_ready, inverse_ready, free = barriers
         work, me = lax.axis_index("work"), lax.axis_index("group")
@@ -94,7 +95,7 @@ def span_transitions(
             )
             state = entering(known, span, part, parts)
             state = lax.fori_loop(0, mine, step, state)
-            target = passed_ref.at[b, head, span, :, pl.ds(part * WIDTH, WIDTH)]
+            target = transitions_ref.at[b, head, span, :, pl.ds(part * WIDTH, WIDTH)]
             transposed(target)[...] = plgpu.layout_cast(state, sideways)
 
         @pl.when(me == 1)
@@ -149,13 +150,12 @@ def span_transitions(
 
 
 def entering(known, span, part, parts: int):
-    """The transposed state [64 columns, 128] that a block begins with: in the first span the
-    known one, in others zeros, or its columns of the identity."""
+    """The transposed state [64 columns, 128] from which a thread block starts: the known state in
+    the first span, zeros or columns of the identity in the others."""
     column, key = (
         plgpu.broadcasted_iota(jnp.int32, (WIDTH, KEY), i, layout=plgpu.Layout.WGMMA)
         for i in (0, 1)
     )
-    identity = (key == column + (part - parts) * WIDTH).astype(
-        f32
-    )  # all zeros for the first `parts`
+    # All zeros for the first `parts`.
+    identity = (key == column + (part - parts) * WIDTH).astype(f32)
     return jnp.where(key < jnp.where(span == 0, KEY, 0), known, identity)

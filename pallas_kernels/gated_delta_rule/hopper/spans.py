@@ -2,10 +2,10 @@
 multiprocessors of a Hopper GPU idle.
 
 A span maps the state S to A S + B. B is the result from S = 0; A comes from running the 128 columns
-of the identity with V = 0. span_transitions.py finds both for all spans in parallel (for the first
-span the state itself, since its start is known). `compose` then gives the state before each span,
-and all spans are scanned again, with outputs. The backward scan is cut likewise; there spans count
-from the last.
+of the identity with V = 0. span_transitions.py computes both for all spans in parallel; for the
+first span, whose start is known, it computes the state itself. `compose` then gives the state
+before each span, and all spans are scanned again, with outputs. The backward scan is cut likewise,
+with spans counted from the last.
 
 Measured on an H100, 8,192 tokens, K 128, V 256, forward: 16 heads in two spans 0.350 -> 0.329 ms; 8
 heads in four 0.204, 4 in six 0.164, 2 in eight 0.126 (benchmarks/results/gated_delta_rule.jsonl).
@@ -23,9 +23,9 @@ KEY = 128  # width of keys, and so columns of the identity
 
 
 def spans_of(rows: int, parts: int, count: int, back: bool = False) -> int:
-    """How many spans to cut rows of `count` chunks into, for the scan or the backward scan.
+    """The number of spans for rows of `count` chunks, for the scan or the backward scan.
 
-    rows: batch x heads. parts: thread blocks of each.
+    rows: batch x heads. parts: thread blocks of each row.
     """
     fewest = 2 if count <= Tuning.two and not back else 3
 
@@ -41,12 +41,12 @@ def spans_of(rows: int, parts: int, count: int, back: bool = False) -> int:
         ),
         default=1,
     )
-    return -(-count // -(-count // spans))  # none is empty
+    return -(-count // -(-count // spans))  # no span is empty
 
 
 def cut(count: int, spans: int, span) -> tuple:
-    """The first chunk of a span and its number of chunks: as many in each, but the last may have
-    fewer."""
+    """The first chunk of a span and its number of chunks. All spans have as many, except that the
+    last may have fewer."""
     each = -(-count // spans)
     assert (spans - 1) * each < count, "an empty span"
     first = span * each
@@ -59,24 +59,24 @@ def transition_blocks(spans: int, parts: int) -> int:
 
 
 def place(block, parts: int) -> tuple:
-    """Which span (counted from where the scan begins) and which columns one of these blocks
-    scans; parts and more are the identity's."""
+    """The span (counted from where the scan begins) and the columns that a thread block scans.
+    Columns `parts` and up are those of the identity."""
     rest = block - parts
     later = rest >= 0
     span = jnp.where(later, 1 + lax.div(rest, parts + KEY // WIDTH), 0)
     return span, jnp.where(later, lax.rem(rest, parts + KEY // WIDTH), block)
 
 
-def compose(first: jax.Array, passed: jax.Array) -> jax.Array:
-    """The state before each span, [B, H, S, 128, V] float32.
+def compose(first: jax.Array, transitions: jax.Array) -> jax.Array:
+    """The state before each span, [B, H, S, 128, V] float32: the composition of the transitions.
 
-    first: [B, H, 128, V], the state before the first span. passed: [B, H, S - 1, 128, V + 128], the
-    transitions of all spans but the last: for the first the state after it, for the others B and A
-    side by side.
+    first: [B, H, 128, V], the state before the first span.
+    transitions: [B, H, S - 1, 128, V + 128], of all spans but the last: for the first span the
+        state after it, for the others B and A side by side.
     """
     width = first.shape[3]
-    states = [first, passed[:, :, 0, :, :width]]
-    for span in range(1, passed.shape[2]):
-        added, passing = passed[:, :, span, :, :width], passed[:, :, span, :, width:]
-        states.append(added + jnp.matmul(passing, states[-1], precision=lax.Precision.HIGHEST))
+    states = [first, transitions[:, :, 0, :, :width]]
+    for span in range(1, transitions.shape[2]):
+        b, a = transitions[:, :, span, :, :width], transitions[:, :, span, :, width:]
+        states.append(b + jnp.matmul(a, states[-1], precision=lax.Precision.HIGHEST))
     return jnp.stack(states, axis=2)

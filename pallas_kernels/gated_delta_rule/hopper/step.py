@@ -1,28 +1,31 @@
 """One-token step of a Gated DeltaNet layer on Hopper GPUs, from its projections to the input of its
 output projection, in one kernel of Pallas Mosaic GPU. `pallas_kernels.gated_delta_rule.step.step`
-says what is computed.
+is the definition.
 
-Tiling: a thread block of 128 threads owns 32 of the values of one head of one sequence: K x 32
-numbers of its state, which are read once, stay in registers and are written once. The V / 32 thread
-blocks of a head are a cluster. The state is requested first. Meanwhile each thread block computes
-the convolutions of its 32 values and, one channel a thread, of the head's whole q and k, which are
-shared through shared memory. With k^T S and q^T S summed together, out = decay q^T S + (q.k) u does
-not need the new state. The norm of the head's output needs one exchange between thread blocks: each
-writes its sum of squares into the shared memory of all, and passes the cluster's barrier when all
-have. The same barrier keeps the conv states of q and k, which all thread blocks of a head read,
-from being written too early, and a thread block from ending while another may still write into it.
-It is the hardware's barrier, by inline assembly: JAX's ClusterBarrier does not order stores into
-other thread blocks before it (a block then sometimes ended too early and the launch failed), and a
-block cannot arrive at it again before all its warps have passed (else one waits forever).
+Tiling: a thread block of 128 threads owns 32 values of one head of one sequence: K x 32 numbers of
+the state, read once, kept in registers and written once. The V / 32 thread blocks of a head are a
+cluster. The state is requested first. Meanwhile each thread block computes the convolutions of its
+32 values and, one channel a thread, of the head's whole q and k, which go through shared memory.
+k^T S and q^T S are summed together: out = decay q^T S + (q.k) u does not need the new state.
+
+The norm of the head's output needs one exchange between thread blocks. Each writes its sum of
+squares into the shared memory of all, and passes the cluster's barrier when all have. The same
+barrier keeps the conv states of q and k, which all thread blocks of a head read, from being
+overwritten too early. It also keeps a thread block from ending while another may write into it. It
+is the hardware's barrier, by inline assembly. JAX's ClusterBarrier does not order earlier stores
+into other thread blocks: a block sometimes ended too early and the launch failed. A block cannot
+arrive at it again before all its warps have passed, or one waits forever.
 
 A layer calls it on x [batch, width]:
 
     inputs = Inputs(q_proj(x), k_proj(x), v_proj(x), g_proj(x), a_proj(x), b_proj(x))
-    weights = Weights(q_conv1d.weight, k_conv1d.weight, v_conv1d.weight, A_log, dt_bias,
-    o_norm.weight) out, state = step(inputs, weights, state, token_index, o_norm.eps) y =
-    o_proj(out)[:, None]
+    weights = Weights(
+        q_conv1d.weight, k_conv1d.weight, v_conv1d.weight, A_log, dt_bias, o_norm.weight
+    )
+    out, state = step(inputs, weights, state, token_index, o_norm.eps)
+    y = o_proj(out)[:, None]
 
-Traffic: the state once in each direction, 8 K V bytes a head; all else is 2 % of that. Floor: 4 MiB
+Traffic: the state once in each direction, 8 K V bytes a head. All else is 2 % of that. Floor: 4 MiB
 for 16 heads of 128 x 256, 1.4 us at 3 TB/s, and 89 us for 64 sequences.
 
 JAX's interpreter does not support stores into other thread blocks. The parity matrix checks this
@@ -99,9 +102,8 @@ def step(
         work, part = lax.axis_index("work"), lax.axis_index("part")
         b, head = lax.div(work, heads), lax.rem(work, heads)
         whole = pl.ds(head * keys, keys)  # the head's channels of q and k
-        slice_ = pl.ds(
-            head * values + part * COLUMNS, COLUMNS
-        )  # this block's of v, the gate and the output
+        # This block's part of v, the gate and the output.
+        slice_ = pl.ds(head * values + part * COLUMNS, COLUMNS)
         columns = pl.ds(part * COLUMNS, COLUMNS)
         mine = state.recurrent_state.at[b, head, :, columns]
 
@@ -119,8 +121,7 @@ def step(
         def unit(x, scale):
             return x * (lax.rsqrt(jnp.sum(x * x) + 1e-6) * scale)
 
-        # In this order, what takes longest is on its way first; the compiler moves nothing up past
-        # the branch.
+        # The slowest loads are issued first. The compiler moves nothing up past the branch.
         real = index_ref[b] >= 0
         v_rows, v_taps = ask(inputs.v, state.v_conv_state, weights.v_conv, slice_, BY_COLUMN)
         gate, norm = (
@@ -199,8 +200,8 @@ def step(
 
 @plgpu.inline_mgpu()
 def cluster_arrive(_):
-    """Each thread: what it has stored, also into other blocks of the cluster, is there for all
-    that wait."""
+    """Arrives at the cluster's barrier. Stores of this thread, also into other blocks, are visible
+    to all that wait."""
     llvm.inline_asm(
         ir.Type.parse("!llvm.void"),
         [],
@@ -212,7 +213,7 @@ def cluster_arrive(_):
 
 @plgpu.inline_mgpu()
 def cluster_wait(_):
-    """For all threads of the cluster to have arrived."""
+    """Waits until all threads of the cluster have arrived."""
     llvm.inline_asm(
         ir.Type.parse("!llvm.void"),
         [],
@@ -227,7 +228,7 @@ def put(ref, x):
 
 
 def spread(x, axis):
-    """A number for each row (axis 0) or column (axis 1), for all of the block."""
+    """Broadcasts a number for each row (axis 0) or column (axis 1) over the block."""
     return plgpu.layout_cast(lax.broadcast_in_dim(x, (KEYS, COLUMNS), [axis]), BLOCK)
 
 
@@ -236,7 +237,7 @@ def silu(x):
 
 
 def softplus(x):
-    """log(1 + e^x); the quotient makes up for what 1 + y rounds away of a small y."""
+    """log(1 + e^x). The quotient corrects for what 1 + y rounds away of a small y."""
     y = jnp.exp(-jnp.abs(x))
     whole = 1 + y
     small = jnp.where(whole == 1, y, jnp.log(whole) * (y / jnp.maximum(whole - 1, 1e-30)))

@@ -1,35 +1,36 @@
-"""The backward kernel of the gated delta rule for TPU: the backward chunk scan with the state's
-gradient in vector memory, and all gradients of each chunk on the way, in Pallas.
+"""The backward kernel of the gated delta rule for TPU, in Pallas: the backward chunk scan with the
+state's gradient in vector memory, and all gradients of each chunk on the way.
 
-For one head and one chunk, with S the state before it, R the gradient in the state after it and P =
-Q K^T * D (all else as in `xla`'s docstring):
+For one head and one chunk, with S the state before it, R the gradient in the state after it, P = Q
+K^T * D and the rest in the notation of xla.py:
 
-    y   = V - d K S,   new = T (beta y)                      made again
-    x   = T^T (P^T ct_out + D_C (K R))                       gradient in beta y
-    dA  = -x new^T below the diagonal,   X = beta dA * D,   dP = ct_out new^T
-    dv  = beta x,   dbeta = x.y + sum_j dA_ij (K K^T * D)_ij
-    dq  = d (ct_out S^T) + (dP * D) K
-    dk  = -beta d (x S^T) + D_C (new R^T) + (X + X^T) K + (dP * D)^T Q
-    dg_t = d_C S.R + sum_(j < t) D_C k.(new R^T) + sum_(i >= t) (d q.(ct_out S^T) - beta d k.(x
-    S^T)) + sum_(i >= t > j) E_ij E   = dP * P + X * (K K^T) R'  = d_C R + (d Q)^T ct_out - (beta d
-    K)^T x            gradient in the state before
+    y    = V - d K S,  new = T (beta y): recomputed
+    x    = T^T (P^T ct_out + D_C (K R)): gradient in beta y
+    dA   = -x new^T below the diagonal,  X = beta dA * D,  dP = ct_out new^T
+    dv   = beta x,  dbeta = x.y + sum_j dA_ij (K K^T * D)_ij
+    dq   = d (ct_out S^T) + (dP * D) K
+    dk   = -beta d (x S^T) + D_C (new R^T) + (X + X^T) K + (dP * D)^T Q
+    E    = dP * P + X * (K K^T)
+    dg_t = d_C S.R + sum_(j < t) D_C k.(new R^T) + sum_(i >= t > j) E_ij
+           + sum_(i >= t) (d q.(ct_out S^T) - beta d k.(x S^T))
+    R'   = d_C R + (d Q)^T ct_out - (beta d K)^T x: gradient in the state before
 
-dg adds up just its own terms, by a product with a triangle of ones: differences of row and column
-sums would lose it where it is far smaller than they are.
+dg adds only its own terms, by a product with a triangle of ones. Differences of row and column sums
+would lose it where it is far smaller than they are.
 
-Tiling: a grid step takes two chunks of all heads of a block, the second first; the grid is batch x
-blocks of heads x pairs of chunks, the last in order from the end. R stays in the block of the
-initial state's gradient, float32. Of the states before the chunks every second is given; the one in
-the middle of a pair is made of it. Each product is issued for all heads of the block before the
-next one, as in the forward scan.
+Tiling: a grid step takes two chunks of all heads of a block, the second chunk first. The grid is
+batch x blocks of heads x pairs of chunks, the last dimension in order from the end. R stays in the
+block of the initial state's gradient, float32. The state before every second chunk is an input; the
+state in the middle of a pair is recomputed from it. Each product is issued for all heads of the
+block before the next one, as in the forward scan.
 
-Rounding: with bfloat16 inputs operands are bfloat16 and sums float32. Between T and what it is
-multiplied with on the way to x much cancels where keys repeat, and in sums of E: these are two
+Rounding: with bfloat16 inputs operands are bfloat16 and sums float32. Two places cancel much where
+keys repeat: between T and its factor on the way to x, and in sums of E. These operands are two
 bfloat16 each.
 
 Traffic for a token of a head, in bfloat16: 2 (4 K + 3 V + 2 C) bytes, gates of 40, and 2 K V / 2 C
 of states. At 8192 tokens, 16 heads, K 128, V 256: 446 MB. Floor: that, 0.54 ms on v5e and 0.27 on
-v6e; its products, 37 of 128 x 128 x 128 for a chunk, are 0.8 ms of v5e's four MXUs.
+v6e. Its products, 37 of 128 x 128 x 128 for a chunk, are 0.8 ms of v5e's four MXUs.
 """
 
 import jax
@@ -53,10 +54,12 @@ def backward(
     float32 dg and dbeta [chunks, batch, heads, 2, C] and the gradient in the initial state [batch,
     heads, K, V].
 
-    q, k [batch, chunks * C, heads * K], v, ct_out [..., heads * V], parts: one or two of [chunks,
-    batch, heads, C, C] that add up to T, all of one dtype; rows from `gate_rows`; states
-    [ceil(chunks / 2), batch, heads, K, V], those before every second chunk; ct_last [batch, heads,
-    K, V] float32; `heads` of a block.
+    q, k: [batch, chunks * C, heads * K]. v, ct_out: [..., heads * V].
+    parts: one or two of [chunks, batch, heads, C, C] that add up to T. These five have one dtype.
+    rows: from `gate_rows`.
+    states: [ceil(chunks / 2), batch, heads, K, V], the state before every second chunk.
+    ct_last: [batch, heads, K, V] float32.
+    heads: heads of a block.
     """
     chunks, batch, all_heads, _, size = rows.shape
     _, _, key, value = ct_last.shape
@@ -64,7 +67,7 @@ def backward(
     split = (lambda x: (x,)) if exact else halves
 
     def transposed_product(a: tuple, b: tuple):
-        """a^T b of two matrices given by their parts; the product of both second parts would add
+        """a^T b of two matrices given by their parts. The product of both second parts would add
         nothing."""
         return sum(dot(x, y, (0, 0)) for i, x in enumerate(a) for j, y in enumerate(b) if i + j < 2)
 
@@ -93,7 +96,7 @@ def backward(
         lower = (row >= column).astype(dtype)
 
         def again(n, states):
-            """What the forward pass made of a chunk: y and new."""
+            """Recomputes a chunk's forward pass: gates, y and new."""
             gates = [Gates(rows_ref[n, h], exact) for h in block]
             read = [dot(k_ref[keys(n, h)], states[h]) for h in block]
             wrong = [v_ref[values(n, h)].astype(f32) - gates[h].since * read[h] for h in block]
@@ -116,9 +119,8 @@ def backward(
             ct_a = [jnp.where(row > column, -dot(narrow_x[h], new[h], (1, 1)), 0.0) for h in block]
             ct_grams = [gates[h].beta * ct_a[h] for h in block]
             e = [ct_scores[h] * scores[h] + ct_grams[h] * grams[h] for h in block]
-            spanned = [
-                sum(dot(part, lower, (0, 0)) for part in split(e[h])) for h in block
-            ]  # [j, t]
+            # [j, t]
+            spanned = [sum(dot(part, lower, (0, 0)) for part in split(e[h])) for h in block]
 
             ct_scores = [(ct_scores[h] * between[h]).astype(dtype) for h in block]
             ct_grams = [(ct_grams[h] * between[h]).astype(dtype) for h in block]
@@ -149,10 +151,11 @@ def backward(
                 dk_ref[keys(n, h)] = (from_new[h] - from_x[h] + through_k[h]).astype(dtype)
                 dv_ref[values(n, h)] = (gates[h].beta * x[h]).astype(dtype)
                 q, k = q_ref[keys(n, h)].astype(f32), k_ref[keys(n, h)].astype(f32)
+                # [C, 1]
                 until_end, since_start = (
                     over(k * from_new[h]),
                     over(q * from_out[h] - k * from_x[h]),
-                )  # [C, 1]
+                )
                 state = jnp.sum(states[h].astype(f32) * ct_ref[0, h]) * gates[h].whole
                 through = jnp.where(row < column, spanned[h] + until_end, 0.0)
                 through += jnp.where(row >= column, since_start, 0.0)

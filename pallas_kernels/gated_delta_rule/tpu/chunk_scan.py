@@ -1,28 +1,27 @@
-"""The forward kernel of the gated delta rule for TPU: the chunk scan with the state in vector
-memory, in Pallas.
+"""The forward kernel of the gated delta rule for TPU, in Pallas: the chunk scan with the state in
+vector memory.
 
-For one head and one chunk, with S the state before it, T the inverse of inverse.py and the decays
-of `xla`'s docstring:
+For one head and one chunk, with S the state before it, T from inverse.py and the decays in the
+notation of xla.py:
 
-    new = T (beta (V - d K S))                     what each token adds to the state
+    new = T (beta (V - d K S)): what each token adds to the state
     out = d (Q S) + (Q K^T * D) new
-    S'  = d_C S + K^T (D_C new)                    D_C new as two bfloat16 numbers: one key again
-    and again adds up their errors
+    S'  = d_C S + K^T (D_C new)
 
-From q, k, v and T the kernel makes all else itself: less to read than u, w and the weighted scores,
-and no program that writes them.
+D_C new is two bfloat16: with a repeated key its errors add up. The kernel computes everything else
+from q, k, v and T. That is less to read than u, w and the weighted scores, and no program has to
+write them.
 
-Tiling: a grid step takes two chunks, one after the other, of all heads of a block, 8 where K = 128
-and V = 256; the grid is batch x blocks of heads x pairs of chunks, the last in order. S stays in
-the block of the final state, float32, from the first pair to the last. Each product is issued for
-all heads of the block before the next one: products of one head wait for each other, and two MXU
-tiles are all that a [C, V] result keeps busy. The state before a pair is saved for the backward
-pass, which makes the one in its middle by itself: that halves what is kept, and the scan is bound
-by traffic.
+Tiling: a grid step takes two chunks in sequence, of all heads of a block (8 at K 128 and V 256).
+The grid is batch x blocks of heads x pairs of chunks, the last dimension in order. S stays in the
+block of the final state, float32, from the first pair to the last. Each product is issued for all
+heads of the block before the next one: products of one head wait for each other, and a [C, V]
+result keeps only two MXU tiles busy. Only the state before each pair is saved; the backward pass
+recomputes the one in its middle. That halves the saved states, and the scan is bound by traffic.
 
 Traffic for a token of a head, in bfloat16: 2 (2 K + 2 V + C) bytes, gates of 32, and 2 K V / 2 C
-where states are saved. At 8192 tokens, 16 heads, K 128, V 256: 277 MB, or 0.34 ms on v5e and 0.17
-on v6e; products take 6.5 C K V multiplications a chunk, 0.21 ms on v5e at its peak.
+where states are saved. At 8192 tokens, 16 heads, K 128, V 256: 277 MB, 0.34 ms on v5e and 0.17 on
+v6e. Products take 6.5 C K V multiplications a chunk, 0.21 ms on v5e at its peak.
 """
 
 import jax
@@ -44,9 +43,11 @@ def chunk_scan(
     """out [batch, chunks * C, heads * V], last [batch, heads, K, V] float32 and, if `save`, the
     state before every second chunk [ceil(chunks / 2), batch, heads, K, V] in the operands' dtype.
 
-    q, k [batch, chunks * C, heads * K], v [..., heads * V], inverse [chunks, batch, heads, C, C],
-    all of one dtype; rows from `gate_rows`; initial [batch, heads, K, V] float32; `heads` of a
-    block.
+    q, k: [batch, chunks * C, heads * K]. v: [..., heads * V].
+    inverse: [chunks, batch, heads, C, C]. These four have one dtype.
+    rows: from `gate_rows`.
+    initial: [batch, heads, K, V] float32.
+    heads: heads of a block.
     """
     chunks, batch, all_heads, size, _ = inverse.shape
     _, _, key, value = initial.shape
@@ -67,9 +68,10 @@ def chunk_scan(
             keys, values = ([tile(n, h, size, width) for h in block] for width in (key, value))
             gates = [Gates(rows_ref[n, h], exact) for h in block]
             states = [state_ref[0, h].astype(dtype) for h in block]
+            # [2 C, V]
             read = [
                 dot(jnp.concatenate([k_ref[keys[h]], q_ref[keys[h]]]), states[h]) for h in block
-            ]  # [2 C, V]
+            ]
             grams = [dot(q_ref[keys[h]], k_ref[keys[h]], (1, 1)) for h in block]
             wrong = [
                 gates[h].beta * (v_ref[values[h]].astype(f32) - gates[h].since * read[h][:size])

@@ -1,12 +1,12 @@
-"""The gated delta rule on TPU, with Pallas kernels for what XLA is slow at.
+"""The gated delta rule on TPU, with Pallas kernels for the parts that XLA is slow at.
 
 Forward: inverse.py computes T of every chunk, chunk_scan.py scans the chunks and writes the output.
-Backward: backward.py scans back and writes all gradients. Chunks are 128 tokens because an MXU is
-128 or 256 wide and half as many states pass through memory as with 64; rows of up to 64 tokens are
-one chunk of 64.
+Backward: backward.py scans back and writes all gradients. Chunks are 128 tokens: an MXU is 128 or
+256 wide, and half as many states pass through memory as with 64. Rows of up to 64 tokens are one
+chunk of 64.
 
-Static scores (benchmarks.tpu_scores; an estimate by the compiler's own account) and the assumptions
-behind them: benchmarks/results/tpu_scores.jsonl.
+Static scores, estimates from the compiler's own output, and their assumptions:
+benchmarks.tpu_scores, benchmarks/results/tpu_scores.jsonl.
 """
 
 from functools import partial
@@ -15,14 +15,16 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.gated_delta_rule import xla
 from pallas_kernels.gated_delta_rule.api import check
+from pallas_kernels.gated_delta_rule.chunk_layout import join_chunks, without_pads
+from pallas_kernels.gated_delta_rule.recurrent_state import last_state, start_in_float32
 from pallas_kernels.gated_delta_rule.tpu.backward import backward
 from pallas_kernels.gated_delta_rule.tpu.chunk_scan import chunk_scan
 from pallas_kernels.gated_delta_rule.tpu.gates import gate_rows
 from pallas_kernels.gated_delta_rule.tpu.inverse import inverse
 from pallas_kernels.gated_delta_rule.tpu.layout import merge_heads, split_heads
 from pallas_kernels.gated_delta_rule.tuning import TPU as TPUDelta
+from pallas_kernels.gated_delta_rule.xla_decays import FLOOR
 
 f32 = jnp.float32
 
@@ -59,26 +61,26 @@ def gated_delta_rule(
 ) -> tuple[jax.Array, jax.Array]:
     """The contract of `pallas_kernels.gated_delta_rule.gated_delta_rule`.
 
-    Of "gdn_states" every second is saved, and "gdn_inverse" is two bfloat16 arrays where the inputs
-    are bfloat16. interpret: pltpu.InterpretParams runs the kernels without a TPU. Raises ValueError
-    where `check` does or `supports` gives a reason.
+    Every second state of "gdn_states" is saved. With bfloat16 inputs "gdn_inverse" is two bfloat16
+    arrays. interpret: pltpu.InterpretParams runs the kernels without a TPU. Raises ValueError where
+    `check` does or `supports` gives a reason.
     """
     check(q, k, v, g, beta, initial_state)
     if reason := supports(q, k, v):
         raise ValueError(
             f"gated_delta_rule on TPU does not take {reason}\n  -> use the implementation xla"
         )
-    g, beta, initial_state = xla._start(k, v, g, beta, initial_state)
+    g, beta, initial_state = start_in_float32(k, v, g, beta, initial_state)
     return _delta_rule(q, k, v, g, beta, initial_state, token_index, segment_ids, interpret)
 
 
-def _chunk_size(length: int) -> int:
+def chunk_size(length: int) -> int:
     return TPUDelta.chunk if length > TPUDelta.chunk // 2 else TPUDelta.chunk // 2
 
 
-def _heads(heads: int, key: int, value: int, dtype, most: int = TPUDelta.forward) -> int:
-    """Heads of a block: as many as the vector memory takes with two buffers of everything,
-    `most` at K 128, V 256 and bfloat16."""
+def block_heads(heads: int, key: int, value: int, dtype, most: int = TPUDelta.forward) -> int:
+    """Heads of a block: as many as fit into vector memory with two buffers of everything. `most` is
+    for K 128, V 256 and bfloat16."""
     most = max(1, most * 128 * 256 // (key * value) // (jnp.dtype(dtype).itemsize // 2))
     return max(n for n in range(1, most + 1) if heads % n == 0)
 
@@ -91,8 +93,8 @@ def _operands(token_index, size, *inputs):
 def _run(q, k, v, g, beta, initial_state, token_index, segment_ids, interpret, save):
     length, size, heads = (
         k.shape[1],
-        _chunk_size(k.shape[1]),
-        _heads(*k.shape[2:], v.shape[3], k.dtype),
+        chunk_size(k.shape[1]),
+        block_heads(*k.shape[2:], v.shape[3], k.dtype),
     )
     queries, keys, values = _operands(token_index, size, q, k, v)
     rows = gate_rows(g, beta, token_index, segment_ids, size)
@@ -102,7 +104,7 @@ def _run(q, k, v, g, beta, initial_state, token_index, segment_ids, interpret, s
         queries, keys, values, parts[0], rows, initial_state, heads, save, interpret
     )
     states = [checkpoint_name(x, "gdn_states") for x in states]
-    return (split_heads(out, length, k.shape[2]), xla._kept(initial_state, last, token_index)), (
+    return (split_heads(out, length, k.shape[2]), last_state(initial_state, last, token_index)), (
         parts,
         *states,
     )
@@ -132,20 +134,20 @@ def _forward(q, k, v, g, beta, initial_state, token_index, segment_ids, interpre
 def _backward(interpret, residuals, cts):
     *inputs, parts, states = residuals
     q, k, v, g, beta, token_index, segment_ids = inputs
-    length, size = k.shape[1], _chunk_size(k.shape[1])
+    length, size = k.shape[1], chunk_size(k.shape[1])
     queries, keys, values, ct_out = _operands(token_index, size, q, k, v, cts[0].astype(v.dtype))
     rows = gate_rows(g, beta, token_index, segment_ids, size)
-    heads = _heads(*k.shape[2:], v.shape[3], k.dtype, TPUDelta.backward)
+    heads = block_heads(*k.shape[2:], v.shape[3], k.dtype, TPUDelta.backward)
     *ours, gates, ct_initial = backward(
         queries, keys, values, parts, rows, states, ct_out, cts[1].astype(f32), heads, interpret
     )
-    gates = [xla._join(gates[..., i, :, None], length)[..., 0] for i in range(2)]
+    gates = [join_chunks(gates[..., i, :, None], length)[..., 0] for i in range(2)]
     valid = None if token_index is None else token_index >= 0
     dq, dk, dv, dg, dbeta = (
-        xla._without_pads(x, valid)
+        without_pads(x, valid)
         for x in (*(split_heads(x, length, k.shape[2]) for x in ours), *gates)
     )
-    return dq, dk, dv, jnp.where(g > xla.FLOOR, dg, 0), dbeta, ct_initial, None, None
+    return dq, dk, dv, jnp.where(g > FLOOR, dg, 0), dbeta, ct_initial, None, None
 
 
 _delta_rule.defvjp(_forward, _backward)

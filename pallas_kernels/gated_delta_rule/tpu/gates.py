@@ -1,16 +1,17 @@
-"""Gates as the TPU kernels of the gated delta rule take them: five numbers a token, and the decays
-between tokens made of them.
+"""Gates as the TPU kernels of the gated delta rule take them: five numbers a token. The decays
+between tokens are computed from them in the kernels.
 
-The start of a sequence inside a row is a gate too: a log decay of RESET, of which exp is exactly 0,
-at its first token. It makes the decay across the boundary exactly 0 both between tokens and from
-the state before, so that kernels need no masks.
+The start of a sequence inside a row is a gate too: its first token has the log decay RESET, whose
+exp is exactly 0. The decay across the boundary is then exactly 0, between tokens and from the state
+before, so the kernels need no masks.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.gated_delta_rule import xla
+from pallas_kernels.gated_delta_rule.chunk_layout import split_chunks, without_pads
+from pallas_kernels.gated_delta_rule.xla_decays import FLOOR, running_sums
 from pallas_kernels.segments import segment_numbers
 
 RESET = -256.0  # exp(-256 + 127 gates) is 0 in float32, and sums of 128 of them are exact
@@ -25,16 +26,16 @@ def gate_rows(
     segment_ids: jax.Array | None,
     size: int,
 ) -> jax.Array:
-    """g, beta [batch, length, heads] float32 -> [chunks, batch, heads, ROWS, size]: for each
-    token the running sum of the gates in its chunk in two parts (coarse, fine), beta, the decay
-    since the state before the chunk, the decay until the chunk's end."""
+    """g, beta [batch, length, heads] float32 -> [chunks, batch, heads, ROWS, size]. The rows are:
+    the running sum of the gates in the chunk in two parts (coarse, fine), beta, the decay since the
+    state before the chunk, the decay until the chunk's end."""
     valid = None if token_index is None else token_index >= 0
-    g, beta = (xla._without_pads(x, valid) for x in (jnp.maximum(g, xla.FLOOR), beta))
+    g, beta = (without_pads(x, valid) for x in (jnp.maximum(g, FLOOR), beta))
     if segment_ids is not None:
-        run = segment_numbers(token_index, segment_ids)
-        g = jnp.where(jnp.diff(run, axis=1, prepend=0)[..., None] > 0, RESET, g)
-    g, beta = (xla._split(x, size) for x in (g, beta))  # [N, B, H, C]
-    coarse, fine = xla._running_sums(g)
+        number = segment_numbers(token_index, segment_ids)
+        g = jnp.where(jnp.diff(number, axis=1, prepend=0)[..., None] > 0, RESET, g)
+    g, beta = (split_chunks(x, size) for x in (g, beta))  # [N, B, H, C]
+    coarse, fine = running_sums(g)
     until = jnp.exp((coarse[..., -1:] - coarse) + (fine[..., -1:] - fine))
     rows = jnp.stack([coarse, fine, beta, jnp.exp(coarse + fine), until], axis=-2)
     return jnp.pad(rows, [(0, 0)] * 3 + [(0, ROWS - rows.shape[-2]), (0, 0)])
@@ -43,8 +44,8 @@ def gate_rows(
 class Gates:
     """One head's rows [ROWS, C] inside a kernel, as rows [1, C] and as columns [C, 1].
 
-    `exact` keeps the two parts of the running sums apart. Added up they lose 2^-10 in the decays
-    after sums of -16000 (and nothing that matters after mild ones), which is below the rounding of
+    exact: keep the two parts of the running sums apart. Added up they lose 2^-10 in the decays
+    after sums of -16000 and nothing relevant after mild ones, which is below the rounding of
     bfloat16 operands.
     """
 
@@ -63,6 +64,5 @@ class Gates:
         row, column = (
             lax.broadcasted_iota(jnp.int32, (self.size, self.size), axis) for axis in (0, 1)
         )
-        return jnp.where(
-            row >= column, jnp.exp(exponent), 0.0
-        )  # a choice, not a product: what is not chosen may be inf
+        # Selected, not multiplied: values above the diagonal may be inf.
+        return jnp.where(row >= column, jnp.exp(exponent), 0.0)

@@ -1,21 +1,22 @@
-"""The kernel that makes T = (I + A)^-1 of every chunk, A the strictly lower part of (beta_i k_i.k_j
-D_ij), in Pallas for TPU.
+"""The kernel that computes T = (I + A)^-1 of every chunk, with A the strictly lower part of (beta_i
+k_i.k_j D_ij), in Pallas for TPU.
 
 The diagonal blocks of A, 16 x 16, are inverted by substitution, all blocks of a chunk side by side
-in one [16, C] array. Then blocks are doubled until one is left: X <- X - X S X with S the part of A
-that joins two halves. Only the lower halves change, so products have C / 2 rows. No power of A is
-formed: powers can overflow where the inverse is tame.
+in one [16, C] array. Blocks are then doubled until one is left: X <- X - X S X, with S the part of
+A that joins two halves. Only the lower halves change, so products have C / 2 rows. No power of A is
+formed: powers can overflow where the inverse is small.
 
-With float32 keys all products are in full float32. With bfloat16 keys k k^T is exact in one pass
-and the doublings take three, of operands in two halves; the halves of T are the output: the scan
-reads the first, the backward pass adds them up.
+With float32 keys all products are in full float32. With bfloat16 keys k k^T is exact in one pass.
+The doublings take three passes, with operands in two halves. The halves of T are the output: the
+scan reads the first, the backward pass adds them up.
 
-Tiling: a grid step takes one chunk of all heads of a block, 8 where K = 128 and V = 256, step by
-step for all of them at once, for each step waits for the one before. Chunks are independent.
+Tiling: a grid step takes one chunk of all heads of a block, 8 at K 128 and V 256. Each step of the
+computation is done for all of them before the next one, because it waits for the one before. Chunks
+are independent.
 
 Traffic for a token of a head, in bfloat16: 2 (K + 2 C) bytes, gates of 32. At 8192 tokens, 16 heads
-and K 128: 105 MB. Floor: that, 0.13 ms on v5e and 0.06 on v6e. It is bound by products that fill
-little of an MXU and by the lanes' crossbar, at three to four times that.
+and K 128: 105 MB. Floor: that, 0.13 ms on v5e and 0.06 on v6e. It takes three to four times as
+long, bound by products that fill little of an MXU and by the lanes' crossbar.
 """
 
 import jax
@@ -35,9 +36,11 @@ BASE = TPUDelta.base
 def inverse(
     k: jax.Array, rows: jax.Array, heads: int, full: bool, interpret
 ) -> tuple[jax.Array, ...]:
-    """T [chunks, batch, heads, C, C] of k [batch, chunks * C, heads * K] and `gate_rows`. With
-    float32 k: (T,). With bfloat16 k: T rounded to bfloat16 and, if `full`, what the rounding
-    left, in bfloat16."""
+    """T [chunks, batch, heads, C, C] from k [batch, chunks * C, heads * K] and `gate_rows`.
+
+    With float32 k: (T,). With bfloat16 k: T rounded to bfloat16 and, if `full`, the remainder in
+    bfloat16.
+    """
     chunks, batch, all_heads, _, size = rows.shape
     width = k.shape[2] // all_heads
     narrow, block = k.dtype == bf16, range(heads)
@@ -81,9 +84,8 @@ def unit_lower_inverses(matrices, narrow: bool) -> list[tuple]:
     )
     count = size // BASE
     row, lane = (lax.broadcasted_iota(jnp.int32, (BASE, size), axis) for axis in (0, 1))
-    slabs = [
-        [x[BASE * s : BASE * (s + 1)] for s in range(count)] for x in matrices
-    ]  # [matrix][slab] of BASE rows
+    # [matrix][slab] of BASE rows
+    slabs = [[x[BASE * s : BASE * (s + 1)] for s in range(count)] for x in matrices]
 
     # The diagonal blocks side by side, [BASE, C], inverted by substitution.
     blocks = [

@@ -2,8 +2,8 @@
 width], heads side by side.
 
 Projections write this layout, and a head is a whole number of vector registers in it. [tokens,
-heads, width] would have another layout, and XLA would copy every operand and every result. Arrays
-between kernels are [chunks, batch, heads, ...].
+heads, width] has another layout: XLA would copy every operand and every result. Arrays between
+kernels are [chunks, batch, heads, ...].
 """
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 
 def merge_heads(x: jax.Array, valid: jax.Array | None, size: int) -> jax.Array:
-    """[batch, length, heads, width] -> [batch, chunks * size, heads * width]: zeros at pads and
+    """[batch, length, heads, width] -> [batch, chunks * size, heads * width], zeros at pads and
     beyond the end."""
     batch, length = x.shape[:2]
     x = x.reshape(batch, length, -1)
@@ -22,10 +22,10 @@ def merge_heads(x: jax.Array, valid: jax.Array | None, size: int) -> jax.Array:
 
 
 def split_heads(x: jax.Array, length: int, heads: int) -> jax.Array:
-    """The way back: [batch, chunks * size, heads * width] -> [batch, length, heads, width]."""
+    """The inverse: [batch, chunks * size, heads * width] -> [batch, length, heads, width]."""
     return x[:, :length].reshape(x.shape[0], length, heads, -1)
 
 
 def tile(n: int, h: int, size: int, width: int) -> tuple:
-    """Where chunk n of head h lies in a block [chunks * size, heads * width]."""
+    """The index of chunk n of head h in a block [chunks * size, heads * width]."""
     return pl.ds(n * size, size), pl.ds(h * width, width)

@@ -1,4 +1,4 @@
-"""Matrix products of the TPU kernels: operand dtype decides the precision, results are float32."""
+"""Matrix products of the TPU kernels. Operand dtypes decide the precision; results are float32."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -15,13 +15,13 @@ def dot(a, b, contract: tuple[int, int] = (1, 0)):
 
 
 def halves(x) -> tuple:
-    """float32 x as two bfloat16 arrays whose sum has 16 bits of it."""
+    """float32 x as two bfloat16 arrays whose sum has 16 of its bits."""
     high = x.astype(bf16)
     return high, (x - high.astype(f32)).astype(bf16)
 
 
 def dot_halves(a: tuple, b: tuple):
-    """Product of two matrices given by their halves: three passes, two of them at once; the
+    """The product of two matrices given by their halves: three passes, two of them at once. The
     fourth would add 2^-16."""
     rows = a[0].shape[0]
     both = dot(jnp.concatenate(a), b[0])

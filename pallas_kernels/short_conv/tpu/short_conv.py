@@ -1,19 +1,23 @@
 """The short convolution on TPU, forward and backward, in Pallas.
 
-Computes, for every channel, out[t] = silu(sum over d of w[3 - d] x[t - d]), d = 0..3, within the
-token's sequence; backward, with s' the slope of silu at that sum, u[t] = d_out[t] s'[t], d_w[3 - d]
-= sum over t of u[t] x[t - d] and d_x[t] = sum over d of w[3 - d] u[t + d].
+Computes, for every channel and within the token's sequence, with d = 0..3 and s' the slope of silu
+at the sum:
 
-Tiling: a grid step takes up to 512 tokens and 512 channels of one row, 128 channels after the
-other, so that values that are used together are computed together (it still spills registers: 968
-and 3,188 on v5e). Forward, the tokens before a block are a second view of x, the block of 16 rows
-that ends where the block begins. Backward, the blocks go from the last to the first, and the
-gradient that the tokens after a block contribute to it is kept in vector memory. Which taps reach a
-token of the same sequence is given by four rows of ones and zeros, made by XLA.
+    out[t]     = silu(sum over d of w[3 - d] x[t - d])
+    u[t]       = d_out[t] s'[t]
+    d_w[3 - d] = sum over t of u[t] x[t - d]
+    d_x[t]     = sum over d of w[3 - d] u[t + d]
 
-Traffic: x and out once, forward; x, d_out and d_x once, backward, 2 bytes a number: 0.33 and 0.49
-ms on v5e for the 8,192 channels of a layer and as many tokens. Floor: that; but v5e works on 32-bit
-numbers, some 40 operations forward and 80 backward for each.
+Tiling: a grid step takes up to 512 tokens and 512 channels of one row. It takes 128 channels at a
+time, so that values used together are computed together; it still spills registers (968 and 3,188
+on v5e). In the forward pass, the tokens before a block are a second view of x: the block of 16 rows
+that ends where the block begins. The backward pass takes the blocks from last to first. What the
+tokens after a block contribute to its gradient is kept in vector memory. XLA computes four rows of
+ones and zeros that say which taps reach a token of the same sequence.
+
+Traffic, 2 bytes a number: forward x and out once, 0.33 ms on v5e for the 8,192 channels of a layer
+and 8,192 tokens; backward x, d_out and d_x once, 0.49 ms. Floor: that. But v5e computes in 32-bit
+numbers, about 40 operations forward and 80 backward for each.
 """
 
 from functools import partial
@@ -28,11 +32,8 @@ from pallas_kernels.short_conv import xla
 from pallas_kernels.short_conv.tuning import TPU as TPUShortConv
 from pallas_kernels.short_conv.xla import TAPS
 
-LANES, BEFORE, AFTER = (
-    128,
-    16,
-    8,
-)  # channels of a register; rows of the smallest blocks of bfloat16, and of float32
+# Channels of a register; rows of the smallest block in bfloat16, and in float32.
+LANES, BEFORE, AFTER = (128, 16, 8)
 f32 = jnp.float32
 
 
@@ -91,7 +92,7 @@ def short_conv(
 
 
 def _seen(token_index, segment_ids, batch: int, length: int, rows: int) -> jax.Array:
-    """[batch, 8, padded length] float32: row d is 1 where the token d before is one of the same
+    """[batch, 8, padded length] float32: row d is 1 where the token d before belongs to the same
     sequence, and 0 at pads."""
     valid = jnp.ones((batch, length), bool) if token_index is None else token_index >= 0
     segment = (
@@ -101,9 +102,10 @@ def _seen(token_index, segment_ids, batch: int, length: int, rows: int) -> jax.A
     )
     edge = [(0, 0), (TAPS - 1, 0)]  # conv_state belongs to segment 0
     segment, valid = jnp.pad(segment, edge), jnp.pad(valid, edge, constant_values=True)
+    # Of the token d before.
     segments, valids = (
         [x[:, TAPS - 1 - d :][:, :length] for d in range(TAPS)] for x in (segment, valid)
-    )  # of the token d before
+    )
     taps = [(segments[d] == segments[0]) & valids[d] & valids[0] for d in range(TAPS)]
     return jnp.pad(
         jnp.stack(taps, axis=1).astype(f32), [(0, 0), (0, 8 - TAPS), (0, -length % rows)]
@@ -111,8 +113,8 @@ def _seen(token_index, segment_ids, batch: int, length: int, rows: int) -> jax.A
 
 
 def _reaches(x_ref, past_ref, before_ref, seen, at, first):
-    """What each tap sees of every token of a block, [rows, LANES] float32 each, 0 beyond its
-    sequence."""
+    """The input of each tap for every token of a block, [rows, LANES] float32 each, 0 beyond the
+    token's sequence."""
     past = jnp.where(first, before_ref[:, at], past_ref[:, at]).astype(f32)
     inputs = jnp.concatenate([past, x_ref[:, at].astype(f32)])
     shifted = [inputs if d == 0 else pltpu.roll(inputs, d, axis=0) for d in range(TAPS)]
@@ -125,8 +127,8 @@ def _flags(seen_ref) -> list:
 
 
 def _specs(x, rows: int, backwards: bool):
-    """Grid, and blocks of x, of the rows before them, of weights, of conv_state, and of what is
-    seen."""
+    """The grid, and the blocks of x, of the rows before them, of weights, of conv_state and of
+    `_seen`."""
     batch, length, channels = x.shape
     lanes = max(n for n in range(LANES, TPUShortConv.lanes + 1, LANES) if channels % n == 0)
     steps = length // rows

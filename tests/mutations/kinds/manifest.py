@@ -98,22 +98,27 @@ def mutated(rng: Random, folder: Path, outside: Path) -> str:
         return mutate_file(
             rng,
             rng.choice(
-                [path, folder / "config.json", folder / "params", folder / "params" / "_METADATA"]
+                [
+                    path,
+                    folder / "config.json",
+                    folder / "params",
+                    folder / "checksums" / "params.0.json",
+                ]
             ),
             outside,
         )
-    stored = rng.choice(sorted(p for p in (folder / "params").rglob("*") if p.is_file()))
-    if stored.name == "_METADATA" and rng.random() < 0.5:
+    files = [p for part in ("params", "checksums") for p in (folder / part).rglob("*")]
+    stored = rng.choice(sorted(p for p in files if p.is_file()))
+    if stored.suffix == ".json" and rng.random() < 0.5:
         changed = mutate(rng, json.loads(stored.read_text()))
         stored.write_bytes(changed.data)
-        return f"_METADATA: {changed.label}"
-    # A flipped bit of a weight is another weight, in any format without checksums; a file
-    # that was cut must be seen.
+        return f"checksums: {changed.label}"
     data = stored.read_bytes()
     place = rng.randrange(len(data) + 1)
     ways = {
         "cut": data[:place],
         "empty": b"",
+        "a bit": data[:place] + bytes(b ^ 1 for b in data[place : place + 1]) + data[place + 1 :],
     }
     ways["removed"] = None
     label = rng.choice(list(ways))

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 
 from infinitevl_jax.config.presets import Preset, load_preset, to_tree
+from infinitevl_jax.data.dataset import Dataset
 from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.pipeline import train_batches
-from infinitevl_jax.data.source import Source
 from infinitevl_jax.nn.ops import resolve_ops
 from infinitevl_jax.nn.params import parameters
 from infinitevl_jax.sharding import make_mesh
@@ -239,7 +239,7 @@ def begin(preset: Preset, out: Path) -> None:
     config = preset.train
     mesh = make_mesh(preset.run)
     resolve_ops(mesh, preset.run.ops)
-    source = Source(config.data.name, config.data.folder, config.data.train)
+    source = Dataset(config.data.name, config.data.folder, config.data.train)
     start = prepare_start(preset.model, source, out, config.seed)
     batches = train_batches(
         Encoder(source, start.processor, start.config), start.config, config.data, config.seed

@@ -8,9 +8,9 @@ import numpy as np
 from tiny_folder import IDS, tiny_config
 
 from infinitevl_jax.config.train import DataConfig
+from infinitevl_jax.data.dataset import Dataset, Row
 from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.pipeline import held_out_batches, train_batches
-from infinitevl_jax.data.source import Row, Source
 
 from ..case import Case, Place
 from ..content import ODD_TEXT, mutate_bytes, mutate_text
@@ -33,7 +33,7 @@ ODD += [None, 3, b"bytes", b"\xff\xfe", ["a"], np.str_("x"), np.array(["a"]), {"
 QUESTIONS, ANSWERS = ["what color is it?", "is it red?"], ["blue", "no"]
 
 
-class Rows(Source):
+class Rows(Dataset):
     """A data set in memory: rows as tfds gives them."""
 
     def __init__(self, rows: list[dict]):
@@ -159,8 +159,8 @@ def _check(found: tuple, row: Row, packed: bool) -> str:
         ]
         return _same(encoded.tokens, encoded.answer, dialogue, row.answers)
     for i, branch in enumerate(encoded.branches):
-        tokens = np.concatenate([encoded.prefix, branch.tokens])
-        answer = np.concatenate([np.zeros(len(encoded.prefix), bool), branch.answer])
+        tokens = np.concatenate([encoded.prefix.tokens, branch.tokens])
+        answer = np.concatenate([np.zeros(len(encoded.prefix.tokens), bool), branch.answer])
         if wrong := _same(tokens, answer, turn(i, picture), [row.answers[i]]):
             return wrong
     return ""

@@ -42,7 +42,7 @@ def make(rng: Random, place: Place) -> Case:
     label = mutated(rng, run, elsewhere)
 
     def again():
-        outcome = train(load_preset(path), say=lambda *_: None)
+        outcome = train(load_preset(path))
         return outcome.step, parameters(outcome.checkpoint)[1]
 
     def check(found):

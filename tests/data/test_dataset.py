@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from infinitevl_jax.data.source import Source
+from infinitevl_jax.data.dataset import Dataset
 from infinitevl_jax.errors import InfiniteVLError
 
 NAMES = [
@@ -35,14 +35,14 @@ def no_network(monkeypatch):
 @pytest.mark.parametrize("name", NAMES, ids=lambda n: n[:20])
 def test_names_that_are_no_data_set(tiny_data, no_network, name):
     with pytest.raises(InfiniteVLError, match="there is no data set") as caught:
-        Source(name, tiny_data, "train")
+        Dataset(name, tiny_data, "train")
     assert "easy_vqa" in caught.value.cure
 
 
 @pytest.mark.parametrize("folder", ["gs://bucket/data", "s3://bucket", "https://host/data"])
 def test_folders_elsewhere(no_network, folder):
     with pytest.raises(InfiniteVLError, match="train.data.folder is"):
-        Source("tiny_vqa", folder, "train")
+        Dataset("tiny_vqa", folder, "train")
 
 
 SPLITS = [
@@ -63,7 +63,7 @@ SPLITS = [
 @pytest.mark.parametrize("split", SPLITS, ids=lambda s: s[:20])
 def test_splits_without_rows(tiny_data, no_network, split):
     with pytest.raises(InfiniteVLError, match="data set tiny_vqa has no rows in") as caught:
-        Source("tiny_vqa", tiny_data, split)
+        Dataset("tiny_vqa", tiny_data, split)
     assert "train (24 rows)" in caught.value.cure
 
 
@@ -73,13 +73,13 @@ def test_splits_without_rows(tiny_data, no_network, split):
 )
 def test_splits_with_rows(tiny_data, no_network, split, rows):
     assert (
-        len(Source("tiny_vqa", tiny_data, split)) == rows
-        and Source("tiny_vqa:1.0.0", tiny_data, split)[0].questions
+        len(Dataset("tiny_vqa", tiny_data, split)) == rows
+        and Dataset("tiny_vqa:1.0.0", tiny_data, split)[0].questions
     )
 
 
 def test_rows_end_where_they_end(tiny_data):
-    source = Source("tiny_vqa", tiny_data, "train")
+    source = Dataset("tiny_vqa", tiny_data, "train")
     assert source[-1] == source[23] and len(list(source)) == 24
     with pytest.raises(IndexError):
         source[24]

@@ -1,4 +1,5 @@
-"""Rows of a prepared data set, by number: the one place that talks to tensorflow_datasets."""
+"""Rows of a prepared data set by number. Only this module and the builders import
+tensorflow_datasets."""
 
 import contextlib
 import io
@@ -22,15 +23,15 @@ NAME = re.compile(
 
 
 class Row(NamedTuple):
-    """One picture (its file's bytes, b"" for none) and what is asked about it."""
+    """An image and the questions about it."""
 
-    image: bytes
+    image: bytes  # of the image file; b"" = no image
     questions: list[str]
     answers: list[str]
 
 
-class Source:
-    """A split of a data set as a sequence of `Row`."""
+class Dataset:
+    """A split of a prepared data set as a sequence of `Row`."""
 
     def __init__(self, name: str, folder: str | Path, split: str):
         """Prepare the data set in `folder` unless it is there.
@@ -70,14 +71,14 @@ class Source:
 
     @property
     def title(self) -> str:
-        """Name and split, as errors call this data set."""
+        """Name and split, as errors show them."""
         return f"{self.name} {self.split}"
 
     def __getitem__(self, number: int) -> Row:
         """Row `number`.
 
-        Raises BadRow for one that cannot be read, without image bytes or text where they are
-        expected, whose texts are not UTF-8, or with not as many questions as answers.
+        Raises BadRow for a row that cannot be read: no image bytes or no text where they are
+        expected, text that is not UTF-8, or unequal numbers of questions and answers.
         """
         number = range(len(self))[number]
 
@@ -106,14 +107,14 @@ class Source:
         return Row(image, questions, answers)
 
     def readable(self) -> Iterator[Row]:
-        """All rows that can be read, for statistics; the others are named when their turn comes."""
+        """All rows that can be read, for statistics. The others are reported when they are used."""
         for number in range(len(self)):
             with contextlib.suppress(BadRow):
                 yield self[number]
 
 
 def _texts(values: Sequence) -> list[str]:
-    """A list of texts, or of numbers that are read as such. Raises TypeError for anything else."""
+    """A list of texts; numbers become text. Raises TypeError for anything else."""
     if isinstance(values, str | bytes) or not isinstance(values, Sequence | np.ndarray):
         raise TypeError(f"a {type(values).__name__} stands where a list of texts is expected")
     return [_text(value) for value in values]
@@ -128,8 +129,7 @@ def _text(value: object) -> str:
 
 
 def _builder(name: str, folder: str | Path) -> tfds.core.DatasetBuilder:
-    """One of this package's builders, or the files of a prepared data set: on this disk, never over
-    the network."""
+    """A builder of this package, or a prepared data set on this disk. Nothing is downloaded."""
     made_here = {builder.name: builder for builder in BUILDERS}
     if "://" in str(folder):
         raise InfiniteVLError(
@@ -149,7 +149,7 @@ def _builder(name: str, folder: str | Path) -> tfds.core.DatasetBuilder:
 
 
 def _prepared(kind: type[tfds.core.DatasetBuilder], folder: Path) -> tfds.core.DatasetBuilder:
-    """A builder of this package with its files; the first of several runs writes them."""
+    """A builder of this package with its files, which the first of several runs writes."""
     builder = kind(data_dir=str(folder), file_format="array_record")
     if not Path(builder.data_dir).exists():
         folder.mkdir(parents=True, exist_ok=True)
