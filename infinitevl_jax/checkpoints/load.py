@@ -89,7 +89,7 @@ def from_source(
     out = {}
     for leaf in wanted:
         read = partial(read_leaf, source, leaf, dtype or leaf_dtype(source, leaf))
-        out[leaf.name] = place(leaf.shape, shardings and shardings[leaf.name], read)
+        out[leaf.name] = place(leaf.shape, shardings[leaf.name] if shardings else None, read)
     return out
 
 
@@ -114,7 +114,7 @@ def _from_stored(
 
         out[leaf.name] = place(
             leaf.shape,
-            shardings and shardings[leaf.name],
+            shardings[leaf.name] if shardings else None,
             partial(read_stack, reader, leaf.layers, leaf.shape, kind, convert=convert),
             whole=True,
         )

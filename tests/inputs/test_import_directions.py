@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BASE = {
     "command",
     "compilation",
+    "dtypes",
     "errors",
     "extras",
     "interrupts",
