@@ -55,8 +55,9 @@ class Outcome(NamedTuple):
 
 
 def train(preset: Preset) -> Outcome:
-    """Train a preset to its end, or until Ctrl-C or SIGTERM. Resumes from its last checkpoint.
-    Logs its progress.
+    """Train a preset to its end, or until Ctrl-C or SIGTERM, and log progress.
+
+    Resumes from the last checkpoint in the output folder.
 
     Raises:
       InfiniteVLError: the preset, data, mesh or output folder is invalid.

@@ -105,8 +105,7 @@ def forward_loss(model: Callable[[Params], VLM], params: Params, batch: TrainBat
 def _forward(
     model: Callable[[Params], VLM], params: Params, batch: TrainBatch
 ) -> tuple[VLM, Array]:
-    """The module with these parameters, and its hidden states [batch, length, width] of
-    `batch.branches`."""
+    """The model with these parameters, and hidden states [batch, length, width] of the branches."""
     vlm = model(params)
     vision = None if batch.patches is None else vlm.encode(batch.patches)
     if batch.prefix is None:
