@@ -1,4 +1,4 @@
-"""Which dtype a model computes in."""
+"""Compute dtypes."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,14 +7,12 @@ from infinitevl_jax.errors import InfiniteVLError
 
 
 def compute_dtype(stored) -> np.dtype:
-    """The dtype to compute in for weights that are stored so: their own, float32 for float16, whose
-    range activations leave."""
+    """The stored dtype, or float32 for float16, which activations overflow."""
     return jnp.dtype("float32" if stored == jnp.float16 else stored)
 
 
 def floating(dtype) -> np.dtype | None:
-    """f32 or bf16 as a numpy dtype, from a name or a dtype of numpy, jax or torch; None for None
-    and "auto"."""
+    """float32 or bfloat16 from a name or a numpy, jax or torch dtype; None for None and "auto"."""
     name = (
         str(dtype).removeprefix("torch.") if not isinstance(dtype, type) else np.dtype(dtype).name
     )

@@ -106,8 +106,7 @@ def keep_aside(path: Path, to: Path | None = None) -> Path:
 
 
 def check_room(folder: Path, size: int) -> None:
-    """Raise OSError unless `size` bytes can be written into a folder at this moment: they are
-    allocated in a file, which is removed again."""
+    """Raise OSError unless a folder has room for `size` bytes, by allocating a temporary file."""
     if not hasattr(os, "posix_fallocate"):
         return
     with tempfile.TemporaryFile(dir=folder) as file:

@@ -1,5 +1,4 @@
-"""XLA flags that make tests' programs compile quickly: most of a test's time is code generation.
-XLA's own passes run as ever."""
+"""XLA flags that shorten code generation, most of a test's time. XLA's passes are unchanged."""
 
 import importlib.metadata
 

@@ -7,8 +7,10 @@ from infinitevl_jax.errors import InfiniteVLError
 
 
 def commands(name: str, status: int) -> typer.Typer:
-    """A group of commands. A user's mistake (InfiniteVLError) becomes a message on stderr and the
-    exit status; anything else is a bug and keeps its traceback."""
+    """A group of commands that reports InfiniteVLError on stderr and exits with `status`.
+
+    Other exceptions keep their traceback.
+    """
 
     class Group(TyperGroup):
         def invoke(self, ctx):

@@ -2,8 +2,7 @@
 
 
 def stay_on_the_host() -> None:
-    """Use the CPU unless the user chose a platform (JAX_PLATFORMS): the accelerator and its memory
-    stay free for others."""
+    """Use the CPU unless JAX_PLATFORMS is set, so that no accelerator memory is reserved."""
     import jax
 
     if not jax.config.jax_platforms:

@@ -13,8 +13,9 @@ __all__ = ["as_json", "as_table", "describe"]
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """Describe a checkpoint folder, or the newest step of a training run, for JSON: its model,
-    tokenizer and chat template. A missing or unsuitable tokenizer is not an error.
+    """Describe a checkpoint folder, or the newest step of a training run, for JSON.
+
+    A missing or unsuitable tokenizer is not an error.
 
     Raises:
       InfiniteVLError: the folder is damaged or of an unknown family.

@@ -18,10 +18,10 @@ class _AboveBars(logging.StreamHandler):
 
 @contextlib.contextmanager
 def shown(stream: TextIO, form: str = "%(message)s") -> Iterator[None]:
-    """Within, records of `infinitevl_jax` from INFO on are written to the stream, and to no handler
-    of the root logger.
+    """Context manager that writes log records of `infinitevl_jax`, from INFO, to a stream only.
 
-    form: of a line, as `logging.Formatter` takes it.
+    Args:
+      form: format of a line, as in `logging.Formatter`.
     """
     logger, handler = logging.getLogger("infinitevl_jax"), _AboveBars(stream)
     handler.setFormatter(logging.Formatter(form))

@@ -135,7 +135,7 @@ class TextConfig:
         unknown = sorted(set(self.layer_types) - LAYER_TYPES)
         if unknown or not self.layer_types:
             raise InfiniteVLError(
-                f"layer_types has {unknown or 'no entries'}",
+                f"layer_types holds {unknown or 'nothing'}",
                 f"every layer is one of {', '.join(sorted(LAYER_TYPES))}",
             )
         if self.conv_size != 4:

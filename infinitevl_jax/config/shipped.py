@@ -1,5 +1,4 @@
-"""The presets that come with the package: configs/ of a checkout, share/infinitevl_jax/configs of
-an installed wheel."""
+"""Shipped presets: configs/ of a checkout, or share/infinitevl_jax/configs of a wheel."""
 
 from pathlib import Path
 
@@ -7,21 +6,19 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def shipped_presets() -> dict[str, Path]:
-    """Name (such as "easy_vqa") -> file."""
+    """Files of the shipped presets by name, such as "easy_vqa"."""
     folder = _folder()
     return {} if folder is None else {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
 def find_preset(name: str | Path) -> Path:
-    """The file of a preset: `name` itself where it is a path, else the shipped preset of that
-    name."""
+    """The file of a preset, given by path or by the name of a shipped one."""
     shipped = shipped_presets().get(str(name))
     return Path(name) if shipped is None or Path(name).is_file() else shipped
 
 
 def known_presets() -> list[str]:
-    """What a user can write to name a preset: files of ./configs, and the names of shipped ones
-    that are not among them."""
+    """Valid preset arguments: files in ./configs, and names of other shipped presets."""
     here = sorted(Path("configs").glob("*.toml"))
     files = {path.resolve() for path in here}
     names = [name for name, path in shipped_presets().items() if path.resolve() not in files]

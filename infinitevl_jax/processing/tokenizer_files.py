@@ -243,7 +243,7 @@ def _check_steps(file: TokenizerFile, path: Path) -> None:
             patterns = part.pattern if isinstance(part.pattern, dict) else {}
             if nested := NESTED.search(CLASS.sub("x", patterns.get("Regex", ""))):
                 raise InfiniteVLError(
-                    f"{path}: {name} has an expression with a nested repetition,"
+                    f"{path}: {name} has an expression that repeats a repetition,"
                     f" {nested.group()!r}, and may never end",
                     cure,
                 )

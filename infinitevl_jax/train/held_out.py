@@ -26,7 +26,7 @@ class HeldOut:
         """Open the held-out split.
 
         Args:
-          measure: maps parameters and a batch to a Tally.
+          measure: maps parameters and a batch to LossSums.
         """
         source = Dataset(data.name, data.folder, data.held_out)
         self.encoder = Encoder(source, start.processor, start.config)
@@ -42,16 +42,16 @@ class HeldOut:
         Raises:
           InfiniteVLError: more rows are unusable than `max_skipped` allows.
         """
-        params, tallies = {**state.trainable, **state.frozen}, []
+        params, sums = {**state.trainable, **state.frozen}, []
         for batch in held_out_batches(self.encoder, self.config, self.data, self.skipped):
             for line in self.skipped.news():
                 logger.warning(f"held out: {line}")
-            tallies.append(self._measure(params, put_batch(batch, self.mesh)))
-            jax.block_until_ready(tallies[-2:-1])  # bounds the queue, so that a stop is noticed
+            sums.append(self._measure(params, put_batch(batch, self.mesh)))
+            jax.block_until_ready(sums[-2:-1])  # bounds the queue, so that a stop is noticed
             if stop.asked:
                 return None
         total = jax.tree.map(
-            lambda *xs: float(np.sum([np.asarray(x) for x in xs], dtype=np.float64)), *tallies
+            lambda *xs: float(np.sum([np.asarray(x) for x in xs], dtype=np.float64)), *sums
         )
         return {
             "held_out_loss": total.loss / max(total.tokens, 1),

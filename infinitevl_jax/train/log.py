@@ -13,8 +13,10 @@ logger = logging.getLogger(__name__)
 
 
 class Log:
-    """Appends lines to a log. Opening it drops lines after the restored checkpoint. A log with
-    damaged lines is kept under another name."""
+    """Appends lines to a log. Opening it drops lines after the restored checkpoint.
+
+    A log with damaged lines is kept under another name.
+    """
 
     def __init__(self, path: Path, step: int):
         """Open a log.

@@ -34,7 +34,7 @@ from infinitevl_jax.train.saving import Saver, Stop
 from infinitevl_jax.train.setup import prepare_start
 from infinitevl_jax.train.step import (
     TrainState,
-    evaluate_batch,
+    forward_loss,
     init_state,
     model_of,
     put_batch,
@@ -55,8 +55,9 @@ class Outcome(NamedTuple):
 
 
 def train(preset: Preset) -> Outcome:
-    """Train a preset to its end, or until Ctrl-C or SIGTERM. Resumes from its last checkpoint.
-    Logs its progress.
+    """Train a preset to its end, or until Ctrl-C or SIGTERM, and log progress.
+
+    Resumes from the last checkpoint in the output folder.
 
     Raises:
       InfiniteVLError: the preset, data, mesh or output folder is invalid.
@@ -124,7 +125,7 @@ def train(preset: Preset) -> Outcome:
         step_fn = jax.jit(partial(train_step, model, optimizer), donate_argnums=0)
         held_out = None
         if config.data.held_out:
-            held_out = HeldOut(config.data, start, jax.jit(partial(evaluate_batch, model)), mesh)
+            held_out = HeldOut(config.data, start, jax.jit(partial(forward_loss, model)), mesh)
         stop = Stop()
         saver = Saver(checkpoints, lock, config, skipped, state, batches.get_state(), stop)
         del state  # the first step donates its memory

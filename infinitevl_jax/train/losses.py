@@ -10,7 +10,7 @@ from jax import Array
 CHUNK = 512  # tokens per sequence whose logits are computed at a time
 
 
-class Tally(NamedTuple):
+class LossSums(NamedTuple):
     """Sums over the answer tokens of a batch, all [] float32.
 
     Attributes:
@@ -35,7 +35,7 @@ def answer_loss(
     targets: Array,
     weights: Array,
     chunk: int = CHUNK,
-) -> Tally:
+) -> LossSums:
     """Cross entropy of `targets` under `head(hidden)`.
 
     Args:
@@ -75,7 +75,7 @@ def answer_loss(
         (loss, wrong), _ = jax.lax.scan(step, nothing, (cut(hidden), cut(targets), cut(weights)))
     per_row = weights.sum(1)
     answered = per_row > 0
-    return Tally(
+    return LossSums(
         loss=loss,
         tokens=per_row.sum(),
         right=per_row.sum() - wrong.sum(),

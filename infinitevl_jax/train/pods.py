@@ -1,5 +1,4 @@
-"""The training step of the published size, compiled for a TPU pod on any CPU, and the collectives
-in it."""
+"""Compilation of the full-size training step for a TPU pod on a CPU, and its collectives."""
 
 import re
 from collections import Counter
@@ -61,8 +60,7 @@ def collectives(hlo: str) -> Counter[tuple[str, str]]:
 
 
 def of_rows(found: Iterable[tuple[str, str]], length: int) -> list[str]:
-    """The collectives whose results have the length of a row as a dimension: tokens or activations,
-    where parameters are meant."""
+    """Collectives whose result has the row length as a dimension, that is, not parameters."""
     return sorted(
         f"{kind} {shape}" for kind, shape in found if re.search(rf"[\[,]{length}[,\]]", shape)
     )

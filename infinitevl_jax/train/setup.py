@@ -104,7 +104,7 @@ def existing_folder(name: str, key: str) -> Path:
     if not found:
         words = ', or "words"' if key == "model.tokenizer" else ""
         raise InfiniteVLError(
-            f"{key} is {name!r}, which is not a folder", f"name a checkpoint folder{words}"
+            f"{key} is {name!r}, which is no folder", f"name a checkpoint folder{words}"
         )
     return folder
 

@@ -20,7 +20,7 @@ from infinitevl_jax.nn.ops import Ops
 from infinitevl_jax.nn.params import Parameter, Params, functional, parameters, unstack
 from infinitevl_jax.nn.vlm import VLM
 from infinitevl_jax.sharding import parameter_shardings, spec
-from infinitevl_jax.train.losses import Tally, answer_loss
+from infinitevl_jax.train.losses import LossSums, answer_loss
 from pallas_kernels import attention, gated_delta_rule
 
 REMAT: dict[str, Callable] = {
@@ -95,7 +95,7 @@ def model_of(
     return model
 
 
-def evaluate_batch(model: Callable[[Params], VLM], params: Params, batch: TrainBatch) -> Tally:
+def forward_loss(model: Callable[[Params], VLM], params: Params, batch: TrainBatch) -> LossSums:
     """Sums of loss and correct answers over a batch."""
     vlm, hidden = _forward(model, params, batch)
     return answer_loss(vlm.logits, hidden, batch.targets, batch.weights)
@@ -105,8 +105,7 @@ def evaluate_batch(model: Callable[[Params], VLM], params: Params, batch: TrainB
 def _forward(
     model: Callable[[Params], VLM], params: Params, batch: TrainBatch
 ) -> tuple[VLM, Array]:
-    """The module with these parameters, and its hidden states [batch, length, width] of
-    `batch.branches`."""
+    """The model with these parameters, and hidden states [batch, length, width] of the branches."""
     vlm = model(params)
     vision = None if batch.patches is None else vlm.encode(batch.patches)
     if batch.prefix is None:
@@ -134,13 +133,13 @@ def train_step(
     """
 
     def loss(trainable):
-        tally = evaluate_batch(model, {**trainable, **state.frozen}, batch)
-        return tally.loss / tally.tokens, tally
+        sums = forward_loss(model, {**trainable, **state.frozen}, batch)
+        return sums.loss / sums.tokens, sums
 
-    (value, tally), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable)
+    (value, sums), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable)
     with jax.named_scope("optimizer"):
         update, moments = optimizer.update(gradient, state.optimizer, state.trainable)
-        metrics = Metrics(value, tally.right / tally.tokens, optax.global_norm(gradient))
+        metrics = Metrics(value, sums.right / sums.tokens, optax.global_norm(gradient))
         new = (optax.apply_updates(state.trainable, update), moments, state.step + 1)
         finite = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.grad_norm)
         trainable, moments, step = jax.tree.map(

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from infinitevl_jax.train import step
-from infinitevl_jax.train.losses import Tally
+from infinitevl_jax.train.losses import LossSums
 
 
 @pytest.fixture
@@ -15,9 +15,11 @@ def take(monkeypatch):
     """Run a step of a model with one parameter; the loss is the parameter times the batch."""
 
     def loss(model, params, batch):
-        return Tally(*[jnp.sum(params["a"] * batch)] + [jnp.float32(1)] * (len(Tally._fields) - 1))
+        return LossSums(
+            *[jnp.sum(params["a"] * batch)] + [jnp.float32(1)] * (len(LossSums._fields) - 1)
+        )
 
-    monkeypatch.setattr(step, "evaluate_batch", loss)
+    monkeypatch.setattr(step, "forward_loss", loss)
     optimizer = optax.adam(0.1)
     state = step.init_state({"a": jnp.ones(2), "b": jnp.ones(2)}, ["a"], optimizer)
     run = jax.jit(lambda state, batch: step.train_step(None, optimizer, state, batch))

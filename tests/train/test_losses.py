@@ -42,14 +42,14 @@ def test_counts():
     hidden, table, targets, weights = inputs()
     best = jnp.argmax(hidden @ table, -1)
     targets = targets.at[0].set(best[0])  # row 0 is all correct, row 1 has no answer
-    tally = answer_loss(lambda x: x @ table, hidden, targets, weights, 7)
+    sums = answer_loss(lambda x: x @ table, hidden, targets, weights, 7)
     right = float(jnp.sum(weights * (best == targets)))
-    assert (float(tally.tokens), float(tally.right), float(tally.rows)) == (
+    assert (float(sums.tokens), float(sums.right), float(sums.rows)) == (
         float(weights.sum()),
         right,
         2.0,
     )
-    assert float(tally.exact) == 1.0
+    assert float(sums.exact) == 1.0
 
 
 def test_no_logits_of_the_whole_sequence():

@@ -17,7 +17,7 @@ from infinitevl_jax.data.encode import Branch, EncodedConversation, Encoder
 from infinitevl_jax.inputs.packing import Packing
 from infinitevl_jax.nn.params import initialize
 from infinitevl_jax.train.setup import prepare_start
-from infinitevl_jax.train.step import evaluate_batch, init_state, model_of, train_step
+from infinitevl_jax.train.step import forward_loss, init_state, model_of, train_step
 from pallas_kernels.testing.parity import rel_rms
 
 
@@ -54,14 +54,14 @@ def gradient(made, form, run=RunConfig(fsdp=1)):  # noqa: B008  frozen
     model = model_of(config, run)
 
     def loss(params):
-        tally = evaluate_batch(model, params, batches[form])
-        return tally.loss / tally.tokens, tally
+        sums = forward_loss(model, params, batches[form])
+        return sums.loss / sums.tokens, sums
 
     options = {"xla_backend_optimization_level": 0}
-    (value, tally), found = jax.jit(
+    (value, sums), found = jax.jit(
         jax.value_and_grad(loss, has_aux=True), compiler_options=options
     )(params)
-    return float(value), tally, found
+    return float(value), sums, found
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +71,9 @@ def expected(made):
 
 @pytest.mark.parametrize("form", ["branches", "packed"])
 def test_forms_of_the_same_questions_agree(made, expected, form):
-    value, tally, found = gradient(made, form)
+    value, sums, found = gradient(made, form)
     assert (
-        int(tally.tokens)
+        int(sums.tokens)
         == int(expected[1].tokens)
         == 2 * sum(int(w.sum() > 0) for w in made[2]["branches"].weights)
     )

@@ -109,8 +109,8 @@ class GatedDeltaNet(Mixer):
             jax.ShapeDtypeStruct((batch, self.taps - 1, channels), dtype)
             for channels in (self.key_width, self.key_width, self.value_width)
         ]
-        memory = (batch, self.heads, self.head_dim, self.value_dim)
-        return DeltaState(jax.ShapeDtypeStruct(memory, jnp.float32), *inputs)
+        shape = (batch, self.heads, self.head_dim, self.value_dim)
+        return DeltaState(jax.ShapeDtypeStruct(shape, jnp.float32), *inputs)
 
     def __call__(
         self, x: Array, state: DeltaState | None, info: TokenInfo
