@@ -12,6 +12,7 @@ requests nothing is compiled.
 import collections
 import itertools
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -188,12 +189,14 @@ class Engine:
             self._seat(out, slot)
         return out
 
-    def extend(self, sequence: OpenSequence, inputs: ModelInputs, start: int) -> None:
+    def extend(self, sequence: OpenSequence, inputs: Iterable[tuple[ModelInputs, int]]) -> None:
         """`OpenSequence.extend`."""
         with self._lock:
             if sequence.done:
                 raise InfiniteVLError("the sequence was closed", "open another")
-            more = self._reader.pieces(inputs, start)
+            more = itertools.chain.from_iterable(
+                self._reader.pieces(part, start) for part, start in inputs
+            )
             if sequence.pieces is None:
                 sequence.pieces = more
                 self._reading.append(sequence)

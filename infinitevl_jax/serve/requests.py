@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -90,13 +90,18 @@ class OpenSequence(Reader):
         super().__init__(past)
         self._engine = engine
 
-    def extend(self, inputs: ModelInputs, start: int = 0) -> None:
+    @property
+    def reading(self) -> bool:
+        """Whether there is something left to be read."""
+        return self.pieces is not None
+
+    def extend(self, inputs: Iterable[tuple[ModelInputs, int]]) -> None:
         """Have more tokens read, when the engine works.
 
-        Args:
-          inputs: of one row. start: position of its first token where it has no positions.
+        inputs: pairs of the inputs of one row, and the position of its first token where they have
+          none. Each is asked for when its turn comes.
         """
-        self._engine.extend(self, inputs, start)
+        self._engine.extend(self, inputs)
 
     def read(self) -> None:
         """Work until all that came is read."""

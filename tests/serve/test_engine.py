@@ -217,7 +217,7 @@ def test_open_sequences_grow_in_any_pieces(model):
     whole, parts = engine.open(), engine.open()
     batch = picture(4, ((1, 4, 4), (1, 12, 8)), ((3, 4, 8),))
     inputs = build_inputs(model.config, **batch)
-    whole.extend(inputs)
+    whole.extend([(inputs, 0)])
     decoder, length = inputs.decoder, inputs.decoder.tokens.shape[1]
     for at, stop in ((0, 3), (3, 20), (20, length)):
         index = np.arange(stop - at, dtype=np.int32)[None]
@@ -228,7 +228,7 @@ def test_open_sequences_grow_in_any_pieces(model):
             positions=decoder.positions[:, :, at:stop],
             vision_index=decoder.vision_index[:, at:stop],
         )
-        parts.extend(inputs._replace(decoder=cut))
+        parts.extend([(inputs._replace(decoder=cut), 0)])
     question = text(9, 1)
     answers = [
         engine.submit(question, cache=s.cache(), max_new_tokens=8, eos_token_ids=[]).result()
@@ -243,7 +243,7 @@ def test_open_sequences_grow_in_any_pieces(model):
         engine.open(), engine.open()
     whole.close()
     with pytest.raises(InfiniteVLError, match="was closed"):
-        whole.extend(inputs)
+        whole.extend([(inputs, 0)])
     engine.open(before).close()
 
 
