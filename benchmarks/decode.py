@@ -44,8 +44,9 @@ from pallas_kernels.gated_delta_rule.implementations import GATED_DELTA_RULE_STE
 from pallas_kernels.gated_delta_rule.xla import gated_delta_rule
 from pallas_kernels.l2norm.xla import l2norm
 from pallas_kernels.short_conv.xla import short_conv
-from pallas_kernels.testing import matrix
 from pallas_kernels.testing.cases import Case, attention_step_case, gated_delta_rule_step_case
+from pallas_kernels.testing.cells import Group
+from pallas_kernels.testing.comparison import compare, prepare
 from pallas_kernels.testing.steps import implementation_in_a_row
 
 HEADS, KEYS, VALUES, EPS = 16, 128, 256, 1e-5
@@ -185,11 +186,11 @@ def errors(op: str, name: str, batch: int) -> dict[str, float]:
         else IMPLEMENTATIONS[op][name]
     )
     checked = (implementation_in_a_row(Implementation(name, step)),)
-    groups = [matrix.Group(operator, case, "bfloat16", checked) for case in cases(batch)]
+    groups = [Group(operator, case, "bfloat16", checked) for case in cases(batch)]
     found = [
         cell
         for group in groups
-        for cell in matrix.compare(group, matrix.prepare(group, compiled=False), repeats=1)
+        for cell in compare(group, prepare(group, compiled=False), repeats=1)
     ]
     if bad := [str(cell) for cell in found if not cell.share <= 1]:
         raise ValueError(f"not timed: {bad[0]}")

@@ -16,7 +16,7 @@ from infinitevl_jax.train.log import read_log
 @pytest.fixture(scope="module", autouse=True)
 def kept_programs():
     """As train.py does: the runs compile one training step between them."""
-    with compilation.kept(True, print):
+    with compilation.kept(True):
         yield
 
 
