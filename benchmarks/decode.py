@@ -148,7 +148,7 @@ def draw_attend(batch: int, seed: int):
 def delta_cases(batch: int) -> list[Case]:
     """Two consecutive tokens; every third sequence is a pad (index -1)."""
     tokens = [[-1 if i % 3 == 1 else token for i in range(batch)] for token in (5, 6)]
-    return [gated_delta_rule_step_case("two tokens", tokens, HEADS, KEYS, VALUES)]
+    return [gated_delta_rule_step_case("two tokens", tokens, HEADS, keys=KEYS, values=VALUES)]
 
 
 def attend_cases(batch: int) -> list[Case]:
