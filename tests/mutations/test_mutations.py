@@ -18,7 +18,7 @@ COUNT = 300
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return list(run(plan(COUNT, 7, WEIGHTS), tmp_path_factory.mktemp("mutations")))
+    return list(run(plan(COUNT, 9, WEIGHTS), tmp_path_factory.mktemp("mutations")))
 
 
 def test_right_or_refused(results):

@@ -173,7 +173,10 @@ def make(rng: Random, place: Place) -> Case:
         name = rng.choice(KEYS)
         *where, last = name.split(".")
         changed = copy.deepcopy(tree)
-        at(changed, tuple(where))[last] = value
+        inside = changed
+        for table in where:
+            inside = inside.setdefault(table, {})
+        inside[last] = value
         value = value if rng.random() < 0.3 else rng.choice(NUMBERS)
         label, data = f"key: {name} = {value!r:.80}", encode(document(changed))
     elif kind == "special":
