@@ -83,7 +83,7 @@ class Engine:
             self._run.merge,
         )
         self._held: list[Reader | None] = [None] * self.slots
-        self._queue: collections.deque[Request] = collections.deque()
+        self._queue: collections.deque[Reader] = collections.deque()
         self._reading: collections.deque[Reader] = collections.deque()
         # tokens [steps, columns] under way, and whose each column is
         self._flying: list[tuple[jax.Array, list[Request | None]]] = []
@@ -206,7 +206,7 @@ class Engine:
     def copy_cache(self, sequence: OpenSequence) -> Cache:
         """`OpenSequence.cache`."""
         with self._lock, on_mesh(self.model.mesh):
-            if sequence.slot is None:
+            if sequence.slot < 0:
                 raise InfiniteVLError("the sequence was closed", "take its cache before")
             if sequence.fresh:
                 return self.model.init_cache(1, self.max_length)
@@ -281,7 +281,7 @@ class Engine:
         self._reading.rotate(-len(ready))
         for reader in ready:
             try:
-                chosen.append((reader, next(reader.pieces)))
+                chosen.append((reader, next(reader.pieces or iter(()))))
             except StopIteration:
                 self._reading.remove(reader)
                 reader.pieces = None
@@ -326,9 +326,9 @@ class Engine:
         for queue in (self._queue, self._reading):
             if reader in queue:
                 queue.remove(reader)
-        slot, reader.slot = reader.slot, None
+        slot, reader.slot = reader.slot, -1
         reader.pieces = reader.past = reader.begin = None
-        if slot is None:
+        if slot < 0:
             return
         if isinstance(reader, Request):
             if reader.keep and not reader.cancelled and reader.error is None:

@@ -57,7 +57,7 @@ class PromptReader:
         for at in range(0, count, self.chunk):
             stop = min(at + self.chunk, count)
             piece = _piece(inputs.decoder, start, at, stop, self.chunk)
-            index, vision = piece.vision_index[0], None
+            index, vision = np.asarray(piece.vision_index)[0], None
             if (index >= 0).any():
                 vision = jnp.zeros((1, self.chunk, self.width), self.dtype)
                 for number, (tokens, patches) in enumerate(groups):

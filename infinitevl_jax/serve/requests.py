@@ -22,13 +22,13 @@ class Reader:
     """A slot's owner, as the engine sees it.
 
     Attributes:
-      slot: where it is; None before and after. pieces: what is still to be read. fresh: whether the
+      slot: where it is; -1 before and after. pieces: what is still to be read. fresh: whether the
         slot's cache is to be taken as empty. past: the cache to begin from. begin: what the slot
         becomes once all is read; None: nothing is to be said.
     """
 
     def __init__(self, past: Cache | None):
-        self.slot: int | None = None
+        self.slot = -1
         self.pieces: Iterator[Piece] | None = None
         self.fresh, self.past = past is None, past
         self.begin: Slots | None = None

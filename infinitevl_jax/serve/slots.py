@@ -7,7 +7,7 @@ of several decoding steps of all slots. What is idle stands still.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +23,15 @@ ENDS = 16  # ids that may end a sequence, at most
 
 
 class Slots(NamedTuple):
-    """What decoding knows of each sequence, beside its cache. Every field is [slots, ...]."""
+    """What decoding knows of each sequence, beside its cache: arrays [slots, ...], of numpy on the
+    host and of jax on the device."""
 
-    token: Array | np.ndarray  # int32 chosen, and not yet in the cache
-    left: Array | np.ndarray  # int32 tokens still to be chosen; 0: the slot is idle
-    made: Array | np.ndarray  # int32 tokens chosen so far
-    seed: Array | np.ndarray  # [slots, 2] uint32 seed and row of the request
-    ends: Array | np.ndarray  # [slots, ENDS] int32 ids that end the sequence, -1: none
-    occurred: Array | np.ndarray  # [slots, vocab] bool ids that the sequence holds
+    token: Any  # int32 chosen, and not yet in the cache
+    left: Any  # int32 tokens still to be chosen; 0: the slot is idle
+    made: Any  # int32 tokens chosen so far
+    seed: Any  # [slots, 2] uint32 seed and row of the request
+    ends: Any  # [slots, ENDS] int32 ids that end the sequence, -1: none
+    occurred: Any  # [slots, vocab] bool ids that the sequence holds
     settings: Settings
 
     @classmethod
@@ -55,7 +56,7 @@ class Chunk(NamedTuple):
     vision: Array | None  # [rows, chunk, width] where `inputs.vision_index` is not -1
     slot: np.ndarray  # [rows] int32; the number of slots where a row is unused
     first: np.ndarray  # [rows] bool: the slot's cache counts as empty
-    last: np.ndarray  # [rows] bool: the piece is the prompt's last
+    last: Any  # [rows] bool: the piece is the prompt's last
     begin: Slots  # [rows]: what the slot becomes after the last piece, `token` to be chosen
 
 

@@ -62,7 +62,7 @@ class VideoStream:
         config = engine.model.config
         if config.vision is None:
             raise InfiniteVLError("a text model reads no video", "load a model with a vision tower")
-        self.engine, self.processor = engine, processor
+        self.engine, self.processor, self._vision = engine, processor, config.vision
         self.waiting = whole_number(waiting, "waiting", 1)
         self.frames = self.dropped = 0
         self.seconds: float | None = None
@@ -211,7 +211,7 @@ class VideoStream:
         self, patches: np.ndarray, grid: tuple[int, int, int], seconds: float
     ) -> ModelInputs:
         config, base = self.engine.model.config, len(self._opening)
-        count = len(patches) // config.vision.merge_unit
+        count = len(patches) // self._vision.merge_unit
         inputs = build_inputs(
             config,
             np.full((1, count), config.video_token_id),
@@ -228,7 +228,7 @@ class VideoStream:
 
     def _position(self, seconds: float) -> int:
         """Temporal rotary position of a frame."""
-        rate = self.engine.model.config.vision.tokens_per_second
+        rate = self._vision.tokens_per_second
         first = seconds if self._first is None else self._first
         return len(self._opening) + math.floor((seconds - first) * rate)
 
@@ -237,7 +237,8 @@ class VideoStream:
 
     def _around(self, question: str) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of a question's turn before and after the video."""
-        blank = Image.new("RGB", (self.processor.videos.factor,) * 2)
+        side = self.processor.videos.factor
+        blank = Image.new("RGB", (side, side))
         content = [
             {"type": "video", "video": [blank] * self.processor.videos.temporal_patch_size},
             {"type": "text", "text": question},
