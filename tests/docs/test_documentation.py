@@ -70,10 +70,7 @@ def test_links(page):
             continue
         path, _, anchor = target.partition("#")
         other = (page.parent / path).resolve() if path else page
-        made_later = other == ROOT / "docs" / "samples.png"  # drawn by a training run
-        assert other.is_relative_to(ROOT) and (other.exists() or made_later), (
-            f"{page.name} links to {target}"
-        )
+        assert other.is_relative_to(ROOT) and other.exists(), f"{page.name} links to {target}"
         assert not anchor or anchor in anchors(other), f"{page.name} links to {target}"
 
 
