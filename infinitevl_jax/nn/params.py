@@ -188,15 +188,6 @@ def unstack(config: ModelConfig, params: Params) -> Params:
     return out
 
 
-def stack(config: ModelConfig, params: Params) -> Params:
-    """Layer by layer -> stacked parameters. Removes entries from `params` as it goes."""
-    out = {}
-    for name, parameter in parameters(config, scanned=True).items():
-        parts = [params.pop(layer) for layer in parameter.layers]
-        out[name] = jnp.stack(parts) if parameter.stacked else parts[0]
-    return out
-
-
 def initialize(
     config: ModelConfig, key: Array, *, scanned: bool, dtype=jnp.float32, shardings=None
 ) -> Params:
@@ -206,7 +197,8 @@ def initialize(
       dtype: of the parameters.
       shardings: by name in the stacked layout; each device creates its own shards.
     """
-    names = {path: name for name, path in _stacked_paths(config).items()}
+    paths = _abstract(config, True, np.dtype(np.float32), None, no_remat).paths
+    names = {path: name for name, path in paths.items()}
 
     def create(key):
         state = nnx.state(VLM(config, scanned=True, rngs=Rngs(key)), nnx.Param)
@@ -214,7 +206,3 @@ def initialize(
 
     params = jax.jit(create, out_shardings=shardings)(key)
     return params if scanned else unstack(config, params)
-
-
-def _stacked_paths(config: ModelConfig) -> Mapping[str, tuple]:
-    return _abstract(config, True, np.dtype(np.float32), None, no_remat).paths

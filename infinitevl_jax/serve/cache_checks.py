@@ -14,6 +14,15 @@ from infinitevl_jax.nn.cache import Cache
 from infinitevl_jax.nn.vlm import VLM
 
 
+def same_shapes(cache: Cache, spec: Cache) -> bool:
+    """Whether a cache has the states, shapes and dtypes of `spec`."""
+    leaves = jax.tree.leaves(cache), jax.tree.leaves(spec)
+    return jax.tree.structure(cache) == jax.tree.structure(spec) and all(
+        (leaf.shape, leaf.dtype) == (wanted.shape, wanted.dtype)
+        for leaf, wanted in zip(*leaves, strict=True)
+    )
+
+
 @dataclass(frozen=True)
 class CacheChecks:
     """The checks of one model. Each raises InfiniteVLError.
@@ -38,14 +47,11 @@ class CacheChecks:
                 "this cache has been used up by decode",
                 "go on from the cache that came with the last token",
             )
+        # the room of a cache is known only of one with this model's kinds of states
         same = jax.tree.structure(cache) == jax.tree.structure(self.spec(1, 1))
-        if same:
-            spec = self.spec(len(cache.length), self.model.max_length(cache))
-            same = all(
-                (leaf.shape, leaf.dtype) == (wanted.shape, wanted.dtype)
-                for leaf, wanted in zip(jax.tree.leaves(cache), jax.tree.leaves(spec), strict=True)
-            )
-        if not same:
+        if not same or not same_shapes(
+            cache, self.spec(len(cache.length), self.model.max_length(cache))
+        ):
             raise InfiniteVLError(
                 "the cache is another model's, or of another dtype",
                 "make it with this model: init_cache(batch)",

@@ -22,6 +22,8 @@ from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.inputs.arrays import whole_number
 from infinitevl_jax.inputs.model_inputs import ModelInputs, build_inputs
 from infinitevl_jax.nn.cache import Cache
+from infinitevl_jax.nn.params import cache_spec
+from infinitevl_jax.serve.cache_checks import same_shapes
 from infinitevl_jax.serve.generation import Request as Arguments
 from infinitevl_jax.serve.generation import resolve
 from infinitevl_jax.serve.infinitevl import VISION_INPUTS, InfiniteVL
@@ -71,6 +73,7 @@ class Engine:
         vocab = model.config.text.vocab_size
         self.max_length = max_length if model.keeps_everything else None
         self._cache = model.init_cache(self.slots, max_length)
+        self._spec = cache_spec(model.config, 1, self.max_length, model.dtype)
         self._slots = jax.device_put(Slots.idle(self.slots, vocab))
         self._run = compile_programs(model.module, self.steps)
         self._reader = PromptReader(
@@ -121,6 +124,7 @@ class Engine:
         for name in VISION_INPUTS:
             if name in arguments:
                 vision[name] = arguments.pop(name)
+        self._check(cache)
         start = None if cache is None else np.asarray(cache.next_position)
         before = 0 if cache is None else int(np.asarray(cache.length)[0])
         inputs = build_inputs(
@@ -178,6 +182,7 @@ class Engine:
 
         Raises InfiniteVLError where no slot is free.
         """
+        self._check(cache)
         with self._lock, on_mesh(self.model.mesh):
             slot = self._free()
             if slot is None or self._queue:
@@ -211,6 +216,14 @@ class Engine:
             if sequence.fresh:
                 return self.model.init_cache(1, self.max_length)
             return self._run.take(self._cache, np.int32(sequence.slot))
+
+    def _check(self, cache: Cache | None) -> None:
+        """A cache to go on from is one sequence's, of this model."""
+        if cache is not None and not same_shapes(cache, self._spec):
+            raise InfiniteVLError(
+                "the cache is another model's, or not of one sequence in this engine's slots",
+                "pass the cache of an earlier request or stream of this engine",
+            )
 
     def _beginning(self, request: Arguments, occurred: np.ndarray) -> Slots:
         """What the request's slot becomes when its prompt has been read."""

@@ -266,5 +266,16 @@ def test_bad_requests_are_named_and_leave_the_others_alone(model, asked, culprit
     assert len(good.result()) == 3
 
 
+def test_a_cache_of_something_else_is_named(model):
+    engine = Engine(model, slots=1, **SHAPE)
+    other = tiny_model(tiny_config(num_linear_heads=4))
+    for cache in (other.init_cache(1), model.init_cache(2)):
+        with pytest.raises(InfiniteVLError, match="the cache is another model's, or not of one"):
+            engine.submit(text(3, 0), cache=cache)
+        with pytest.raises(InfiniteVLError, match="the cache is another model's, or not of one"):
+            engine.open(cache)
+    assert engine.busy == 0
+
+
 def test_no_tokens_wanted(model):
     assert Engine(model, slots=1, **SHAPE).submit(text(4, 0), max_new_tokens=0).result().size == 0
