@@ -20,7 +20,7 @@ CASES = {
     "attention": "^(window, 300 x (64|128)|packed|ring, 65 x 128|tower, windows)",
     "gated_delta_rule": "^(packed, 300|pads|gates spread, 65|gates mild, repeated|no initial)",
     "attention_step": "^(short|two|window of 100|one key)",
-    "gated_delta_rule_step": "^one token, 1$",
+    "gated_delta_rule_step": "^one head",
     "projection": "^(in four|a last piece|gated, two|transposed, 5)",
 }
 CUT = """

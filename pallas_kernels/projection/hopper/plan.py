@@ -9,7 +9,7 @@ BLOCK = 64  # columns: the rows of a tensor-core product, and 128 bytes of a row
 GROUP = 8  # rows of x: the columns of a tensor-core product
 ROWS = 2 * GROUP  # of x, at most
 PIECE = 512  # numbers of a row of x that a warpgroup reads at once
-MEMORY = 225 * 1024  # bytes of shared memory for arrays, of the 227 KiB of a thread block
+MEMORY = 224 * 1024  # bytes of shared memory for the large arrays, of the block's 227 KiB
 # Thread blocks of a cluster are on multiprocessors of one cluster of the hardware, which has 16 or
 # 18 of them: four thread blocks fill 16.
 PLACES = {1: HOPPER_MULTIPROCESSORS, 2: HOPPER_MULTIPROCESSORS // 2, 4: 32, 8: 16}
