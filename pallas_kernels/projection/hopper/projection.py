@@ -8,10 +8,10 @@ into the next tiles, so that most of `flight` bytes are always asked for. The fi
 for before x is read.
 
 Products are [64 columns, K] [K, 8 rows] on tensor cores, with weights and rows both in shared
-memory. The tensor cores read 64 x 16 weights in 16 cycles and get them from memory in about 150.
-The same on CUDA cores would take 13 fused multiply-adds a weight and cycle for 8 rows: more than
-there are. Nine to sixteen rows are two products of eight: each row's result has the same bits
-whatever the number of rows and whatever is in the others.
+memory. The tensor cores read 64 x 16 weights in 16 cycles; a multiprocessor's part of the memory's
+rate brings them in about 150. CUDA cores would need 108 of their 128 multiply-adds a cycle for 16
+rows, beside conversions and loads. Nine to sixteen rows are two products of eight: each row's
+result has the same bits whatever the number of rows and whatever is in the others.
 
 The norm costs no pass. x is multiplied by the norm's weight when it enters shared memory; each
 thread block sums the squares of its part; the factor of a row multiplies its finished sums.
