@@ -1,11 +1,10 @@
 """The projection of 1 to 16 rows on Hopper GPUs, in one kernel of Pallas Mosaic GPU.
 `pallas_kernels.projection.projection` is the definition.
 
-The matrix is read once, at the rate of the memory. Tiling: as many thread blocks as there are
-multiprocessors, in clusters of `splits`. A cluster loops over tiles of `blocks` x 64 columns; each
-of its thread blocks multiplies one part of K. Copies (TMA) of weights run `stages` steps ahead, on
-into the next tiles, so that most of `flight` bytes are always asked for. The first ones are asked
-for before x is read.
+The matrix is read once. Tiling: as many thread blocks as there are multiprocessors, in clusters of
+`splits`. A cluster loops over tiles of `blocks` x 64 columns; each of its thread blocks multiplies
+one part of K. Copies (TMA) of weights run `stages` steps ahead, on into the next tiles, so that
+most of `flight` bytes are always asked for. The first ones are asked for before x is read.
 
 Products are [64 columns, K] [K, 8 rows] on tensor cores, with weights and rows both in shared
 memory. The tensor cores read 64 x 16 weights in 16 cycles; a multiprocessor's part of the memory's
