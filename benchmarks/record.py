@@ -41,6 +41,8 @@ CASES = {
     ),
     "pods": ("topology", "rows", "length", "patches", "tensor"),
     "prefill": ("parameters", "allowed", "prompt"),
+    "projection": ("size", "rows", "implementation"),
+    "projection_sweep": ("size", "rows", "plan"),
     "tpu_scores": ("op", "program", "topology", "length", "heads"),
     "train_step": (
         "train",

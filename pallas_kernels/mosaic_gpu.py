@@ -1,11 +1,13 @@
 """Shared helpers of the Mosaic GPU kernels for Hopper: asynchronous products, vectors and layouts
-in registers."""
+in registers, the barrier of a cluster."""
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
 
 NEW = jax.__version_info__ >= (0, 11)
 
@@ -114,3 +116,28 @@ def nearest_halves(x: jax.Array) -> list[jax.Array]:
     """As `rounded_halves`, with the first rounded to the nearest, for where it is used alone."""
     high = x.astype(jnp.bfloat16)
     return [high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)]
+
+
+@plgpu.inline_mgpu()
+def cluster_arrive(_):
+    """Arrives at the cluster's barrier. Stores of this thread, also into other blocks, are visible
+    to all that wait."""
+    llvm.inline_asm(
+        ir.Type.parse("!llvm.void"),
+        [],
+        "barrier.cluster.arrive.release;",
+        "~{memory}",
+        has_side_effects=True,
+    )
+
+
+@plgpu.inline_mgpu()
+def cluster_wait(_):
+    """Waits until all threads of the cluster have arrived."""
+    llvm.inline_asm(
+        ir.Type.parse("!llvm.void"),
+        [],
+        "barrier.cluster.wait.acquire;",
+        "~{memory}",
+        has_side_effects=True,
+    )

@@ -27,6 +27,7 @@ class OpsConfig:
     short_conv: Name | None = None
     attention_step: Name | None = None
     gated_delta_rule_step: Name | None = None
+    projection: Name | None = None
 
     def __post_init__(self):
         check_ranges(self)

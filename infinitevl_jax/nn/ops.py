@@ -20,6 +20,7 @@ from pallas_kernels.dispatch import Dispatch, Operator, Refusal
 from pallas_kernels.gated_delta_rule.step import step as gated_delta_rule_step
 from pallas_kernels.gated_delta_rule.xla import gated_delta_rule
 from pallas_kernels.l2norm.xla import l2norm
+from pallas_kernels.projection.xla import projection
 from pallas_kernels.short_conv.xla import short_conv
 
 
@@ -33,6 +34,7 @@ class Ops:
     l2norm: Callable = l2norm
     attention_step: Callable = attention_step
     gated_delta_rule_step: Callable = gated_delta_rule_step
+    projection: Callable = projection
     dispatches: tuple[Dispatch, ...] = ()
 
     def report(self) -> list[str]:

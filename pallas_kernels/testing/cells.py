@@ -8,6 +8,7 @@ import numpy as np
 from pallas_kernels.attention.implementations import ATTENTION, ATTENTION_STEP
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.gated_delta_rule.implementations import GATED_DELTA_RULE, GATED_DELTA_RULE_STEP
+from pallas_kernels.projection.implementations import PROJECTION
 from pallas_kernels.testing import cudnn_attention
 from pallas_kernels.testing.cases import CASES, RESULTS, Case
 from pallas_kernels.testing.steps import implementation_in_a_row
@@ -19,6 +20,7 @@ IMPLEMENTATIONS = {
     "gated_delta_rule_step": tuple(
         map(implementation_in_a_row, GATED_DELTA_RULE_STEP.implementations)
     ),
+    "projection": PROJECTION.implementations,
 }
 ALLOWED = {name: 5e-3 for results in RESULTS.values() for name in results}
 ALLOWED |= {f"d_{name}": 8e-3 for name in ("q", "k", "v", "initial_state")}

@@ -16,6 +16,7 @@ from pallas_kernels.attention import step as attention_step
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.gated_delta_rule import reference as delta_reference
 from pallas_kernels.gated_delta_rule import step as delta_step
+from pallas_kernels.projection import reference as projection_reference
 from pallas_kernels.testing import disturb, mosaic_gpu_interpreter
 from pallas_kernels.testing.cases import RESULTS, Problem
 from pallas_kernels.testing.cells import ALLOWED, Cell, Group
@@ -29,6 +30,7 @@ REFERENCES = {
     "gated_delta_rule": delta_reference.gated_delta_rule,
     "attention_step": in_a_row(attention_step.step),
     "gated_delta_rule_step": in_a_row(delta_step.step),
+    "projection": projection_reference.projection,
 }
 # Operators whose arrays all begin with the batch axis, with rows independent of each other.
 ROWS_ALONE = "attention", "gated_delta_rule"
@@ -235,12 +237,6 @@ def _runnable(
     if reason and device.platform == "cpu" and implementation.name == "mosaic_tpu":
         return partial(implementation.run, interpret=INTERPRETED), nullcontext, None
     if reason and device.platform == "cpu" and implementation.name == "mosaic_gpu":
-        if operator == "gated_delta_rule_step":
-            return (
-                implementation.run,
-                nullcontext,
-                "for Hopper GPUs; not interpreted, for its blocks write into each other's memory",
-            )
         # In attention's step a block may write the slot that another block reads. That one then
         # masks it, so the race is allowed.
         inside = partial(mosaic_gpu_interpreter.interpreted, races=operator != "attention_step")

@@ -16,7 +16,7 @@ def mosaic_gpu_interpreter() -> SimpleNamespace:
     `*_RULE` are names of methods of `JaxprInterpreter`, to be patched.
     """
     from jax._src import callback
-    from jax._src.pallas.mosaic_gpu import primitives
+    from jax._src.pallas.mosaic_gpu import core, primitives
     from jax._src.pallas.mosaic_gpu.interpret import (
         gpu_callbacks,
         interpret_pallas_call,
@@ -35,6 +35,9 @@ def mosaic_gpu_interpreter() -> SimpleNamespace:
         JaxprInterpreter=jaxpr_interpret.JaxprInterpreter,
         WGMMA_RULE="_interpret_wgmma_ref_p",
         TCGEN05_RULE="_interpret_tcgen05_mma_p",
+        SWAP_RULE="_interpret_swap_p",
+        INLINE_RULE="_interpret_inline_mgpu_p",
+        ClusterRefTransform=core.ClusterRefTransform,
         resolve_ref=jaxpr_interpret.resolve_ref,
         interpret_mode=params.force_gpu_interpret_mode,
         InterpretParams=params.InterpretGPUParams,

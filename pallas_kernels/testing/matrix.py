@@ -1,5 +1,6 @@
 """The parity matrix: every implementation of attention and of the gated delta rule against the
-float64 reference, value and gradient, on the same cases; of their token steps the value.
+float64 reference, value and gradient, on the same cases; of their token steps and of projections
+the value.
 
     # What this machine runs. On a CPU, kernels for TPUs are interpreted.
     python -m pallas_kernels.testing.matrix

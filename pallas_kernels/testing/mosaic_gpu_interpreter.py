@@ -1,10 +1,11 @@
 """Interprets Mosaic GPU kernels on a CPU and detects races.
 
 JAX's own interpreter does it; what it lacks for Hopper is added here. The one of JAX 0.11.2 has no
-wgmma with its left operand in registers, no store into an accumulator and no copy that adds. It
-also raises an error when a kernel ends before each thread has waited for the last phase of a
-barrier. The one of JAX 0.10.2 has no transposed operands either: `refusal` says so. The private
-parts of JAX are those of jax_private.py. They are patched here and restored afterwards.
+wgmma with its left operand in registers, no store into an accumulator, no copy that adds, no store
+into another thread block's memory and no barrier of a cluster in inline assembly. It also raises an
+error when a kernel ends before each thread has waited for the last phase of a barrier. The one of
+JAX 0.10.2 has no transposed operands either: `refusal` says so. The private parts of JAX are those
+of jax_private.py. They are patched here and restored afterwards.
 
 Each warpgroup of each thread block is a thread that waits in a callback, so XLA needs as many
 threads. Start the process with the environment variable NPROC, which XLA reads, at a few dozen.
@@ -12,18 +13,23 @@ With fewer, kernels of several warpgroups wait forever.
 """
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from threading import Lock
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.testing import jax_private
 
 THREADS = 32
+BEGIN_SECONDS = 60
+BLOCK_OF_KEY = 2  # the place of the thread block in a buffer's key
 
 
 class Raced(RuntimeError):
@@ -49,6 +55,8 @@ def interpreted(races: bool = True) -> Iterator[None]:
     jax_ = jax_private.mosaic_gpu_interpreter()
     callbacks, interpreter = jax_.callbacks, jax_.JaxprInterpreter
     with_both_in_memory = getattr(interpreter, jax_.WGMMA_RULE)
+    swap_own = getattr(interpreter, jax_.SWAP_RULE)
+    inline_none = getattr(interpreter, jax_.INLINE_RULE)
     deallocate = jax_.Barrier.deallocate
     plain_copy, adding = callbacks.copy_smem_to_gmem, Lock()
 
@@ -162,6 +170,64 @@ def interpreted(races: bool = True) -> Iterator[None]:
         )
         return token
 
+    def await_buffer(*, token, mesh_location, thread, key, source_info):
+        """On a GPU all blocks of a cluster have begun before one does anything."""
+        memory, key = jax_.get_shared_memory(), callbacks.HostAllocationKey.from_array(key)
+        end = time.monotonic() + BEGIN_SECONDS
+        while key not in memory.mem:
+            memory.check_failed()
+            if time.monotonic() > end:
+                raise ValueError(f"{thread} writes into a block that has ended or never began")
+            time.sleep(0.01)
+        return token
+
+    def swap(self, eqn, token, get_values):
+        """A store; one into another block of the cluster goes to that block's buffer."""
+        ref, value, *leaves = get_values()
+        transforms = jax.tree.unflatten(eqn.params["tree"], leaves)
+        blocks = [t for t in transforms if isinstance(t, jax_.ClusterRefTransform)]
+        if not blocks:
+            return swap_own(self, eqn, token, lambda: (ref, value, *leaves))
+        if self.cluster_dims != (max(self.cluster_dims),) or len(blocks) > 1:
+            raise ValueError(
+                "a store into a block of a cluster of several axes is not interpreted\n  -> check"
+                " it on a GPU"
+            )
+        key = jnp.asarray(ref).at[BLOCK_OF_KEY].set(blocks[0].idxs[0])
+        token, _ = call(self, eqn, await_buffer, token, key=key)
+        return callbacks.call_swap(
+            token=token,
+            result_shape_and_dtype=eqn.outvars[0].aval,
+            mesh_location=self.mesh_location,
+            thread=self.thread,
+            allocation_key_as_array=key,
+            transforms=tuple(t for t in transforms if t not in blocks),
+            val=value,
+            mask=None,
+            source_info=eqn.source_info,
+        )
+
+    def pass_cluster_barrier(*, token, mesh_location, thread, blocks, arrives, source_info):
+        memory = jax_.get_shared_memory()
+        asks = callbacks.memory.GPULoggingInfo(mesh_location, thread, source_info)
+        # The hardware has one such barrier a cluster: a named one, of no block.
+        whole = SimpleNamespace(device_id=thread.device_id, block_id="cluster")
+        barrier = memory.named_barrier(whole, 0, int(blocks))
+        if arrives:
+            barrier.arrive(thread, memory.incr_clock(thread) if races else None, asks)
+        else:
+            barrier.wait(thread, asks)
+        return token
+
+    def inline(self, eqn, token, get_values):
+        arrives = {"cluster_arrive": True, "cluster_wait": False}.get(
+            eqn.params["mgpu_fn"].__name__
+        )
+        if arrives is None:
+            return inline_none(self, eqn, token, get_values)
+        run = partial(pass_cluster_barrier, arrives=arrives)
+        return call(self, eqn, run, token, blocks=jnp.int32(self.num_concurrent_threads))
+
     def end(self, *args, **kwargs):
         try:
             return deallocate(self, *args, **kwargs)
@@ -174,6 +240,8 @@ def interpreted(races: bool = True) -> Iterator[None]:
         # The rule for an operation of later GPUs is used for the one that has no rule.
         patch.object(jax_.primitives, "tcgen05_mma_p", jax_.primitives.wgmma_accumulator_store_p),
         patch.object(interpreter, jax_.TCGEN05_RULE, store),
+        patch.object(interpreter, jax_.SWAP_RULE, swap),
+        patch.object(interpreter, jax_.INLINE_RULE, inline),
         patch.object(callbacks, "copy_smem_to_gmem", copy),
         patch.object(jax_.Barrier, "deallocate", end),
         jax_.interpret_mode(jax_.InterpretParams(detect_races=races)),

@@ -31,7 +31,8 @@ CONTROLS = {"racecheck": "race", "initcheck": "uninitialised"}
 CELLS = (
     "^(attention mosaic_gpu bfloat16 (window, 65|packed, 300|ring, 65 x 128)|gated_delta_rule"
     " mosaic_gpu bfloat16 (gates spread, 65|gates mild, alike|packed, 300)|attention_step"
-    " mosaic_gpu bfloat16 two tokens|gated_delta_rule_step mosaic_gpu bfloat16 two tokens, 6)"
+    " mosaic_gpu bfloat16 two tokens|gated_delta_rule_step mosaic_gpu bfloat16 two tokens, 6"
+    "|projection mosaic_gpu bfloat16 (in four|gated, two))"
 )
 OPTIONS = {  # that newer versions have
     "--check-exit-code": "no",  # the matrix's own says something else

@@ -20,6 +20,8 @@ CASES = {
     "attention": "^(window, 300 x (64|128)|packed|ring, 65 x 128|tower, windows)",
     "gated_delta_rule": "^(packed, 300|pads|gates spread, 65|gates mild, repeated|no initial)",
     "attention_step": "^(short|two|window of 100|one key)",
+    "gated_delta_rule_step": "^one head",
+    "projection": "^(in four|a last piece|gated, two|transposed, 5)",
 }
 CUT = """
     from pallas_kernels.testing import matrix
@@ -34,6 +36,55 @@ SEVERAL = """
 
     gradients.HOPPER_MULTIPROCESSORS = 3  # blocks: each takes several chunks in turn
     matrix.main()
+"""
+ROWS = """
+    import jax, jax.numpy as jnp, numpy as np
+    from pallas_kernels.projection.hopper.plan import Plan
+    from pallas_kernels.projection.hopper.projection import projection
+    from pallas_kernels.testing.mosaic_gpu_interpreter import interpreted
+
+    rng = np.random.default_rng(0)
+    x, weight, residual, norm = (
+        jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+        for shape in ((9, 1024), (1024, 192), (9, 192), (1024,))
+    )
+    x = x.at[1].set(jnp.nan)
+    plan = Plan(rows=128, blocks=1, flight=48 * 1024, splits=2, clusters=1)
+
+    def run(*rows):
+        with interpreted():
+            return np.asarray(
+                jax.block_until_ready(
+                    projection(x[*rows,], weight, None, residual[*rows,], norm, plan=plan)
+                ),
+                np.float32,
+            )
+
+    many, few, one = run(slice(0, 9)), run(slice(2, 5)), run(slice(8, 9))
+    assert np.isnan(many[1]).all() and np.isfinite(many[2:]).all()
+    np.testing.assert_array_equal(many[2:5], few)
+    np.testing.assert_array_equal(many[8:], one)
+    wide = np.asarray(x[2:], np.float64)
+    want = wide / np.sqrt(np.mean(wide**2, -1, keepdims=True) + 1e-6) * np.asarray(norm, np.float64)
+    want = want @ np.asarray(weight, np.float64) + np.asarray(residual[2:], np.float64)
+    assert np.sqrt(np.mean((many[2:] - want) ** 2) / np.mean(want**2)) < 5e-3
+    print("equal")
+"""
+ALONE = """
+    import jax, jax.numpy as jnp
+    from pallas_kernels.projection.hopper import projection as kernel
+    from pallas_kernels.projection.hopper.plan import Plan
+    from pallas_kernels.testing.mosaic_gpu_interpreter import Raced, interpreted
+
+    kernel.cluster_arrive = kernel.cluster_wait = lambda: None
+    x, weight = jnp.ones((1, 1024), jnp.bfloat16), jnp.ones((1024, 64), jnp.bfloat16)
+    try:
+        with interpreted():
+            jax.block_until_ready(
+                kernel.projection(x, weight, plan=Plan(128, 1, 48 * 1024, 2, 1))
+            )
+    except Raced:
+        print("raced")
 """
 RACE = """
     import jax, jax.numpy as jnp
@@ -108,9 +159,16 @@ def test_parity_of_several_chunks_a_block():
     check(python("-c", textwrap.dedent(SEVERAL), *arguments))
 
 
-def test_a_race_is_found():
-    done = python("-c", textwrap.dedent(RACE))
+@pytest.mark.parametrize(
+    ("script", "word"),
+    [(RACE, "raced"), (ALONE, "raced"), (ROWS, "equal")],
+    ids=["race", "race in a cluster", "rows of a projection"],
+)
+def test_script(script, word):
+    """Races are found, between the blocks of a cluster too. A row of a projection has the same bits
+    whatever the number of rows and whatever is in the others."""
+    done = python("-c", textwrap.dedent(script))
     if jax.__version_info__ == VERSION:
-        assert "raced" in done.stdout, done.stderr
+        assert word in done.stdout, done.stderr
     else:
         assert refusal() and done.returncode

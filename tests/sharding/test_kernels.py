@@ -20,7 +20,13 @@ from pallas_kernels.gated_delta_rule.partition import (
     partition_gated_delta_rule,
     partition_gated_delta_rule_step,
 )
-from pallas_kernels.testing.cases import attention_step_case, gated_delta_rule_step_case
+from pallas_kernels.projection.partition import partition_projection
+from pallas_kernels.projection.xla import projection
+from pallas_kernels.testing.cases import (
+    attention_step_case,
+    gated_delta_rule_step_case,
+    projection_case,
+)
 from pallas_kernels.testing.parity import packing, padding, rel_rms, unit, with_gradients
 
 MESHES = {
@@ -128,6 +134,39 @@ def test_gated_delta_step():
         partition_gated_delta_rule_step,
         gated_delta_rule_step_case("", [TOKEN], heads=4, keys=8, values=16),
     )
+
+
+@pytest.mark.parametrize("transposed", (False, True))
+@pytest.mark.parametrize("gated", (False, True))
+def test_projection(gated, transposed):
+    problem = projection_case(
+        "", 4, 24, 16, gated, transposed, bias=True, residual=True, norm=True
+    ).make()
+    inputs = [np.float32(x) for x in problem.inputs.values()]
+    cotangent = np.float32(np.random.default_rng(1).standard_normal((4, 16)))
+
+    def in_a_tuple(run):
+        return lambda *args, **rule: (run(*args, **rule),)
+
+    def spread(run, mesh):
+        return in_a_tuple(partition_projection(lambda **call: run(**call)[0], mesh))
+
+    compare(in_a_tuple(projection), spread, inputs, (cotangent,), {}, **problem.rule)
+
+
+@pytest.mark.parametrize(("outputs", "gathers"), [(16, False), (15, True)])
+def test_a_matrix_split_by_columns_is_not_gathered(outputs, gathers):
+    """15 columns are not split: then each device has all of them."""
+    mesh = make_mesh(RunConfig(fsdp=2, tensor=4))
+    run = partition_projection(projection, operator_mesh(mesh))
+
+    def placed(shape, *spec):
+        place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+
+    x = placed((4, 24), "fsdp", None)
+    weight = placed((24, 2, outputs), *((None, None, "tensor") if outputs == 16 else ("tensor",)))
+    assert bool(moved(jax.jit(run).lower(x, weight, norm=placed((24,))))) == gathers
 
 
 def test_a_mesh_of_one_axis():

@@ -9,12 +9,14 @@ from pallas_kernels.testing.cases.gated_delta_rule_step import (
     gated_delta_rule_step_cases,
 )
 from pallas_kernels.testing.cases.problem import RESULTS, Case, Problem, mesh_shapes
+from pallas_kernels.testing.cases.projection import projection_case, projection_cases
 
 CASES = {
     "attention": attention_cases,
     "gated_delta_rule": gated_delta_rule_cases,
     "attention_step": attention_step_cases,
     "gated_delta_rule_step": gated_delta_rule_step_cases,
+    "projection": projection_cases,
 }
 """By operator: its cases of at most so many tokens."""
 
@@ -26,4 +28,5 @@ __all__ = [
     "attention_step_case",
     "gated_delta_rule_step_case",
     "mesh_shapes",
+    "projection_case",
 ]

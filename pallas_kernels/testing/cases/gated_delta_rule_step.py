@@ -95,6 +95,7 @@ def gated_delta_rule_step_cases(longest: int) -> Iterator[Case]:
     yield gated_delta_rule_step_case("values 80 wide", rows, values=80)
     yield gated_delta_rule_step_case("keys 64 wide", rows, keys=64)
     yield gated_delta_rule_step_case("three heads", rows, heads=3)
+    yield gated_delta_rule_step_case("one head", [[5], [6]], heads=1)
     yield gated_delta_rule_step_case("grouped value heads", rows, heads=6, key_heads=2)
     yield gated_delta_rule_step_case(
         "grouped value heads, keys alike", rows, heads=4, key_heads=1, keys_alike=True

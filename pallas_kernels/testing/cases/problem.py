@@ -41,6 +41,7 @@ RESULTS = {
         "k_conv_state",
         "v_conv_state",
     ),
+    "projection": ("out",),
 }
 
 MESH_SHAPES = {

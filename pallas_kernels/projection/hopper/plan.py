@@ -1,0 +1,73 @@
+"""How the Hopper kernel cuts a projection: tiles, thread blocks, memory."""
+
+from dataclasses import dataclass
+
+from pallas_kernels.hardware import HOPPER_MULTIPROCESSORS
+from pallas_kernels.projection.tuning import Hopper as Tuning
+
+BLOCK = 64  # columns: the rows of a tensor-core product, and 128 bytes of a row of the matrix
+GROUP = 8  # rows of x: the columns of a tensor-core product
+ROWS = 2 * GROUP  # of x, at most
+PIECE = 512  # numbers of a row of x that a warpgroup reads at once
+MEMORY = 224 * 1024  # bytes of shared memory for the large arrays, of the block's 227 KiB
+# Thread blocks of a cluster are on multiprocessors of one cluster of the hardware, which has 16 or
+# 18 of them: four thread blocks fill 16.
+PLACES = {1: HOPPER_MULTIPROCESSORS, 2: HOPPER_MULTIPROCESSORS // 2, 4: 32, 8: 16}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes that do not change results beyond rounding. benchmarks/projection.py tries them out.
+
+    rows: of K in a tile. blocks: of 64 columns in a tile (of gates and of ups, as many of each).
+    flight: bytes of tiles in flight, at most. splits: thread blocks, a cluster, that share K.
+    clusters: at most so many, as have room on the GPU together.
+    """
+
+    rows: int
+    blocks: int
+    flight: int
+    splits: int
+    clusters: int
+
+    def stages(self, rows: int, inputs: int, gated: bool) -> int:
+        """Tiles in shared memory, for so many rows of x and K inputs."""
+        blocks, groups = self.blocks * (2 if gated else 1), -(-rows // GROUP)
+        tile = 2 * self.rows * BLOCK * blocks
+        x = 2 * groups * GROUP * inputs // self.splits
+        # Sums of all parts, and the result of a tile, in float32.
+        sums = 4 * BLOCK * groups * GROUP * (self.splits * blocks + self.blocks)
+        return min(self.flight, MEMORY - x - sums) // tile
+
+    def refusal(self, rows: int, inputs: int, outputs: int, gated: bool) -> str | None:
+        """The reason why the sizes do not fit this plan, else None."""
+        if outputs % (BLOCK * self.blocks):
+            return f"{outputs} columns: a multiple of {BLOCK * self.blocks}"
+        if inputs % (self.rows * self.splits) or inputs < PIECE * self.splits:
+            least = max(PIECE, self.rows) * self.splits
+            return f"{inputs} inputs: a multiple of {self.rows * self.splits}, at least {least}"
+        if self.stages(rows, inputs, gated) < 2:
+            return f"{inputs} inputs in {rows} rows: shared memory has no room"
+        return None
+
+
+def choose(inputs: int, outputs: int, gated: bool) -> Plan | str:
+    """The plan for these sizes, or the reason why there is none.
+
+    Its tiles and splits depend on the matrix alone, so that a row's result does not depend on the
+    number of rows.
+    """
+    found = None
+    for splits in Tuning.splits:
+        for tile_rows in (Tuning.rows, BLOCK):
+            plan = Plan(tile_rows, Tuning.blocks, Tuning.flight, splits, PLACES[splits])
+            # 16 rows decide, whatever the number of rows.
+            if plan.refusal(ROWS, inputs, outputs, gated) is None:
+                found = plan
+                break
+        if found and outputs // (BLOCK * found.blocks) * found.splits >= Tuning.least:
+            break
+    if found:
+        return found
+    least = Plan(BLOCK, Tuning.blocks, Tuning.flight, 1, PLACES[1])
+    return least.refusal(ROWS, inputs, outputs, gated)
