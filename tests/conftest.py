@@ -33,6 +33,12 @@ import pytest  # noqa: E402
 # A shell that starts tests in the background makes them, and their children, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Many tests compile the same programs for models of their own: each process keeps what it has
+# compiled. The commands that tests run have their own folder, as users have.
+jax.config.update("jax_compilation_cache_dir", os.path.join(_cache.name, "compiled-here"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
 jax.devices()  # reads the flags
 del os.environ[
     "XLA_FLAGS"

@@ -8,10 +8,30 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from infinitevl_jax import compilation
 
+SETTINGS = (
+    "jax_compilation_cache_dir",
+    "jax_enable_compilation_cache",
+    "jax_persistent_cache_min_compile_time_secs",
+)
 HITS, MISSES = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
+
+
+@pytest.fixture(autouse=True)
+def unset():
+    """JAX's settings as users have them, without the folder that the tests share."""
+    names = (*SETTINGS, "jax_persistent_cache_min_entry_size_bytes")
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in zip(names, (None, True, 1.0, 0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture
@@ -32,12 +52,7 @@ def counted():
 
 
 def settings():
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_enable_compilation_cache",
-        "jax_persistent_cache_min_compile_time_secs",
-    )
-    return [getattr(jax.config, name) for name in names]
+    return [getattr(jax.config, name) for name in SETTINGS]
 
 
 def compute(seed=3):
