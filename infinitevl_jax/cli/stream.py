@@ -208,6 +208,7 @@ class _Viewer:
                 rate = seen / (time.perf_counter() - since)
                 more = self._state(frames.dropped)
                 say(f"{seen:,} frames up to {at:g} s, {rate:.1f} a second{more and ', ' + more}")
+                stream.dropped += frames.dropped
                 if self.watch.save is not None and stream.seconds is not None:
                     stream.save(self.watch.save)
                     say(f"the memory is in {self.watch.save}")

@@ -133,7 +133,7 @@ def test_standard_input(run, folder, tmp_path):
     assert "2 frames up to 0.5 s" in result.stderr and memory.is_file()
 
 
-def test_frames_that_come_too_fast(run, folder, tmp_path, monkeypatch):
+def test_frames_that_come_too_fast(run, folder, engine, tmp_path, monkeypatch):
     """A live source drops the oldest, and the end says how many."""
 
     def ahead(items, waiting, *, live, stopped):
@@ -145,9 +145,12 @@ def test_frames_that_come_too_fast(run, folder, tmp_path, monkeypatch):
     before = command.Ahead
     monkeypatch.setattr(command, "Ahead", ahead)
     monkeypatch.setattr(command, "by_clock", command.at_rate)
-    given = ("--live", "--waiting", 3, *FEW)
+    given = ("--live", "--waiting", 3, "--save", tmp_path / "memory", *FEW)
     result = run("stream", folder, "-", *given, typed=jpegs(8, (8, 8)))
     assert result.exit_code == 0 and re.search(r"\n\[3 frames .*, 5 dropped", result.stderr)
+    stream = VideoStream.load(tmp_path / "memory", engine, Processor.from_pretrained(folder))
+    assert (stream.frames, stream.dropped) == (3, 5)
+    stream.close()
 
 
 def test_mistakes(run, folder, film, tmp_path):
