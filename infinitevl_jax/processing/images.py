@@ -27,22 +27,9 @@ MAX_RESIZED_PIXELS = 1 << 26  # of a resized image: 85,000 tokens, 0.8 GB of pat
 # Formats whose decoders read one file and start no program (Pillow runs Ghostscript for EPS).
 # HEIF needs a plug-in that the caller registers.
 FORMATS = (
-    "PNG",
-    "JPEG",
-    "WEBP",
-    "GIF",
-    "BMP",
-    "DIB",
-    "TIFF",
-    "AVIF",
-    "HEIF",
-    "JPEG2000",
-    "MPO",
-    "PPM",
-    "QOI",
-    "TGA",
-    "ICO",
-)
+    "PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "HEIF", "JPEG2000", "MPO", "PPM",
+    "QOI", "TGA", "ICO",
+)  # fmt: skip
 
 # EXIF orientation -> transpose that makes the image upright
 _UPRIGHT = {
@@ -388,12 +375,8 @@ def resize_image(
     Returns:
       [H, W, 3] uint8.
     """
-    height, width = smart_resize(
-        *sides(size, image),
-        options.factor,
-        options.min_pixels,
-        options.max_pixels,
-    )
+    limits = options.min_pixels, options.max_pixels
+    height, width = smart_resize(*sides(size, image), options.factor, *limits)
     if height * width > MAX_RESIZED_PIXELS:
         raise InfiniteVLError(
             f"the picture is resized to {width:,} x {height:,} pixels, over the limit of"
