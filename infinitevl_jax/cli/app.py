@@ -11,6 +11,7 @@ from infinitevl_jax.cli.options import (
     Dtype,
     Keep,
     Kind,
+    Layout,
     Mesh,
     MinP,
     Model,
@@ -47,8 +48,8 @@ def infinitevl(
         ),
     ] = False,
 ):
-    """Ask vision-language models about images and videos, chat with them, train them, convert and
-    inspect their checkpoints."""
+    """Ask vision-language models about images and videos, watch streams, chat with them, train
+    them, convert and inspect their checkpoints."""
 
 
 @app.command(no_args_is_help=True)
@@ -154,6 +155,143 @@ def chat(
         repetition_penalty,
     )
     chat.chat(model, context, settings, session.Place(dtype.value, mesh, compilation_cache))
+
+
+@app.command(no_args_is_help=True)
+def stream(
+    model: Model,
+    video: Annotated[
+        str,
+        typer.Argument(
+            metavar="VIDEO",
+            show_default=False,
+            help="A film, a camera such as /dev/video0, or -: frames from standard input.",
+        ),
+    ],
+    ask: Annotated[
+        list[str],
+        typer.Option(
+            "--ask",
+            metavar="[SECONDS: ]QUESTION",
+            show_default=False,
+            help="A question at this time of the video, without a time at its end; repeat for"
+            " several.",
+        ),
+    ] = [],  # noqa: B006
+    fps: Annotated[
+        float | None,
+        typer.Option("--fps", show_default="the checkpoint's", help="Frames to look at a second."),
+    ] = None,
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(
+            "--max-pixels",
+            min=1,
+            show_default="the checkpoint's",
+            help="Pixels of a frame at most; larger ones are shrunk.",
+        ),
+    ] = None,
+    size: Annotated[
+        str,
+        typer.Option(
+            "--size",
+            metavar="WxH",
+            show_default=False,
+            help="Standard input is raw rgb24 of this size; otherwise it is motion JPEG.",
+        ),
+    ] = "",
+    live: Annotated[
+        bool,
+        typer.Option(
+            "--live",
+            help="Standard input comes as it happens: frames get the time at which they come, and"
+            " the oldest are dropped when they come too fast. A camera always does.",
+        ),
+    ] = False,
+    waiting: Annotated[
+        int, typer.Option("--waiting", min=1, help="Frames that may wait to be read.")
+    ] = 16,
+    load: Annotated[
+        Path | None,
+        typer.Option(
+            "--load", metavar="FILE", show_default=False, help="Go on from this saved memory."
+        ),
+    ] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            "--save",
+            metavar="FILE",
+            show_default=False,
+            help="Keep the memory in this file, at the end or when stopped.",
+        ),
+    ] = None,
+    context: Annotated[
+        int,
+        typer.Option(
+            "--context",
+            min=64,
+            help="Tokens to make room for, in models that keep the whole past (others need none).",
+        ),
+    ] = 32768,
+    layout: Annotated[
+        Layout | None,
+        typer.Option(
+            "--layout",
+            show_default="video",
+            help="Tokens and positions: one video in a turn, or the reference's format.",
+        ),
+    ] = None,
+    system: System = "",
+    max_new_tokens: NewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = None,
+    seed: Seed = 0,
+    dtype: Kind = Dtype.own,
+    mesh: Mesh = "",
+    compilation_cache: Keep = True,
+):
+    """Watch a video in constant memory, and answer questions as their times come.
+
+    Answers go to stdout, each with its time; progress and remarks go to stderr. Ctrl-C saves the
+    memory where --save asks for it, and exits with status 130.
+
+    \b
+    infinitevl stream InfiniteVL/ film.mp4 --ask "12.5: what is happening?" --ask "And the end?"
+    infinitevl stream InfiniteVL/ one.mp4 --fps 4 --save memory.safetensors
+    infinitevl stream InfiniteVL/ two.mp4 --load memory.safetensors --ask "What is new?"
+    infinitevl stream InfiniteVL/ /dev/video0 --ask "60: who came in?" --dtype bfloat16
+    ffmpeg -i IN -r 2 -f mjpeg - | infinitevl stream InfiniteVL/ - --fps 2 --ask "What happened?"
+    ffmpeg -i IN -f rawvideo -pix_fmt rgb24 - | infinitevl stream InfiniteVL/ - --size 640x480
+    """
+    from infinitevl_jax.cli import session, stream
+
+    settings = session.Settings(
+        max_new_tokens,
+        session.sampling(temperature, top_k, top_p, min_p),
+        seed,
+        system,
+        repetition_penalty,
+    )
+    watch = stream.Watch(
+        video,
+        ask,
+        fps,
+        max_pixels,
+        size,
+        live,
+        waiting,
+        load,
+        save,
+        context,
+        layout and layout.value,
+    )
+    place = session.Place(dtype.value, mesh, compilation_cache)
+    if signal := stream.stream(model, watch, settings, place):
+        raise typer.Exit(128 + signal)
 
 
 @app.command(no_args_is_help=True)

@@ -15,6 +15,13 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Layout(StrEnum):
+    """How a stream is written as tokens."""
+
+    video = "video"
+    reference = "reference"
+
+
 Model = Annotated[
     Path,
     typer.Argument(

@@ -39,6 +39,12 @@ class Settings:
             # raises for a value out of range before anything slow
             replace(self.sampling, repetition_penalty=self.repetition_penalty)
 
+    def choice(self, model: InfiniteVL) -> Sampling:
+        """How tokens of this model are chosen."""
+        penalty = self.repetition_penalty
+        penalty = model.defaults.repetition_penalty if penalty is None else penalty
+        return replace(self.sampling, repetition_penalty=penalty)
+
 
 @dataclass(frozen=True)
 class Place:
@@ -106,14 +112,9 @@ def media(kind: str, path: Path) -> dict:
     return {"type": kind, kind: str(path)}
 
 
-def open_model(
-    folder: Path,
-    place: Place,
-    *,
-    system: str = "",
-    max_length: int | None = None,
-    check: Callable[[Processor, bool], None],
-) -> Conversation:
+def read_model(
+    folder: Path, place: Place, check: Callable[[Processor, bool], None]
+) -> tuple[InfiniteVL, Processor]:
     """Load a checkpoint, with progress on stderr.
 
     Args:
@@ -141,6 +142,19 @@ def open_model(
         f"{config.family}, {model.parameter_count:,} parameters, computing in {model.dtype} on"
         f" {where}; read in {seconds(start)}"
     )
+    return model, processor
+
+
+def open_model(
+    folder: Path,
+    place: Place,
+    *,
+    system: str = "",
+    max_length: int | None = None,
+    check: Callable[[Processor, bool], None],
+) -> Conversation:
+    """A conversation with the model that `read_model` loads."""
+    model, processor = read_model(folder, place, check)
     return Conversation(model, processor, system=system or None, max_length=max_length)
 
 
@@ -190,9 +204,7 @@ def answer(
     stopped: Callable[[], bool] = lambda: False,
 ) -> None:
     """Stream an answer to stdout until it ends or `stopped` returns true; then print statistics."""
-    penalty = settings.repetition_penalty
-    penalty = conversation.model.defaults.repetition_penalty if penalty is None else penalty
-    choice = replace(settings.sampling, repetition_penalty=penalty)
+    choice = settings.choice(conversation.model)
     pieces = conversation.ask(
         content, max_new_tokens=settings.max_new_tokens, sampling=choice, seed=settings.seed
     )

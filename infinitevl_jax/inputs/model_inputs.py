@@ -4,8 +4,10 @@ evaluation.
 In a row, padding stands behind the tokens, whatever side the caller pads on.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
@@ -19,6 +21,9 @@ from infinitevl_jax.inputs.packing import Packing
 from infinitevl_jax.inputs.patches import Patches, bucket, pack_patches, reach
 from infinitevl_jax.inputs.positions import VisionItem, sequence_positions
 from infinitevl_jax.inputs.segments import split_packed
+
+if TYPE_CHECKING:
+    from infinitevl_jax.inputs.frame import Frame
 
 
 class DecoderInputs(NamedTuple):
@@ -37,7 +42,7 @@ class ModelInputs(NamedTuple):
     """All that the model computes on, and what is needed to give results in the caller's layout."""
 
     decoder: DecoderInputs
-    patches: Patches | None
+    patches: Patches | Frame | None
     left_padding: np.ndarray  # [batch] pads that the caller has before each sequence
 
     @property

@@ -12,9 +12,11 @@ from flax import nnx
 from jax import Array
 
 from infinitevl_jax.config.model import ModelConfig, TextConfig
+from infinitevl_jax.inputs.frame import Frame
 from infinitevl_jax.inputs.model_inputs import DecoderInputs
 from infinitevl_jax.inputs.patches import Patches
 from infinitevl_jax.nn.cache import Cache
+from infinitevl_jax.nn.frames import frame_patches
 from infinitevl_jax.nn.layers import Embedding, GatedMLP, Linear, RMSNorm
 from infinitevl_jax.nn.mixers import Mixer, layer_type
 from infinitevl_jax.nn.ops import Ops
@@ -82,9 +84,11 @@ class VLM(nnx.Module):
             else Linear(text.hidden_size, text.vocab_size, ("width", "vocab"), rngs=rngs)
         )
 
-    def encode(self, patches: Patches) -> Array:
+    def encode(self, patches: Patches | Frame) -> Array:
         """Image and video tokens [rows, tokens, width], indexed by `DecoderInputs.vision_index`."""
         with jax.named_scope("vision"):
+            if isinstance(patches, Frame):
+                patches = frame_patches(patches)
             return self.visual(patches, self.dtype)
 
     def embed(self, inputs: DecoderInputs, vision: Array | None) -> Array:

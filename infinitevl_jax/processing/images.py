@@ -27,22 +27,9 @@ MAX_RESIZED_PIXELS = 1 << 26  # of a resized image: 85,000 tokens, 0.8 GB of pat
 # Formats whose decoders read one file and start no program (Pillow runs Ghostscript for EPS).
 # HEIF needs a plug-in that the caller registers.
 FORMATS = (
-    "PNG",
-    "JPEG",
-    "WEBP",
-    "GIF",
-    "BMP",
-    "DIB",
-    "TIFF",
-    "AVIF",
-    "HEIF",
-    "JPEG2000",
-    "MPO",
-    "PPM",
-    "QOI",
-    "TGA",
-    "ICO",
-)
+    "PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "HEIF", "JPEG2000", "MPO", "PPM",
+    "QOI", "TGA", "ICO",
+)  # fmt: skip
 
 # EXIF orientation -> transpose that makes the image upright
 _UPRIGHT = {
@@ -116,6 +103,12 @@ class ImageOptions:
     def merge_unit(self) -> int:
         """Patches per token."""
         return self.merge_size**2
+
+    @property
+    def normalisation(self) -> tuple[np.ndarray, np.ndarray]:
+        """Scale [3] and shift [3], f32: a normalised value is byte * scale - shift."""
+        mean, std = np.asarray(self.mean, np.float64), np.asarray(self.std, np.float64)
+        return (self.rescale_factor / std).astype(np.float32), (mean / std).astype(np.float32)
 
 
 def check_counts(options: object, most: dict[str, int]) -> None:
@@ -371,23 +364,19 @@ def patchify(frames: np.ndarray, options: ImageOptions) -> tuple[np.ndarray, tup
     return out.reshape(steps * grid[1] * grid[2], -1), grid
 
 
-def process_image(
+def resize_image(
     image: Image.Image, options: ImageOptions, size: tuple[int, int] | None = None
-) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """Resize an RGB image and cut it into patches.
+) -> np.ndarray:
+    """Resize an RGB image to whole tokens.
 
     Args:
       size: (height, width) to use instead of the image's own size, before rounding and limits.
 
     Returns:
-      Patches [n, features] float32 and the grid (1, h, w).
+      [H, W, 3] uint8.
     """
-    height, width = smart_resize(
-        *sides(size, image),
-        options.factor,
-        options.min_pixels,
-        options.max_pixels,
-    )
+    limits = options.min_pixels, options.max_pixels
+    height, width = smart_resize(*sides(size, image), options.factor, *limits)
     if height * width > MAX_RESIZED_PIXELS:
         raise InfiniteVLError(
             f"the picture is resized to {width:,} x {height:,} pixels, over the limit of"
@@ -395,5 +384,15 @@ def process_image(
             f"lower max_pixels (now {options.max_pixels:,}) or min_pixels (now"
             f" {options.min_pixels:,})",
         )
-    pixels = np.asarray(image.resize((width, height), options.resample))  # [H, W, 3]
-    return patchify(pixels[None], options)
+    return np.asarray(image.resize((width, height), options.resample))
+
+
+def process_image(
+    image: Image.Image, options: ImageOptions, size: tuple[int, int] | None = None
+) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """`resize_image`, then `patchify`.
+
+    Returns:
+      Patches [n, features] float32 and the grid (1, h, w).
+    """
+    return patchify(resize_image(image, options, size)[None], options)

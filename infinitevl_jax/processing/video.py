@@ -130,12 +130,12 @@ def sample_count(duration: float | Fraction, total: int, options: VideoOptions) 
 def check_video(source: str | Path | bytes, name: str | None = None) -> None:
     """Raise InfiniteVLError for an incomplete video, as `load_video` does. Decodes nothing."""
     name = name or f"video {describe(source)}"
-    with open_source(source, name, "video") as file, _damage_named(name):
+    with open_source(source, name, "video") as file, damage_named(name):
         read_track(file, name)
 
 
 @contextmanager
-def _damage_named(name: str) -> Iterator[None]:
+def damage_named(name: str) -> Iterator[None]:
     """Turn FFmpeg's errors into InfiniteVLError."""
     try:
         yield
@@ -167,7 +167,7 @@ def load_video(
     name = name or f"video {describe(source)}"
 
     if isinstance(source, str | Path | bytes | bytearray | memoryview):
-        with open_source(source, name, "video") as file, _damage_named(name):
+        with open_source(source, name, "video") as file, damage_named(name):
             return _sample(file, options, size, name)
     rate = exact(options.fps)
     if isinstance(source, list | tuple):

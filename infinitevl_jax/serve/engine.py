@@ -9,11 +9,13 @@ steps, so that a long prompt does not stop the others. Programs have one shape e
 requests nothing is compiled.
 """
 
+from __future__ import annotations
+
 import collections
 import itertools
 import threading
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -32,6 +34,10 @@ from infinitevl_jax.serve.prompt import Piece, PromptReader
 from infinitevl_jax.serve.requests import OpenSequence, Reader, Request
 from infinitevl_jax.serve.sampling import Settings
 from infinitevl_jax.serve.slots import ENDS, Slots, compile_programs, join_pieces
+
+if TYPE_CHECKING:
+    from infinitevl_jax.processing import Processor
+    from infinitevl_jax.serve.video_stream import VideoStream
 
 
 class Engine:
@@ -118,7 +124,8 @@ class Engine:
           arguments: as for `InfiniteVL.generate`, without streamer.
 
         Raises InfiniteVLError for arguments that do not fit the model or each other, for a sequence
-        longer than the engine's max_length, and where as many requests wait as may.
+        longer than the engine's max_length, where as many requests wait as may, and where open
+        sequences hold all slots.
         """
         model, vision = self.model, {}
         for name in VISION_INPUTS:
@@ -164,6 +171,11 @@ class Engine:
             if not request.max_new_tokens:
                 out.done = True
                 return out
+            if all(isinstance(held, OpenSequence) for held in self._held):
+                raise InfiniteVLError(
+                    f"open sequences hold all {self.slots} slots, and none leaves by itself",
+                    "close one, or make the engine with more slots",
+                )
             ahead = len(self._queue) - (self.slots - self.busy)  # who wait for a slot to be free
             if self.waiting is not None and ahead >= self.waiting:
                 raise InfiniteVLError(
@@ -174,6 +186,15 @@ class Engine:
             out.pieces = self._reader.pieces(inputs, 0 if start is None else int(start[0]))
             self._queue.append(out)
         return out
+
+    def open_stream(self, processor: Processor, **options: Any) -> VideoStream:
+        """A video that is watched as it comes. It keeps a slot; each question takes another.
+
+        options: as for `VideoStream`.
+        """
+        from infinitevl_jax.serve.video_stream import VideoStream  # it is built on the engine
+
+        return VideoStream(self, processor, **options)
 
     def open(self, cache: Cache | None = None) -> OpenSequence:
         """Keep a slot for a sequence that grows by `OpenSequence.extend`.

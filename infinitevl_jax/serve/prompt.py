@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from infinitevl_jax.inputs.frame import Frame
 from infinitevl_jax.inputs.model_inputs import DecoderInputs, ModelInputs
 from infinitevl_jax.inputs.patches import Patches, bucket
 
@@ -42,7 +43,7 @@ class PromptReader:
     unit: int
     width: int
     dtype: np.dtype
-    encode: Callable[[Patches], Array]
+    encode: Callable[[Patches | Frame], Array]
     merge: Callable[[Array, Array, np.ndarray], Array]
 
     def pieces(self, inputs: ModelInputs, start: int) -> Iterator[Piece]:
@@ -98,11 +99,15 @@ def _piece(decoder: DecoderInputs, start: int, at: int, stop: int, chunk: int) -
     )
 
 
-def _groups(patches: Patches, most: int, unit: int) -> list[tuple[range, Callable[[], Patches]]]:
+def _groups(
+    patches: Patches | Frame, most: int, unit: int
+) -> list[tuple[range, Callable[[], Patches | Frame]]]:
     """Runs of whole temporal slices: the tower's tokens that each gives, and how to make it.
 
-    patches: one packed row.
+    patches: one packed row, or a frame, which is one slice.
     """
+    if isinstance(patches, Frame):
+        return [(range(patches.layout.patch_index.shape[1] // unit), lambda: patches)]
     valid = int((patches.patch_index[0] >= 0).sum())
     ids = patches.slice_ids[0, :valid]
     ends = [*np.flatnonzero(np.diff(ids)) + 1, valid] if valid else []

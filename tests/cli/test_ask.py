@@ -142,7 +142,7 @@ def test_ends_at_the_end_of_the_turn(model, folder):
     )
 
 
-@pytest.mark.parametrize("command", [[], ["ask"], ["chat"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["ask"], ["chat"], ["stream"], ["info"]])
 def test_help_has_examples(run, command):
     result = run(*command, "--help")
     assert result.exit_code == 0

@@ -1,5 +1,7 @@
 """Ctrl-C and SIGTERM end a process in two seconds with one line and the signal's status."""
 
+import io
+import json
 import os
 import signal
 import subprocess
@@ -8,7 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from quick import QUICK
+
+from infinitevl_jax.checkpoints.safetensors_file import SafetensorsFile
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {
@@ -235,6 +240,30 @@ def test_chat_stops_an_answer_and_then_leaves(folder):
     process.send_signal(signal.SIGINT)
     wait_for(process.stderr, "first after")
     end(process)
+
+
+def test_stream_saves_its_memory(folder, tmp_path):
+    """Frames come through a pipe that stays open; what was seen is in the file."""
+    file, memory = io.BytesIO(), tmp_path / "memory"
+    for level in (0, 90, 180):
+        Image.new("RGB", (16, 16), (level,) * 3).save(file, "JPEG")
+    options = ("--ask", "0.5: hi", "--max-new-tokens", 2, "--save", memory)
+    process = start("-m", "infinitevl_jax", "stream", folder, "-", *options)
+    # a frame ends where the next begins; the question comes before the third is pushed
+    process.stdin.buffer.write(file.getvalue() + file.getvalue()[:20])
+    process.stdin.buffer.flush()
+    wait_for(process.stdout, "0.5 s: ")
+    wait_for(process.stdout, "\n")
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(timeout=60)
+    finally:
+        process.kill()
+    _, err = process.communicate()
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1] == "interrupted" and "Traceback" not in err
+    facts = json.loads(SafetensorsFile(memory).metadata["stream"])["memory"]
+    assert facts["frames"] in (2, 3) and f"the memory is in {memory}" in err
 
 
 def test_train_before_it_trains(tmp_path):
