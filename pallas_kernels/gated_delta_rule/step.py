@@ -41,6 +41,8 @@ def step(
     real = token_index >= 0
 
     def convolve(x, weight, conv_state):
+        # Otherwise XLA for GPU computes the projection that made x inside the concatenation.
+        x = jax.lax.optimization_barrier(x)
         seen = jnp.concatenate([conv_state, x[:, None]], axis=1)  # [batch, 4, channels]
         y = jax.nn.silu(jnp.sum(seen.astype(wide) * weight.astype(wide), axis=1)).astype(dtype)
         return y.astype(wide), jnp.where(real[:, None, None], seen[:, 1:], conv_state)
