@@ -1,7 +1,8 @@
 """One token per sequence through the mixers, without projections, on one GPU.
 
-Implementations: `mosaic_gpu` (the one-token step for Hopper), `xla` (its definition), and `layers`
-(the separate operations that the layers run).
+Implementations: `mosaic_gpu` (the one-token step for Hopper) and `xla` (its definition), of which
+the model runs the first that takes the case, and `layers` (the separate operations by which the
+layers process any number of tokens).
 
 Examples:
 
@@ -58,7 +59,7 @@ bf16 = jnp.bfloat16
 
 
 def delta_layers(inputs, weights, state, index, eps):
-    """The separate operations of `infinitevl_jax.nn.mixers.gated_delta_net`."""
+    """The separate operations of `GatedDeltaNet.__call__` in `infinitevl_jax.nn.mixers`."""
     index, batch = index[:, None], len(index)
     segment = jnp.zeros_like(index)
 
@@ -91,7 +92,7 @@ def delta_layers(inputs, weights, state, index, eps):
 
 
 def attend_layers(q, k, v, kv_cache, index, window, scale):
-    """The separate operations of `infinitevl_jax.nn.mixers.softmax_attention`."""
+    """The separate operations of `SoftmaxAttention.__call__` in `infinitevl_jax.nn.mixers`."""
     index, length = index[:, None], jnp.maximum(index, 0)
     q, k, v = q[:, None], k[:, None], v[:, None]
     segment = jnp.zeros_like(index)

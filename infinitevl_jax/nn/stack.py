@@ -10,6 +10,7 @@ depth. Decoding unrolls: a scan would copy each layer's weights out of the stack
 """
 
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -77,7 +78,8 @@ def layout(kinds: Sequence, scanned: bool) -> Layout:
 
 
 class Stack(nnx.Module):
-    """Layers `make(kind, rngs)`, one per kind, called as `layer(x, state, info) -> (x, state)`."""
+    """Layers `make(kind, rngs)`, one per kind, called as `layer(x, state, info) -> (x, state)`
+    unless the caller names another method of theirs."""
 
     def __init__(
         self, make: Callable, kinds: Sequence, *, scanned: bool, remat: Callable, rngs: Rngs
@@ -109,7 +111,14 @@ class Stack(nnx.Module):
                 out.append(nnx.merge(graphdef, jax.tree.map(lambda p, i=index: p[i], params)))
         return out
 
-    def __call__(self, x: Array, info, states: Sequence | None = None, collect: bool = False):
+    def __call__(
+        self,
+        x: Array,
+        info,
+        states: Sequence | None = None,
+        collect: bool = False,
+        method: Callable = operator.call,
+    ):
         """Run all layers.
 
         Args:
@@ -117,6 +126,7 @@ class Stack(nnx.Module):
           info: token metadata for all layers.
           states: one state per layer in order, or None.
           collect: also return the output of every layer.
+          method: runs a layer, `method(layer, x, state, info) -> (x, state)`.
 
         Returns:
           y: [batch, length, width].
@@ -146,7 +156,7 @@ class Stack(nnx.Module):
 
             def one_period(x, blocks):
                 def one_layer(x, block, graphdef):
-                    x, state = self._apply(graphdef, block[0], x, block[1], info)
+                    x, state = self._apply(method, graphdef, block[0], x, block[1], info)
                     return x, (x if collect else None, state)
 
                 after = []
@@ -165,13 +175,15 @@ class Stack(nnx.Module):
                 for i, layer in enumerate(layout.members(run)):
                     outputs[layer], new[layer] = jax.tree.map(lambda leaf, i=i: leaf[i], flat)
         for layer, state in zip(self.rest, given[layout.stacked :], strict=True):
-            x, state = self._apply(*nnx.split(layer), x, state, info)
+            x, state = self._apply(method, *nnx.split(layer), x, state, info)
             new.append(state)
             outputs.append(x)
         return x, tuple(new) if states is not None else None, outputs if collect else []
 
-    def _apply(self, graphdef, params, x, state, info):
+    def _apply(self, method, graphdef, params, x, state, info):
         """Run one layer with rematerialisation."""
-        return self.remat(lambda params, x, state: nnx.merge(graphdef, params)(x, state, info))(
-            params, x, state
-        )
+
+        def run(params, x, state):
+            return method(nnx.merge(graphdef, params), x, state, info)
+
+        return self.remat(run)(params, x, state)

@@ -43,8 +43,15 @@ class DecoderLayer(nnx.Module):
     def __call__(self, x: Array, state, info: TokenInfo):
         if state is None:  # training scans the layers
             info = inside_layer(info, x)
+        return self._run(self.self_attn, x, state, info)
+
+    def step(self, x: Array, state, info: TokenInfo):
+        """The same for one token of each sequence, x [batch, 1, width]."""
+        return self._run(self.self_attn.step, x, state, info)
+
+    def _run(self, mixer: Callable, x: Array, state, info: TokenInfo):
         with jax.named_scope("mixer"):
-            mixed, state = self.self_attn(self.input_layernorm(x), state, info)
+            mixed, state = mixer(self.input_layernorm(x), state, info)
         x = x + mixed
         with jax.named_scope("mlp"):
             x = x + self.mlp(self.post_attention_layernorm(x))
@@ -132,8 +139,10 @@ class VLM(nnx.Module):
         info = TokenInfo(index, inputs.segment_ids, length, jnp.cos(angles), jnp.sin(angles))
 
         states = None if cache is None else cache.layers
+        one_token = cache is not None and x.shape[1] == 1
+        method = DecoderLayer.step if one_token else DecoderLayer.__call__
         with jax.named_scope("decoder"):
-            y, states, outputs = self.layers(x, info, states, collect)
+            y, states, outputs = self.layers(x, info, states, collect, method)
         hidden = self.norm(y)
         if cache is not None:
             furthest = jnp.max(jnp.where(valid, positions, -1), axis=(0, 2)) + 1

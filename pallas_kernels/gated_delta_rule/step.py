@@ -41,6 +41,8 @@ def step(
     real = token_index >= 0
 
     def convolve(x, weight, conv_state):
+        # Otherwise XLA for GPU computes the projection that made x inside the concatenation.
+        x = jax.lax.optimization_barrier(x)
         seen = jnp.concatenate([conv_state, x[:, None]], axis=1)  # [batch, 4, channels]
         y = jax.nn.silu(jnp.sum(seen.astype(wide) * weight.astype(wide), axis=1)).astype(dtype)
         return y.astype(wide), jnp.where(real[:, None, None], seen[:, 1:], conv_state)
@@ -64,14 +66,12 @@ def step(
     )
     decay = jnp.exp(-jnp.exp(rate) * jax.nn.softplus(a + bias))[..., None]  # [batch, heads, 1]
     recurrent_state = state.recurrent_state
-    # [batch, heads, V]
-    update = jax.nn.sigmoid(b)[..., None] * (
-        v - decay * jnp.sum(k[..., None] * recurrent_state, axis=2)
-    )
-    out = (
-        decay * jnp.sum(q[..., None] * recurrent_state, axis=2)
-        + jnp.sum(q * k, axis=-1, keepdims=True) * update
-    )
+
+    def read(x):  # [batch, heads, V]
+        return jnp.einsum("bhk,bhkv->bhv", x, recurrent_state, precision="highest")
+
+    update = jax.nn.sigmoid(b)[..., None] * (v - decay * read(k))
+    out = decay * read(q) + jnp.sum(q * k, axis=-1, keepdims=True) * update
     recurrent_state = decay[..., None] * recurrent_state + k[..., None] * update[:, :, None]
 
     out = out.astype(dtype).astype(wide)

@@ -122,11 +122,15 @@ def test_interleaved_conversations_are_bit_equal_to_separate_ones(model, tokens)
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-def test_idle_rows_keep_their_state_bit_for_bit(model, tokens):
+@pytest.mark.parametrize("count", [10, 1])
+def test_idle_rows_keep_their_state_bit_for_bit(model, tokens, count):
     cache = model(np.repeat(tokens[:, :30], 2, 0), use_cache=True).cache
     after = model(
-        np.repeat(tokens[:, 30:40], 2, 0), np.array([[1] * 10, [0] * 10]), cache=cache
+        np.repeat(tokens[:, 30 : 30 + count], 2, 0),
+        np.array([[1] * count, [0] * count]),
+        cache=cache,
     ).cache
+    assert after.length.tolist() == [30 + count, 30]
     for before, now in zip(jax.tree.leaves(cache), jax.tree.leaves(after), strict=True):
         np.testing.assert_array_equal(np.asarray(before)[1], np.asarray(now)[1])
 

@@ -21,6 +21,7 @@ from infinitevl_jax.nn.rngs import Rngs
 from infinitevl_jax.nn.token_info import TokenInfo
 from infinitevl_jax.sharding import constrain
 from pallas_kernels.gated_delta_rule import DeltaState
+from pallas_kernels.gated_delta_rule.api import Inputs, Weights
 
 
 class CausalConv(nnx.Module):
@@ -146,6 +147,20 @@ class GatedDeltaNet(Mixer):
         if state is not None:
             state = DeltaState(recurrent_state, q_conv_state, k_conv_state, v_conv_state)
         return self.o_proj(out), state
+
+    def step(self, x: Array, state: DeltaState, info: TokenInfo) -> tuple[Array, DeltaState]:
+        """All between the projections is one operator."""
+        projections = (
+            self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.a_proj, self.b_proj,
+        )  # fmt: skip
+        inputs = Inputs(*(project(x)[:, 0] for project in projections))
+        convolutions = (conv.weight[...] for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d))
+        gates = self.A_log[...], self.dt_bias[...]
+        weights = Weights(*convolutions, *gates, self.o_norm.weight[...])
+        out, state = self.ops.gated_delta_rule_step(
+            inputs, weights, state, info.token_index[:, 0], self.o_norm.eps
+        )
+        return self.o_proj(out[:, None]), state
 
 
 register_mixer(LINEAR, GatedDeltaNet, title="Gated DeltaNet")

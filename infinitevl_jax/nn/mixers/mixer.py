@@ -40,3 +40,10 @@ class Mixer(nnx.Module):
           The output, with the shape of x, and the new state (None in training).
         """
         raise NotImplementedError
+
+    def step(self, x: Array, state: Any, info: TokenInfo) -> tuple[Array, Any]:
+        """Mix one token of each sequence, x [batch, 1, width], as `__call__` does.
+
+        Decoding calls it. A mixer overrides it where one token has a faster way.
+        """
+        return self(x, state, info)

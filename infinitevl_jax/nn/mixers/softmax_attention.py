@@ -88,18 +88,7 @@ class SoftmaxAttention(Mixer):
     def __call__(
         self, x: Array, state: KVCache | None, info: TokenInfo
     ) -> tuple[Array, KVCache | None]:
-        def heads(y):
-            y = rearrange(y, "b t (h d) -> b t h d", d=self.head_dim)
-            return constrain(y, "batch", "length", "heads", None)
-
-        q, gate = self.q_proj(x), None
-        if self.gated:
-            q = rearrange(q, "b t (h two d) -> two b t (h d)", two=2, d=self.head_dim)
-            q, gate = q[0], q[1]
-        q, k, v = heads(q), heads(self.k_proj(x)), heads(self.v_proj(x))
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, info.cos, info.sin), rotate(k, info.cos, info.sin)
+        q, k, v, gate = self._project(x, info)
         scale, window = self.head_dim**-0.5, self.window
         tokens = info.token_index, info.token_index, info.segment_ids, info.segment_ids
         mask = Mask(window=window, aligned=True)
@@ -113,16 +102,43 @@ class SoftmaxAttention(Mixer):
                 cached = self.ops.attention(q, state.k, state.v, *tokens, mask=mask, scale=scale)
                 return merge(out, lse, *cached)[0]
 
-            # Skip an empty cache (first chunk of a prompt). Decoding one token rarely meets one.
-            if x.shape[1] == 1:
-                out = with_cache()
-            else:
-                out = jax.lax.cond(jnp.any(info.length > 0), with_cache, lambda: out)
+            # Skip an empty cache (first chunk of a prompt).
+            out = jax.lax.cond(jnp.any(info.length > 0), with_cache, lambda: out)
             state = write(state, k, v, info.token_index)
+        return self._output(out, gate), state
+
+    def step(self, x: Array, state: KVCache, info: TokenInfo) -> tuple[Array, KVCache]:
+        """Attention over cache and token, and the write into the cache, are one operator."""
+        q, k, v, gate = self._project(x, info)
+        token = q[:, 0], k[:, 0], v[:, 0]
+        out, state = self.ops.attention_step(
+            *token, state, info.token_index[:, 0], self.window, self.head_dim**-0.5
+        )
+        return self._output(out[:, None], gate), state
+
+    def _project(self, x: Array, info: TokenInfo) -> tuple[Array, Array, Array, Array | None]:
+        """q, k (both rotated) and v [batch, length, heads, head_dim], and the output gate
+        [batch, length, heads * head_dim] if there is one."""
+
+        def heads(y):
+            y = rearrange(y, "b t (h d) -> b t h d", d=self.head_dim)
+            return constrain(y, "batch", "length", "heads", None)
+
+        q, gate = self.q_proj(x), None
+        if self.gated:
+            q = rearrange(q, "b t (h two d) -> two b t (h d)", two=2, d=self.head_dim)
+            q, gate = q[0], q[1]
+        q, k, v = heads(q), heads(self.k_proj(x)), heads(self.v_proj(x))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, info.cos, info.sin), rotate(k, info.cos, info.sin), v, gate
+
+    def _output(self, out: Array, gate: Array | None) -> Array:
+        """out [batch, length, heads, head_dim] -> [batch, length, width]."""
         out = rearrange(out, "b t h d -> b t (h d)")
         if gate is not None:
             out = out * jax.nn.sigmoid(gate)
-        return self.o_proj(out), state
+        return self.o_proj(out)
 
 
 def window_attention(config: TextConfig, ops: Ops, rngs: Rngs) -> SoftmaxAttention:

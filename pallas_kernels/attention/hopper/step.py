@@ -13,11 +13,6 @@ writes it into the cache. Another thread block may read that slot, but it is out
 second kernel, one thread block a head, merges the parts by their log-sum-exp: 8 D bytes read for
 each part, from the L2 cache, and 2 D written.
 
-A layer calls it on rotated queries and keys [batch, 1, heads, D]:
-
-    out, kv_cache = step(q[:, 0], k[:, 0], v[:, 0], kv_cache, token_index, window, scale)
-    y = o_proj(out.reshape(batch, 1, -1))
-
 Traffic: each filled slot once, 4 D bytes a key head. The parts pass through the L2 cache. Floor: 8
 MiB for 8192 slots of 2 key heads 128 wide, 2.8 us at 3 TB/s, and 179 us for 64 sequences.
 """

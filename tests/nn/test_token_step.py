@@ -1,0 +1,113 @@
+"""One token at a time by `Mixer.step` equals the general path, with every option of the layers;
+sequences that stand still keep their state bit for bit."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_mixer_options import WIDTH, config
+from tiny import hybrid_config
+
+from infinitevl_jax.config.model import FULL, LINEAR, SLIDING
+from infinitevl_jax.inputs.model_inputs import text_inputs
+from infinitevl_jax.nn.mixers import Mixer, layer_type
+from infinitevl_jax.nn.ops import Ops
+from infinitevl_jax.nn.params import cache_spec, functional, initialize
+from infinitevl_jax.nn.rngs import Rngs
+from infinitevl_jax.nn.rope import decoder_angles
+from infinitevl_jax.nn.token_info import TokenInfo
+from pallas_kernels.testing.parity import rel_rms
+
+COUNTS, COLUMNS = np.array([30, 0, 17]), 34  # tokens of each sequence
+
+
+def lay_out(rng):
+    """[3, COLUMNS] token index, pads anywhere."""
+    index = np.full((3, COLUMNS), -1, np.int32)
+    for row, count in zip(index, COUNTS, strict=True):
+        row[np.sort(rng.choice(COLUMNS, count, replace=False))] = np.arange(count)
+    return index
+
+
+def info_of(text, index, length):
+    positions = jnp.broadcast_to(jnp.maximum(index, 0), (3, *index.shape))
+    angles = decoder_angles(positions, text.rotary_dim, text.rope_theta, None)
+    return TokenInfo(index, jnp.zeros_like(index), length, jnp.cos(angles), jnp.sin(angles))
+
+
+OPTIONS = {"partial_rotary_factor": 0.25, "query_key_norm": True, "attention_output_gate": True}
+
+
+@pytest.mark.parametrize(
+    "kind, options, max_length",
+    [
+        (SLIDING, {}, None),
+        (SLIDING, OPTIONS, None),
+        (FULL, OPTIONS, COLUMNS),
+        (LINEAR, {}, None),
+        (LINEAR, {"num_linear_key_heads": 2}, None),
+    ],
+    ids=["window", "window-options", "full-options", "delta", "delta-grouped"],
+)
+def test_steps_equal_the_general_path(kind, options, max_length):
+    rng, text = np.random.default_rng(0), config(**options)
+    mixer = layer_type(kind).make(text, Ops(), Rngs(jax.random.key(0)))
+    index = jnp.asarray(lay_out(rng))
+    x = jnp.asarray(rng.normal(size=(3, COLUMNS, WIDTH)), jnp.float32)
+    empty = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype), mixer.state_spec(3, max_length, jnp.float32)
+    )
+
+    @jax.jit
+    def both(x, state):
+        def token(carry, now):
+            state, length = carry
+            x, index = now
+            out, state = mixer.step(x[:, None], state, info_of(text, index[:, None], length))
+            return (state, length + (index >= 0)), out[:, 0]
+
+        start = state, jnp.zeros(3, jnp.int32)
+        (last, _), out = jax.lax.scan(token, start, (x.swapaxes(0, 1), index.T))
+        whole = mixer(x, state, info_of(text, index, jnp.zeros(3, jnp.int32)))
+        return (out.swapaxes(0, 1), last), whole
+
+    (out, last), (wanted, state) = both(x, empty)
+    valid = np.asarray(index >= 0)
+    assert rel_rms(out[valid], wanted[valid]) <= 1e-6
+    for found, other, before in zip(last, state, empty, strict=True):
+        assert rel_rms(found, other) <= 1e-6
+        np.testing.assert_array_equal(found[1], before[1])  # a sequence without tokens
+
+
+def test_a_model_decodes_by_the_step_operators():
+    """One token with a cache reaches no other operator than the norms' and the steps'."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the general path")
+
+    general = ("attention", "gated_delta_rule", "short_conv")
+    ops = dataclasses.replace(Ops(), **dict.fromkeys(general, refuse))
+    model = hybrid_config()
+    bind = functional(model, scanned=False, ops=ops)
+
+    def decode(params, cache, tokens):
+        vlm, inputs = bind(params), text_inputs(tokens)
+        return vlm.decode(vlm.embed(inputs, None), inputs, cache)[1]
+
+    cache = cache_spec(model, 2, None, jnp.float32)
+    params = jax.eval_shape(lambda: initialize(model, jax.random.key(0), scanned=False))
+    tokens = jax.ShapeDtypeStruct((2, 1), jnp.int32)
+    assert jax.eval_shape(decode, params, cache, tokens) == cache
+    with pytest.raises(AssertionError, match="the general path"):
+        jax.eval_shape(decode, params, cache, jax.ShapeDtypeStruct((2, 2), jnp.int32))
+
+
+def test_a_mixer_without_a_step_takes_its_general_path():
+    class Sum(Mixer):
+        def __call__(self, x, state, info):
+            return x + state, state + 1
+
+    out, state = Sum().step(jnp.ones((2, 1, 3)), jnp.zeros(()), None)
+    assert out.tolist() == np.ones((2, 1, 3)).tolist() and state == 1
