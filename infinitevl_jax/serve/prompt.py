@@ -34,7 +34,7 @@ class PromptReader:
       unit: patches of a vision token.
       width, dtype: of the decoder's activations.
       encode: patches -> [1, tokens, width].
-      merge: as `infinitevl_jax.serve.slots.Programs.merge`.
+      merge: as `infinitevl_jax.serve.programs.merge`.
     """
 
     chunk: int

@@ -14,7 +14,8 @@ from infinitevl_jax.checkpoints import save_params
 from infinitevl_jax.inputs.model_inputs import build_inputs
 from infinitevl_jax.nn.params import parameters
 from infinitevl_jax.serve import decoding
-from infinitevl_jax.serve.sampling import Sampling, choose
+from infinitevl_jax.serve.sampling import Sampling, Settings, choose
+from infinitevl_jax.serve.slots import Slots
 from pallas_kernels.testing.parity import rel_rms
 
 NEW = 6
@@ -45,6 +46,15 @@ def prompt(model):
 @pytest.fixture(scope="module")
 def greedy(model, prompt):
     return model.generate(**prompt, max_new_tokens=NEW, eos_token_ids=NEVER)
+
+
+def test_two_thousand_tokens_past_the_window(model):
+    """Each is the likeliest in a call with all of them and no cache, whose window is 8."""
+    prompt = np.random.default_rng(5).integers(1, 90, (1, 30))
+    made = model.generate(prompt, max_new_tokens=2_000, eos_token_ids=NEVER)
+    logits = np.asarray(model(np.concatenate([prompt, made], 1)).logits)
+    assert made.shape == (1, 2_000) and len(set(made[0])) > 20
+    np.testing.assert_array_equal(logits[:, 29:-1].argmax(-1), made)
 
 
 def ragged(prompt, side="left"):
@@ -127,10 +137,13 @@ def test_a_sequence_that_has_ended_leaves_its_cache_as_it_is(model, prompt, gree
 
 
 def test_stream_gives_tokens_as_they_are_made(model, prompt, greedy, monkeypatch):
-    steps, step = [], model._programs.step
-    monkeypatch.setattr(
-        model._programs, "step", lambda *args, **kwargs: steps.append(1) or step(*args, **kwargs)
-    )
+    steps, decode = [], model.programs.decode
+
+    def spy(params, cache, slots, count, **kwargs):
+        steps.extend([1] * int(count))
+        return decode(params, cache, slots, count, **kwargs)
+
+    monkeypatch.setattr(model.programs, "decode", spy)
     seen = []
     for token in model.stream(**prompt, max_new_tokens=NEW, eos_token_ids=NEVER):
         seen.append(token)
@@ -192,10 +205,12 @@ def test_sampled_tokens_have_the_distribution_asked_for(sampling, expected):
     count = 20_000
     order = np.array([3, 0, 4, 1, 2])  # nothing may depend on the tokens being sorted
     tokens = np.asarray(
-        choose(
+        jax.jit(choose)(
             jnp.asarray(np.tile(LOGITS[order], (count, 1)) + 7, "float32"),
-            jax.random.key(0),
-            sampling,
+            np.stack([np.zeros(count, np.uint32), np.arange(count, dtype=np.uint32)], 1),
+            np.zeros(count, np.int32),
+            Settings.of([sampling] * count),
+            np.zeros((count, 5), bool),
         )
     )
     seen = np.bincount(order[tokens], minlength=5) / count
@@ -232,11 +247,10 @@ def test_a_mesh_of_eight_devices_generates_the_same(model, prompt, greedy, tmp_p
 def test_profiles_name_the_stages(model, prompt):
     """Prefill, decoding and sampling are scopes in the names of the compiled programs."""
     inputs, cache = build_inputs(model.config, **prompt), model.init_cache(1)
-    run, params = model._programs, model.params
+    run, params = model.programs, model.params
     embeds = run.encode(params, inputs.patches)
     text = run.forward.lower(params, inputs.decoder, embeds, cache).as_text(debug_info=True)
     assert "/prefill/" in text and "/decode/" not in text
-    token, key = np.zeros(1, np.int32), jax.random.key(0)
-    step = run.step.lower(params, token, cache, key, sampling=Sampling(0.7))
-    text = step.as_text(debug_info=True)
+    slots = Slots.idle(1, model.config.text.vocab_size)
+    text = run.decode.lower(params, cache, slots, np.int32(1), most=1).as_text(debug_info=True)
     assert "/decode/" in text and "/decode/sampling/" in text and "/prefill/" not in text
