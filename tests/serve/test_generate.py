@@ -152,6 +152,27 @@ def test_stream_gives_tokens_as_they_are_made(model, prompt, greedy, monkeypatch
     assert model.generate(**prompt, max_new_tokens=0).shape == (1, 0)
 
 
+def test_generate_waits_for_the_host_once_in_eight_tokens(model, prompt, greedy, monkeypatch):
+    """One program for every number of tokens; with all ended, no further launch."""
+    launches, decode = [], model.programs.decode
+
+    def spy(params, cache, slots, count, **kwargs):
+        launches.append(int(count))
+        return decode(params, cache, slots, count, **kwargs)
+
+    monkeypatch.setattr(model.programs, "decode", spy)
+    before = decode._cache_size()
+    made = model.generate(**prompt, max_new_tokens=20, eos_token_ids=NEVER)
+    np.testing.assert_array_equal(made[:, :NEW], greedy)
+    assert launches == [8, 8, 3] and made.shape == (1, 20)
+    launches.clear()
+    ends = [*range(200, 300), int(made[0, 2])]  # more than an engine takes
+    np.testing.assert_array_equal(
+        model.generate(**prompt, max_new_tokens=64, eos_token_ids=ends), made[:, :3]
+    )
+    assert launches == [8, 8] and decode._cache_size() == before + 1  # for so many ends
+
+
 def test_a_prompt_in_several_chunks_equals_one(model, prompt, together, monkeypatch):
     """Chunks of 16 cut through the image and the video; the second row ends in the first of
     them."""
@@ -164,6 +185,15 @@ def test_a_prompt_in_several_chunks_equals_one(model, prompt, together, monkeypa
     np.testing.assert_array_equal(
         model.generate(**batch, max_new_tokens=NEW, eos_token_ids=NEVER), together
     )
+
+
+def test_rows_of_a_batch_draw_by_themselves(model):
+    """Equal rows get different tokens; the first gets those of a batch of one."""
+    row = np.array([[5, 6, 7]])
+    asked = {"max_new_tokens": NEW, "eos_token_ids": NEVER, "sampling": WARM, "seed": 3}
+    made = model.generate(np.repeat(row, 3, 0), **asked)
+    assert len({tuple(tokens) for tokens in made.tolist()}) == 3
+    assert made[:1].tolist() == model.generate(row, **asked).tolist()
 
 
 def test_sampling_is_reproducible_by_seed(model, prompt):

@@ -138,6 +138,7 @@ REFUSED = {
     "sampling": ("greedy", r"Sampling\(temperature"),
     "stop_strings": (["a", ""], "none of them empty"),
     "streamer": (print, "put"),
+    "steps": (4, "no argument"),
 }
 
 
