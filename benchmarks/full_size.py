@@ -30,9 +30,10 @@ from infinitevl_jax.config.run import OpsConfig
 from infinitevl_jax.inputs.model_inputs import build_inputs
 from infinitevl_jax.nn.ops import resolve_ops
 from infinitevl_jax.nn.params import cache_spec
+from infinitevl_jax.serve.generation import Request
+from infinitevl_jax.serve.programs import STEPS
 from infinitevl_jax.serve.sampling import Sampling
-
-GREEDY = Sampling()
+from infinitevl_jax.serve.slots import Slots
 
 
 def timed(call, repeats: int) -> dict[str, float]:
@@ -80,7 +81,7 @@ def main():
     prompts = [build_inputs(config, rng.integers(0, 150_000, (1, args.prompt))) for _ in range(4)]
     fresh = model.init_cache(1)
     started = time.perf_counter()
-    _, cache = jax.block_until_ready(model.prefill(prompts[0], fresh))
+    logits, cache = jax.block_until_ready(model.prefill(prompts[0], fresh))
     result["prefill_compile_s"] = round(time.perf_counter() - started, 1)
     turn = iter(range(10**6))
     result["prefill_ms"] = timed(
@@ -88,21 +89,23 @@ def main():
     )
     print(result, flush=True)
 
-    # decode 32 tokens one by one with a full window, as `generate` does
-    token, key = jnp.zeros(1, jnp.int32), jax.random.key(0)
+    # decode 32 tokens with a full window, in launches as `generate` makes them
+    endless = Request(2**30, Sampling(), seed=0, ends=(), pad=0)
+    slots, _ = model.programs.begin(Slots.beginning(endless, 1, None), logits)
+    state = {"cache": cache, "slots": slots}
+
+    def launch():
+        state["cache"], state["slots"], tokens = model.programs.decode(
+            model.params, state["cache"], state["slots"], np.int32(STEPS), most=STEPS
+        )
+        return tokens
+
     started = time.perf_counter()
-    token, cache = jax.block_until_ready(
-        model._programs.step(model.params, token, cache, key, sampling=GREEDY)
-    )
+    jax.block_until_ready(launch())
     result["decode_compile_s"] = round(time.perf_counter() - started, 1)
-    state = {"token": token, "cache": cache}
 
     def run():
-        for _ in range(32):
-            state["token"], state["cache"] = model._programs.step(
-                model.params, state["token"], state["cache"], key, sampling=GREEDY
-            )
-        return state["token"]
+        return [launch() for _ in range(32 // STEPS)]
 
     run_ms = timed(run, args.repeats)
     result["decode_ms"] = {name: round(value / 32, 3) for name, value in run_ms.items()}

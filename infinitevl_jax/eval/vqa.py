@@ -11,8 +11,10 @@ from infinitevl_jax.data.collate import group_questions
 from infinitevl_jax.data.dataset import Row
 from infinitevl_jax.data.encode import EncodedRow, Encoder
 from infinitevl_jax.inputs.batch import join_sequences
+from infinitevl_jax.inputs.model_inputs import build_inputs
 from infinitevl_jax.processing import Processor
 from infinitevl_jax.serve.infinitevl import InfiniteVL
+from infinitevl_jax.serve.sampling import Sampling
 
 YES_NO = ("yes", "no")
 
@@ -50,20 +52,19 @@ def answer_branches(
     seen = join_sequences([row.prefix for row in [*rows, *[rows[0]] * (images - len(rows))]])
     asked = join_sequences([*prompts, *[prompts[0]] * spare])
     longest = seen["input_ids"].shape[1] + asked["input_ids"].shape[1] + max_new_tokens
-    cache = model(
-        **seen, use_cache=True, max_length=longest if model.keeps_everything else None
-    ).cache
-
-    out = model(**asked, cache=cache.select(jnp.asarray(parents)))
-    last = asked["attention_mask"].sum(1) - 1
-    token = np.asarray(jnp.argmax(out.logits[jnp.arange(branches), last], -1), np.int32)
-    answers, ended = [token], np.isin(token, model.config.eos_token_ids)
-    while len(answers) < max_new_tokens and not ended[:count].all():
-        out = model(token[:, None], cache=out.cache)
-        token = np.asarray(jnp.argmax(out.logits[:, 0], -1), np.int32)
-        answers.append(np.where(ended, model.config.pad_token_id, token))
-        ended |= np.isin(token, model.config.eos_token_ids)
-    return [text.strip() for text in processor.batch_decode(np.stack(answers, 1)[:count])]
+    _, cache = model.prefill(build_inputs(model.config, **seen), model.init_cache(images, longest))
+    logits, cache = model.prefill(
+        build_inputs(model.config, **asked), cache.select(jnp.asarray(parents))
+    )
+    answers: list[np.ndarray] = []
+    ended = np.zeros(count, bool)
+    greedy = {"max_new_tokens": max_new_tokens, "sampling": Sampling()}
+    for tokens, _ in model.decode(logits, cache, **greedy):
+        answers.append(tokens[:count])
+        ended |= np.isin(tokens[:count], model.config.eos_token_ids)
+        if ended.all():  # whatever the padding says
+            break
+    return [text.strip() for text in processor.batch_decode(np.stack(answers, 1))]
 
 
 def answer_split(

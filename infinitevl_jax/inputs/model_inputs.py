@@ -242,24 +242,29 @@ def text_inputs(tokens: np.ndarray | Array) -> DecoderInputs:
 def chunks(inputs: DecoderInputs, size: int) -> Iterator[DecoderInputs]:
     """Chunks of at most `size` tokens for chunked prefill. The last one is padded to a bucket: few
     shapes, few compilations."""
-    for at in range(0, inputs.tokens.shape[1], size):
-        width = min(size, inputs.tokens.shape[1] - at)
-        more = min(bucket(width), size) - width
+    length = inputs.tokens.shape[1]
+    for at in range(0, length, size):
+        width = min(size, length - at)
+        yield cut_tokens(inputs, at, at + width, min(bucket(width), size))
 
-        def cut(x, fill, at=at, width=width, more=more):
-            if x is None:
-                return None
-            padding = [(0, 0)] * (x.ndim - 1) + [(0, more)]
-            return np.pad(x[..., at : at + width], padding, constant_values=fill)
 
-        token_index = cut(inputs.token_index, -1)
-        yield DecoderInputs(
-            tokens=cut(inputs.tokens, 0),
-            token_index=np.where(token_index >= 0, token_index - at, -1),
-            segment_ids=cut(inputs.segment_ids, 0),
-            positions=cut(inputs.positions, 0),
-            vision_index=cut(inputs.vision_index, -1),
-        )
+def cut_tokens(inputs: DecoderInputs, at: int, stop: int, length: int) -> DecoderInputs:
+    """Columns `at` to `stop` of every row, padded to `length`. They follow what lies before."""
+
+    def cut(x, fill):
+        if x is None:
+            return None
+        padding = [(0, 0)] * (x.ndim - 1) + [(0, length - (stop - at))]
+        return np.pad(x[..., at:stop], padding, constant_values=fill)
+
+    token_index = cut(inputs.token_index, -1)
+    return DecoderInputs(
+        tokens=cut(inputs.tokens, 0),
+        token_index=np.where(token_index >= 0, token_index - at, -1),
+        segment_ids=cut(inputs.segment_ids, 0),
+        positions=cut(inputs.positions, 0),
+        vision_index=cut(inputs.vision_index, -1),
+    )
 
 
 def packed_shapes(

@@ -1,8 +1,8 @@
-"""From inputs to new tokens: the prompt in chunks, then one token a step."""
+"""Prompts of a batch in chunks, then its new tokens: all rows go side by side, on the programs that
+an engine runs its slots with."""
 
 from collections.abc import Callable, Iterator
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -12,7 +12,8 @@ from infinitevl_jax.inputs.model_inputs import ModelInputs, chunks
 from infinitevl_jax.nn.cache import Cache
 from infinitevl_jax.nn.params import Params
 from infinitevl_jax.serve.generation import Request
-from infinitevl_jax.serve.programs import Programs, on_mesh
+from infinitevl_jax.serve.programs import STEPS, Programs, on_mesh
+from infinitevl_jax.serve.slots import Slots
 
 PREFILL_CHUNK = 8192  # tokens of a prompt that go through the decoder at once
 
@@ -42,42 +43,38 @@ def decode(
     occurred: np.ndarray | None,
     stopped: Callable[[np.ndarray], list[bool]] | None,
     mesh: Mesh | None,
+    steps: int,
 ) -> Iterator[tuple[np.ndarray, Cache]]:
-    """Yield [batch] token ids as they are made, each with the cache of that moment.
+    """Yield [batch] token ids, each with the cache after its launch.
 
     Args:
       logits: [batch, vocab] of every row's last token.
-      cache: has room for the request's tokens. Each step uses up the one before.
-      occurred: [batch, vocab] bool, what repetition_penalty counts; None without a penalty.
+      cache: has room for the request's tokens. Each launch uses up the one before.
+      occurred: [batch, vocab] bool, what repetition_penalty counts; None for nothing.
       stopped: tells which rows a step's tokens [batch] end, beside `request.ends`.
+      steps: of a launch, at most `STEPS`. With 1, tokens come as they are made.
     """
-    sampling, ends = request.sampling, np.asarray(request.ends, np.int32)
-    key, penalised = jax.random.key(request.seed), sampling.repetition_penalty != 1
+    if not request.max_new_tokens:
+        return
     with on_mesh(mesh):
-        seen = jnp.asarray(occurred) if penalised else None
-        token = run.choose(logits, key, sampling=sampling, occurred=seen)
-        device_ends = jnp.asarray(ends)
-    done = np.zeros(token.shape, bool)
-    for i in range(1, request.max_new_tokens + 1):
-        following = None
-        if i < request.max_new_tokens:
-            # the device works on the next token while this one is looked at
+        slots, token = run.begin(Slots.beginning(request, len(logits), occurred), logits)
+    tokens, count, left = token[None], 1, request.max_new_tokens - 1
+    done = np.zeros(len(logits), bool)
+    while True:
+        following, more = None, min(steps, left)
+        if more:
+            # the device works on the next tokens while these are looked at
             with on_mesh(mesh):
-                seen = run.mark(seen, token) if penalised else None
-                following, cache = run.step(
-                    params,
-                    token,
-                    cache,
-                    jax.random.fold_in(key, i),
-                    sampling=sampling,
-                    ends=device_ends,
-                    occurred=seen,
+                cache, slots, following = run.decode(
+                    params, cache, slots, np.int32(more), most=STEPS
                 )
-        now = np.asarray(token)
-        yield np.where(done, request.pad, now).astype(np.int32), cache
-        done |= np.isin(now, ends)
-        if stopped is not None:
-            done |= stopped(now)
-        if done.all():
+        for now in np.asarray(tokens)[:count]:
+            yield np.where(done, request.pad, now).astype(np.int32), cache
+            done |= np.isin(now, request.ends)
+            if stopped is not None:
+                done |= stopped(now)
+            if done.all():
+                return
+        if following is None:
             return
-        token = following
+        tokens, count, left = following, more, left - more

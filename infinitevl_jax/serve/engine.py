@@ -26,14 +26,12 @@ from infinitevl_jax.inputs.model_inputs import ModelInputs, build_inputs
 from infinitevl_jax.nn.cache import Cache
 from infinitevl_jax.nn.params import cache_spec
 from infinitevl_jax.serve.cache_checks import same_shapes
-from infinitevl_jax.serve.generation import Request as Arguments
 from infinitevl_jax.serve.generation import resolve
 from infinitevl_jax.serve.infinitevl import VISION_INPUTS, InfiniteVL
-from infinitevl_jax.serve.programs import on_mesh
+from infinitevl_jax.serve.programs import STEPS, on_mesh
 from infinitevl_jax.serve.prompt import Piece, PromptReader
 from infinitevl_jax.serve.requests import OpenSequence, Reader, Request
-from infinitevl_jax.serve.sampling import Settings
-from infinitevl_jax.serve.slots import ENDS, Slots, compile_programs, join_pieces
+from infinitevl_jax.serve.slots import ENDS, Slots, join_pieces
 
 if TYPE_CHECKING:
     from infinitevl_jax.processing import Processor
@@ -54,7 +52,7 @@ class Engine:
         slots: int = 8,
         max_length: int | None = None,
         chunk: int = 512,
-        steps: int = 8,
+        steps: int = STEPS,
         patches: int = 4096,
         rows: int = 1,
         waiting: int | None = None,
@@ -81,7 +79,7 @@ class Engine:
         self._cache = model.init_cache(self.slots, max_length)
         self._spec = cache_spec(model.config, 1, self.max_length, model.dtype)
         self._slots = jax.device_put(Slots.idle(self.slots, vocab))
-        self._run = compile_programs(model.module, self.steps)
+        self._run = model.programs
         self._reader = PromptReader(
             self.chunk,
             self.patches,
@@ -182,7 +180,8 @@ class Engine:
                     f"all {self.slots} slots are taken and {max(ahead, 0)} requests wait",
                     "read or cancel some of them, or make the engine with more slots",
                 )
-            out.begin = self._beginning(request, inputs.occurred(model.config.text.vocab_size))
+            occurred = inputs.occurred(model.config.text.vocab_size)
+            out.begin = Slots.beginning(request, 1, occurred)
             out.pieces = self._reader.pieces(inputs, 0 if start is None else int(start[0]))
             self._queue.append(out)
         return out
@@ -246,20 +245,6 @@ class Engine:
                 "pass the cache of an earlier request or stream of this engine",
             )
 
-    def _beginning(self, request: Arguments, occurred: np.ndarray) -> Slots:
-        """What the request's slot becomes when its prompt has been read."""
-        ends = np.full((1, ENDS), -1, np.int32)
-        ends[0, : len(request.ends)] = request.ends
-        return Slots(
-            token=np.zeros(1, np.int32),
-            left=np.array([request.max_new_tokens], np.int32),
-            made=np.zeros(1, np.int32),
-            seed=np.array([[request.seed, 0]], np.uint32),
-            ends=ends,
-            occurred=occurred,
-            settings=Settings.of([request.sampling]),
-        )
-
     def cancel(self, reader: Reader) -> None:
         """End a request or an open sequence where it stands. Others go on undisturbed."""
         with self._lock, on_mesh(self.model.mesh):
@@ -289,7 +274,11 @@ class Engine:
             ]
             if any(speaking):
                 self._cache, self._slots, tokens = self._run.decode(
-                    self.model.params, self._cache, self._slots
+                    self.model.params,
+                    self._cache,
+                    self._slots,
+                    np.int32(self.steps),
+                    most=self.steps,
                 )
                 self.launches += 1
                 self._flying.append((tokens, speaking))

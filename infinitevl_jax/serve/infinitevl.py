@@ -40,7 +40,7 @@ from infinitevl_jax.serve.generation import (
     resolve,
 )
 from infinitevl_jax.serve.output import Output
-from infinitevl_jax.serve.programs import Programs, on_mesh
+from infinitevl_jax.serve.programs import STEPS, Programs, on_mesh
 from infinitevl_jax.sharding import check_mesh, parameter_shardings
 
 VISION_INPUTS = (
@@ -92,8 +92,7 @@ class InfiniteVL:
             )
         self.ops = ops or resolve_ops(mesh)
         model = functional(config, scanned=False, dtype=self.dtype, ops=self.ops)
-        self.module = model  # parameters -> VLM
-        self._programs = Programs(model)
+        self.programs = Programs(model)  # compiled once, for calls and engines alike
         self._module = model(jax.eval_shape(lambda p: p, dict(params)))
         self._cache_spec = lru_cache(self._module.cache_spec)
         self._checks = CacheChecks(self._module, self._cache_spec)
@@ -248,9 +247,9 @@ class InfiniteVL:
             embeds = (
                 None
                 if inputs.patches is None
-                else self._programs.encode(self.params, inputs.patches)
+                else self.programs.encode(self.params, inputs.patches)
             )
-            logits, cache, hidden = self._programs.forward(
+            logits, cache, hidden = self.programs.forward(
                 self.params,
                 inputs.decoder,
                 embeds,
@@ -286,7 +285,7 @@ class InfiniteVL:
             is not given is as the checkpoint's generation_config.json says. do_sample=True, or one
             of the four after it, draws tokens; else the likeliest is taken. sampling=Sampling(...)
             says all of it at once, the checkpoint's penalty included.
-          seed: of what is drawn.
+          seed: of what is drawn; each row draws its own.
           eos_token_ids (or eos_token_id): what ends a sequence; by default as the checkpoint says.
           pad_token_id: what ended sequences are filled up with.
           stop_strings: texts that end a sequence, which keeps them; needs tokenizer=, the processor
@@ -298,9 +297,7 @@ class InfiniteVL:
         (num_beams=1, use_cache=True). Raises InfiniteVLError for others, naming the argument and
         what to do instead.
         """
-        tokens = list(
-            self.stream(input_ids, attention_mask, position_ids, mm_token_type_ids, **arguments)
-        )
+        tokens = list(self._stream(STEPS, input_ids, attention_mask, position_ids, arguments))
         rows = len(as_numpy(input_ids, "input_ids"))
         return np.stack(tokens, 1) if tokens else np.zeros((rows, 0), np.int32)
 
@@ -318,13 +315,19 @@ class InfiniteVL:
         arguments: as for `generate`. What cannot work is an error of this call, not of the first
           token.
         """
+        return self._stream(1, input_ids, attention_mask, position_ids, arguments)
+
+    def _stream(self, steps: int, input_ids, attention_mask, position_ids, arguments: dict):
+        """`stream`, with tokens in groups of `steps`."""
         vision = {name: arguments.pop(name) for name in VISION_INPUTS if name in arguments}
         inputs = build_inputs(self.config, input_ids, attention_mask, position_ids, **vision)
         request = resolve(arguments, self.defaults, self.config, inputs.decoder.tokens.shape[1])
-        return self._stream(inputs, request, as_numpy(input_ids, "input_ids"))
+        if request.streamer is not None:  # hears each token as it is made
+            steps = 1
+        return self._answer(inputs, request, as_numpy(input_ids, "input_ids"), steps)
 
-    def _stream(
-        self, inputs: ModelInputs, request: Request, prompt: np.ndarray
+    def _answer(
+        self, inputs: ModelInputs, request: Request, prompt: np.ndarray, steps: int
     ) -> Iterator[np.ndarray]:
         batch, width = inputs.decoder.tokens.shape
         if request.streamer is not None:
@@ -337,7 +340,7 @@ class InfiniteVL:
             if request.sampling.repetition_penalty != 1:
                 occurred = inputs.occurred(self.config.text.vocab_size)
             stopped = StopStrings(request, batch) if request.stop_strings else None
-            for tokens, _ in self._decode(logits, cache, request, occurred, stopped):
+            for tokens, _ in self._decode(logits, cache, request, occurred, stopped, steps):
                 if request.streamer is not None:
                     request.streamer.put(tokens)
                 yield tokens
@@ -351,8 +354,7 @@ class InfiniteVL:
         that moment.
 
         The cache has taken in every token so far, except those that end a sequence and, at
-        `max_new_tokens`, the last: what a conversation goes on from. Asking for the next token uses
-          it up, as it does the `cache` passed in.
+        `max_new_tokens`, the last. Asking for the next token uses it up, as it does `cache`.
 
         Args:
           logits, cache: as `prefill` returns them.
@@ -372,9 +374,7 @@ class InfiniteVL:
                 "use generate or stream, or say max_new_tokens",
             )
         request = resolve(arguments, self.defaults, self.config, 0)
-        if occurred is None and request.sampling.repetition_penalty != 1:
-            occurred = np.zeros((len(cache.length), self.config.text.vocab_size), bool)
-        return self._decode(logits, cache, request, occurred, None)
+        return self._decode(logits, cache, request, occurred, None, steps=1)
 
     def _decode(
         self,
@@ -383,11 +383,11 @@ class InfiniteVL:
         request: Request,
         occurred: np.ndarray | None,
         stopped: Callable[[np.ndarray], list[bool]] | None,
+        steps: int,
     ) -> Iterator[tuple[np.ndarray, Cache]]:
         self._checks.check_room(cache, max(request.max_new_tokens - 1, 0))
-        return decoding.decode(
-            self._programs, self.params, logits, cache, request, occurred, stopped, self.mesh
-        )
+        run, mesh = (self.programs, self.params), self.mesh
+        return decoding.decode(*run, logits, cache, request, occurred, stopped, mesh, steps)
 
     def prefill(self, inputs: ModelInputs, cache: Cache) -> tuple[Array, Cache]:
         """Chunked prefill of inputs (`build_inputs`).
@@ -397,4 +397,4 @@ class InfiniteVL:
         self._checks.check_cache(cache)
         self._checks.check_call(cache, inputs)
         with on_mesh(self.mesh):
-            return decoding.prefill(self._programs, self.params, inputs, cache)
+            return decoding.prefill(self.programs, self.params, inputs, cache)

@@ -1,5 +1,8 @@
-"""What is compiled to run a model: a call of the decoder, a step of decoding, and the choice of a
-token."""
+"""What is compiled to run a model, for calls of it, batches and engines alike.
+
+Every sequence is decoded by `decode`, in launches of some steps, and every token chosen by
+`sampling.choose`. What is idle stands still. A program compiles once for every shape that it meets.
+"""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +15,11 @@ from jax.sharding import Mesh
 
 from infinitevl_jax.inputs.model_inputs import DecoderInputs, text_inputs
 from infinitevl_jax.nn.cache import Cache
-from infinitevl_jax.serve.sampling import Sampling, choose
+from infinitevl_jax.serve.sampling import choose
+from infinitevl_jax.serve.slots import Chunk, Slots
+from infinitevl_jax.sharding import constrain
+
+STEPS = 8  # decoding steps a launch, where tokens are not wanted one by one
 
 
 def on_mesh(mesh: Mesh | None) -> AbstractContextManager:
@@ -21,39 +28,52 @@ def on_mesh(mesh: Mesh | None) -> AbstractContextManager:
 
 
 class Programs:
-    """The compiled functions of one model: each compiles once for every shape that it meets.
+    """The compiled functions of one model. Those marked * use up the cache or slots they get.
 
     Attributes:
-      encode(params, patches): vision tokens.
-      forward, step: as the functions of that name below, `model` left out.
-      choose(logits, key, sampling, occurred): [batch] tokens.
-      mark(occurred, tokens): `occurred` [batch, vocab] with these tokens in it.
+      encode(params, patches): vision tokens [rows, tokens, width].
+      merge(vision, encoded, index): * as the function of that name below.
+      forward: as the function of that name below, `model` left out.
+      begin(slots, logits): as the function of that name below.
+      decode, prefill: * as the functions of those names below, `model` left out.
+      take(cache, slot): the cache of one sequence.
+      put(cache, slot, row): * the cache with that of one sequence in it.
+      stop(slots, slot): * the slots, this one idle.
     """
 
     def __init__(self, model: Callable):
         """model(params) is a VLM that has these parameters."""
         self.encode = jax.jit(lambda params, patches: model(params).encode(patches))
-        prefill = jax.named_scope("prefill")(partial(forward, model))
-        self.forward = jax.jit(prefill, static_argnames="collect")
-        self.step = jax.jit(
-            partial(step, model), static_argnames="sampling", donate_argnames="cache"
+        self.merge = jax.jit(merge, donate_argnums=0)
+        self.forward = jax.jit(
+            jax.named_scope("prefill")(partial(forward, model)), static_argnames="collect"
         )
-        self.choose = jax.jit(choose, static_argnames="sampling")
-        self.mark = jax.jit(_mark, donate_argnums=0)
+        self.begin = jax.jit(begin)
+        self.decode = jax.jit(
+            partial(decode, model), static_argnames="most", donate_argnames=("cache", "slots")
+        )
+        self.prefill = jax.jit(
+            jax.named_scope("prefill")(partial(prefill, model)),
+            donate_argnames=("cache", "slots"),
+        )
+        self.take = jax.jit(lambda cache, slot: cache.select(slot[None]))
+        self.put = jax.jit(_put, donate_argnums=0)
+        self.stop = jax.jit(_stop, donate_argnums=0)
 
 
 def forward(
-    model,
+    model: Callable,
     params: Mapping[str, Array],
     inputs: DecoderInputs,
-    embeds,
-    cache,
-    keep=None,
+    embeds: Array | None,
+    cache: Cache | None,
+    keep: Array | None = None,
     collect: bool = False,
 ):
     """One decoder call.
 
     Args:
+      embeds: vision tokens, as for `VLM.embed`.
       keep: [batch, n] int32, the places in each row whose logits are wanted; None wants all.
       collect: whether to return hidden states.
 
@@ -67,26 +87,115 @@ def forward(
     return vlm.logits(hidden).astype(jnp.float32), cache, states
 
 
-@jax.named_scope("decode")
-def step(
-    model,
-    params,
-    token: Array,
+def begin(slots: Slots, logits: Array) -> tuple[Slots, Array]:
+    """Choose the first token of each sequence: logits [slots, vocab] of their last token so far ->
+    slots that `decode` goes on with, tokens [slots].
+
+    `slots.occurred` may be None: nothing occurred.
+    """
+    if slots.occurred is None:
+        slots = slots._replace(occurred=jnp.zeros(logits.shape, bool))
+    return _choose(slots, logits, slots.left > 0)
+
+
+def decode(
+    model: Callable,
+    params: Mapping[str, Array],
     cache: Cache,
-    key: Array,
-    sampling: Sampling,
-    ends=None,
-    occurred=None,
-) -> tuple[Array, Cache]:
-    """Append one token to every sequence and choose the next. A sequence whose token is one of
-    `ends` stays as it is."""
-    inputs = text_inputs(token[:, None])
-    ended = jnp.zeros(token.shape, bool) if ends is None else jnp.isin(token, ends)
-    if ends is not None:
-        inputs = inputs._replace(token_index=jnp.where(ended[:, None], -1, inputs.token_index))
-    logits, cache, _ = forward(model, params, inputs, None, cache)
-    return jnp.where(ended, token, choose(logits[:, 0], key, sampling, occurred)), cache
+    slots: Slots,
+    steps: Array,
+    *,
+    most: int,
+) -> tuple[Cache, Slots, Array]:
+    """A launch: append each sequence's token to its cache and choose the next, `steps` times, or
+    until all are idle.
+
+    The last token of a sequence is not appended.
+
+    Args:
+      steps: int32, at most `most`.
+
+    Returns:
+      The new cache and slots, and tokens [most, slots] int32: -1 where none was chosen.
+    """
+
+    def going(carry):
+        i, _, slots, _ = carry
+        return (i < steps) & jnp.any(slots.left > 0)
+
+    @jax.named_scope("decode")
+    def step(carry: tuple) -> tuple:
+        i, before, slots, tokens = carry
+        busy = slots.left > 0
+        inputs = text_inputs(slots.token[:, None])
+        inputs = inputs._replace(token_index=jnp.where(busy, 0, -1)[:, None])
+        logits, after, _ = forward(model, params, inputs, None, before)
+        slots, token = _choose(slots, logits[:, 0], busy)
+        return i + 1, after, slots, tokens.at[i].set(token)
+
+    tokens = jnp.full((most, len(slots.token)), -1, jnp.int32)
+    _, cache, slots, tokens = jax.lax.while_loop(
+        going, step, (jnp.zeros((), jnp.int32), cache, slots, tokens)
+    )
+    return cache, slots, tokens
 
 
-def _mark(occurred: Array, tokens: Array) -> Array:
-    return occurred.at[jnp.arange(len(tokens)), tokens].set(True)
+def prefill(
+    model: Callable, params: Mapping[str, Array], cache: Cache, slots: Slots, chunk: Chunk
+) -> tuple[Cache, Slots, Array]:
+    """Read a piece of some prompts into their slots, and choose the first token where it was the
+    last piece.
+
+    Returns:
+      The new cache and slots, and tokens [rows] int32: -1 where none was chosen.
+    """
+    count = len(slots.token)
+    held = jnp.minimum(chunk.slot, count - 1)
+
+    def of_row(leaf):
+        fresh = chunk.first.reshape(-1, *[1] * (leaf.ndim - 1))
+        return jnp.where(fresh, 0, leaf[held])
+
+    before = jax.tree.map(of_row, cache)
+    ending = jnp.maximum(jnp.max(chunk.inputs.token_index, 1, keepdims=True), 0)
+    logits, after, _ = forward(model, params, chunk.inputs, chunk.vision, before, ending)
+    cache = jax.tree.map(lambda leaf, new: leaf.at[chunk.slot].set(new, mode="drop"), cache, after)
+    begun, token = _choose(chunk.begin, logits[:, 0], chunk.last)
+    where = jnp.where(chunk.last, chunk.slot, count)
+    slots = jax.tree.map(lambda leaf, new: leaf.at[where].set(new, mode="drop"), slots, begun)
+    return cache, slots, token
+
+
+def merge(vision: Array, encoded: Array, index: Array) -> Array:
+    """Vision tokens [1, chunk, width] of a chunk, with those that have a place `index` [chunk] in
+    `encoded` [1, tokens, width]; -1: none."""
+    found = encoded[0][jnp.maximum(index, 0)].astype(vision.dtype)
+    return jnp.where(index[None, :, None] >= 0, found[None], vision)
+
+
+def _choose(slots: Slots, logits: Array, busy: Array) -> tuple[Slots, Array]:
+    """The next token of each busy slot; -1 of the others, which stay as they are.
+
+    logits: [slots, vocab].
+    """
+    token = choose(logits, slots.seed, slots.made, slots.settings, slots.occurred)
+    ended = jnp.any(token[:, None] == slots.ends, 1)
+    left = jnp.where(ended, 0, slots.left - 1)
+    said = jnp.asarray(slots.occurred).at[jnp.arange(len(token)), token].max(busy)
+    slots = slots._replace(
+        token=jnp.where(busy, token, slots.token),
+        left=jnp.where(busy, left, slots.left),
+        made=slots.made + busy,
+        occurred=said,
+    )
+    # one sharding, so that launches that follow one another are one program
+    slots = jax.tree.map(lambda leaf: constrain(leaf, "batch", *[None] * (leaf.ndim - 1)), slots)
+    return slots, jnp.where(busy, token, -1)
+
+
+def _put(cache: Cache, slot: Array, row: Cache) -> Cache:
+    return jax.tree.map(lambda leaf, new: leaf.at[slot].set(new[0]), cache, row)
+
+
+def _stop(slots: Slots, slot: Array) -> Slots:
+    return slots._replace(left=slots.left.at[slot].set(0))

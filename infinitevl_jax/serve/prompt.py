@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from infinitevl_jax.inputs.frame import Frame
-from infinitevl_jax.inputs.model_inputs import DecoderInputs, ModelInputs
+from infinitevl_jax.inputs.model_inputs import DecoderInputs, ModelInputs, cut_tokens
 from infinitevl_jax.inputs.patches import Patches, bucket
 
 
@@ -35,7 +35,7 @@ class PromptReader:
       unit: patches of a vision token.
       width, dtype: of the decoder's activations.
       encode: patches -> [1, tokens, width].
-      merge: as `infinitevl_jax.serve.slots.Programs.merge`.
+      merge: as `infinitevl_jax.serve.programs.merge`.
     """
 
     chunk: int
@@ -52,12 +52,13 @@ class PromptReader:
         start: position of the first token where the inputs have none: text that follows a cache.
         """
         count, groups = int(inputs.counts[0]), []
+        decoder = _filled(inputs.decoder, start)
         if inputs.patches is not None:
             groups = _groups(inputs.patches, self.group, self.unit)
         encoded: dict[int, Array] = {}
         for at in range(0, count, self.chunk):
             stop = min(at + self.chunk, count)
-            piece = _piece(inputs.decoder, start, at, stop, self.chunk)
+            piece = cut_tokens(decoder, at, stop, self.chunk)
             index, vision = np.asarray(piece.vision_index)[0], None
             if (index >= 0).any():
                 vision = jnp.zeros((1, self.chunk, self.width), self.dtype)
@@ -75,28 +76,15 @@ class PromptReader:
             yield Piece(piece, vision, stop == count)
 
 
-def _piece(decoder: DecoderInputs, start: int, at: int, stop: int, chunk: int) -> DecoderInputs:
-    """Tokens `at` to `stop` of a prompt, padded to `chunk`."""
-
-    def cut(x: np.ndarray, fill: int) -> np.ndarray:
-        padding = [(0, 0)] * (x.ndim - 1) + [(0, chunk - (stop - at))]
-        return np.pad(x[..., at:stop], padding, constant_values=fill).astype(np.int32)
-
-    positions = decoder.positions
+def _filled(decoder: DecoderInputs, start: int) -> DecoderInputs:
+    """A prompt with positions, from `start` where it has none, and vision_index."""
+    shape, positions, vision_index = decoder.tokens.shape, decoder.positions, decoder.vision_index
     if positions is None:
-        counted = start + np.arange(decoder.tokens.shape[1])
-        positions = np.broadcast_to(counted, (3, *decoder.tokens.shape))
-    vision_index = decoder.vision_index
+        counted = start + np.arange(shape[1], dtype=np.int32)
+        positions = np.broadcast_to(counted, (3, *shape))
     if vision_index is None:
-        vision_index = np.full(decoder.tokens.shape, -1)
-    index = cut(np.asarray(decoder.token_index), -1)
-    return DecoderInputs(
-        tokens=cut(np.asarray(decoder.tokens), 0),
-        token_index=np.where(index >= 0, index - at, -1),
-        segment_ids=np.zeros((1, chunk), np.int32),
-        positions=cut(np.asarray(positions), 0),
-        vision_index=cut(np.asarray(vision_index), -1),
-    )
+        vision_index = np.full(shape, -1, np.int32)
+    return decoder._replace(positions=positions, vision_index=vision_index)
 
 
 def _groups(

@@ -46,38 +46,6 @@ class Sampling:
         check("repetition_penalty", 1e-3, 1e3, "above 0; 1 changes nothing, 1.05 is usual")
 
 
-@jax.named_scope("sampling")
-def choose(logits: Array, key: Array, sampling: Sampling, occurred: Array | None = None) -> Array:
-    """[batch, vocab] logits -> [batch] int32 tokens. occurred: [batch, vocab] bool, what
-    repetition_penalty applies to."""
-    logits = logits.astype(jnp.float32)
-    if occurred is not None:
-        penalty = sampling.repetition_penalty
-        logits = jnp.where(
-            occurred, jnp.where(logits < 0, logits * penalty, logits / penalty), logits
-        )
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, -1).astype(jnp.int32)
-    logits = (
-        logits - jnp.max(logits, -1, keepdims=True)
-    ) / sampling.temperature  # a cold temperature cannot overflow
-    if sampling.top_k:
-        kth = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits < kth, -jnp.inf, logits)
-    if sampling.top_p < 1:
-        order = jnp.sort(logits, -1, descending=True)
-        before = jnp.cumsum(jax.nn.softmax(order, -1), -1) - jax.nn.softmax(order, -1)
-        # the smallest set of tokens whose probability reaches top_p: those with less than that
-        # before them
-        least = jnp.min(jnp.where(before < sampling.top_p, order, jnp.inf), -1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    if sampling.min_p:
-        logits = jnp.where(
-            logits < jnp.log(sampling.min_p), -jnp.inf, logits
-        )  # the likeliest is 0 here
-    return jax.random.categorical(key, logits).astype(jnp.int32)
-
-
 class Settings(NamedTuple):
     """`Sampling` of many sequences, an array [rows] a setting."""
 
@@ -104,10 +72,9 @@ class Settings(NamedTuple):
         return cls.of([Sampling()] * count)
 
 
-def choose_rows(
-    logits: Array, seed: Array, number: Array, settings: Settings, occurred: Array
-) -> Array:
-    """The next token of each sequence, as `choose` does for one `Sampling`.
+@jax.named_scope("sampling")
+def choose(logits: Array, seed: Array, number: Array, settings: Settings, occurred: Array) -> Array:
+    """The next token of each sequence.
 
     A row's token depends on this row alone.
 

@@ -87,7 +87,7 @@ def assert_same_prompt(found, expected):
 
 def spy(model):
     """The inputs of every call that `model` makes of its compiled programs."""
-    calls, encode, forward = [], model._programs.encode, model._programs.forward
+    calls, encode, forward = [], model.programs.encode, model.programs.forward
 
     def seen_encode(params, patches):
         calls.append(patches)
@@ -97,7 +97,7 @@ def spy(model):
         calls.append(inputs)
         return forward(params, inputs, *rest, **named)
 
-    model._programs.encode, model._programs.forward = seen_encode, seen_forward
+    model.programs.encode, model.programs.forward = seen_encode, seen_forward
     return calls
 
 

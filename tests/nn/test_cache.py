@@ -156,7 +156,7 @@ def test_cache_bytes_do_not_grow(model):
     sizes = {SLIDING: slot * text.sliding_window, LINEAR: state}
     assert short.nbytes == 4 * sum(sizes[kind] for kind in text.layer_types)
     step = jax.jit(
-        lambda cache: model._programs.forward(
+        lambda cache: model.programs.forward(
             model.params, chunk, None, cache, np.zeros((1, 1), np.int32)
         )[1]
     )

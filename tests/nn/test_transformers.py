@@ -155,7 +155,7 @@ def test_vision_tower(vl):
         pixel_values_videos=values[-180:],
         video_grid_thw=GRIDS[3:],
     )
-    tokens = np.asarray(ours._programs.encode(ours.params, inputs.patches))[0][
+    tokens = np.asarray(ours.programs.encode(ours.params, inputs.patches))[0][
         inputs.decoder.vision_index[0]
     ]
     assert rel_rms(tokens, expected) <= 1e-5

@@ -123,11 +123,11 @@ def test_an_error_leaves_the_conversation_where_it_stood(conversation, model, mo
     with pytest.raises(InfiniteVLError, match="does not exist"):
         "".join(conversation.ask([{"type": "image", "image": "/no/such.png"}]))
     with monkeypatch.context() as patch:
-        steps, step = iter(range(9)), model._programs.step
+        launches, decode = iter(range(9)), model.programs.decode
         patch.setattr(
-            model._programs,
-            "step",
-            lambda *args, **kwargs: step(*args, **kwargs) if next(steps) < 2 else 1 / 0,
+            model.programs,
+            "decode",
+            lambda *args, **kwargs: decode(*args, **kwargs) if next(launches) < 2 else 1 / 0,
         )
         with pytest.raises(ZeroDivisionError):
             "".join(conversation.ask("Two", max_new_tokens=8))
@@ -270,13 +270,13 @@ def test_a_question_that_fails_leaves_the_answer_before_it_going(conversation):
 
 def test_a_repetition_penalty_counts_the_whole_conversation(conversation, model, monkeypatch):
     """Questions and answers of all turns."""
-    heard, choose = [], model._programs.choose
+    heard, begin = [], model.programs.begin
 
-    def spy(logits, key, sampling, occurred):
-        heard.append(np.asarray(occurred)[0])
-        return choose(logits, key, sampling=sampling, occurred=occurred)
+    def spy(slots, logits):
+        heard.append(slots.occurred[0])
+        return begin(slots, logits)
 
-    monkeypatch.setattr(model._programs, "choose", spy)
+    monkeypatch.setattr(model.programs, "begin", spy)
     penalty = Sampling(repetition_penalty=1000.0)
     answers = [
         "".join(conversation.ask(question, max_new_tokens=5, sampling=penalty))

@@ -67,10 +67,9 @@ def alone(model):
     return [engine.submit(**batch, **asked).result().tolist() for batch, asked in REQUESTS]
 
 
-def test_greedy_requests_equal_generate(model, alone):
+def test_requests_equal_generate(model, alone):
+    """Drawn ones as well: a seed gives the same tokens."""
     for (batch, asked), tokens in zip(REQUESTS, alone, strict=True):
-        if "seed" in asked:
-            continue
         assert tokens == model.generate(**batch, **asked)[0][: len(tokens)].tolist()
         assert len(tokens) == asked["max_new_tokens"] or tokens[-1] == END
 
@@ -92,13 +91,35 @@ def test_sharing_changes_nothing(model, alone):
     assert [list(request) for request in requests] == alone
 
 
-def test_nothing_is_compiled_after_the_first_requests(model):
+def test_a_request_leaves_the_same_cache_whoever_is_beside_it(model):
+    """Bit for bit with the other slot idle, busy, or joining and leaving; that of a batch of one
+    but for rounding."""
+    asked = {"max_new_tokens": 22, "eos_token_ids": []}
+    engine, caches = Engine(model, slots=2, **SHAPE), []
+    for beside in ((), (60,), (5, 9)):
+        request = engine.submit(text(37, 1), **asked, keep_cache=True)
+        for number, count in enumerate(beside):
+            engine.submit(text(20, number), max_new_tokens=count, eos_token_ids=[])
+        request.result()
+        engine.run()
+        caches.append(jax.tree.map(np.asarray, request.cache))
+    for cache in caches[1:]:
+        jax.tree.map(np.testing.assert_array_equal, cache, caches[0])
+    logits, cache = model.prefill(build_inputs(model.config, text(37, 1)), model.init_cache(1))
+    *_, (_, alone) = model.decode(logits, cache, **asked)
+    after = [model(text(3, 3), cache=c).logits for c in (caches[0], alone)]
+    assert caches[0].length.tolist() == alone.length.tolist() == [58]
+    assert rel_rms(*after) <= 1e-5
+
+
+def test_nothing_is_compiled_after_the_first_requests():
+    model = tiny_model(tiny_config())  # its programs are its own
     engine = Engine(model, slots=2, **SHAPE)
     for batch, asked in (REQUESTS[0], REQUESTS[4]):
         engine.submit(**batch, **asked, keep_cache=True).result()
 
     def compiled():
-        run = engine._run
+        run = model.programs
         return [program._cache_size() for program in (run.prefill, run.decode, run.stop, run.take)]
 
     before = compiled()

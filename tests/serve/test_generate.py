@@ -14,7 +14,8 @@ from infinitevl_jax.checkpoints import save_params
 from infinitevl_jax.inputs.model_inputs import build_inputs
 from infinitevl_jax.nn.params import parameters
 from infinitevl_jax.serve import decoding
-from infinitevl_jax.serve.sampling import Sampling, choose
+from infinitevl_jax.serve.sampling import Sampling, Settings, choose
+from infinitevl_jax.serve.slots import Slots
 from pallas_kernels.testing.parity import rel_rms
 
 NEW = 6
@@ -45,6 +46,15 @@ def prompt(model):
 @pytest.fixture(scope="module")
 def greedy(model, prompt):
     return model.generate(**prompt, max_new_tokens=NEW, eos_token_ids=NEVER)
+
+
+def test_two_thousand_tokens_past_the_window(model):
+    """Each is the likeliest in a call with all of them and no cache, whose window is 8."""
+    prompt = np.random.default_rng(5).integers(1, 90, (1, 30))
+    made = model.generate(prompt, max_new_tokens=2_000, eos_token_ids=NEVER)
+    logits = np.asarray(model(np.concatenate([prompt, made], 1)).logits)
+    assert made.shape == (1, 2_000) and len(set(made[0])) > 20
+    np.testing.assert_array_equal(logits[:, 29:-1].argmax(-1), made)
 
 
 def ragged(prompt, side="left"):
@@ -127,16 +137,40 @@ def test_a_sequence_that_has_ended_leaves_its_cache_as_it_is(model, prompt, gree
 
 
 def test_stream_gives_tokens_as_they_are_made(model, prompt, greedy, monkeypatch):
-    steps, step = [], model._programs.step
-    monkeypatch.setattr(
-        model._programs, "step", lambda *args, **kwargs: steps.append(1) or step(*args, **kwargs)
-    )
+    steps, decode = [], model.programs.decode
+
+    def spy(params, cache, slots, count, **kwargs):
+        steps.extend([1] * int(count))
+        return decode(params, cache, slots, count, **kwargs)
+
+    monkeypatch.setattr(model.programs, "decode", spy)
     seen = []
     for token in model.stream(**prompt, max_new_tokens=NEW, eos_token_ids=NEVER):
         seen.append(token)
         assert len(steps) == min(len(seen), NEW - 1)  # one step ahead, no more
     np.testing.assert_array_equal(np.stack(seen, 1), greedy)
     assert model.generate(**prompt, max_new_tokens=0).shape == (1, 0)
+
+
+def test_generate_waits_for_the_host_once_in_eight_tokens(model, prompt, greedy, monkeypatch):
+    """One program for every number of tokens; with all ended, no further launch."""
+    launches, decode = [], model.programs.decode
+
+    def spy(params, cache, slots, count, **kwargs):
+        launches.append(int(count))
+        return decode(params, cache, slots, count, **kwargs)
+
+    monkeypatch.setattr(model.programs, "decode", spy)
+    before = decode._cache_size()
+    made = model.generate(**prompt, max_new_tokens=20, eos_token_ids=NEVER)
+    np.testing.assert_array_equal(made[:, :NEW], greedy)
+    assert launches == [8, 8, 3] and made.shape == (1, 20)
+    launches.clear()
+    ends = [*range(200, 300), int(made[0, 2])]  # more than an engine takes
+    np.testing.assert_array_equal(
+        model.generate(**prompt, max_new_tokens=64, eos_token_ids=ends), made[:, :3]
+    )
+    assert launches == [8, 8] and decode._cache_size() == before + 1  # for so many ends
 
 
 def test_a_prompt_in_several_chunks_equals_one(model, prompt, together, monkeypatch):
@@ -151,6 +185,15 @@ def test_a_prompt_in_several_chunks_equals_one(model, prompt, together, monkeypa
     np.testing.assert_array_equal(
         model.generate(**batch, max_new_tokens=NEW, eos_token_ids=NEVER), together
     )
+
+
+def test_rows_of_a_batch_draw_by_themselves(model):
+    """Equal rows get different tokens; the first gets those of a batch of one."""
+    row = np.array([[5, 6, 7]])
+    asked = {"max_new_tokens": NEW, "eos_token_ids": NEVER, "sampling": WARM, "seed": 3}
+    made = model.generate(np.repeat(row, 3, 0), **asked)
+    assert len({tuple(tokens) for tokens in made.tolist()}) == 3
+    assert made[:1].tolist() == model.generate(row, **asked).tolist()
 
 
 def test_sampling_is_reproducible_by_seed(model, prompt):
@@ -192,10 +235,12 @@ def test_sampled_tokens_have_the_distribution_asked_for(sampling, expected):
     count = 20_000
     order = np.array([3, 0, 4, 1, 2])  # nothing may depend on the tokens being sorted
     tokens = np.asarray(
-        choose(
+        jax.jit(choose)(
             jnp.asarray(np.tile(LOGITS[order], (count, 1)) + 7, "float32"),
-            jax.random.key(0),
-            sampling,
+            np.stack([np.zeros(count, np.uint32), np.arange(count, dtype=np.uint32)], 1),
+            np.zeros(count, np.int32),
+            Settings.of([sampling] * count),
+            np.zeros((count, 5), bool),
         )
     )
     seen = np.bincount(order[tokens], minlength=5) / count
@@ -232,11 +277,10 @@ def test_a_mesh_of_eight_devices_generates_the_same(model, prompt, greedy, tmp_p
 def test_profiles_name_the_stages(model, prompt):
     """Prefill, decoding and sampling are scopes in the names of the compiled programs."""
     inputs, cache = build_inputs(model.config, **prompt), model.init_cache(1)
-    run, params = model._programs, model.params
+    run, params = model.programs, model.params
     embeds = run.encode(params, inputs.patches)
     text = run.forward.lower(params, inputs.decoder, embeds, cache).as_text(debug_info=True)
     assert "/prefill/" in text and "/decode/" not in text
-    token, key = np.zeros(1, np.int32), jax.random.key(0)
-    step = run.step.lower(params, token, cache, key, sampling=Sampling(0.7))
-    text = step.as_text(debug_info=True)
+    slots = Slots.idle(1, model.config.text.vocab_size)
+    text = run.decode.lower(params, cache, slots, np.int32(1), most=1).as_text(debug_info=True)
     assert "/decode/" in text and "/decode/sampling/" in text and "/prefill/" not in text

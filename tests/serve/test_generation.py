@@ -4,7 +4,6 @@ streamers; what is refused."""
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -20,7 +19,7 @@ from transformers import GenerationConfig, MinPLogitsWarper, RepetitionPenaltyLo
 
 from infinitevl_jax import InfiniteVL, InfiniteVLError, InfiniteVLWarning, Processor, Sampling
 from infinitevl_jax.serve.generation import Defaults, read_defaults, resolve
-from infinitevl_jax.serve.sampling import choose
+from infinitevl_jax.serve.sampling import Settings, choose
 
 IDS_IN = np.array([[104, 105, 106]])
 NEVER = {"eos_token_ids": []}
@@ -139,6 +138,7 @@ REFUSED = {
     "sampling": ("greedy", r"Sampling\(temperature"),
     "stop_strings": (["a", ""], "none of them empty"),
     "streamer": (print, "put"),
+    "steps": (4, "no argument"),
 }
 
 
@@ -170,21 +170,16 @@ def test_a_penalty_is_that_of_transformers():
     theirs = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor(held), torch.tensor(logits)).numpy()
     occurred = np.zeros((3, 50), bool)
     occurred[np.arange(3)[:, None], held] = True
-    tokens = choose(
-        jnp.asarray(logits),
-        jax.random.key(0),
-        Sampling(repetition_penalty=1.7),
-        jnp.asarray(occurred),
-    )
-    assert np.asarray(tokens).tolist() == theirs.argmax(-1).tolist() != logits.argmax(-1).tolist()
+    tokens = choose_with(Sampling(repetition_penalty=1.7), logits, occurred)
+    assert tokens.tolist() == theirs.argmax(-1).tolist() != logits.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("least", [0.05, 0.3, 1.0])
 def test_min_p_keeps_what_transformers_keeps(least):
     logits = np.random.default_rng(1).normal(scale=2, size=(1, 20)).astype(np.float32)
     kept = np.isfinite(MinPLogitsWarper(least)(None, torch.tensor(logits / 1.5)).numpy()[0])
-    draws = choose(jnp.tile(logits, (20_000, 1)), jax.random.key(0), Sampling(1.5, min_p=least))
-    assert set(np.unique(np.asarray(draws))) == set(np.flatnonzero(kept))
+    draws = choose_with(Sampling(1.5, min_p=least), np.tile(logits, (20_000, 1)))
+    assert set(np.unique(draws)) == set(np.flatnonzero(kept))
 
 
 def test_generate_applies_a_penalty_to_prompt_and_answer(model):
@@ -200,6 +195,15 @@ def test_generate_applies_a_penalty_to_prompt_and_answer(model):
     made = model.generate(IDS_IN, max_new_tokens=6, repetition_penalty=penalty, **NEVER)
     np.testing.assert_array_equal(made, ids[:, 3:])
     assert made.tolist() != model.generate(IDS_IN, max_new_tokens=6, **NEVER).tolist()
+
+
+def choose_with(sampling, logits, occurred=None):
+    """One token of each row of logits, drawn with seed 0."""
+    rows = len(logits)
+    seed = np.stack([np.zeros(rows, np.uint32), np.arange(rows, dtype=np.uint32)], 1)
+    occurred = np.zeros(logits.shape, bool) if occurred is None else occurred
+    settings = Settings.of([sampling] * rows)
+    return np.asarray(jax.jit(choose)(logits, seed, np.zeros(rows, np.int32), settings, occurred))
 
 
 def write_settings(folder, **settings):
