@@ -212,7 +212,7 @@ def test_every_pair_of_tokens_heads_and_rows_occurs():
     assert max(tokens for tokens, _, _ in mesh_shapes(5000)) == 4096
 
 
-@pytest.mark.parametrize("operator", CASES.keys() - {"projection"})
+@pytest.mark.parametrize("operator", [name for name in CASES if name != "projection"])
 def test_every_operator_meets_keys_that_are_alike(operator):
     alike = [case for case in CASES[operator](1024) if "alike" in case.name]
     assert alike
