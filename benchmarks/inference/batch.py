@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks.inference.card import decode_bytes, read_flops
 from benchmarks.inference.sizes import Bench
 from benchmarks.inference.stream import percentiles
 from benchmarks.timing import summary
+from infinitevl_jax.inputs.model_inputs import build_inputs
 from infinitevl_jax.serve.engine import Engine
 from infinitevl_jax.serve.requests import Request
 
@@ -30,33 +32,38 @@ class Times(NamedTuple):
 def batch(bench: Bench) -> Iterator[dict]:
     """One line for one request after another, one for many at once, and one for the wait while a
     long prompt is read."""
-    size = bench.size
-    prompts = mixed_prompts(size.requests, size.lengths)
-    single = new_engine(bench, 1)
-    warm_up(single, prompts)
-    bench.compilations.warm()
-    some = [prompts[i] for i in (0, len(prompts) // 2, -1)]  # short, middling and long
-    alone = [follow(single, submit(single, [prompt], size.new)) for prompt in some]
-    one = rate(alone, size.new)
-    yield requests_line(bench, 1, some, alone, one) | bench.compilations.since()
-    del single
-
-    engine = new_engine(bench, size.requests)
-    warm_up(engine, prompts)
-    bench.compilations.warm()
-    order = np.random.default_rng(1).permutation(len(prompts))
-    together = follow(engine, submit(engine, [prompts[i] for i in order], size.new))
-    many = rate([together], size.new)
-    yield (
-        requests_line(bench, size.requests, prompts, [together], many)
-        | {"times_one": round(many / one, 2)}
-        | bench.compilations.since()
-    )
+    prompts = mixed_prompts(bench.size.requests, bench.size.lengths)
+    one = alone(bench, prompts)
+    yield one
+    engine = bench.engine(bench.size.requests)
+    yield together(bench, engine, prompts, one["tokens_per_s"])
     yield long_prompt(bench, engine, prompts)
 
 
-def new_engine(bench: Bench, slots: int) -> Engine:
-    return Engine(bench.model, slots=slots, chunk=bench.size.chunk, steps=bench.size.steps)
+def alone(bench: Bench, prompts: Sequence[np.ndarray]) -> dict:
+    """The shortest, the middle and the longest prompt, one after another, in an engine of one
+    slot."""
+    engine, new = bench.engine(1), bench.size.new
+    warm_up(engine, prompts)
+    bench.compilations.warm()
+    chosen = [[prompts[i]] for i in (0, len(prompts) // 2, -1)]
+    runs = [follow(engine, submit(engine, group, new)) for group in chosen]
+    return {"requests": 1, **requests_line(bench, chosen, runs), **bench.compilations.since()}
+
+
+def together(bench: Bench, engine: Engine, prompts: Sequence[np.ndarray], one: float) -> dict:
+    """All prompts at once, in random order. `one`: tokens a second of one at a time."""
+    warm_up(engine, prompts)
+    bench.compilations.warm()
+    order = np.random.default_rng(1).permutation(len(prompts))
+    run = follow(engine, submit(engine, [prompts[i] for i in order], bench.size.new))
+    line = requests_line(bench, [prompts], [run])
+    return {
+        "requests": len(prompts),
+        **line,
+        "times_one": round(line["tokens_per_s"] / one, 2),
+        **bench.compilations.since(),
+    }
 
 
 def mixed_prompts(count: int, lengths: tuple[int, int]) -> list[np.ndarray]:
@@ -102,26 +109,37 @@ def follow(engine: Engine, requests: Sequence[Request]) -> Times:
     return Times(first, gaps, total)
 
 
-def rate(runs: Sequence[Times], new: int) -> float:
-    """New tokens a second, prompts included in the time."""
-    return sum(len(run.first) for run in runs) * new / sum(run.total for run in runs) * 1e3
-
-
-def requests_line(bench: Bench, count: int, prompts, runs: Sequence[Times], tokens: float) -> dict:
+def requests_line(
+    bench: Bench, groups: Sequence[Sequence[np.ndarray]], runs: Sequence[Times]
+) -> dict:
+    """Figures of groups of prompts, each of which ran together."""
     first = [ms for run in runs for ms in run.first]
-    gaps = [ms for run in runs for ms in run.gaps]
+    lengths = [prompt.size for group in groups for prompt in group]
+    made, total = len(first) * bench.size.new, sum(run.total for run in runs)
+    least = sum(least_ms(bench, group) for group in groups)
     return {
-        "requests": count,
-        "prompts": [int(min(p.size for p in prompts)), int(max(p.size for p in prompts))],
-        "prompt_tokens": int(sum(p.size for p in prompts)),
+        "prompts": [min(lengths), max(lengths)],
+        "prompt_tokens": sum(lengths),
         "new_tokens": bench.size.new,
         "chunk": bench.size.chunk,
         "steps": bench.size.steps,
-        "tokens_per_s": round(tokens, 1),
+        "tokens_per_s": round(made / total * 1e3, 1),  # prompts included in the time
+        "limit_tokens_per_s": round(made / least * 1e3, 1),
+        "times_limit": round(total / least, 3),
         "first_token_ms": summary(first, 2) | percentiles(first),
-        "longest_gap_ms": round(max(gaps), 2),
+        "longest_gap_ms": round(max(gap for run in runs for gap in run.gaps), 2),
         "finished": len(first),
     }
+
+
+def least_ms(bench: Bench, prompts: Sequence[np.ndarray]) -> float:
+    """The limit of requests that run together: their prompts by the rate of products, then `new`
+    tokens of all at once by the copy rate."""
+    config, new, card = bench.model.config, bench.size.new, bench.card
+    read = sum(read_flops(config, build_inputs(config, prompt)) for prompt in prompts)
+    moved = [decode_bytes(config, 1, p.size + new, bench.model.dtype) for p in prompts]
+    step = moved[0]["weights"] + sum(one["cache"] for one in moved)
+    return (read / card.products + new * step / card.copy) * 1e3
 
 
 def long_prompt(bench: Bench, engine: Engine, prompts: Sequence[np.ndarray]) -> dict:

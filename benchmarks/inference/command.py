@@ -30,7 +30,8 @@ Parts:
   cache's counters are set (`--read-all` reads every token). Bytes of the cache, and by the formula.
 * prefill: `InfiniteVL.prefill` against the length, and the time to the first token.
 * stream: `VideoStream`, from a uint8 frame on the host to the updated state, with a full window;
-  percentiles and drift; many streams in one engine.
+  percentiles and drift, and the time to the first token of an answer.
+* streams: many streams in one engine, each with a full window.
 * batch: tokens a second of one and of many requests of mixed lengths through `Engine`, and how long
   they wait while a long prompt is read.
 * transformer: `transformers`' Qwen2.5-VL text model of equal size (benchmarks.inference.transformer
@@ -58,7 +59,7 @@ from benchmarks.inference.decode import decode
 from benchmarks.inference.plot import report
 from benchmarks.inference.prefill import prefill
 from benchmarks.inference.sizes import SIZES, Bench, Size
-from benchmarks.inference.stream import stream
+from benchmarks.inference.stream import stream, streams
 from benchmarks.inference.watch import Compilations, begin_memory, memory
 from benchmarks.record import RESULTS, add_commit, record
 from infinitevl_jax import InfiniteVL, Processor
@@ -71,6 +72,7 @@ PARTS: dict[str, Callable[[Bench], Iterator[dict]]] = {
     "decode": decode,
     "prefill": prefill,
     "stream": stream,
+    "streams": streams,
     "batch": batch,
 }
 TRANSFORMER, CARD = "transformer", "card"
@@ -93,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "prompts": "lengths of prefill",
         "peer": "lengths of the Transformer's cache",
     }.items():
-        parser.add_argument(f"--{name}", type=int, nargs="+", help=what)
+        parser.add_argument(f"--{name}", type=count, nargs="+", help=what)
     for name, what in {
         "frames": "frames of one stream",
         "streams": "streams in one engine",
@@ -105,9 +107,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "steps": "decoding steps a launch",
         "repeats": "timed runs",
     }.items():
-        parser.add_argument(f"--{name}", type=int, help=what)
+        parser.add_argument(f"--{name}", type=count, help=what)
     parser.add_argument(
-        "--rows", type=int, default=32, help="streams that are read at once (default: 32)"
+        "--rows", type=count, default=32, help="streams that are read at once (default: 32)"
     )
     parser.add_argument(
         "--read-all",
@@ -128,6 +130,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write tables and plots of all recorded lines to this folder",
     )
     add_commit(parser)
+
+
+def count(text: str) -> int:
+    """A whole number, 1 or more."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, 1 or more")
+    return int(text)
 
 
 def main() -> int:
@@ -174,7 +183,10 @@ def chosen_size(args: argparse.Namespace) -> Size:
     """The size with what the arguments change."""
     names = [field.name for field in dataclasses.fields(Size) if hasattr(args, field.name)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return dataclasses.replace(SIZES[args.size], **given)
+    size = dataclasses.replace(SIZES[args.size], **given)
+    if size.requests < 2:
+        raise SystemExit("--requests 1: one is measured anyway; give 2 or more")
+    return size
 
 
 def make_bench(args, size: Size, card: Card, compilations: Compilations) -> Bench:

@@ -1,7 +1,7 @@
 """Decoding through an engine, against the length of the context and the batch."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,35 +19,43 @@ ENDLESS = {"max_new_tokens": 1 << 20, "eos_token_ids": []}
 def decode(bench: Bench) -> Iterator[dict]:
     """One line for each context with a batch of one, and one for each other batch with a full
     window."""
-    size, config = bench.size, bench.model.config
-    window, rng = config.text.sliding_window, np.random.default_rng(0)
-    formula = cache_spec(config, 1, None, bench.model.dtype).nbytes
+    size, window = bench.size, bench.model.config.text.sliding_window
     caches: dict[int, Cache] = {}
     for batch in size.batches:
-        engine = Engine(bench.model, slots=batch, chunk=size.chunk, steps=size.steps)
-        for context in size.contexts if batch == 1 else (window,):
-            if context not in caches:
-                caches[context] = context_cache(engine, context, window, rng, bench.read_all)
-            # it ends by itself: every program of the engine is compiled
-            kept = engine.submit(
-                [[1]], cache=caches[context], max_new_tokens=2, eos_token_ids=[], keep_cache=True
-            )
-            kept.result()
-            assert int(kept.cache.length[0]) == context + 2, "the cache holds another context"
-            ms = step_times(engine, caches[context], batch, bench)
-            moved = decode_bytes(config, batch, context, bench.model.dtype)
-            yield {
-                "batch": batch,
-                "context": context,
-                "context_by": "reading" if bench.read_all or context <= window else "counters",
-                "steps": size.steps,
-                "ms": ms,
-                "tokens_per_s": round(batch / ms["median"] * 1e3, 1),
-                **bench.card.beside(ms["median"], sum(moved.values())),
-                "cache_bytes": kept.cache.nbytes,
-                "cache_bytes_by_formula": formula,
-                **bench.compilations.since(),
-            }
+        contexts = size.contexts if batch == 1 else (window,)
+        yield from _of_batch(bench, batch, contexts, caches)
+
+
+def _of_batch(
+    bench: Bench, batch: int, contexts: Sequence[int], caches: dict[int, Cache]
+) -> Iterator[dict]:
+    """Lines of one engine. Caches of new contexts are added to `caches`."""
+    config, dtype, rng = bench.model.config, bench.model.dtype, np.random.default_rng(0)
+    window, engine = config.text.sliding_window, bench.engine(batch)
+    for context in contexts:
+        if context not in caches:
+            caches[context] = context_cache(engine, context, window, rng, bench.read_all)
+        # it ends by itself: now every program of the engine is compiled
+        kept = engine.submit(
+            [[1]], cache=caches[context], max_new_tokens=2, eos_token_ids=[], keep_cache=True
+        )
+        kept.result()
+        assert kept.cache is not None and int(kept.cache.length[0]) == context + 2
+        ms = step_times(engine, caches[context], batch, bench)
+        compilations = bench.compilations.since()
+        moved = decode_bytes(config, batch, context, dtype)
+        yield {
+            "batch": batch,
+            "context": context,
+            "context_by": "reading" if bench.read_all or context <= window else "counters",
+            "steps": engine.steps,
+            "ms": ms,
+            "tokens_per_s": round(batch / ms["median"] * 1e3, 1),
+            **bench.card.beside(ms["median"], sum(moved.values())),
+            "cache_bytes": kept.cache.nbytes,
+            "cache_bytes_by_formula": cache_spec(config, 1, None, dtype).nbytes,
+            **compilations,
+        }
 
 
 def context_cache(engine: Engine, context: int, window: int, rng, read_all: bool) -> Cache:

@@ -20,18 +20,21 @@ def part(lines: Sequence[dict], name: str, key: str, **fixed: object) -> list[di
 
 def decoding(lines: Sequence[dict]) -> Figure | None:
     """Time of a token and bytes of the cache, against the context."""
-    ours = part(lines, "decode", "context", batch=1)
+    # of a context that was also read token by token, that line
+    ours = part(lines, "decode", "context", batch=1, context_by="counters")
+    ours += part(lines, "decode", "context", batch=1, context_by="reading")
     if not ours:
         return None
+    single = {line["context"]: line for line in ours}
+    ours = [single[context] for context in sorted(single)]
     figure, (time, memory) = _figure(2)
     _curve(time, ours, "context", _median, "InfiniteVL")
     _curve(time, ours, "context", lambda line: line["limit_ms"], "limit by the copy rate", "--")
     _curve(memory, ours, "context", lambda line: line["cache_bytes"] / 1e9, "InfiniteVL")
-    for form in ("cuda graph", "eager"):
-        peers = part(lines, "transformer", "context", form=form)
-        if peers:
-            _curve(time, peers, "context", _median, f"Transformer, {form}")
     peers = part(lines, "transformer", "context")
+    for form, attention in sorted({(line["form"], line["attention"]) for line in peers}):
+        found = part(peers, "transformer", "context", form=form, attention=attention)
+        _curve(time, found, "context", _median, f"Transformer, {form}\n({attention})")
     if peers:
         _curve(memory, peers, "context", lambda line: line["cache_bytes"] / 1e9, "Transformer")
         memory.set_yscale("log")

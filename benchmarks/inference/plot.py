@@ -31,8 +31,10 @@ def report(results: Path, folder: Path) -> list[Path]:
         page = [f"# Inference: {model}, {device}", ""]
         for title, rows, columns in tables(lines):
             page += [f"## {title}", "", *table(rows, columns), ""]
+        # the operators that the model chooses by itself, where they were measured
+        drawn = [line for line in lines if not line.get("allowed")] or lines
         for name, draw in FIGURES.items():
-            figure = draw(lines)
+            figure = draw(drawn)
             if figure is not None:
                 path = folder / f"{stem}-{name}.png"
                 _replace(path, lambda aside, figure=figure: figure.savefig(aside, format="png"))
@@ -49,7 +51,7 @@ def tables(lines: Sequence[dict]) -> list[tuple[str, list[dict], list[Column]]]:
     by_part = defaultdict(list)
     for line in lines:
         by_part[line["part"]].append(line)
-    streams, batches = by_part["stream"], by_part["batch"]
+    batches = by_part["batch"]
     found = [
         ("The card", by_part["card"], CARD),
         ("Decoding, ms a token", ordered(by_part["decode"], "batch", "context"), DECODE),
@@ -59,8 +61,8 @@ def tables(lines: Sequence[dict]) -> list[tuple[str, list[dict], list[Column]]]:
             PEER,
         ),
         ("Prefill", ordered(by_part["prefill"], "prompt"), PREFILL),
-        ("One stream", [line for line in streams if line["streams"] == 1], STREAM),
-        ("Many streams", [line for line in streams if line["streams"] > 1], STREAMS),
+        ("One stream", ordered(by_part["stream"], "frames"), STREAM),
+        ("Many streams", ordered(by_part["streams"], "streams", "rows"), STREAMS),
         ("Requests", [line for line in batches if "prompt" not in line], REQUESTS),
         ("While a long prompt is read", [line for line in batches if "prompt" in line], LONG),
     ]
@@ -201,6 +203,8 @@ REQUESTS: list[Column] = [
     ("prompt tokens", of("prompt_tokens")),
     ("new tokens each", of("new_tokens")),
     ("new tokens/s", of("tokens_per_s")),
+    ("limit", of("limit_tokens_per_s")),
+    ("x limit", of("times_limit")),
     ("x one", of("times_one")),
     ("first token, ms", of("first_token_ms", "median")),
     ("at most", of("first_token_ms", "max")),

@@ -1,5 +1,6 @@
 """What is measured: the published model, or a tiny one that runs on a CPU in seconds."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from infinitevl_jax.config.model import (
     hybrid_pattern,
     infinitevl_4b,
 )
+from infinitevl_jax.serve.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,15 @@ class Bench:
     compilations: Compilations
     read_all: bool
     rows: int
+
+    def engine(self, slots: int, *, chunk: int | None = None, rows: int = 1) -> Engine:
+        """A new engine. Earlier ones that nobody holds are freed first: each has a cache of its
+        own, and refers to itself."""
+        gc.collect()
+        size = self.size
+        return Engine(
+            self.model, slots=slots, chunk=chunk or size.chunk, steps=size.steps, rows=rows
+        )
 
 
 def tiny() -> ModelConfig:

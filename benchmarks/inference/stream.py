@@ -33,16 +33,10 @@ def wait_for_device() -> None:
 
 
 def stream(bench: Bench) -> Iterator[dict]:
-    """One line for one stream, and one for many streams in one engine."""
-    yield one_stream(bench)
-    yield many_streams(bench)
-
-
-def one_stream(bench: Bench) -> dict:
-    """Frames one after another, each waited for, with the window full from the first on."""
+    """One line: frames one after another, each waited for, with the window full."""
     size, tokens = bench.size, frame_tokens(bench)
     # a slot for the stream, one for its questions
-    engine = Engine(bench.model, slots=2, chunk=tokens, steps=size.steps)
+    engine = bench.engine(2, chunk=tokens)
     watched, frames = engine.open_stream(bench.processor), pictures(size.side)
     fill(bench, [watched], frames)
     for _ in range(2):
@@ -77,7 +71,7 @@ def one_stream(bench: Bench) -> dict:
     watched.close()
     inputs = example(bench)
     window = bench.model.config.text.sliding_window
-    return {
+    yield {
         "streams": 1,
         "frames": size.frames,
         "pixels": [size.side, size.side],
@@ -101,31 +95,31 @@ def one_stream(bench: Bench) -> dict:
     }
 
 
-def many_streams(bench: Bench) -> dict:
-    """Rounds in which each of many streams in one engine gets a frame, with full windows."""
+def streams(bench: Bench) -> Iterator[dict]:
+    """One line: rounds in which each of many streams in one engine gets a frame."""
     size, tokens, count = bench.size, frame_tokens(bench), bench.size.streams
     rows = min(bench.rows, count)
-    engine = Engine(bench.model, slots=count, chunk=tokens, steps=size.steps, rows=rows)
-    streams = [engine.open_stream(bench.processor) for _ in range(count)]
+    engine = bench.engine(count, chunk=tokens, rows=rows)
+    watched = [engine.open_stream(bench.processor) for _ in range(count)]
     frames = pictures(size.side)
-    fill(bench, streams, frames)
+    fill(bench, watched, frames)
     wait_for_device()
     bench.compilations.warm()
     times = []
     for turn in range(size.rounds):
         begin = time.perf_counter()
-        show(engine, streams, frames, turn)
+        show(engine, watched, frames, turn)
         wait_for_device()
         times.append((time.perf_counter() - begin) * 1e3)
     compilations = bench.compilations.since()
-    assert not any(watched.dropped for watched in streams)
-    for watched in streams:
-        watched.close()
+    assert not any(one.dropped for one in watched)
+    for one in watched:
+        one.close()
     config, window = bench.model.config, bench.model.config.text.sliding_window
     # weights are read once for each group of `rows` frames
     moved = decode_bytes(config, count, window, bench.model.dtype)
     nbytes = moved["weights"] * -(-count // rows) + moved["cache"]
-    return {
+    yield {
         "streams": count,
         "frames": size.rounds,
         "rows": rows,

@@ -25,8 +25,10 @@ benchmarks.inference.
 
 import argparse
 import contextlib
+import functools
 import gc
 import importlib.util
+import inspect
 import os
 import re
 import statistics
@@ -201,21 +203,27 @@ def cache_size(model, length: int) -> int:
 
 def step(model, token, position, cache):
     """The token that follows `token` [1, 1] at `position` [3, 1, 1]."""
-    import inspect
+    return logits(model, token, position, cache).argmax(-1, keepdim=True)
 
+
+def logits(model, token, position, cache):
+    """Logits [1, vocab] after one token."""
     import torch
 
-    taken = inspect.signature(model.forward).parameters
-    name = "cache" if "cache" in taken else "past_key_values"  # as it is called since 5.2x
     out = model(
         input_ids=token,
         position_ids=position,
         attention_mask={"full_attention": None},
         use_cache=True,
-        **{name: cache},
+        **{_cache_name(type(model)): cache},
     )
-    logits = torch.nn.functional.linear(out.last_hidden_state[:, -1], model.embed_tokens.weight)
-    return logits.argmax(-1, keepdim=True)
+    return torch.nn.functional.linear(out.last_hidden_state[:, -1], model.embed_tokens.weight)
+
+
+@functools.cache
+def _cache_name(kind: type) -> str:
+    """What this version of transformers calls the argument."""
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 
 def by_graph(model, length: int, repeats: int) -> list[float]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.inference import command, sizes, stream
+from benchmarks.inference import command, sizes, stream, transformer
 from benchmarks.inference.card import Card, decode_bytes, read_flops
 from benchmarks.inference.decode import context_cache
 from benchmarks.inference.plot import beside_ours, report
@@ -18,7 +18,6 @@ from infinitevl_jax import Processor
 from infinitevl_jax.config.model import infinitevl_4b
 from infinitevl_jax.inputs.frame import frame_inputs
 from infinitevl_jax.inputs.model_inputs import build_inputs
-from infinitevl_jax.serve.engine import Engine
 
 
 def arguments(*words):
@@ -47,7 +46,8 @@ def test_every_part_leaves_its_lines(measured):
         "card": 1,
         "decode": 2,
         "prefill": 1,
-        "stream": 2,
+        "stream": 1,
+        "streams": 1,
         "batch": 3,
     }
     for part, found in lines.items():
@@ -55,7 +55,7 @@ def test_every_part_leaves_its_lines(measured):
             assert line["model"] == "tiny" and line["commit"] == "a" and line["copy_GB_s"] > 0
             if part != "card":
                 assert line["compilations"] == 0 and line["host_peak_GB"] > 0
-    for line in [*lines["decode"], *lines["prefill"], *lines["stream"]]:
+    for line in [*lines["decode"], *lines["prefill"], *lines["stream"], *lines["streams"]]:
         assert line["ms"]["min"] <= line["ms"]["median"] <= line["ms"]["max"]
         assert line["times_limit"] == pytest.approx(
             line["ms"]["median"] / line["limit_ms"], rel=2e-3
@@ -71,7 +71,7 @@ def test_decoding_says_how_long_the_context_is(measured):
 
 
 def test_streams_are_whole(measured):
-    one, many = measured[0]["stream"]
+    (one,), (many,) = measured[0]["stream"], measured[0]["streams"]
     assert (one["streams"], one["frames"], one["tokens_per_frame"]) == (1, 12, 4)
     assert len(one["curve_ms"]) == 12
     assert one["drift"] == pytest.approx(one["last_tenth_ms"] / one["first_tenth_ms"] - 1, abs=1e-3)
@@ -91,9 +91,9 @@ def test_requests_are_all_answered(measured):
 def test_counters_are_those_of_a_sequence_that_was_read():
     """A cache whose counters were set has the counters, and the ring's order, of one that was
     read."""
-    size, model = sizes.TINY, _model()
-    engine = Engine(model, slots=1, chunk=size.chunk, steps=1)
-    window = model.config.text.sliding_window
+    args = arguments("--tiny")
+    bench = command.make_bench(args, sizes.TINY, Card(1e9, 1e9), Compilations())
+    engine, window = bench.engine(1), bench.model.config.text.sliding_window
     rng = np.random.default_rng(0)
     context = 2 * window + 5
     read = context_cache(engine, context, window, rng, True)
@@ -104,11 +104,6 @@ def test_counters_are_those_of_a_sequence_that_was_read():
     # the same slot is the oldest in both
     assert context % window == int(counted.length[0]) % window == 5
     assert all(np.abs(np.asarray(leaf)).min(-1).all() for leaf in counted.layers[0])
-
-
-def _model():
-    bench = command.make_bench(arguments("--tiny"), sizes.TINY, Card(1e9, 1e9), Compilations())
-    return bench.model
 
 
 def test_bytes_and_flops_of_the_published_size():
@@ -223,18 +218,65 @@ def test_the_arguments_change_the_size():
     assert changed.prompts == sizes.PUBLISHED.prompts and changed.name == "4.4B"
     assert command.chosen_size(arguments("--tiny")) == sizes.TINY
     assert arguments("--plot").plot == RESULTS / "inference"
+    with pytest.raises(SystemExit, match="give 2 or more"):
+        command.chosen_size(arguments("--requests", "1"))
+    with pytest.raises(SystemExit):
+        arguments("--frames", "0")
 
 
 def test_the_transformer_runs_by_itself(monkeypatch, tmp_path):
     """PyTorch is asked for by its part alone, in another process."""
-    ran = []
-    monkeypatch.setattr(
-        command.subprocess,
-        "run",
-        lambda words, check: ran.append(words) or argparse.Namespace(returncode=len(ran) - 1),
-    )
     words = "--tiny", "--parts", "transformer", "--peer", "5", "--results", str(tmp_path / "x")
-    assert command.measure(arguments(*words)) and not command.measure(arguments(*words))
-    (begin, *_) = ran
-    assert begin[1:3] == ["-m", "benchmarks.inference.transformer"]
-    assert begin[begin.index("--lengths") + 1] == "5"
+    args, ran = arguments(*words), []
+
+    def run(words, check):
+        ran.append(words)
+        return argparse.Namespace(returncode=len(ran) - 1)
+
+    monkeypatch.setattr(command.subprocess, "run", run)
+    assert command.measure(args) and not command.measure(args)
+    assert ran[0][1:3] == ["-m", "benchmarks.inference.transformer"]
+    assert ran[0][ran[0].index("--lengths") + 1] == "5"
+
+
+def test_the_transformer_attends_to_its_whole_cache():
+    """Both forms of the cache give the logits of transformers' own attention."""
+    import torch
+    from transformers import DynamicCache
+
+    assert transformer.register_attention("flash", "cpu") == (
+        "torch scaled_dot_product_attention, CPU"
+    )
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        model = transformer.make_model(sizes.TINY, "cpu").float()
+        keys, values = transformer.random_cache(model, 6)
+        assert transformer.cache_size(model, 6) == sum(x.nbytes for x in keys + values)
+        token, position = torch.tensor([[7]]), torch.full((3, 1, 1), 5)
+
+        def grown(first=0):
+            cache = DynamicCache(config=model.config)
+            for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
+                cache.update(key[:, :, first:5].clone(), value[:, :, first:5].clone(), layer)
+            return cache
+
+        eager = transformer.logits(model, token, position, grown())
+        fixed = transformer.FixedCache([x.clone() for x in keys], [x.clone() for x in values])
+        assert torch.equal(transformer.logits(model, token, position, fixed), eager)
+        model.set_attn_implementation("eager")
+        right = transformer.logits(model, token, position, grown())
+        wrong = transformer.logits(model, token, position, grown(first=1))
+    assert (eager - right).abs().max() <= 1e-5 * right.abs().max()
+    assert (wrong - right).abs().max() > 1e-3 * right.abs().max()
+
+
+def test_lines_of_the_transformer(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    args = argparse.Namespace(
+        size="tiny", lengths=[8], backend="flash", repeats=2, results=path, commit="a"
+    )
+    assert transformer.measure(args) == 0
+    (line,) = [json.loads(text) for text in path.read_text("utf-8").splitlines()]
+    assert (line["part"], line["form"], line["context"]) == ("transformer", "eager", 8)
+    assert line["cache_bytes"] == 2 * 2 * 2 * 16 * 8 * 2 and line["ms"]["min"] > 0
+    assert line["limit_ms"] * line["times_limit"] == pytest.approx(line["ms"]["median"], rel=1e-2)
