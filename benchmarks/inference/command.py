@@ -211,13 +211,17 @@ def run_part(part: str, lines: Iterable[dict], bench: Bench, args: argparse.Name
         "allowed": args.allowed,
     }
     begin_memory()
-    started = time.perf_counter()
+    started, before = time.perf_counter(), set(bench.model.ops.report())
     try:
         for line in lines:
-            seconds = {"seconds": round(time.perf_counter() - started, 1)}
-            found = case | line | bench.card.figures() | memory() | seconds
+            ran = bench.model.ops.report()
+            more = {
+                "seconds": round(time.perf_counter() - started, 1),
+                "ran": [text for text in ran if text not in before],
+            }
+            found = case | line | bench.card.figures() | memory() | more
             record("inference", args.commit, found, args.results)
-            started = time.perf_counter()
+            started, before = time.perf_counter(), set(ran)
     except Exception as error:
         reason = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:400]
         print(f"{part} fails: {reason}", file=sys.stderr, flush=True)

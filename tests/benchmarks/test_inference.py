@@ -55,6 +55,8 @@ def test_every_part_leaves_its_lines(measured):
             assert line["model"] == "tiny" and line["commit"] == "a" and line["copy_GB_s"] > 0
             if part != "card":
                 assert line["compilations"] == 0 and line["host_peak_GB"] > 0
+                assert all(": xla" in ran for ran in line["ran"])
+    assert lines["decode"][0]["ran"] and lines["stream"][0]["ran"]
     for line in [*lines["decode"], *lines["prefill"], *lines["stream"], *lines["streams"]]:
         assert line["ms"]["min"] <= line["ms"]["median"] <= line["ms"]["max"]
         assert line["times_limit"] == pytest.approx(
@@ -81,11 +83,11 @@ def test_streams_are_whole(measured):
 def test_requests_are_all_answered(measured):
     one, many, wait = measured[0]["batch"]
     assert (one["requests"], one["finished"]) == (1, 3)
-    assert (many["requests"], many["finished"]) == (3, 3)
+    assert (many["requests"], many["finished"]) == (2, 2)
     assert many["times_one"] == pytest.approx(many["tokens_per_s"] / one["tokens_per_s"], abs=0.01)
-    # 64 tokens in chunks of 16
-    assert (wait["requests"], wait["prompt"], wait["chunks"]) == (2, 64, 4)
-    assert wait["longest_wait_ms"] == wait["round_ms"]["max"] and wait["rounds"] >= 5
+    # 64 tokens in chunks of 4, and a round in which the token comes
+    assert (wait["requests"], wait["prompt"], wait["chunks"], wait["rounds"]) == (1, 64, 16, 17)
+    assert wait["longest_wait_ms"] == wait["round_ms"]["max"]
 
 
 def test_counters_are_those_of_a_sequence_that_was_read():
