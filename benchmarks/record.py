@@ -24,6 +24,10 @@ CASES = {
     "easy_vqa": ("parameters", "steps", "seed"),
     "full_size": ("parameters", "prompt"),
     "gated_delta_rule": ("heads", "widths", "dtype", "implementation", "spans", "work", "shape"),
+    "inference": (
+        *("part", "model", "allowed", "batch", "context", "context_by", "prompt", "streams"),
+        *("frames", "rows", "requests", "chunk", "steps", "form", "attention"),
+    ),
     "meshes": (
         *(
             "part",

@@ -78,7 +78,7 @@ def test_a_file_of_ones_own(results, tmp_path):
 
 
 def test_every_benchmark_says_what_its_cases_are():
-    sources = [path.read_text("utf-8") for path in Path(recorder.__file__).parent.glob("*.py")]
+    sources = [path.read_text("utf-8") for path in Path(recorder.__file__).parent.rglob("*.py")]
     assert {name for text in sources for name in re.findall(r'\brecord\(\s*"(\w+)"', text)} == set(
         CASES
     )

@@ -19,7 +19,7 @@ from doc_pages import (
 
 from infinitevl_jax.config.presets import load_preset
 
-PROGRAMS = [p for p in (ROOT / "benchmarks").glob("*.py") if "def main(" in p.read_text("utf-8")]
+PROGRAMS = [p for p in (ROOT / "benchmarks").rglob("*.py") if "def main(" in p.read_text("utf-8")]
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 
 
@@ -55,10 +55,15 @@ def test_commands_in_sentences(page, workspace):
         handle(command.words, False)
 
 
-@pytest.mark.parametrize("program", sorted(PROGRAMS), ids=lambda program: program.stem)
+def module(program) -> str:
+    """What `python -m` runs. A package's program is its `command`."""
+    return ".".join(program.relative_to(ROOT).with_suffix("").parts).removesuffix(".command")
+
+
+@pytest.mark.parametrize("program", sorted(PROGRAMS), ids=module)
 def test_examples_of_benchmarks(program, workspace):
     found = examples(program)
-    assert any(c.words[:3] == ("python", "-m", f"benchmarks.{program.stem}") for c in found)
+    assert any(c.words[:3] == ("python", "-m", module(program)) for c in found)
     for command in found:
         handle(command.words, False)
 
