@@ -113,7 +113,7 @@ def test_a_request_leaves_the_same_cache_whoever_is_beside_it(model):
 
 
 def test_nothing_is_compiled_after_the_first_requests():
-    model = tiny_model(tiny_config())  # its programs are its own
+    model = tiny_model(tiny_config())
     engine = Engine(model, slots=2, **SHAPE)
     for batch, asked in (REQUESTS[0], REQUESTS[4]):
         engine.submit(**batch, **asked, keep_cache=True).result()
@@ -123,7 +123,8 @@ def test_nothing_is_compiled_after_the_first_requests():
         return [program._cache_size() for program in (run.prefill, run.decode, run.stop, run.take)]
 
     before = compiled()
-    assert before == [2, 1, 1, 1]  # prompts with pictures and without
+    # Prompts with pictures and without. Models share the other two.
+    assert before[:2] == [2, 1]
     for length in (3, 17, 64, 101):
         engine.submit(text(length, length), max_new_tokens=length % 7 + 1, keep_cache=True)
     engine.submit(**picture(9, ((1, 8, 12),)), temperature=0.5, seed=3, max_new_tokens=5)
