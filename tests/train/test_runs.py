@@ -38,7 +38,17 @@ def steps(folder):
     return sorted(p.name for p in (folder / "run" / "checkpoints").iterdir())
 
 
-def test_a_default_run_that_meets_bad_data_keeps_what_it_learnt(folder, preset, monkeypatch):
+def test_a_run_goes_on_whatever_it_meets(folder, preset, monkeypatch, said, caplog):
+    """Bad data, a held-out split that fails, a full disk, a damaged end: one run, in this order."""
+    for stage in (_bad_data, _a_held_out_split_that_fails, _a_picture_that_cannot_be_drawn):
+        with monkeypatch.context() as patch:
+            stage(folder, preset, patch, said)
+        caplog.clear()
+    _a_damaged_end(folder, preset, said)
+
+
+def _bad_data(folder, preset, monkeypatch, said):
+    """What a default run learnt is kept."""
     real = loop.train_batches
 
     class Bad:
@@ -63,8 +73,8 @@ def test_a_default_run_that_meets_bad_data_keeps_what_it_learnt(folder, preset, 
     ] == [1, 2, 3]
 
 
-def test_the_weights_are_saved_before_the_held_out_split_fails(folder, preset, monkeypatch, said):
-    """Resumes the run above: its end is saved, and the split is evaluated on the next start."""
+def _a_held_out_split_that_fails(folder, preset, monkeypatch, said):
+    """The end is saved before, and the split is evaluated on the next start."""
 
     def fails(self, state, stop):
         raise InfiniteVLError(
@@ -95,7 +105,7 @@ def test_the_weights_are_saved_before_the_held_out_split_fails(folder, preset, m
     )
 
 
-def test_a_picture_that_cannot_be_drawn_is_no_end(folder, preset, monkeypatch, said):
+def _a_picture_that_cannot_be_drawn(folder, preset, monkeypatch, said):
     def full(log, picture):
         raise OSError(28, "No space left on device")
 
@@ -110,7 +120,7 @@ def test_a_picture_that_cannot_be_drawn_is_no_end(folder, preset, monkeypatch, s
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 4] and lines[-1]["held_out_rows"] == 16
 
 
-def test_a_damaged_end_is_not_called_done(folder, preset, said):
+def _a_damaged_end(folder, preset, said):
     """The newest step is verified first; the previous one reproduces the end."""
     run = folder / "run"
     before = [line for line in read_log(run / "log.jsonl") if line["step"] == 4]
@@ -128,8 +138,15 @@ def test_a_damaged_end_is_not_called_done(folder, preset, said):
     ) == 2
 
 
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory, tiny_data):
+    """The checkpoint at the end of a run."""
+    path = write_preset(tmp_path_factory.mktemp("ended"), tiny_data)
+    return loop.train(load_preset(path, ["train.steps=2"])).checkpoint
+
+
 @pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
-def test_pixel_limits_beside_a_checkpoint(folder, tiny_data, tmp_path, file):
+def test_pixel_limits_beside_a_checkpoint(ended, tiny_data, tmp_path, file):
     """Covers the cure of the error for large images: training uses the same limits."""
     import shutil
 
@@ -138,7 +155,7 @@ def test_pixel_limits_beside_a_checkpoint(folder, tiny_data, tmp_path, file):
     from infinitevl_jax.train.setup import prepare_start
 
     origin = tmp_path / "origin"
-    shutil.copytree(folder / "run" / "checkpoints" / "4", origin)
+    shutil.copytree(ended, origin)
     settings = json.loads((origin / "preprocessor_config.json").read_text())
     if file == "processor_config.json":
         settings["size"] = {
