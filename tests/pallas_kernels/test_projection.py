@@ -125,8 +125,10 @@ def test_dispatch_says_why():
     class Hopper:
         platform, compute_capability, device_kind = "gpu", "9.0", "H100"
 
-    choice, reasons = Dispatch(PROJECTION, Hopper).choose(**shaped(17, 512, 64)[0])
+    kernel_first = Dispatch(PROJECTION, Hopper, "mosaic_gpu,xla")
+    choice, reasons = kernel_first.choose(**shaped(17, 512, 64)[0])
     assert choice.name == "xla" and reasons == ["mosaic_gpu: 17 rows: 1 to 16"]
-    assert Dispatch(PROJECTION, Hopper).choose(**shaped(16, 512, 64)[0])[0].name == "mosaic_gpu"
+    assert kernel_first.choose(**shaped(16, 512, 64)[0])[0].name == "mosaic_gpu"
+    assert Dispatch(PROJECTION, Hopper).choose(**shaped(16, 512, 64)[0])[0].name == "xla"
     with pytest.raises(Refusal, match="mosaic_gpu: for Hopper GPUs, this is cpu"):
         projection(jnp.ones((1, 512)), jnp.ones((512, 64)), implementation="mosaic_gpu")
