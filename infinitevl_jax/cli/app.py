@@ -8,6 +8,7 @@ import typer
 from infinitevl_jax.cli import convert
 from infinitevl_jax.cli.groups import commands
 from infinitevl_jax.cli.options import (
+    Context,
     Dtype,
     Keep,
     Kind,
@@ -99,13 +100,8 @@ def ask(
     """
     from infinitevl_jax.cli import session
 
-    settings = session.Settings(
-        max_new_tokens,
-        session.sampling(temperature, top_k, top_p, min_p),
-        seed,
-        system,
-        repetition_penalty,
-    )
+    choice = session.sampling(temperature, top_k, top_p, min_p)
+    settings = session.Settings(max_new_tokens, choice, seed, system, repetition_penalty)
     place = session.Place(dtype.value, mesh, compilation_cache)
     session.ask(model, question, image, video, settings, place)
 
@@ -113,14 +109,7 @@ def ask(
 @app.command(no_args_is_help=True)
 def chat(
     model: Model,
-    context: Annotated[
-        int,
-        typer.Option(
-            "--context",
-            min=64,
-            help="Tokens to make room for, in models that keep the whole past (others need none).",
-        ),
-    ] = 32768,
+    context: Context = 32768,
     system: System = "",
     max_new_tokens: NewTokens = 1024,
     temperature: Temperature = 0.0,
@@ -147,13 +136,8 @@ def chat(
     """
     from infinitevl_jax.cli import chat, session
 
-    settings = session.Settings(
-        max_new_tokens,
-        session.sampling(temperature, top_k, top_p, min_p),
-        seed,
-        system,
-        repetition_penalty,
-    )
+    choice = session.sampling(temperature, top_k, top_p, min_p)
+    settings = session.Settings(max_new_tokens, choice, seed, system, repetition_penalty)
     chat.chat(model, context, settings, session.Place(dtype.value, mesh, compilation_cache))
 
 
@@ -226,14 +210,7 @@ def stream(
             help="Keep the memory in this file, at the end or when stopped.",
         ),
     ] = None,
-    context: Annotated[
-        int,
-        typer.Option(
-            "--context",
-            min=64,
-            help="Tokens to make room for, in models that keep the whole past (others need none).",
-        ),
-    ] = 32768,
+    context: Context = 32768,
     layout: Annotated[
         Layout | None,
         typer.Option(
@@ -269,13 +246,8 @@ def stream(
     """
     from infinitevl_jax.cli import session, stream
 
-    settings = session.Settings(
-        max_new_tokens,
-        session.sampling(temperature, top_k, top_p, min_p),
-        seed,
-        system,
-        repetition_penalty,
-    )
+    choice = session.sampling(temperature, top_k, top_p, min_p)
+    settings = session.Settings(max_new_tokens, choice, seed, system, repetition_penalty)
     watch = stream.Watch(
         video,
         ask,

@@ -88,3 +88,11 @@ Mesh = Annotated[
         help="Spread over devices: data, fsdp, tensor; -1: all others.",
     ),
 ]
+Context = Annotated[
+    int,
+    typer.Option(
+        "--context",
+        min=64,
+        help="Tokens to make room for, in models that keep the whole past (others need none).",
+    ),
+]
