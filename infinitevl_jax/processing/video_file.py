@@ -38,7 +38,7 @@ _STATES_DURATION = ("matroska,webm", "flv", "asf", "avi")
 _COVER_CODECS = ("mjpeg", "png", "bmp", "gif", "tiff", "webp", "jpeg2000", "jpegxl")
 _REORDERED = 16  # frames that may be displayed after the last stored one
 # What av.open does about metadata that is not UTF-8; PyAV from 19 on takes no such argument.
-_UNREADABLE_TEXT = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
+UNREADABLE_TEXT = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 _NO_FILM = Disposition.attached_pic | Disposition.timed_thumbnails
 
 # display matrix (axes exchanged, columns mirrored, rows mirrored) -> PIL transpose
@@ -200,7 +200,7 @@ def open_container(file: BinaryIO, name: str) -> av.container.InputContainer:
             file,
             options={"format_whitelist": formats, "max_pixels": str(MAX_FRAME_PIXELS)},
             io_open=_open_nothing,
-            **_UNREADABLE_TEXT,
+            **UNREADABLE_TEXT,
         )
     except (av.error.FFmpegError, ValueError) as error:
         file.seek(0)

@@ -13,6 +13,7 @@ import av
 import numpy as np
 
 from infinitevl_jax.processing import VideoOptions, load_video
+from infinitevl_jax.processing.video_file import UNREADABLE_TEXT
 
 from ..case import SAID, Case, Place, refused_only
 from ..content import FOREIGN, mutate_bytes
@@ -35,8 +36,6 @@ FORMATS += [
 FRAMES, RATE = 20, 10
 OPTIONS = VideoOptions(min_pixels=64, max_pixels=4096, patch_size=2, fps=2.0)
 SIDE = 48, 64  # height, width
-# PyAV from 19 on takes no such argument
-_UNREADABLE_TEXT = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 
 
 @functools.cache
@@ -219,7 +218,7 @@ def check(found, data: bytes, kind: tuple, size=None, whole: int = 0) -> str:
     if not np.isfinite(times).all() or (np.diff(times) < 0).any():
         return f"times that go back: {times.tolist()[:6]}"
     try:
-        with av.open(io.BytesIO(data), **_UNREADABLE_TEXT) as container:
+        with av.open(io.BytesIO(data), **UNREADABLE_TEXT) as container:
             stream = next(s for s in container.streams.video)
             decoded = [f.to_ndarray(format="rgb24") for f in container.decode(stream)]
     except Exception as error:
