@@ -59,17 +59,21 @@ def delta_forward(q, k, v, g, beta, starts, initial_state, keep):
     segment_ids = None if starts is None else jnp.cumsum(starts, axis=1)
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, width, v.shape[3]))
-    (out, last), (inverse, states) = xla.forward(q, k, v, g, beta, initial_state, None, segment_ids)
+    wide = (x.astype(jnp.float32) for x in (q, k, v))
+    (out, last), (inverse, states) = xla.forward(*wide, g, beta, initial_state, None, segment_ids)
     return (
-        out,
+        out.astype(q.dtype),
         last,
         jnp.moveaxis(inverse, 0, 2).astype(jnp.bfloat16),
-        jnp.moveaxis(states, 0, 2) if keep else None,
+        jnp.moveaxis(states, 0, 2).astype(jnp.bfloat16) if keep else None,
     )
 
 
 def delta_backward(q, k, v, g, beta, segments, inverse, states, d_out, d_last):
-    inputs = q, k, v, g.swapaxes(1, 2), beta.swapaxes(1, 2), states[:, :, 0].astype(jnp.float32)
+    dtype = q.dtype
+    q, k, v, states, d_out = (x.astype(jnp.float32) for x in (q, k, v, states, d_out))
+    inputs = q, k, v, g.swapaxes(1, 2), beta.swapaxes(1, 2), states[:, :, 0]
     _, pull = jax.vjp(lambda *a: xla.gated_delta_rule(*a, None, segments), *inputs)
     dq, dk, dv, dg, dbeta, d_initial = pull((d_out, d_last))
+    dq, dk, dv = (d.astype(dtype) for d in (dq, dk, dv))
     return dq, dk, dv, dg.swapaxes(1, 2), dbeta.swapaxes(1, 2), d_initial

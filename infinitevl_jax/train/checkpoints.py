@@ -174,9 +174,11 @@ class Checkpoints:
                 with storage(self.path(bad)):
                     kept = keep_aside(self.path(bad), self.folder.with_name(f"damaged-step-{bad}"))
                 _log.warning("%s\n  kept as %s; going back to step %d", error.culprit, kept, step)
-            with storage(self.path(step)):
-                # a run killed at the wrong moment lacks them
-                self._write_side_files(self.path(step))
+            if jax.process_index() == 0:
+                with storage(self.path(step)):
+                    # a run killed at the wrong moment lacks them
+                    self._write_side_files(self.path(step))
+            _wait_for_all("side files")
             return found
         raise next(iter(unusable.values()))
 
