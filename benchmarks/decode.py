@@ -34,8 +34,7 @@ import jax.numpy as jnp
 from benchmarks.record import add_commit, record
 from benchmarks.timing import compiled, summary
 from benchmarks.trace import kernels
-from infinitevl_jax.nn.mixers.softmax_attention import slot_index, write
-from pallas_kernels.attention import KVCache, Mask, merge
+from pallas_kernels.attention import KVCache, Mask, held_tokens, merge, write
 from pallas_kernels.attention.implementations import ATTENTION_STEP
 from pallas_kernels.attention.xla import attention
 from pallas_kernels.dispatch import Implementation
@@ -99,7 +98,7 @@ def attend_layers(q, k, v, kv_cache, index, window, scale):
     own = attention(
         q, k, v, index, index, segment, segment, mask=Mask(window=window, aligned=True), scale=scale
     )
-    held = slot_index(length, kv_cache.k.shape[1])
+    held = held_tokens(length, kv_cache.k.shape[1])
     cached = attention(
         q, kv_cache.k, kv_cache.v, index, held, mask=Mask(window=window), scale=scale
     )

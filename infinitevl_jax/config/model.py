@@ -99,6 +99,7 @@ class TextConfig:
     num_key_value_heads: Heads = 2
     head_dim: Width = 128
     sliding_window: Annotated[int, Meta(ge=0, le=INT32)] = 8192
+    num_attention_sinks: Count = 0  # first tokens that sliding-window layers always see
     rope_theta: Base = 1e6
     mrope_section: tuple[Count, Count, Count] | None = (16, 24, 24)
     rms_norm_eps: Share = 1e-6

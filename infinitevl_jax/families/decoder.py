@@ -3,7 +3,7 @@
 Shared by families. The keys and defaults of one family are in its file.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -114,10 +114,13 @@ TEXT_VALUES: dict[str, tuple] = {
 }
 
 
-def read_keys(file: ConfigFile) -> tuple[Keys, DecoderKeys]:
-    """All keys of the decoder, checked against TEXT_VALUES, and those that DecoderKeys declares."""
+def read_keys(file: ConfigFile, own: Sequence[str] = ()) -> tuple[Keys, DecoderKeys]:
+    """All keys of the decoder, checked against TEXT_VALUES, and those that DecoderKeys declares.
+
+    own: keys of TEXT_VALUES that the family reads itself.
+    """
     keys = file.decoder
-    keys.check(TEXT_VALUES)
+    keys.check({name: values for name, values in TEXT_VALUES.items() if name not in own})
     return keys, keys.read(DecoderKeys)
 
 
@@ -292,17 +295,21 @@ def write_decoder(config: ModelConfig, architecture: str) -> dict[str, Any]:
     return out
 
 
-def refuse_options(config: ModelConfig) -> None:
-    """Raise InfiniteVLError if the decoder uses an option that the family has no key for."""
+def refuse_options(config: ModelConfig, own: Sequence[str] = ()) -> None:
+    """Raise InfiniteVLError if the decoder uses an option that the family has no key for.
+
+    own: options that the family has keys for.
+    """
     text = config.text
     options = {
         "partial_rotary_factor": (text.partial_rotary_factor, 1),
+        "num_attention_sinks": (text.num_attention_sinks, 0),
         "query_key_norm": (text.query_key_norm, False),
         "attention_output_gate": (text.attention_output_gate, False),
         "num_linear_key_heads": (text.linear_key_heads, text.num_linear_heads),
     }
     for name, (value, plain) in options.items():
-        if value != plain:
+        if value != plain and name not in own:
             raise InfiniteVLError(
                 f"{name} is {value}, which {config.family} cannot say on disk",
                 f"make it {plain}, or use a family that has it",

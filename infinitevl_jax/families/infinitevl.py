@@ -9,15 +9,15 @@ from msgspec import Meta
 from infinitevl_jax.config.model import FULL, SLIDING, ModelConfig, TextConfig, hybrid_pattern
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.families import decoder, vision
-from infinitevl_jax.families.config_file import ConfigFile, Eps, Size, given
+from infinitevl_jax.families.config_file import ConfigFile, Eps, Index, Size, given
 from infinitevl_jax.families.family import Family, TransformersCode, register_family
 
 _ARCHITECTURE = "InfiniteVLQwen2_5_VLForConditionalGeneration"
 _CLASS = f"modeling_infinitevl.{_ARCHITECTURE}"
 
 
-class GatedDeltaKeys(msgspec.Struct):
-    """Gated DeltaNet. None: the file does not say."""
+class HybridKeys(msgspec.Struct):
+    """Gated DeltaNet and the window's sinks. None: the file does not say."""
 
     conv_size: Size | None = None
     num_linear_heads: Size | None = None
@@ -25,24 +25,26 @@ class GatedDeltaKeys(msgspec.Struct):
     linear_head_dim: Size | None = None
     expand_v: Annotated[float, Meta(gt=0, le=64)] | None = None
     norm_eps: Eps | None = None
+    num_attention_sinks: Index | None = None
 
 
 _GATED_DELTA = "conv_size", "expand_v", "num_linear_heads", "linear_head_dim", "norm_eps"
+_SINKS = ("num_attention_sinks",)
 
 
 def read(file: ConfigFile) -> ModelConfig:
     """The published files name no layer_types and no size of the Gated DeltaNet."""
-    keys, text = decoder.read_keys(file)
+    keys, text = decoder.read_keys(file, own=_SINKS)
     tower = None
     if "vision_config" not in file.content or file.content["vision_config"] is not None:
         tower = vision.read_vision(file, text.hidden_size, 2.0, " (null: text only)")
     sizes = decoder.read_sizes(file.source, text, default_eps=1e-6)
-    gated_delta = keys.read(GatedDeltaKeys)
-    heads = gated_delta.num_linear_heads or TextConfig.num_linear_heads
-    if gated_delta.num_linear_key_value_heads not in (None, heads):
+    hybrid = keys.read(HybridKeys)
+    heads = hybrid.num_linear_heads or TextConfig.num_linear_heads
+    if hybrid.num_linear_key_value_heads not in (None, heads):
         raise InfiniteVLError(
             f"{file.source}: num_linear_key_value_heads"
-            f" {gated_delta.num_linear_key_value_heads} differs from num_linear_heads {heads}",
+            f" {hybrid.num_linear_key_value_heads} differs from num_linear_heads {heads}",
             "the published model has no grouped heads in Gated DeltaNet: both have to be equal",
         )
     return ModelConfig(
@@ -50,7 +52,7 @@ def read(file: ConfigFile) -> ModelConfig:
             layer_types=_layer_types(file.source, text),
             **sizes,
             **decoder.read_mrope(keys, sizes["head_dim"], required=tower is not None),
-            **given(gated_delta, *_GATED_DELTA),
+            **given(hybrid, *_GATED_DELTA, *_SINKS),
             tie_word_embeddings=decoder.read_tied(file, default=True),
         ),
         vision=tower,
@@ -73,9 +75,11 @@ def write(config: ModelConfig) -> dict[str, Any]:
     """Layers of any registered type but full attention, which the published code would read as
     sliding-window attention."""
     decoder.refuse_layer_types(config, {FULL}, f"use {SLIDING} and a long sliding_window")
-    decoder.refuse_options(config)
+    decoder.refuse_options(config, own=_SINKS)
     out = decoder.write_decoder(config, _ARCHITECTURE)
     out |= {name: getattr(config.text, name) for name in _GATED_DELTA}
+    if config.text.num_attention_sinks:  # the published code does not know the key
+        out |= {name: getattr(config.text, name) for name in _SINKS}
     out |= {"num_linear_key_value_heads": config.text.num_linear_heads, "vision_config": None}
     return out if config.vision is None else out | vision.write_vision(config)
 

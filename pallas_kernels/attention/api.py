@@ -69,6 +69,7 @@ def attention_step(
     token_index: Array,
     window: int | None = None,
     scale: float | None = None,
+    sinks: int = 0,
     *,
     implementation: str | None = None,
 ) -> tuple[Array, KVCache]:
@@ -81,7 +82,7 @@ def attention_step(
     from pallas_kernels.attention.implementations import ATTENTION_STEP
 
     return ATTENTION_STEP(
-        q, k, v, kv_cache, token_index, window, scale, implementation=implementation
+        q, k, v, kv_cache, token_index, window, scale, sinks, implementation=implementation
     )
 
 
@@ -130,12 +131,12 @@ def arguments(*args, **kwargs) -> dict:
     return complete(*args, **kwargs)._asdict()
 
 
-def step_arguments(q, k, v, kv_cache, token_index, window=None, scale=None) -> dict:
+def step_arguments(q, k, v, kv_cache, token_index, window=None, scale=None, sinks=0) -> dict:
     """The arguments of `attention_step` by name, with defaults."""
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
     return {
         "q": q, "k": k, "v": v, "kv_cache": kv_cache, "token_index": token_index,
-        "window": window, "scale": scale,
+        "window": window, "scale": scale, "sinks": sinks,
     }  # fmt: skip
 
 

@@ -47,12 +47,12 @@ def partition_attention_step(step: Callable, mesh: OperatorMesh) -> Callable:
         batch = mesh.rows(q.shape[0])
         query_heads, key_heads, own = _grouped(q.shape[1], k.shape[1], mesh)
         replicated = query_heads != key_heads
-        rule = {name: call[name] for name in ("window", "scale")}
+        rule = {name: call[name] for name in ("window", "scale", "sinks")}
 
         def local(q, k, v, kv_cache, token_index):
             mine = KVCache(*(own(x, 2) for x in kv_cache))
             out, new = step(q, own(k, 1), own(v, 1), mine, token_index, **rule)
-            return out, append(kv_cache, k, v, token_index) if replicated else new
+            return out, append(kv_cache, k, v, token_index, call["sinks"]) if replicated else new
 
         queries, keys = (PartitionSpec(batch, heads, None) for heads in (query_heads, key_heads))
         slots = KVCache(*[PartitionSpec(batch, None, key_heads, None)] * 2)

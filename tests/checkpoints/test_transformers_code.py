@@ -132,7 +132,7 @@ def test_kinds_of_checkpoints(exported, tmp_path, kind):
     )
 
 
-@pytest.mark.parametrize("kind", ["own head", "text only"])
+@pytest.mark.parametrize("kind", ["own head", "text only", "sinks"])
 def test_kinds_of_models(exported, tmp_path, kind):
     config, params = exported.model.config, dict(exported.model.params)
     if kind == "own head":
@@ -141,6 +141,9 @@ def test_kinds_of_models(exported, tmp_path, kind):
             dataclasses.replace(config, text=text),
             params["embed_tokens.embedding"][::-1].T,
         )
+    elif kind == "sinks":
+        text = dataclasses.replace(config.text, num_attention_sinks=5, sliding_window=8)
+        config = dataclasses.replace(config, text=text)
     else:
         text = dataclasses.replace(config.text, mrope_section=None)
         config = dataclasses.replace(config, vision=None, text=text)

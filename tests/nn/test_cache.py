@@ -10,7 +10,6 @@ from infinitevl_jax.config.model import LINEAR, SLIDING, infinitevl_4b
 from infinitevl_jax.inputs.batch import TokenSequence, join_sequences
 from infinitevl_jax.inputs.model_inputs import build_inputs
 from infinitevl_jax.inputs.packing import Packing
-from infinitevl_jax.nn.mixers.softmax_attention import slot_index
 from infinitevl_jax.nn.params import cache_spec, functional, initialize
 from infinitevl_jax.serve.infinitevl import InfiniteVL
 from pallas_kernels.testing.parity import rel_rms
@@ -174,7 +173,7 @@ def test_cache_bytes_do_not_grow(model):
 
 @pytest.mark.parametrize("length, capacity", [(0, 4), (3, 4), (4, 4), (11, 4)])
 def test_slots_follow_from_length(length, capacity):
-    held = np.asarray(slot_index(jnp.array([length]), capacity))[0]
+    held = np.asarray(held_tokens(jnp.array([length]), capacity))[0]
     expected = np.full(capacity, -1)
     for i in range(length):
         expected[i % capacity] = i

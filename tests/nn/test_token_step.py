@@ -45,11 +45,23 @@ OPTIONS = {"partial_rotary_factor": 0.25, "query_key_norm": True, "attention_out
     [
         (SLIDING, {}, None),
         (SLIDING, OPTIONS, None),
+        (SLIDING, {"num_attention_sinks": 3}, None),
+        (SLIDING, {"num_attention_sinks": 28}, 30),
+        (SLIDING, {"num_attention_sinks": 50}, COLUMNS),
         (FULL, OPTIONS, COLUMNS),
         (LINEAR, {}, None),
         (LINEAR, {"num_linear_key_heads": 2}, None),
     ],
-    ids=["window", "window-options", "full-options", "delta", "delta-grouped"],
+    ids=[
+        "window",
+        "window-options",
+        "sinks",
+        "sinks-short",
+        "sinks-only",
+        "full-options",
+        "delta",
+        "delta-grouped",
+    ],
 )
 def test_steps_equal_the_general_path(kind, options, max_length):
     rng, text = np.random.default_rng(0), config(**options)

@@ -7,6 +7,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 _DEFAULTS = {
     "rms_norm_eps": 1e-6,
     "sliding_window": 8192,
+    "num_attention_sinks": 0,
     "image_token_id": 151655,
     "video_token_id": 151656,
     "conv_size": 4,

@@ -35,14 +35,14 @@ class InfiniteVLRMSNorm(nn.Module):
 
 
 class InfiniteVLAttention(nn.Module):
-    """Softmax attention over a causal window: a token sees itself and the sliding_window - 1 tokens
-    before it."""
+    """Softmax attention over a causal window: a token sees itself, the sliding_window - 1 tokens
+    before it and the first num_attention_sinks tokens."""
 
     def __init__(self, config):
         super().__init__()
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
-        self.window = config.sliding_window
+        self.window, self.sinks = config.sliding_window, config.num_attention_sinks
         self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim)
         self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim)
         self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim)
@@ -58,7 +58,7 @@ class InfiniteVLAttention(nn.Module):
         k, v = (y.repeat_interleave(self.heads // self.kv_heads, dim=0) for y in (k, v))
         place = torch.arange(len(x), device=x.device)
         behind = place[:, None] - place[None, :]
-        seen = (behind >= 0) & (behind < self.window)
+        seen = (behind >= 0) & ((behind < self.window) | (place < self.sinks))
         out = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=seen)[0]
         return self.o_proj(out.transpose(0, 1).flatten(1))
 

@@ -15,51 +15,23 @@ from infinitevl_jax.nn.rngs import Rngs
 from infinitevl_jax.nn.rope import rotate
 from infinitevl_jax.nn.token_info import TokenInfo
 from infinitevl_jax.sharding import constrain
-from pallas_kernels.attention import KVCache, Mask, merge
-
-
-def slot_index(length: Array, capacity: int) -> Array:
-    """Index of the token held by each slot of the ring.
-
-    Args:
-      length: [batch] tokens seen.
-
-    Returns:
-      [batch, capacity]; -1 is an empty slot.
-    """
-    last = length[:, None] - 1
-    held = last - (last - jnp.arange(capacity)) % capacity
-    return jnp.where((held >= 0) & (last >= 0), held, -1)
-
-
-def write(kv_cache: KVCache, k: Array, v: Array, index: Array) -> KVCache:
-    """Write new tokens into their slots.
-
-    Padding, and tokens that later ones of the same call overwrite, are dropped.
-    """
-    capacity = kv_cache.k.shape[1]
-    newest = jnp.max(index, axis=1, keepdims=True)
-    slot = jnp.where(
-        (index >= 0) & (index > newest - capacity), index % capacity, capacity
-    )  # capacity = out of range = dropped
-    put = jax.vmap(lambda old, slot, new: old.at[slot].set(new, mode="drop", unique_indices=False))
-    return KVCache(
-        put(kv_cache.k, slot, k.astype(kv_cache.k.dtype)),
-        put(kv_cache.v, slot, v.astype(kv_cache.v.dtype)),
-    )
+from pallas_kernels.attention import KVCache, Mask, held_tokens, merge, write
 
 
 class SoftmaxAttention(Mixer):
     """Grouped-query attention with rotary embedding; q, k, v have biases.
 
-    A query sees keys fewer than `window` tokens back (None: all). Options of the configuration:
-    `query_key_norm` normalises each query and key head; `attention_output_gate` multiplies each
+    A query sees keys fewer than `window` tokens back (None: all) and the first `sinks` of its
+    sequence. Options of the configuration: `query_key_norm` normalises each query and key head; `attention_output_gate` multiplies each
     output head by the sigmoid of a gate that q_proj computes.
     """
 
-    def __init__(self, config: TextConfig, window: int | None, ops: Ops, rngs: Rngs):
+    def __init__(
+        self, config: TextConfig, window: int | None, ops: Ops, rngs: Rngs, sinks: int = 0
+    ):
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim, self.window, self.ops = config.head_dim, window, ops
+        self.head_dim, self.window, self.sinks = config.head_dim, window, sinks
+        self.ops = ops
         self.gated = config.attention_output_gate
         width = config.hidden_size
 
@@ -75,8 +47,9 @@ class SoftmaxAttention(Mixer):
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if normed else None
 
     def state_spec(self, batch: int, max_length: int | None, dtype) -> KVCache:
-        """A ring of min(window, max_length) slots."""
-        bounds = [bound for bound in (self.window, max_length) if bound is not None]
+        """min(sinks + window, max_length) slots."""
+        most = None if self.window is None else self.sinks + self.window
+        bounds = [bound for bound in (most, max_length) if bound is not None]
         if not bounds:
             raise InfiniteVLError("full attention keeps every token", "pass max_length in tokens")
         shape = (batch, min(bounds), self.kv_heads, self.head_dim)
@@ -89,22 +62,22 @@ class SoftmaxAttention(Mixer):
         self, x: Array, state: KVCache | None, info: TokenInfo
     ) -> tuple[Array, KVCache | None]:
         q, k, v, gate = self._project(x, info)
-        scale, window = self.head_dim**-0.5, self.window
+        scale, window, sinks = self.head_dim**-0.5, self.window, self.sinks
         tokens = info.token_index, info.token_index, info.segment_ids, info.segment_ids
-        mask = Mask(window=window, aligned=True)
+        mask = Mask(window=window, sinks=sinks, aligned=True)
         out, lse = self.ops.attention(q, k, v, *tokens, mask=mask, scale=scale)
         if state is not None:
 
             def with_cache():
-                held = slot_index(info.length, state.k.shape[1])
-                mask = Mask(window=window)
+                held = held_tokens(info.length, state.k.shape[1], sinks)
+                mask = Mask(window=window, sinks=sinks)
                 tokens = info.token_index, held
                 cached = self.ops.attention(q, state.k, state.v, *tokens, mask=mask, scale=scale)
                 return merge(out, lse, *cached)[0]
 
             # Skip an empty cache (first chunk of a prompt).
             out = jax.lax.cond(jnp.any(info.length > 0), with_cache, lambda: out)
-            state = write(state, k, v, info.token_index)
+            state = write(state, k, v, info.token_index, sinks)
         return self._output(out, gate), state
 
     def step(self, x: Array, state: KVCache, info: TokenInfo) -> tuple[Array, KVCache]:
@@ -112,7 +85,7 @@ class SoftmaxAttention(Mixer):
         q, k, v, gate = self._project(x, info)
         token = q[:, 0], k[:, 0], v[:, 0]
         out, state = self.ops.attention_step(
-            *token, state, info.token_index[:, 0], self.window, self.head_dim**-0.5
+            *token, state, info.token_index[:, 0], self.window, self.head_dim**-0.5, self.sinks
         )
         return self._output(out[:, None], gate), state
 
@@ -142,8 +115,8 @@ class SoftmaxAttention(Mixer):
 
 
 def window_attention(config: TextConfig, ops: Ops, rngs: Rngs) -> SoftmaxAttention:
-    """Attention over the last `sliding_window` keys."""
-    return SoftmaxAttention(config, config.sliding_window, ops, rngs)
+    """Attention over the first `num_attention_sinks` and the last `sliding_window` keys."""
+    return SoftmaxAttention(config, config.sliding_window, ops, rngs, config.num_attention_sinks)
 
 
 def full_attention(config: TextConfig, ops: Ops, rngs: Rngs) -> SoftmaxAttention:

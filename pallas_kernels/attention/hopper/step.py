@@ -44,6 +44,7 @@ def supports(
     token_index=None,
     window: int | None = None,
     scale: float | None = None,
+    sinks: int = 0,
 ) -> str | None:
     """Returns the reason it does not take these arrays (or shapes with dtypes), else None."""
     _, capacity, key_heads, width = kv_cache.k.shape
@@ -56,12 +57,16 @@ def supports(
         return f"{q.shape[1]} query heads on {key_heads} key heads: a multiple of 8 on each"
     if capacity % Tuning.keys:
         return f"a cache of {capacity} slots: a multiple of {Tuning.keys}"
+    if sinks:
+        return "sinks outside the window"
     if scale is not None and not scale > 0:
         return f"scale {scale}: positive only"
     return None
 
 
-@partial(jax.jit, static_argnames=("window", "scale"))  # a model's layers share one compiled kernel
+@partial(
+    jax.jit, static_argnames=("window", "scale", "sinks")
+)  # a model's layers share one compiled kernel
 def step(
     q: jax.Array,
     k: jax.Array,
@@ -70,13 +75,14 @@ def step(
     token_index: jax.Array,
     window: int | None = None,
     scale: float | None = None,
+    sinks: int = 0,
 ) -> tuple[jax.Array, KVCache]:
     """The contract of `pallas_kernels.attention.step.step`, for one layout of arrays.
 
     Under jit the cache is updated in place where its caller donates it. Raises ValueError where
     `supports` gives a reason.
     """
-    if reason := supports(q, k, v, kv_cache, token_index, window, scale):
+    if reason := supports(q, k, v, kv_cache, token_index, window, scale, sinks):
         raise ValueError(
             f"the token step on Hopper does not take {reason}\n  -> use the implementation xla"
         )

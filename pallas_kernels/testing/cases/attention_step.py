@@ -16,6 +16,7 @@ def attention_step_case(
     width: int = 128,
     capacity: int = 256,
     window: int | None = None,
+    sinks: int = 0,
     keys_alike: bool = False,
 ) -> Case:
     """ordinals: a row for each token, of its index in each sequence (-1: no token)."""
@@ -42,7 +43,7 @@ def attention_step_case(
             {"inputs": qkv, "weights": (), "state": kv_cache},
             {},
             {"token_index": token_index},
-            {"window": window, "scale": width**-0.5},
+            {"window": window, "scale": width**-0.5, "sinks": sinks},
             {"inputs": "token_index"},
             {"out": token_index < 0, "k_cache": True, "v_cache": True},
         )
@@ -64,6 +65,7 @@ def attention_step_cases(longest: int) -> Iterator[Case]:
     yield attention_step_case("window of 100", [lengths], window=100)
     yield attention_step_case("window of 1", [lengths], window=1)
     yield attention_step_case("window longer than the ring", [lengths], window=8192)
+    yield attention_step_case("sinks", [lengths, after], window=100, sinks=20, capacity=120)
     yield attention_step_case("one block", [[127, 0, 128, -1, 100]], capacity=128)
     yield attention_step_case("one key head", [lengths], heads=(8, 1), capacity=384)
     yield attention_step_case("16 query heads a key head", [lengths], heads=(32, 2))
