@@ -34,8 +34,8 @@ def step(
 
     Returns:
         out [batch, query_heads, D] in q's dtype, and the cache with the new token in place of the
-        oldest that is no sink. Where token_index is -1, out is 0 and the cache is returned bit for bit, whatever q,
-        k and v hold.
+        oldest that is no sink. Where token_index is -1, out is 0 and the cache is returned bit for
+        bit, whatever q, k and v hold.
     """
     scale = q.shape[2] ** -0.5 if scale is None else scale
     batch, capacity, key_heads, width = kv_cache.k.shape

@@ -171,15 +171,6 @@ def test_cache_bytes_do_not_grow(model):
     )
 
 
-@pytest.mark.parametrize("length, capacity", [(0, 4), (3, 4), (4, 4), (11, 4)])
-def test_slots_follow_from_length(length, capacity):
-    held = np.asarray(held_tokens(jnp.array([length]), capacity))[0]
-    expected = np.full(capacity, -1)
-    for i in range(length):
-        expected[i % capacity] = i
-    np.testing.assert_array_equal(held, expected)
-
-
 def test_packed_equals_unpacked_with_gradients():
     """Three texts in one row equal one per row: loss and gradients of the scanned layout."""
     from tiny import hybrid_config, loud

@@ -22,8 +22,9 @@ class SoftmaxAttention(Mixer):
     """Grouped-query attention with rotary embedding; q, k, v have biases.
 
     A query sees keys fewer than `window` tokens back (None: all) and the first `sinks` of its
-    sequence. Options of the configuration: `query_key_norm` normalises each query and key head; `attention_output_gate` multiplies each
-    output head by the sigmoid of a gate that q_proj computes.
+    sequence. Options of the configuration: `query_key_norm` normalises each query and key head;
+    `attention_output_gate` multiplies each output head by the sigmoid of a gate that q_proj
+    computes.
     """
 
     def __init__(
