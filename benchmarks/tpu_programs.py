@@ -1,17 +1,22 @@
-"""A Gated DeltaNet layer as a program whose static score for TPU is recorded."""
+"""A Gated DeltaNet layer and a decoding step as programs whose static score for TPU is recorded."""
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from infinitevl_jax.config.model import TextConfig
+from infinitevl_jax.config.model import ModelConfig, TextConfig, infinitevl_4b
+from infinitevl_jax.nn.fuse import fuse
 from infinitevl_jax.nn.mixers.gated_delta_net import GatedDeltaNet
 from infinitevl_jax.nn.ops import Ops
+from infinitevl_jax.nn.params import cache_spec, functional, parameters
 from infinitevl_jax.nn.rngs import Rngs
 from infinitevl_jax.nn.token_info import TokenInfo
+from infinitevl_jax.serve import programs
+from infinitevl_jax.serve.slots import Slots
 from pallas_kernels.l2norm import products
 from pallas_kernels.short_conv.tpu import short_conv as short_conv_tpu
 from pallas_kernels.testing.tpu_programs import gdn_implementation
@@ -55,4 +60,27 @@ def gdn_layer(
 
     return (
         (both, (params, x, token, token, x)) if gradient else (forward, (params, x, token, token))
+    )
+
+
+def text_model(layers: int | None = None) -> ModelConfig:
+    """The published model without its tower, or only its first layers."""
+    config = infinitevl_4b()
+    text = dataclasses.replace(config.text, layer_types=config.text.layer_types[:layers])
+    return dataclasses.replace(config, text=text, vision=None)
+
+
+def decode_step(rows: int, layers: int | None = None) -> tuple[Callable, tuple]:
+    """A step of an engine in bfloat16 that decodes a token of each of `rows` sequences, by XLA. The
+    cache is updated in place."""
+    config = text_model(layers)
+    separate = {
+        name: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16)
+        for name, p in parameters(config, scanned=False).items()
+    }
+    model = functional(config, scanned=False, dtype=jnp.bfloat16)
+    return jax.jit(partial(programs.decode_step, model), donate_argnums=(1, 2)), (
+        jax.eval_shape(partial(fuse, config), separate),
+        cache_spec(config, rows, None, jnp.bfloat16),
+        jax.eval_shape(lambda: Slots.idle(rows, config.text.vocab_size)),
     )

@@ -7,11 +7,15 @@
     # One operator's kernels.
     python -m benchmarks.tpu_scores --op gated_delta_rule
 
-    # Whole operators as well, XLA's programs with the kernels: minutes each.
+    # Whole operators as well, XLA's programs with the kernels, and decoding steps: minutes each.
     python -m benchmarks.tpu_scores --whole
 
-One line for each kernel (or whole operator) and each generation; kernels take about 5 s each, those
-of attention 30 s.
+    # Decoding steps of the published model by XLA, for one and for eight sequences with full
+    # windows. limit_ms is the time to move what a step has to: each weight once, and the caches.
+    python -m benchmarks.tpu_scores --op decode --chip v5e --chip v6e
+
+One line for each kernel (or whole operator, or step) and each generation; kernels take about 5 s
+each, those of attention 30 s.
 """
 
 import argparse
@@ -19,8 +23,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
+from benchmarks.inference.card import decode_bytes
 from benchmarks.record import add_commit, record
-from benchmarks.tpu_programs import gdn_layer
+from benchmarks.tpu_programs import decode_step, gdn_layer, text_model
 from pallas_kernels.testing.static_score import CHIPS, TOPOLOGIES, Program, score
 from pallas_kernels.testing.tpu_programs import conv_kernels, gdn_kernels, gdn_op
 from pallas_kernels.testing.visit_score import CASES, scores
@@ -63,6 +70,9 @@ WHOLE = [
     for what, gradient in (("forward", False), ("forward + backward", True))
     for implementation in ("mosaic_tpu", "scan_and_solve")
 ]
+DECODE = [
+    Entry("decode", f"a step, batch {rows}", decode_step, (), {"rows": rows}) for rows in (1, 8)
+]
 
 
 def main():
@@ -79,7 +89,8 @@ def main():
     parser.add_argument("--whole", action="store_true", help="whole operators as well")
     add_commit(parser)
     args = parser.parse_args()
-    for entry in KERNELS + WHOLE * args.whole:
+    slow = WHOLE * args.whole + DECODE * (args.whole or args.op == "decode")
+    for entry in KERNELS + slow:
         for chip in args.chip or CHIPS:
             if args.op in (None, entry.op):
                 line = {
@@ -88,7 +99,7 @@ def main():
                     "topology": TOPOLOGIES[chip],
                     **entry.names,
                 }
-                record("tpu_scores", args.commit, line | figures(entry, chip))
+                record("tpu_scores", args.commit, line | figures(entry, chip) | limit(entry, chip))
     for name, case in CASES.items() if args.op in (None, "attend") else ():
         for chip in args.chip or CHIPS:
             for found in scores(chip, **case):
@@ -133,6 +144,16 @@ def figures(entry: Entry, chip: str) -> dict:
         key: {name: getattr(p, key) for name, p in kernels.items()}
         for key in ("bundles", "spills", "trips")
     }
+
+
+def limit(entry: Entry, chip: str) -> dict:
+    """Milliseconds to move what a decoding step has to."""
+    if entry.op != "decode":
+        return {}
+    config = text_model()
+    window = config.text.sliding_window
+    moved = sum(decode_bytes(config, entry.names["rows"], window, jnp.bfloat16).values())
+    return {"limit_bytes": moved, "limit_ms": round(1e3 * moved / CHIPS[chip].bandwidth, 4)}
 
 
 if __name__ == "__main__":

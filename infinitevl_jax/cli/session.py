@@ -135,7 +135,7 @@ def read_model(
         folder, dtype=None if place.dtype == "own" else place.dtype, mesh=mesh, progress=True
     )
     devices = sorted(
-        {device.device_kind for value in model.params.values() for device in value.devices()}
+        {d.device_kind for value in model.params.arrays.values() for d in value.devices()}
     )
     where = ", ".join(devices) + ("" if mesh is None else f" x {mesh.size} ({place.mesh})")
     say(

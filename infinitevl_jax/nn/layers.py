@@ -2,6 +2,9 @@
 
 Parameters keep their storage dtype and are cast to the activation dtype at use, so one set of
 parameters serves float32 and bfloat16. Float32 activations use matmul precision HIGHEST.
+
+`step` is the call for one token of each sequence, x [batch, 1, width], with the norm before it and
+the addition of a residual after it.
 """
 
 import jax
@@ -9,15 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from infinitevl_jax.nn.fused import JointGate
+from infinitevl_jax.nn.ops import Ops
 from infinitevl_jax.nn.parameter import parameter
+from infinitevl_jax.nn.products import matmul_precision, project
 from infinitevl_jax.nn.rngs import Rngs
 
 Axes = tuple[str | None, str | None]
-
-
-def matmul_precision(dtype) -> jax.lax.Precision | None:
-    """HIGHEST for float32 and wider, which rules out TF32 and bf16 passes; else the default."""
-    return jax.lax.Precision.HIGHEST if jnp.finfo(dtype).bits >= 32 else None
 
 
 class Linear(nnx.Module):
@@ -57,6 +58,12 @@ class Linear(nnx.Module):
         y = jnp.dot(x, self.kernel[...].astype(x.dtype), precision=matmul_precision(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
+    def step(
+        self, ops: Ops, x: Array, *, norm: "RMSNorm | None" = None, residual: Array | None = None
+    ) -> Array:
+        bias = None if self.bias is None else self.bias[...]
+        return project(ops, x, self.kernel[...], bias, norm=norm, residual=residual)
+
 
 class RMSNorm(nnx.Module):
     """x / rms(x) * weight over the last axis. The variance is float32."""
@@ -74,13 +81,19 @@ class RMSNorm(nnx.Module):
 class GatedMLP(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
+    gate_up_proj = JointGate("gate_proj", "up_proj")
+
     def __init__(self, features: int, hidden: int, *, bias: bool = False, rngs: Rngs):
         self.gate_proj = Linear(features, hidden, ("width", "hidden"), bias=bias, rngs=rngs)
         self.up_proj = Linear(features, hidden, ("width", "hidden"), bias=bias, rngs=rngs)
         self.down_proj = Linear(hidden, features, ("hidden", "width"), bias=bias, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.gate_up_proj(x))
+
+    def step(self, ops: Ops, x: Array, norm: RMSNorm) -> Array:
+        """x + mlp(norm(x))."""
+        return self.down_proj.step(ops, self.gate_up_proj.step(ops, x, norm), residual=x)
 
 
 class Embedding(nnx.Module):
@@ -105,3 +118,6 @@ class Embedding(nnx.Module):
             self.embedding[...].astype(x.dtype),
             precision=matmul_precision(x.dtype),
         )
+
+    def attend_step(self, ops: Ops, x: Array, *, norm: RMSNorm) -> Array:
+        return project(ops, x, self.embedding[...], norm=norm, transposed=True)

@@ -6,7 +6,8 @@ The optimiser, checkpoints and sharding all use this dict. It has two layouts:
 * stacked for a scan: "layers.blocks.1.mlp.up_proj.kernel", with a leading axis over the layers of
   a block (`infinitevl_jax.nn.stack`).
 
-Parameters outside a block have the same name in both.
+Parameters outside a block have the same name in both. A model that serves has them layer by layer,
+some of them fused (`infinitevl_jax.nn.fused_params`).
 """
 
 import functools
@@ -23,6 +24,8 @@ from jax import Array
 
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.nn.cache import Cache
+from infinitevl_jax.nn.fused import Joint
+from infinitevl_jax.nn.fused_params import FusedParams, Groups, fuse_layers, joints
 from infinitevl_jax.nn.ops import Ops
 from infinitevl_jax.nn.parameter import Facts
 from infinitevl_jax.nn.rngs import Rngs
@@ -73,21 +76,31 @@ class _Abstract:
     Attributes:
       paths: flax path of each parameter, by dotted name.
       stacks: layout of each stack, by dotted name.
+      joints: layers of the decoder that may be fused: name of the fused one, names of its members.
+        Only layer by layer.
     """
 
     graphdef: nnx.GraphDef
     paths: Mapping[str, tuple]
     parameters: Mapping[str, Parameter]
     stacks: Mapping[str, Layout]
+    joints: Mapping[str, tuple[Joint, tuple[str, ...]]]
 
 
 @functools.cache
 def _abstract(
-    config: ModelConfig, scanned: bool, dtype: np.dtype, ops: Ops | None, remat: Callable
+    config: ModelConfig,
+    scanned: bool,
+    dtype: np.dtype,
+    ops: Ops | None,
+    remat: Callable,
+    groups: Groups = (),
 ) -> _Abstract:
     def make():
         rngs = Rngs(jax.random.key(0))
-        return VLM(config, dtype=dtype, ops=ops, scanned=scanned, remat=remat, rngs=rngs)
+        model = VLM(config, dtype=dtype, ops=ops, scanned=scanned, remat=remat, rngs=rngs)
+        fuse_layers(model.layers.rest, groups)
+        return model
 
     model = nnx.eval_shape(make)
     stacks = {
@@ -100,7 +113,15 @@ def _abstract(
     for path, leaf in nnx.to_flat_state(state):
         name, found = _parameter(path, leaf, stacks)
         paths[name], parameters[name] = path, found
-    return _Abstract(graphdef, paths, MappingProxyType(parameters), stacks)
+    found = (
+        {}
+        if scanned
+        else {
+            name: (joint, tuple(f"{name.rpartition('.')[0]}.{member}" for member in joint.names))
+            for name, _, _, joint in joints(model.layers.rest)
+        }
+    )
+    return _Abstract(graphdef, paths, MappingProxyType(parameters), stacks, found)
 
 
 def _parameter(path: tuple, leaf: nnx.Param, stacks: Mapping[str, Layout]) -> tuple[str, Parameter]:
@@ -135,14 +156,15 @@ def functional(
     """Return the function that binds parameters to the model.
 
     Args:
-      scanned: layout of the parameters that the function takes.
+      scanned: layout of the parameters that the function takes. Layer by layer, some may be fused.
       dtype: activation dtype.
       remat: wraps a layer for the backward pass, for example `jax.checkpoint`.
     """
-    model = _abstract(config, scanned, np.dtype(dtype), ops, remat)
 
     def bind(params: Mapping[str, Array]) -> VLM:
-        tree = [(model.paths[name], nnx.Param(value)) for name, value in params.items()]
+        fused = params if isinstance(params, FusedParams) else FusedParams(dict(params), ())
+        model = _abstract(config, scanned, np.dtype(dtype), ops, remat, fused.groups)
+        tree = [(model.paths[name], nnx.Param(value)) for name, value in fused.arrays.items()]
         return nnx.merge(model.graphdef, nnx.from_flat_state(tree))
 
     return bind
@@ -151,6 +173,12 @@ def functional(
 def stack_layouts(config: ModelConfig, *, scanned: bool) -> Mapping[str, Layout]:
     """Layout of each stack by name."""
     return _abstract(config, scanned, np.dtype(np.float32), None, no_remat).stacks
+
+
+def joint_layers(config: ModelConfig) -> Mapping[str, tuple[Joint, tuple[str, ...]]]:
+    """Layers of the decoder that may be fused: by the name of the fused one, how its class declares
+    it and the names of its members."""
+    return _abstract(config, False, np.dtype(np.float32), None, no_remat).joints
 
 
 def cache_spec(config: ModelConfig, batch: int, max_length: int | None, dtype) -> Cache:

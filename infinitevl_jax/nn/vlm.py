@@ -35,6 +35,7 @@ class DecoderLayer(nnx.Module):
     """
 
     def __init__(self, config: TextConfig, ops: Ops, kind: str, rngs: Rngs):
+        self.ops = ops
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = layer_type(kind).make(config, ops, rngs)
@@ -43,18 +44,19 @@ class DecoderLayer(nnx.Module):
     def __call__(self, x: Array, state, info: TokenInfo):
         if state is None:  # training scans the layers
             info = inside_layer(info, x)
-        return self._run(self.self_attn, x, state, info)
-
-    def step(self, x: Array, state, info: TokenInfo):
-        """The same for one token of each sequence, x [batch, 1, width]."""
-        return self._run(self.self_attn.step, x, state, info)
-
-    def _run(self, mixer: Callable, x: Array, state, info: TokenInfo):
         with jax.named_scope("mixer"):
-            mixed, state = mixer(self.input_layernorm(x), state, info)
+            mixed, state = self.self_attn(self.input_layernorm(x), state, info)
         x = x + mixed
         with jax.named_scope("mlp"):
             x = x + self.mlp(self.post_attention_layernorm(x))
+        return constrain(x, "batch", "length", None), state
+
+    def step(self, x: Array, state, info: TokenInfo):
+        """The same for one token of each sequence, x [batch, 1, width]."""
+        with jax.named_scope("mixer"):
+            x, state = self.self_attn.step(x, self.input_layernorm, state, info)
+        with jax.named_scope("mlp"):
+            x = self.mlp.step(self.ops, x, self.post_attention_layernorm)
         return constrain(x, "batch", "length", None), state
 
 
@@ -72,7 +74,7 @@ class VLM(nnx.Module):
         rngs: Rngs,
     ):
         text, ops = config.text, ops or Ops()
-        self.config, self.dtype = config, jnp.dtype(dtype)
+        self.config, self.dtype, self.ops = config, jnp.dtype(dtype), ops
         tower = (
             None
             if config.vision is None
@@ -125,6 +127,31 @@ class VLM(nnx.Module):
           hidden_states: the input of every layer, then the final hidden state, as in Hugging Face;
             empty unless `collect`.
         """
+        y, cache, outputs = self._decode(x, inputs, cache, DecoderLayer.__call__, collect)
+        hidden = self.norm(y)
+        return hidden, cache, [x, *outputs[:-1], hidden] if collect else []
+
+    def step(self, x: Array, inputs: DecoderInputs, cache: Cache) -> tuple[Array, Cache]:
+        """The logits [batch, 1, vocab] of one embedded token of each sequence, x [batch, 1, width],
+        and the new cache: `decode` and `logits` by the layers' own steps."""
+        y, cache, _ = self._decode(x, inputs, cache, DecoderLayer.step, False)
+        with jax.named_scope("head"):
+            head = self.embed_tokens.attend_step if self.lm_head is None else self.lm_head.step
+            out = head(self.ops, y, norm=self.norm)
+        return constrain(out, "batch", "length", "vocab"), cache
+
+    def _decode(
+        self,
+        x: Array,
+        inputs: DecoderInputs,
+        cache: Cache | None,
+        method: Callable,
+        collect: bool,
+    ):
+        """The output of the last layer, the new cache, and the outputs of all layers if `collect`.
+
+        method: of `DecoderLayer`.
+        """
         length = jnp.zeros(x.shape[0], jnp.int32) if cache is None else cache.length
         valid = inputs.token_index >= 0
         positions = inputs.positions
@@ -139,11 +166,8 @@ class VLM(nnx.Module):
         info = TokenInfo(index, inputs.segment_ids, length, jnp.cos(angles), jnp.sin(angles))
 
         states = None if cache is None else cache.layers
-        one_token = cache is not None and x.shape[1] == 1
-        method = DecoderLayer.step if one_token else DecoderLayer.__call__
         with jax.named_scope("decoder"):
             y, states, outputs = self.layers(x, info, states, collect, method)
-        hidden = self.norm(y)
         if cache is not None:
             furthest = jnp.max(jnp.where(valid, positions, -1), axis=(0, 2)) + 1
             cache = Cache(
@@ -151,7 +175,7 @@ class VLM(nnx.Module):
                 length + valid.sum(1, dtype=jnp.int32),
                 jnp.maximum(cache.next_position, furthest),
             )
-        return hidden, cache, [x, *outputs[:-1], hidden] if collect else []
+        return y, cache, outputs
 
     def logits(self, hidden: Array) -> Array:
         """Hidden states [batch, length, width] -> logits [batch, length, vocab]."""

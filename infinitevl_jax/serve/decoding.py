@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from infinitevl_jax.inputs.model_inputs import ModelInputs, chunks
 from infinitevl_jax.nn.cache import Cache
-from infinitevl_jax.nn.params import Params
+from infinitevl_jax.nn.fused_params import FusedParams
 from infinitevl_jax.serve.generation import Request
 from infinitevl_jax.serve.programs import STEPS, Programs, on_mesh
 from infinitevl_jax.serve.slots import Slots
@@ -19,7 +19,7 @@ PREFILL_CHUNK = 8192  # tokens of a prompt that go through the decoder at once
 
 
 def prefill(
-    run: Programs, params: Params, inputs: ModelInputs, cache: Cache
+    run: Programs, params: FusedParams, inputs: ModelInputs, cache: Cache
 ) -> tuple[Array, Cache]:
     """Logits [batch, vocab] of every row's last token, and the new cache."""
     embeds = None if inputs.patches is None else run.encode(params, inputs.patches)
@@ -36,7 +36,7 @@ def prefill(
 
 def decode(
     run: Programs,
-    params: Params,
+    params: FusedParams,
     logits: Array,
     cache: Cache,
     request: Request,

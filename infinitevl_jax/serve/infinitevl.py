@@ -27,6 +27,7 @@ from infinitevl_jax.inputs.arrays import as_numpy, whole_number
 from infinitevl_jax.inputs.model_inputs import ModelInputs, build_inputs
 from infinitevl_jax.inputs.patches import bucket
 from infinitevl_jax.nn.cache import Cache, empty
+from infinitevl_jax.nn.fuse import FusedParams, fuse
 from infinitevl_jax.nn.ops import Ops, resolve_ops
 from infinitevl_jax.nn.params import Params, functional, initialize, parameters
 from infinitevl_jax.serve import decoding
@@ -54,12 +55,13 @@ VISION_INPUTS = (
 
 class InfiniteVL:
     """A configuration, its parameters, and the compiled functions that run them. Holds no
-    conversation: that is the cache's."""
+    conversation: that is the cache's. `params` has the names of checkpoints; on the device some of
+    them are fused (`infinitevl_jax.nn.fuse`), and looking such a one up copies it."""
 
     def __init__(
         self,
         config: ModelConfig,
-        params: Params,
+        params: Params | FusedParams,
         *,
         dtype: Any = None,
         mesh: Mesh | None = None,
@@ -68,7 +70,8 @@ class InfiniteVL:
     ):
         """
         Args:
-          params: by dotted name, unrolled layout.
+          params: by dotted name, unrolled layout. They are laid out for decoding: a second copy
+            while the caller keeps his. Those of another model are shared with it.
           dtype: what activations are computed in (f32 or bf16); by default what the last norm is
             stored in, as the bulk of a checkpoint is. Weights in float16 stay so and are computed
             with in float32; an InfiniteVLWarning says it.
@@ -80,6 +83,7 @@ class InfiniteVL:
         """
         if mesh is not None:
             check_mesh(mesh)
+        params = params if isinstance(params, FusedParams) else fuse(config, dict(params), mesh)
         self.config, self.params, self.mesh, self.defaults = config, params, mesh, defaults
         stored = params["norm.weight"].dtype
         self.dtype = floating(dtype) or compute_dtype(stored)
@@ -93,7 +97,7 @@ class InfiniteVL:
         self.ops = ops or resolve_ops(mesh)
         model = functional(config, scanned=False, dtype=self.dtype, ops=self.ops)
         self.programs = Programs(model)  # compiled once, for calls and engines alike
-        self._module = model(jax.eval_shape(lambda p: p, dict(params)))
+        self._module = model(jax.eval_shape(lambda p: p, params))
         self._cache_spec = lru_cache(self._module.cache_spec)
         self._checks = CacheChecks(self._module, self._cache_spec)
 
@@ -128,7 +132,8 @@ class InfiniteVL:
             config, params = load_params(
                 folder, scanned=False, dtype=dtype, shardings=shardings, progress=progress
             )
-        return cls(config, params, dtype=dtype, mesh=mesh, ops=ops, defaults=defaults)
+        fused = fuse(config, params, mesh)
+        return cls(config, fused, dtype=dtype, mesh=mesh, ops=ops, defaults=defaults)
 
     @classmethod
     def random(
@@ -144,19 +149,15 @@ class InfiniteVL:
         shardings = (
             None if mesh is None else parameter_shardings(parameters(config, scanned=True), mesh)
         )
-        return cls(
-            config,
-            initialize(
-                config, jax.random.key(seed), scanned=False, dtype=dtype, shardings=shardings
-            ),
-            mesh=mesh,
-            ops=ops,
+        params = initialize(
+            config, jax.random.key(seed), scanned=False, dtype=dtype, shardings=shardings
         )
+        return cls(config, fuse(config, params, mesh), mesh=mesh, ops=ops)
 
     @property
     def parameter_count(self) -> int:
         """Parameters, a tied head counted once."""
-        return sum(p.size for p in self.params.values())
+        return sum(p.size for p in parameters(self.config, scanned=False).values())
 
     @cached_property
     def keeps_everything(self) -> bool:

@@ -81,10 +81,16 @@ def forward(
       Logits [batch, length or n, vocab] f32, the new cache, hidden states.
     """
     vlm = model(params)
-    hidden, cache, states = vlm.decode(vlm.embed(inputs, embeds), inputs, cache, collect)
-    if keep is not None:
-        hidden = jnp.take_along_axis(hidden, keep[..., None], 1)
-    return vlm.logits(hidden).astype(jnp.float32), cache, states
+    x, states = vlm.embed(inputs, embeds), []
+    if cache is not None and x.shape[1] == 1 and not collect:
+        logits, cache = vlm.step(x, inputs, cache)
+        logits = logits if keep is None else jnp.take_along_axis(logits, keep[..., None], 1)
+    else:
+        hidden, cache, states = vlm.decode(x, inputs, cache, collect)
+        if keep is not None:
+            hidden = jnp.take_along_axis(hidden, keep[..., None], 1)
+        logits = vlm.logits(hidden)
+    return logits.astype(jnp.float32), cache, states
 
 
 def begin(slots: Slots, logits: Array) -> tuple[Slots, Array]:
@@ -123,21 +129,30 @@ def decode(
         i, _, slots, _ = carry
         return (i < steps) & jnp.any(slots.left > 0)
 
-    @jax.named_scope("decode")
     def step(carry: tuple) -> tuple:
-        i, before, slots, tokens = carry
-        busy = slots.left > 0
-        inputs = text_inputs(slots.token[:, None])
-        inputs = inputs._replace(token_index=jnp.where(busy, 0, -1)[:, None])
-        logits, after, _ = forward(model, params, inputs, None, before)
-        slots, token = _choose(slots, logits[:, 0], busy)
-        return i + 1, after, slots, tokens.at[i].set(token)
+        i, cache, slots, tokens = carry
+        cache, slots, token = decode_step(model, params, cache, slots)
+        return i + 1, cache, slots, tokens.at[i].set(token)
 
     tokens = jnp.full((most, len(slots.token)), -1, jnp.int32)
     _, cache, slots, tokens = jax.lax.while_loop(
         going, step, (jnp.zeros((), jnp.int32), cache, slots, tokens)
     )
     return cache, slots, tokens
+
+
+@jax.named_scope("decode")
+def decode_step(
+    model: Callable, params: Mapping[str, Array], cache: Cache, slots: Slots
+) -> tuple[Cache, Slots, Array]:
+    """One step of `decode`: the new cache and slots, and tokens [slots] int32, -1 of idle ones."""
+    busy = slots.left > 0
+    inputs = text_inputs(slots.token[:, None])
+    inputs = inputs._replace(token_index=jnp.where(busy, 0, -1)[:, None])
+    vlm = model(params)
+    logits, cache = vlm.step(vlm.embed(inputs, None), inputs, cache)
+    slots, token = _choose(slots, logits[:, 0].astype(jnp.float32), busy)
+    return cache, slots, token
 
 
 def prefill(

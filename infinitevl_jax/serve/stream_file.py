@@ -101,7 +101,7 @@ def _named(cache: Cache) -> dict[str, Any]:
 
 def _fingerprint(model: InfiniteVL) -> str:
     """Digest of a model: configuration, dtype and weights. The same on any device or mesh."""
-    sums = {name: int(_sum(value)) for name, value in sorted(model.params.items())}
+    sums = {name: int(_sum(model.params[name])) for name in sorted(model.params)}
     text = repr((model.config, model.dtype.name, sums))
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -2,6 +2,9 @@
 
 from jax import Array
 
+COLUMNS = 64
+"""All implementations take matrices whose columns are a multiple of this."""
+
 
 def projection(
     x: Array,

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+ROWS = 8  # of a register on TPU
+
 
 def projection(
     x, weight, bias=None, residual=None, norm=None, eps=1e-6, transposed=False
@@ -14,13 +16,23 @@ def projection(
         rows = x.astype(wide)
         factor = jax.lax.rsqrt(jnp.mean(rows * rows, -1) + eps)
         x = (rows * norm.astype(wide)).astype(dtype)
-    y = jax.lax.dot_general(
-        x,
-        weight.astype(dtype),
-        (((1,), (weight.ndim - 1 if transposed else 0,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if dtype == wide else None,
-        preferred_element_type=wide,
-    )
+
+    def product(x, weight):
+        return jax.lax.dot_general(
+            x,
+            weight.astype(dtype),
+            (((1,), (weight.ndim - 1 if transposed else 0,)), ((), ())),
+            precision=jax.lax.Precision.HIGHEST if dtype == wide else None,
+            preferred_element_type=wide,
+        )
+
+    def padded(x, weight):
+        return product(jnp.pad(x, ((0, ROWS - 1), (0, 0))), weight)[:1]
+
+    if len(x) == 1:  # XLA multiplies a single row without the matrix units
+        y = jax.lax.platform_dependent(x, weight, tpu=padded, default=product)
+    else:
+        y = product(x, weight)
     y = y if norm is None else y * factor.reshape(-1, *(1,) * (y.ndim - 1))
     y = y if bias is None else y + bias.astype(wide)
     y = y if y.ndim == 2 else jax.nn.silu(y[:, 0]) * y[:, 1]

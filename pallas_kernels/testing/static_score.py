@@ -84,9 +84,10 @@ def score(build: Callable, chip: str, *places, **names) -> Score:
     """Scores `function` for one device of `chip` ("v5e", "v5p", "v6e", "tpu7x") where `function,
     shapes = build(*places, **names)`.
 
-    `build` is a function of a module (not of __main__). Its arguments are JSON values. shapes are
-    jax.ShapeDtypeStruct (or trees of them), one for each argument of the function. Raises
-    RuntimeError with the compiler's last words where it fails.
+    `build` is a function of a module (not of __main__). Its arguments are JSON values. The function
+    may be jitted, with donated arguments. shapes are jax.ShapeDtypeStruct (or trees of them), one
+    for each argument of the function. Raises RuntimeError with the compiler's last words where it
+    fails.
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with tempfile.TemporaryDirectory() as folder:
@@ -140,7 +141,8 @@ def _compile_and_read(
     place = NamedSharding(mesh, PartitionSpec())
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
     with jax.set_mesh(mesh):  # tells the kernels' lowering the chip
-        traced = jax.jit(function).trace(*shapes)
+        jitted = function if hasattr(function, "trace") else jax.jit(function)
+        traced = jitted.trace(*shapes)
         hlo = traced.lower().compile().as_text()
     kernels = {}
     for kernel in _kernels(traced.jaxpr.jaxpr):
@@ -346,7 +348,7 @@ def _touched(parameter: str, inside: dict, computations: dict) -> float:
         used = [place for place, operand in enumerate(_names(inner)) if operand in names]
         if not used:
             continue
-        if inner["op"] == "bitcast":
+        if inner["op"] == "bitcast" or _is_bitcast(inner, computations):
             names.add(name)
         elif inner["op"] in ("dynamic-slice", "slice", "gather") and used == [0]:
             total += sum(_sizes(inner["type"]))
@@ -359,6 +361,14 @@ def _touched(parameter: str, inside: dict, computations: dict) -> float:
         elif not (inner["op"] == "dynamic-update-slice" and used == [0]):
             return math.inf
     return total
+
+
+def _is_bitcast(instruction: dict, computations: dict) -> bool:
+    """Whether it is a fusion that only renames its operand."""
+    if instruction["op"] != "fusion":
+        return False
+    nested = computations[re.search(r"calls=%([\w.<>-]+)", instruction["rest"])[1]]
+    return all(x["op"] in ("parameter", "bitcast") for x in nested.values())
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ def made(tmp_path_factory, tiny_data):
     model = InfiniteVL.random(start.config, 5)
     # an untrained model repeats the last token, a special one: bias it towards words
     special = start.processor.tokenizer.token_id("<|endoftext|>")
-    model.params["embed_tokens.embedding"] = (
-        model.params["embed_tokens.embedding"].at[special:].multiply(1e-2)
-    )
+    params = dict(model.params)
+    embedding = params["embed_tokens.embedding"].at[special:].multiply(1e-2)
+    model = InfiniteVL(model.config, params | {"embed_tokens.embedding": embedding})
     return model, start, source
 
 

@@ -1,7 +1,9 @@
-"""One token at a time by `Mixer.step` equals the general path, with every option of the layers;
-sequences that stand still keep their state bit for bit."""
+"""One token at a time by `Mixer.step` equals the general path with the norm before it and the
+residual after it, with every option of the layers; sequences that stand still keep their state bit
+for bit."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +14,14 @@ from tiny import hybrid_config
 
 from infinitevl_jax.config.model import FULL, LINEAR, SLIDING
 from infinitevl_jax.inputs.model_inputs import text_inputs
+from infinitevl_jax.nn.layers import RMSNorm
 from infinitevl_jax.nn.mixers import Mixer, layer_type
 from infinitevl_jax.nn.ops import Ops
 from infinitevl_jax.nn.params import cache_spec, functional, initialize
 from infinitevl_jax.nn.rngs import Rngs
 from infinitevl_jax.nn.rope import decoder_angles
 from infinitevl_jax.nn.token_info import TokenInfo
+from infinitevl_jax.nn.vlm import VLM
 from pallas_kernels.testing.parity import rel_rms
 
 COUNTS, COLUMNS = np.array([30, 0, 17]), 34  # tokens of each sequence
@@ -68,6 +72,8 @@ def test_steps_equal_the_general_path(kind, options, max_length):
     mixer = layer_type(kind).make(text, Ops(), Rngs(jax.random.key(0)))
     index = jnp.asarray(lay_out(rng))
     x = jnp.asarray(rng.normal(size=(3, COLUMNS, WIDTH)), jnp.float32)
+    norm = RMSNorm(WIDTH, 1e-3)
+    norm.weight[...] = jnp.asarray(1 + 0.4 * rng.normal(size=WIDTH), jnp.float32)
     empty = jax.tree.map(
         lambda s: jnp.zeros(s.shape, s.dtype), mixer.state_spec(3, max_length, jnp.float32)
     )
@@ -77,13 +83,14 @@ def test_steps_equal_the_general_path(kind, options, max_length):
         def token(carry, now):
             state, length = carry
             x, index = now
-            out, state = mixer.step(x[:, None], state, info_of(text, index[:, None], length))
+            info = info_of(text, index[:, None], length)
+            out, state = mixer.step(x[:, None], norm, state, info)
             return (state, length + (index >= 0)), out[:, 0]
 
         start = state, jnp.zeros(3, jnp.int32)
         (last, _), out = jax.lax.scan(token, start, (x.swapaxes(0, 1), index.T))
-        whole = mixer(x, state, info_of(text, index, jnp.zeros(3, jnp.int32)))
-        return (out.swapaxes(0, 1), last), whole
+        mixed, state = mixer(norm(x), state, info_of(text, index, jnp.zeros(3, jnp.int32)))
+        return (out.swapaxes(0, 1), last), (x + mixed, state)
 
     (out, last), (wanted, state) = both(x, empty)
     valid = np.asarray(index >= 0)
@@ -104,16 +111,16 @@ def test_a_model_decodes_by_the_step_operators():
     model = hybrid_config()
     bind = functional(model, scanned=False, ops=ops)
 
-    def decode(params, cache, tokens):
+    def decode(params, cache, tokens, method=VLM.step):
         vlm, inputs = bind(params), text_inputs(tokens)
-        return vlm.decode(vlm.embed(inputs, None), inputs, cache)[1]
+        return method(vlm, vlm.embed(inputs, None), inputs, cache)[1]
 
     cache = cache_spec(model, 2, None, jnp.float32)
     params = jax.eval_shape(lambda: initialize(model, jax.random.key(0), scanned=False))
     tokens = jax.ShapeDtypeStruct((2, 1), jnp.int32)
     assert jax.eval_shape(decode, params, cache, tokens) == cache
     with pytest.raises(AssertionError, match="the general path"):
-        jax.eval_shape(decode, params, cache, jax.ShapeDtypeStruct((2, 2), jnp.int32))
+        jax.eval_shape(partial(decode, method=VLM.decode), params, cache, tokens)
 
 
 def test_a_mixer_without_a_step_takes_its_general_path():
@@ -121,5 +128,5 @@ def test_a_mixer_without_a_step_takes_its_general_path():
         def __call__(self, x, state, info):
             return x + state, state + 1
 
-    out, state = Sum().step(jnp.ones((2, 1, 3)), jnp.zeros(()), None)
-    assert out.tolist() == np.ones((2, 1, 3)).tolist() and state == 1
+    out, state = Sum().step(jnp.ones((2, 1, 3)), lambda x: 5 * x, jnp.full((), 2.0), None)
+    assert out.tolist() == np.full((2, 1, 3), 1 + 5 + 2).tolist() and state == 3

@@ -65,7 +65,7 @@ def test_the_model_sees_through_it():
     one, two = (image_batch(seed) for seed in (0, 1))
     assert rel_rms(model(**one).logits, model(**two).logits) > 1e-2
     kernel = "visual.proj.kernel"
-    blind = InfiniteVL(CONFIG, model.params | {kernel: 0 * model.params[kernel]})
+    blind = InfiniteVL(CONFIG, dict(model.params) | {kernel: 0 * model.params[kernel]})
     np.testing.assert_array_equal(blind(**one).logits, blind(**two).logits)
     assert model.generate(**one, max_new_tokens=4).shape == (1, 4)
 

@@ -86,6 +86,42 @@ ALONE = """
     except Raced:
         print("raced")
 """
+DECODING = """
+    import jax, jax.numpy as jnp, numpy as np
+    from infinitevl_jax.config.model import LINEAR, SLIDING, ModelConfig, TextConfig
+    from infinitevl_jax.inputs.model_inputs import text_inputs
+    from infinitevl_jax.nn.cache import empty
+    from infinitevl_jax.nn.fuse import fuse
+    from infinitevl_jax.nn.ops import Ops
+    from infinitevl_jax.nn.params import functional, initialize
+    from pallas_kernels.projection.hopper.projection import projection
+    from pallas_kernels.testing.mosaic_gpu_interpreter import interpreted
+
+    wide = {"hidden_size": 512, "intermediate_size": 512, "vocab_size": 64, "sliding_window": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 128}
+    text = TextConfig((SLIDING, LINEAR), num_linear_heads=2, mrope_section=None, **wide, **heads)
+    config = ModelConfig(text, None, family="qwen2", initializer_range=0.5)
+    rng, params = np.random.default_rng(0), initialize(config, jax.random.key(0), scanned=False)
+    for name, p in params.items():
+        noise = 0.4 * rng.normal(size=p.shape) if name.endswith(("norm.weight", "bias")) else 0
+        params[name] = jnp.asarray(p + noise, jnp.bfloat16)
+    params, called = fuse(config, params), []
+
+    def logits(run):
+        ops = Ops(projection=lambda *x, **y: called.append(run) or run(*x, **y))
+        vlm = functional(config, scanned=False, dtype=jnp.bfloat16, ops=ops)(params)
+        inputs = text_inputs(np.array([[5], [6], [7]]))
+        cache = empty(vlm.cache_spec(3, None))
+        out = vlm.step(vlm.embed(inputs, None), inputs, cache)[0]
+        return np.float32(jax.block_until_ready(out))
+
+    with interpreted():
+        found = logits(projection)
+    want = logits(Ops().projection)
+    assert called.count(projection) == 4 * 2 + 1 and np.std(want) > 1
+    assert np.sqrt(np.mean((found - want) ** 2) / np.mean(want**2)) < 1e-2
+    print("equal")
+"""
 RACE = """
     import jax, jax.numpy as jnp
     import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -161,12 +197,13 @@ def test_parity_of_several_chunks_a_block():
 
 @pytest.mark.parametrize(
     ("script", "word"),
-    [(RACE, "raced"), (ALONE, "raced"), (ROWS, "equal")],
-    ids=["race", "race in a cluster", "rows of a projection"],
+    [(RACE, "raced"), (ALONE, "raced"), (ROWS, "equal"), (DECODING, "equal")],
+    ids=["race", "race in a cluster", "rows of a projection", "a token of a model"],
 )
 def test_script(script, word):
     """Races are found, between the blocks of a cluster too. A row of a projection has the same bits
-    whatever the number of rows and whatever is in the others."""
+    whatever the number of rows and whatever is in the others. A token goes through the layers of a
+    model as by `xla`."""
     done = python("-c", textwrap.dedent(script))
     if jax.__version_info__ == VERSION:
         assert word in done.stdout, done.stderr

@@ -270,7 +270,7 @@ def test_a_mesh_of_eight_devices_generates_the_same(model, prompt, greedy, tmp_p
     )
     one = InfiniteVL.from_pretrained(tmp_path / "nn")
     assert jax.tree.all(
-        jax.tree.map(lambda a, b: bool((a == b).all()), one.params, dict(model.params))
+        jax.tree.map(lambda a, b: bool((a == b).all()), dict(one.params), dict(model.params))
     )
 
 

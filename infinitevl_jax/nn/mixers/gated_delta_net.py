@@ -12,7 +12,8 @@ from flax import nnx
 from jax import Array
 
 from infinitevl_jax.config.model import LINEAR, TextConfig
-from infinitevl_jax.nn.layers import Linear
+from infinitevl_jax.nn.fused import Joint
+from infinitevl_jax.nn.layers import Linear, RMSNorm
 from infinitevl_jax.nn.mixers.mixer import Mixer
 from infinitevl_jax.nn.mixers.registry import register_mixer
 from infinitevl_jax.nn.ops import Ops
@@ -68,6 +69,8 @@ class GatedDeltaNet(Mixer):
     heads.
     """
 
+    input_proj = Joint("q_proj", "k_proj", "v_proj", "g_proj", "a_proj", "b_proj")
+
     def __init__(self, config: TextConfig, ops: Ops, rngs: Rngs):
         self.heads, self.key_heads = config.num_linear_heads, config.linear_key_heads
         self.head_dim, self.value_dim = config.linear_head_dim, config.linear_value_dim
@@ -122,17 +125,16 @@ class GatedDeltaNet(Mixer):
             y = rearrange(y, "b t (h d) -> b t h d", h=count)
             return constrain(y, "batch", "length", "heads", None)
 
-        q, q_conv_state = self.q_conv1d(self.q_proj(x), past.q_conv_state, info)
-        k, k_conv_state = self.k_conv1d(self.k_proj(x), past.k_conv_state, info)
-        v, v_conv_state = self.v_conv1d(self.v_proj(x), past.v_conv_state, info)
+        q, k, v, gate, a, b = self.input_proj(x)
+        q, q_conv_state = self.q_conv1d(q, past.q_conv_state, info)
+        k, k_conv_state = self.k_conv1d(k, past.k_conv_state, info)
+        v, v_conv_state = self.v_conv1d(v, past.v_conv_state, info)
         q = (self.ops.l2norm(q, self.key_heads, 1e-6) * self.head_dim**-0.5).astype(x.dtype)
         k = self.ops.l2norm(k, self.key_heads, 1e-6).astype(x.dtype)
 
-        beta = jax.nn.sigmoid(self.b_proj(x).astype(jnp.float32))  # [batch, length, heads]
+        beta = jax.nn.sigmoid(b.astype(jnp.float32))  # [batch, length, heads]
         rate = jnp.exp(self.A_log[...].astype(jnp.float32))
-        g = -rate * jax.nn.softplus(
-            self.a_proj(x).astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32)
-        )
+        g = -rate * jax.nn.softplus(a.astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
         out, recurrent_state = self.ops.gated_delta_rule(
             heads(q, self.key_heads),
             heads(k, self.key_heads),
@@ -143,24 +145,23 @@ class GatedDeltaNet(Mixer):
             info.token_index,
             info.segment_ids,
         )
-        out = self.o_norm(rearrange(out, "b t h d -> b t (h d)"), self.g_proj(x))
+        out = self.o_norm(rearrange(out, "b t h d -> b t (h d)"), gate)
         if state is not None:
             state = DeltaState(recurrent_state, q_conv_state, k_conv_state, v_conv_state)
         return self.o_proj(out), state
 
-    def step(self, x: Array, state: DeltaState, info: TokenInfo) -> tuple[Array, DeltaState]:
+    def step(
+        self, x: Array, norm: RMSNorm, state: DeltaState, info: TokenInfo
+    ) -> tuple[Array, DeltaState]:
         """All between the projections is one operator."""
-        projections = (
-            self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.a_proj, self.b_proj,
-        )  # fmt: skip
-        inputs = Inputs(*(project(x)[:, 0] for project in projections))
+        inputs = Inputs(*(y[:, 0] for y in self.input_proj.step(self.ops, x, norm)))
         convolutions = (conv.weight[...] for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d))
         gates = self.A_log[...], self.dt_bias[...]
         weights = Weights(*convolutions, *gates, self.o_norm.weight[...])
         out, state = self.ops.gated_delta_rule_step(
             inputs, weights, state, info.token_index[:, 0], self.o_norm.eps
         )
-        return self.o_proj(out[:, None]), state
+        return self.o_proj.step(self.ops, out[:, None], residual=x), state
 
 
 register_mixer(LINEAR, GatedDeltaNet, title="Gated DeltaNet")

@@ -1,5 +1,6 @@
 """The interface of token mixers."""
 
+from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
@@ -41,9 +42,13 @@ class Mixer(nnx.Module):
         """
         raise NotImplementedError
 
-    def step(self, x: Array, state: Any, info: TokenInfo) -> tuple[Array, Any]:
-        """Mix one token of each sequence, x [batch, 1, width], as `__call__` does.
+    def step(
+        self, x: Array, norm: Callable[[Array], Array], state: Any, info: TokenInfo
+    ) -> tuple[Array, Any]:
+        """x + mix(norm(x)) for one token of each sequence, x [batch, 1, width]: the mixer with what
+        stands around it in its layer.
 
         Decoding calls it. A mixer overrides it where one token has a faster way.
         """
-        return self(x, state, info)
+        mixed, state = self(norm(x), state, info)
+        return x + mixed, state

@@ -7,6 +7,7 @@ from jax import Array
 
 from infinitevl_jax.config.model import FULL, SLIDING, TextConfig
 from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.nn.fused import Joint
 from infinitevl_jax.nn.layers import Linear, RMSNorm
 from infinitevl_jax.nn.mixers.mixer import Mixer
 from infinitevl_jax.nn.mixers.registry import register_mixer
@@ -26,6 +27,8 @@ class SoftmaxAttention(Mixer):
     `attention_output_gate` multiplies each output head by the sigmoid of a gate that q_proj
     computes.
     """
+
+    qkv_proj = Joint("q_proj", "k_proj", "v_proj")
 
     def __init__(
         self, config: TextConfig, window: int | None, ops: Ops, rngs: Rngs, sinks: int = 0
@@ -62,7 +65,7 @@ class SoftmaxAttention(Mixer):
     def __call__(
         self, x: Array, state: KVCache | None, info: TokenInfo
     ) -> tuple[Array, KVCache | None]:
-        q, k, v, gate = self._project(x, info)
+        q, k, v, gate = self._heads(*self.qkv_proj(x), info)
         scale, window, sinks = self.head_dim**-0.5, self.window, self.sinks
         tokens = info.token_index, info.token_index, info.segment_ids, info.segment_ids
         mask = Mask(window=window, sinks=sinks, aligned=True)
@@ -79,40 +82,44 @@ class SoftmaxAttention(Mixer):
             # Skip an empty cache (first chunk of a prompt).
             out = jax.lax.cond(jnp.any(info.length > 0), with_cache, lambda: out)
             state = write(state, k, v, info.token_index, sinks)
-        return self._output(out, gate), state
+        return self.o_proj(self._gated(out, gate)), state
 
-    def step(self, x: Array, state: KVCache, info: TokenInfo) -> tuple[Array, KVCache]:
+    def step(
+        self, x: Array, norm: RMSNorm, state: KVCache, info: TokenInfo
+    ) -> tuple[Array, KVCache]:
         """Attention over cache and token, and the write into the cache, are one operator."""
-        q, k, v, gate = self._project(x, info)
+        q, k, v, gate = self._heads(*self.qkv_proj.step(self.ops, x, norm), info)
         token = q[:, 0], k[:, 0], v[:, 0]
         out, state = self.ops.attention_step(
             *token, state, info.token_index[:, 0], self.window, self.head_dim**-0.5, self.sinks
         )
-        return self._output(out[:, None], gate), state
+        return self.o_proj.step(self.ops, self._gated(out[:, None], gate), residual=x), state
 
-    def _project(self, x: Array, info: TokenInfo) -> tuple[Array, Array, Array, Array | None]:
-        """q, k (both rotated) and v [batch, length, heads, head_dim], and the output gate
-        [batch, length, heads * head_dim] if there is one."""
+    def _heads(
+        self, q: Array, k: Array, v: Array, info: TokenInfo
+    ) -> tuple[Array, Array, Array, Array | None]:
+        """Projections [batch, length, channels] -> q, k (both rotated) and v
+        [batch, length, heads, head_dim], and the output gate [batch, length, heads * head_dim] if
+        there is one."""
 
         def heads(y):
             y = rearrange(y, "b t (h d) -> b t h d", d=self.head_dim)
             return constrain(y, "batch", "length", "heads", None)
 
-        q, gate = self.q_proj(x), None
+        gate = None
         if self.gated:
             q = rearrange(q, "b t (h two d) -> two b t (h d)", two=2, d=self.head_dim)
             q, gate = q[0], q[1]
-        q, k, v = heads(q), heads(self.k_proj(x)), heads(self.v_proj(x))
+        q, k, v = heads(q), heads(k), heads(v)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, info.cos, info.sin), rotate(k, info.cos, info.sin), v, gate
 
-    def _output(self, out: Array, gate: Array | None) -> Array:
-        """out [batch, length, heads, head_dim] -> [batch, length, width]."""
+    @staticmethod
+    def _gated(out: Array, gate: Array | None) -> Array:
+        """[batch, length, heads, head_dim] -> [batch, length, heads * head_dim]."""
         out = rearrange(out, "b t h d -> b t (h d)")
-        if gate is not None:
-            out = out * jax.nn.sigmoid(gate)
-        return self.o_proj(out)
+        return out if gate is None else out * jax.nn.sigmoid(gate)
 
 
 def window_attention(config: TextConfig, ops: Ops, rngs: Rngs) -> SoftmaxAttention:
