@@ -88,7 +88,7 @@ class SoftmaxAttention(Mixer):
     def __call__(
         self, x: Array, state: KVCache | None, info: TokenInfo
     ) -> tuple[Array, KVCache | None]:
-        q, k, v, gate = self._project(x, info)
+        q, k, v, gate = self.project(x, info)
         scale, window = self.head_dim**-0.5, self.window
         tokens = info.token_index, info.token_index, info.segment_ids, info.segment_ids
         mask = Mask(window=window, aligned=True)
@@ -109,14 +109,14 @@ class SoftmaxAttention(Mixer):
 
     def step(self, x: Array, state: KVCache, info: TokenInfo) -> tuple[Array, KVCache]:
         """Attention over cache and token, and the write into the cache, are one operator."""
-        q, k, v, gate = self._project(x, info)
+        q, k, v, gate = self.project(x, info)
         token = q[:, 0], k[:, 0], v[:, 0]
         out, state = self.ops.attention_step(
             *token, state, info.token_index[:, 0], self.window, self.head_dim**-0.5
         )
         return self._output(out[:, None], gate), state
 
-    def _project(self, x: Array, info: TokenInfo) -> tuple[Array, Array, Array, Array | None]:
+    def project(self, x: Array, info: TokenInfo) -> tuple[Array, Array, Array, Array | None]:
         """q, k (both rotated) and v [batch, length, heads, head_dim], and the output gate
         [batch, length, heads * head_dim] if there is one."""
 
