@@ -161,14 +161,14 @@ def test_distill(made, form):
 
 
 @pytest.mark.parametrize(
-    ("form", "options", "remat"),
+    ("form", "options", "remat", "scan"),
     [
-        ("packed", LayerwiseConfig(), "full"),
-        ("branches", LayerwiseConfig(layer_types=(LINEAR,)), "none"),
-        ("packed", LayerwiseConfig(distance="mse", layers=(0, 3)), "dots"),
+        ("packed", LayerwiseConfig(), "full", True),
+        ("branches", LayerwiseConfig(layer_types=(LINEAR,)), "none", True),
+        ("packed", LayerwiseConfig(distance="mse", layers=(0, 3)), "dots", False),
     ],
 )
-def test_layerwise(made, form, options, remat):
+def test_layerwise(made, form, options, remat, scan):
     batch = made.rows
     counted = np.asarray(batch.branches.token_index >= 0, np.float32)
     if form == "branches":  # the prefix of an image counts once
@@ -194,7 +194,7 @@ def test_layerwise(made, form, options, remat):
         functional(c, scanned=False)(unstack(c, dict(made.params[n]), made.layout))
         for n, c in made.configs.items()
     ]
-    found = made.gradient(options, made.batches[form], RunConfig(fsdp=1, remat=remat))
+    found = made.gradient(options, made.batches[form], RunConfig(fsdp=1, remat=remat, scan=scan))
     agree(found, made.plain(plain))
     trained = {name for name, g in found[1].items() if np.asarray(g).any()}
     assert trained and all(

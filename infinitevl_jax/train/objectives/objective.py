@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
+import jax.numpy as jnp
 from jax import Array
 
 from infinitevl_jax.config.model import ModelConfig
@@ -31,7 +31,7 @@ class Mean(NamedTuple):
     @property
     def value(self) -> Array:
         """The mean; 0 of no tokens."""
-        return jax.numpy.where(self.weight > 0, self.total / self.weight, 0)
+        return self.total / jnp.where(self.weight > 0, self.weight, 1)
 
 
 class Measured(NamedTuple):
