@@ -59,6 +59,7 @@ from infinitevl_jax.train.step import (
     model_of,
     put_batch,
     state_shardings,
+    supervised_loss,
     train_step,
 )  # noqa: E402
 
@@ -128,7 +129,9 @@ def compile_step(
         started = time.perf_counter()
         model = model_of(config, run, resolve_ops(mesh, run.ops))
         step = jax.jit(
-            partial(train_step, model, optimizer), donate_argnums=0, out_shardings=(places, None)
+            partial(train_step, supervised_loss(model), optimizer),
+            donate_argnums=0,
+            out_shardings=(places, None),
         )
         step = step.lower(state, put_batch(batch, mesh)).compile()
     line["compile_s"] = round(time.perf_counter() - started, 1)

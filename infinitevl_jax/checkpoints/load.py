@@ -16,6 +16,7 @@ from infinitevl_jax.checkpoints.source import Source, check_finite
 from infinitevl_jax.checkpoints.weights import Leaf, leaves
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.nn.stack import Scanned
 
 Params = dict[str, jax.Array]
 
@@ -23,7 +24,7 @@ Params = dict[str, jax.Array]
 def load_params(
     folder: str | Path,
     *,
-    scanned: bool,
+    scanned: Scanned,
     dtype=None,
     shardings: Mapping[str, Sharding] | None = None,
     adapters: Sequence[str | Path] = (),

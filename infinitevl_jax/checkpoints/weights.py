@@ -17,6 +17,7 @@ from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.families import family
 from infinitevl_jax.nn.parameter import Facts
 from infinitevl_jax.nn.params import parameters
+from infinitevl_jax.nn.stack import Scanned
 
 HUB, RUNTIME = "published", "live"  # as written into manifests
 # prefixes of transformers' live modules -> of published files
@@ -71,7 +72,7 @@ class Leaf:
         return np.ascontiguousarray(part.T if self.transposed else part).reshape(self.torch_shape)
 
 
-def leaves(config: ModelConfig, *, scanned: bool) -> list[Leaf]:
+def leaves(config: ModelConfig, *, scanned: Scanned) -> list[Leaf]:
     """Every parameter of a model in one layout, with the torch tensors behind it."""
     out = []
     for name, parameter in parameters(config, scanned=scanned).items():

@@ -15,7 +15,9 @@ from infinitevl_jax.config.model import TextConfig, VisionConfig
 from infinitevl_jax.config.ranges import INT32, Name, check_ranges, check_value, hints, plain
 from infinitevl_jax.config.run import RunConfig
 from infinitevl_jax.config.shipped import find_preset, known_presets
+from infinitevl_jax.config.student import MixersConfig, TeacherConfig
 from infinitevl_jax.config.train import TrainConfig
+from infinitevl_jax.config.variants import variants
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.reading import read_bytes
 
@@ -36,12 +38,14 @@ class ModelSource:
     """Source of the model: a checkpoint folder, or sizes and new weights.
 
     Attributes:
-      from_: "from" in the file; a checkpoint folder of this project or of Hugging Face. It decides
-        sizes and tokenizer.
+      from_: "from" in the file; a checkpoint folder of this project or of Hugging Face, or a run's
+        folder, for its newest checkpoint. It decides sizes and tokenizer.
       tokenizer: with sizes: a folder with tokenizer and processor files, or "words" for one token
         per word of the training questions.
       min_pixels, max_pixels: limits that images are resized to; None takes the folder's (with
         "words": 3136, 1003520).
+      mixers: mixers that replace those of the folder's model.
+      family: with sizes: of the model's files, a registered one; None is this project's.
       initializer_range: with sizes: standard deviation of new embeddings.
       text, vision: sizes. With "words", vocab_size is that of the tokenizer.
     """
@@ -50,6 +54,8 @@ class ModelSource:
     tokenizer: Name = "words"
     min_pixels: Pixels | None = None
     max_pixels: Pixels | None = None
+    mixers: MixersConfig | None = None
+    family: Name | None = None
     initializer_range: Annotated[float, Meta(ge=0, le=1e6)] = 0.02
     text: TextConfig | None = None
     vision: VisionConfig | None = None
@@ -63,7 +69,10 @@ class ModelSource:
                 "name a checkpoint folder in model.from, or give the sizes in [model.text] and"
                 " [model.vision]",
             )
-        fresh = {name: getattr(self, name) for name in ("vision", "tokenizer", "initializer_range")}
+        fresh = {
+            name: getattr(self, name)
+            for name in ("vision", "tokenizer", "initializer_range", "family")
+        }
         given = [name for name, value in fresh.items() if value != getattr(type(self), name)]
         if self.from_ and given:
             raise InfiniteVLError(
@@ -71,12 +80,21 @@ class ModelSource:
                 f"the folder decides that: remove model.{given[0]}, or model.from",
             )
 
+        if self.mixers is not None and not self.from_:
+            raise InfiniteVLError(
+                "the preset gives model.mixers without model.from",
+                "name the checkpoint folder whose mixers they replace, or put the mixers into"
+                " [model.text]",
+            )
+
 
 @dataclass(frozen=True)
 class Preset:
-    """A training run: model, run and training configuration."""
+    """A training run: model, teacher (where the objective has one), run and training
+    configuration."""
 
     model: ModelSource
+    teacher: TeacherConfig | None = None
     run: RunConfig = field(default_factory=RunConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -118,6 +136,7 @@ def parse(kind: type, tree: Any, key: str, where: str) -> Any:
         raise InfiniteVLError(
             f"{where}: {key} is {tree!r}", f"{key} is a table: write [{key}], then its keys"
         )
+    kind = _variant(kind, tree, key, where)
     fields = {f.name.rstrip("_"): f for f in dataclasses.fields(kind)}
     declared = hints(kind)
     for name in tree:
@@ -150,6 +169,18 @@ def parse(kind: type, tree: Any, key: str, where: str) -> Any:
         return kind(**values)
     except InfiniteVLError as error:
         raise InfiniteVLError(f"{where}: {error.culprit}", error.cure) from None
+
+
+def _variant(kind: type, tree: dict, key: str, where: str) -> type:
+    """The kind that a table's `name` chooses, where its kind has variants."""
+    if not (known := variants(kind)):
+        return kind
+    name = tree.get("name", next(f.default for f in dataclasses.fields(kind) if f.name == "name"))
+    try:
+        check_value(name, typing.Literal[tuple(sorted(known))], f"{key}.name")
+    except InfiniteVLError as error:
+        raise InfiniteVLError(f"{where}: {error.culprit}", error.cure) from None
+    return known[name]
 
 
 def to_tree(config: Any) -> Any:

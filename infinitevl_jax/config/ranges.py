@@ -81,7 +81,11 @@ def plain(hint: Any) -> Any:
 
 def describe(hint: Any) -> str:
     """A declared type in words: "a whole number, 1 or more, at most 1024"."""
+    if len(options := _options(hint)) > 1:
+        return ", or ".join(describe(option) for option in options)
     kind = plain(hint)
+    if typing.get_origin(kind) is dict:
+        return f"a table whose values are each {describe(typing.get_args(kind)[1])}"
     if typing.get_origin(kind) is tuple:
         kind, length = (
             tuple,
@@ -109,10 +113,15 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def _given(hint: Any) -> Any:
-    """A type without `| None`."""
+    """A type without `| None`, the first of several."""
+    return _options(hint)[0]
+
+
+def _options(hint: Any) -> list[Any]:
+    """The types of a union, without None."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return next(kind for kind in typing.get_args(hint) if kind is not type(None))
-    return hint
+        return [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    return [hint]
 
 
 def _item(hint: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from infinitevl_jax.config.objective import ObjectiveConfig, SupervisedConfig
 from infinitevl_jax.config.ranges import (
     INT32,
     Count,
@@ -16,9 +17,11 @@ from infinitevl_jax.config.ranges import (
     Share,
     check_ranges,
 )
+from infinitevl_jax.config.variants import check_name
 from infinitevl_jax.errors import InfiniteVLError
 
 TOKENS = 2**26  # per batch: 1 GB of arrays
+LearningRateFactor = Annotated[float, Meta(ge=0, le=1e6)]
 PATCHES = 2**21  # per batch: 10 GB with 1,176 values per patch
 
 
@@ -114,7 +117,10 @@ class TrainConfig:
       output: folder for checkpoints, log and plot. A run resumes from the checkpoints in it.
       steps: number of steps; 0 uses `epochs`.
       epochs: passes over the training split.
-      trainable: regular expressions. A parameter trains if one matches its whole dotted name.
+      trainable: regular expressions. A parameter trains if one matches its whole dotted name. Or a
+        table of regular expression = factor: the first that matches a name decides the factor of
+        its learning rate; with 0, or without a match, the parameter is frozen.
+      objective: what is minimised, chosen by its key `name`, with its options.
       log_every, evaluate_every: in steps; 0 is only at the end.
       checkpoint_every: in steps; 0 is off.
       checkpoint_minutes: minutes of training between checkpoints; 0 is off.
@@ -125,18 +131,21 @@ class TrainConfig:
     seed: Seed = 0
     steps: Count = 0
     epochs: Annotated[float, Meta(ge=0, le=1e9)] = 1.0
-    trainable: tuple[Name, ...] = (".*",)
+    trainable: tuple[Name, ...] | dict[Name, LearningRateFactor] = (".*",)
     log_every: Count = 10
     checkpoint_every: Count = 0
     checkpoint_minutes: Annotated[float, Meta(ge=0, le=INT32)] = 30.0
     evaluate_every: Count = 0
     keep: Positive = 2
     data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=SupervisedConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self):
-        object.__setattr__(self, "trainable", tuple(self.trainable))
+        if not isinstance(self.trainable, dict):
+            object.__setattr__(self, "trainable", tuple(self.trainable))
         check_ranges(self)
+        check_name(ObjectiveConfig, self.objective, "train.objective")
         if self.steps == 0 and not self.epochs > 0:
             raise InfiniteVLError(
                 "train.steps is 0 and train.epochs not positive",

@@ -35,6 +35,22 @@ class Cache(NamedTuple):
         """Gather the sequences `rows` [n] into a new cache: branch, reorder or drop sequences."""
         return jax.tree.map(lambda leaf: leaf[rows], self)
 
+    def after(self, layers, token_index: Array, positions: Array) -> "Cache":
+        """The cache after more tokens.
+
+        Args:
+          layers: the layers' new states.
+          token_index: [batch, length] int32, -1 is padding.
+          positions: [3, batch, length] rotary positions.
+        """
+        valid = token_index >= 0
+        furthest = jnp.max(jnp.where(valid, positions, -1), axis=(0, 2)) + 1
+        return Cache(
+            layers,
+            self.length + valid.sum(1, dtype=jnp.int32),
+            jnp.maximum(self.next_position, furthest),
+        )
+
 
 def empty(specs) -> Cache:
     """A zero cache with the shapes of `VLM.cache_spec`, sharded by batch on the ambient mesh."""

@@ -12,7 +12,7 @@ some of them fused (`infinitevl_jax.nn.fused_params`).
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -29,7 +29,7 @@ from infinitevl_jax.nn.fused_params import FusedParams, Groups, fuse_layers, joi
 from infinitevl_jax.nn.ops import Ops
 from infinitevl_jax.nn.parameter import Facts
 from infinitevl_jax.nn.rngs import Rngs
-from infinitevl_jax.nn.stack import Layout, Stack
+from infinitevl_jax.nn.stack import Layout, Scanned, Stack
 from infinitevl_jax.nn.vlm import VLM
 
 Params = dict[str, Array]
@@ -90,7 +90,7 @@ class _Abstract:
 @functools.cache
 def _abstract(
     config: ModelConfig,
-    scanned: bool,
+    scanned: Scanned,
     dtype: np.dtype,
     ops: Ops | None,
     remat: Callable,
@@ -140,7 +140,7 @@ def _parameter(path: tuple, leaf: nnx.Param, stacks: Mapping[str, Layout]) -> tu
     return name, Parameter(value.shape, value.dtype, (name,), False, False, facts)
 
 
-def parameters(config: ModelConfig, *, scanned: bool) -> Mapping[str, Parameter]:
+def parameters(config: ModelConfig, *, scanned: Scanned) -> Mapping[str, Parameter]:
     """All parameters of a model by name, in either layout. Dtypes are float32."""
     return _abstract(config, scanned, np.dtype(np.float32), None, no_remat).parameters
 
@@ -148,7 +148,7 @@ def parameters(config: ModelConfig, *, scanned: bool) -> Mapping[str, Parameter]
 def functional(
     config: ModelConfig,
     *,
-    scanned: bool,
+    scanned: Scanned,
     dtype=jnp.float32,
     ops: Ops | None = None,
     remat: Callable = no_remat,
@@ -198,12 +198,12 @@ def cache_spec(config: ModelConfig, batch: int, max_length: int | None, dtype) -
     return nnx.merge(model.graphdef, tree).cache_spec(batch, max_length)
 
 
-def unstack(config: ModelConfig, params: Params) -> Params:
-    """Stacked parameters -> layer by layer.
+def unstack(config: ModelConfig, params: Params, scanned: Scanned = True) -> Params:
+    """Stacked parameters, of the layout `scanned`, -> layer by layer.
 
     Removes entries from `params` as it goes, so only one stack at a time is in memory twice.
     """
-    known, out = parameters(config, scanned=True), {}
+    known, out = parameters(config, scanned=scanned), {}
     for name in list(params):
         value, parameter = params.pop(name), known[name]
         if not parameter.stacked:
@@ -217,20 +217,29 @@ def unstack(config: ModelConfig, params: Params) -> Params:
 
 
 def initialize(
-    config: ModelConfig, key: Array, *, scanned: bool, dtype=jnp.float32, shardings=None
+    config: ModelConfig,
+    key: Array,
+    *,
+    scanned: Scanned,
+    dtype=jnp.float32,
+    shardings=None,
+    only: Container[str] | None = None,
 ) -> Params:
-    """Initialise parameters. Both layouts get the same values.
+    """Initialise parameters. `scanned` of True and False gives the same values.
 
     Args:
       dtype: of the parameters.
       shardings: by name in the stacked layout; each device creates its own shards.
+      only: stacked names of the parameters to create; None is all.
     """
-    paths = _abstract(config, True, np.dtype(np.float32), None, no_remat).paths
+    layout = scanned or True
+    paths = _abstract(config, layout, np.dtype(np.float32), None, no_remat).paths
     names = {path: name for name, path in paths.items()}
 
     def create(key):
-        state = nnx.state(VLM(config, scanned=True, rngs=Rngs(key)), nnx.Param)
-        return {names[path]: leaf[...].astype(dtype) for path, leaf in nnx.to_flat_state(state)}
+        state = nnx.state(VLM(config, scanned=layout, rngs=Rngs(key)), nnx.Param)
+        found = {names[path]: leaf[...].astype(dtype) for path, leaf in nnx.to_flat_state(state)}
+        return {name: value for name, value in found.items() if only is None or name in only}
 
     params = jax.jit(create, out_shardings=shardings)(key)
     return params if scanned else unstack(config, params)

@@ -65,9 +65,16 @@ class Layout:
         return [found[layer] for layer in range(self.depth)]
 
 
-def layout(kinds: Sequence, scanned: bool) -> Layout:
+# Which layers are stacked: none (False), equal ones (True), or equal ones with equal labels, of
+# which there is one for each layer. Models with the same labels have the same layout.
+Scanned = bool | tuple[str, ...]
+
+
+def layout(kinds: Sequence, scanned: Scanned) -> Layout:
     """The shortest period that repeats; if there is none or `scanned` is false, all is rest."""
     depth = len(kinds)
+    if isinstance(scanned, tuple):
+        kinds = list(zip(kinds, scanned, strict=True))
     if scanned:
         for period in range(1, depth // 2 + 1):
             repeats = depth // period
@@ -82,7 +89,7 @@ class Stack(nnx.Module):
     unless the caller names another method of theirs."""
 
     def __init__(
-        self, make: Callable, kinds: Sequence, *, scanned: bool, remat: Callable, rngs: Rngs
+        self, make: Callable, kinds: Sequence, *, scanned: Scanned, remat: Callable, rngs: Rngs
     ):
         self.layout = layout(kinds, scanned)
         self.remat = remat
@@ -133,57 +140,85 @@ class Stack(nnx.Module):
           states: the new states; None if `states` was None.
           outputs: the layers' outputs; empty unless `collect`.
         """
-        layout, given = self.layout, states or [None] * self.layout.depth
-        new, outputs = [None] * layout.stacked, [None] * layout.stacked
+        return run_stacks([self], x, info, states, collect, method, self.remat)
 
-        def split(leaf, run):
-            """The leading axis of a block as [repeats, layers of the run]."""
-            return leaf.reshape(layout.repeats, layout.runs[run], *leaf.shape[1:])
 
-        if layout.repeats:
-            graphdefs, params = zip(*(nnx.split(block) for block in self.blocks), strict=True)
-            # Stack the states of a block for the scan; outside it each layer has its own.
-            side_by_side = [
-                jax.tree.map(
-                    lambda *leaves: jnp.stack(leaves), *(given[i] for i in layout.members(run))
-                )
-                for run in range(len(layout.runs))
-            ]
-            blocks = [
-                jax.tree.map(partial(split, run=run), block)
-                for run, block in enumerate(zip(params, side_by_side, strict=True))
-            ]
+def run_stacks(
+    stacks: Sequence[Stack],
+    x: Array,
+    info,
+    states: Sequence | None = None,
+    collect: bool = False,
+    method: Callable = operator.call,
+    remat: Callable = lambda layer: layer,
+):
+    """Run the layers of stacks of the same layout side by side, as `Stack` does.
 
-            def one_period(x, blocks):
-                def one_layer(x, block, graphdef):
-                    x, state = self._apply(method, graphdef, block[0], x, block[1], info)
-                    return x, (x if collect else None, state)
+    Args:
+      method: `method(*layers, x, state, info) -> (x, state)` runs the layers of one depth, one of
+        each stack. The state that it returns may have another structure than the one it takes.
+      remat: rematerialisation of `method`.
+    """
+    layout = stacks[0].layout
+    if any(stack.layout != layout for stack in stacks):
+        raise ValueError("stacks of different layouts do not run side by side")
+    given = states or [None] * layout.depth
+    new, outputs = [None] * layout.stacked, [None] * layout.stacked
 
-                after = []
-                for graphdef, block, length in zip(graphdefs, blocks, layout.runs, strict=True):
-                    x, found = jax.lax.scan(
-                        partial(one_layer, graphdef=graphdef), x, block, unroll=length == 1
-                    )
-                    after.append(found)
-                return x, after
-
-            x, after = jax.lax.scan(one_period, x, blocks)
-            for run, (ys, run_states) in enumerate(after):
-                flat = jax.tree.map(
-                    lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (ys, run_states)
-                )
-                for i, layer in enumerate(layout.members(run)):
-                    outputs[layer], new[layer] = jax.tree.map(lambda leaf, i=i: leaf[i], flat)
-        for layer, state in zip(self.rest, given[layout.stacked :], strict=True):
-            x, state = self._apply(method, *nnx.split(layer), x, state, info)
-            new.append(state)
-            outputs.append(x)
-        return x, tuple(new) if states is not None else None, outputs if collect else []
-
-    def _apply(self, method, graphdef, params, x, state, info):
-        """Run one layer with rematerialisation."""
+    def apply(graphdefs, params, x, state):
+        """Run the layers of one depth with rematerialisation."""
 
         def run(params, x, state):
-            return method(nnx.merge(graphdef, params), x, state, info)
+            layers = map(nnx.merge, graphdefs, params)
+            return method(*layers, x, state, info)
 
-        return self.remat(run)(params, x, state)
+        return remat(run)(params, x, state)
+
+    def split(leaf, run):
+        """The leading axis of a block as [repeats, layers of the run]."""
+        return leaf.reshape(layout.repeats, layout.runs[run], *leaf.shape[1:])
+
+    if layout.repeats:
+        runs = [
+            [nnx.split(stack.blocks[run]) for stack in stacks] for run in range(len(layout.runs))
+        ]
+        graphdefs = [[graphdef for graphdef, _ in run] for run in runs]
+        params = [[state for _, state in run] for run in runs]
+        # Stack the states of a block for the scan; outside it each layer has its own.
+        side_by_side = [
+            jax.tree.map(
+                lambda *leaves: jnp.stack(leaves), *(given[i] for i in layout.members(run))
+            )
+            for run in range(len(layout.runs))
+        ]
+        blocks = [
+            jax.tree.map(partial(split, run=run), block)
+            for run, block in enumerate(zip(params, side_by_side, strict=True))
+        ]
+
+        def one_period(x, blocks):
+            def one_layer(x, block, graphdef):
+                x, state = apply(graphdef, block[0], x, block[1])
+                return x, (x if collect else None, state)
+
+            after = []
+            for graphdef, block, length in zip(graphdefs, blocks, layout.runs, strict=True):
+                x, found = jax.lax.scan(
+                    partial(one_layer, graphdef=graphdef), x, block, unroll=length == 1
+                )
+                after.append(found)
+            return x, after
+
+        x, after = jax.lax.scan(one_period, x, blocks)
+        for run, (ys, run_states) in enumerate(after):
+            flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (ys, run_states))
+            for i, layer in enumerate(layout.members(run)):
+                outputs[layer], new[layer] = jax.tree.map(lambda leaf, i=i: leaf[i], flat)
+    for *layers, state in zip(
+        *(stack.rest for stack in stacks), given[layout.stacked :], strict=True
+    ):
+        graphdef, params = zip(*(nnx.split(layer) for layer in layers), strict=True)
+        x, state = apply(graphdef, params, x, state)
+        new.append(state)
+        outputs.append(x)
+    return x, tuple(new) if states is not None else None, outputs if collect else []

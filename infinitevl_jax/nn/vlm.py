@@ -22,7 +22,7 @@ from infinitevl_jax.nn.mixers import Mixer, layer_type
 from infinitevl_jax.nn.ops import Ops
 from infinitevl_jax.nn.rngs import Rngs
 from infinitevl_jax.nn.rope import decoder_angles
-from infinitevl_jax.nn.stack import Stack
+from infinitevl_jax.nn.stack import Scanned, Stack
 from infinitevl_jax.nn.token_info import TokenInfo, inside_layer
 from infinitevl_jax.nn.towers import make_tower
 from infinitevl_jax.sharding import constrain
@@ -42,14 +42,22 @@ class DecoderLayer(nnx.Module):
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, rngs=rngs)
 
     def __call__(self, x: Array, state, info: TokenInfo):
+        mixed, state = self.mix(x, state, info)
+        return self.add(x, mixed), state
+
+    def mix(self, x: Array, state, info: TokenInfo):
+        """Output of the mixer for the layer's input x, and the new state."""
         if state is None:  # training scans the layers
             info = inside_layer(info, x)
         with jax.named_scope("mixer"):
-            mixed, state = self.self_attn(self.input_layernorm(x), state, info)
+            return self.self_attn(self.input_layernorm(x), state, info)
+
+    def add(self, x: Array, mixed: Array) -> Array:
+        """Output of the layer for its input and its mixer's output."""
         x = x + mixed
         with jax.named_scope("mlp"):
             x = x + self.mlp(self.post_attention_layernorm(x))
-        return constrain(x, "batch", "length", None), state
+        return constrain(x, "batch", "length", None)
 
     def step(self, x: Array, state, info: TokenInfo):
         """The same for one token of each sequence, x [batch, 1, width]."""
@@ -69,7 +77,7 @@ class VLM(nnx.Module):
         *,
         dtype=jnp.float32,
         ops: Ops | None = None,
-        scanned: bool = True,
+        scanned: Scanned = True,
         remat: Callable = lambda layer: layer,
         rngs: Rngs,
     ):
@@ -78,7 +86,7 @@ class VLM(nnx.Module):
         tower = (
             None
             if config.vision is None
-            else make_tower(config.vision, ops, scanned=scanned, remat=remat, rngs=rngs)
+            else make_tower(config.vision, ops, scanned=bool(scanned), remat=remat, rngs=rngs)
         )
         self.visual = tower
         self.embed_tokens = Embedding(
@@ -152,30 +160,33 @@ class VLM(nnx.Module):
 
         method: of `DecoderLayer`.
         """
-        length = jnp.zeros(x.shape[0], jnp.int32) if cache is None else cache.length
-        valid = inputs.token_index >= 0
-        positions = inputs.positions
-        if positions is None:  # text that follows the cached tokens
-            start = length if cache is None else cache.next_position
-            positions = jnp.broadcast_to(
-                start[:, None] + jnp.maximum(inputs.token_index, 0), (3, *inputs.token_index.shape)
-            )
-        text = self.config.text
-        angles = decoder_angles(positions, text.rotary_dim, text.rope_theta, text.mrope_section)
-        index = jnp.where(valid, inputs.token_index + length[:, None], -1)
-        info = TokenInfo(index, inputs.segment_ids, length, jnp.cos(angles), jnp.sin(angles))
-
+        positions = self.positions(inputs, cache)
+        info = self.token_info(inputs, positions, cache)
         states = None if cache is None else cache.layers
         with jax.named_scope("decoder"):
             y, states, outputs = self.layers(x, info, states, collect, method)
         if cache is not None:
-            furthest = jnp.max(jnp.where(valid, positions, -1), axis=(0, 2)) + 1
-            cache = Cache(
-                states,
-                length + valid.sum(1, dtype=jnp.int32),
-                jnp.maximum(cache.next_position, furthest),
-            )
+            cache = cache.after(states, inputs.token_index, positions)
         return y, cache, outputs
+
+    def positions(self, inputs: DecoderInputs, cache: Cache | None = None) -> Array:
+        """Rotary positions [3, batch, length] of tokens that follow the cached ones."""
+        if inputs.positions is not None:
+            return jnp.asarray(inputs.positions)
+        shape = inputs.token_index.shape
+        start = jnp.zeros(shape[0], jnp.int32) if cache is None else cache.next_position
+        text = start[:, None] + jnp.maximum(inputs.token_index, 0)
+        return jnp.broadcast_to(text, (3, *shape))
+
+    def token_info(
+        self, inputs: DecoderInputs, positions: Array, cache: Cache | None = None
+    ) -> TokenInfo:
+        """What the layers need to know of the tokens; positions as of `positions`."""
+        rows, text = inputs.token_index.shape[0], self.config.text
+        length = jnp.zeros(rows, jnp.int32) if cache is None else cache.length
+        angles = decoder_angles(positions, text.rotary_dim, text.rope_theta, text.mrope_section)
+        index = jnp.where(inputs.token_index >= 0, inputs.token_index + length[:, None], -1)
+        return TokenInfo(index, inputs.segment_ids, length, jnp.cos(angles), jnp.sin(angles))
 
     def logits(self, hidden: Array) -> Array:
         """Hidden states [batch, length, width] -> logits [batch, length, vocab]."""

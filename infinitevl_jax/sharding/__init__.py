@@ -2,6 +2,7 @@
 
 from infinitevl_jax.sharding.mesh import make_mesh
 from infinitevl_jax.sharding.rules import (
+    batch_parts,
     check_mesh,
     constrain,
     kept_whole,
@@ -11,6 +12,7 @@ from infinitevl_jax.sharding.rules import (
 )
 
 __all__ = [
+    "batch_parts",
     "check_mesh",
     "constrain",
     "kept_whole",

@@ -5,6 +5,7 @@ units), `context` (sequence; reserved). A dimension is replicated if the mesh la
 axis does not divide it. Parameters carry their logical axes (`infinitevl_jax.nn.parameter`).
 """
 
+import math
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -76,6 +77,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
+
+
+def batch_parts() -> int:
+    """Number of shards of a batch on the ambient mesh (`jax.set_mesh`); 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape.get(name, 1) for name in AXES["batch"])
 
 
 class Sharded(Protocol):

@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+from infinitevl_jax.config.objective import SupervisedConfig
 from infinitevl_jax.config.presets import RENAMED, Preset, differences, to_tree
 from infinitevl_jax.config.run import OpsConfig
 from infinitevl_jax.errors import InfiniteVLError
@@ -35,7 +36,7 @@ FREE += (
     "train.evaluate_every",
     "train.keep",
 )
-FREE += ("train.data.folder", "train.data.max_skipped")
+FREE += ("train.data.folder", "train.data.max_skipped", "teacher.placement")
 PRESET = "preset.json"
 
 
@@ -94,6 +95,8 @@ def _compare(run: Path, tree: dict) -> None:
             " which has to be the run's own"
         )
         raise InfiniteVLError(error.culprit, cure) from None
+    if isinstance(training := stored.get("train"), dict):  # runs before there were objectives
+        training.setdefault("objective", to_tree(SupervisedConfig()))
     changed = [d for d in differences(stored, tree) if d.split(":")[0] not in FREE]
     if changed:
         more = [f"and {len(changed) - 6} more"] if len(changed) > 6 else []

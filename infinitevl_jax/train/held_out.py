@@ -1,4 +1,4 @@
-"""Evaluation during training: loss and exact answers on the held-out split."""
+"""Evaluation during training: the objective on the held-out split."""
 
 import logging
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from infinitevl_jax.data.dataset import Dataset
 from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.pipeline import held_out_batches
 from infinitevl_jax.data.skipping import Skipped
+from infinitevl_jax.train.objectives import Mean, Measured
 from infinitevl_jax.train.saving import Stop
 from infinitevl_jax.train.setup import Start
 from infinitevl_jax.train.step import TrainState, put_batch
@@ -26,7 +27,7 @@ class HeldOut:
         """Open the held-out split.
 
         Args:
-          measure: maps parameters and a batch to LossSums.
+          measure: maps trained and frozen parameters and a batch to `Measured`.
         """
         source = Dataset(data.name, data.folder, data.held_out)
         self.encoder = Encoder(source, start.processor, start.config)
@@ -42,19 +43,23 @@ class HeldOut:
         Raises:
           InfiniteVLError: more rows are unusable than `max_skipped` allows.
         """
-        params, sums = {**state.trainable, **state.frozen}, []
+        sums, rows = [], 0
         for batch in held_out_batches(self.encoder, self.config, self.data, self.skipped):
             for line in self.skipped.news():
                 logger.warning(f"held out: {line}")
-            sums.append(self._measure(params, put_batch(batch, self.mesh)))
+            rows += int((np.asarray(batch.weights) > 0).any(1).sum())
+            placed = put_batch(batch, self.mesh)
+            sums.append(self._measure(state.trainable, state.frozen, placed))
             jax.block_until_ready(sums[-2:-1])  # bounds the queue, so that a stop is noticed
             if stop.asked:
                 return None
-        total = jax.tree.map(
+        total: Measured = jax.tree.map(
             lambda *xs: float(np.sum([np.asarray(x) for x in xs], dtype=np.float64)), *sums
         )
-        return {
-            "held_out_loss": total.loss / max(total.tokens, 1),
-            "held_out_exact": total.exact / max(total.rows, 1),
-            "held_out_rows": int(total.rows),
-        }
+        means = {name: _mean(mean) for name, mean in total.logged.items()}
+        found = {"loss": sum(map(_mean, total.loss)), **means, "rows": rows}
+        return {f"held_out_{name}": value for name, value in found.items()}
+
+
+def _mean(mean: Mean) -> float:
+    return float(mean.total / mean.weight) if mean.weight > 0 else 0.0

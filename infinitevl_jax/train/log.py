@@ -93,7 +93,7 @@ def plot_log(log: Path, picture: Path) -> None:
         points = [(line["step"], line[key]) for line in lines if key in line]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=4)
-    axes.set(xlabel="step", ylabel="cross entropy of answer tokens (nats)", yscale="log")
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()

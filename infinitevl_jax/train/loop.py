@@ -3,12 +3,13 @@
 import contextlib
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import optax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -21,20 +22,27 @@ from infinitevl_jax.data.pipeline import count_steps, train_batches
 from infinitevl_jax.data.skipping import Skipped
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.nn.ops import resolve_ops
-from infinitevl_jax.nn.params import parameters
-from infinitevl_jax.sharding import kept_whole, make_mesh, parameter_shardings
+from infinitevl_jax.nn.params import Parameter, Params, parameters
+from infinitevl_jax.sharding import kept_whole, make_mesh
 from infinitevl_jax.train.checkpoints import Checkpoints, abstract_state
 from infinitevl_jax.train.folder import claim_folder
 from infinitevl_jax.train.held_out import HeldOut
 from infinitevl_jax.train.log import Log, plot_log
 from infinitevl_jax.train.memory import check_memory
-from infinitevl_jax.train.optimizer import make_optimizer, schedule, split_trainable
+from infinitevl_jax.train.models import (
+    common_layout,
+    first_params,
+    hold_teacher,
+    open_teacher,
+)
+from infinitevl_jax.train.objectives.objective import STUDENT, TEACHER
+from infinitevl_jax.train.optimizer import learning_rate_factors, make_optimizer, schedule
 from infinitevl_jax.train.progress import Progress
 from infinitevl_jax.train.saving import Saver, Stop
 from infinitevl_jax.train.setup import prepare_start
 from infinitevl_jax.train.step import (
+    StageLoss,
     TrainState,
-    forward_loss,
     init_state,
     model_of,
     put_batch,
@@ -87,14 +95,21 @@ def train(preset: Preset) -> Outcome:
                 f"train.epochs = {config.epochs:g} are {steps:,} steps",
                 f"at most {INT32:,} are counted",
             )
-        known = parameters(start.config, scanned=True)
-        optimizer = make_optimizer(config.optimizer, steps, known)
+        teacher = open_teacher(preset, start)
+        stacked = common_layout(start.config, start.source, teacher and teacher.config)
+        known = parameters(start.config, scanned=stacked)
+        factors = learning_rate_factors(known, config.trainable)
+        names, frozen = list(factors), [name for name in known if name not in factors]
+        optimizer = make_optimizer(config.optimizer, steps, known, factors)
         rate = schedule(config.optimizer, steps)
 
         stack.enter_context(jax.set_mesh(mesh))
-        model = model_of(start.config, preset.run, ops)
-        names, frozen = split_trainable(known, config.trainable)
-        check_memory(known, names, mesh)
+        models = {STUDENT: model_of(start.config, preset.run, ops, stacked)}
+        held_shapes = {}
+        if teacher:
+            models[TEACHER] = teacher.bind(preset.run, ops, stacked)
+            held_shapes = teacher.parameters(stacked)
+        check_memory(known, names, mesh, held_shapes)
         layers = {name: parameter.layers for name, parameter in known.items()}
         checkpoints = Checkpoints(run, start.files, start.manifest, config.keep, layers)
 
@@ -102,7 +117,22 @@ def train(preset: Preset) -> Outcome:
             batches.set_state(place["rows"])
             skipped.set_state(place["skipped"])
 
-        state = _state(checkpoints, start, known, names, optimizer, mesh, set_place)
+        def begin() -> Params:
+            """The student before its first step, perhaps after a pass over the stage's data."""
+            options = preset.model.mixers and preset.model.mixers.initialise
+            return first_params(start, options, stacked, mesh, data, config.seed)
+
+        def data() -> Iterator[TrainBatch]:
+            aside = Skipped(len(source), config.data.max_skipped)
+            return iter(train_batches(encoder, start.config, config.data, config.seed, aside))
+
+        state = _state(checkpoints, begin, known, names, optimizer, mesh, set_place)
+        held, shared = {}, {}
+        if teacher:
+            held[TEACHER], shared[TEACHER] = hold_teacher(
+                teacher, stacked, mesh, state.frozen, known, run
+            )
+        loss = StageLoss(config.objective, models, shared)
         first = int(state.step)
         log = stack.enter_context(contextlib.closing(Log(run / "log.jsonl", first)))
 
@@ -117,15 +147,20 @@ def train(preset: Preset) -> Outcome:
         logger.info("activations: " + preset.run.dtype)
         sizes = [sum(known[name].size for name in group) for group in (names, frozen)]
         logger.info(f"parameters: {sizes[0]:,} trained, {sizes[1]:,} frozen")
+        if teacher:
+            own = sum(value.size for value in held[TEACHER].values())
+            logger.info(f"teacher: {teacher.folder}, {own:,} parameters of its own")
         if whole := kept_whole(known, mesh):
             logger.info("\n  ".join(["on every device, whole:", *whole]))
         if first:
             logger.info(f"going on from step {first}")
 
-        step_fn = jax.jit(partial(train_step, model, optimizer), donate_argnums=0)
+        step_fn = partial(
+            jax.jit(partial(train_step, loss, optimizer), donate_argnums=0), held=held
+        )
         held_out = None
         if config.data.held_out:
-            held_out = HeldOut(config.data, start, jax.jit(partial(forward_loss, model)), mesh)
+            held_out = HeldOut(config.data, start, partial(jax.jit(loss), held=held), mesh)
         stop = Stop()
         saver = Saver(checkpoints, lock, config, skipped, state, batches.get_state(), stop)
         del state  # the first step donates its memory
@@ -155,22 +190,23 @@ def train(preset: Preset) -> Outcome:
                     logger.info("\n  ".join(["what ran:", *ops.report()]))
                 if _is_due(config.log_every, saver.step, steps):
                     saver.check()
-                    line = {name: float(value) for name, value in saver.metrics._asdict().items()}
+                    metrics = jax.device_get(saver.metrics)
+                    means = {name: float(value) for name, value in metrics.means.items()}
                     now = time.monotonic()
                     speed, since, tokens = tokens / (now - since), now, 0
-                    line |= {
-                        "lr": float(rate(step)),
+                    line = {
+                        "loss": float(metrics.loss),
+                        **means,
+                        "grad_norm": float(metrics.grad_norm),
+                        **_rates(float(rate(step)), factors.values()),
                         "tokens_per_second": round(speed, 1),
                         "seconds": round(now - began, 2),
                     }
                     log.write(step=saver.step, **line)
+                    figures = [f"{name.replace('_', ' ')} {x:.3f}" for name, x in means.items()]
                     bar.show(
                         saver.step,
-                        [
-                            f"loss {line['loss']:.4f}",
-                            f"{line['accuracy']:.1%} right",
-                            f"{speed:,.0f} tokens/s",
-                        ],
+                        [f"loss {line['loss']:.4f}", *figures, f"{speed:,.0f} tokens/s"],
                     )
             path = saver.save()
         if finished := step == steps and not unmeasured:
@@ -184,22 +220,35 @@ def train(preset: Preset) -> Outcome:
 
 
 def _state(
-    checkpoints: Checkpoints, start, known, names, optimizer, mesh: Mesh, set_place
+    checkpoints: Checkpoints,
+    begin: Callable[[], Params],
+    known: Mapping[str, Parameter],
+    names: list[str],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    set_place: Callable[[dict[str, Any]], None],
 ) -> TrainState:
     """The restored state of the newest checkpoint, or a new one.
 
     Args:
+      begin: creates the parameters of a new one.
       set_place: receives the data position of a restored checkpoint.
     """
-    begin = partial(init_state, trainable=names, optimizer=optimizer)
+    first = partial(init_state, trainable=names, optimizer=optimizer)
     if checkpoints.last is None:
-        params = start.params(parameter_shardings(known, mesh))
-        shardings = state_shardings(jax.eval_shape(begin, params), known, mesh)
-        return jax.jit(begin, out_shardings=shardings)(params)
+        params = begin()
+        shardings = state_shardings(jax.eval_shape(first, params), known, mesh)
+        return jax.jit(first, out_shardings=shardings)(params)
     shapes = {name: jax.ShapeDtypeStruct(p.shape, p.dtype) for name, p in known.items()}
-    wanted = jax.eval_shape(begin, shapes)
+    wanted = jax.eval_shape(first, shapes)
     places = state_shardings(wanted, known, mesh)
     return checkpoints.restore(abstract_state(wanted, places), set_place)
+
+
+def _rates(rate: float, factors: Iterable[float]) -> dict[str, float]:
+    """Learning rates for the log: the schedule's, and of each group with another factor."""
+    groups = sorted(set(factors) - {1.0}, reverse=True)
+    return {"lr": rate, **{f"lr_{factor:g}": rate * factor for factor in groups}}
 
 
 def _count(batch: TrainBatch) -> int:

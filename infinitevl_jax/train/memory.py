@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import jax
 from jax.sharding import Mesh
@@ -10,15 +11,20 @@ from infinitevl_jax.errors import InfiniteVLError
 
 
 def check_memory(
-    shapes: Mapping[str, jax.ShapeDtypeStruct], trainable: Sequence[str], mesh: Mesh
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    trainable: Sequence[str],
+    mesh: Mesh,
+    teacher: Mapping[str, jax.ShapeDtypeStruct] = MappingProxyType({}),
 ) -> None:
     """Raise InfiniteVLError if parameters and optimiser moments exceed the memory of the mesh.
 
     Trained parameters have two float32 moments. Activations are not counted, so a run that passes
-    may still run out of memory.
+    may still run out of memory; nor are the parameters that a teacher may share with the student.
     """
     names = set(trainable)
     needed = sum(s.size * (12 if name in names else s.dtype.itemsize) for name, s in shapes.items())
+    alone = [s for name, s in teacher.items() if name not in shapes or name in names]
+    needed += sum(s.size * 2 for s in alone)  # bfloat16, if not more
     has = _memory(mesh)
     if has is not None and needed > has:
         raise InfiniteVLError(

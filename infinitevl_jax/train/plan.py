@@ -1,5 +1,7 @@
 """Abstract inputs of a training step, for ahead-of-time compilation."""
 
+from collections.abc import Mapping, Sequence
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -16,7 +18,7 @@ from infinitevl_jax.train.step import TrainState, batch_shardings, init_state, s
 
 def abstract_state(
     config: ModelConfig,
-    trainable: list[str],
+    trainable: Sequence[str] | Mapping[str, float],
     optimizer: optax.GradientTransformation,
     dtype,
     mesh: Mesh,

@@ -14,7 +14,7 @@ from infinitevl_jax.nn.ops import resolve_ops
 from infinitevl_jax.nn.params import parameters
 from infinitevl_jax.train.optimizer import make_optimizer
 from infinitevl_jax.train.plan import abstract_batch, abstract_state
-from infinitevl_jax.train.step import model_of, train_step
+from infinitevl_jax.train.step import model_of, supervised_loss, train_step
 from pallas_kernels.testing.pods import PodReport, compile_for_pod, pod_mesh
 
 COLLECTIVES = (
@@ -43,7 +43,7 @@ def compile_step(
     state = abstract_state(config, TRAINABLE, optimizer, jnp.bfloat16, mesh)
     batch = abstract_batch(config, rows, length, patches, mesh)
     ops = resolve_ops(mesh)
-    step = partial(train_step, model_of(config, run, ops), optimizer)
+    step = partial(train_step, supervised_loss(model_of(config, run, ops)), optimizer)
     return compile_for_pod(step, mesh, state, batch, donate_argnums=0, text=True), ops.report()
 
 

@@ -2,28 +2,31 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh
 
 from infinitevl_jax import checkpoints, special_tokens
 from infinitevl_jax.checkpoints.destination import new_folder
 from infinitevl_jax.checkpoints.files import copy_side_files, side_files
 from infinitevl_jax.checkpoints.manifest import Manifest
+from infinitevl_jax.checkpoints.newest import checkpoint_folder
 from infinitevl_jax.checkpoints.save import run_manifest
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.config.presets import ModelSource
+from infinitevl_jax.config.student import derive
 from infinitevl_jax.data.dataset import Dataset
 from infinitevl_jax.data.vocabulary import word_tokenizer, write_processor_files
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.families.huggingface import read_config, to_huggingface
-from infinitevl_jax.nn.params import Params, initialize
+from infinitevl_jax.nn.params import Params, initialize, parameters
+from infinitevl_jax.nn.stack import Scanned
 from infinitevl_jax.processing import Processor
 from infinitevl_jax.processing.folder import write_pixel_limits
+from infinitevl_jax.sharding import parameter_shardings
 
 
 @dataclass(frozen=True)
@@ -33,38 +36,45 @@ class Start:
     Attributes:
       files: folder with config.json and processor files.
       manifest: additional facts for export.
-      params: creates the parameters (scanned layout) with the given shardings.
+      params: creates the parameters, in a stacked layout, on a mesh; of `source` if that is given.
+      source: the attention model from which the model is derived.
     """
 
     config: ModelConfig
     processor: Processor
     files: Path
     manifest: Manifest
-    params: Callable[[Mapping[str, NamedSharding]], Params]
+    params: Callable[[Scanned, Mesh], Params]
+    source: ModelConfig | None = None
 
 
 def prepare_start(model: ModelSource, source: Dataset, run: Path, seed: int) -> Start:
     """Open the preset's checkpoint folder, or write the files of a new model to RUN/model.
 
-    If the preset changes the folder's image size limits, RUN/model gets a copy with that change.
+    If the preset changes the folder's image size limits or mixers, RUN/model gets a copy of its
+    files with that change.
     """
     limits = {
         name: value
         for name in ("min_pixels", "max_pixels")
         if (value := getattr(model, name)) is not None
     }
-    folder = run / "model" if limits or not model.from_ else Path(model.from_)
+    origin = source_folder(model.from_, "model.from") if model.from_ else None
+    folder = run / "model" if limits or model.mixers or origin is None else origin
     if folder == run / "model" and not folder.exists():
         with new_folder(folder) as work:
-            if model.from_:
-                copy_side_files(existing_folder(model.from_, "model.from"), work)
+            if origin is not None:
+                copy_side_files(origin, work, skip=("config.json",) if model.mixers else ())
+                if model.mixers:
+                    _write_config(derive(checkpoints.read_config(origin), model.mixers), work)
             else:
                 _write_files(model, source, work)
             if limits:
                 write_pixel_limits(work, limits)
     try:
         # weight names decide what config.json leaves open
-        config = checkpoints.read_config(model.from_) if model.from_ else read_config(folder)
+        source = read_config(folder) if origin is None else checkpoints.read_config(origin)
+        config = derive(source, model.mixers) if model.mixers else source
         processor = Processor.from_pretrained(folder)
     except InfiniteVLError as error:
         if folder == run / "model":  # written by this project
@@ -73,23 +83,28 @@ def prepare_start(model: ModelSource, source: Dataset, run: Path, seed: int) -> 
             ) from error
         raise
     tied = config.text.tie_word_embeddings
-    if not model.from_:
-        fresh = partial(initialize, config, jax.random.key(seed), scanned=True)
-        return Start(
-            config,
-            processor,
-            folder,
-            Manifest(tie_word_embeddings=tied),
-            lambda shardings: fresh(shardings=shardings),
-        )
-    origin = Path(model.from_)
+    if origin is None:
+
+        def fresh(stacked: Scanned, mesh: Mesh) -> Params:
+            places = parameter_shardings(parameters(config, scanned=stacked), mesh)
+            key = jax.random.key(seed)
+            return initialize(config, key, scanned=stacked, shardings=places)
+
+        return Start(config, processor, folder, Manifest(tie_word_embeddings=tied), fresh)
     side_files(origin)  # raises early if files could not be copied to a checkpoint
-    manifest = run_manifest(origin, config)
 
-    def load(shardings):
-        return checkpoints.load_params(origin, scanned=True, shardings=shardings)[1]
+    def load(stacked: Scanned, mesh: Mesh) -> Params:
+        places = parameter_shardings(parameters(source, scanned=stacked), mesh)
+        return checkpoints.load_params(origin, scanned=stacked, shardings=places)[1]
 
-    return Start(config, processor, folder, manifest, load)
+    if not model.mixers:
+        return Start(config, processor, folder, run_manifest(origin, config), load)
+    return Start(config, processor, folder, Manifest(tie_word_embeddings=tied), load, source)
+
+
+def source_folder(name: str, key: str) -> Path:
+    """The checkpoint folder named by the preset's `key`; of a run, its newest checkpoint."""
+    return checkpoint_folder(existing_folder(name, key))
 
 
 def existing_folder(name: str, key: str) -> Path:
@@ -146,8 +161,12 @@ def _write_files(model: ModelSource, source: Dataset, folder: Path) -> None:
         vision=vision,
         eos_token_ids=ends,
         initializer_range=model.initializer_range,
+        family=model.family or ModelConfig.family,
         **ids,
     )
-    (folder / "config.json").write_text(
-        json.dumps(to_huggingface(config), indent=2) + "\n", "utf-8"
-    )
+    _write_config(config, folder)
+
+
+def _write_config(config: ModelConfig, folder: Path) -> None:
+    content = json.dumps(to_huggingface(config), indent=2)
+    (folder / "config.json").write_text(content + "\n", "utf-8")

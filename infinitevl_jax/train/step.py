@@ -1,7 +1,8 @@
 """The training step, a pure function of (state, batch)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -11,16 +12,18 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from infinitevl_jax.config.model import ModelConfig
+from infinitevl_jax.config.objective import ObjectiveConfig, SupervisedConfig
 from infinitevl_jax.config.run import RunConfig
 from infinitevl_jax.data.batch import TrainBatch
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.inputs.patches import Patches
-from infinitevl_jax.nn.cache import empty
 from infinitevl_jax.nn.ops import Ops
 from infinitevl_jax.nn.params import Parameter, Params, functional, parameters, unstack
+from infinitevl_jax.nn.stack import Scanned
 from infinitevl_jax.nn.vlm import VLM
 from infinitevl_jax.sharding import parameter_shardings, spec
-from infinitevl_jax.train.losses import LossSums, answer_loss
+from infinitevl_jax.train.objectives import Measured, objective
+from infinitevl_jax.train.objectives.objective import STUDENT
 from pallas_kernels import attention, gated_delta_rule
 
 REMAT: dict[str, Callable] = {
@@ -58,19 +61,24 @@ class Metrics(NamedTuple):
     """Scalars of one step.
 
     Attributes:
-      loss: mean cross entropy of the answer tokens of the global batch, in nats.
-      accuracy: share of answer tokens that greedy decoding predicts.
+      loss: of the global batch.
       grad_norm: before clipping.
+      means: what the objective logs, by name.
     """
 
     loss: Array
-    accuracy: Array
     grad_norm: Array
+    means: dict[str, Array]
+
+
+Bind = Callable[[Params], VLM]
+Held = Mapping[str, Params]  # parameters of the models that do not train, by the model's name
+NOTHING: Mapping = MappingProxyType({})
 
 
 def model_of(
-    config: ModelConfig, run: RunConfig, ops: Ops | None = None
-) -> Callable[[Params], VLM]:
+    config: ModelConfig, run: RunConfig, ops: Ops | None = None, stacked: Scanned = True
+) -> Bind:
     """Return the function that binds stacked parameters to the model, with the run's settings.
 
     State and checkpoints are always stacked; without `run.scan` the stacks are split here, inside
@@ -79,67 +87,91 @@ def model_of(
     Matrices of layers are cast to the activation dtype here, once per step. Casting in the layers
     gives the same result, but for every pass, and slices of the stacks and of their gradients would
     be copied in float32.
+
+    Args:
+      stacked: layout of the parameters.
     """
-    dtype = jnp.dtype(run.dtype)
-    bind = functional(config, scanned=run.scan, dtype=dtype, ops=ops, remat=REMAT[run.remat])
-    known = parameters(config, scanned=run.scan)
+    dtype, scanned = jnp.dtype(run.dtype), stacked if run.scan else False
+    bind = functional(config, scanned=scanned, dtype=dtype, ops=ops, remat=REMAT[run.remat])
+    known = parameters(config, scanned=scanned)
 
     def narrow(name: str, p: Array) -> Array:
         matrix = known[name].in_stack and known[name].facts.matmul
         return p.astype(dtype) if matrix and p.dtype.itemsize > dtype.itemsize else p
 
     def model(params: Params) -> VLM:
-        params = params if run.scan else unstack(config, dict(params))
+        params = params if run.scan else unstack(config, dict(params), stacked)
         return bind({name: narrow(name, p) for name, p in params.items()})
 
     return model
 
 
-def forward_loss(model: Callable[[Params], VLM], params: Params, batch: TrainBatch) -> LossSums:
-    """Sums of loss and correct answers over a batch."""
-    vlm, hidden = _forward(model, params, batch)
-    return answer_loss(vlm.logits, hidden, batch.targets, batch.weights)
+class StageLoss:
+    """An objective bound to the models of a run: what a step minimises."""
+
+    def __init__(
+        self,
+        options: ObjectiveConfig,
+        models: Mapping[str, Bind],
+        shared: Mapping[str, Sequence[str]] = NOTHING,
+    ):
+        """Bind an objective.
+
+        Args:
+          models: by name; "student" is the one that trains.
+          shared: names of the parameters that a model shares with the student's frozen ones.
+        """
+        self.options, self.models, self.shared = options, models, shared
+        self.function = objective(options.name).function
+
+    def __call__(
+        self,
+        trainable: Params,
+        frozen: Params,
+        batch: TrainBatch,
+        held: Held = NOTHING,
+    ) -> Measured:
+        """Loss and logged means of a batch.
+
+        Args:
+          held: a model's parameters, without those that it shares with the student.
+        """
+        params = {STUDENT: {**trainable, **frozen}}
+        for name, own in held.items():
+            params[name] = {**own, **{key: frozen[key] for key in self.shared.get(name, ())}}
+        models = {name: partial(bind, params[name]) for name, bind in self.models.items()}
+        return self.function(models, batch, self.options)
 
 
-@jax.named_scope("forward")
-def _forward(
-    model: Callable[[Params], VLM], params: Params, batch: TrainBatch
-) -> tuple[VLM, Array]:
-    """The model with these parameters, and hidden states [batch, length, width] of the branches."""
-    vlm = model(params)
-    vision = None if batch.patches is None else vlm.encode(batch.patches)
-    if batch.prefix is None:
-        hidden, _, _ = vlm.decode(vlm.embed(batch.branches, vision), batch.branches)
-    else:
-        count, longest = batch.prefix.tokens.shape
-        cache = empty(vlm.cache_spec(count, longest + batch.branches.tokens.shape[1]))
-        _, cache, _ = vlm.decode(vlm.embed(batch.prefix, vision), batch.prefix, cache)
-        vlm = model(params)  # a second cast, so that the gradients of both passes add in float32
-        hidden, _, _ = vlm.decode(
-            vlm.embed(batch.branches, None), batch.branches, cache.select(batch.parents)
-        )
-    return vlm, hidden
+def supervised_loss(model: Bind) -> StageLoss:
+    """Cross entropy of the answers under one model."""
+    return StageLoss(SupervisedConfig(), {STUDENT: model})
 
 
 def train_step(
-    model: Callable[[Params], VLM],
+    loss: Callable[..., Measured],
     optimizer: optax.GradientTransformation,
     state: TrainState,
     batch: TrainBatch,
+    held: Held = NOTHING,
 ) -> tuple[TrainState, Metrics]:
-    """Update the state by the gradient of the mean loss over the global batch's answer tokens.
+    """Update the state by the gradient of the loss over the global batch.
 
     If loss or gradient is not finite, the state is returned unchanged.
+
+    Args:
+      loss: a `StageLoss`. held: as it takes them.
     """
 
-    def loss(trainable):
-        sums = forward_loss(model, {**trainable, **state.frozen}, batch)
-        return sums.loss / sums.tokens, sums
+    def value(trainable):
+        measured = loss(trainable, state.frozen, batch, held)
+        return measured.value, measured.logged
 
-    (value, sums), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable)
+    (total, logged), gradient = jax.value_and_grad(value, has_aux=True)(state.trainable)
     with jax.named_scope("optimizer"):
         update, moments = optimizer.update(gradient, state.optimizer, state.trainable)
-        metrics = Metrics(value, sums.right / sums.tokens, optax.global_norm(gradient))
+        means = {name: mean.value for name, mean in logged.items()}
+        metrics = Metrics(total, optax.global_norm(gradient), means)
         new = (optax.apply_updates(state.trainable, update), moments, state.step + 1)
         finite = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.grad_norm)
         trainable, moments, step = jax.tree.map(

@@ -9,6 +9,7 @@ from infinitevl_jax.config.presets import RENAMED, Preset, differences, load_pre
 from infinitevl_jax.config.shipped import known_presets
 
 ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = ["easy_vqa", "tiny_distill", "tiny_layerwise", "tiny_teacher", "tiny_tune"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)
@@ -26,7 +27,7 @@ def test_shipped_presets_load_and_say_what_they_are(path):
 def test_shipped_presets_are_found_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_preset("easy_vqa") == load_preset(ROOT / "configs" / "easy_vqa.toml")
-    assert known_presets() == ["easy_vqa"]
+    assert known_presets() == SHIPPED
     with pytest.raises(InfiniteVLError) as caught:
         load_preset("easy_vqb")
     assert "easy_vqb" in caught.value.culprit and "easy_vqa" in caught.value.cure
@@ -34,7 +35,7 @@ def test_shipped_presets_are_found_by_name(tmp_path, monkeypatch):
     assert load_preset("easy_vqa").model.from_ == "somewhere"
     (tmp_path / "configs").mkdir()
     minimal(tmp_path).rename(tmp_path / "configs" / "mine.toml")
-    assert known_presets() == ["configs/mine.toml", "easy_vqa"]
+    assert known_presets() == ["configs/mine.toml", *SHIPPED]
 
 
 def minimal(tmp_path, text=""):

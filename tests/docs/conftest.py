@@ -46,7 +46,7 @@ def stocked(tmp_path_factory):
     write_adapter(folder / "my-lora", read_folder(folder / "InfiniteVL")[ADAPTED + ".weight"][1])
     shutil.copytree(ROOT / "configs", folder / "configs")
     shutil.copytree(ROOT / "docs", folder / "docs")
-    (preset,) = [b.text for b in blocks(ROOT / "docs" / "training.md") if b.language == "toml"]
+    preset, *_ = [b.text for b in blocks(ROOT / "docs" / "training.md") if b.language == "toml"]
     (folder / "mixers.toml").write_text(preset, "utf-8")
     return folder
 

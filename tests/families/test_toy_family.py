@@ -31,7 +31,14 @@ from infinitevl_jax.inputs.model_inputs import build_inputs
 from infinitevl_jax.nn.params import initialize, parameters
 from infinitevl_jax.sharding import make_mesh, parameter_shardings
 from infinitevl_jax.train.optimizer import make_optimizer
-from infinitevl_jax.train.step import init_state, model_of, put_batch, state_shardings, train_step
+from infinitevl_jax.train.step import (
+    init_state,
+    model_of,
+    put_batch,
+    state_shardings,
+    supervised_loss,
+    train_step,
+)
 
 LETTERS = {"d": LINEAR, "f": FULL}
 VALUE_HEADS, KEY_HEADS = 4, 2
@@ -288,7 +295,7 @@ def test_a_training_step(folders):
         params = jax.device_put(params, parameter_shardings(known, mesh))
         state = init_state(params, list(params), optimizer)
         state = jax.device_put(state, state_shardings(state, known, mesh))
-        step = jax.jit(partial(train_step, model_of(config, run), optimizer))
+        step = jax.jit(partial(train_step, supervised_loss(model_of(config, run)), optimizer))
         data, losses = put_batch(data, mesh), []
         for _ in range(4):
             state, metrics = step(state, data)

@@ -30,7 +30,14 @@ from infinitevl_jax.nn.rngs import Rngs
 from infinitevl_jax.nn.token_info import TokenInfo
 from infinitevl_jax.sharding import constrain, make_mesh, parameter_shardings
 from infinitevl_jax.train.optimizer import make_optimizer
-from infinitevl_jax.train.step import init_state, model_of, put_batch, state_shardings, train_step
+from infinitevl_jax.train.step import (
+    init_state,
+    model_of,
+    put_batch,
+    state_shardings,
+    supervised_loss,
+    train_step,
+)
 from pallas_kernels.testing.parity import rel_rms
 
 KIND = "moving_average"
@@ -96,7 +103,8 @@ def train(run, optimizer=None, steps=STEPS):
         params = jax.device_put(params, parameter_shardings(known, mesh))
         state = init_state(params, list(params), optimizer)
         state = jax.device_put(state, state_shardings(state, known, mesh))
-        step = jax.jit(partial(train_step, model_of(CONFIG, run, resolve_ops(mesh)), optimizer))
+        loss = supervised_loss(model_of(CONFIG, run, resolve_ops(mesh)))
+        step = jax.jit(partial(train_step, loss, optimizer))
         data, losses = put_batch(batch(8), mesh), []
         for _ in range(steps):
             state, metrics = step(state, data)

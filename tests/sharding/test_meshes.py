@@ -27,6 +27,7 @@ from infinitevl_jax.train.step import (
     model_of,
     put_batch,
     state_shardings,
+    supervised_loss,
     train_step,
 )
 from pallas_kernels.testing.parity import rel_rms
@@ -80,7 +81,11 @@ class Setting:
             # code optimisation takes most of the compile time and is not tested here
             options = {"xla_backend_optimization_level": 0}
             step = jax.jit(
-                partial(train_step, model_of(self.config, run, resolve_ops(mesh)), optimizer),
+                partial(
+                    train_step,
+                    supervised_loss(model_of(self.config, run, resolve_ops(mesh))),
+                    optimizer,
+                ),
                 compiler_options=options,
             )
             new, metrics = step(state, put_batch(self.batches[form], mesh))

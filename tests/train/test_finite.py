@@ -7,22 +7,19 @@ import optax
 import pytest
 
 from infinitevl_jax.train import step
-from infinitevl_jax.train.losses import LossSums
+from infinitevl_jax.train.objectives import Mean, Measured
 
 
 @pytest.fixture
-def take(monkeypatch):
+def take():
     """Run a step of a model with one parameter; the loss is the parameter times the batch."""
 
-    def loss(model, params, batch):
-        return LossSums(
-            *[jnp.sum(params["a"] * batch)] + [jnp.float32(1)] * (len(LossSums._fields) - 1)
-        )
+    def loss(trainable, frozen, batch, held):
+        return Measured((Mean(jnp.sum(trainable["a"] * batch), jnp.float32(1)),), {})
 
-    monkeypatch.setattr(step, "forward_loss", loss)
     optimizer = optax.adam(0.1)
     state = step.init_state({"a": jnp.ones(2), "b": jnp.ones(2)}, ["a"], optimizer)
-    run = jax.jit(lambda state, batch: step.train_step(None, optimizer, state, batch))
+    run = jax.jit(lambda state, batch: step.train_step(loss, optimizer, state, batch))
     return lambda batch, state=state: run(state, jnp.float32(batch))
 
 

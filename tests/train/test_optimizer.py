@@ -8,7 +8,12 @@ from tiny import hybrid_config
 from infinitevl_jax.config.train import OptimizerConfig
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.nn.params import parameters
-from infinitevl_jax.train.optimizer import make_optimizer, schedule, split_trainable
+from infinitevl_jax.train.optimizer import (
+    learning_rate_factors,
+    make_optimizer,
+    schedule,
+    split_trainable,
+)
 
 CONFIG = hybrid_config(layers=9)  # two periods and a remainder
 KEPT = [  # no weight decay
@@ -74,3 +79,42 @@ def test_layers_that_are_scanned_together_train_together():
         split_trainable(known, [r"layers\.0\.mlp\..*"])
     alone, _ = split_trainable(parameters(CONFIG, scanned=False), [r"layers\.0\.mlp\..*"])
     assert len(alone) == 3
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_the_first_pattern_decides_the_learning_rate(scanned):
+    known = parameters(CONFIG, scanned=scanned)
+    table = {r"layers\..*\.self_attn\..*": 1.0, r"embed_tokens\..*": 0.0, r"layers\..*": 0.1}
+    factors = learning_rate_factors(known, table)
+    by_layer = {layer: factors.get(name, 0) for name in known for layer in known[name].layers}
+    for layer, factor in by_layer.items():
+        inside = layer.startswith("layers.")
+        assert factor == (1.0 if ".self_attn." in layer else 0.1 if inside else 0), layer
+    train, frozen = split_trainable(known, table)
+    assert "embed_tokens.embedding" in frozen and sorted(train + frozen) == sorted(known)
+
+
+def test_groups_step_by_their_factor():
+    known = parameters(CONFIG, scanned=True)
+    factors = dict.fromkeys(known, 1.0) | {"norm.weight": 0.25}
+    config = OptimizerConfig(peak_lr=1e-3, warmup=0.0, weight_decay=0.0, clip=1e12)
+    params = {name: jnp.ones(3) for name in known}
+    gradient = {name: jnp.full(3, 2.0) for name in known}
+    optimizer = make_optimizer(config, 10, known, factors)
+    update, _ = optimizer.update(gradient, optimizer.init(params), params)
+    for name, value in update.items():
+        np.testing.assert_allclose(value, -1e-3 * factors[name], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"no_such": 1.0}, "'no_such' matches no parameter"),
+        ({".*": 1.0, "norm.weight": 0.1}, "patterns before 'norm.weight' match all"),
+        ({".*": 0.0}, "no parameter would train"),
+        ({r"layers\.0\..*": 0.5, ".*": 1.0}, r"layers\.4\..*factor 1 and layers\.0\..*0\.5"),
+    ],
+)
+def test_tables_that_say_nothing_clear_are_refused(table, message):
+    with pytest.raises(InfiniteVLError, match=message):
+        learning_rate_factors(parameters(CONFIG, scanned=True), table)

@@ -17,7 +17,7 @@ from infinitevl_jax.data.encode import Branch, EncodedConversation, Encoder
 from infinitevl_jax.inputs.packing import Packing
 from infinitevl_jax.nn.params import initialize
 from infinitevl_jax.train.setup import prepare_start
-from infinitevl_jax.train.step import forward_loss, init_state, model_of, train_step
+from infinitevl_jax.train.step import init_state, model_of, supervised_loss, train_step
 from pallas_kernels.testing.parity import rel_rms
 
 
@@ -54,8 +54,8 @@ def gradient(made, form, run=RunConfig(fsdp=1)):  # noqa: B008  frozen
     model = model_of(config, run)
 
     def loss(params):
-        sums = forward_loss(model, params, batches[form])
-        return sums.loss / sums.tokens, sums
+        measured = supervised_loss(model)(params, {}, batches[form])
+        return measured.value, measured.loss[0]
 
     options = {"xla_backend_optimization_level": 0}
     (value, sums), found = jax.jit(
@@ -73,8 +73,8 @@ def expected(made):
 def test_forms_of_the_same_questions_agree(made, expected, form):
     value, sums, found = gradient(made, form)
     assert (
-        int(sums.tokens)
-        == int(expected[1].tokens)
+        int(sums.weight)
+        == int(expected[1].weight)
         == 2 * sum(int(w.sum() > 0) for w in made[2]["branches"].weights)
     )
     assert abs(value - expected[0]) <= 1e-5 * expected[0]
@@ -98,7 +98,9 @@ def test_profiles_name_the_stages(made):
     config, params, batches = made
     optimizer = optax.adam(1e-3)
     state = jax.eval_shape(lambda p: init_state(p, list(p), optimizer), params)
-    step = jax.jit(partial(train_step, model_of(config, RunConfig(fsdp=1)), optimizer))
+    step = jax.jit(
+        partial(train_step, supervised_loss(model_of(config, RunConfig(fsdp=1))), optimizer)
+    )
     text = step.lower(state, batches["rows"]).as_text(debug_info=True)
     for scope in ("jvp(forward)", "transpose(jvp(forward))", "jvp(loss)", "optimizer"):
         assert f"/{scope}/" in text, scope

@@ -119,6 +119,13 @@ class GatedDeltaNet(Mixer):
     def __call__(
         self, x: Array, state: DeltaState | None, info: TokenInfo
     ) -> tuple[Array, DeltaState | None]:
+        out, state = self.before_output(x, state, info)
+        return self.o_proj(out), state
+
+    def before_output(
+        self, x: Array, state: DeltaState | None, info: TokenInfo
+    ) -> tuple[Array, DeltaState | None]:
+        """What the output projection takes, [batch, length, heads * value_dim]."""
         past = state or DeltaState(None, None, None, None)
 
         def heads(y, count):
@@ -148,7 +155,7 @@ class GatedDeltaNet(Mixer):
         out = self.o_norm(rearrange(out, "b t h d -> b t (h d)"), gate)
         if state is not None:
             state = DeltaState(recurrent_state, q_conv_state, k_conv_state, v_conv_state)
-        return self.o_proj(out), state
+        return out, state
 
     def step(
         self, x: Array, norm: RMSNorm, state: DeltaState, info: TokenInfo

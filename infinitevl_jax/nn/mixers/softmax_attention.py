@@ -65,7 +65,7 @@ class SoftmaxAttention(Mixer):
     def __call__(
         self, x: Array, state: KVCache | None, info: TokenInfo
     ) -> tuple[Array, KVCache | None]:
-        q, k, v, gate = self._heads(*self.qkv_proj(x), info)
+        q, k, v, gate = self.project(x, info)
         scale, window, sinks = self.head_dim**-0.5, self.window, self.sinks
         tokens = info.token_index, info.token_index, info.segment_ids, info.segment_ids
         mask = Mask(window=window, sinks=sinks, aligned=True)
@@ -95,12 +95,15 @@ class SoftmaxAttention(Mixer):
         )
         return self.o_proj.step(self.ops, self._gated(out[:, None], gate), residual=x), state
 
+    def project(self, x: Array, info: TokenInfo) -> tuple[Array, Array, Array, Array | None]:
+        """q, k (both rotated) and v [batch, length, heads, head_dim], and the output gate
+        [batch, length, heads * head_dim] if there is one."""
+        return self._heads(*self.qkv_proj(x), info)
+
     def _heads(
         self, q: Array, k: Array, v: Array, info: TokenInfo
     ) -> tuple[Array, Array, Array, Array | None]:
-        """Projections [batch, length, channels] -> q, k (both rotated) and v
-        [batch, length, heads, head_dim], and the output gate [batch, length, heads * head_dim] if
-        there is one."""
+        """The same from the projections [batch, length, channels]."""
 
         def heads(y):
             y = rearrange(y, "b t (h d) -> b t h d", d=self.head_dim)

@@ -1,0 +1,1 @@
+"""Training runs whose commands, configurations and logs are recorded here."""
