@@ -7,11 +7,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from infinitevl_jax.config.train import DataConfig
-from infinitevl_jax.data.dataset import Dataset
+from infinitevl_jax.config.data import DataConfig
 from infinitevl_jax.data.encode import Encoder
-from infinitevl_jax.data.pipeline import held_out_batches
-from infinitevl_jax.data.skipping import Skipped
+from infinitevl_jax.data.mixture import open_mixture
+from infinitevl_jax.data.pipeline import held_out_batches, skipping
 from infinitevl_jax.train.saving import Stop
 from infinitevl_jax.train.setup import Start
 from infinitevl_jax.train.step import TrainState, put_batch
@@ -28,9 +27,9 @@ class HeldOut:
         Args:
           measure: maps parameters and a batch to LossSums.
         """
-        source = Dataset(data.name, data.folder, data.held_out)
+        source = open_mixture(data, held_out=True)
         self.encoder = Encoder(source, start.processor, start.config)
-        self.skipped = Skipped(len(source), data.max_skipped)
+        self.skipped = skipping(source, data)
         self.data, self.config, self._measure, self.mesh = data, start.config, measure, mesh
 
     def measure(self, state: TrainState, stop: Stop) -> dict[str, float] | None:
