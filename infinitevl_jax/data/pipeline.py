@@ -6,7 +6,6 @@ Rows that cannot be used are skipped; the others keep their order.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 
@@ -15,8 +14,9 @@ from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.data.batch import TrainBatch
 from infinitevl_jax.data.collate import PackedRows, branch_batch, group_questions, join_rows
 from infinitevl_jax.data.encode import Encoder
-from infinitevl_jax.data.encoded import EncodedConversation, EncodedRow
+from infinitevl_jax.data.encoded import EncodedRow
 from infinitevl_jax.data.lanes import Lanes
+from infinitevl_jax.data.measure import Size, measure
 from infinitevl_jax.data.mixture import Mixture, Order
 from infinitevl_jax.data.packer import Packer, Piece
 from infinitevl_jax.data.skipping import Skipped, SkippedBySource
@@ -110,48 +110,13 @@ def count_steps(
             f"train.epochs = {epochs:g} are {places:,} conversations",
             "give train.steps instead",
         )
-    sizes = measure(encoder.within(data), progress)
+    sizes = measure(encoder.within(data), data.workers, progress)
     return max(1, *(count for count, _ in packed_rows(order, data, places, sizes)))
 
 
-Sizes = dict[int, list[tuple[int, int]]]  # tokens and patches of each piece, by row
-
-
-def measure(
-    encoder: Encoder,
-    progress: Callable[[Iterable], Iterable] = iter,
-    report: Callable[[int, list[EncodedConversation] | BadRow], Any] = lambda number, found: None,
-) -> Sizes:
-    """Tokens and patches of all rows that can be used.
-
-    report: receives each row's number with its pieces, or what is wrong with it.
-    """
-    sizes: Sizes = {}
-    for number, found in progress(_All(encoder)):
-        if not isinstance(found, BadRow):
-            sizes[number] = [(piece.tokens, piece.patches) for piece in found]
-        report(number, found)
-    return sizes
-
-
-class _All:
-    """Each row's number with its pieces, or what is wrong with it."""
-
-    def __init__(self, encoder: Encoder):
-        self.encoder = encoder
-
-    def __len__(self) -> int:
-        return len(self.encoder)
-
-    def __iter__(self) -> Iterator[tuple[int, list[EncodedConversation] | BadRow]]:
-        for number in range(len(self)):
-            try:
-                yield number, self.encoder.pieces(number)
-            except BadRow as row:
-                yield number, row
-
-
-def packed_rows(order: Order, data: DataConfig, places: int, sizes: Sizes) -> list[tuple[int, int]]:
+def packed_rows(
+    order: Order, data: DataConfig, places: int, sizes: Sequence[list[Size] | BadRow]
+) -> list[tuple[int, int]]:
     """For each row of the batch: how many packed rows it needs for these places, and the tokens in
     them. `train_batches` packs in the same way."""
     found = []
@@ -159,7 +124,9 @@ def packed_rows(order: Order, data: DataConfig, places: int, sizes: Sizes) -> li
         pieces = (
             Piece((at, i), tokens, patches)
             for at in range(lane, places, data.batch)
-            for i, (tokens, patches) in enumerate(sizes.get(order[at], ()))
+            for found in [sizes[order[at]]]
+            if not isinstance(found, BadRow)
+            for i, (tokens, patches, _) in enumerate(found)
         )
         rows = tokens = 0
         for row in Packer(pieces, data.length, data.patches, data.lookahead):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import weakref
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -46,12 +47,14 @@ class JsonRecords:
         self.path = path
         self._file: int | None = None
         with open_file(path) as file:
-            head = file.read(WINDOW).removeprefix(b"\xef\xbb\xbf").lstrip()
-            if not head:
+            first = file.read(WINDOW).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+            if not first:
                 raise InfiniteVLError(f"{path} is empty", "put the rows into it")
-            find = _array_items if head.startswith(b"[") else _lines
             file.seek(0)
-            self.places = np.asarray(list(find(file, path)), np.int64).reshape(-1, 2)
+            places = array("q")
+            for place in (_array_items if first == b"[" else _lines)(file, path):
+                places.extend(place)
+        self.places = np.frombuffer(places, np.int64).reshape(-1, 2)
         if not len(self.places):
             raise InfiniteVLError(f"{path} has no rows", "put the rows into it")
 
@@ -109,9 +112,9 @@ def _array_items(file, path: Path) -> Iterator[tuple[int, int]]:
 
     def more() -> None:
         nonlocal text, base, at, ended
-        chunk = file.read(wanted)
+        chunk = file.read(wanted).decode("latin-1")
         ended = not chunk
-        text, base, at = text[at:] + chunk.decode("latin-1"), base + at, 0
+        text, base, at = text[at:] + chunk, base + at, 0
 
     def skip() -> str:
         """The next character behind blanks; "" at the end of the file."""
@@ -148,8 +151,8 @@ def _array_items(file, path: Path) -> Iterator[tuple[int, int]]:
             except (json.JSONDecodeError, RecursionError) as error:
                 if ended or len(text) - at > RECORD_BYTES or isinstance(error, RecursionError):
                     raise wrong(f"a row that cannot be read ({error})") from None
-                wanted *= 2
                 more()
+                wanted *= 2
         yield base + at, base + end
         at, first, wanted = end, False, WINDOW
     at += 1

@@ -1,19 +1,15 @@
 """Batches made ahead of the training loop, by worker processes or one thread of this process."""
 
-import os
-import signal
-import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import grain
-from absl import flags
 from grain.experimental import ThreadPrefetchIterDataset
 
 from infinitevl_jax.data.batch import TrainBatch
 from infinitevl_jax.data.lanes import Item
+from infinitevl_jax.data.workers import in_workers
 from infinitevl_jax.errors import BadRow, InfiniteVLError
 
 AHEAD = 2  # batches that wait, and rows that wait in a worker
@@ -85,11 +81,7 @@ class Batches:
     def _stream(self) -> grain.IterDataset:
         rows = _Rows(self._open, list(self._places.items()))
         if self._workers:
-            if not flags.FLAGS.is_parsed():  # grain reads its own, also in programs without absl
-                flags.FLAGS.mark_as_parsed()
-            rows = rows.mp_prefetch(
-                grain.MultiprocessingOptions(self._workers, AHEAD), _Worker(os.getpid())
-            )
+            rows = in_workers(rows, self._workers, buffer=AHEAD)
         batches = rows.batch(len(self._places), drop_remainder=True, batch_fn=self._batch)
         return ThreadPrefetchIterDataset(batches, prefetch_buffer_size=AHEAD)
 
@@ -164,20 +156,3 @@ class _RowIterator(grain.DatasetIterator):
 
     def set_state(self, state: dict[str, Any]) -> None:
         pass
-
-
-class _Worker:
-    """Set-up of a worker process: it outlives neither Ctrl-C's end nor this process."""
-
-    def __init__(self, parent: int):
-        self.parent = parent
-
-    def __call__(self, index: int, count: int) -> None:
-        for name in ("SIGINT", "SIGHUP"):  # sent to all processes of a terminal
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-        threading.Thread(target=self._watch, daemon=True, name="parent").start()
-
-    def _watch(self) -> None:
-        while os.getppid() == self.parent:
-            time.sleep(1)
-        os._exit(1)

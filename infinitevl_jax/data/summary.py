@@ -7,9 +7,10 @@ import numpy as np
 
 from infinitevl_jax.config.data import DataConfig
 from infinitevl_jax.data.encode import Encoder
-from infinitevl_jax.data.encoded import Branch, EncodedConversation
+from infinitevl_jax.data.encoded import Branch
+from infinitevl_jax.data.measure import measure
 from infinitevl_jax.data.mixture import Mixture, Order
-from infinitevl_jax.data.pipeline import measure, packed_rows
+from infinitevl_jax.data.pipeline import packed_rows
 from infinitevl_jax.errors import BadRow
 from infinitevl_jax.processing import Processor
 
@@ -79,16 +80,16 @@ def summarise(
     mixture: Mixture = encoder.dataset
     counts = {name: Counts(rows, mixture.weights[name]) for name, rows in mixture.sizes.items()}
 
-    def report(number: int, found: list[EncodedConversation] | BadRow) -> None:
-        name, row = mixture.find(number)
+    rows = encoder if data.questions else encoder.within(data)
+    sizes = measure(rows, data.workers, progress)
+    for number, found in enumerate(sizes):
+        part = counts[mixture.find(number)[0]]
         if isinstance(found, BadRow):
-            counts[name].skipped[found.index] = found.reason
-            return
-        counts[name].tokens.append(sum(piece.tokens for piece in found))
-        counts[name].loss.append(sum(int(piece.branch.answer[1:].sum()) for piece in found))
-        counts[name].patches.append(sum(piece.patches for piece in found))
-
-    sizes = measure(encoder if data.questions else encoder.within(data), progress, report)
+            part.skipped[found.index] = found.reason
+            continue
+        part.tokens.append(sum(piece.tokens for piece in found))
+        part.loss.append(sum(piece.loss for piece in found))
+        part.patches.append(sum(piece.patches for piece in found))
     order = Order(mixture, seed)
     if data.questions:
         return Summary(counts, max(1, round(order.epoch / data.batch)), float("nan"))

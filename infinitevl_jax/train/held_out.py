@@ -1,5 +1,6 @@
 """Evaluation during training: loss and exact answers on the held-out split."""
 
+import contextlib
 import logging
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from infinitevl_jax.config.data import DataConfig
 from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.mixture import open_mixture
 from infinitevl_jax.data.pipeline import held_out_batches, skipping
+from infinitevl_jax.processing.ahead import Ahead
 from infinitevl_jax.train.saving import Stop
 from infinitevl_jax.train.setup import Start
 from infinitevl_jax.train.step import TrainState, put_batch
@@ -42,13 +44,15 @@ class HeldOut:
           InfiniteVLError: more rows are unusable than `max_skipped` allows.
         """
         params, sums = {**state.trainable, **state.frozen}, []
-        for batch in held_out_batches(self.encoder, self.config, self.data, self.skipped):
-            for line in self.skipped.news():
-                logger.warning(f"held out: {line}")
-            sums.append(self._measure(params, put_batch(batch, self.mesh)))
-            jax.block_until_ready(sums[-2:-1])  # bounds the queue, so that a stop is noticed
-            if stop.asked:
-                return None
+        made = held_out_batches(self.encoder, self.config, self.data, self.skipped)
+        with contextlib.closing(Ahead(made, waiting=2, live=False)) as batches:
+            for batch in batches:
+                for line in self.skipped.news():
+                    logger.warning(f"held out: {line}")
+                sums.append(self._measure(params, put_batch(batch, self.mesh)))
+                jax.block_until_ready(sums[-2:-1])  # bounds the queue, so that a stop is noticed
+                if stop.asked:
+                    return None
         total = jax.tree.map(
             lambda *xs: float(np.sum([np.asarray(x) for x in xs], dtype=np.float64)), *sums
         )

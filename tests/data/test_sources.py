@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import tracemalloc
 from collections.abc import Sequence
 
 import numpy as np
@@ -267,6 +268,23 @@ def test_an_array_is_read_row_by_row(tmp_path):
             assert [found.read(i, dict) for i in range(len(found))] == rows
     finally:
         records.WINDOW = window
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_a_large_file_is_not_held_in_memory(suffix, tmp_path):
+    """32 MB, of which a window of 4 MB is looked at."""
+    row = json.dumps({"text": "word " * 2000})
+    separator, ends = (",\n", "[]") if suffix == "json" else ("\n", ["", ""])
+    path = tmp_path / f"rows.{suffix}"
+    path.write_text(ends[0] + separator.join([row] * 3200) + ends[1])
+    tracemalloc.start()
+    try:
+        source = rows_of(path)
+        assert len(source) == 3200 and source[3199].text == "word " * 2000
+        held, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert path.stat().st_size > 32e6 and held < 1e6 and most < 20e6, (held, most)
 
 
 def test_lines_with_blanks_and_carriage_returns(tmp_path):

@@ -17,6 +17,7 @@ from own_data import byte_processor, encoder_of, rows_of, write_photos, write_ro
 from tiny_folder import tiny_config
 
 from infinitevl_jax.config.data import DataConfig
+from infinitevl_jax.data.measure import measure
 from infinitevl_jax.data.pipeline import count_steps, train_batches
 from infinitevl_jax.errors import InfiniteVLError
 
@@ -67,6 +68,11 @@ def test_workers_change_nothing(made):
     assert batches.get_state() == whole.get_state()
     batches.close()
     whole.close()
+
+
+def test_workers_measure_alike(made):
+    rows = made.within(DataConfig(**DATA))
+    assert list(map(str, measure(rows, workers=2))) == list(map(str, measure(rows)))
 
 
 @pytest.mark.parametrize("done", [1, 5, 12])
@@ -130,6 +136,7 @@ from pathlib import Path
 from own_data import byte_processor, encoder_of, rows_of
 from tiny_folder import tiny_config
 from infinitevl_jax.config.data import DataConfig
+from infinitevl_jax.data.measure import measure
 from infinitevl_jax.data.pipeline import train_batches
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
