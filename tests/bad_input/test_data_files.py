@@ -112,6 +112,7 @@ BAD_ROWS = {
         "tools is 3",
     ),
     "an unknown content type": ("openai", asked({"type": "sound", "sound": "a"}), "sound"),
+    "a list for a content type": ("openai", asked({"type": ["image"]}), "unknown type"),
     "an unknown detail": (
         "openai",
         asked({"type": "image", "image": "a.png", "sharp": 3}),

@@ -38,9 +38,10 @@ def conversation(row: Row, media: Media) -> Conversation:
 
 def _item(item: Any, media: Media) -> Any:
     """A content item with its file; the processor reports what is wrong with other parts of it."""
-    noun = NOUNS.get(item.get("type")) if isinstance(item, dict) else None
-    if noun is None:
+    kind = item.get("type") if isinstance(item, dict) else None
+    if not isinstance(kind, str) or kind not in NOUNS:
         return item
+    noun = NOUNS[kind]
     found = dict(item)
     for key in SOURCES[noun]:
         if found.get(key) is None:
