@@ -20,6 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 CASES = {
     "attend": ("case", "heads", "width", "window", "dtype", "implementation", "work", "length"),
     "convert": ("parameters",),
+    "data": ("part", "side", "workers", "lookahead", "length"),
     "decode": ("op", "dtype", "sizes", "implementation", "batch"),
     "easy_vqa": ("parameters", "steps", "seed"),
     "full_size": ("parameters", "prompt"),

@@ -61,8 +61,9 @@ def main() -> None:
     from infinitevl_jax import InfiniteVL, Processor
     from infinitevl_jax.cli import logs
     from infinitevl_jax.config.presets import load_preset
-    from infinitevl_jax.data.dataset import Dataset
+    from infinitevl_jax.data.conversation import as_turns
     from infinitevl_jax.data.encode import Encoder
+    from infinitevl_jax.data.sources.tfds import Dataset
     from infinitevl_jax.eval.picture import draw_samples
     from infinitevl_jax.eval.vqa import answer_blind, answer_split, score
     from infinitevl_jax.train.loop import train
@@ -81,7 +82,7 @@ def main() -> None:
     model, processor = InfiniteVL.from_pretrained(folder), Processor.from_pretrained(folder)
     data = preset.train.data
     test, known = (Dataset(data.name, data.folder, split) for split in ("test", "train"))
-    rows, known = [test[i] for i in range(len(test))], [known[i] for i in range(len(known))]
+    rows, known = ([as_turns(row) for row in split] for split in (test, known))
     began_answers = time.monotonic()
     answers = answer_split(
         model,

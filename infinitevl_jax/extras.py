@@ -22,6 +22,7 @@ EXTRAS = {
     "importlib_resources": "train",
     "matplotlib": "train",
     "optax": "train",
+    "pyarrow": "parquet",
     "tensorflow_datasets": "train",
 }
 

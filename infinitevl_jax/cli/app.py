@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from infinitevl_jax.cli import convert
+from infinitevl_jax.cli.data import data
 from infinitevl_jax.cli.groups import commands
 from infinitevl_jax.cli.options import (
     Context,
@@ -287,4 +288,5 @@ def info(
 
 
 app.command()(train)
+app.command(no_args_is_help=True)(data)
 app.add_typer(convert.app)

@@ -12,7 +12,15 @@ from typing import Annotated, Any, TypeGuard
 from msgspec import Meta
 
 from infinitevl_jax.config.model import TextConfig, VisionConfig
-from infinitevl_jax.config.ranges import INT32, Name, check_ranges, check_value, hints, plain
+from infinitevl_jax.config.ranges import (
+    INT32,
+    Name,
+    check_ranges,
+    check_value,
+    hints,
+    plain,
+    table_of,
+)
 from infinitevl_jax.config.run import RunConfig
 from infinitevl_jax.config.shipped import find_preset, known_presets
 from infinitevl_jax.config.student import MixersConfig, TeacherConfig
@@ -30,6 +38,9 @@ RENAMED = {
     "run.attend": "run.ops.attention",
     "run.gated_delta_rule": "run.ops.gated_delta_rule",
     "run.causal_conv": "run.ops.short_conv",
+    "train.data.opening": "train.data.options.opening",
+    "train.data.opening_steps": "train.data.options.opening_steps",
+    "train.data.balance": "train.data.options.balance",
 }
 
 
@@ -188,6 +199,8 @@ def to_tree(config: Any) -> Any:
     if dataclasses.is_dataclass(config):
         pairs = ((f.name.rstrip("_"), getattr(config, f.name)) for f in dataclasses.fields(config))
         return {name: to_tree(value) for name, value in pairs if value is not None}
+    if isinstance(config, dict):
+        return {name: to_tree(value) for name, value in config.items()}
     return list(config) if isinstance(config, tuple) else config
 
 
@@ -213,7 +226,10 @@ def _everywhere(kind: type = Preset, key: str = "") -> list[str]:
     for f in dataclasses.fields(kind):
         inner = plain(hints(kind)[f.name])
         full = _join(key, f.name.rstrip("_"))
-        names += _everywhere(inner, full) if _is_table(inner) else [full]
+        if named := table_of(hints(kind)[f.name]):
+            names += _everywhere(named, f"{full}.NAME")
+        else:
+            names += _everywhere(inner, full) if _is_table(inner) else [full]
     return names
 
 
@@ -226,6 +242,13 @@ def _value(hint: Any, value: Any, key: str, where: str) -> Any:
     kind = plain(hint)
     if _is_table(kind):
         return parse(kind, value, key, where)
+    if (named := table_of(hint)) is not None:
+        if not isinstance(value, dict):
+            raise InfiniteVLError(
+                f"{where}: {key} is {value!r}",
+                f"{key} is a table: write [{key}.NAME], then its keys",
+            )
+        return {name: parse(named, item, _join(key, name), where) for name, item in value.items()}
     if typing.get_origin(kind) is tuple and isinstance(value, list):
         value = tuple(value)
     try:

@@ -34,6 +34,8 @@ def check_ranges(config: Any) -> None:
     for name, hint in hints(type(config)).items():
         if dataclasses.is_dataclass(plain(hint)):
             _check_kind(getattr(config, name), hint, name)
+        elif (kind := table_of(hint)) is not None:
+            _check_table(getattr(config, name), kind, name)
         else:
             check_value(getattr(config, name), hint, name.rstrip("_"))
 
@@ -47,6 +49,22 @@ def _check_kind(value: Any, hint: Any, key: str) -> None:
             f"{key} is {_shown(value)}",
             f"give a {kind.__name__}" + (" or None" if optional else ""),
         )
+
+
+def _check_table(value: Any, kind: type, key: str) -> None:
+    """Check a table of named configurations."""
+    if not isinstance(value, dict) or not all(isinstance(name, str) and name for name in value):
+        raise InfiniteVLError(
+            f"{key} is {_shown(value)}", f"give a table of {kind.__name__} by name"
+        )
+    for name, item in value.items():
+        _check_kind(item, kind, f"{key}.{name}")
+
+
+def table_of(hint: Any) -> type | None:
+    """The dataclass of a table of named configurations, dict[str, dataclass]; None for others."""
+    kind = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None
+    return kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
 
 
 def check_value(value: Any, hint: Any, key: str) -> None:
@@ -92,6 +110,8 @@ def describe(hint: Any) -> str:
             len(typing.get_args(kind)) if Ellipsis not in typing.get_args(kind) else None,
         )
         words = "a list" + (f" of {length}" if length else "")
+    elif typing.get_origin(kind) is dict:
+        words = "a table of texts, numbers, true or false, or lists of texts"
     elif typing.get_origin(kind) is typing.Literal:
         words = "one of " + ", ".join(typing.get_args(kind))
     else:

@@ -1,4 +1,4 @@
-"""Training configuration: data, optimiser, length, checkpoints."""
+"""Training configuration: optimiser, length, checkpoints."""
 
 import re
 from dataclasses import dataclass, field
@@ -6,6 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from infinitevl_jax.config.data import DataConfig
 from infinitevl_jax.config.objective import ObjectiveConfig, SupervisedConfig
 from infinitevl_jax.config.ranges import (
     INT32,
@@ -20,63 +21,7 @@ from infinitevl_jax.config.ranges import (
 from infinitevl_jax.config.variants import check_name
 from infinitevl_jax.errors import InfiniteVLError
 
-TOKENS = 2**26  # per batch: 1 GB of arrays
 LearningRateFactor = Annotated[float, Meta(ge=0, le=1e6)]
-PATCHES = 2**21  # per batch: 10 GB with 1,176 values per patch
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Data set and batching.
-
-    Attributes:
-      name: a tfds builder of `infinitevl_jax.data`, such as "easy_vqa".
-      folder: location of prepared data sets.
-      train, held_out: splits in tfds notation. `held_out` is for evaluation; "" is none.
-      batch: images per global batch.
-      questions: questions per image, drawn anew every epoch. The image is encoded once and its
-        questions are branches of one prefix. 0 packs whole conversations into `batch` rows instead.
-      balance: weight of a question-answer pair is (its count) ^ -balance. 0 draws questions
-        uniformly; 1 draws the answers of a question equally often.
-      opening: curriculum; for the first `opening_steps` steps ask only questions that match this
-        regular expression. Rows without a match keep all their questions.
-      prefix_length: tokens of an image's prefix.
-      length: tokens of a question's branch, or of a packed row if questions is 0.
-      patches: patches per packed row, if questions is 0.
-      max_skipped: largest share of a split's rows to skip as unusable (damaged image, too long). A
-        few (`infinitevl_jax.data.skipping`) are always allowed unless this is 0.
-    """
-
-    name: Name = "easy_vqa"
-    folder: Folder = "data"
-    train: Name = "train[:90%]"
-    held_out: Name = "train[90%:]"
-    batch: Annotated[int, Meta(ge=1, le=2**20)] = 16
-    questions: Annotated[int, Meta(ge=0, le=2**16)] = 8
-    balance: Annotated[float, Meta(ge=0, le=10)] = 0.0
-    opening: Name = ""
-    opening_steps: Count = 0
-    prefix_length: Annotated[int, Meta(ge=0, le=2**24)] = 32
-    length: Annotated[int, Meta(ge=2, le=2**24)] = 32
-    patches: Annotated[int, Meta(ge=0, le=2**24)] = 0
-    max_skipped: Share = 0.01
-
-    def __post_init__(self):
-        check_ranges(self)
-        rows = max(self.questions, 1)
-        for what, size, limit in (
-            (
-                "tokens (batch x (questions x length + prefix_length))",
-                rows * self.length + self.prefix_length,
-                TOKENS,
-            ),
-            ("patches (batch x patches)", self.patches, PATCHES),
-        ):
-            if self.batch * size > limit:
-                raise InfiniteVLError(
-                    f"train.data: a batch of {self.batch * size:,} {what}, at most {limit:,} fit",
-                    "make one of them smaller",
-                )
 
 
 @dataclass(frozen=True)
@@ -151,12 +96,11 @@ class TrainConfig:
                 "train.steps is 0 and train.epochs not positive",
                 "say how long to train with one of them",
             )
-        for key, patterns in (("trainable", self.trainable), ("data.opening", [self.data.opening])):
-            for pattern in patterns:
-                try:
-                    re.compile(pattern)
-                except (re.error, RecursionError, OverflowError) as error:
-                    raise InfiniteVLError(
-                        f"train.{key}: {pattern!r} is not a regular expression: {error}",
-                        "escape special characters, or fix it",
-                    ) from error
+        for pattern in self.trainable:
+            try:
+                re.compile(pattern)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise InfiniteVLError(
+                    f"train.trainable: {pattern!r} is not a regular expression: {error}",
+                    "escape special characters, or fix it",
+                ) from error

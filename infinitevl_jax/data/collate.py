@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 
+import jax
 import numpy as np
 
+from infinitevl_jax.config.data import DataConfig
 from infinitevl_jax.config.model import ModelConfig
-from infinitevl_jax.config.train import DataConfig
 from infinitevl_jax.data.batch import TrainBatch
-from infinitevl_jax.data.encode import Branch, EncodedConversation, EncodedRow
+from infinitevl_jax.data.encoded import Branch, EncodedConversation, EncodedRow
 from infinitevl_jax.inputs.batch import join_sequences
-from infinitevl_jax.inputs.model_inputs import build_inputs
+from infinitevl_jax.inputs.model_inputs import DecoderInputs, build_inputs
 from infinitevl_jax.inputs.packing import Packing
 
 
@@ -88,6 +89,45 @@ def _targets(branches: Sequence[Branch], packing: Packing) -> tuple[np.ndarray, 
     targets = packing.lay_out([branch.tokens[1:] for branch in branches])
     weights = packing.lay_out([branch.answer[1:] for branch in branches], dtype=np.float32)
     return targets, weights
+
+
+def one_row(
+    conversations: Sequence[EncodedConversation], data: DataConfig, config: ModelConfig
+) -> TrainBatch:
+    """A batch of one packed row. No conversations: a row of padding."""
+    packing = empty_packing(data, 1)
+    if conversations:
+        for conversation in conversations:
+            if not packing.add(conversation.tokens, conversation.patches):
+                raise ValueError("the conversations do not fit into one row")
+        return packed_batch(conversations, packing, config)
+    blank = EncodedConversation(Branch(np.zeros(2, np.int32), np.zeros(2, bool), ("", "")))
+    packing.add(blank.tokens)
+    batch = packed_batch([blank], packing, config)
+    padding = np.full_like(batch.branches.token_index, -1)
+    return batch._replace(branches=batch.branches._replace(token_index=padding))
+
+
+def join_rows(rows: Sequence[TrainBatch]) -> TrainBatch:
+    """One batch of packed rows, in this order."""
+
+    def join(parts: Sequence, axis: int = 0):
+        return None if parts[0] is None else np.concatenate(parts, axis)
+
+    branches = DecoderInputs(
+        *(
+            join([getattr(row.branches, name) for row in rows], axis=int(name == "positions"))
+            for name in DecoderInputs._fields
+        )
+    )
+    return TrainBatch(
+        jax.tree.map(lambda *parts: np.concatenate(parts), *[row.patches for row in rows]),
+        None,
+        branches,
+        None,
+        join([row.targets for row in rows]),
+        join([row.weights for row in rows]),
+    )
 
 
 class PackedRows:

@@ -1,17 +1,20 @@
-"""Rows of a data set in tokens: as an image's prefix with a branch for each question, or as one
-conversation."""
+"""Rows in tokens: as pictures with a branch for each question, or as one sequence or several."""
 
 import contextlib
 import copy
 import threading
-from collections.abc import Callable, Hashable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
+from infinitevl_jax.config.data import DataConfig
 from infinitevl_jax.config.model import ModelConfig
-from infinitevl_jax.config.train import DataConfig
-from infinitevl_jax.data.dataset import Dataset, Row
+from infinitevl_jax.data.conversation import Conversation, Turns, as_turns, turn
+from infinitevl_jax.data.cut import cut_sequence, divide
+from infinitevl_jax.data.encoded import Branch, EncodedConversation, EncodedRow
+from infinitevl_jax.data.mixture import Mixture
+from infinitevl_jax.data.sources import Source
 from infinitevl_jax.errors import BadRow, InfiniteVLError
 from infinitevl_jax.inputs.batch import TokenSequence
 from infinitevl_jax.processing import Processor
@@ -19,60 +22,25 @@ from infinitevl_jax.processing import Processor
 CACHE_BYTES = 1 << 30  # of encoded rows kept in memory
 
 
-class Branch(NamedTuple):
-    """A question and its answer, as they follow the image; or a whole conversation."""
-
-    tokens: np.ndarray  # [length] int32
-    answer: np.ndarray  # [length] bool, True for an answer's tokens and its end of turn
-    turn: tuple[str, str]  # question and answer as text; empty for a whole conversation
-
-    @property
-    def inputs(self) -> TokenSequence:
-        """What the model reads: the last token is only predicted."""
-        return TokenSequence(self.tokens[:-1])
-
-    @property
-    def question(self) -> TokenSequence:
-        """The tokens before the answer."""
-        return TokenSequence(self.tokens[: int(np.argmax(self.answer))])
-
-
-class EncodedRow(NamedTuple):
-    """A row as an image and questions about it."""
-
-    prefix: TokenSequence  # up to the image's end marker, the same for every question
-    branches: list[Branch]
-
-
-class EncodedConversation(NamedTuple):
-    """A row as one conversation of several turns."""
-
-    branch: Branch
-    pixels: np.ndarray | None  # [patches, features] f32
-    grids: np.ndarray | None  # [images, 3] int32
-
-    @property
-    def inputs(self) -> TokenSequence:
-        return TokenSequence(self.branch.tokens[:-1], self.pixels, self.grids)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that it takes in a row."""
-        return len(self.branch.tokens) - 1
-
-    @property
-    def patches(self) -> int:
-        """Patches that it takes in a row."""
-        return 0 if self.pixels is None else len(self.pixels)
-
-
 class Encoder:
-    """A data set's rows, encoded once and kept. A row that cannot be used raises BadRow."""
+    """Rows in tokens, encoded once and kept. A row that cannot be used raises BadRow."""
 
-    def __init__(self, dataset: Dataset, processor: Processor, config: ModelConfig):
-        self.dataset, self.processor, self.config = dataset, processor, config
+    def __init__(
+        self,
+        dataset: Mixture | Source,
+        processor: Processor,
+        config: ModelConfig,
+        cache_bytes: int = CACHE_BYTES,
+    ):
+        """
+        Args:
+          dataset: a mixture, or one source.
+          cache_bytes: of encoded rows that are kept, in each process.
+        """
+        self.dataset = dataset if isinstance(dataset, Mixture) else Mixture({"": dataset})
+        self.processor, self.config = processor, config
         self.data: DataConfig | None = None
-        self._kept = _Cache()
+        self._kept = _Cache(cache_bytes)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -93,14 +61,24 @@ class Encoder:
             return row
 
     def conversation(self, number: int) -> EncodedConversation:
-        """Row `number` as one conversation."""
+        """Row `number` as one conversation, or the first part of a document."""
+        return self.pieces(number)[0]
+
+    def pieces(self, number: int) -> list[EncodedConversation]:
+        """Row `number` as what is packed: one conversation, or a document's parts in order.
+
+        A conversation that is larger than a row of `within` is cut or unusable, as `too_long` says.
+        """
         with self._naming(number):
-            row = self._kept.get(
-                ("conversation", number), lambda: self._converse(self.dataset[number])
-            )
-            if self.data is not None:
-                _check_conversation(row, self.data)
-            return row
+            row = self._kept.get(("whole", number), lambda: self._whole(self.dataset[number]))
+            if self.data is None:
+                return [row]
+            if row.branch.answer.all():
+                return divide(row, self.data.length)
+            if self.data.too_long == "cut":
+                return [cut_sequence(row, self.data.length, self.data.patches, self.config)]
+            _check_conversation(row, self.data)
+            return [row]
 
     @contextlib.contextmanager
     def _naming(self, number: int) -> Iterator[None]:
@@ -110,18 +88,20 @@ class Encoder:
         except BadRow:
             raise
         except InfiniteVLError as error:
-            raise BadRow(self.dataset.title, number, error.culprit, error.cure) from error
+            title, index = self.dataset.place(number)
+            raise BadRow(title, index, error.culprit, error.cure) from error
 
-    def _encode(self, row: Row) -> EncodedRow:
-        first = self._example(row, 0)
+    def _encode(self, row: Conversation) -> EncodedRow:
+        turns = as_turns(row)
+        first = self._example(turns, 0)
         cut = self._cut(first["input_ids"])
         prefix = first["input_ids"][:cut]
         # A template's header depends on what stands in the conversation: words alone do not tell
         # their tokens.
         header = prefix[prefix != self.config.image_token_id].tobytes()
 
-        def branch(turn: int) -> Branch:
-            example = first if turn == 0 else self._example(row, turn)
+        def branch(number: int) -> Branch:
+            example = first if number == 0 else self._example(turns, number)
             if not np.array_equal(example["input_ids"][:cut], prefix):
                 raise InfiniteVLError(
                     "the chat template writes something before the image that depends on the"
@@ -129,31 +109,34 @@ class Encoder:
                     "use a template that puts the image first, or train with train.data.questions=0"
                     " (packed conversations)",
                 )
-            words = row.questions[turn], row.answers[turn]
+            words = turns.questions[number], turns.answers[number]
             return _branch(example["input_ids"][cut:], example["answer_mask"][cut:], words)
 
         branches = [
             self._kept.get(
-                ("turn", bool(row.image), header, question, answer), lambda turn=turn: branch(turn)
+                ("turn", len(turns.pictures), header, question, answer), lambda i=i: branch(i)
             )
-            for turn, (question, answer) in enumerate(zip(row.questions, row.answers, strict=True))
+            for i, (question, answer) in enumerate(zip(turns.questions, turns.answers, strict=True))
         ]
         prefix = TokenSequence(prefix, first.get("pixel_values"), first.get("image_grid_thw"))
         return EncodedRow(prefix, branches)
 
-    def _converse(self, row: Row) -> EncodedConversation:
-        messages = []
-        for i, (question, answer) in enumerate(zip(row.questions, row.answers, strict=True)):
-            messages += _turn(row.image if i == 0 else b"", question, answer)
-        example = self.processor.encode_example(messages)
-        branch = _branch(example["input_ids"], example["answer_mask"])
-        return EncodedConversation(
-            branch, example.get("pixel_values"), example.get("image_grid_thw")
-        )
+    def _whole(self, row: Conversation) -> EncodedConversation:
+        if row.text is not None:
+            tokens = self.processor.encode_document(row.text, closed=row.complete)
+            if len(tokens) < 2:
+                raise InfiniteVLError("the document is empty", "leave it out")
+            return EncodedConversation(Branch(tokens, np.ones(len(tokens), bool), ("", "")))
+        example = self.processor.encode_example(_without_weights(row.messages), tools=row.tools)
+        mask = _weighted(example["answer_mask"], row.messages)
+        branch = Branch(example["input_ids"].astype(np.int32), mask, ("", ""))
+        names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+        vision = [example.get(name) for name in (*names, "second_per_grid_ts")]
+        return cut_sequence(EncodedConversation(branch, *vision), None, None, self.config)
 
-    def _example(self, row: Row, turn: int) -> dict[str, np.ndarray]:
+    def _example(self, turns: Turns, number: int) -> dict[str, np.ndarray]:
         return self.processor.encode_example(
-            _turn(row.image, row.questions[turn], row.answers[turn])
+            turn(turns.pictures, turns.questions[number], turns.answers[number])
         )
 
     def _cut(self, tokens: np.ndarray) -> int:
@@ -166,19 +149,23 @@ class Encoder:
 
 
 class _Cache:
-    """A cache of values, filled until it holds CACHE_BYTES. A key holds all that its value depends
-    on."""
+    """A cache of values, filled until it holds `limit` bytes. A key holds all that its value
+    depends on. Its copy in another process is empty."""
 
-    def __init__(self):
+    def __init__(self, limit: int):
+        self._limit = limit
         self._values: dict[Hashable, Any] = {}
         self._bytes = 0
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple:
+        return _Cache, (self._limit,)
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
         if (value := self._values.get(key)) is None:
             value = make()
             with self._lock:
-                if self._bytes < CACHE_BYTES:
+                if self._bytes < self._limit:
                     self._values[key] = value
                     self._bytes += _size(value) + _size(key)
         return value
@@ -191,11 +178,30 @@ def _size(value: Any) -> int:
     return getattr(value, "nbytes", 0) or (len(value) if isinstance(value, str | bytes) else 8)
 
 
-def _turn(image: bytes, question: str, answer: str) -> list[dict]:
-    """Messages of one turn. The image comes before the text, as in the model's evaluation."""
-    picture = [{"type": "image", "image": image}] if image else []
-    user = {"role": "user", "content": [*picture, {"type": "text", "text": question}]}
-    return [user, {"role": "assistant", "content": answer}]
+def _without_weights(messages: Sequence[dict]) -> list[dict]:
+    if not any("weight" in m for m in messages):
+        return list(messages)
+    return [{key: m[key] for key in m if key != "weight"} for m in messages]
+
+
+def _weighted(answer: np.ndarray, messages: Sequence[dict]) -> np.ndarray:
+    """The answer mask without the answers of weight 0."""
+    said = [m.get("weight") for m in messages if m.get("role") == "assistant"]
+    if all(weight is None for weight in said):
+        return answer
+    if bad := [w for w in said if w is not None and (isinstance(w, bool) or w not in (0, 1))]:
+        raise InfiniteVLError(f"the weight of a message is {bad[0]!r}", "give 0 or 1")
+    edges = np.diff(answer.astype(np.int8), prepend=0, append=0)
+    starts, stops = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+    if len(starts) != len(said):
+        raise InfiniteVLError(
+            "the answers cannot be told apart, so their weights cannot be used",
+            "take the images out of the answers, or the weights",
+        )
+    kept = answer.copy()
+    for start, stop, weight in zip(starts, stops, said, strict=True):
+        kept[start:stop] &= weight != 0
+    return kept
 
 
 def _branch(tokens: np.ndarray, answer: np.ndarray, turn: tuple[str, str] = ("", "")) -> Branch:

@@ -70,3 +70,34 @@ class Skipped:
 
     def _next_share(self) -> float:
         return min(1.0, max(0.01, 2 * max(self.share, len(self.reasons) / self.rows)))
+
+
+class SkippedBySource:
+    """The unusable rows of each source of a mixture. Each may lose the same share."""
+
+    def __init__(self, rows: Mapping[str, int], share: float):
+        """rows: of each source, by its title."""
+        self.sources = {title: Skipped(count, share) for title, count in rows.items()}
+
+    def add(self, row: BadRow) -> None:
+        """As `Skipped.add`, for the source of the row."""
+        self.sources[row.source].add(row)
+
+    def news(self) -> list[str]:
+        """A line for every row added since the last call."""
+        several = len(self.sources) > 1
+        return [
+            f"{title}: {line}" if several else line
+            for title, skipped in self.sources.items()
+            for line in skipped.news()
+        ]
+
+    def get_state(self) -> dict[str, dict[str, str]]:
+        """The rows met so far, as JSON."""
+        return {title: skipped.get_state() for title, skipped in self.sources.items()}
+
+    def set_state(self, state: Mapping[str, Mapping[str, str]]) -> None:
+        """Continue from the result of `get_state`."""
+        for title, rows in state.items():
+            if title in self.sources:
+                self.sources[title].set_state(rows)

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from infinitevl_jax.data.dataset import Row
+from infinitevl_jax.data.conversation import Turns
 
 
-def draw_samples(samples: Sequence[tuple[Row, int, str]], picture: Path, columns: int = 5) -> None:
+def draw_samples(
+    samples: Sequence[tuple[Turns, int, str]], picture: Path, columns: int = 5
+) -> None:
     """Plot images with a question and the model's answer; wrong answers in red with the label.
 
     Args:

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from infinitevl_jax.data.collate import group_questions
-from infinitevl_jax.data.dataset import Row
-from infinitevl_jax.data.encode import EncodedRow, Encoder
+from infinitevl_jax.data.conversation import Turns
+from infinitevl_jax.data.encode import Encoder
+from infinitevl_jax.data.encoded import EncodedRow
 from infinitevl_jax.inputs.batch import join_sequences
 from infinitevl_jax.inputs.model_inputs import build_inputs
 from infinitevl_jax.processing import Processor
@@ -115,7 +116,7 @@ class Score:
         return self.right_other / max(self.questions_other, 1)
 
 
-def score(rows: Sequence[Row], answers: Sequence[Sequence[str]]) -> Score:
+def score(rows: Sequence[Turns], answers: Sequence[Sequence[str]]) -> Score:
     """Compare answers with the labels of the rows."""
     pairs = [
         (a, t)
@@ -128,7 +129,7 @@ def score(rows: Sequence[Row], answers: Sequence[Sequence[str]]) -> Score:
     )
 
 
-def answer_blind(train: Sequence[Row], rows: Sequence[Row]) -> list[list[str]]:
+def answer_blind(train: Sequence[Turns], rows: Sequence[Turns]) -> list[list[str]]:
     """Blind baseline: the most frequent answer to each question in the training split.
 
     Ties are broken by overall frequency.

@@ -13,11 +13,14 @@ from infinitevl_jax.inputs.positions import VisionItem, check_position_ids, seco
 
 
 class TokenSequence(NamedTuple):
-    """One sequence, with placeholders expanded, and its images."""
+    """One sequence, with placeholders expanded, and its images and videos."""
 
     tokens: np.ndarray  # [length]
     pixels: np.ndarray | None = None  # [patches, features] f32
     grids: np.ndarray | None = None  # [images, 3] frames, rows, columns in patches
+    video_pixels: np.ndarray | None = None  # [patches, features] f32
+    video_grids: np.ndarray | None = None  # [videos, 3]
+    seconds: np.ndarray | None = None  # [videos] f64, seconds a temporal patch spans
 
 
 def join_sequences(
@@ -35,9 +38,16 @@ def join_sequences(
         input_ids[row, : len(sequence.tokens)] = sequence.tokens
         attention_mask[row, : len(sequence.tokens)] = 1
     batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-    if seen := [sequence for sequence in sequences if sequence.pixels is not None]:
-        batch["pixel_values"] = np.concatenate([sequence.pixels for sequence in seen])
-        batch["image_grid_thw"] = np.concatenate([sequence.grids for sequence in seen])
+    for name, field in (
+        ("pixel_values", "pixels"),
+        ("image_grid_thw", "grids"),
+        ("pixel_values_videos", "video_pixels"),
+        ("video_grid_thw", "video_grids"),
+        ("second_per_grid_ts", "seconds"),
+    ):
+        values = [getattr(sequence, field) for sequence in sequences]
+        if seen := [value for value in values if value is not None]:
+            batch[name] = np.concatenate(seen)
     return batch
 
 

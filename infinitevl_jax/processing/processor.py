@@ -19,12 +19,13 @@ from infinitevl_jax.processing.messages import (
     split_batch,
 )
 from infinitevl_jax.processing.prompt_ids import PLACEHOLDERS, tokenise
+from infinitevl_jax.processing.spelled import GUARD, check_unicode, guard
 from infinitevl_jax.processing.stream import TextStream
 from infinitevl_jax.processing.tokenizer import Tokenizer
 from infinitevl_jax.processing.trace import check_traces
 from infinitevl_jax.processing.video import VideoOptions
 from infinitevl_jax.processing.vision import Vision, arrays, process
-from infinitevl_jax.special_tokens import END_OF_TURN, VISION_TOKENS
+from infinitevl_jax.special_tokens import END_OF_TEXT, END_OF_TURN, VISION_TOKENS
 
 ANSWERS = 256  # of one training example: to find each, the conversation up to it is rendered
 
@@ -196,6 +197,19 @@ class Processor:
         placeholders = [self.tokenizer.token_id(token) for token in PLACEHOLDERS.values()]
         mask = (piece_of % 2 == 1) & ~np.isin(ids, [i for i in placeholders if i is not None])
         return {"input_ids": ids, "answer_mask": mask, **arrays(vision)}
+
+    def encode_document(self, text: str, *, closed: bool = True) -> np.ndarray:
+        """Token ids [length] int32 of a plain text, without a chat template. Control tokens that it
+        spells are words.
+
+        closed: the text ends here: <|endoftext|> follows, or the tokenizer's end of turn.
+        """
+        check_unicode(text, "the document")
+        ids = [i for words in guard(text).split(GUARD) for i in self.tokenizer.encode(words)]
+        if closed:
+            end = self.tokenizer.token_id(END_OF_TEXT)
+            ids.append(self.tokenizer.eos_ids[0] if end is None else end)
+        return np.asarray(ids, np.int32)
 
     def continuation(
         self, messages: Sequence, prompt: str = "", *, tools: Sequence[dict] | None = None

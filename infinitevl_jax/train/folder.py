@@ -4,8 +4,10 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from infinitevl_jax.config.objective import SupervisedConfig
 from infinitevl_jax.config.presets import RENAMED, Preset, differences, to_tree
@@ -27,7 +29,7 @@ FREE = (
     "run.ops",
 )
 FREE += tuple(f"run.ops.{field.name}" for field in dataclasses.fields(OpsConfig))
-FREE += tuple(RENAMED)  # keys in presets of older runs
+FREE += tuple(key for key in RENAMED if key.startswith("run."))  # in presets of older runs
 FREE += (
     "train.output",
     "train.log_every",
@@ -36,7 +38,8 @@ FREE += (
     "train.evaluate_every",
     "train.keep",
 )
-FREE += ("train.data.folder", "train.data.max_skipped", "teacher.placement")
+FREE += tuple(f"train.data.{key}" for key in ("folder", "images", "videos"))
+FREE += ("train.data.max_skipped", "train.data.workers", "teacher.placement")
 PRESET = "preset.json"
 
 
@@ -97,7 +100,14 @@ def _compare(run: Path, tree: dict) -> None:
         raise InfiniteVLError(error.culprit, cure) from None
     if isinstance(training := stored.get("train"), dict):  # runs before there were objectives
         training.setdefault("objective", to_tree(SupervisedConfig()))
-    changed = [d for d in differences(stored, tree) if d.split(":")[0] not in FREE]
+    if "balance" in _table(_table(stored, "train"), "data"):
+        raise InfiniteVLError(
+            f"{run} holds a run of an earlier version, whose place in the data was counted"
+            " differently",
+            "choose another train.output=...; to go on from its weights:"
+            f" model.from={run / 'checkpoints' / str(max(_steps(run)))}",
+        )
+    changed = [d for d in differences(stored, tree) if _free_key(d.split(":")[0]) not in FREE]
     if changed:
         more = [f"and {len(changed) - 6} more"] if len(changed) > 6 else []
         raise InfiniteVLError(
@@ -105,6 +115,16 @@ def _compare(run: Path, tree: dict) -> None:
             "choose another train.output=..., or give the old values to go on with that run",
             [*changed[:6], *more],
         )
+
+
+def _table(tree: Any, key: str) -> dict:
+    found = tree.get(key)
+    return found if isinstance(found, dict) else {}
+
+
+def _free_key(key: str) -> str:
+    """A key as `FREE` has it: what one source of a mixture may change, all may."""
+    return re.sub(r"^train\.data\.sources\.[^.]+\.", "train.data.", key)
 
 
 def _steps(run: Path) -> list[int]:

@@ -1,5 +1,6 @@
 """Evaluation during training: the objective on the held-out split."""
 
+import contextlib
 import logging
 from collections.abc import Callable
 
@@ -7,11 +8,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from infinitevl_jax.config.train import DataConfig
-from infinitevl_jax.data.dataset import Dataset
+from infinitevl_jax.config.data import DataConfig
 from infinitevl_jax.data.encode import Encoder
-from infinitevl_jax.data.pipeline import held_out_batches
-from infinitevl_jax.data.skipping import Skipped
+from infinitevl_jax.data.mixture import open_mixture
+from infinitevl_jax.data.pipeline import held_out_batches, skipping
+from infinitevl_jax.processing.ahead import Ahead
 from infinitevl_jax.train.objectives import Mean, Measured
 from infinitevl_jax.train.saving import Stop
 from infinitevl_jax.train.setup import Start
@@ -29,9 +30,9 @@ class HeldOut:
         Args:
           measure: maps trained and frozen parameters and a batch to `Measured`.
         """
-        source = Dataset(data.name, data.folder, data.held_out)
+        source = open_mixture(data, held_out=True)
         self.encoder = Encoder(source, start.processor, start.config)
-        self.skipped = Skipped(len(source), data.max_skipped)
+        self.skipped = skipping(source, data)
         self.data, self.config, self._measure, self.mesh = data, start.config, measure, mesh
 
     def measure(self, state: TrainState, stop: Stop) -> dict[str, float] | None:
@@ -44,15 +45,17 @@ class HeldOut:
           InfiniteVLError: more rows are unusable than `max_skipped` allows.
         """
         sums, rows = [], 0
-        for batch in held_out_batches(self.encoder, self.config, self.data, self.skipped):
-            for line in self.skipped.news():
-                logger.warning(f"held out: {line}")
-            rows += int((np.asarray(batch.weights) > 0).any(1).sum())
-            placed = put_batch(batch, self.mesh)
-            sums.append(self._measure(state.trainable, state.frozen, placed))
-            jax.block_until_ready(sums[-2:-1])  # bounds the queue, so that a stop is noticed
-            if stop.asked:
-                return None
+        made = held_out_batches(self.encoder, self.config, self.data, self.skipped)
+        with contextlib.closing(Ahead(made, waiting=2, live=False)) as batches:
+            for batch in batches:
+                for line in self.skipped.news():
+                    logger.warning(f"held out: {line}")
+                rows += int((np.asarray(batch.weights) > 0).any(1).sum())
+                placed = put_batch(batch, self.mesh)
+                sums.append(self._measure(state.trainable, state.frozen, placed))
+                jax.block_until_ready(sums[-2:-1])  # bounds the queue, so that a stop is noticed
+                if stop.asked:
+                    return None
         total: Measured = jax.tree.map(
             lambda *xs: float(np.sum([np.asarray(x) for x in xs], dtype=np.float64)), *sums
         )

@@ -16,10 +16,9 @@ from tqdm import tqdm
 from infinitevl_jax.config.presets import Preset
 from infinitevl_jax.config.ranges import INT32
 from infinitevl_jax.data.batch import TrainBatch
-from infinitevl_jax.data.dataset import Dataset
 from infinitevl_jax.data.encode import Encoder
-from infinitevl_jax.data.pipeline import count_steps, train_batches
-from infinitevl_jax.data.skipping import Skipped
+from infinitevl_jax.data.mixture import open_mixture
+from infinitevl_jax.data.pipeline import count_steps, skipping, train_batches
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.nn.ops import resolve_ops
 from infinitevl_jax.nn.params import Parameter, Params, parameters
@@ -82,11 +81,13 @@ def train(preset: Preset) -> Outcome:
     with contextlib.ExitStack() as stack:
         run, lock = claim_folder(preset)
         stack.enter_context(lock)
-        source = Dataset(config.data.name, config.data.folder, config.data.train)
+        source = open_mixture(config.data)
         start = prepare_start(preset.model, source, run, config.seed)
         encoder = Encoder(source, start.processor, start.config)
-        skipped = Skipped(len(source), config.data.max_skipped)
-        batches = train_batches(encoder, start.config, config.data, config.seed, skipped)
+        skipped = skipping(source, config.data)
+        epochs = 0 if config.steps else config.epochs
+        batches = train_batches(encoder, start.config, config.data, config.seed, skipped, epochs)
+        stack.callback(batches.close)
         steps = config.steps or count_steps(
             encoder, config.data, config.epochs, config.seed, _counting
         )
@@ -123,8 +124,10 @@ def train(preset: Preset) -> Outcome:
             return first_params(start, options, stacked, mesh, data, config.seed)
 
         def data() -> Iterator[TrainBatch]:
-            aside = Skipped(len(source), config.data.max_skipped)
-            return iter(train_batches(encoder, start.config, config.data, config.seed, aside))
+            aside = skipping(source, config.data)
+            found = train_batches(encoder, start.config, config.data, config.seed, aside)
+            with contextlib.closing(found):
+                yield from found
 
         state = _state(checkpoints, begin, known, names, optimizer, mesh, set_place)
         held, shared = {}, {}
@@ -138,7 +141,7 @@ def train(preset: Preset) -> Outcome:
 
         logger.info(
             f"{steps} steps of {config.data.batch} rows on {len(source):,} rows of"
-            f" {config.data.name}, output in {run}"
+            f" {source.title}, output in {run}"
         )
         logger.info(
             f"device: {_devices(mesh)}; mesh: "
@@ -159,13 +162,13 @@ def train(preset: Preset) -> Outcome:
             jax.jit(partial(train_step, loss, optimizer), donate_argnums=0), held=held
         )
         held_out = None
-        if config.data.held_out:
+        if any(source.held_out for source in config.data.mixture.values()):
             held_out = HeldOut(config.data, start, partial(jax.jit(loss), held=held), mesh)
         stop = Stop()
         saver = Saver(checkpoints, lock, config, skipped, state, batches.get_state(), stop)
         del state  # the first step donates its memory
         with stop, Progress(steps, first) as bar, saver:
-            tokens, since = 0, time.monotonic()
+            tokens, waited, since = 0, 0.0, time.monotonic()
             while True:
                 step = saver.step
                 unmeasured = (
@@ -177,10 +180,12 @@ def train(preset: Preset) -> Outcome:
                     saver.save()
                 if unmeasured and (found := held_out.measure(saver.state, stop)):
                     log.write(step=step, **found)
-                    unmeasured, tokens, since = False, 0, time.monotonic()
+                    unmeasured, tokens, waited, since = False, 0, 0.0, time.monotonic()
                 if step == steps or stop.asked:
                     break
+                asked = time.monotonic()
                 batch = next(batches)
+                waited += time.monotonic() - asked
                 for line in skipped.news():
                     logger.warning(line)
                 saver.advance(step_fn, put_batch(batch, mesh), batches.get_state())
@@ -193,20 +198,27 @@ def train(preset: Preset) -> Outcome:
                     metrics = jax.device_get(saver.metrics)
                     means = {name: float(value) for name, value in metrics.means.items()}
                     now = time.monotonic()
-                    speed, since, tokens = tokens / (now - since), now, 0
+                    speed, share = tokens / (now - since), waited / (now - since)
+                    since, tokens, waited = now, 0, 0.0
                     line = {
                         "loss": float(metrics.loss),
                         **means,
                         "grad_norm": float(metrics.grad_norm),
                         **_rates(float(rate(step)), factors.values()),
                         "tokens_per_second": round(speed, 1),
+                        "data_wait": round(share, 4),
                         "seconds": round(now - began, 2),
                     }
                     log.write(step=saver.step, **line)
                     figures = [f"{name.replace('_', ' ')} {x:.3f}" for name, x in means.items()]
                     bar.show(
                         saver.step,
-                        [f"loss {line['loss']:.4f}", *figures, f"{speed:,.0f} tokens/s"],
+                        [
+                            f"loss {line['loss']:.4f}",
+                            *figures,
+                            f"{speed:,.0f} tokens/s",
+                            f"{share:.0%} waiting for data",
+                        ],
                     )
             path = saver.save()
         if finished := step == steps and not unmeasured:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from infinitevl_jax.config.train import TrainConfig
-from infinitevl_jax.data.skipping import Skipped
+from infinitevl_jax.data.skipping import Skipped, SkippedBySource
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.interrupts import postponed
 from infinitevl_jax.locking import Lock
@@ -57,7 +57,7 @@ class Saver(contextlib.AbstractContextManager):
         checkpoints: Checkpoints,
         lock: Lock,
         config: TrainConfig,
-        skipped: Skipped,
+        skipped: Skipped | SkippedBySource,
         state: TrainState,
         place: dict[str, Any],
         stop: Stop,

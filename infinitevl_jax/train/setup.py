@@ -18,7 +18,9 @@ from infinitevl_jax.checkpoints.save import run_manifest
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.config.presets import ModelSource
 from infinitevl_jax.config.student import derive
-from infinitevl_jax.data.dataset import Dataset
+from infinitevl_jax.data.conversation import texts
+from infinitevl_jax.data.mixture import Mixture
+from infinitevl_jax.data.sources import Source, readable
 from infinitevl_jax.data.vocabulary import word_tokenizer, write_processor_files
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.families.huggingface import read_config, to_huggingface
@@ -48,7 +50,7 @@ class Start:
     source: ModelConfig | None = None
 
 
-def prepare_start(model: ModelSource, source: Dataset, run: Path, seed: int) -> Start:
+def prepare_start(model: ModelSource, source: Mixture | Source, run: Path, seed: int) -> Start:
     """Open the preset's checkpoint folder, or write the files of a new model to RUN/model.
 
     If the preset changes the folder's image size limits or mixers, RUN/model gets a copy of its
@@ -124,7 +126,7 @@ def existing_folder(name: str, key: str) -> Path:
     return folder
 
 
-def _write_files(model: ModelSource, source: Dataset, folder: Path) -> None:
+def _write_files(model: ModelSource, source: Mixture | Source, folder: Path) -> None:
     """Write config.json and processor files of a new model."""
     text, vision = model.text, model.vision
     if model.tokenizer == "words":
@@ -133,9 +135,7 @@ def _write_files(model: ModelSource, source: Dataset, folder: Path) -> None:
                 'model.tokenizer is "words" for a text model',
                 "give [model.vision], or a folder in model.tokenizer",
             )
-        tokenizer = word_tokenizer(
-            t for row in source.readable() for t in [*row.questions, *row.answers]
-        )
+        tokenizer = word_tokenizer(text for row in readable(source) for text in texts(row))
         write_processor_files(folder, tokenizer, vision)
         text = dataclasses.replace(text, vocab_size=tokenizer.get_vocab_size())
     else:

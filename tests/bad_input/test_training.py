@@ -70,11 +70,6 @@ PRESETS = {
         "layers.(*",
         "regular expression",
     ),
-    "broken opening": (
-        ("batch = 8", 'batch = 8\nopening = "(shape"'),
-        "train.data.opening",
-        "(shape",
-    ),
     "unknown precision": (("fsdp = 1", 'fsdp = 1\ndtype = "float8"'), "float8", "bfloat16"),
     "unknown remat": (("fsdp = 1", 'fsdp = 1\nremat = "some"'), "'some'", "dots"),
     "context axis": (("fsdp = 1", "fsdp = 1\ncontext = 2"), "run.context", "reserved"),
@@ -154,6 +149,9 @@ RUNS = {
     "train.data.length=4": ("train.data.length",),
     "train.trainable=[]": ("train.trainable", "empty"),
     "train.trainable=['decoder.*']": ("'decoder.*'", "matches no parameter", "layers."),
+    "train.data.options.opening='(shape'": ("train.data.options.opening", "(shape"),
+    "train.data.options.balance=-1": ("balance", "-1", "opening, opening_steps, balance"),
+    "train.data.options.blance=1": ("blance", "opening, opening_steps, balance"),
     "model.tokenizer=nowhere": ("nowhere", "no folder"),
 }
 

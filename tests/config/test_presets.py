@@ -86,10 +86,10 @@ def test_implementations_of_operators(tmp_path):
 
 @pytest.mark.parametrize("old", RENAMED)
 def test_keys_of_earlier_presets_name_the_new_key(tmp_path, old):
-    key = old.removeprefix("run.")
+    table, key = old.rsplit(".", 1)
     for path, changes in (
         (minimal(tmp_path), [f"{old}=xla"]),
-        (minimal(tmp_path, f'[run]\n{key} = "xla"\n'), []),
+        (minimal(tmp_path, f'[{table}]\n{key} = "xla"\n'), []),
     ):
         with pytest.raises(
             InfiniteVLError, match=f"{old} has a new name\n  -> write {RENAMED[old]}$"

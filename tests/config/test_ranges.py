@@ -7,11 +7,12 @@ import tomllib
 import pytest
 from tiny_run import PRESET
 
+from infinitevl_jax.config.data import DataConfig, SourceConfig
 from infinitevl_jax.config.model import ModelConfig, TextConfig, VisionConfig
 from infinitevl_jax.config.presets import ModelSource, Preset, _everywhere, load_preset, parse
 from infinitevl_jax.config.ranges import describe, hints
 from infinitevl_jax.config.run import RunConfig
-from infinitevl_jax.config.train import DataConfig, OptimizerConfig, TrainConfig
+from infinitevl_jax.config.train import OptimizerConfig, TrainConfig
 from infinitevl_jax.errors import InfiniteVLError
 
 BAD = [
@@ -84,7 +85,10 @@ RANGES = {
     ): "give a text, 1 characters or more, at most 4,096 characters, without a NUL character",
     (TrainConfig, "keep", 0): "give a whole number, 1 or more, at most 2,147,483,647",
     (TrainConfig, "checkpoint_minutes", -1): "give a number, 0 or more, at most 2,147,483,647",
-    (DataConfig, "balance", 2**31): "give a number, 0 or more, at most 10",
+    (DataConfig, "weight", math.nan): "give a number, more than 0, at most 1,000",
+    (SourceConfig, "weight", 0): "give a number, more than 0, at most 1,000",
+    (DataConfig, "too_long", "drop"): "give one of skip, cut",
+    (DataConfig, "lookahead", 0): "give a whole number, 1 or more, at most 4,096",
     (DataConfig, "length", 2**31): "give a whole number, 2 or more, at most 16,777,216",
     (DataConfig, "max_skipped", 1.5): "give a number, 0 or more, at most 1",
     (OptimizerConfig, "peak_lr", math.inf): "give a number, 0 or more, at most 1,000,000",

@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from infinitevl_jax.data.dataset import Dataset
+from infinitevl_jax.data.sources.tfds import Dataset
 from infinitevl_jax.errors import InfiniteVLError
 
 NAMES = [
@@ -74,7 +74,7 @@ def test_splits_without_rows(tiny_data, no_network, split):
 def test_splits_with_rows(tiny_data, no_network, split, rows):
     assert (
         len(Dataset("tiny_vqa", tiny_data, split)) == rows
-        and Dataset("tiny_vqa:1.0.0", tiny_data, split)[0].questions
+        and Dataset("tiny_vqa:1.0.0", tiny_data, split)[0].messages
     )
 
 

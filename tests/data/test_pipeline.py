@@ -12,11 +12,15 @@ import numpy as np
 import pytest
 from tiny_run import write_preset
 
+from infinitevl_jax.config.data import SourceConfig
 from infinitevl_jax.config.presets import load_preset
 from infinitevl_jax.data.collate import group_questions
-from infinitevl_jax.data.dataset import Dataset
+from infinitevl_jax.data.conversation import as_turns
 from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.pipeline import held_out_batches, train_batches
+from infinitevl_jax.data.sources import open_source
+from infinitevl_jax.data.sources.tfds import Dataset
+from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.train.setup import prepare_start
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,8 +43,8 @@ def same(a, b):
 def ask(start, source, row, question):
     """What the processor makes of an image and a question."""
     content = [
-        {"type": "image", "image": source[row].image},
-        {"type": "text", "text": source[row].questions[question]},
+        {"type": "image", "image": as_turns(source[row]).image},
+        {"type": "text", "text": as_turns(source[row]).questions[question]},
     ]
     return start.processor([{"role": "user", "content": content}])["input_ids"][0]
 
@@ -54,7 +58,7 @@ def test_prefix_and_branch_are_the_processor_s_prompt(made):
             prompt = ask(start, encoder.dataset, number, i)
             np.testing.assert_array_equal(whole[: len(prompt)], prompt)
             answer = whole[len(prompt) :]
-            assert start.processor.decode(answer) == encoder.dataset[number].answers[i]
+            assert start.processor.decode(answer) == as_turns(encoder.dataset[number]).answers[i]
             assert answer[-1] == start.config.eos_token_ids[0]
             np.testing.assert_array_equal(
                 branch.answer, np.arange(len(branch.tokens)) >= len(prompt) - len(row.prefix.tokens)
@@ -127,28 +131,64 @@ def test_groups_hold_every_question_once():
     ]
 
 
-def test_processes_share_the_rows(made, monkeypatch):
+def rows_of(batch, lanes, of):
+    """The part of a global batch that belongs to these of its `of` rows."""
+
+    def cut(x, axis=0):
+        width = x.shape[axis] // of
+        return np.take(x, range(lanes.start * width, lanes.stop * width), axis)
+
+    branches = batch.branches
+    return jax.tree.map(cut, (batch.patches, batch.prefix and batch.prefix.tokens)) + (
+        jax.tree.map(cut, branches._replace(positions=None)),
+        None if branches.positions is None else cut(branches.positions, 1),
+        cut(batch.targets),
+        cut(batch.weights),
+    )
+
+
+@pytest.mark.parametrize("questions", [2, 0], ids=["branches", "packed"])
+@pytest.mark.parametrize("processes", [2, 3, 6])
+def test_processes_share_the_global_batch(made, monkeypatch, questions, processes):
+    """The parts of all processes are the batches of one process, and its places are theirs."""
     data, start, encoder = made
-    data = dataclasses.replace(data, batch=6)
-    seen = []
-    for process in range(2):
+    data = dataclasses.replace(data, batch=6, questions=questions, length=40, patches=64)
+    whole = train_batches(encoder, start.config, data, 0)
+    expected = [next(whole) for _ in range(5)]
+    lanes = {}
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    for process in range(processes):
         monkeypatch.setattr(jax, "process_index", lambda p=process: p)
-        monkeypatch.setattr(jax, "process_count", lambda: 2)
         batches = train_batches(encoder, start.config, data, 0)
-        mine = [next(batches) for _ in range(6)]
-        assert mine[0].prefix.tokens.shape[0] == 3
-        for epoch in (mine[:3], mine[3:]):
-            seen.append({image.tobytes() for b in epoch for image in b.patches.pixels})
-    assert all(len(s) == 9 for s in seen)
-    assert not seen[0] & seen[2] and not seen[1] & seen[3]
+        mine = range(process * 6 // processes, (process + 1) * 6 // processes)
+        for batch in expected:
+            part = rows_of(next(batches), range(len(mine)), len(mine))
+            assert same(part, rows_of(batch, mine, 6))
+        lanes |= batches.get_state()["lanes"]
+    assert lanes == whole.get_state()["lanes"]
 
 
-def test_balance_draws_a_question_s_rare_answers_more_often(made):
+def test_a_batch_that_does_not_divide_over_processes(made, monkeypatch):
+    data, start, encoder = made
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    with pytest.raises(InfiniteVLError, match="batch 8 does not divide over 3 processes"):
+        train_batches(encoder, start.config, data, 0)
+
+
+def drawing(made, folder, **options):
+    """An encoder of the same rows, whose questions are drawn by these options."""
+    _, start, _ = made
+    source = SourceConfig(name="tiny_vqa", folder=str(folder), options=options)
+    return Encoder(open_source(source, "train[:75%]"), start.processor, start.config)
+
+
+def test_balance_draws_a_question_s_rare_answers_more_often(made, tiny_data):
     data, start, encoder = made
     turns = Counter(
         turn
         for i in range(len(encoder))
-        for turn in zip(encoder.dataset[i].questions, encoder.dataset[i].answers, strict=True)
+        for row in [as_turns(encoder.dataset[i])]
+        for turn in zip(row.questions, row.answers, strict=True)
     )
     question = next(q for (q, a) in turns if a == "yes" and turns[q, "no"] > turns[q, "yes"])
     asked = start.processor.tokenizer.encode(question)
@@ -157,9 +197,9 @@ def test_balance_draws_a_question_s_rare_answers_more_often(made):
     def ratio(balance):
         """How often that question was drawn where the answer is yes, over where it is no."""
         batches = train_batches(
-            encoder,
+            drawing(made, tiny_data, balance=balance),
             start.config,
-            dataclasses.replace(data, batch=9, questions=1, balance=balance),
+            dataclasses.replace(data, batch=9, questions=1),
             0,
         )
         drawn = Counter()
@@ -174,9 +214,10 @@ def test_balance_draws_a_question_s_rare_answers_more_often(made):
     assert ratio(1.0) > 1.3 * ratio(0.0)
 
 
-def test_opening_asks_one_kind_of_question_first(made):
-    data, start, encoder = made
-    data = dataclasses.replace(data, batch=6, opening="^is it", opening_steps=2)
+def test_opening_asks_one_kind_of_question_first(made, tiny_data):
+    data, start, _ = made
+    data = dataclasses.replace(data, batch=6)
+    encoder = drawing(made, tiny_data, opening="^is it", opening_steps=2)
     batches = train_batches(encoder, start.config, data, 0)
     first = start.processor.tokenizer.token_id("is")
     asks = [(next(batches).branches.tokens[:, 0] == first).mean() for _ in range(5)]
@@ -187,7 +228,7 @@ def test_a_script_named_like_the_package_is_no_hindrance(tmp_path):
     """A script of the same name stands first on the path, and must not be taken for the package."""
     script = tmp_path / "easy_vqa.py"
     script.write_text(
-        f"import sys; sys.path.append({str(ROOT)!r})\nfrom infinitevl_jax.data.dataset import"
+        f"import sys; sys.path.append({str(ROOT)!r})\nfrom infinitevl_jax.data.sources.tfds import"
         f" Dataset\nprint(len(Dataset('easy_vqa', {str(tmp_path / 'data')!r}, 'test')))\n"
     )
     out = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)

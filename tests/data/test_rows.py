@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from tiny_run import write_preset
 
+from infinitevl_jax.config.data import DataConfig
 from infinitevl_jax.config.presets import load_preset
-from infinitevl_jax.config.train import DataConfig
-from infinitevl_jax.data.dataset import Dataset, Row, _texts
+from infinitevl_jax.data.conversation import as_turns, from_questions
 from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.pipeline import count_steps, held_out_batches, train_batches
-from infinitevl_jax.errors import BadRow
+from infinitevl_jax.data.sources import readable
+from infinitevl_jax.data.sources.tfds import Dataset, _texts
+from infinitevl_jax.errors import BadRow, InfiniteVLError
 from infinitevl_jax.inputs.packing import Packing
 from infinitevl_jax.processing import ChatTemplate, Processor
 from infinitevl_jax.train.setup import prepare_start
@@ -57,8 +59,12 @@ def test_a_row_is_encoded_alike_whatever_came_before(made, headed):
     """With and without a picture, and with pictures of two sizes: the same words are asked of
     each."""
     source, _ = made
-    image, turns = source[0].image, (["what color is it?", "is it red?"], ["red", "yes"])
-    rows = Rows(Row(image, *turns), Row(b"", *turns), Row(source[1].image, *turns))
+    image, turns = as_turns(source[0]).image, (["what color is it?", "is it red?"], ["red", "yes"])
+    rows = Rows(
+        from_questions(image, *turns),
+        from_questions(b"", *turns),
+        from_questions(as_turns(source[1]).image, *turns),
+    )
     orders = [Encoder(rows, *headed) for _ in range(3)]
     for encoder, order in zip(orders, ([0, 1, 2], [1, 0, 2], [2, 1, 0]), strict=True):
         for number in order:
@@ -69,7 +75,11 @@ def test_a_row_is_encoded_alike_whatever_came_before(made, headed):
             for row in (e[number] for e in orders)
         ]
         assert wholes[0] == wholes[1] == wholes[2]
-        content = [{"type": "image", "image": rows[number].image}] if rows[number].image else []
+        content = (
+            [{"type": "image", "image": as_turns(rows[number]).image}]
+            if as_turns(rows[number]).image
+            else []
+        )
         for i, whole in enumerate(wholes[0]):
             message = {"role": "user", "content": [*content, {"type": "text", "text": turns[0][i]}]}
             prompt = headed[0]([message])["input_ids"][0].tolist()
@@ -83,10 +93,10 @@ def test_a_template_whose_header_tells_the_question_is_refused_in_every_order(ma
         "{{ messages[0].content[1].text }}" + start.processor.template.text, "test"
     )
     processor = Processor(start.processor.tokenizer, template, start.processor.images)
-    image = source[0].image
+    image = as_turns(source[0]).image
     rows = Rows(
-        Row(image, ["is it red?"], ["yes"]),
-        Row(image, ["what color is it?", "is it red?"], ["red", "yes"]),
+        from_questions(image, ["is it red?"], ["yes"]),
+        from_questions(image, ["what color is it?", "is it red?"], ["red", "yes"]),
     )
     encoder = Encoder(rows, processor, headed[1])
     encoder[0]
@@ -106,7 +116,6 @@ def packing(made):
 def test_an_epoch_of_packed_rows_has_every_conversation_once(packing):
     encoder, config, data = packing
     data = dataclasses.replace(data, length=80)
-    batches = train_batches(encoder, config, data, 5)
     counts = [count_steps(encoder, data, epochs, 5) for epochs in (1, 2, 3)]
     conversations = sorted(
         encoder.conversation(i).branch.tokens.tobytes() for i in range(len(encoder))
@@ -126,11 +135,12 @@ def test_an_epoch_of_packed_rows_has_every_conversation_once(packing):
                         .tobytes()
                     )
 
-    done = 0
-    for count in counts:
-        epoch = [c for _ in range(count - done) for c in contents(next(batches))]
-        assert sorted(epoch) == conversations
-        done = count
+    for epochs, count in enumerate(counts, 1):
+        batches = train_batches(encoder, config, data, 5, epochs=epochs)
+        found = [c for _ in range(count) for c in contents(next(batches))]
+        assert sorted(found) == sorted(conversations * epochs)
+        with pytest.raises(InfiniteVLError, match="at its end"):
+            next(batches)
     tokens = sum(encoder.conversation(i).tokens for i in range(len(encoder)))
     assert (
         counts[0] >= tokens / (data.batch * data.length) and counts[2] < 18
@@ -147,7 +157,7 @@ def test_steps_of_branches_follow_the_images(packing):
 def test_unusable_rows_are_no_part_of_an_epoch(packing, monkeypatch):
     encoder, _, data = packing
     longest = max(encoder.conversation(i).tokens for i in range(len(encoder)))
-    short = dataclasses.replace(data, batch=1, length=longest - 1)
+    short = dataclasses.replace(data, batch=1, length=longest - 1, lookahead=1)
     fitting = [i for i in range(len(encoder)) if encoder.conversation(i).tokens < longest]
     steps = [Packing(1, short.length)]
     for number in fitting:  # any order: these conversations have two lengths at most
@@ -161,12 +171,16 @@ def test_unusable_rows_are_no_part_of_an_epoch(packing, monkeypatch):
 
 GOOD = (["is it red?"], ["yes"])
 BAD = {
-    "broken image": (Row(b"no picture", *GOOD), {}, "not a picture"),
-    "half an emoji in a question": (Row(b"", ["is it \ud83d?"], ["yes"]), {}, "U+D83D"),
-    "half an emoji in an answer": (Row(b"", ["is it red?"], ["\ud83d"]), {}, "U+D83D"),
-    "placeholder in a question": (Row(b"", ["is it <|image_pad|>?"], ["yes"]), {}, "<|image_pad|>"),
+    "broken image": (from_questions(b"no picture", *GOOD), {}, "not a picture"),
+    "half an emoji in a question": (from_questions(b"", ["is it \ud83d?"], ["yes"]), {}, "U+D83D"),
+    "half an emoji in an answer": (from_questions(b"", ["is it red?"], ["\ud83d"]), {}, "U+D83D"),
+    "placeholder in a question": (
+        from_questions(b"", ["is it <|image_pad|>?"], ["yes"]),
+        {},
+        "<|image_pad|>",
+    ),
     "long answer": (
-        Row(b"", ["is it red?"], ["red " * 50]),
+        from_questions(b"", ["is it red?"], ["red " * 50]),
         {"length": 40},
         "train.data.length is 40",
     ),
@@ -181,7 +195,9 @@ def test_a_bad_row_is_named(made, case, questions):
     data = DataConfig(
         questions=questions, batch=1, max_skipped=0.0, **{"length": 60, "patches": 64, **changes}
     )
-    encoder = Encoder(Rows(Row(b"", *GOOD), row), start.processor, start.config).within(data)
+    encoder = Encoder(Rows(from_questions(b"", *GOOD), row), start.processor, start.config).within(
+        data
+    )
     read = encoder.__getitem__ if questions else encoder.conversation
     read(0)
     with pytest.raises(BadRow) as caught:
@@ -203,7 +219,7 @@ def test_an_image_too_large_is_named(made):
     with pytest.raises(
         BadRow, match="row 2: the image's prefix has 6 tokens, train.data.prefix_length is 5"
     ):
-        encoder.within(DataConfig(prefix_length=5))[2]
+        encoder.within(DataConfig(questions=1, prefix_length=5))[2]
 
 
 @pytest.fixture
@@ -229,7 +245,7 @@ def test_what_is_stored_wrongly_is_named(stored):
         {"questions": [b"a?"], "answers": None},
         {"questions": [b"a?"], "answers": [b"a"], "image": np.zeros((2, 2, 3), np.uint8)},
     )
-    assert source[0] == Row(b"", ["a?"], ["a"])
+    assert source[0] == from_questions(b"", ["a?"], ["a"])
     reasons = [
         "2 questions and 1 answers",
         "0 questions",
@@ -241,4 +257,4 @@ def test_what_is_stored_wrongly_is_named(stored):
     for number, reason in enumerate(reasons, 1):
         with pytest.raises(BadRow, match=f"stored train row {number}: .*{reason}"):
             source[number]
-    assert list(source.readable()) == [source[0]] and _texts([b"\xc3\xa9"]) == ["é"]
+    assert list(readable(source)) == [source[0]] and _texts([b"\xc3\xa9"]) == ["é"]

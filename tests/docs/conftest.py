@@ -44,11 +44,23 @@ def stocked(tmp_path_factory):
             )
         container.mux(stream.encode())
     write_adapter(folder / "my-lora", read_folder(folder / "InfiniteVL")[ADAPTED + ".weight"][1])
+    stock_data(folder)
     shutil.copytree(ROOT / "configs", folder / "configs")
     shutil.copytree(ROOT / "docs", folder / "docs")
     preset, *_ = [b.text for b in blocks(ROOT / "docs" / "training.md") if b.language == "toml"]
     (folder / "mixers.toml").write_text(preset, "utf-8")
     return folder
+
+
+def stock_data(folder):
+    """Data of one's own: conversations about photos, and a folder of books."""
+    (folder / "photos").mkdir()
+    shutil.copy(folder / "photo.jpg", folder / "photos")
+    said = [{"from": "human", "value": "<image>Who?"}, {"from": "gpt", "value": "A cat."}]
+    rows = [{"image": "photo.jpg", "conversations": said}] * 60
+    (folder / "my.json").write_text(json.dumps(rows))
+    (folder / "books").mkdir()
+    (folder / "books" / "tale.txt").write_text("Once upon a time.\n" * 20)
 
 
 def write_adapter(folder, shape):

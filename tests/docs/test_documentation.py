@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from doc_commands import handle
@@ -17,7 +18,11 @@ from doc_pages import (
     mentioned,
 )
 
+from infinitevl_jax import InfiniteVL, Processor
+from infinitevl_jax.config.data import SourceConfig
 from infinitevl_jax.config.presets import load_preset
+from infinitevl_jax.data.encode import Encoder
+from infinitevl_jax.data.sources import open_source
 
 PROGRAMS = [p for p in (ROOT / "benchmarks").rglob("*.py") if "def main(" in p.read_text("utf-8")]
 BLOCKS = [block for page in PAGES for block in blocks(page)]
@@ -28,7 +33,7 @@ def of(language: str) -> list[Block]:
 
 
 def test_every_block_is_of_a_kind_that_is_tested():
-    assert {block.language for block in BLOCKS} == {"bash", "python", "toml"}
+    assert {block.language for block in BLOCKS} == {"bash", "python", "toml", "json"}
     assert len(of("python")) >= 8 and len(of("bash")) >= 10
 
 
@@ -47,6 +52,16 @@ def test_python(block, workspace):
 def test_presets(block, workspace):
     (workspace / "preset.toml").write_text(block.text, "utf-8")
     load_preset(workspace / "preset.toml")
+
+
+@pytest.mark.parametrize("block", of("json"), ids=str)
+def test_rows(block, workspace):
+    """Lines of a JSONL file, which is recognised."""
+    Path("rows.jsonl").write_text(block.text, "utf-8")
+    rows = open_source(SourceConfig(path="rows.jsonl"), "train")
+    model = InfiniteVL.from_pretrained("InfiniteVL")
+    encoder = Encoder(rows, Processor.from_pretrained("InfiniteVL"), model.config)
+    assert all(encoder.conversation(i).branch.answer.any() for i in range(len(rows)))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -6,8 +6,9 @@ from tiny_run import write_preset
 
 from infinitevl_jax import InfiniteVL
 from infinitevl_jax.config.presets import load_preset
-from infinitevl_jax.data.dataset import Dataset, Row
+from infinitevl_jax.data.conversation import Turns, as_turns
 from infinitevl_jax.data.encode import Encoder
+from infinitevl_jax.data.sources.tfds import Dataset
 from infinitevl_jax.eval.picture import draw_samples
 from infinitevl_jax.eval.vqa import answer_blind, answer_split, score
 from infinitevl_jax.train.setup import prepare_start
@@ -33,9 +34,11 @@ def test_every_question_is_answered_as_if_alone(made):
     answers = answer_split(
         model, start.processor, Encoder(source, start.processor, start.config), images=4, branches=7
     )
-    assert [len(a) for a in answers] == [len(source[i].questions) for i in range(len(source))]
+    assert [len(a) for a in answers] == [
+        len(as_turns(source[i]).questions) for i in range(len(source))
+    ]
     for i in range(len(source)):
-        row = source[i]
+        row = as_turns(source[i])
         for question, answer in zip(row.questions, answers[i], strict=True):
             content = [{"type": "image", "image": row.image}, {"type": "text", "text": question}]
             alone = model.generate(
@@ -47,11 +50,11 @@ def test_every_question_is_answered_as_if_alone(made):
 
 def test_scores_and_the_blind_baseline():
     train = [
-        Row(b"", ["color?", "is it red?"], ["red", "yes"]),
-        Row(b"", ["color?", "is it red?"], ["blue", "no"]),
+        Turns([], ["color?", "is it red?"], ["red", "yes"]),
+        Turns([], ["color?", "is it red?"], ["blue", "no"]),
     ]
-    train += [Row(b"", ["is it red?"], ["no"]), Row(b"", ["shade?"], ["blue"])]
-    test = [Row(b"", ["color?", "is it red?"], ["blue", "yes"]), Row(b"", ["new?"], ["no"])]
+    train += [Turns([], ["is it red?"], ["no"]), Turns([], ["shade?"], ["blue"])]
+    test = [Turns([], ["color?", "is it red?"], ["blue", "yes"]), Turns([], ["new?"], ["no"])]
     blind = answer_blind(train, test)
     assert blind == [
         ["blue", "no"],
@@ -69,7 +72,7 @@ def test_scores_and_the_blind_baseline():
 
 def test_picture(tmp_path, made):
     source = made[2]
-    draw_samples([(source[i], 0, "red") for i in range(6)], tmp_path / "samples.png")
+    draw_samples([(as_turns(source[i]), 0, "red") for i in range(6)], tmp_path / "samples.png")
     assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in tmp_path.iterdir()] == ["samples.png"]
 
@@ -77,7 +80,7 @@ def test_picture(tmp_path, made):
 def test_the_official_split_and_its_blind_baseline(tmp_path):
     """Known sizes. The blind baseline is 67.0 % of all questions, 23.3 % without yes/no."""
     train, test = (Dataset("easy_vqa", tmp_path, split) for split in ("train", "test"))
-    train, test = ([source[i] for i in range(len(source))] for source in (train, test))
+    train, test = ([as_turns(row) for row in source] for source in (train, test))
     assert (len(train), len(test)) == (4000, 1000)
     assert sum(len(r.questions) for r in train) == 38575
     blind = score(test, answer_blind(train, test))
@@ -85,8 +88,8 @@ def test_the_official_split_and_its_blind_baseline(tmp_path):
     assert (round(blind.all, 3), round(blind.other, 3)) == (0.670, 0.233)
     held = Dataset("easy_vqa", tmp_path, "train[90%:]")
     kept = Dataset("easy_vqa", tmp_path, "train[:90%]")
-    assert not {held[i].image for i in range(len(held))} & {
-        kept[i].image for i in range(len(kept))
+    assert not {as_turns(row).image for row in held} & {
+        as_turns(row).image for row in kept
     } or _twins(train)
     assert len(held) + len(kept) == 4000
 
@@ -103,5 +106,5 @@ def test_answers_pad_to_one_shape(made):
     large = answer_split(model, start.processor, encoder, images=6, branches=32)
     assert small == large
     assert np.asarray([len(a) for a in small]).sum() == sum(
-        len(source[i].questions) for i in range(len(source))
+        len(as_turns(source[i]).questions) for i in range(len(source))
     )

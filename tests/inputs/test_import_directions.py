@@ -41,7 +41,7 @@ ALLOWED = {
     "train": "config inputs sharding nn families checkpoints processing data pallas_kernels",
     "serve": "config inputs sharding nn checkpoints processing",
     "eval": "config inputs processing data serve",
-    "cli": "config sharding nn checkpoints processing serve train",
+    "cli": "config sharding nn checkpoints processing serve data train",
     "__init__": "processing serve",  # the package's public names, imported when they are asked for
 }
 ENTRY_POINT = {"__main__": "cli"}  # the command's address in the wheel, a part of `cli`

@@ -10,8 +10,9 @@ from tiny_run import write_preset
 from infinitevl_jax import InfiniteVL
 from infinitevl_jax.config.presets import load_preset
 from infinitevl_jax.data.collate import PackedRows, branch_batch
-from infinitevl_jax.data.dataset import Dataset, Row
+from infinitevl_jax.data.conversation import as_turns, from_questions
 from infinitevl_jax.data.encode import Encoder
+from infinitevl_jax.data.sources.tfds import Dataset
 from infinitevl_jax.eval.vqa import answer_branches
 from infinitevl_jax.train.setup import prepare_start
 
@@ -33,9 +34,15 @@ class OneQuestion:
     title = "one question"
 
     def __init__(self, dataset):
-        image = dataset[5].image
-        self.rows = [Row(image, ["is it red?"], ["no"]), Row(b"", ["is it blue?"], ["yes"])]
-        self.rows += [Row(dataset[i].image, ["what color is it?"], ["red"]) for i in (1, 7, 9)]
+        image = as_turns(dataset[5]).image
+        self.rows = [
+            from_questions(image, ["is it red?"], ["no"]),
+            from_questions(b"", ["is it blue?"], ["yes"]),
+        ]
+        self.rows += [
+            from_questions(as_turns(dataset[i]).image, ["what color is it?"], ["red"])
+            for i in (1, 7, 9)
+        ]
 
     def __len__(self):
         return len(self.rows)
@@ -105,7 +112,7 @@ def spy(model):
 def generation(made):
     """What `generate` computes on for the first row's question."""
     _, start, dataset = made
-    row = OneQuestion(dataset)[0]
+    row = as_turns(OneQuestion(dataset)[0])
     model = InfiniteVL.random(start.config, 0)
     content = [{"type": "image", "image": row.image}, {"type": "text", "text": row.questions[0]}]
     batch = start.processor([{"role": "user", "content": content}])
@@ -176,7 +183,7 @@ def test_evaluation(made, generation):
 def test_a_whole_conversation_evaluated_at_once(made, generation):
     """A call of the model, which pads to a bucket, in a batch padded on the left."""
     _, start, dataset = made
-    row, model = OneQuestion(dataset)[0], InfiniteVL.random(start.config, 0)
+    row, model = as_turns(OneQuestion(dataset)[0]), InfiniteVL.random(start.config, 0)
     content = [{"type": "image", "image": row.image}, {"type": "text", "text": row.questions[0]}]
     batch = start.processor([{"role": "user", "content": content}])
     batch["input_ids"] = np.pad(batch["input_ids"], [(0, 0), (3, 0)])

@@ -14,9 +14,9 @@ from tiny_run import PRESET, write_preset
 from infinitevl_jax.config.presets import load_preset
 from infinitevl_jax.config.run import RunConfig
 from infinitevl_jax.config.train import OptimizerConfig
-from infinitevl_jax.data.dataset import Dataset
 from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.pipeline import train_batches
+from infinitevl_jax.data.sources.tfds import Dataset
 from infinitevl_jax.nn.ops import resolve_ops
 from infinitevl_jax.nn.params import initialize, parameters
 from infinitevl_jax.sharding import kept_whole, make_mesh, parameter_shardings

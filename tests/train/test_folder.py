@@ -66,6 +66,39 @@ def test_a_refused_run_lets_go(preset, tmp_path):
     )  # these may change
 
 
+def test_a_run_of_an_earlier_version_is_refused(preset, tmp_path):
+    """Its place in the data was counted differently."""
+    run = claim(preset(tmp_path / "run"))
+    (run / "checkpoints" / "3").mkdir(parents=True)
+    stored = json.loads((run / "preset.json").read_text())
+    stored["train"]["data"] = {"name": "easy_vqa", "balance": 0.5, "opening": "", "batch": 16}
+    (run / "preset.json").write_text(json.dumps(stored))
+    with pytest.raises(InfiniteVLError, match="a run of an earlier version") as caught:
+        claim(preset(tmp_path / "run"))
+    assert f"model.from={run / 'checkpoints' / '3'}" in caught.value.cure
+
+
+def test_folders_of_data_and_workers_may_change(preset, tmp_path):
+    mixture = "train.data.sources={a={path='a.json',images='x'}}"
+    run = claim(preset(tmp_path / "run", mixture))
+    (run / "checkpoints" / "3").mkdir(parents=True)
+    claim(
+        preset(
+            tmp_path / "run",
+            mixture,
+            "train.data.sources.a.images=y",
+            "train.data.sources.a.folder=z",
+            "train.data.workers=4",
+        )
+    )
+    with pytest.raises(InfiniteVLError, match="another configuration") as caught:
+        claim(preset(tmp_path / "run", mixture, "train.data.sources.a.weight=2"))
+    assert caught.value.items[0].startswith("train.data.sources.a.images") or any(
+        item.startswith("train.data.sources.a.weight: 1.0 there, 2.0 now")
+        for item in caught.value.items
+    )
+
+
 def test_a_lost_run_s_log_is_kept(preset, tmp_path, said):
     for number in (1, 2):
         run = claim(preset(tmp_path / "run"))

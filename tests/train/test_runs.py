@@ -151,7 +151,7 @@ def test_pixel_limits_beside_a_checkpoint(ended, tiny_data, tmp_path, file):
     import shutil
 
     from infinitevl_jax.config.presets import ModelSource
-    from infinitevl_jax.data.dataset import Dataset
+    from infinitevl_jax.data.sources.tfds import Dataset
     from infinitevl_jax.train.setup import prepare_start
 
     origin = tmp_path / "origin"

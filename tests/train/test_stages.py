@@ -55,7 +55,7 @@ class Stages:
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory, tiny_data):
     stages = Stages(tmp_path_factory.mktemp("stages"), tiny_data)
-    stages.teacher = stages.run("teacher", "teacher", "train.data.opening=''").run
+    stages.teacher = stages.run("teacher", "teacher", "train.data.options.opening=''").run
     stages.aligned = stages.align("aligned").run
     return stages
 

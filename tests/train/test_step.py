@@ -12,8 +12,9 @@ from tiny_run import write_preset
 from infinitevl_jax.config.presets import load_preset
 from infinitevl_jax.config.run import RunConfig
 from infinitevl_jax.data.collate import PackedRows, branch_batch, packed_batch
-from infinitevl_jax.data.dataset import Dataset
-from infinitevl_jax.data.encode import Branch, EncodedConversation, Encoder
+from infinitevl_jax.data.encode import Encoder
+from infinitevl_jax.data.encoded import Branch, EncodedConversation
+from infinitevl_jax.data.sources.tfds import Dataset
 from infinitevl_jax.inputs.packing import Packing
 from infinitevl_jax.nn.params import initialize
 from infinitevl_jax.train.setup import prepare_start

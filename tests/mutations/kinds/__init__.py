@@ -19,6 +19,7 @@ WEIGHTS = {
     "run": 4,
     "messages": 8,
     "rows": 5,
+    "datafiles": 6,
     "pictures": 9,
     "films": 6,
     "calls": 7,

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 
 from infinitevl_jax.config.presets import Preset, load_preset, to_tree
-from infinitevl_jax.data.dataset import Dataset
 from infinitevl_jax.data.encode import Encoder
+from infinitevl_jax.data.mixture import open_mixture
 from infinitevl_jax.data.pipeline import train_batches
 from infinitevl_jax.nn.ops import resolve_ops
 from infinitevl_jax.nn.params import parameters
@@ -43,12 +43,12 @@ KEYS += [
     "train.keep",
     "train.log_every",
     "train.evaluate_every",
-    "train.data.balance",
-    "train.data.opening",
+    "train.data.options.balance",
+    "train.data.options.opening",
     "train.data.patches",
 ]
 KEYS += [
-    "train.data.opening_steps",
+    "train.data.lookahead",
     "train.data.name",
     "train.data.train",
     "train.data.held_out",
@@ -242,7 +242,7 @@ def begin(preset: Preset, out: Path) -> None:
     config = preset.train
     mesh = make_mesh(preset.run)
     resolve_ops(mesh, preset.run.ops)
-    source = Dataset(config.data.name, config.data.folder, config.data.train)
+    source = open_mixture(config.data)
     start = prepare_start(preset.model, source, out, config.seed)
     batches = train_batches(
         Encoder(source, start.processor, start.config), start.config, config.data, config.seed

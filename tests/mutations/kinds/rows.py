@@ -3,14 +3,15 @@
 import io
 import unicodedata
 from random import Random
+from typing import Any, NamedTuple
 
 import numpy as np
 from tiny_folder import IDS, tiny_config
 
-from infinitevl_jax.config.train import DataConfig
-from infinitevl_jax.data.dataset import Dataset, Row
+from infinitevl_jax.config.data import DataConfig
 from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.pipeline import held_out_batches, train_batches
+from infinitevl_jax.data.sources.tfds import Dataset
 
 from ..case import Case, Place
 from ..content import ODD_TEXT, mutate_bytes, mutate_text
@@ -31,6 +32,14 @@ ODD = [
 ]
 ODD += [None, 3, b"bytes", b"\xff\xfe", ["a"], np.str_("x"), np.array(["a"]), {"a": 1}]
 QUESTIONS, ANSWERS = ["what color is it?", "is it red?"], ["blue", "no"]
+
+
+class Row(NamedTuple):
+    """A row as it is stored."""
+
+    image: Any
+    questions: Any
+    answers: Any
 
 
 class Rows(Dataset):

@@ -1,17 +1,21 @@
-"""Rows of a prepared data set by number. Only this module and the builders import
-tensorflow_datasets."""
+"""Rows of a prepared tfds data set: an image with questions and answers. Only this module and the
+builders import tensorflow_datasets."""
 
 import contextlib
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from infinitevl_jax.data.easy_vqa import EasyVqa
+from infinitevl_jax.config.data import SourceConfig
+from infinitevl_jax.data.conversation import Conversation, from_questions
+from infinitevl_jax.data.curriculum import Curriculum
+from infinitevl_jax.data.sources import register_source
+from infinitevl_jax.data.sources.easy_vqa import EasyVqa
+from infinitevl_jax.data.sources.files import options
 from infinitevl_jax.errors import BadRow, InfiniteVLError
 from infinitevl_jax.locking import Lock
 from infinitevl_jax.writing import storage
@@ -22,16 +26,14 @@ NAME = re.compile(
 )  # name, configuration and version of a data set on this disk
 
 
-class Row(NamedTuple):
-    """An image and the questions about it."""
-
-    image: bytes  # of the image file; b"" = no image
-    questions: list[str]
-    answers: list[str]
-
-
 class Dataset:
-    """A split of a prepared data set as a sequence of `Row`."""
+    """A split of a prepared data set as a sequence of conversations.
+
+    Attributes:
+      curriculum: which questions of a row are asked.
+    """
+
+    curriculum = Curriculum()
 
     def __init__(self, name: str, folder: str | Path, split: str):
         """Prepare the data set in `folder` unless it is there.
@@ -74,8 +76,8 @@ class Dataset:
         """Name and split, as errors show them."""
         return f"{self.name} {self.split}"
 
-    def __getitem__(self, number: int) -> Row:
-        """Row `number`.
+    def __getitem__(self, number: int) -> Conversation:
+        """Row `number`: its image, then a turn for each question.
 
         Raises BadRow for a row that cannot be read: no image bytes or no text where they are
         expected, text that is not UTF-8, or unequal numbers of questions and answers.
@@ -104,13 +106,7 @@ class Dataset:
         if len(questions) != len(answers) or not questions:
             reason = f"it has {len(questions)} questions and {len(answers)} answers"
             raise bad(reason, "give one answer to each question, and at least one question")
-        return Row(image, questions, answers)
-
-    def readable(self) -> Iterator[Row]:
-        """All rows that can be read, for statistics. The others are reported when they are used."""
-        for number in range(len(self)):
-            with contextlib.suppress(BadRow):
-                yield self[number]
+        return from_questions(image, questions, answers)
 
 
 def _texts(values: Sequence) -> list[str]:
@@ -162,3 +158,14 @@ def _prepared(kind: type[tfds.core.DatasetBuilder], folder: Path) -> tfds.core.D
             kind(data_dir=str(folder), file_format="array_record").download_and_prepare()
         builder = kind(data_dir=str(folder), file_format="array_record")
     return builder
+
+
+def open_tfds(config: SourceConfig, split: str) -> Dataset:
+    """Open a data set by its name and folder. The options are those of `Curriculum`."""
+    curriculum = options(config, Curriculum)
+    dataset = Dataset(config.name, config.folder, split)
+    dataset.curriculum = curriculum
+    return dataset
+
+
+register_source("tfds", open_tfds)

@@ -1,0 +1,158 @@
+"""Batches made ahead of the training loop, by worker processes or one thread of this process."""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import grain
+from grain.experimental import ThreadPrefetchIterDataset
+
+from infinitevl_jax.data.batch import TrainBatch
+from infinitevl_jax.data.lanes import Item
+from infinitevl_jax.data.workers import in_workers
+from infinitevl_jax.errors import BadRow, InfiniteVLError
+
+AHEAD = 2  # batches that wait, and rows that wait in a worker
+
+# Opens a lane of this process, by its number and its place.
+OpenLane = Callable[[int, dict[str, Any]], Iterator[Item]]
+
+
+class Skips(Protocol):
+    """Counts rows that cannot be used."""
+
+    def add(self, row: BadRow) -> None: ...
+
+
+class Batches:
+    """An endless iterator over this process's part of the global batches.
+
+    Reading, decoding and tokenising happen elsewhere. Its state can be saved and restored, also
+    with another number of workers or processes.
+    """
+
+    def __init__(
+        self,
+        open_lane: OpenLane,
+        join: Callable[[Sequence[Any]], TrainBatch],
+        lanes: range,
+        workers: int,
+        skipped: Skips,
+        rows: dict[str, int],
+    ):
+        """
+        Args:
+          join: makes a batch of the contents of one item from each lane.
+          lanes: numbers of this process's rows of the global batch.
+          workers: processes; fewer are used if that many do not divide the lanes.
+          rows: of each source, to tell a resume with other data.
+        """
+        self._open, self._join, self._skipped, self._rows = open_lane, join, skipped, rows
+        self._places: dict[int, dict[str, Any]] = {lane: {} for lane in lanes}
+        self._workers = max(n for n in range(workers + 1) if n == 0 or len(lanes) % n == 0)
+        self._iterator: Any = None
+        self._closing: Any = None
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> TrainBatch:
+        """The next batch.
+
+        Raises:
+          InfiniteVLError: too many rows cannot be used, or no row teaches anything.
+        """
+        if self._iterator is None:
+            self._iterator = iter(self._stream())
+            # at the end of this process too: a thread must not be in the middle of a read then
+            self._closing = weakref.finalize(self, self._iterator.close)
+        batch, items = next(self._iterator)
+        for item in items:
+            for row in item.bad:
+                self._skipped.add(row)
+        if batch is None or not batch.weights.any():
+            raise InfiniteVLError(
+                "a batch came without a token that bears loss",
+                "the data is at its end, or many rows in a row cannot be used",
+            )
+        self._places = {lane: item.place for lane, item in zip(self._places, items, strict=True)}
+        return batch
+
+    def _stream(self) -> grain.IterDataset:
+        rows = _Rows(self._open, list(self._places.items()))
+        if self._workers:
+            rows = in_workers(rows, self._workers, buffer=AHEAD)
+        batches = rows.batch(len(self._places), drop_remainder=True, batch_fn=self._batch)
+        return ThreadPrefetchIterDataset(batches, prefetch_buffer_size=AHEAD)
+
+    def _batch(self, items: Sequence[Item]) -> tuple[TrainBatch | None, list[Item]]:
+        contents = [item.content for item in items]
+        batch = None if all(content is None for content in contents) else self._join(contents)
+        return batch, [item._replace(content=None) for item in items]
+
+    def get_state(self) -> dict[str, Any]:
+        """Where each lane goes on, as JSON."""
+        lanes = {str(lane): place for lane, place in self._places.items()}
+        return {"lanes": lanes, "rows": self._rows}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue from the result of `get_state`.
+
+        Raises:
+          InfiniteVLError: the data has another number of rows, or the state is of another version.
+        """
+        if "lanes" not in state:
+            raise InfiniteVLError(
+                "its place in the data is of an earlier version",
+                "start from its weights: model.from=CHECKPOINT, train.output=ANOTHER_FOLDER",
+            )
+        for name, count in state["rows"].items():
+            if self._rows.get(name) != count:
+                title = f"the source {name}" if name else "the data"
+                raise InfiniteVLError(
+                    f"{title} had {count:,} rows and has {self._rows.get(name, 0):,} now",
+                    "go on with the data that the run began with",
+                )
+        places = {lane: state["lanes"][str(lane)] for lane in self._places}
+        if any(int(place.get("taken", 0)) < 0 for place in places.values()):
+            raise ValueError(f"{state['lanes']} is no place in the data")
+        self.close()
+        self._places = places
+
+    def close(self) -> None:
+        """Stop threads and processes. Iterating starts them again, at the same place."""
+        if self._iterator is not None:
+            self._closing()
+            self._iterator = None
+
+
+class _Rows(grain.IterDataset):
+    """One item of each lane in turn. A worker has some of the lanes."""
+
+    def __init__(self, open_lane: OpenLane, lanes: list[tuple[int, dict[str, Any]]]):
+        super().__init__()
+        self._open, self._lanes = open_lane, lanes
+
+    def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
+        """grain calls this in a worker."""
+        self._lanes = self._lanes[sl]
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _RowIterator([self._open(lane, place) for lane, place in self._lanes])
+
+
+class _RowIterator(grain.DatasetIterator):
+    def __init__(self, lanes: list[Iterator[Item]]):
+        super().__init__()
+        self._lanes, self._next = lanes, 0
+
+    def __next__(self) -> Item:
+        item = next(self._lanes[self._next % len(self._lanes)])
+        self._next += 1
+        return item
+
+    def get_state(self) -> dict[str, Any]:
+        return {}  # the place is in the items
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        pass

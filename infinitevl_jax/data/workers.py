@@ -1,0 +1,37 @@
+"""Worker processes of grain, which leave when their parent does."""
+
+import os
+import signal
+import threading
+import time
+
+import grain
+from absl import flags
+
+
+def in_workers(rows: grain.IterDataset, workers: int, buffer: int) -> grain.IterDataset:
+    """The same elements in the same order, made by processes.
+
+    buffer: elements that wait in each of them.
+    """
+    if not flags.FLAGS.is_parsed():  # grain reads its own, also in programs without absl
+        flags.FLAGS.mark_as_parsed()
+    options = grain.MultiprocessingOptions(workers, buffer)
+    return rows.mp_prefetch(options, _Worker(os.getpid()))
+
+
+class _Worker:
+    """Set-up of a worker process: it outlives neither Ctrl-C's end nor this process."""
+
+    def __init__(self, parent: int):
+        self.parent = parent
+
+    def __call__(self, index: int, count: int) -> None:
+        for name in ("SIGINT", "SIGHUP"):  # sent to all processes of a terminal
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+        threading.Thread(target=self._watch, daemon=True, name="parent").start()
+
+    def _watch(self) -> None:
+        while os.getppid() == self.parent:
+            time.sleep(1)
+        os._exit(1)
