@@ -104,14 +104,14 @@ def describe(hint: Any) -> str:
     kind = plain(hint)
     if typing.get_origin(kind) is dict:
         return f"a table whose values are each {describe(typing.get_args(kind)[1])}"
-    if typing.get_origin(kind) is tuple:
+    if typing.get_origin(kind) is list:
+        kind, words = list, f"a list, each {describe(_item(hint))}"
+    elif typing.get_origin(kind) is tuple:
         kind, length = (
             tuple,
             len(typing.get_args(kind)) if Ellipsis not in typing.get_args(kind) else None,
         )
         words = "a list" + (f" of {length}" if length else "")
-    elif typing.get_origin(kind) is dict:
-        words = "a table of texts, numbers, true or false, or lists of texts"
     elif typing.get_origin(kind) is typing.Literal:
         words = "one of " + ", ".join(typing.get_args(kind))
     else:
