@@ -10,7 +10,7 @@ from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.nn.fused import Layout
 from infinitevl_jax.nn.fused_params import FusedParams, Group, Groups
 from infinitevl_jax.nn.params import Parameter, Params, joint_layers, parameters
-from infinitevl_jax.sharding import spec
+from infinitevl_jax.sharding import check_mesh, spec
 
 
 def fuse(config: ModelConfig, params: Params, mesh: Mesh | None = None) -> FusedParams:
@@ -25,7 +25,12 @@ def fuse(config: ModelConfig, params: Params, mesh: Mesh | None = None) -> Fused
 
     Args:
       params: layer by layer.
+
+    Raises:
+      InfiniteVLError: the mesh has unknown or explicit axes.
     """
+    if mesh is not None:
+        check_mesh(mesh)
     known, arrays = parameters(config, scanned=False), {}
     groups = _groups(config, params, mesh)
     for group in groups:
