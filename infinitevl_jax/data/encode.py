@@ -50,6 +50,8 @@ class Encoder:
         encoded already are shared."""
         other = copy.copy(self)
         other.data = data
+        if data.workers:  # each has a cache of its own
+            other._kept = _Cache(self._kept.limit // data.workers)
         return other
 
     def __getitem__(self, number: int) -> EncodedRow:
@@ -90,6 +92,10 @@ class Encoder:
         except InfiniteVLError as error:
             title, index = self.dataset.place(number)
             raise BadRow(title, index, error.culprit, error.cure) from error
+        except Exception as error:  # of a source or library, which a worker may hand over
+            title, index = self.dataset.place(number)
+            error.add_note(f"while reading {title} row {index}")
+            raise
 
     def _encode(self, row: Conversation) -> EncodedRow:
         turns = as_turns(row)
@@ -153,19 +159,19 @@ class _Cache:
     depends on. Its copy in another process is empty."""
 
     def __init__(self, limit: int):
-        self._limit = limit
+        self.limit = limit
         self._values: dict[Hashable, Any] = {}
         self._bytes = 0
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple:
-        return _Cache, (self._limit,)
+        return _Cache, (self.limit,)
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
         if (value := self._values.get(key)) is None:
             value = make()
             with self._lock:
-                if self._bytes < self._limit:
+                if self._bytes < self.limit:
                     self._values[key] = value
                     self._bytes += _size(value) + _size(key)
         return value

@@ -80,12 +80,15 @@ class Placeholders:
         content = []
         for part in parts:
             if part in NOUNS:
-                noun = NOUNS[part]
-                self._found[noun] += 1
-                content.append(next(self._queues[noun], None))
+                content.append(self.take(NOUNS[part]))
             elif part := part.strip("\n") if strip else part:
                 content.append({"type": "text", "text": part})
         return [item for item in content if item is not None]
+
+    def take(self, noun: str) -> dict[str, Any] | None:
+        """The next image or video; None behind the last, which `check` reports."""
+        self._found[noun] += 1
+        return next(self._queues[noun], None)
 
     def check(self) -> None:
         """Raise InfiniteVLError unless there is one placeholder for each image and video."""

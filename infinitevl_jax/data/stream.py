@@ -29,6 +29,9 @@ class Batches:
 
     Reading, decoding and tokenising happen elsewhere. Its state can be saved and restored, also
     with another number of workers or processes.
+
+    Attributes:
+      workers: processes that are used; 0 is a thread of this one.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class Batches:
         """
         self._open, self._join, self._skipped, self._rows = open_lane, join, skipped, rows
         self._places: dict[int, dict[str, Any]] = {lane: {} for lane in lanes}
-        self._workers = max(n for n in range(workers + 1) if n == 0 or len(lanes) % n == 0)
+        self.workers = max(n for n in range(workers + 1) if n == 0 or len(lanes) % n == 0)
         self._iterator: Any = None
         self._closing: Any = None
 
@@ -80,8 +83,8 @@ class Batches:
 
     def _stream(self) -> grain.IterDataset:
         rows = _Rows(self._open, list(self._places.items()))
-        if self._workers:
-            rows = in_workers(rows, self._workers, buffer=AHEAD)
+        if self.workers:
+            rows = in_workers(rows, self.workers, buffer=AHEAD)
         batches = rows.batch(len(self._places), drop_remainder=True, batch_fn=self._batch)
         return ThreadPrefetchIterDataset(batches, prefetch_buffer_size=AHEAD)
 

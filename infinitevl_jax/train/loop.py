@@ -147,6 +147,7 @@ def train(preset: Preset) -> Outcome:
             f"device: {_devices(mesh)}; mesh: "
             + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         )
+        logger.info(f"data: {batches.workers or 'no'} worker processes")
         logger.info("activations: " + preset.run.dtype)
         sizes = [sum(known[name].size for name in group) for group in (names, frozen)]
         logger.info(f"parameters: {sizes[0]:,} trained, {sizes[1]:,} frozen")

@@ -176,6 +176,25 @@ def test_bytes_in_parquet(photos, processor, tmp_path):
     assert learnt(piece, processor) == "A b.<|im_end|>" and piece.patches == 6 * 6
 
 
+def test_items_whose_images_are_in_a_column(photos, processor, tmp_path):
+    """As TRL has them."""
+    content = [{"type": "text", "text": "Which?"}, {"type": "image"}, {"type": "image"}]
+    row = {
+        "images": ["a.png", "b.png"],
+        "messages": [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": [{"type": "text", "text": "The second."}]},
+        ],
+    }
+    path = write_rows(tmp_path / "rows.jsonl", [row, row | {"images": ["a.png"]}])
+    encoder = encoder_of(rows_of(path, images=str(photos / "photos")), processor)
+    piece = encoder.conversation(0)
+    assert learnt(piece, processor) == "The second.<|im_end|>"
+    assert f"Which?{PICTURE}{PICTURE}" in words(piece.branch.tokens, processor)
+    with pytest.raises(BadRow, match="2 x <image> for 1 images"):
+        encoder.conversation(1)
+
+
 def test_function_calls(tmp_path):
     tool = {"name": "weather", "description": "", "parameters": {"type": "object"}}
     row = {

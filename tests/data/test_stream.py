@@ -17,6 +17,7 @@ from own_data import byte_processor, encoder_of, rows_of, write_photos, write_ro
 from tiny_folder import tiny_config
 
 from infinitevl_jax.config.data import DataConfig
+from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.measure import measure
 from infinitevl_jax.data.pipeline import count_steps, train_batches
 from infinitevl_jax.errors import InfiniteVLError
@@ -117,6 +118,29 @@ def test_a_run_of_epochs_ends_with_its_data(made, epochs):
     assert segments == usable * epochs if epochs == 1 else usable * 2 <= segments <= usable * 3
 
 
+class Failing:
+    """A source with an error of its own."""
+
+    title = "failing"
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, number):
+        raise ZeroDivisionError(number)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_names_its_row(made, workers):
+    encoder = Encoder(Failing(), made.processor, tiny_config())
+    batches = train_batches(encoder, tiny_config(), DataConfig(batch=1, workers=workers), 0)
+    with pytest.raises(ZeroDivisionError) as caught:
+        next(batches)
+    batches.close()
+    number = caught.value.args[0]
+    assert f"while reading failing row {number}" in caught.value.__notes__
+
+
 def test_nothing_is_read_in_the_caller_s_thread(made, monkeypatch):
     threads = set()
     real = type(made).pieces
@@ -136,6 +160,7 @@ from pathlib import Path
 from own_data import byte_processor, encoder_of, rows_of
 from tiny_folder import tiny_config
 from infinitevl_jax.config.data import DataConfig
+from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.measure import measure
 from infinitevl_jax.data.pipeline import train_batches
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """LLaMA-Factory's rows: `conversations` (from, value) or `messages` (role, content) with the
-columns `images`, `videos`, `system` and `tools`."""
+columns `images`, `videos`, `system` and `tools`. TRL's rows, whose content is a list of items, of
+which images come from the column."""
 
 from typing import Any
 
@@ -28,7 +29,7 @@ class Message(msgspec.Struct):
     """A turn of `messages`."""
 
     role: str
-    content: str
+    content: str | list[dict[str, Any]]
 
 
 class Row(msgspec.Struct):
@@ -57,13 +58,25 @@ def conversation(row: Row, media: Media) -> Conversation:
         role = ROLES.get(name)
         if role is None:
             raise InfiniteVLError(f"turn {i} is from {name!r}", f"use one of {', '.join(ROLES)}")
-        if role == "call":
+        if role == "call" and isinstance(text, str):
             messages.append({"role": "assistant", "content": None, "tool_calls": _calls(text, i)})
         else:
-            content = places.fill(text) if role in ("user", "tool") else text
-            messages.append({"role": role, "content": content})
+            messages.append({"role": role, "content": _content(text, role, places)})
     places.check()
     return Conversation(messages, _tools(row.tools))
+
+
+def _content(
+    content: str | list[dict[str, Any]], role: str, places: Placeholders
+) -> str | list[dict[str, Any]]:
+    """A turn's content with its images and videos."""
+    if isinstance(content, str):
+        return places.fill(content) if role in ("user", "tool") else content
+    items = [
+        places.take(item["type"]) if item.get("type") in ("image", "video") else item
+        for item in content
+    ]
+    return [item for item in items if item is not None]
 
 
 def _calls(text: str, turn: int) -> list[dict[str, Any]]:
