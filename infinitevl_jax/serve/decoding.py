@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from infinitevl_jax.inputs.model_inputs import ModelInputs, chunks
 from infinitevl_jax.nn.cache import Cache
 from infinitevl_jax.nn.fused_params import FusedParams
+from infinitevl_jax.serve.encoding import GroupEncoder
 from infinitevl_jax.serve.generation import Request
 from infinitevl_jax.serve.programs import STEPS, Programs, on_mesh
 from infinitevl_jax.serve.slots import Slots
@@ -19,12 +20,11 @@ PREFILL_CHUNK = 8192  # tokens of a prompt that go through the decoder at once
 
 
 def prefill(
-    run: Programs, params: FusedParams, inputs: ModelInputs, cache: Cache
+    run: Programs, params: FusedParams, inputs: ModelInputs, cache: Cache, encoder: GroupEncoder
 ) -> tuple[Array, Cache]:
     """Logits [batch, vocab] of every row's last token, and the new cache."""
-    embeds = None if inputs.patches is None else run.encode(params, inputs.patches)
     last = None
-    for part in chunks(inputs.decoder, PREFILL_CHUNK):
+    for part, embeds in encoder(inputs.patches, chunks(inputs.decoder, PREFILL_CHUNK)):
         ending = np.maximum((part.token_index >= 0).sum(1, keepdims=True) - 1, 0).astype(np.int32)
         logits, cache, _ = run.forward(params, part, embeds, cache, ending)
         logits = logits[:, 0]

@@ -26,12 +26,13 @@ from infinitevl_jax.inputs.model_inputs import ModelInputs, build_inputs
 from infinitevl_jax.nn.cache import Cache
 from infinitevl_jax.nn.params import cache_spec
 from infinitevl_jax.serve.cache_checks import same_shapes
+from infinitevl_jax.serve.encoding import group_encoder
 from infinitevl_jax.serve.generation import resolve
 from infinitevl_jax.serve.infinitevl import VISION_INPUTS, InfiniteVL
 from infinitevl_jax.serve.programs import STEPS, on_mesh
-from infinitevl_jax.serve.prompt import Piece, PromptReader
+from infinitevl_jax.serve.prompt import PromptReader
 from infinitevl_jax.serve.requests import OpenSequence, Reader, Request
-from infinitevl_jax.serve.slots import ENDS, Slots, join_pieces
+from infinitevl_jax.serve.slots import ENDS, Piece, Slots, join_pieces
 
 if TYPE_CHECKING:
     from infinitevl_jax.processing import Processor
@@ -81,13 +82,7 @@ class Engine:
         self._slots = jax.device_put(Slots.idle(self.slots, vocab))
         self._run = model.programs
         self._reader = PromptReader(
-            self.chunk,
-            self.patches,
-            1 if model.config.vision is None else model.config.vision.merge_unit,
-            model.config.text.hidden_size,
-            model.dtype,
-            lambda patches: self._run.encode(model.params, patches),
-            self._run.merge,
+            self.chunk, group_encoder(self._run, model.params, model.config, self.patches)
         )
         self._held: list[Reader | None] = [None] * self.slots
         self._queue: collections.deque[Reader] = collections.deque()

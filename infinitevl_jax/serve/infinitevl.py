@@ -33,13 +33,8 @@ from infinitevl_jax.nn.params import Params, functional, initialize, parameters
 from infinitevl_jax.serve import decoding
 from infinitevl_jax.serve.arguments import CALL, refuse
 from infinitevl_jax.serve.cache_checks import CacheChecks
-from infinitevl_jax.serve.generation import (
-    Defaults,
-    Request,
-    StopStrings,
-    read_defaults,
-    resolve,
-)
+from infinitevl_jax.serve.encoding import group_encoder
+from infinitevl_jax.serve.generation import Defaults, Request, StopStrings, read_defaults, resolve
 from infinitevl_jax.serve.output import Output
 from infinitevl_jax.serve.programs import STEPS, Programs, on_mesh
 from infinitevl_jax.sharding import check_mesh, parameter_shardings
@@ -398,4 +393,5 @@ class InfiniteVL:
         self._checks.check_cache(cache)
         self._checks.check_call(cache, inputs)
         with on_mesh(self.mesh):
-            return decoding.prefill(self.programs, self.params, inputs, cache)
+            encoder = group_encoder(self.programs, self.params, self.config)
+            return decoding.prefill(self.programs, self.params, inputs, cache, encoder)

@@ -10,8 +10,7 @@ import numpy as np
 from infinitevl_jax.nn.cache import Cache
 from infinitevl_jax.serve.generation import Request as Arguments
 from infinitevl_jax.serve.generation import StopStrings
-from infinitevl_jax.serve.prompt import Piece
-from infinitevl_jax.serve.slots import Slots
+from infinitevl_jax.serve.slots import Piece, Slots
 
 if TYPE_CHECKING:
     from infinitevl_jax.inputs.model_inputs import ModelInputs

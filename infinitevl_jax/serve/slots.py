@@ -11,10 +11,17 @@ from jax import Array
 
 from infinitevl_jax.inputs.model_inputs import DecoderInputs
 from infinitevl_jax.serve.generation import Request
-from infinitevl_jax.serve.prompt import Piece
 from infinitevl_jax.serve.sampling import Settings
 
 ENDS = 16  # ids that may end a sequence: room for so many, or a multiple
+
+
+class Piece(NamedTuple):
+    """`chunk` tokens of a prompt, padded at the end."""
+
+    inputs: DecoderInputs  # [1, chunk]; positions and vision_index are always there
+    vision: Array | None  # [1, chunk, width], None where the piece has no images
+    last: bool
 
 
 class Slots(NamedTuple):

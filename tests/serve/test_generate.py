@@ -14,6 +14,7 @@ from infinitevl_jax.checkpoints import save_params
 from infinitevl_jax.inputs.model_inputs import build_inputs
 from infinitevl_jax.nn.params import parameters
 from infinitevl_jax.serve import decoding
+from infinitevl_jax.serve.encoding import group_encoder
 from infinitevl_jax.serve.sampling import Sampling, Settings, choose
 from infinitevl_jax.serve.slots import Slots
 from pallas_kernels.testing.parity import rel_rms
@@ -185,6 +186,28 @@ def test_a_prompt_in_several_chunks_equals_one(model, prompt, together, monkeypa
     np.testing.assert_array_equal(
         model.generate(**batch, max_new_tokens=NEW, eos_token_ids=NEVER), together
     )
+
+
+def test_images_of_a_batch_are_encoded_in_groups(model, prompt, monkeypatch):
+    """Two prompts of a video each: no call has more patches than a group, whatever their number."""
+    monkeypatch.setattr(decoding, "PREFILL_CHUNK", 16)
+    double = {
+        name: np.concatenate([value] * 2) if isinstance(value, np.ndarray) else value * 2
+        for name, value in prompt.items()
+    }
+    inputs, sizes = build_inputs(model.config, **double), []
+    whole, _ = model.prefill(inputs, model.init_cache(2))
+    run, encoder = model.programs, group_encoder(model.programs, model.params, model.config, 24)
+
+    def encode(patches):
+        sizes.append(int((patches.patch_index >= 0).sum()))
+        return encoder.encode(patches)
+
+    small = dataclasses.replace(encoder, encode=encode)
+    parts, _ = decoding.prefill(run, model.params, inputs, model.init_cache(2), small)
+    assert rel_rms(parts, whole) <= 1e-5
+    slices = [60, 24, 24, 24] * 2  # of an image and a video
+    assert sorted(sizes) == sorted(slices) and inputs.patches.pixels.shape[1] >= sum(slices)
 
 
 def test_rows_of_a_batch_draw_by_themselves(model):
