@@ -28,6 +28,16 @@ def test_weights_and_moments_count(monkeypatch, trainable, bytes_):
         memory.check_memory(SHAPES, trainable, MESH)
 
 
+def test_a_teacher_counts_but_for_what_it_may_share(monkeypatch):
+    teacher = {name: jax.ShapeDtypeStruct((1000,), jnp.bfloat16) for name in "abc"}
+    for trainable, bytes_ in ((["a"], 14_000 + 4_000), (["a", "b"], 24_000 + 6_000)):
+        monkeypatch.setattr(memory, "_memory", lambda mesh, b=bytes_: b)
+        memory.check_memory(SHAPES, trainable, MESH, teacher)
+        monkeypatch.setattr(memory, "_memory", lambda mesh, b=bytes_: b - 1)
+        with pytest.raises(InfiniteVLError, match="parameters and moments take"):
+            memory.check_memory(SHAPES, trainable, MESH, teacher)
+
+
 def test_devices_of_one_machine_share_its_memory():
     assert 1e9 < memory._memory(MESH) < 1e15
 

@@ -47,7 +47,8 @@ def attention(setting: Setting, options: AttentionConfig) -> Params:
     first = tokens // INPUT_SHARE
     logger.info(f"initialising {len(layers)} mixers from attention, on {tokens:,} tokens")
     inputs = measure_inputs(setting, batches, first, layers)
-    source = unstack(setting.source, dict(setting.source_params), setting.stacked)
+    stacks = {name: p for name, p in setting.source_params.items() if f".{MIXER}." in name}
+    source = unstack(setting.source, stacks, setting.stacked)
     rng = np.random.default_rng(setting.seed)
     mixers = {
         layer: mixer(_attention_of(source, layer), found, setting, options, rng)

@@ -87,8 +87,13 @@ def register_objective(
       models, check: see `Objective`.
 
     Raises:
-      InfiniteVLError: the name is registered with another function.
+      InfiniteVLError: the name is registered with another function, or a run has no such model.
     """
+    if unknown := set(models) - {STUDENT, TEACHER}:
+        raise InfiniteVLError(
+            f"objective {name!r} reads the model {min(unknown)!r}",
+            f"the models of a run are {STUDENT} and {TEACHER}",
+        )
     if name in _OBJECTIVES and _OBJECTIVES[name].function is not function:
         raise InfiniteVLError(f"objective {name!r} is registered already", "choose another name")
     register_variant(ObjectiveConfig, name, options)
