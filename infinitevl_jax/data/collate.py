@@ -91,25 +91,26 @@ def _targets(branches: Sequence[Branch], packing: Packing) -> tuple[np.ndarray, 
     return targets, weights
 
 
-def one_row(
-    conversations: Sequence[EncodedConversation], data: DataConfig, config: ModelConfig
+def rows_batch(
+    rows: Sequence[Sequence[EncodedConversation]], data: DataConfig, config: ModelConfig
 ) -> TrainBatch:
-    """A batch of one packed row. No conversations: a row of padding."""
-    packing = empty_packing(data, 1)
+    """A batch of packed rows. Each has the conversations that are given for it; none is padding."""
+    packing = empty_packing(data, len(rows))
+    for number, row in enumerate(rows):
+        for conversation in row:
+            packing.put(number, conversation.tokens, conversation.patches)
+    conversations = [conversation for row in rows for conversation in row]
     if conversations:
-        for conversation in conversations:
-            if not packing.add(conversation.tokens, conversation.patches):
-                raise ValueError("the conversations do not fit into one row")
         return packed_batch(conversations, packing, config)
     blank = EncodedConversation(Branch(np.zeros(2, np.int32), np.zeros(2, bool), ("", "")))
-    packing.add(blank.tokens)
+    packing.put(0, blank.tokens)
     batch = packed_batch([blank], packing, config)
     padding = np.full_like(batch.branches.token_index, -1)
     return batch._replace(branches=batch.branches._replace(token_index=padding))
 
 
 def join_rows(rows: Sequence[TrainBatch]) -> TrainBatch:
-    """One batch of packed rows, in this order."""
+    """One batch of several with packed rows, in this order."""
 
     def join(parts: Sequence, axis: int = 0):
         return None if parts[0] is None else np.concatenate(parts, axis)

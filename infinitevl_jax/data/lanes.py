@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from infinitevl_jax.config.data import DataConfig
-from infinitevl_jax.config.model import ModelConfig
-from infinitevl_jax.data.collate import one_row
 from infinitevl_jax.data.curriculum import Drawing
 from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.encoded import EncodedConversation, EncodedRow
@@ -26,7 +24,8 @@ class Item(NamedTuple):
     """What a lane adds to a batch.
 
     Attributes:
-      content: a batch of one row; or a row with the questions to ask, None where there is none.
+      content: conversations of a packed row; or a row with the questions to ask, None where there
+        is none.
       place: of the lane behind it, as JSON.
       bad: rows met on the way that cannot be used.
     """
@@ -47,7 +46,6 @@ class Lanes:
     encoder: Encoder
     order: Order
     data: DataConfig
-    config: ModelConfig
     seed: int
     limit: int | None = None
 
@@ -86,9 +84,9 @@ class Lanes:
         packer = Packer(pieces(), self.data.length, self.data.patches, self.data.lookahead, waiting)
         while True:
             row = packer.row()
-            content = one_row([piece.content for piece in row], self.data, self.config)
             left = [list(piece.key) for piece in packer.waiting]
-            yield Item(content, {"taken": taken, "part": part, "waiting": left}, list(bad))
+            place = {"taken": taken, "part": part, "waiting": left}
+            yield Item([piece.content for piece in row], place, list(bad))
             bad.clear()
 
     def branches(self, lane: int, place: dict[str, Any], drawings: dict) -> Iterator[Item]:

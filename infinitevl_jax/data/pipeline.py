@@ -12,7 +12,13 @@ import jax
 from infinitevl_jax.config.data import DataConfig
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.data.batch import TrainBatch
-from infinitevl_jax.data.collate import PackedRows, branch_batch, group_questions, join_rows
+from infinitevl_jax.data.collate import (
+    PackedRows,
+    branch_batch,
+    group_questions,
+    join_rows,
+    rows_batch,
+)
 from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.encoded import EncodedRow
 from infinitevl_jax.data.lanes import Lanes
@@ -20,7 +26,7 @@ from infinitevl_jax.data.measure import Size, measure
 from infinitevl_jax.data.mixture import Mixture, Order
 from infinitevl_jax.data.packer import Packer, Piece
 from infinitevl_jax.data.skipping import Skipped, SkippedBySource
-from infinitevl_jax.data.stream import Batches
+from infinitevl_jax.data.stream import Batches, Making
 from infinitevl_jax.errors import BadRow, InfiniteVLError
 
 PLACES = 2**31  # conversations of a run whose steps are counted
@@ -62,19 +68,32 @@ def train_batches(
             "make train.data.batch smaller",
         )
     limit = _places(order, epochs) if epochs and not data.questions else None
-    lanes = Lanes(encoder, order, data, config, seed, limit)
-    open_lane, join = lanes.packed, join_rows
+    lanes = Lanes(encoder, order, data, seed, limit)
     if data.questions:
-        open_lane = partial(lanes.branches, drawings=mixture.drawings())
-        join = partial(_join_branches, config=config, data=data)
+        making = Making(
+            partial(lanes.branches, drawings=mixture.drawings()),
+            partial(_join_branches, config=config, data=data),
+        )
+    else:
+        batch = partial(rows_batch, data=data, config=config)
+        making = Making(lanes.packed, batch, _Row(batch), join_rows)
     return Batches(
-        open_lane,
-        join,
+        making,
         range(process * share, (process + 1) * share),
         data.workers,
         skipped or skipping(mixture, data),
         mixture.sizes,
     )
+
+
+class _Row:
+    """Makes a batch of one row, in a worker."""
+
+    def __init__(self, batch: Callable[[Sequence], TrainBatch]):
+        self.batch = batch
+
+    def __call__(self, content: Sequence) -> TrainBatch:
+        return self.batch([content])
 
 
 def _join_branches(

@@ -2,7 +2,8 @@
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import grain
 from grain.experimental import ThreadPrefetchIterDataset
@@ -14,8 +15,21 @@ from infinitevl_jax.errors import BadRow, InfiniteVLError
 
 AHEAD = 2  # batches that wait, and rows that wait in a worker
 
-# Opens a lane of this process, by its number and its place.
-OpenLane = Callable[[int, dict[str, Any]], Iterator[Item]]
+
+class Making(NamedTuple):
+    """How items of lanes become a batch.
+
+    Attributes:
+      open_lane: opens a lane of this process, by its number and its place.
+      batch: makes a batch of the contents of one item from each lane.
+      row, join: with workers, these in place of `batch`: makes a part of the batch of one content,
+        in a worker; and joins the parts. None: workers hand over the contents.
+    """
+
+    open_lane: Callable[[int, dict[str, Any]], Iterator[Item]]
+    batch: Callable[[Sequence[Any]], TrainBatch]
+    row: Callable[[Any], Any] | None = None
+    join: Callable[[Sequence[Any]], TrainBatch] | None = None
 
 
 class Skips(Protocol):
@@ -36,8 +50,7 @@ class Batches:
 
     def __init__(
         self,
-        open_lane: OpenLane,
-        join: Callable[[Sequence[Any]], TrainBatch],
+        making: Making,
         lanes: range,
         workers: int,
         skipped: Skips,
@@ -45,12 +58,11 @@ class Batches:
     ):
         """
         Args:
-          join: makes a batch of the contents of one item from each lane.
           lanes: numbers of this process's rows of the global batch.
           workers: processes; fewer are used if that many do not divide the lanes.
           rows: of each source, to tell a resume with other data.
         """
-        self._open, self._join, self._skipped, self._rows = open_lane, join, skipped, rows
+        self._making, self._skipped, self._rows = making, skipped, rows
         self._places: dict[int, dict[str, Any]] = {lane: {} for lane in lanes}
         self.workers = max(n for n in range(workers + 1) if n == 0 or len(lanes) % n == 0)
         self._iterator: Any = None
@@ -82,16 +94,14 @@ class Batches:
         return batch
 
     def _stream(self) -> grain.IterDataset:
-        rows = _Rows(self._open, list(self._places.items()))
+        open_lane, batch, row, join = self._making
+        apart = bool(self.workers) and row is not None and join is not None
+        rows = _Rows(open_lane, list(self._places.items()), row if apart else None)
         if self.workers:
             rows = in_workers(rows, self.workers, buffer=AHEAD)
-        batches = rows.batch(len(self._places), drop_remainder=True, batch_fn=self._batch)
+        make = partial(_batch, join if apart else batch)
+        batches = rows.batch(len(self._places), drop_remainder=True, batch_fn=make)
         return ThreadPrefetchIterDataset(batches, prefetch_buffer_size=AHEAD)
-
-    def _batch(self, items: Sequence[Item]) -> tuple[TrainBatch | None, list[Item]]:
-        contents = [item.content for item in items]
-        batch = None if all(content is None for content in contents) else self._join(contents)
-        return batch, [item._replace(content=None) for item in items]
 
     def get_state(self) -> dict[str, Any]:
         """Where each lane goes on, as JSON."""
@@ -129,30 +139,44 @@ class Batches:
             self._iterator = None
 
 
+def _batch(
+    join: Callable[[Sequence[Any]], TrainBatch], items: Sequence[Item]
+) -> tuple[TrainBatch | None, list[Item]]:
+    contents = [item.content for item in items]
+    batch = None if all(content is None for content in contents) else join(contents)
+    return batch, [item._replace(content=None) for item in items]
+
+
 class _Rows(grain.IterDataset):
     """One item of each lane in turn. A worker has some of the lanes."""
 
-    def __init__(self, open_lane: OpenLane, lanes: list[tuple[int, dict[str, Any]]]):
+    def __init__(
+        self,
+        open_lane: Callable[[int, dict[str, Any]], Iterator[Item]],
+        lanes: list[tuple[int, dict[str, Any]]],
+        row: Callable[[Any], Any] | None,
+    ):
         super().__init__()
-        self._open, self._lanes = open_lane, lanes
+        self._open, self._lanes, self._row = open_lane, lanes, row
 
     def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
         """grain calls this in a worker."""
         self._lanes = self._lanes[sl]
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _RowIterator([self._open(lane, place) for lane, place in self._lanes])
+        lanes = [self._open(lane, place) for lane, place in self._lanes]
+        return _RowIterator(lanes, self._row)
 
 
 class _RowIterator(grain.DatasetIterator):
-    def __init__(self, lanes: list[Iterator[Item]]):
+    def __init__(self, lanes: list[Iterator[Item]], row: Callable[[Any], Any] | None):
         super().__init__()
-        self._lanes, self._next = lanes, 0
+        self._lanes, self._row, self._next = lanes, row, 0
 
     def __next__(self) -> Item:
         item = next(self._lanes[self._next % len(self._lanes)])
         self._next += 1
-        return item
+        return item if self._row is None else item._replace(content=self._row(item.content))
 
     def get_state(self) -> dict[str, Any]:
         return {}  # the place is in the items

@@ -72,7 +72,9 @@ def floats(
     array = as_numpy(value, name)
     if array.dtype.kind == "b":
         raise InfiniteVLError(f"{name} has dtype {array.dtype}", "pass floating-point numbers")
-    bad = ~np.isfinite(array) | (array < low) | (array > high)
+    bad = ~np.isfinite(array)
+    if np.isfinite(low) or np.isfinite(high):  # one pass over pixels is enough
+        bad |= (array < low) | (array > high)
     if bad.any():
         where = [int(i) for i in np.argwhere(bad)[0]]
         value = "NaN" if np.isnan(array[tuple(where)]) else array[tuple(where)]

@@ -51,11 +51,16 @@ class Packing:
         limit = float("inf") if self.patches is None else self.patches
         for row, (used, seen) in enumerate(zip(self._tokens, self._patches, strict=True)):
             if used + tokens <= self.length and seen + patches <= limit:
-                self.places.append(Place(row, used, used + tokens))
-                self._tokens[row] += tokens
-                self._patches[row] += patches
+                self.put(row, tokens, patches)
                 return True
         return False
+
+    def put(self, row: int, tokens: int, patches: int = 0) -> None:
+        """Place a sequence of this size behind the others of a row, which has room for it."""
+        used = self._tokens[row]
+        self.places.append(Place(row, used, used + tokens))
+        self._tokens[row] += tokens
+        self._patches[row] += patches
 
     def lay_out(self, values: Sequence[np.ndarray], fill=0, dtype=np.int32) -> np.ndarray:
         """Values of the sequences at their places.

@@ -159,7 +159,13 @@ def pack_patches(
         order, window = window_order(grid, config)
         patch_order = (order[:, None] * unit + np.arange(unit)).reshape(-1)
         here = slice(filled[row], filled[row] + count)
-        packed.pixels[row, here] = pixels[source : source + count][patch_order]
+        np.take(  # clip: without a copy in between
+            pixels[source : source + count],
+            patch_order,
+            0,
+            out=packed.pixels[row, here],
+            mode="clip",
+        )
         packed.row_column[row, here] = _patch_places(grid, config.spatial_merge_size)[patch_order]
         packed.patch_index[row, here] = np.arange(here.start, here.stop)
         packed.window_ids[row, here] = np.repeat(window, unit) + windows[row]

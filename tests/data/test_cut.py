@@ -1,5 +1,6 @@
 """Conversations that are larger than a row, and what the model reads of images and videos."""
 
+import jax
 import numpy as np
 import pytest
 from own_data import byte_processor, encoder_of, learnt, rows_of, words, write_film, write_photos
@@ -7,7 +8,7 @@ from own_data import write_rows as write
 from tiny_folder import tiny_config
 
 from infinitevl_jax.config.data import DataConfig
-from infinitevl_jax.data.collate import join_rows, one_row
+from infinitevl_jax.data.collate import join_rows, rows_batch
 from infinitevl_jax.errors import BadRow
 from infinitevl_jax.inputs.model_inputs import build_inputs
 
@@ -59,7 +60,7 @@ def test_cut_to_every_length(made):
             continue
         assert piece.tokens <= length and piece.branch.tokens.tolist() == text[: piece.tokens + 1]
         assert piece.branch.answer[-1]
-        batch = one_row([piece], data, tiny_config())
+        batch = rows_batch([[piece]], data, tiny_config())
         assert (batch.branches.token_index[0] >= 0).sum() == piece.tokens
         assert (batch.patches.patch_index >= 0).sum() == piece.patches
         images = 0 if piece.grids is None else len(piece.grids)
@@ -88,7 +89,7 @@ def test_the_model_reads_what_the_processor_made(made):
     piece, source = encoder.conversation(0), encoder.dataset[0]
     messages = [dict(m) for m in source.messages[:6]]
     inputs = build_inputs(config, **processor(messages, add_generation_prompt=False))
-    batch = one_row([piece, piece], data, config)
+    batch = rows_batch([[piece, piece]], data, config)
     for segment in range(2):
         here = batch.branches.segment_ids[0] == segment
         here &= batch.branches.token_index[0] >= 0
@@ -111,8 +112,13 @@ def test_the_model_reads_what_the_processor_made(made):
 def test_rows_are_joined_as_they_are(made):
     encoder, _ = made
     config, data = tiny_config(), DataConfig(length=200, patches=400, batch=2)
-    rows = [one_row([encoder.conversation(0)], data, config), one_row([], data, config)]
+    contents = [[encoder.conversation(0)], []]
+    rows = [rows_batch([content], data, config) for content in contents]
     batch = join_rows(rows)
+    for a, b in zip(
+        jax.tree.leaves(batch), jax.tree.leaves(rows_batch(contents, data, config)), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
     assert (batch.branches.token_index[1] == -1).all() and not batch.weights[1].any()
     assert (batch.patches.patch_index[1] == -1).all() and (
         batch.branches.vision_index[1] == -1
