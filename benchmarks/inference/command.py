@@ -117,7 +117,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="read contexts beyond the window token by token, instead of setting the counters",
     )
     parser.add_argument(
-        "--allowed", help='implementations of all operators, in order, such as "xla"'
+        "--allowed",
+        help='implementations of all operators, in order, such as "xla", or of one of them, such as'
+        ' "projection=mosaic_gpu,xla"',
     )
     parser.add_argument(
         "--results", type=Path, default=RESULTS / "inference.jsonl", help="file of the lines"
@@ -193,7 +195,10 @@ def make_bench(args, size: Size, card: Card, compilations: Compilations) -> Benc
     ops = None
     if args.allowed:
         names = [field.name for field in dataclasses.fields(OpsConfig)]
-        ops = resolve_ops(None, OpsConfig(**dict.fromkeys(names, args.allowed)))
+        one, _, order = args.allowed.rpartition("=")
+        if one and one not in names:
+            raise SystemExit(f"--allowed {args.allowed}: the operators are {', '.join(names)}")
+        ops = resolve_ops(None, OpsConfig(**dict.fromkeys([one] if one else names, order)))
     model = InfiniteVL.random(size.config(), dtype=size.dtype, ops=ops)
     jax.block_until_ready(model.params)
     videos = VideoOptions(min_pixels=min(VideoOptions.min_pixels, size.side**2))

@@ -54,7 +54,7 @@ def _groups(config: ModelConfig, params: Params, mesh: Mesh | None) -> Groups:
 
     def kind(member: str) -> tuple:
         """What the members of a group have in common."""
-        kernel, bias = (params.get(f"{member}.{leaf}") for leaf in ("kernel", "bias"))
+        kernel, bias = params[f"{member}.kernel"], params.get(f"{member}.bias")
         split = None if mesh is None else _spec(known[f"{member}.kernel"], mesh)
         return split, kernel.dtype, None if bias is None else bias.dtype
 
@@ -77,7 +77,9 @@ def _spec(parameter: Parameter, mesh: Mesh) -> PartitionSpec:
 
 def _by_rows(name: str, parameter: Parameter) -> bool:
     """Matrices of the decoder's layers whose rows are heads or hidden units."""
-    return name.startswith("layers.") and parameter.facts.matmul and parameter.axes[1] == "width"
+    return (
+        name.startswith("layers.") and parameter.facts.matmul and parameter.axes[1:] == ("width",)
+    )
 
 
 @partial(jax.jit, static_argnames=("layout", "mesh", "split"))

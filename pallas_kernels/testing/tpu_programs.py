@@ -23,7 +23,9 @@ from pallas_kernels.gated_delta_rule.xla_chunk_scan import chunk_scan as xla_chu
 from pallas_kernels.gated_delta_rule.xla_chunk_scan import outputs
 from pallas_kernels.gated_delta_rule.xla_chunks import prepare
 from pallas_kernels.gated_delta_rule.xla_products import products_of
+from pallas_kernels.projection import xla as xla_projection
 from pallas_kernels.short_conv.tpu import short_conv as short_conv_tpu
+from pallas_kernels.testing.cases.projection import PUBLISHED
 
 f32, i32 = jnp.float32, jnp.int32
 
@@ -167,3 +169,28 @@ def _scan_and_solve_backward(kept, cts):
 
 
 _scan_and_solve.defvjp(_scan_and_solve_forward, _scan_and_solve_backward)
+
+
+def projections(rows: int, *sizes: str) -> tuple[Callable, tuple]:
+    """Products of `rows` rows with matrices of the published sizes (`cases.projection.PUBLISHED`)
+    and the norm before them, by `xla`."""
+    around = [PUBLISHED[size] for size in sizes]
+    shapes = [
+        (
+            jax.ShapeDtypeStruct((rows, k), jnp.bfloat16),
+            jax.ShapeDtypeStruct(
+                (n, k) if more.get("transposed") else (k, *[2] * more.get("gated", 0), n),
+                jnp.bfloat16,
+            ),
+            jax.ShapeDtypeStruct((k,), jnp.bfloat16),
+        )
+        for k, n, more in around
+    ]
+
+    def all_of_them(*given):
+        return [
+            xla_projection.projection(x, w, norm=norm, transposed=more.get("transposed", False))
+            for (x, w, norm), (_, _, more) in zip(given, around, strict=True)
+        ]
+
+    return all_of_them, tuple(shapes)

@@ -220,6 +220,9 @@ def test_the_arguments_change_the_size():
     assert changed.prompts == sizes.PUBLISHED.prompts and changed.name == "4.4B"
     assert command.chosen_size(arguments("--tiny")) == sizes.TINY
     assert arguments("--plot").plot == RESULTS / "inference"
+    allowed = arguments("--allowed", "projektion=mosaic_gpu,xla")
+    with pytest.raises(SystemExit, match="projektion=mosaic_gpu,xla: the operators are "):
+        command.make_bench(allowed, sizes.TINY, None, None)
     with pytest.raises(SystemExit, match="give 2 or more"):
         command.chosen_size(arguments("--requests", "1"))
     with pytest.raises(SystemExit):

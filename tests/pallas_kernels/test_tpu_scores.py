@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from pallas_kernels.testing.static_score import CHIPS, score
-from pallas_kernels.testing.tpu_programs import conv_kernels, gdn_kernels, gdn_op
+from pallas_kernels.testing.tpu_programs import conv_kernels, gdn_kernels, gdn_op, projections
 
 MARGIN = 1.1  # over the baselines
 # Milliseconds by program and chip, as `python -m benchmarks.tpu_scores --whole` gave them when the
@@ -46,6 +46,14 @@ def test_causal_conv(chip):
 )
 def test_causal_conv_of_other_sizes(names):
     assert len(score(conv_kernels, "v5e", **names).programs) >= 2
+
+
+def test_one_row_is_multiplied_by_matrix_units():
+    """Gates and ups of one token take at most twice the time to read them, which is counted."""
+    found = score(projections, "v5e", 1, "gates and ups")
+    needed = 2 * 2048 * 2 * 11008
+    assert 0.99 * needed <= sum(program.bytes for program in found.programs) <= 1.3 * needed
+    assert found.milliseconds <= 2 * 1e3 * needed / CHIPS["v5e"].bandwidth
 
 
 def test_targets_are_met():

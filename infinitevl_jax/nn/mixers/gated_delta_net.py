@@ -69,7 +69,7 @@ class GatedDeltaNet(Mixer):
     heads.
     """
 
-    input_proj = Joint("q_proj", "k_proj", "v_proj", "g_proj", "a_proj", "b_proj")
+    input_proj = Joint("q_proj", "k_proj", "v_proj", "b_proj", "a_proj", "g_proj")
 
     def __init__(self, config: TextConfig, ops: Ops, rngs: Rngs):
         self.heads, self.key_heads = config.num_linear_heads, config.linear_key_heads
@@ -132,7 +132,7 @@ class GatedDeltaNet(Mixer):
             y = rearrange(y, "b t (h d) -> b t h d", h=count)
             return constrain(y, "batch", "length", "heads", None)
 
-        q, k, v, gate, a, b = self.input_proj(x)
+        q, k, v, b, a, gate = self.input_proj(x)
         q, q_conv_state = self.q_conv1d(q, past.q_conv_state, info)
         k, k_conv_state = self.k_conv1d(k, past.k_conv_state, info)
         v, v_conv_state = self.v_conv1d(v, past.v_conv_state, info)
@@ -161,7 +161,9 @@ class GatedDeltaNet(Mixer):
         self, x: Array, norm: RMSNorm, state: DeltaState, info: TokenInfo
     ) -> tuple[Array, DeltaState]:
         """All between the projections is one operator."""
-        inputs = Inputs(*(y[:, 0] for y in self.input_proj.step(self.ops, x, norm)))
+        projected = self.input_proj.step(self.ops, x, norm)
+        q, k, v, b, a, gate = (y[:, 0] for y in projected)
+        inputs = Inputs(q, k, v, gate, a, b)
         convolutions = (conv.weight[...] for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d))
         gates = self.A_log[...], self.dt_bias[...]
         weights = Weights(*convolutions, *gates, self.o_norm.weight[...])
