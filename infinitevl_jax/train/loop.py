@@ -21,29 +21,21 @@ from infinitevl_jax.data.mixture import open_mixture
 from infinitevl_jax.data.pipeline import count_steps, skipping, train_batches
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.nn.ops import resolve_ops
-from infinitevl_jax.nn.params import Parameter, Params, parameters
+from infinitevl_jax.nn.params import Parameter, Params
 from infinitevl_jax.sharding import kept_whole, make_mesh
 from infinitevl_jax.train.checkpoints import Checkpoints, abstract_state
 from infinitevl_jax.train.folder import claim_folder
 from infinitevl_jax.train.held_out import HeldOut
 from infinitevl_jax.train.log import Log, plot_log
 from infinitevl_jax.train.memory import check_memory
-from infinitevl_jax.train.models import (
-    common_layout,
-    first_params,
-    hold_teacher,
-    open_teacher,
-)
-from infinitevl_jax.train.objectives.objective import STUDENT, TEACHER
+from infinitevl_jax.train.models import RunModels
 from infinitevl_jax.train.optimizer import learning_rate_factors, make_optimizer, schedule
 from infinitevl_jax.train.progress import Progress
 from infinitevl_jax.train.saving import Saver, Stop
 from infinitevl_jax.train.setup import prepare_start
 from infinitevl_jax.train.step import (
-    StageLoss,
     TrainState,
     init_state,
-    model_of,
     put_batch,
     state_shardings,
     train_step,
@@ -96,21 +88,15 @@ def train(preset: Preset) -> Outcome:
                 f"train.epochs = {config.epochs:g} are {steps:,} steps",
                 f"at most {INT32:,} are counted",
             )
-        teacher = open_teacher(preset, start)
-        stacked = common_layout(start.config, start.source, teacher and teacher.config)
-        known = parameters(start.config, scanned=stacked)
+        models = RunModels(preset, start, mesh, ops)
+        known = models.known
         factors = learning_rate_factors(known, config.trainable)
         names, frozen = list(factors), [name for name in known if name not in factors]
         optimizer = make_optimizer(config.optimizer, steps, known, factors)
         rate = schedule(config.optimizer, steps)
 
         stack.enter_context(jax.set_mesh(mesh))
-        models = {STUDENT: model_of(start.config, preset.run, ops, stacked)}
-        held_shapes = {}
-        if teacher:
-            models[TEACHER] = teacher.bind(preset.run, ops, stacked)
-            held_shapes = teacher.parameters(stacked)
-        check_memory(known, names, mesh, held_shapes)
+        check_memory(known, names, mesh, models.teacher_parameters)
         layers = {name: parameter.layers for name, parameter in known.items()}
         checkpoints = Checkpoints(run, start.files, start.manifest, config.keep, layers)
 
@@ -118,24 +104,14 @@ def train(preset: Preset) -> Outcome:
             batches.set_state(place["rows"])
             skipped.set_state(place["skipped"])
 
-        def begin() -> Params:
-            """The student before its first step, perhaps after a pass over the stage's data."""
-            options = preset.model.mixers and preset.model.mixers.initialise
-            return first_params(start, options, stacked, mesh, data, config.seed)
-
         def data() -> Iterator[TrainBatch]:
             aside = skipping(source, config.data)
             found = train_batches(encoder, start.config, config.data, config.seed, aside)
             with contextlib.closing(found):
                 yield from found
 
+        begin = partial(models.first_params, data)
         state = _state(checkpoints, begin, known, names, optimizer, mesh, set_place)
-        held, shared = {}, {}
-        if teacher:
-            held[TEACHER], shared[TEACHER] = hold_teacher(
-                teacher, stacked, mesh, state.frozen, known, run
-            )
-        loss = StageLoss(config.objective, models, shared)
         first = int(state.step)
         log = stack.enter_context(contextlib.closing(Log(run / "log.jsonl", first)))
 
@@ -151,14 +127,12 @@ def train(preset: Preset) -> Outcome:
         logger.info("activations: " + preset.run.dtype)
         sizes = [sum(known[name].size for name in group) for group in (names, frozen)]
         logger.info(f"parameters: {sizes[0]:,} trained, {sizes[1]:,} frozen")
-        if teacher:
-            own = sum(value.size for value in held[TEACHER].values())
-            logger.info(f"teacher: {teacher.folder}, {own:,} parameters of its own")
         if whole := kept_whole(known, mesh):
             logger.info("\n  ".join(["on every device, whole:", *whole]))
         if first:
             logger.info(f"going on from step {first}")
 
+        loss, held = models.loss(state.frozen, run)
         step_fn = partial(
             jax.jit(partial(train_step, loss, optimizer), donate_argnums=0), held=held
         )

@@ -32,7 +32,7 @@ from infinitevl_jax.train.initialise.initialiser import is_new
 from infinitevl_jax.train.objectives import objective
 from infinitevl_jax.train.objectives.objective import STUDENT, TEACHER
 from infinitevl_jax.train.setup import Start, source_folder
-from infinitevl_jax.train.step import Bind, model_of
+from infinitevl_jax.train.step import Bind, Held, StageLoss, model_of
 from infinitevl_jax.writing import write_text
 
 logger = logging.getLogger(__name__)
@@ -128,6 +128,55 @@ def common_layout(*configs: ModelConfig | None) -> Scanned:
     given = [config.text.layer_types for config in configs if config is not None]
     alike = [types for types in given if len(types) == len(given[0])]
     return tuple(" ".join(kinds) for kinds in zip(*alike, strict=True)) if alike[1:] else True
+
+
+class RunModels:
+    """The models of a run, in one layout.
+
+    Attributes:
+      layout: of the student's stacks. known: its parameters.
+      teacher: None without one.
+    """
+
+    def __init__(self, preset: Preset, start: Start, mesh: Mesh, ops: Ops):
+        """Open the models. Raises InfiniteVLError as `open_teacher` does."""
+        self.preset, self.start, self.mesh = preset, start, mesh
+        self.teacher = teacher = open_teacher(preset, start)
+        self.layout = common_layout(start.config, start.source, teacher and teacher.config)
+        self.known = parameters(start.config, scanned=self.layout)
+        self._binds = {STUDENT: model_of(start.config, preset.run, ops, self.layout)}
+        if teacher:
+            self._binds[TEACHER] = teacher.bind(preset.run, ops, self.layout)
+
+    @property
+    def teacher_parameters(self) -> Mapping[str, Parameter]:
+        """The teacher's parameters; empty without one."""
+        return self.teacher.parameters(self.layout) if self.teacher else {}
+
+    def first_params(self, batches: Callable[[], Iterator[TrainBatch]]) -> Params:
+        """The student before its first step. batches: opens the stage's own data."""
+        mixers = self.preset.model.mixers
+        options = mixers and mixers.initialise
+        seed = self.preset.train.seed
+        return first_params(self.start, options, self.layout, self.mesh, batches, seed)
+
+    def loss(self, frozen: Params, run: Path) -> tuple[StageLoss, Held]:
+        """What a step minimises, and the parameters that it takes beside the state.
+
+        Args:
+          frozen: the student's frozen parameters. run: the run's folder.
+
+        Raises:
+          InfiniteVLError: the teacher is not the one that the run began with.
+        """
+        held, shared = {}, {}
+        if teacher := self.teacher:
+            held[TEACHER], shared[TEACHER] = hold_teacher(
+                teacher, self.layout, self.mesh, frozen, self.known, run
+            )
+            own = sum(value.size for value in held[TEACHER].values())
+            logger.info(f"teacher: {teacher.folder}, {own:,} parameters of its own")
+        return StageLoss(self.preset.train.objective, self._binds, shared), held
 
 
 def first_params(

@@ -28,7 +28,8 @@ from infinitevl_jax.sharding import make_mesh
 from infinitevl_jax.train.forward import hidden_states
 from infinitevl_jax.train.initialise import Setting
 from infinitevl_jax.train.initialise.attention import by_head, constant_row, half_lives
-from infinitevl_jax.train.initialise.statistics import measure_inputs
+from infinitevl_jax.train.initialise.attention import mixer as build_mixer
+from infinitevl_jax.train.initialise.statistics import Inputs, measure_inputs
 from infinitevl_jax.train.models import common_layout, first_params
 from infinitevl_jax.train.objectives.objective import STUDENT, TEACHER
 from infinitevl_jax.train.setup import Start
@@ -259,6 +260,29 @@ def test_wider_keys_are_exact(made):
     )
     real = np.asarray(batch.branches.token_index >= 0)
     assert rel_rms(np.asarray(found)[real], np.asarray(wanted)[real]) <= 1e-4
+
+
+def test_norms_of_queries_and_keys_are_folded(made):
+    """The direction of each head, all that counts in the new mixer, is the attention's."""
+    text = dataclasses.replace(made.source.text, query_key_norm=True)
+    source = dataclasses.replace(made.source, text=text)
+    student = derive(source, MixersConfig(layer_types=(LINEAR,)))
+    rng = np.random.default_rng(0)
+    weights = {
+        f"{n}_proj.kernel": rng.normal(size=(32, w)) for n, w in (("q", 64), ("k", 32), ("v", 32))
+    }
+    weights |= {f"{n}_norm.weight": rng.normal(size=16) for n in "qk"}
+    setting = Setting(source, {}, student, {}, True, made.mesh, made.batches, 0)
+    found = Inputs(np.eye(32), np.zeros(32), np.ones(4), np.ones(4))
+    ours = build_mixer(weights, found, setting, OPTIONS, rng)
+    x = rng.normal(size=(5, 32))
+    for name, heads in (("q", 4), ("k", 2)):
+        theirs = (x @ weights[f"{name}_proj.kernel"]).reshape(5, heads, 16)
+        theirs = np.repeat(theirs * weights[f"{name}_norm.weight"], 4 // heads, axis=1)
+        mine = (x @ ours[f"{name}_proj.kernel"]).reshape(5, 4, 16)
+        for directions in (mine, theirs):
+            directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
+        np.testing.assert_allclose(mine, theirs, atol=1e-12)
 
 
 def test_unknown_ways_and_unfit_models_are_refused(made):
