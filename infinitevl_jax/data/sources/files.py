@@ -40,9 +40,12 @@ class FileSource(Generic[T]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def record(self, number: int) -> int:
+        """Number of a row in the file."""
+        return int(self.rows[range(len(self))[number]])
+
     def __getitem__(self, number: int) -> Conversation:
-        number = range(len(self))[number]
-        record = int(self.rows[number])
+        record = self.record(number)
         try:
             return self.make(self.records.read(record, self.kind), self.media)
         except BadRow:

@@ -59,8 +59,12 @@ class Texts:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def record(self, number: int) -> int:
+        """Number of a chunk among those of all files."""
+        return int(self.rows[range(len(self))[number]])
+
     def __getitem__(self, number: int) -> Conversation:
-        number = int(self.rows[range(len(self))[number]])
+        number = self.record(number)
         chunk = self.chunks[number]
         try:
             content, complete = _read(chunk)
