@@ -27,6 +27,9 @@ def data(
     skipped: Annotated[
         int, typer.Option("--skipped", min=0, help="Unusable rows of each source to list.")
     ] = 10,
+    rows: Annotated[
+        int, typer.Option("--rows", min=0, help="Look at so many of each source only; 0: at all.")
+    ] = 0,
     held_out: Annotated[
         bool, typer.Option("--held-out", help="The held-out rows instead of those to train on.")
     ] = False,
@@ -39,6 +42,7 @@ def data(
     infinitevl data easy_vqa
     infinitevl data my_preset.toml train.data.path=my.json train.data.images=photos
     infinitevl data my_preset.toml --samples 5 --held-out
+    infinitevl data my_preset.toml --rows 1000 train.data.workers=8
     """
     from tqdm import tqdm
 
@@ -56,6 +60,7 @@ def data(
     settings, seed = preset.train.data, preset.train.seed
     training = open_mixture(settings)
     mixture = open_mixture(settings, held_out=True) if held_out else training
+    mixture = mixture.sample(rows) if rows else mixture
     with tempfile.TemporaryDirectory() as folder:
         start = prepare_start(preset.model, training, Path(folder), seed)
         encoder = Encoder(mixture, start.processor, start.config)
@@ -63,7 +68,7 @@ def data(
             encoder,
             settings,
             seed,
-            lambda rows: tqdm(rows, desc="rows", leave=False, dynamic_ncols=True, disable=None),
+            lambda found: tqdm(found, desc="rows", leave=False, dynamic_ncols=True, disable=None),
         )
         typer.echo("\n".join(_table(found, settings)))
         for line in _skipped(found, mixture, skipped):
@@ -143,10 +148,9 @@ def _samples(encoder, settings, count: int):
             except BadRow:
                 continue
             shown += 1
-            learnt = int(piece.branch.answer[1:].sum())
+            learnt, row = int(piece.branch.answer[1:].sum()), encoder.dataset.place(number)[1]
             yield (
-                f"\n{name or 'the data'}, row {number - first}: {piece.tokens:,} tokens,"
-                f" {learnt:,} with loss"
+                f"\n{name or 'the data'}, row {row}: {piece.tokens:,} tokens, {learnt:,} with loss"
             )
             yield render(piece.branch, encoder.processor, mark)
         first += size

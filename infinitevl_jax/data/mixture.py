@@ -8,7 +8,7 @@ import numpy as np
 from infinitevl_jax.config.data import DataConfig
 from infinitevl_jax.data.conversation import Conversation
 from infinitevl_jax.data.curriculum import Curriculum, Drawing
-from infinitevl_jax.data.sources import Source, open_source, readable
+from infinitevl_jax.data.sources import Source, open_source, readable, record_of
 from infinitevl_jax.errors import InfiniteVLError
 
 
@@ -39,9 +39,14 @@ class Mixture:
         return name, number - int(self._ends[which]) + len(self.sources[name])
 
     def place(self, number: int) -> tuple[str, int]:
-        """Title of the source of row `number`, and its number there."""
+        """Title of the source of row `number`, and its number in the source's file."""
         name, row = self.find(number)
-        return self.sources[name].title, row
+        return self.sources[name].title, record_of(self.sources[name], row)
+
+    def sample(self, rows: int) -> "Mixture":
+        """About as many rows of each source, at equal distances."""
+        parts = {name: Sample(source, rows) for name, source in self.sources.items()}
+        return Mixture(parts, self.weights)
 
     @property
     def title(self) -> str:
@@ -64,6 +69,24 @@ class Mixture:
             name: Drawing(getattr(source, "curriculum", Curriculum()), readable(source))
             for name, source in self.sources.items()
         }
+
+
+class Sample:
+    """Some rows of a source, at equal distances."""
+
+    def __init__(self, source: Source, rows: int):
+        self.source, self.title = source, source.title
+        self.numbers = range(0, len(source), max(1, len(source) // rows))
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, number: int) -> Conversation:
+        return self.source[self.numbers[number]]
+
+    def record(self, number: int) -> int:
+        """Number of a row in the source's file."""
+        return record_of(self.source, self.numbers[number])
 
 
 def open_mixture(data: DataConfig, held_out: bool = False) -> Mixture:

@@ -35,7 +35,7 @@ class Packer:
         Args:
           pieces: each fits into a row. None ends the row that is being filled.
           length, patches: tokens and patches of a row.
-          lookahead: pieces that wait at most; fewer if they have the patches of two rows.
+          lookahead: pieces that wait at most; fewer if they have the patches of a row.
           waiting: of a packer that goes on here.
         """
         self._pieces, self._length, self._patches = pieces, length, patches
@@ -70,7 +70,7 @@ class Packer:
         while (
             self._more
             and len(self.waiting) < self._lookahead
-            and sum(piece.patches for piece in self.waiting) <= 2 * self._patches
+            and sum(piece.patches for piece in self.waiting) <= self._patches
         ):
             try:
                 piece = next(self._pieces)

@@ -20,13 +20,14 @@ from infinitevl_jax.data.collate import (
     rows_batch,
 )
 from infinitevl_jax.data.encode import Encoder
-from infinitevl_jax.data.encoded import EncodedRow
+from infinitevl_jax.data.encoded import EncodedConversation, EncodedRow
 from infinitevl_jax.data.lanes import Lanes
 from infinitevl_jax.data.measure import Size, measure
 from infinitevl_jax.data.mixture import Mixture, Order
 from infinitevl_jax.data.packer import Packer, Piece
 from infinitevl_jax.data.skipping import Skipped, SkippedBySource
 from infinitevl_jax.data.stream import Batches, Making
+from infinitevl_jax.data.workers import check_shared_memory
 from infinitevl_jax.errors import BadRow, InfiniteVLError
 
 PLACES = 2**31  # conversations of a run whose steps are counted
@@ -75,25 +76,26 @@ def train_batches(
             partial(_join_branches, config=config, data=data),
         )
     else:
-        batch = partial(rows_batch, data=data, config=config)
-        making = Making(lanes.packed, batch, _Row(batch), join_rows)
+        settings = {"data": data, "config": config}
+        batch, row = partial(rows_batch, **settings), partial(_row, **settings)
+        making = Making(lanes.packed, batch, row, join_rows)
+        if data.workers:
+            features = config.vision.patch_features if config.vision else 0
+            check_shared_memory(4 * features * data.patches + 64 * data.length, data.workers)
     return Batches(
         making,
         range(process * share, (process + 1) * share),
+        data.batch,
         data.workers,
         skipped or skipping(mixture, data),
         mixture.sizes,
     )
 
 
-class _Row:
-    """Makes a batch of one row, in a worker."""
-
-    def __init__(self, batch: Callable[[Sequence], TrainBatch]):
-        self.batch = batch
-
-    def __call__(self, content: Sequence) -> TrainBatch:
-        return self.batch([content])
+def _row(
+    content: Sequence[EncodedConversation], data: DataConfig, config: ModelConfig
+) -> TrainBatch:
+    return rows_batch([content], data, config)
 
 
 def _join_branches(
@@ -143,9 +145,9 @@ def packed_rows(
         pieces = (
             Piece((at, i), tokens, patches)
             for at in range(lane, places, data.batch)
-            for found in [sizes[order[at]]]
-            if not isinstance(found, BadRow)
-            for i, (tokens, patches, _) in enumerate(found)
+            for row in [sizes[order[at]]]
+            if not isinstance(row, BadRow)
+            for i, (tokens, patches, _) in enumerate(row)
         )
         rows = tokens = 0
         for row in Packer(pieces, data.length, data.patches, data.lookahead):

@@ -90,15 +90,18 @@ def _restored(path: Path, places: np.ndarray) -> JsonRecords:
 def _lines(file, path: Path) -> Iterator[tuple[int, int]]:
     """First byte and byte behind the last of each line that is not blank."""
     start = 3 if file.read(3) == b"\xef\xbb\xbf" else 0
-    base = file.seek(0)
+    base, last = file.seek(0), b""
     while chunk := file.read(WINDOW):
         ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + base
         for end in ends.tolist():
-            if end - start > 1:  # a blank line may end with a carriage return
+            width = end - start
+            if width == 1:
+                width -= (chunk[start - base : end - base] if start >= base else last) == b"\r"
+            if width:
                 yield start, end
             start = end + 1
-        base += len(chunk)
-    if base - start > 1:
+        base, last = base + len(chunk), chunk[-1:]
+    if base > start:
         yield start, base
 
 

@@ -52,17 +52,19 @@ class Batches:
         self,
         making: Making,
         lanes: range,
+        batch: int,
         workers: int,
         skipped: Skips,
         rows: dict[str, int],
     ):
         """
         Args:
-          lanes: numbers of this process's rows of the global batch.
+          lanes: numbers of this process's rows of the global batch, which has `batch`.
           workers: processes; fewer are used if that many do not divide the lanes.
           rows: of each source, to tell a resume with other data.
         """
         self._making, self._skipped, self._rows = making, skipped, rows
+        self._alone = len(lanes) == batch
         self._places: dict[int, dict[str, Any]] = {lane: {} for lane in lanes}
         self.workers = max(n for n in range(workers + 1) if n == 0 or len(lanes) % n == 0)
         self._iterator: Any = None
@@ -75,7 +77,8 @@ class Batches:
         """The next batch.
 
         Raises:
-          InfiniteVLError: too many rows cannot be used, or no row teaches anything.
+          InfiniteVLError: too many rows cannot be used, or no row of the global batch teaches
+            anything.
         """
         if self._iterator is None:
             self._iterator = iter(self._stream())
@@ -85,7 +88,7 @@ class Batches:
         for item in items:
             for row in item.bad:
                 self._skipped.add(row)
-        if batch is None or not batch.weights.any():
+        if batch is None or (self._alone and not batch.weights.any()):
             raise InfiniteVLError(
                 "a batch came without a token that bears loss",
                 "the data is at its end, or many rows in a row cannot be used",

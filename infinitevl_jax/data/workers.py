@@ -1,12 +1,16 @@
 """Worker processes of grain, which leave when their parent does."""
 
 import os
+import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 
 import grain
 from absl import flags
+
+from infinitevl_jax.errors import InfiniteVLError
 
 
 def in_workers(rows: grain.IterDataset, workers: int, buffer: int) -> grain.IterDataset:
@@ -18,6 +22,22 @@ def in_workers(rows: grain.IterDataset, workers: int, buffer: int) -> grain.Iter
         flags.FLAGS.mark_as_parsed()
     options = grain.MultiprocessingOptions(workers, buffer)
     return rows.mp_prefetch(options, _Worker(os.getpid()))
+
+
+def check_shared_memory(size: int, workers: int) -> None:
+    """Raise InfiniteVLError unless /dev/shm, by which workers hand over rows, holds a few of them.
+
+    Where it is full, a worker dies without a word.
+
+    size: of a row, in bytes.
+    """
+    needed, folder = size * 4 * workers, Path("/dev/shm")
+    if folder.is_dir() and (free := shutil.disk_usage(folder).free) < needed:
+        raise InfiniteVLError(
+            f"{workers} workers need {needed / 1e6:,.0f} MB of shared memory, /dev/shm has"
+            f" {free / 1e6:,.0f} MB",
+            "give the container more (docker run --shm-size=...), or lower train.data.workers",
+        )
 
 
 class _Worker:

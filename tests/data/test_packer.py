@@ -44,7 +44,7 @@ def test_looking_ahead_fills_rows():
 def test_waiting_patches_are_few():
     packer = Packer(iter(pieces(3, patches=60)), 1000, 60, 1000)
     while packer.row():
-        assert sum(p.patches for p in packer.waiting) <= 3 * 60
+        assert sum(p.patches for p in packer.waiting) <= 2 * 60
 
 
 @pytest.mark.parametrize("stop", [1, 7, 30])

@@ -272,7 +272,7 @@ def test_texts(packed, processor, tmp_path):
     np.testing.assert_array_equal(targets, whole[1:])
 
 
-def test_an_array_is_read_row_by_row(tmp_path):
+def test_a_file_is_read_row_by_row(tmp_path):
     """Rows over the borders of what is read at a time, with every kind of character."""
     from infinitevl_jax.data import records
 
@@ -280,10 +280,15 @@ def test_an_array_is_read_row_by_row(tmp_path):
     text = json.dumps(rows, ensure_ascii=False, indent=1)
     path = tmp_path / "rows.json"
     path.write_text("\ufeff \n" + text + "\n\n", "utf-8")
+    lines = tmp_path / "rows.jsonl"
+    texts = [json.dumps(row, ensure_ascii=False) + "\r\n\n\r\n" for row in rows]
+    lines.write_bytes("".join(texts).encode())
     window = records.WINDOW
     try:
         for records.WINDOW in (7, 64, window):
             found = records.JsonRecords(path)
+            assert [found.read(i, dict) for i in range(len(found))] == rows
+            found = records.JsonRecords(lines)
             assert [found.read(i, dict) for i in range(len(found))] == rows
     finally:
         records.WINDOW = window
@@ -325,6 +330,19 @@ def test_splits_of_files(tmp_path):
     for split in ("test", "train[a:]", "train[5:3]", "train[", ""):
         with pytest.raises(InfiniteVLError, match="split|no rows in"):
             rows_of(path, split)
+
+
+def test_errors_name_the_row_of_the_file(processor, tmp_path):
+    """Also of a part of it, whether reading or encoding fails."""
+    rows = [{"text": "x"}] * 6 + [{"text": ""}, b"{", {"text": "y"}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    encoder = encoder_of(rows_of(path, "train[5:]"), processor)
+    for number, record in ((1, 6), (2, 7)):
+        with pytest.raises(BadRow, match=f"rows.jsonl row {record}: ") as caught:
+            encoder.pieces(number)
+        assert caught.value.index == record
+    sample = encoder.dataset.sample(2)
+    assert len(sample) == 2 and [sample.place(i)[1] for i in range(2)] == [5, 7]
 
 
 def test_a_kind_from_elsewhere(processor, monkeypatch):

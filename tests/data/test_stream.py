@@ -3,6 +3,7 @@ cleanly."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,25 @@ def test_a_run_of_epochs_ends_with_its_data(made, epochs):
     )
     usable = 40 - len([i for i in range(0, 40, 3) if i % 7 == 6])
     assert segments == usable * epochs if epochs == 1 else usable * 2 <= segments <= usable * 3
+
+
+def test_a_process_whose_rows_are_at_their_end_goes_on(made, monkeypatch):
+    """Another process may have more."""
+    data, batches = DataConfig(**DATA), []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for process in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda p=process: p)
+        batches.append(train_batches(made, tiny_config(), data, 3, epochs=1))
+    steps = count_steps(made, data, 1, 3)
+    ends = [take(part, steps + 1)[-1] for part in batches]
+    assert not any(end.weights.any() for end in ends)
+
+
+def test_too_little_shared_memory_is_one_error(made, monkeypatch):
+    usage = shutil.disk_usage("/")._replace(free=1 << 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(InfiniteVLError, match="2 workers need .* /dev/shm has 0 MB"):
+        train_batches(made, tiny_config(), DataConfig(**DATA, workers=2), 0)
 
 
 class Failing:

@@ -1,7 +1,8 @@
 """Sources of rows by kind. Each file registers one.
 
 A source is a sequence of `Conversation` with a title. `source[i]` raises BadRow for a row that
-cannot be used. A source whose rows are questions about images may draw them by a `curriculum`.
+cannot be used. A source whose rows are questions about images may draw them by a `curriculum`. One
+that has some rows of a file may tell their numbers there by `record(i)`.
 """
 
 import importlib
@@ -75,6 +76,12 @@ def readable(source: Source) -> Iterator[Conversation]:
         except BadRow:
             continue
         yield row
+
+
+def record_of(source: Source, number: int) -> int:
+    """Number of a source's row in its file, where the source tells it."""
+    record = getattr(source, "record", None)
+    return number if record is None else record(number)
 
 
 def _detect(config: SourceConfig, key: str) -> str:

@@ -40,9 +40,12 @@ class FileSource(Generic[T]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def record(self, number: int) -> int:
+        """Number of a row in the file."""
+        return int(self.rows[range(len(self))[number]])
+
     def __getitem__(self, number: int) -> Conversation:
-        number = range(len(self))[number]
-        record = int(self.rows[number])
+        record = self.record(number)
         try:
             return self.make(self.records.read(record, self.kind), self.media)
         except BadRow:
@@ -51,11 +54,15 @@ class FileSource(Generic[T]):
             raise BadRow(self.title, record, error.culprit, error.cure) from error
 
 
+class NoOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Of sources that take none."""
+
+
 def open_rows(
     config: SourceConfig, split: str, kind: type[T], make: Callable[[T, Media], Conversation]
 ) -> FileSource[T]:
     """The records of `config.path` as a source. It takes no options."""
-    options(config, msgspec.defstruct("NoOptions", [], forbid_unknown_fields=True))
+    options(config, NoOptions)
     path = Path(config.path)
     records = open_records(path)
     rows = select_rows(split, len(records), str(path))

@@ -13,15 +13,14 @@ from msgspec import Meta
 from infinitevl_jax.config.data import SourceConfig
 from infinitevl_jax.data.conversation import Conversation
 from infinitevl_jax.data.media import Media
-from infinitevl_jax.data.records import READERS, open_records
+from infinitevl_jax.data.records import READERS
 from infinitevl_jax.data.sources import Source, register_source
-from infinitevl_jax.data.sources.files import FileSource, folders, options
+from infinitevl_jax.data.sources.files import open_rows, options
 from infinitevl_jax.data.splits import select_rows
 from infinitevl_jax.errors import BadRow, InfiniteVLError
 from infinitevl_jax.reading import open_file
 
 UNPACKED = 1 << 30  # largest .xz file in bytes, unpacked; it is kept in memory
-HIDDEN = "."
 
 
 class Options(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -60,8 +59,12 @@ class Texts:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def record(self, number: int) -> int:
+        """Number of a chunk among those of all files."""
+        return int(self.rows[range(len(self))[number]])
+
     def __getitem__(self, number: int) -> Conversation:
-        number = int(self.rows[range(len(self))[number]])
+        number = self.record(number)
         chunk = self.chunks[number]
         try:
             content, complete = _read(chunk)
@@ -77,10 +80,7 @@ def open_text(config: SourceConfig, split: str) -> Source:
     """Open text files. Every token bears loss."""
     path = Path(config.path)
     if path.suffix.lower() in READERS:
-        options(config, msgspec.defstruct("NoOptions", [], forbid_unknown_fields=True))
-        records = open_records(path)
-        rows = select_rows(split, len(records), str(path))
-        return FileSource(str(path), records, rows, Row, _document, folders(config))
+        return open_rows(config, split, Row, _document)
     chosen = options(config, Options)
     files = [path]
     if path.is_dir():
@@ -88,7 +88,7 @@ def open_text(config: SourceConfig, split: str) -> Source:
         files = sorted(
             p
             for p in path.rglob("*")
-            if p.is_file() and not p.name.startswith(HIDDEN) and p.name.endswith(suffixes or "")
+            if p.is_file() and not p.name.startswith(".") and p.name.endswith(suffixes or "")
         )
     chunks = []
     for file in files:
