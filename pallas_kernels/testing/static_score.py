@@ -7,9 +7,9 @@ A program is one Pallas kernel or one of XLA's fusions and copies. A kernel's cy
 instruction bundles (one a cycle) times its grid steps, with prologue and epilogue counted in every
 step. Its bytes are the blocks that its grid fetches and writes; a block that stays in place counts
 once. An XLA program's cycles are the compiler's own estimate. Its bytes are its operands and
-results in HBM; of an operand that it only slices, the slice. Both are multiplied by the trips of
-the loop around it, where the loop counts to a constant. The score is an estimate: it sees no stalls
-on memory or DMA, and XLA's own custom calls count by their bytes alone.
+results in HBM; of an operand that it only slices or updates, that part. Both are multiplied by the
+trips of the loop around it, where the loop counts to a constant. The score is an estimate: it sees
+no stalls on memory or DMA, and XLA's own custom calls count by their bytes alone.
 
 A loop inside a kernel counts once: unroll it, or pass it as a grid dimension. Compile in a process
 of its own, because the compiler reads its dump flags once. `score` does so for a function that can
@@ -214,6 +214,8 @@ FREE = {
     "copy-done",
     "slice-done",
 }
+# What changes a part of its first operand in place: the place of the operand that is written.
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 
 
 def read_hlo(hlo: str, kernels: dict, folder: str) -> list[Program]:
@@ -327,16 +329,17 @@ def _hbm_bytes(instruction, table, computations) -> int:
         return max(_sizes(re.sub(r"S\(1\)", "", instruction["type"]))[1:2], default=0)
     if op in ("dynamic-slice", "slice", "gather"):
         return 2 * result
-    if op == "dynamic-update-slice":
-        return 2 * operands[1]
+    if op in UPDATES:
+        return 2 * operands[UPDATES[op]]
     if op == "fusion":
         inside = computations[re.search(r"calls=%([\w.<>-]+)", instruction["rest"])[1]]
         for name, inner in inside.items():
             if inner["op"] == "parameter":
                 place = int(inner["operands"])
                 operands[place] = min(operands[place], _touched(name, inside, computations))
-            if inner["root"] and inner["op"] == "dynamic-update-slice":
-                result = min(result, sum(_sizes(inside[_names(inner)[1]]["type"])))
+            if inner["root"] and inner["op"] in UPDATES:
+                update = inside[_names(inner)[UPDATES[inner["op"]]]]
+                result = min(result, sum(_sizes(update["type"])))
     return result + sum(operands)
 
 
@@ -358,7 +361,7 @@ def _touched(parameter: str, inside: dict, computations: dict) -> float:
                 int(x["operands"]): x["name"] for x in nested.values() if x["op"] == "parameter"
             }
             total += sum(_touched(parameters[place], nested, computations) for place in used)
-        elif not (inner["op"] == "dynamic-update-slice" and used == [0]):
+        elif not (inner["op"] in UPDATES and used == [0]):
             return math.inf
     return total
 

@@ -2,6 +2,7 @@
 memory, under the same names; and what a token step calls."""
 
 import dataclasses
+import gc
 import inspect
 from functools import cache, partial
 
@@ -45,6 +46,11 @@ CONFIGS = {
 def made(name):
     """A model's parameters, layer by layer."""
     return loud(initialize(CONFIGS[name], jax.random.key(0), scanned=False))
+
+
+def live():
+    """Bytes of all arrays on the devices."""
+    return sum(array.nbytes for array in jax.live_arrays())
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
@@ -151,7 +157,10 @@ def test_names_and_values_are_the_checkpoints(tmp_path):
     alone = {"embed_tokens.embedding", *(name for name in given if name.startswith("visual."))}
     assert all(arrays[name] is given[name] for name in alone)
     save_params(tmp_path / "saved", model.params, config)
+    gc.collect()  # nothing of other tests goes meanwhile
+    before = live()
     again = InfiniteVL.from_pretrained(tmp_path / "saved")
+    assert live() - before == sum(array.nbytes for array in again.params.arrays.values())
     jax.tree.map(np.testing.assert_array_equal, dict(again.params), given)
     assert InfiniteVL(config, model.params).params is model.params
 
@@ -161,10 +170,9 @@ def test_there_is_no_second_copy(monkeypatch):
     config = CONFIGS["infinitevl"]
     params = {name: jnp.asarray(np.asarray(p)) for name, p in made("infinitevl").items()}
 
-    def live():
-        return sum(array.nbytes for array in jax.live_arrays())
-
-    total, others, seen, join = sum(p.nbytes for p in params.values()), 0, [], fusing._join
+    seen, join = [], fusing._join
+    total = sum(p.nbytes for p in params.values())
+    gc.collect()
     others = live() - total
 
     def watched(*arguments):

@@ -141,6 +141,10 @@ def test_only_the_projection_decays():
 
 
 def test_it_decodes_from_its_cache(model):
+    """It declares nothing of its layers, and none of them is fused."""
+    fused = {group.name for group in model.params.groups}
+    assert "layers.1.self_attn.qkv_proj" in fused and "layers.0.mlp.gate_up_proj" in fused
+    assert not any(name.startswith("layers.0.self_attn") for name in fused)
     tokens = np.random.default_rng(1).integers(1, 90, (2, 40))
     whole = model(tokens).logits
     first = model(tokens[:, :17], use_cache=True)
