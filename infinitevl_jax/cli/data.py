@@ -84,10 +84,13 @@ def _table(found, settings) -> list[str]:
     parts = dict(found.sources)
     if len(parts) > 1:
         parts["all"] = found.all
-    head = ["source", "rows", "skipped", "passes", "tokens", "with loss", "patches"]
+    head = ["source", "rows", "skipped", "passes", "of an epoch", "tokens", "with loss", "patches"]
+    whole = sum(sum(part.tokens) * part.weight for part in found.sources.values())
     lines = [[*head, *(f"{q} %" for q in QUANTILES)]]
     for name, part in parts.items():
-        figures = [part.rows, part.rows - part.usable, f"{part.weight:g}" if name != "all" else ""]
+        drawn = sum(part.tokens) * part.weight / max(whole, 1)
+        passes = ["", ""] if name == "all" else [f"{part.weight:g}", f"{drawn:.1%}"]
+        figures = [part.rows, part.rows - part.usable, *passes]
         figures += [sum(part.tokens), sum(part.loss), sum(part.patches), *part.lengths()]
         texts = [f"{figure:,}" if isinstance(figure, int) else figure for figure in figures]
         lines.append([name or "the data", *texts])

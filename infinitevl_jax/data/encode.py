@@ -87,8 +87,11 @@ class Encoder:
         """Errors name the row."""
         try:
             yield
-        except BadRow:
-            raise
+        except BadRow as row:
+            title, _ = self.dataset.place(number)
+            if row.source == title:
+                raise
+            raise BadRow(title, row.index, row.reason, row.cure) from row
         except InfiniteVLError as error:
             title, index = self.dataset.place(number)
             raise BadRow(title, index, error.culprit, error.cure) from error

@@ -9,6 +9,8 @@ from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.workers import in_workers
 from infinitevl_jax.errors import BadRow
 
+ROWS = 64  # for fewer, a worker takes longer to start than to measure
+
 
 class Size(NamedTuple):
     """What is packed of a row: a conversation, or a part of a document."""
@@ -44,6 +46,7 @@ def measure(
 
     progress: wraps an iterable with a length, to show how far it is.
     """
+    workers = min(workers, len(encoder) // ROWS)
     return list(progress(_Each(_Sizes(encoder), workers)))
 
 

@@ -102,6 +102,8 @@ def open_mixture(data: DataConfig, held_out: bool = False) -> Mixture:
         key = f"train.data.sources.{name}" if name else "train.data"
         if split := config.held_out if held_out else config.train:
             found[name], weights[name] = open_source(config, split, key), config.weight
+            if not len(found[name]):
+                raise InfiniteVLError(f"{found[name].title} has no rows in {split!r}", f"see {key}")
     if not found:
         raise InfiniteVLError(
             f"no source has {'held-out' if held_out else 'training'} rows",

@@ -57,8 +57,9 @@ def test_a_mixture(place):
     assert lines["chats"][1:4] == ["4", "2", "1"] and lines["tales"][1:4] == ["2", "0", "2"]
     assert lines["all"][1:3] == ["6", "2"]
     # 15 and 250 bytes with an end: as many with loss as tokens
-    assert lines["tales"][4] == lines["tales"][5] == "265"
-    assert lines["chats"][4] != lines["chats"][5]
+    assert lines["tales"][5] == lines["tales"][6] == "265"
+    tokens = int(lines["chats"][5])
+    assert lines["chats"][4] == f"{tokens / (tokens + 2 * 265):.1%}" and lines["chats"][6] != tokens
     assert re.search(r"an epoch: \d+ steps of 2 rows of 96 tokens, [\d.]+% of them used", out)
     assert "skipped, chats.json:" in out and "b.png" in out
     assert re.search(r"row 3: the conversation takes \d+ tokens, train.data.length is 96", out)

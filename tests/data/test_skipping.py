@@ -131,6 +131,12 @@ def test_too_many_end_the_run_with_a_list(made, questions):
     assert sorted(skipped.reasons) == list(range(5, 12))
 
 
+def test_a_source_that_calls_itself_otherwise(made):
+    broken = {13: BadRow("elsewhere", 13, "gone", "mend it")}
+    _, skipped, _ = take(made, broken, 12)
+    assert skipped.reasons == {13: "gone"}
+
+
 def test_none_may_be_skipped(made):
     with pytest.raises(BadRow, match="rows train row 13: it cannot be read"):
         take(made, {13: bad_rows(made[2])[13]}, 6, max_skipped=0.0)

@@ -366,6 +366,8 @@ def test_a_kind_from_elsewhere(processor, monkeypatch):
     data = DataConfig(kind="sums", options={"count": 5})
     piece = encoder_of(open_mixture(data), processor).conversation(4)
     assert learnt(piece, processor) == "5<|im_end|>"
+    with pytest.raises(InfiniteVLError, match="sums has no rows in 'train'"):
+        open_mixture(DataConfig(kind="sums", options={"count": 0}))
     with pytest.raises(InfiniteVLError, match="'llava' exists"):
         sources.register_source("llava", lambda config, split: Sums(1))
 

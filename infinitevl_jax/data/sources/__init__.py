@@ -13,7 +13,7 @@ from typing import Protocol
 from infinitevl_jax.config.data import SourceConfig
 from infinitevl_jax.data.conversation import Conversation
 from infinitevl_jax.data.records import READERS, keys_of, open_records
-from infinitevl_jax.errors import BadRow, InfiniteVLError
+from infinitevl_jax.errors import InfiniteVLError
 
 
 class Source(Protocol):
@@ -73,7 +73,7 @@ def readable(source: Source) -> Iterator[Conversation]:
     for number in range(len(source)):
         try:
             row = source[number]
-        except BadRow:
+        except InfiniteVLError:
             continue
         yield row
 
