@@ -195,7 +195,8 @@ def cache_spec(config: ModelConfig, batch: int, max_length: int | None, dtype) -
         for name, path in model.paths.items()
     }
     tree = nnx.from_flat_state([(path, nnx.Param(shape)) for path, shape in shapes.items()])
-    return nnx.merge(model.graphdef, tree).cache_spec(batch, max_length)
+    vlm = nnx.merge(model.graphdef, tree)
+    return vlm.cache_spec(batch, max_length if vlm.keeps_everything else None)
 
 
 def unstack(config: ModelConfig, params: Params, scanned: Scanned = True) -> Params:

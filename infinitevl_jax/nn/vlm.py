@@ -198,9 +198,9 @@ class VLM(nnx.Module):
         """Shapes and dtypes of a cache for `batch` sequences.
 
         Args:
-          max_length: largest number of tokens per sequence; unused unless `keeps_everything`.
+          max_length: largest number of tokens per sequence; None is unlimited, which a model that
+            `keeps_everything` cannot have.
         """
-        max_length = max_length if self.keeps_everything else None
         layers = tuple(mixer.state_spec(batch, max_length, self.dtype) for mixer in self._mixers())
         counter = jax.ShapeDtypeStruct((batch,), jnp.int32)
         return Cache(layers, counter, counter)

@@ -96,7 +96,8 @@ def train(preset: Preset) -> Outcome:
         rate = schedule(config.optimizer, steps)
 
         stack.enter_context(jax.set_mesh(mesh))
-        check_memory(known, names, mesh, models.teacher_parameters)
+        models.check_trained(names)
+        check_memory(known, names, mesh, models.teacher_parameters, models.replicated)
         layers = {name: parameter.layers for name, parameter in known.items()}
         checkpoints = Checkpoints(run, start.files, start.manifest, config.keep, layers)
 

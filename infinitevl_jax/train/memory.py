@@ -15,16 +15,20 @@ def check_memory(
     trainable: Sequence[str],
     mesh: Mesh,
     teacher: Mapping[str, jax.ShapeDtypeStruct] = MappingProxyType({}),
+    replicated: bool = False,
 ) -> None:
     """Raise InfiniteVLError if parameters and optimiser moments exceed the memory of the mesh.
 
     Trained parameters have two float32 moments. Activations are not counted, so a run that passes
     may still run out of memory; nor are the parameters that a teacher may share with the student.
+    Frozen parameters count as bfloat16, if they are not wider.
+
+    replicated: each device holds the whole teacher.
     """
     names = set(trainable)
-    needed = sum(s.size * (12 if name in names else s.dtype.itemsize) for name, s in shapes.items())
+    needed = sum(s.size * (12 if name in names else 2) for name, s in shapes.items())
     alone = [s for name, s in teacher.items() if name not in shapes or name in names]
-    needed += sum(s.size * 2 for s in alone)  # bfloat16, if not more
+    needed += sum(s.size * 2 for s in alone) * (mesh.size if replicated else 1)
     has = _memory(mesh)
     if has is not None and needed > has:
         raise InfiniteVLError(

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,10 +148,28 @@ class RunModels:
         if teacher:
             self._binds[TEACHER] = teacher.bind(preset.run, ops, self.layout)
 
+    def check_trained(self, names: Iterable[str]) -> None:
+        """Raise InfiniteVLError if the objective's gradient does not reach a trained parameter."""
+        options = self.preset.train.objective
+        reached = objective(options.name).reached
+        for name in names:
+            for layer in self.known[name].layers:
+                if not reached(layer, self.start.config, options):
+                    raise InfiniteVLError(
+                        f"train.trainable matches {layer}, which the objective {options.name!r}"
+                        " does not use: it would only decay",
+                        "let the patterns match what the objective compares",
+                    )
+
     @property
     def teacher_parameters(self) -> Mapping[str, Parameter]:
         """The teacher's parameters; empty without one."""
         return self.teacher.parameters(self.layout) if self.teacher else {}
+
+    @property
+    def replicated(self) -> bool:
+        """Whether each device holds the whole teacher."""
+        return self.teacher is not None and self.teacher.source.placement == "replicated"
 
     def first_params(self, batches: Callable[[], Iterator[TrainBatch]]) -> Params:
         """The student before its first step. batches: opens the stage's own data."""

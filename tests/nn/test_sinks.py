@@ -16,7 +16,7 @@ from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.families.huggingface import read_config, to_huggingface
 from infinitevl_jax.nn.mixers import layer_type
 from infinitevl_jax.nn.ops import Ops
-from infinitevl_jax.nn.params import cache_spec
+from infinitevl_jax.nn.params import cache_spec, functional, initialize
 from infinitevl_jax.nn.rngs import Rngs
 from pallas_kernels.attention import KVCache, held_tokens, write
 from pallas_kernels.attention.hopper import step as hopper_step
@@ -114,6 +114,15 @@ def test_chunks_equal_one_shot(model):
 def test_cache_holds_sinks_and_window(model):
     state = cache_spec(model.config, 1, None, jnp.float32).layers[0]
     assert state.k.shape[1] == SINKS + WINDOW
+
+
+def test_a_bounded_cache_is_no_larger_than_its_sequences():
+    """Branches of training: a window of slots for each would not fit."""
+    config = hybrid_config(window=24, num_attention_sinks=SINKS)
+    params = jax.eval_shape(lambda: initialize(config, jax.random.key(0), scanned=False))
+    vlm = functional(config, scanned=False)(params)
+    for length, slots in ((10, 10), (100, 24 + SINKS), (None, 24 + SINKS)):
+        assert vlm.cache_spec(3, length).layers[0].k.shape[:2] == (3, slots)
 
 
 def test_config(tmp_path):

@@ -19,7 +19,7 @@ SHAPES = {
 MESH = Mesh(np.array(jax.devices("cpu")[:2]), ("fsdp",))
 
 
-@pytest.mark.parametrize("trainable, bytes_", [(["a", "b"], 24_000), (["a"], 14_000), ([], 6_000)])
+@pytest.mark.parametrize("trainable, bytes_", [(["a", "b"], 24_000), (["a"], 14_000), ([], 4_000)])
 def test_weights_and_moments_count(monkeypatch, trainable, bytes_):
     monkeypatch.setattr(memory, "_memory", lambda mesh: bytes_)
     memory.check_memory(SHAPES, trainable, MESH)
@@ -36,6 +36,9 @@ def test_a_teacher_counts_but_for_what_it_may_share(monkeypatch):
         monkeypatch.setattr(memory, "_memory", lambda mesh, b=bytes_: b - 1)
         with pytest.raises(InfiniteVLError, match="parameters and moments take"):
             memory.check_memory(SHAPES, trainable, MESH, teacher)
+    monkeypatch.setattr(memory, "_memory", lambda mesh: 24_000 + 2 * 6_000 - 1)
+    with pytest.raises(InfiniteVLError, match="parameters and moments take"):
+        memory.check_memory(SHAPES, ["a", "b"], MESH, teacher, replicated=True)
 
 
 def test_devices_of_one_machine_share_its_memory():

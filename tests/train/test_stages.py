@@ -122,6 +122,17 @@ def test_another_teacher_is_refused(stages):
     assert [item.split(":")[0] for item in caught.value.items] == ["teacher.from"]
 
 
+def test_what_the_objective_does_not_compare_must_not_train(stages):
+    """Its gradient is 0, and weight decay would shrink it."""
+    only = "train.objective.layer_types=['linear_attention']"
+    for changes, name in (
+        (["train.trainable=['.*']"], r"\S+"),
+        ([only], r"layers\.0\.self_attn\.\S+"),
+    ):
+        with pytest.raises(InfiniteVLError, match=f"matches {name}, which the objective"):
+            stages.align("wide", *changes)
+
+
 def test_distillation_with_learning_rates_then_tuning(stages):
     source = [f"model.from={stages.aligned}", f"teacher.from={stages.teacher}"]
     objective = ["train.objective.temperature=2.0", "train.objective.cross_entropy=0.1"]

@@ -44,16 +44,16 @@ def attention(setting: Setting, options: AttentionConfig) -> Params:
     if not layers:
         return {}
     batches, tokens = setting.batches(), options.tokens
-    first = tokens // INPUT_SHARE
+    first = max(1, tokens // INPUT_SHARE)
     logger.info(f"initialising {len(layers)} mixers from attention, on {tokens:,} tokens")
     inputs = measure_inputs(setting, batches, first, layers)
     stacks = {name: p for name, p in setting.source_params.items() if f".{MIXER}." in name}
     source = unstack(setting.source, stacks, setting.stacked)
     rng = np.random.default_rng(setting.seed)
-    mixers = {
-        layer: mixer(_attention_of(source, layer), found, setting, options, rng)
-        for layer, found in zip(layers, inputs, strict=True)
-    }
+    mixers: dict[int, dict[str, np.ndarray]] = {}
+    for layer, found in zip(layers, inputs, strict=True):
+        made = mixer(_attention_of(source, layer), found, setting, options, rng)
+        mixers[layer] = {name: value.astype(np.float32) for name, value in made.items()}
     out: Params = {}
     for name in mixers[layers[0]]:
         out |= setting.replace(name, {layer: mixers[layer][name] for layer in layers})

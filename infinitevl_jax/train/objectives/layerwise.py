@@ -93,6 +93,18 @@ def check(configs: Mapping[str, ModelConfig], options: LayerwiseConfig) -> None:
         )
 
 
+def reached(name: str, student: ModelConfig, options: LayerwiseConfig) -> bool:
+    """Whether a parameter belongs to the mixer of a compared layer, or to the norm before it."""
+    stack, number, part, *_ = (*name.split("."), "", "")
+    layers = compared(student.text.layer_types, options)
+    return stack == "layers" and part in ("self_attn", "input_layernorm") and int(number) in layers
+
+
 register_objective(
-    "layerwise", layerwise, options=LayerwiseConfig, models=(STUDENT, TEACHER), check=check
+    "layerwise",
+    layerwise,
+    options=LayerwiseConfig,
+    models=(STUDENT, TEACHER),
+    check=check,
+    reached=reached,
 )

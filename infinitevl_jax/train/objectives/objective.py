@@ -61,12 +61,15 @@ class Objective:
         is taken with respect to the student's trained parameters.
       models: names of the models that it reads; "student" is the one that trains.
       check: raises InfiniteVLError if the models, by name, do not suit.
+      reached: whether its gradient reaches a parameter of the student, by its layer-by-layer name.
+        Others must not train: weight decay alone would change them.
     """
 
     name: str
     function: Callable[[Models, TrainBatch, Any], Measured]
     models: tuple[str, ...]
     check: Callable[[Mapping[str, ModelConfig], Any], None]
+    reached: Callable[[str, ModelConfig, Any], bool]
 
 
 _OBJECTIVES: dict[str, Objective] = {}
@@ -79,12 +82,13 @@ def register_objective(
     options: type[ObjectiveConfig] = ObjectiveConfig,
     models: tuple[str, ...] = (STUDENT,),
     check: Callable[[Mapping[str, ModelConfig], Any], None] = lambda configs, options: None,
+    reached: Callable[[str, ModelConfig, Any], bool] = lambda name, student, options: True,
 ) -> None:
     """Let presets name an objective. Its options are the other keys of [train.objective].
 
     Args:
       options: a frozen dataclass of the options, whose values are checked against their types.
-      models, check: see `Objective`.
+      models, check, reached: see `Objective`.
 
     Raises:
       InfiniteVLError: the name is registered with another function, or a run has no such model.
@@ -97,7 +101,7 @@ def register_objective(
     if name in _OBJECTIVES and _OBJECTIVES[name].function is not function:
         raise InfiniteVLError(f"objective {name!r} is registered already", "choose another name")
     register_variant(ObjectiveConfig, name, options)
-    _OBJECTIVES[name] = Objective(name, function, models, check)
+    _OBJECTIVES[name] = Objective(name, function, models, check, reached)
 
 
 def objective(name: str) -> Objective:
