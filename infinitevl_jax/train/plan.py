@@ -12,7 +12,9 @@ from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.data.batch import TrainBatch
 from infinitevl_jax.inputs.model_inputs import packed_shapes
 from infinitevl_jax.inputs.packing import Packing
-from infinitevl_jax.nn.params import parameters
+from infinitevl_jax.nn.params import Params, parameters
+from infinitevl_jax.nn.stack import Scanned
+from infinitevl_jax.sharding import parameter_shardings
 from infinitevl_jax.train.optimizer import split_trainable
 from infinitevl_jax.train.step import TrainState, batch_shardings, init_state, state_shardings
 
@@ -23,20 +25,28 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
     dtype,
     mesh: Mesh,
+    stacked: Scanned = True,
     lora: LoraConfig | None = None,
 ) -> TrainState:
     """Shapes and shardings of the training state.
 
     Args:
       trainable: patterns of the trained parameters, which are float32 with moments.
-      dtype: of the frozen parameters.
+      dtype: of the frozen parameters. stacked: layout.
       lora: adapters among the parameters.
     """
-    known = parameters(config, scanned=True, lora=lora)
+    known = parameters(config, scanned=stacked, lora=lora)
     shapes = {name: jax.ShapeDtypeStruct(p.shape, dtype) for name, p in known.items()}
     names, _ = split_trainable(known, trainable)
     state = jax.eval_shape(lambda params: init_state(params, names, optimizer), shapes)
     return _placed(state, state_shardings(state, known, mesh))
+
+
+def abstract_params(config: ModelConfig, dtype, mesh: Mesh, stacked: Scanned = True) -> Params:
+    """Shapes and shardings of a model's parameters, such as a teacher's."""
+    known = parameters(config, scanned=stacked)
+    shapes = {name: jax.ShapeDtypeStruct(p.shape, dtype) for name, p in known.items()}
+    return _placed(shapes, parameter_shardings(known, mesh))
 
 
 def abstract_batch(
