@@ -17,16 +17,17 @@ class _AboveBars(logging.StreamHandler):
 
 
 @contextlib.contextmanager
-def shown(stream: TextIO, form: str = "%(message)s") -> Iterator[None]:
+def shown(stream: TextIO, form: str = "%(message)s", quiet: bool = False) -> Iterator[None]:
     """Context manager that writes log records of `infinitevl_jax`, from INFO, to a stream only.
 
     Args:
       form: format of a line, as in `logging.Formatter`.
+      quiet: from WARNING.
     """
     logger, handler = logging.getLogger("infinitevl_jax"), _AboveBars(stream)
     handler.setFormatter(logging.Formatter(form))
     level, propagate = logger.level, logger.propagate
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
     logger.propagate = False
     logger.addHandler(handler)
     try:

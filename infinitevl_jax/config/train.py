@@ -74,6 +74,9 @@ class TrainConfig:
       checkpoint_every: in steps; 0 is off.
       checkpoint_minutes: minutes of training between checkpoints; 0 is off.
       keep: number of newest checkpoints to keep.
+      keep_best: also keep the checkpoint with the lowest held-out loss.
+      accumulate: parts in which the global batch is taken, one after the other. The step is the
+        same, with the activations of one part.
     """
 
     output: Folder = "runs/train"
@@ -86,6 +89,8 @@ class TrainConfig:
     checkpoint_minutes: Annotated[float, Meta(ge=0, le=INT32)] = 30.0
     evaluate_every: Count = 0
     keep: Positive = 2
+    keep_best: bool = False
+    accumulate: Annotated[int, Meta(ge=1, le=2**16)] = 1
     data: DataConfig = field(default_factory=DataConfig)
     lora: LoraConfig | None = None
     objective: ObjectiveConfig = field(default_factory=SupervisedConfig)
@@ -99,6 +104,11 @@ class TrainConfig:
         object.__setattr__(self, "trainable", chosen)
         check_ranges(self)
         check_name(ObjectiveConfig, self.objective, "train.objective")
+        if self.keep_best and not any(source.held_out for source in self.data.mixture.values()):
+            raise InfiniteVLError(
+                "train.keep_best is true, and there is no held-out split to tell which is best",
+                "give train.data.held_out, or leave train.keep_best out",
+            )
         if self.steps == 0 and not self.epochs > 0:
             raise InfiniteVLError(
                 "train.steps is 0 and train.epochs not positive",

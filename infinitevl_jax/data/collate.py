@@ -9,9 +9,10 @@ from infinitevl_jax.config.data import DataConfig
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.data.batch import TrainBatch
 from infinitevl_jax.data.encoded import Branch, EncodedConversation, EncodedRow
-from infinitevl_jax.inputs.batch import join_sequences
+from infinitevl_jax.inputs.batch import TokenSequence, join_sequences
 from infinitevl_jax.inputs.model_inputs import DecoderInputs, build_inputs
 from infinitevl_jax.inputs.packing import Packing
+from infinitevl_jax.inputs.patches import bucket
 
 
 def group_questions(
@@ -50,19 +51,32 @@ def branch_batch(
     Args:
       rows: at most `images` of them, which fit the shapes (`Encoder.within`); missing ones are
         padding.
-      questions: which questions of each row; at most `branches` in all.
+      questions: which questions of each row; at most `branches` in all. Where no row has more than
+        its share of them, the questions of each row take that many rows of branches.
     """
-    prefixes = join_sequences([row.prefix for row in rows], images, data.prefix_length)
-    prefix = build_inputs(config, **prefixes, patches_by_row=True)
+    if not rows:
+        return _without_tokens(
+            branch_batch([_BLANK], [[0]], config, data, images=images, branches=branches)
+        )
+    # one shape for all batches and processes: an image has two tokens beside those of its patches
+    unit = config.vision.merge_unit if config.vision else 0
+    patches = bucket(unit * (data.prefix_length - 2)) if unit else 0
+    lengths = [len(row.prefix.tokens) for row in rows]
+    packing = Packing.one_per_row(lengths, data.prefix_length, images, patches)
+    prefixes = join_sequences([row.prefix for row in rows])
+    prefix = build_inputs(config, **prefixes, packing=packing)
+    share = branches // images
+    fill = share if all(len(which) <= share for which in questions) else 0
     chosen = [
-        (row.branches[i], parent)
+        (branch, parent)
         for parent, (row, which) in enumerate(zip(rows, questions, strict=True))
-        for i in which
+        for branch in [row.branches[i] for i in which] + [_NONE] * (fill - len(which))
     ]
     asked = [branch for branch, _ in chosen]
     texts = join_sequences([branch.inputs for branch in asked], branches, data.length)
     lengths = [len(branch.inputs.tokens) for branch in asked]
-    parents = np.zeros(branches, np.int32)
+    parents = np.minimum(np.arange(branches) // share if fill else 0, images - 1)
+    parents = np.broadcast_to(parents, branches).astype(np.int32)
     parents[: len(chosen)] = [parent for _, parent in chosen]
     return TrainBatch(
         prefix.patches,
@@ -102,11 +116,27 @@ def rows_batch(
     conversations = [conversation for row in rows for conversation in row]
     if conversations:
         return packed_batch(conversations, packing, config)
-    blank = EncodedConversation(Branch(np.zeros(2, np.int32), np.zeros(2, bool), ("", "")))
-    packing.put(0, blank.tokens)
-    batch = packed_batch([blank], packing, config)
-    padding = np.full_like(batch.branches.token_index, -1)
-    return batch._replace(branches=batch.branches._replace(token_index=padding))
+    packing.put(0, 1)
+    blank = EncodedConversation(_BLANK.branches[0])
+    return _without_tokens(packed_batch([blank], packing, config))
+
+
+_NONE = Branch(np.zeros(0, np.int32), np.zeros(0, bool), ("", ""))
+_BLANK = EncodedRow(
+    TokenSequence(np.zeros(1, np.int32)),
+    [Branch(np.zeros(2, np.int32), np.zeros(2, bool), ("", ""))],
+)
+
+
+def _without_tokens(batch: TrainBatch) -> TrainBatch:
+    """The batch with all its tokens turned to padding."""
+
+    def empty(inputs: DecoderInputs) -> DecoderInputs:
+        return inputs._replace(token_index=np.full_like(inputs.token_index, -1))
+
+    return batch._replace(
+        prefix=batch.prefix and empty(batch.prefix), branches=empty(batch.branches)
+    )
 
 
 def join_rows(rows: Sequence[TrainBatch]) -> TrainBatch:

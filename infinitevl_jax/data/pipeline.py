@@ -7,8 +7,6 @@ Rows that cannot be used are skipped; the others keep their order.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
-import jax
-
 from infinitevl_jax.config.data import DataConfig
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.data.batch import TrainBatch
@@ -26,7 +24,7 @@ from infinitevl_jax.data.measure import Size, measure
 from infinitevl_jax.data.mixture import Mixture, Order
 from infinitevl_jax.data.packer import Packer, Piece
 from infinitevl_jax.data.skipping import Skipped, SkippedBySource
-from infinitevl_jax.data.stream import Batches, Making
+from infinitevl_jax.data.stream import Agree, Batches, Making, Skips
 from infinitevl_jax.data.workers import check_shared_memory
 from infinitevl_jax.errors import BadRow, InfiniteVLError
 
@@ -48,20 +46,18 @@ def train_batches(
     seed: int,
     skipped: Skipped | SkippedBySource | None = None,
     epochs: float = 0,
+    rows: Sequence[int] | None = None,
+    agree: Agree = lambda find: find(),
 ) -> Batches:
-    """Endless batches, shuffled anew each epoch by the seed; each process makes its own rows.
+    """Endless batches, shuffled anew each epoch by the seed.
 
     Args:
       skipped: counts the rows that cannot be used; left out, as `data` says.
       epochs: with packed conversations: rows of padding follow after this many; 0 for no end.
+      rows: of the global batch that this process makes; None for all.
+      agree: joins what the processes of a run find.
     """
-    processes, process = jax.process_count(), jax.process_index()
-    if data.batch % processes:
-        raise InfiniteVLError(
-            f"train.data.batch {data.batch} does not divide over {processes} processes",
-            "make it a multiple of their number",
-        )
-    share, encoder, mixture = data.batch // processes, encoder.within(data), encoder.dataset
+    encoder, mixture = encoder.within(data), encoder.dataset
     order = Order(mixture, seed)
     if order.epoch < data.batch:
         raise InfiniteVLError(
@@ -84,11 +80,11 @@ def train_batches(
             check_shared_memory(4 * features * data.patches + 64 * data.length, data.workers)
     return Batches(
         making,
-        range(process * share, (process + 1) * share),
-        data.batch,
+        range(data.batch) if rows is None else rows,
         data.workers,
         skipped or skipping(mixture, data),
         mixture.sizes,
+        agree,
     )
 
 
@@ -161,24 +157,25 @@ def held_out_batches(
     encoder: Encoder,
     config: ModelConfig,
     data: DataConfig,
-    skipped: Skipped | SkippedBySource | None = None,
+    skipped: Skips | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[TrainBatch]:
     """Every question, or conversation, of the split once, in batches of the training shape; the
     last one is filled with padding.
 
-    skipped: counts the rows that cannot be used; left out, as `data` says.
+    Args:
+      skipped: counts the rows that cannot be used; left out, as `data` says.
+      rows: of the global batch that this process makes, from its part of the split; None for all.
     """
-    if jax.process_count() > 1:
-        raise InfiniteVLError(
-            "measuring on the held-out split works in one process so far",
-            'set train.data.held_out=""',
-        )
     encoder, skipped = encoder.within(data), skipped or skipping(encoder.dataset, data)
+    rows = range(data.batch) if rows is None else rows
+    own = set(rows)
+    numbers = [number for number in range(len(encoder)) if number % data.batch in own]
     if data.questions:
-        yield from _held_out_questions(encoder, config, data, skipped)
+        yield from _held_out_questions(encoder, config, data, skipped, numbers, len(rows))
         return
-    packed = PackedRows(config, data, data.batch)
-    for number in range(len(encoder)):
+    packed = PackedRows(config, data, len(rows))
+    for number in numbers:
         try:
             pieces = encoder.pieces(number)
         except BadRow as row:
@@ -187,21 +184,35 @@ def held_out_batches(
         for piece in pieces:
             if not packed.add(piece):
                 yield packed.batch()
-                packed = PackedRows(config, data, data.batch)
+                packed = PackedRows(config, data, len(rows))
                 packed.add(piece)
     if packed.conversations:
         yield packed.batch()
 
 
-def _held_out_questions(encoder: Encoder, config: ModelConfig, data: DataConfig, skipped):
+def blank_batch(config: ModelConfig, data: DataConfig, rows: int) -> TrainBatch:
+    """A batch of padding."""
+    if data.questions:
+        return branch_batch([], [], config, data, rows, rows * data.questions)
+    return rows_batch([[]] * rows, data, config)
+
+
+def _held_out_questions(
+    encoder: Encoder,
+    config: ModelConfig,
+    data: DataConfig,
+    skipped: Skips,
+    numbers: Sequence[int],
+    images: int,
+) -> Iterator[TrainBatch]:
     counts = []
-    for number in range(len(encoder)):
+    for number in numbers:
         try:
             counts.append(len(encoder[number].branches))
         except BadRow as row:
             skipped.add(row)
             counts.append(0)
-    branches = data.batch * data.questions
-    for group in group_questions(counts, data.batch, branches):
-        rows, questions = [encoder[i] for i, _ in group], [which for _, which in group]
-        yield branch_batch(rows, questions, config, data, data.batch, branches)
+    branches = images * data.questions
+    for group in group_questions(counts, images, branches):
+        rows, questions = [encoder[numbers[i]] for i, _ in group], [which for _, which in group]
+        yield branch_batch(rows, questions, config, data, images, branches)

@@ -38,6 +38,21 @@ class Skips(Protocol):
     def add(self, row: BadRow) -> None: ...
 
 
+class Found(NamedTuple):
+    """What comes with a batch, or with this process's part of it.
+
+    Attributes:
+      bad: rows met on the way that cannot be used.
+      teaches: whether a token bears loss.
+    """
+
+    bad: list[BadRow]
+    teaches: bool
+
+
+Agree = Callable[[Callable[[], Found]], Found]  # calls it, and joins what all processes found
+
+
 class Batches:
     """An endless iterator over this process's part of the global batches.
 
@@ -51,20 +66,21 @@ class Batches:
     def __init__(
         self,
         making: Making,
-        lanes: range,
-        batch: int,
+        lanes: Sequence[int],
         workers: int,
         skipped: Skips,
         rows: dict[str, int],
+        agree: Agree = lambda find: find(),
     ):
         """
         Args:
-          lanes: numbers of this process's rows of the global batch, which has `batch`.
+          lanes: numbers of this process's rows of the global batch.
           workers: processes; fewer are used if that many do not divide the lanes.
           rows: of each source, to tell a resume with other data.
+          agree: joins what the processes of a run find.
         """
+        self._agree = agree
         self._making, self._skipped, self._rows = making, skipped, rows
-        self._alone = len(lanes) == batch
         self._places: dict[int, dict[str, Any]] = {lane: {} for lane in lanes}
         self.workers = max(n for n in range(workers + 1) if n == 0 or len(lanes) % n == 0)
         self._iterator: Any = None
@@ -84,15 +100,22 @@ class Batches:
             self._iterator = iter(self._stream())
             # at the end of this process too: a thread must not be in the middle of a read then
             self._closing = weakref.finalize(self, self._iterator.close)
-        batch, items = next(self._iterator)
-        for item in items:
-            for row in item.bad:
-                self._skipped.add(row)
-        if batch is None or (self._alone and not batch.weights.any()):
+        made: list[tuple[TrainBatch, list[Item]]] = []
+
+        def find() -> Found:
+            batch, items = next(self._iterator)
+            made.append((batch, items))
+            return Found([row for item in items for row in item.bad], bool(batch.weights.any()))
+
+        found = self._agree(find)
+        for row in found.bad:
+            self._skipped.add(row)
+        if not found.teaches:
             raise InfiniteVLError(
                 "a batch came without a token that bears loss",
                 "the data is at its end, or many rows in a row cannot be used",
             )
+        ((batch, items),) = made
         self._places = {lane: item.place for lane, item in zip(self._places, items, strict=True)}
         return batch
 
@@ -142,11 +165,18 @@ class Batches:
             self._iterator = None
 
 
+def join_places(places: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The place of a run in the data, of the places of its processes."""
+    if len(places) == 1:
+        return places[0]
+    lanes = {lane: place for part in places for lane, place in part["lanes"].items()}
+    return {**places[0], "lanes": lanes}
+
+
 def _batch(
     join: Callable[[Sequence[Any]], TrainBatch], items: Sequence[Item]
-) -> tuple[TrainBatch | None, list[Item]]:
-    contents = [item.content for item in items]
-    batch = None if all(content is None for content in contents) else join(contents)
+) -> tuple[TrainBatch, list[Item]]:
+    batch = join([item.content for item in items])
     return batch, [item._replace(content=None) for item in items]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from infinitevl_jax.errors import InfiniteVLError
@@ -77,6 +78,15 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """The whole of an array, also where other processes hold parts of it: all call this then."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        assert isinstance(x.sharding, NamedSharding)
+        everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())
+        x = jax.jit(lambda x: x, out_shardings=everywhere)(x)
+    return np.asarray(x)
 
 
 def batch_parts() -> int:

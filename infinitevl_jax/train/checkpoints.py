@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import NamedSharding
 
 from infinitevl_jax.checkpoints.array_reader import ArrayReader, is_format_2
@@ -31,6 +30,7 @@ from infinitevl_jax.checkpoints.placing import place
 from infinitevl_jax.checkpoints.reading import read_config
 from infinitevl_jax.checkpoints.stored import Reader, read_stack
 from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.processes.group import group
 from infinitevl_jax.reading import check_regular, read_json
 from infinitevl_jax.train.step import TrainState
 from infinitevl_jax.writing import (
@@ -53,7 +53,11 @@ class _Unusable(InfiniteVLError):
 
 
 class Checkpoints:
-    """Writes and reads them; keeps the newest `keep`."""
+    """Writes and reads them; keeps the newest `keep`.
+
+    Attributes:
+      best: of steps, the one that is kept as well, if any.
+    """
 
     def __init__(
         self,
@@ -73,10 +77,15 @@ class Checkpoints:
         """
         self.folder, self.files, self.manifest = run.absolute() / "checkpoints", files, manifest
         self.keep, self.layers = keep, layers or {}
+        self._together = group()
+        self.best: Callable[[Sequence[int]], int | None] = lambda steps: None
         with storage(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._remove_unfinished()
-            self._check_steps()
+            self._together.by_first(self._prepare)
+
+    def _prepare(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._remove_unfinished()
+        self._check_steps()
 
     @property
     def steps(self) -> list[int]:
@@ -100,39 +109,43 @@ class Checkpoints:
         Raises StorageError, which names the step to go back to, if it cannot be written.
         """
         step = int(state.step)
-        if step != self.last:
+        if step != self._together.told([self.last])[0]:
             try:
                 with storage(f"checkpoint {self.path(step)}"):
-                    self._check_room(state)
+                    self._together.by_first(lambda: self._check_room(state))
                     self._write(step, state, place)
-            except StorageError as error:
-                self._remove_unfinished()  # the room is needed
+            except InfiniteVLError as error:  # here, or in another process
+                if self._together.first:
+                    self._remove_unfinished()  # the room is needed
+                if not isinstance(error, StorageError):
+                    raise
                 back = "begins anew" if self.last is None else f"goes on from step {self.last}"
                 raise StorageError(
                     error.culprit, f"{error.cure}; then the same command {back}"
                 ) from error
-            if jax.process_index() == 0:
-                for old in self.steps[self.keep :]:
-                    self._remove(old)
+            self._together.by_first(self.remove_old)
         return self.path(step)
 
     def _write(self, step: int, state: TrainState, place: Mapping[str, Any]) -> None:
         """Write a step aside, and give it its name when it is whole."""
-        work, first = self._aside(step), jax.process_index() == 0
-        if first:
-            work.mkdir()
-        _wait_for_all("folder")
-        for item, arrays in self._stored(state).items():
-            write_arrays(work, item, (part for x, names in arrays for part in layers_of(x, names)))
-        _wait_for_all("arrays")
-        if first:
+        work = self._aside(step)
+
+        def write() -> None:
+            for item, stored in self._stored(state).items():
+                parts = (part for x, names in stored for part in layers_of(x, names))
+                write_arrays(work, item, parts)
+
+        def finish() -> None:
             (work / _PLACE).parent.mkdir()
             (work / _PLACE).write_text(json.dumps(dict(place)), "utf-8")
             self._write_side_files(work)
             sync_tree(work)
             os.rename(work, self.path(step))
             sync(self.folder)
-        _wait_for_all("step")
+
+        self._together.by_first(work.mkdir)
+        self._together.gather(write)
+        self._together.by_first(finish)
 
     def _stored(self, state: TrainState) -> dict[str, list[tuple[Any, tuple[str, ...]]]]:
         """Folder in a step -> its arrays (or their shapes), with their names on disk."""
@@ -154,7 +167,8 @@ class Checkpoints:
     def restore(self, state: TrainState, accept: Callable[[dict[str, Any]], None]) -> TrainState:
         """The newest checkpoint that can be read, as arrays of the shapes and shardings of `state`.
 
-        Newer ones that cannot be read are moved to RUN/damaged-step-N, with a warning in the log.
+        Newer ones that a process cannot read are moved to RUN/damaged-step-N, with a warning in the
+        log.
 
         Args:
           state: a TrainState of jax.ShapeDtypeStruct with shardings.
@@ -165,23 +179,32 @@ class Checkpoints:
           choice of trainable parameters.
         """
         unusable: dict[int, InfiniteVLError] = {}
-        for step in self.steps:
-            try:
-                found = self._read(step, state, accept)
-            except _Unusable as error:
-                unusable[step] = InfiniteVLError(error.culprit, error.cure, error.items)
+        for step in self._together.told(self.steps):
+            found: list[TrainState] = []
+
+            def read(step: int = step, found: list = found) -> list | None:
+                try:
+                    found.append(self._read(step, state, accept))
+                except _Unusable as error:
+                    return [error.culprit, error.cure, error.items]
+                return None
+
+            if reasons := self._together.gather(read):
+                found.clear()
+                unusable[step] = InfiniteVLError(*next(iter(reasons.values())))
                 continue
-            for bad, error in unusable.items():
-                with storage(self.path(bad)):
-                    kept = keep_aside(self.path(bad), self.folder.with_name(f"damaged-step-{bad}"))
-                _log.warning("%s\n  kept as %s; going back to step %d", error.culprit, kept, step)
-            if jax.process_index() == 0:
-                with storage(self.path(step)):
-                    # a run killed at the wrong moment lacks them
-                    self._write_side_files(self.path(step))
-            _wait_for_all("side files")
-            return found
+            self._together.by_first(partial(self._go_back, step, unusable))
+            return found[0]
         raise next(iter(unusable.values()))
+
+    def _go_back(self, step: int, unusable: Mapping[int, InfiniteVLError]) -> None:
+        """Keep the steps that cannot be read aside, and complete the one that was read."""
+        for bad, error in unusable.items():
+            with storage(self.path(bad)):
+                kept = keep_aside(self.path(bad), self.folder.with_name(f"damaged-step-{bad}"))
+            _log.warning("%s\n  kept as %s; going back to step %d", error.culprit, kept, step)
+        with storage(self.path(step)):
+            self._write_side_files(self.path(step))  # a run killed at the wrong moment lacks them
 
     def _read(
         self, step: int, state: TrainState, accept: Callable[[dict[str, Any]], None]
@@ -280,16 +303,22 @@ class Checkpoints:
         """Where a step lies that is being written or removed."""
         return self.folder / f".{step}.partial"
 
+    def remove_old(self) -> None:
+        """Remove the steps that are not to be kept. The first process calls it."""
+        best = self.best(self.steps)
+        for old in self.steps[self.keep :]:
+            if old != best:
+                self._remove(old)
+
     def _remove(self, step: int) -> None:
         os.rename(self.path(step), self._aside(step))  # half of it would pass for a step
         shutil.rmtree(self._aside(step))
 
     def _remove_unfinished(self) -> None:
         """Remove what a killed or failed save left, of this version or one before."""
-        if jax.process_index() == 0:
-            for pattern in (".*.partial", "*.orbax-checkpoint-tmp*"):
-                for path in self.folder.glob(pattern):
-                    shutil.rmtree(path, ignore_errors=True)
+        for pattern in (".*.partial", "*.orbax-checkpoint-tmp*"):
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _check_steps(self) -> None:
         """What is called like a step has to be a folder: a save would wait for a pipe of that
@@ -335,12 +364,6 @@ def _differences(
 def _load(reader: Reader, x: jax.ShapeDtypeStruct, names: Sequence[str]) -> jax.Array:
     read = partial(read_stack, reader, names, x.shape, np.dtype(x.dtype))
     return place(x.shape, x.sharding, read, whole=True)
-
-
-def _wait_for_all(what: str) -> None:
-    """Until every process of the run has come here."""
-    if jax.process_count() > 1:
-        sync_global_devices(f"checkpoint: {what}")
 
 
 def abstract_state(state: TrainState, shardings: TrainState) -> TrainState:

@@ -14,6 +14,7 @@ from infinitevl_jax.config.presets import RENAMED, Preset, differences, to_tree
 from infinitevl_jax.config.run import OpsConfig
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.locking import Lock
+from infinitevl_jax.processes.group import Group
 from infinitevl_jax.reading import read_json
 from infinitevl_jax.writing import keep_aside, storage, write_text
 
@@ -37,6 +38,8 @@ FREE += (
     "train.checkpoint_minutes",
     "train.evaluate_every",
     "train.keep",
+    "train.keep_best",
+    "train.accumulate",
 )
 FREE += tuple(f"train.data.{key}" for key in ("folder", "images", "videos"))
 FREE += ("train.data.max_skipped", "train.data.workers", "teacher.placement")
@@ -70,6 +73,42 @@ def claim_folder(preset: Preset) -> tuple[Path, Lock]:
             lock.close()
             raise
     return run, lock
+
+
+def share_folder(preset: Preset, together: Group) -> tuple[Path, Lock | None]:
+    """`claim_folder` by the first process, for all.
+
+    Returns:
+      The folder, and the lock in the process that holds it.
+
+    Raises:
+      InfiniteVLError: as `claim_folder`; or a process has another folder of that name.
+    """
+    claimed = together.by_first(lambda: claim_folder(preset))
+    run, lock = claimed or (Path(preset.train.output), None)
+    try:
+        holder = together.gather(lambda: _holder(run) if together.first else None)[0]
+        together.gather(lambda: _check_same(run, holder))
+    except BaseException:
+        if lock:
+            lock.close()
+        raise
+    return run, lock
+
+
+def _holder(run: Path) -> str:
+    try:
+        return (run / ".lock").read_text("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def _check_same(run: Path, holder: str) -> None:
+    if _holder(run) != holder:
+        raise InfiniteVLError(
+            f"{run} is not the folder that the first process has",
+            "put train.output on a file system that all hosts share, under the same path",
+        )
 
 
 def _make_ready(run: Path, tree: dict) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,12 @@ class Log:
     def has(self, step: int, key: str) -> bool:
         """Whether a line of this step has this key."""
         return any(line["step"] == step and key in line for line in self.lines)
+
+    def lowest(self, key: str, steps: Sequence[int]) -> int | None:
+        """The step, among these, whose value of a key is lowest; the newest of equal ones."""
+        found = [line for line in self.lines if key in line and line["step"] in steps]
+        best = min(found, key=lambda line: (line[key], -line["step"]), default=None)
+        return best and best["step"]
 
     def close(self) -> None:
         os.close(self._file)

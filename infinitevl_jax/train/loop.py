@@ -22,9 +22,12 @@ from infinitevl_jax.data.pipeline import count_steps, skipping, train_batches
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.nn.ops import resolve_ops
 from infinitevl_jax.nn.params import Parameter, Params
-from infinitevl_jax.sharding import kept_whole, make_mesh
+from infinitevl_jax.processes.group import group
+from infinitevl_jax.sharding import kept_whole, make_mesh, own_rows
+from infinitevl_jax.train.accumulate import check_accumulation
+from infinitevl_jax.train.agreement import agreement
 from infinitevl_jax.train.checkpoints import Checkpoints, abstract_state
-from infinitevl_jax.train.folder import claim_folder
+from infinitevl_jax.train.folder import share_folder
 from infinitevl_jax.train.held_out import HeldOut
 from infinitevl_jax.train.log import Log, plot_log
 from infinitevl_jax.train.lora import with_lora
@@ -62,27 +65,27 @@ def train(preset: Preset) -> Outcome:
     Raises:
       InfiniteVLError: the preset, data, mesh or output folder is invalid.
     """
-    config, began = preset.train, time.monotonic()
-    if jax.process_count() > 1:
-        raise InfiniteVLError(
-            f"{jax.process_count()} processes take part in this run, and each would write the same"
-            " files",
-            "train with one process; the devices of one host form the mesh",
-        )
+    config, began, together = preset.train, time.monotonic(), group()
     mesh = make_mesh(preset.run)
     ops = resolve_ops(mesh, preset.run.ops)
+    check_accumulation(mesh, config)
+    rows, agree = own_rows(mesh, config.data.batch), agreement(together)
     with contextlib.ExitStack() as stack:
-        run, lock = claim_folder(preset)
-        stack.enter_context(lock)
+        run, lock = share_folder(preset, together)
+        stack.enter_context(lock or contextlib.nullcontext())
         source = open_mixture(config.data)
-        start = prepare_start(preset.model, source, run, config.seed)
+        start = together.first_then_others(
+            lambda: prepare_start(preset.model, source, run, config.seed)
+        )
         encoder = Encoder(source, start.processor, start.config)
         skipped = skipping(source, config.data)
         epochs = 0 if config.steps else config.epochs
-        batches = train_batches(encoder, start.config, config.data, config.seed, skipped, epochs)
+        batches = train_batches(
+            encoder, start.config, config.data, config.seed, skipped, epochs, rows, agree
+        )
         stack.callback(batches.close)
-        steps = config.steps or count_steps(
-            encoder, config.data, config.epochs, config.seed, _counting
+        steps = config.steps or together.by_first_for_all(
+            lambda: count_steps(encoder, config.data, config.epochs, config.seed, _counting)
         )
         if steps > INT32:
             raise InfiniteVLError(
@@ -109,14 +112,20 @@ def train(preset: Preset) -> Outcome:
 
         def data() -> Iterator[TrainBatch]:
             aside = skipping(source, config.data)
-            found = train_batches(encoder, start.config, config.data, config.seed, aside)
+            found = train_batches(
+                encoder, start.config, config.data, config.seed, aside, rows=rows, agree=agree
+            )
             with contextlib.closing(found):
                 yield from found
 
         begin = partial(models.first_params, data)
         state = _state(checkpoints, begin, known, names, optimizer, mesh, set_place)
         first = int(state.step)
-        log = stack.enter_context(contextlib.closing(Log(run / "log.jsonl", first)))
+        log = together.by_first(lambda: Log(run / "log.jsonl", first))
+        if log is not None:
+            stack.callback(log.close)
+            if config.keep_best:
+                checkpoints.best = partial(log.lowest, "held_out_loss")
 
         logger.info(
             f"{steps} steps of {config.data.batch} rows on {len(source):,} rows of"
@@ -137,41 +146,50 @@ def train(preset: Preset) -> Outcome:
 
         loss, held = models.loss(state.frozen, run)
         step_fn = partial(
-            jax.jit(partial(train_step, loss, optimizer), donate_argnums=0), held=held
+            jax.jit(
+                partial(train_step, loss, optimizer, accumulate=config.accumulate),
+                donate_argnums=0,
+            ),
+            held=held,
         )
         held_out = None
         if any(source.held_out for source in config.data.mixture.values()):
-            held_out = HeldOut(config.data, start, partial(jax.jit(loss), held=held), mesh)
+            held_out = HeldOut(
+                config.data, start, partial(jax.jit(loss), held=held), mesh, together
+            )
         stop = Stop()
         saver = Saver(checkpoints, lock, config, skipped, state, batches.get_state(), stop)
         del state  # the first step donates its memory
-        with stop, Progress(steps, first) as bar, saver:
+        with stop, Progress(steps, first, quiet=not together.first) as bar, saver:
             tokens, waited, since = 0, 0.0, time.monotonic()
             while True:
                 step = saver.step
                 unmeasured = (
                     held_out
                     and _is_due(config.evaluate_every, step, steps)
-                    and not log.has(step, "held_out_loss")
+                    and not together.any(log is not None and log.has(step, "held_out_loss"))
                 )
-                if saver.due or unmeasured:
+                if together.any(saver.due) or unmeasured:
                     saver.save()
                 if unmeasured and (found := held_out.measure(saver.state, stop)):
-                    log.write(step=step, **found)
+                    if log is not None:
+                        log.write(step=step, **found)
+                        checkpoints.remove_old()
                     unmeasured, tokens, waited, since = False, 0, 0.0, time.monotonic()
-                if step == steps or stop.asked:
+                if together.any(stop.asked) or step == steps:
                     break
                 asked = time.monotonic()
                 batch = next(batches)
                 waited += time.monotonic() - asked
                 for line in skipped.news():
-                    logger.warning(line)
+                    if together.first:
+                        logger.warning(line)
                 saver.advance(step_fn, put_batch(batch, mesh), batches.get_state())
-                tokens += _count(batch)
+                tokens += _count(batch) * config.data.batch // len(rows)
                 bar.update()
                 if saver.step == first + 1:  # all operators are traced
                     logger.info("\n  ".join(["what ran:", *ops.report()]))
-                if _is_due(config.log_every, saver.step, steps):
+                if log is not None and _is_due(config.log_every, saver.step, steps):
                     saver.check()
                     metrics = jax.device_get(saver.metrics)
                     means = {name: float(value) for name, value in metrics.means.items()}
@@ -200,7 +218,8 @@ def train(preset: Preset) -> Outcome:
                     )
             path = saver.save()
         if finished := step == steps and not unmeasured:
-            logger.info(f"done: checkpoint {path}, log {run / 'log.jsonl'}, {_plot(run)}")
+            plot = together.by_first(lambda: _plot(run))
+            logger.info(f"done: checkpoint {path}, log {run / 'log.jsonl'}, {plot}")
         else:
             logger.info(
                 f"stopped at step {step} of {steps}; saved in {path}\nthe same command goes on from"
@@ -225,7 +244,7 @@ def _state(
       set_place: receives the data position of a restored checkpoint.
     """
     first = partial(init_state, trainable=names, optimizer=optimizer)
-    if checkpoints.last is None:
+    if not group().told(len(checkpoints.steps)):
         params = begin()
         shardings = state_shardings(jax.eval_shape(first, params), known, mesh)
         return jax.jit(first, out_shardings=shardings)(params)

@@ -43,6 +43,7 @@ def _memory(mesh: Mesh) -> int | None:
     """Bytes of all devices together; None if unknown."""
     devices = list(mesh.devices.reshape(-1))
     if devices[0].platform == "cpu":  # all CPU devices share the machine's memory
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
-    return sum(limits) if all(limits) else None
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * jax.process_count()
+    own = [device for device in devices if device.process_index == jax.process_index()]
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in own]
+    return sum(limits) * len(devices) // len(own) if own and all(limits) else None

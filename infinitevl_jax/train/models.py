@@ -10,7 +10,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import msgspec
-import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -24,9 +23,10 @@ from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.nn.ops import Ops
 from infinitevl_jax.nn.params import Parameter, Params, initialize, parameters
 from infinitevl_jax.nn.stack import Scanned
+from infinitevl_jax.processes.group import group
 from infinitevl_jax.processing import Processor
 from infinitevl_jax.reading import read_json
-from infinitevl_jax.sharding import parameter_shardings
+from infinitevl_jax.sharding import parameter_shardings, to_host
 from infinitevl_jax.train.initialise import Setting, initialise
 from infinitevl_jax.train.initialise.initialiser import is_new
 from infinitevl_jax.train.lora import first_adapters
@@ -249,7 +249,8 @@ def hold_teacher(
     """
     params = teacher.load(stacked, mesh)
     known = teacher.parameters(stacked)
-    _check_digest(run, digest(params, known), teacher)
+    found = digest(params, known)
+    group().first_then_others(lambda: _check_digest(run, found, teacher))
     same = jax.jit(jnp.array_equal)
     alike = [
         name
@@ -275,7 +276,7 @@ def _check_digest(run: Path, found: str, teacher: Teacher) -> None:
                 f" in {run} began with",
                 "put the old weights back, or choose another train.output",
             )
-    else:
+    elif group().first:
         write_text(path, msgspec.json.encode(_Digest(found)).decode() + "\n")
 
 
@@ -283,7 +284,7 @@ def digest(params: Params, known: Mapping[str, Parameter]) -> str:
     """A fingerprint of parameters, the same for any layout and mesh."""
     found = {}
     for name, value in params.items():
-        sums = np.asarray(_fingerprint(value if known[name].stacked else value[None]))
+        sums = to_host(_fingerprint(value if known[name].stacked else value[None]))
         found |= {
             layer: f"{value.dtype} {known[name].shape[known[name].stacked :]} {int(part)}"
             for layer, part in zip(known[name].layers, sums, strict=True)

@@ -20,16 +20,18 @@ class Progress(tqdm):
     In a narrow terminal it drops the bar, then the times, then metrics from the last.
     """
 
-    def __init__(self, total: int, initial: int, file=None):
+    def __init__(self, total: int, initial: int, file=None, quiet: bool = False):
         """Create a progress bar.
 
         Args:
           total, initial: steps.
           file: stream to write to; default standard error.
+          quiet: show nothing.
         """
+        self._quiet = quiet
         self.figures: Sequence[str] = ()
         self._told = time.monotonic()
-        self._shown = (file or sys.stderr).isatty() and initial < total
+        self._shown = (file or sys.stderr).isatty() and initial < total and not quiet
         super().__init__(
             total=total,
             initial=initial,
@@ -45,6 +47,8 @@ class Progress(tqdm):
         self.figures = figures
         if self._shown:
             self.refresh()
+        elif self._quiet:
+            return
         elif step == self.steps[1] or time.monotonic() - self._told >= _EVERY:
             self._told = time.monotonic()
             logger.info(f"step {step} of {self.steps[1]}: {', '.join(figures)}")

@@ -13,9 +13,11 @@ import numpy as np
 
 from infinitevl_jax.config.train import TrainConfig
 from infinitevl_jax.data.skipping import Skipped, SkippedBySource
+from infinitevl_jax.data.stream import join_places
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.interrupts import postponed
 from infinitevl_jax.locking import Lock
+from infinitevl_jax.processes.group import group
 from infinitevl_jax.train.checkpoints import Checkpoints
 from infinitevl_jax.train.step import TrainState
 
@@ -55,7 +57,7 @@ class Saver(contextlib.AbstractContextManager):
     def __init__(
         self,
         checkpoints: Checkpoints,
-        lock: Lock,
+        lock: Lock | None,
         config: TrainConfig,
         skipped: Skipped | SkippedBySource,
         state: TrainState,
@@ -65,10 +67,11 @@ class Saver(contextlib.AbstractContextManager):
         """Hold the state of a run.
 
         Args:
+          lock: of the run's folder, in the process that holds it.
           place: JSON position in the data of the batch that follows `state`.
         """
         self.checkpoints, self.lock, self.config, self.skipped = checkpoints, lock, config, skipped
-        self.stop = stop
+        self.stop, self._together = stop, group()
         self.state, self.metrics = state, None
         self.step = int(state.step)
         self._first, self._places = self.step, {self.step: place}
@@ -117,8 +120,9 @@ class Saver(contextlib.AbstractContextManager):
 
     def _save(self) -> Path:
         self._saving = True
-        self.lock.check()
-        place = {"rows": self._places[int(self.state.step)], "skipped": self.skipped.get_state()}
+        self._together.by_first(lambda: self.lock and self.lock.check())
+        places = self._together.gather(lambda: self._places[int(self.state.step)])
+        place = {"rows": join_places(list(places.values())), "skipped": self.skipped.get_state()}
         path = self.checkpoints.save(self.state, place)
         self._since, self._saving = time.monotonic(), False
         return path
@@ -126,7 +130,9 @@ class Saver(contextlib.AbstractContextManager):
     def __exit__(self, kind, error, trace) -> None:
         if error is None:
             return
-        told = self._last_words(leave=kind is KeyboardInterrupt and self.stop.asked)
+        leave = kind is KeyboardInterrupt and self.stop.asked
+        leave = leave or not self._together.all_know(error, self.step)
+        told = self._last_words(leave)
         if isinstance(error, InfiniteVLError):
             raise InfiniteVLError(error.culprit, error.cure, [*error.items, *told]) from error
         with contextlib.suppress(OSError):  # the terminal may be the cause
@@ -135,16 +141,18 @@ class Saver(contextlib.AbstractContextManager):
 
     def _last_words(self, leave: bool) -> list[str]:
         """Save the state unless saving failed or the run must leave; report what is saved."""
+        last = self.checkpoints.last
+        there = "no step is saved" if last is None else f"step {last} is saved"
+        if leave:
+            return [there]
         reason = ""
         # a failed step may have consumed its input buffers
         if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):
             reason = f"step {self.step} was lost with it"
-        elif not self._saving and not leave:
+        elif not self._saving:
             try:
                 step = int(self.state.step)
                 return [f"step {step} is saved in {self._save()}"] if step else []
             except Exception as error:  # the original error is reported first
                 reason = f"step {self.step} could not be saved: {getattr(error, 'culprit', error)}"
-        last = self.checkpoints.last
-        there = "no step is saved" if last is None else f"step {last} is saved"
         return [reason, there] if reason else [there]

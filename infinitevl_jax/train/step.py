@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -16,13 +17,13 @@ from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.config.objective import ObjectiveConfig, SupervisedConfig
 from infinitevl_jax.config.run import RunConfig
 from infinitevl_jax.data.batch import TrainBatch
-from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.inputs.patches import Patches
 from infinitevl_jax.nn.ops import Ops
 from infinitevl_jax.nn.params import Parameter, Params, functional, parameters, unstack
 from infinitevl_jax.nn.stack import Scanned
 from infinitevl_jax.nn.vlm import VLM
-from infinitevl_jax.sharding import parameter_shardings, spec
+from infinitevl_jax.sharding import own_parts, parameter_shardings, part_size, spec
+from infinitevl_jax.train.accumulate import loss_and_gradient
 from infinitevl_jax.train.objectives import Measured, objective
 from infinitevl_jax.train.objectives.objective import STUDENT
 from pallas_kernels import attention, gated_delta_rule
@@ -161,6 +162,7 @@ def train_step(
     state: TrainState,
     batch: TrainBatch,
     held: Held = NOTHING,
+    accumulate: int = 1,
 ) -> tuple[TrainState, Metrics]:
     """Update the state by the gradient of the loss over the global batch.
 
@@ -168,13 +170,16 @@ def train_step(
 
     Args:
       loss: a `StageLoss`. held: as it takes them.
+      accumulate: parts in which the batch is taken, for less memory.
     """
 
-    def value(trainable):
-        measured = loss(trainable, state.frozen, batch, held)
-        return measured.value, measured.logged
+    def measure(trainable, part):
+        return loss(trainable, state.frozen, part, held)
 
-    (total, logged), gradient = jax.value_and_grad(value, has_aux=True)(state.trainable)
+    measured, gradient = loss_and_gradient(
+        measure, state.trainable, batch, batch_axes(batch), accumulate
+    )
+    total, logged = measured.value, measured.logged
     with jax.named_scope("optimizer"):
         update, moments = optimizer.update(gradient, state.optimizer, state.trainable)
         means = {name: mean.value for name, mean in logged.items()}
@@ -251,30 +256,52 @@ def batch_axes(batch: TrainBatch) -> TrainBatch:
 
 
 def batch_shardings(batch: TrainBatch, mesh: Mesh) -> TrainBatch:
-    """Sharding of every leaf over (data, fsdp) by its batch axis.
+    """Sharding of every leaf of a global batch over (data, fsdp) by its batch axis.
+
+    Args:
+      batch: this process's part of it.
 
     Raises:
       InfiniteVLError: the axis does not divide; replication would hide that.
     """
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-
-    def place(axes, leaf):
-        shape = list(leaf.shape)
-        shape[axes.index("batch")] *= jax.process_count()
-        size = shape[axes.index("batch")]
-        if size % parts:
-            raise InfiniteVLError(
-                f"a batch of {size} rows does not divide over data x fsdp = {parts}",
-                f"make train.data.batch a multiple of {parts}, or the mesh smaller (run.data,"
-                " run.fsdp)",
-            )
-        return NamedSharding(mesh, spec(axes, tuple(shape), mesh))
-
-    return jax.tree.map(
-        place, batch_axes(batch), batch, is_leaf=lambda x: isinstance(x, tuple) and "batch" in x
-    )
+    return _by_leaf(lambda axes, leaf: _place(axes, leaf, mesh)[1], batch)
 
 
 def put_batch(batch: TrainBatch, mesh: Mesh) -> TrainBatch:
-    """Put a process's part of the global batch on the mesh, as global arrays."""
-    return jax.tree.map(jax.make_array_from_process_local_data, batch_shardings(batch, mesh), batch)
+    """Put a process's part of the global batch, its rows in order, on the mesh as global arrays."""
+    own, _ = own_parts(mesh)
+
+    def put(axes, leaf):
+        shape, sharding = _place(axes, leaf, mesh)
+        at, size = axes.index("batch"), leaf.shape[axes.index("batch")] // len(own)
+
+        def part(index: tuple[slice, ...]):
+            start = index[at].start or 0
+            here = own.index(start // size) * size
+            stop = here + (index[at].stop or shape[at]) - start
+            return leaf[(*index[:at], slice(here, stop), *index[at + 1 :])]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    if batch.parents is not None and batch.prefix is not None:  # rows of the whole prefix
+        size = len(batch.prefix.tokens) // len(own)
+        parents = np.asarray(batch.parents)
+        first = np.asarray(own, parents.dtype) * size
+        batch = batch._replace(parents=first[parents // size] + parents % size)
+    return _by_leaf(put, batch)
+
+
+def _place(axes: tuple, leaf: Any, mesh: Mesh) -> tuple[tuple[int, ...], NamedSharding]:
+    """Shape and sharding of the global array of which a process has `leaf`."""
+    own, parts = own_parts(mesh)
+    shape, at = list(leaf.shape), axes.index("batch")
+    shape[at] = shape[at] * parts // len(own)
+    part_size(shape[at] if leaf.shape[at] % len(own) == 0 else leaf.shape[at], parts)
+    return tuple(shape), NamedSharding(mesh, spec(axes, tuple(shape), mesh))
+
+
+def _by_leaf(make: Callable, batch: TrainBatch) -> TrainBatch:
+    """make(logical axes, leaf) of every leaf."""
+    return jax.tree.map(
+        make, batch_axes(batch), batch, is_leaf=lambda x: isinstance(x, tuple) and "batch" in x
+    )

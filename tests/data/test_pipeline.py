@@ -17,10 +17,9 @@ from infinitevl_jax.config.presets import load_preset
 from infinitevl_jax.data.collate import group_questions
 from infinitevl_jax.data.conversation import as_turns
 from infinitevl_jax.data.encode import Encoder
-from infinitevl_jax.data.pipeline import held_out_batches, train_batches
+from infinitevl_jax.data.pipeline import blank_batch, held_out_batches, train_batches
 from infinitevl_jax.data.sources import open_source
 from infinitevl_jax.data.sources.tfds import Dataset
-from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.train.setup import prepare_start
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,18 +148,16 @@ def rows_of(batch, lanes, of):
 
 @pytest.mark.parametrize("questions", [2, 0], ids=["branches", "packed"])
 @pytest.mark.parametrize("processes", [2, 3, 6])
-def test_processes_share_the_global_batch(made, monkeypatch, questions, processes):
+def test_processes_share_the_global_batch(made, questions, processes):
     """The parts of all processes are the batches of one process, and its places are theirs."""
     data, start, encoder = made
     data = dataclasses.replace(data, batch=6, questions=questions, length=40, patches=64)
     whole = train_batches(encoder, start.config, data, 0)
     expected = [next(whole) for _ in range(5)]
     lanes = {}
-    monkeypatch.setattr(jax, "process_count", lambda: processes)
     for process in range(processes):
-        monkeypatch.setattr(jax, "process_index", lambda p=process: p)
-        batches = train_batches(encoder, start.config, data, 0)
         mine = range(process * 6 // processes, (process + 1) * 6 // processes)
+        batches = train_batches(encoder, start.config, data, 0, rows=mine)
         for batch in expected:
             part = rows_of(next(batches), range(len(mine)), len(mine))
             assert same(part, rows_of(batch, mine, 6))
@@ -168,11 +165,23 @@ def test_processes_share_the_global_batch(made, monkeypatch, questions, processe
     assert lanes == whole.get_state()["lanes"]
 
 
-def test_a_batch_that_does_not_divide_over_processes(made, monkeypatch):
+@pytest.mark.parametrize("questions", [2, 0], ids=["branches", "packed"])
+def test_processes_share_the_held_out_split(made, questions):
+    """Each has its part, and together they have all questions."""
     data, start, encoder = made
-    monkeypatch.setattr(jax, "process_count", lambda: 3)
-    with pytest.raises(InfiniteVLError, match="batch 8 does not divide over 3 processes"):
-        train_batches(encoder, start.config, data, 0)
+    data = dataclasses.replace(data, batch=6, questions=questions, length=40, patches=64)
+
+    def tokens(rows):
+        batches = list(held_out_batches(encoder, start.config, data, rows=rows))
+        assert all(len(b.targets) == len(rows) * max(1, questions) for b in batches)
+        return sum(float(b.weights.sum()) for b in batches)
+
+    parts = [tokens(rows) for rows in ((0, 1), (2, 5), (3, 4))]
+    assert all(parts) and sum(parts) == tokens(range(6))
+    blank = blank_batch(start.config, data, 2)
+    assert not blank.weights.any() and (blank.branches.token_index == -1).all()
+    part = next(held_out_batches(encoder, start.config, data, rows=(0, 1)))
+    assert jax.tree.map(np.shape, part) == jax.tree.map(np.shape, blank)
 
 
 def drawing(made, folder, **options):

@@ -31,6 +31,7 @@ BASE = {
 ALLOWED = {
     "pallas_kernels": "",
     "config": "",
+    "processes": "",
     "processing": "",
     "inputs": "config",
     "sharding": "config pallas_kernels",
@@ -38,10 +39,11 @@ ALLOWED = {
     "families": "config",
     "checkpoints": "config families nn",
     "data": "config inputs processing",
-    "train": "config inputs sharding nn families checkpoints processing data pallas_kernels",
+    "train": "config inputs sharding nn families checkpoints processing processes data"
+    " pallas_kernels",
     "serve": "config inputs sharding nn checkpoints processing",
     "eval": "config inputs processing data serve",
-    "cli": "config sharding nn checkpoints processing serve data train",
+    "cli": "config sharding nn checkpoints processing processes serve data train",
     "__init__": "processing serve",  # the package's public names, imported when they are asked for
 }
 ENTRY_POINT = {"__main__": "cli"}  # the command's address in the wheel, a part of `cli`

@@ -8,18 +8,21 @@ import resource
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from quick import QUICK
 
 from infinitevl_jax import train
 from infinitevl_jax.checkpoints.manifest import Manifest
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.train.checkpoints import Checkpoints, abstract_state
+from infinitevl_jax.train.log import Log
 from infinitevl_jax.train.step import TrainState
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -342,3 +345,63 @@ def test_places_are_json(opened, saved):
     assert (
         resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
     )  # the limit was another process's
+
+
+def test_the_best_step_is_kept_as_well(opened, tmp_path):
+    """Beside the newest: that of the lowest held-out loss, also if it was evaluated before a
+    resume."""
+    log = Log(tmp_path / "log.jsonl", 0)
+    checkpoints = opened(keep=1)
+    checkpoints.best = partial(log.lowest, "held_out_loss")
+    kept = []
+    for step, loss in enumerate([3.0, 1.0, 2.0, 1.0, 5.0], 1):
+        checkpoints.save(state(step), {"rows": step})
+        log.write(step=step, held_out_loss=loss)
+        checkpoints.remove_old()
+        kept.append(sorted(checkpoints.steps))
+    assert kept == [[1], [2], [2, 3], [4], [4, 5]]
+    log.close()
+    log = Log(tmp_path / "log.jsonl", 5)
+    assert log.lowest("held_out_loss", [4, 5]) == 4 and log.lowest("kl", [4, 5]) is None
+    log.close()
+
+
+def test_eight_devices_to_two_and_back(opened, tmp_path):
+    """Parameters and moments keep every bit from mesh to mesh."""
+    values = np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)
+
+    def on(devices, fsdp):
+        mesh = jax.make_mesh(
+            (devices // fsdp, fsdp), ("tensor", "fsdp"), devices=jax.devices()[:devices]
+        )
+        spec = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
+        shapes = TrainState(
+            {"a": jax.ShapeDtypeStruct(values.shape, np.float32)},
+            {"b": jax.ShapeDtypeStruct(values.shape, jnp.bfloat16)},
+            {"mu": {"a": jax.ShapeDtypeStruct(values.shape, np.float32)}},
+            jax.ShapeDtypeStruct((), np.int32),
+        )
+        places = jax.tree.map(
+            lambda x: spec if x.ndim else NamedSharding(mesh, PartitionSpec()), shapes
+        )
+        return abstract_state(shapes, places)
+
+    eight = on(8, 4)
+    first = TrainState(
+        {"a": values},
+        {"b": jnp.asarray(values, jnp.bfloat16)},
+        {"mu": {"a": values / 3}},
+        np.int32(1),
+    )
+    now = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), first, eight)
+    for step, wanted in enumerate([on(2, 2), eight, on(2, 1), eight], 2):
+        checkpoints = opened()
+        checkpoints.save(now, {"rows": step})
+        now = checkpoints.restore(wanted, lambda place: None)
+        assert all(
+            x.sharding == w.sharding
+            for x, w in zip(jax.tree.leaves(now), jax.tree.leaves(wanted), strict=True)
+        )
+        now = now._replace(step=jax.device_put(np.int32(step), wanted.step.sharding))
+    for there, here in zip(jax.tree.leaves(now)[:-1], jax.tree.leaves(first)[:-1], strict=True):
+        assert np.asarray(there).tobytes() == np.asarray(here).tobytes()

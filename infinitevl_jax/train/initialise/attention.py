@@ -19,6 +19,7 @@ from infinitevl_jax.config.model import LINEAR, ModelConfig
 from infinitevl_jax.config.student import AttentionConfig
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.nn.params import Params, unstack
+from infinitevl_jax.sharding import to_host
 from infinitevl_jax.train.initialise.initialiser import MIXER, Setting, register_initialiser
 from infinitevl_jax.train.initialise.paper import inverse_softplus
 from infinitevl_jax.train.initialise.statistics import (
@@ -156,7 +157,7 @@ def _attention_of(params: Params, layer: int) -> dict[str, np.ndarray]:
     """The attention of a layer in float64, by name in it."""
     start = f"layers.{layer}.{MIXER}."
     return {
-        name.removeprefix(start): np.asarray(value, np.float64)
+        name.removeprefix(start): to_host(value).astype(np.float64)
         for name, value in params.items()
         if name.startswith(start)
     }

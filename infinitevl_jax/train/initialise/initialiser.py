@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
@@ -59,7 +58,10 @@ class Setting:
                 parts = [names[each] for each in parameter.layers]
                 value = np.stack(parts) if parameter.stacked else parts[0]
                 assert value.shape == parameter.shape, (name, value.shape, parameter.shape)
-                out[name] = jax.device_put(jnp.asarray(value, parameter.dtype), places[name])
+                value = np.asarray(value, parameter.dtype)
+                out[name] = jax.make_array_from_callback(
+                    value.shape, places[name], lambda index, value=value: value[index]
+                )
         return out
 
 

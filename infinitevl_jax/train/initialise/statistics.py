@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 from infinitevl_jax.config.run import RunConfig
 from infinitevl_jax.data.batch import TrainBatch
@@ -155,15 +156,15 @@ def _accumulate(
     def add(sums, params, batch):
         return jax.tree.map(jnp.add, sums, measure(params, batch))
 
-    step, sums, seen = jax.jit(add, donate_argnums=0), None, 0
+    everywhere = NamedSharding(setting.mesh, PartitionSpec())
+    step, sums, seen = jax.jit(add, donate_argnums=0, out_shardings=everywhere), None, 0
     while seen < tokens:
-        batch = next(batches)
-        parts = [part for part in (batch.prefix, batch.branches) if part is not None]
-        seen += sum(int(np.sum(part.token_index >= 0)) for part in parts)
-        placed = put_batch(batch, setting.mesh)
+        placed = put_batch(next(batches), setting.mesh)
+        parts = [part for part in (placed.prefix, placed.branches) if part is not None]
+        seen += sum(int(jnp.sum(part.token_index >= 0)) for part in parts)
         if sums is None:
             shapes = jax.eval_shape(measure, params, placed)
-            sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            sums = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
         sums = step(sums, params, placed)
         jax.block_until_ready(sums)  # one batch at a time
     return sums or []

@@ -1,0 +1,1 @@
+"""Several processes of one run: how they find one another, and how they agree."""
