@@ -22,14 +22,16 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from infinitevl_jax.config.lora import LoraConfig
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.nn.cache import Cache
 from infinitevl_jax.nn.fused import Joint
 from infinitevl_jax.nn.fused_params import FusedParams, Groups, fuse_layers, joints
+from infinitevl_jax.nn.lora import add_adapters
 from infinitevl_jax.nn.ops import Ops
 from infinitevl_jax.nn.parameter import Facts
 from infinitevl_jax.nn.rngs import Rngs
-from infinitevl_jax.nn.stack import Layout, Scanned, Stack
+from infinitevl_jax.nn.stack import Layout, Scanned, Stack, place_of
 from infinitevl_jax.nn.vlm import VLM
 
 Params = dict[str, Array]
@@ -95,19 +97,21 @@ def _abstract(
     ops: Ops | None,
     remat: Callable,
     groups: Groups = (),
+    lora: LoraConfig | None = None,
 ) -> _Abstract:
+    if groups and lora:
+        raise ValueError("a model whose layers are fused has its adapters merged")
+
     def make():
         rngs = Rngs(jax.random.key(0))
         model = VLM(config, dtype=dtype, ops=ops, scanned=scanned, remat=remat, rngs=rngs)
         fuse_layers(model.layers.rest, groups)
+        if lora:
+            add_adapters(model, _stacks(model), lora)
         return model
 
     model = nnx.eval_shape(make)
-    stacks = {
-        ".".join(map(str, path)): node.layout
-        for path, node in nnx.iter_graph(model)
-        if isinstance(node, Stack)
-    }
+    stacks = _stacks(model)
     graphdef, state = nnx.split(model, nnx.Param)
     paths, parameters = {}, {}
     for path, leaf in nnx.to_flat_state(state):
@@ -124,25 +128,31 @@ def _abstract(
     return _Abstract(graphdef, paths, MappingProxyType(parameters), stacks, found)
 
 
+def _stacks(model: VLM) -> dict[str, Layout]:
+    """Layout of each stack, by dotted name."""
+    return {
+        ".".join(map(str, path)): node.layout
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, Stack)
+    }
+
+
 def _parameter(path: tuple, leaf: nnx.Param, stacks: Mapping[str, Layout]) -> tuple[str, Parameter]:
     """Dotted name and description of a flax parameter."""
     value, facts = leaf.get_value(), leaf.get_metadata()["facts"]
-    for stack, layout in stacks.items():
-        depth = stack.count(".") + 1
-        if ".".join(map(str, path[:depth])) == stack:
-            group, place, tail = path[depth], int(path[depth + 1]), path[depth + 2 :]
-            layers = layout.members(place) if group == "blocks" else [layout.stacked + place]
-            names = tuple(".".join([stack, str(layer), *map(str, tail)]) for layer in layers)
-            stacked = group == "blocks"
-            name = ".".join(map(str, path)) if stacked else names[0]
-            return name, Parameter(value.shape, value.dtype, names, stacked, True, facts)
-    name = ".".join(map(str, path))
-    return name, Parameter(value.shape, value.dtype, (name,), False, False, facts)
+    name, layers, stacked, in_stack = place_of(path, stacks)
+    return name, Parameter(value.shape, value.dtype, layers, stacked, in_stack, facts)
 
 
-def parameters(config: ModelConfig, *, scanned: Scanned) -> Mapping[str, Parameter]:
-    """All parameters of a model by name, in either layout. Dtypes are float32."""
-    return _abstract(config, scanned, np.dtype(np.float32), None, no_remat).parameters
+def parameters(
+    config: ModelConfig, *, scanned: Scanned, lora: LoraConfig | None = None
+) -> Mapping[str, Parameter]:
+    """All parameters of a model by name, in either layout. Dtypes are float32.
+
+    Args:
+      lora: adapters beside the model's layers; they are parameters too.
+    """
+    return _abstract(config, scanned, np.dtype(np.float32), None, no_remat, (), lora).parameters
 
 
 def functional(
@@ -152,6 +162,7 @@ def functional(
     dtype=jnp.float32,
     ops: Ops | None = None,
     remat: Callable = no_remat,
+    lora: LoraConfig | None = None,
 ) -> Callable[[Mapping[str, Array]], VLM]:
     """Return the function that binds parameters to the model.
 
@@ -159,11 +170,12 @@ def functional(
       scanned: layout of the parameters that the function takes. Layer by layer, some may be fused.
       dtype: activation dtype.
       remat: wraps a layer for the backward pass, for example `jax.checkpoint`.
+      lora: adapters beside the model's layers.
     """
 
     def bind(params: Mapping[str, Array]) -> VLM:
         fused = params if isinstance(params, FusedParams) else FusedParams(dict(params), ())
-        model = _abstract(config, scanned, np.dtype(dtype), ops, remat, fused.groups)
+        model = _abstract(config, scanned, np.dtype(dtype), ops, remat, fused.groups, lora)
         tree = [(model.paths[name], nnx.Param(value)) for name, value in fused.arrays.items()]
         return nnx.merge(model.graphdef, nnx.from_flat_state(tree))
 
@@ -198,12 +210,14 @@ def cache_spec(config: ModelConfig, batch: int, max_length: int | None, dtype) -
     return nnx.merge(model.graphdef, tree).cache_spec(batch, max_length)
 
 
-def unstack(config: ModelConfig, params: Params, scanned: Scanned = True) -> Params:
+def unstack(
+    config: ModelConfig, params: Params, scanned: Scanned = True, lora: LoraConfig | None = None
+) -> Params:
     """Stacked parameters, of the layout `scanned`, -> layer by layer.
 
     Removes entries from `params` as it goes, so only one stack at a time is in memory twice.
     """
-    known, out = parameters(config, scanned=scanned), {}
+    known, out = parameters(config, scanned=scanned, lora=lora), {}
     for name in list(params):
         value, parameter = params.pop(name), known[name]
         if not parameter.stacked:

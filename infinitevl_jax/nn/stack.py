@@ -11,9 +11,10 @@ depth. Decoding unrolls: a scan would copy each layer's weights out of the stack
 
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +83,40 @@ def layout(kinds: Sequence, scanned: Scanned) -> Layout:
                 runs = tuple(len(list(equal)) for _, equal in itertools.groupby(kinds[:period]))
                 return Layout(runs, repeats, depth - period * repeats)
     return Layout((), 0, depth)
+
+
+class Place(NamedTuple):
+    """What a node of a model is called.
+
+    Attributes:
+      name: its dotted name.
+      layers: layer-by-layer name of each slice along the leading axis; its own name if not stacked.
+      stacked: its parameters have a leading axis over layers.
+      in_stack: belongs to a layer of a stack.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    stacked: bool
+    in_stack: bool
+
+
+def place_of(path: tuple, stacks: Mapping[str, Layout]) -> Place:
+    """The names of a module or parameter inside a layer, from its flax path.
+
+    Args:
+      stacks: layout of each stack of the model, by dotted name.
+    """
+    for stack, layout in stacks.items():
+        depth = stack.count(".") + 1
+        if ".".join(map(str, path[:depth])) == stack:
+            group, place, tail = path[depth], int(path[depth + 1]), path[depth + 2 :]
+            layers = layout.members(place) if group == "blocks" else [layout.stacked + place]
+            names = tuple(".".join([stack, str(layer), *map(str, tail)]) for layer in layers)
+            stacked = group == "blocks"
+            return Place(".".join(map(str, path)) if stacked else names[0], names, stacked, True)
+    name = ".".join(map(str, path))
+    return Place(name, (name,), False, False)
 
 
 class Stack(nnx.Module):
