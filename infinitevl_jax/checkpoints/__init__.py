@@ -7,6 +7,7 @@ from infinitevl_jax.checkpoints.reading import read_config
 from infinitevl_jax.checkpoints.save import save_params
 
 __all__ = [
+    "export_adapter",
     "export_folder",
     "import_folder",
     "inspect_folder",
@@ -16,6 +17,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from infinitevl_jax.checkpoints.adapter_folder import export_adapter
     from infinitevl_jax.checkpoints.exporter import export_folder
     from infinitevl_jax.checkpoints.importer import import_folder
     from infinitevl_jax.checkpoints.inspect import inspect_folder
@@ -26,6 +28,8 @@ else:
             from infinitevl_jax.checkpoints.importer import import_folder as found
         elif name == "export_folder":
             from infinitevl_jax.checkpoints.exporter import export_folder as found
+        elif name == "export_adapter":
+            from infinitevl_jax.checkpoints.adapter_folder import export_adapter as found
         elif name == "inspect_folder":
             from infinitevl_jax.checkpoints.inspect import inspect_folder as found
         else:

@@ -59,6 +59,7 @@ def export_folder(
     dst: str | Path,
     *,
     max_shard_size: int | str | None = None,
+    merge: bool = True,
     overwrite: bool = False,
     progress: bool = False,
 ) -> None:
@@ -70,6 +71,8 @@ def export_folder(
 
     Args:
       max_shard_size: bytes, or "2GB"; None keeps the source's shards (5 GB for a model born here).
+      merge: add the adapters of a LoRA run to the weights; else they are left out, and the result
+        is the base of the adapter (`infinitevl_jax.checkpoints.export_adapter`).
       overwrite: replace a checkpoint folder at `dst`, once the new one is complete.
       progress: show a bar.
 
@@ -84,7 +87,7 @@ def export_folder(
         )
     limit = _bytes(max_shard_size)
     config, manifest = read_config(src), Manifest.read(src)
-    reader = open_params(src, config)
+    reader = open_params(src, config, merge=merge)
     stored = {leaf.name: leaf for leaf in leaves(config, scanned=False)}
     spelling = manifest.spelling if manifest.files else own_spelling(config)
     tensors = {

@@ -114,6 +114,8 @@ def inspect_folder(folder: str | Path) -> Description:
         manifest, kind = Manifest.read(folder), "ours"
         if manifest.adapters:
             kind += quoted(f", with adapters {', '.join(manifest.adapters)}")
+        if manifest.lora:
+            kind += f", with LoRA of rank {manifest.lora.rank}, merged when it is read"
         names, head = manifest.spelling, head_name(config) in manifest.dtypes
     else:
         source, kind = open_source(folder), "Hugging Face"

@@ -10,10 +10,10 @@ import msgspec
 import regex
 from msgspec import Meta
 
+from infinitevl_jax.config.lora import Rank, lora_scale
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.reading import convert, read_json
 
-Rank = Annotated[int, Meta(ge=1, le=1 << 16)]
 Alpha = Annotated[float, Meta(ge=-1e6, le=1e6)]
 Pattern = Annotated[str, Meta(min_length=1, max_length=500)]
 
@@ -91,7 +91,7 @@ class Scales:
         """(r, scale) of a module."""
         rank = self._first("rank_pattern", self._ranks, module, self._config.r)
         alpha = self._first("alpha_pattern", self._alphas, module, self._config.lora_alpha)
-        return rank, alpha / (rank**0.5 if self._config.use_rslora else rank)
+        return rank, lora_scale(rank, alpha, self._config.use_rslora)
 
     def _compiled(self, key: str, patterns: Mapping[str, Any]) -> list[tuple[Any, Any]]:
         out = []

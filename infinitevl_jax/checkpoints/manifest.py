@@ -12,6 +12,7 @@ from infinitevl_jax.checkpoints.files import MANIFEST
 from infinitevl_jax.checkpoints.safetensors_file import DTYPES, SPELLED
 from infinitevl_jax.checkpoints.source import Source
 from infinitevl_jax.checkpoints.weights import HUB, hub_name
+from infinitevl_jax.config.lora import Alpha, Rank, lora_scale
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.reading import plain_name, read_json, unknown_keys
 
@@ -34,6 +35,25 @@ class WeightFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tensors: tuple[tuple[str, Literal["BF16", "F16", "F32"]], ...]
 
 
+class Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Adapters beside the kernels in params/, which are added when they are read.
+
+    Attributes:
+      rank, alpha, use_rslora: as in PEFT's adapter_config.json.
+      base_trained: other weights were trained with them, so that they belong to no other base.
+    """
+
+    rank: Rank
+    alpha: Alpha
+    use_rslora: bool
+    base_trained: bool
+
+    @property
+    def scale(self) -> float:
+        """Factor of the adapters' product."""
+        return lora_scale(self.rank, self.alpha, self.use_rslora)
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where the weights came from.
 
@@ -43,6 +63,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
       files: of the source, in order; empty for a model that was born here.
       index_metadata: the metadata of model.safetensors.index.json, None where there was none.
       adapters: names of the LoRA adapters that were merged on import.
+      lora: adapters in params/; None where there are none.
     """
 
     spelling: Literal["published", "live"] = HUB
@@ -50,6 +71,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     files: tuple[WeightFile, ...] = ()
     index_metadata: dict[str, Any] | None = None
     adapters: tuple[str, ...] = ()
+    lora: Lora | None = None
     format: int = FORMAT
 
     @classmethod
@@ -98,8 +120,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def write(self, folder: Path, format: int = FORMAT) -> None:
         """Write it into a folder under construction, whose arrays have this format."""
-        current = msgspec.structs.replace(self, format=format)
-        (folder / MANIFEST).write_bytes(msgspec.json.encode(current) + b"\n")
+        content = msgspec.to_builtins(msgspec.structs.replace(self, format=format))
+        if self.lora is None:  # a key that versions before LoRA do not know
+            del content["lora"]
+        (folder / MANIFEST).write_bytes(msgspec.json.encode(content) + b"\n")
 
     def stored_as(self, dtypes: Mapping[str, np.dtype]) -> "Manifest":
         """The same with these dtypes (by published name): of weights that are no longer the

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+import msgspec
 import numpy as np
 
 from infinitevl_jax.checkpoints.destination import new_folder
@@ -89,7 +90,7 @@ def _manifest(side: Path | None, config: ModelConfig) -> Manifest:
     tied = config.text.tie_word_embeddings
     names = {name for leaf in leaves(config, scanned=False) for name in leaf.torch}
     if side is not None and is_ours(side):
-        manifest = Manifest.read(side)
+        manifest = msgspec.structs.replace(Manifest.read(side), lora=None)  # read merged
     elif side is not None and any((*side.glob("*.safetensors"), *side.glob("pytorch_model*.bin"))):
         manifest = Manifest.of(open_source(side), tied)
     else:

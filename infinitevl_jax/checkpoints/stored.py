@@ -6,6 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
+from infinitevl_jax.checkpoints.adapted import AdaptedReader
 from infinitevl_jax.checkpoints.array_reader import ArrayReader, is_format_2
 from infinitevl_jax.checkpoints.dtypes import FLOATS
 from infinitevl_jax.checkpoints.files import PARAMS
@@ -17,7 +18,7 @@ from infinitevl_jax.errors import InfiniteVLError
 
 
 class Reader(Protocol):
-    """ArrayReader or StackReader."""
+    """ArrayReader, AdaptedReader or StackReader."""
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
@@ -26,8 +27,11 @@ class Reader(Protocol):
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray: ...
 
 
-def open_params(folder: Path, config: ModelConfig) -> Reader:
+def open_params(folder: Path, config: ModelConfig, *, merge: bool = True) -> Reader:
     """The parameters of a folder, checked against its configuration.
+
+    Args:
+      merge: add the adapters of a LoRA run to their kernels; else they are left out.
 
     Raises:
       InfiniteVLError: damaged, missing, extra or misshapen arrays, or such as are no weights.
@@ -39,8 +43,11 @@ def open_params(folder: Path, config: ModelConfig) -> Reader:
             f"{reader.path}: {strange[0]} is {reader.dtypes[strange[0]]}",
             "weights are bf16, f16 or f32: import or save the model again",
         )
+    manifest = Manifest.read(folder)
+    if manifest.lora:
+        reader = AdaptedReader(reader, manifest.lora, merge=merge)
     if is_format_2(folder, PARAMS):
-        source = Manifest.read(folder).dtypes
+        source = manifest.dtypes
         own = {leaf.name: source[leaf.torch[0]] for leaf in stored if leaf.torch[0] in source}
         reader = StackReader(reader, config, own)
     expected = {leaf.name: leaf.shape for leaf in stored}

@@ -26,6 +26,7 @@ def convert():
     infinitevl convert export  infinitevl-jax/ InfiniteVL-again/
     infinitevl convert export  runs/sft/ tuned/                     (a run: its newest step)
     infinitevl convert export  runs/sft/checkpoints/1000/ tuned/ --max-shard-size 2GB
+    infinitevl convert adapter runs/lora/ my-adapter/               (PEFT folder of a LoRA run)
     infinitevl convert inspect InfiniteVL/
     """
 
@@ -89,6 +90,10 @@ def export(
             help="Such as 5GB; default: the source's own shards.",
         ),
     ] = None,
+    base: Annotated[
+        bool,
+        typer.Option("--base", help="Of a LoRA run: leave the adapter out, instead of merging it."),
+    ] = False,
     overwrite: Overwrite = False,
 ):
     """Ours -> Hugging Face folder."""
@@ -100,10 +105,33 @@ def export(
         checkpoint_folder(src),
         dst,
         max_shard_size=max_shard_size,
+        merge=not base,
         overwrite=overwrite,
         progress=True,
     )
     _wrote(dst)
+
+
+@app.command(no_args_is_help=True)
+def adapter(
+    src: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SRC", show_default=False, help="A LoRA run (its newest step), or a step of it."
+        ),
+    ],
+    dst: Annotated[Path, typer.Argument(metavar="DST", show_default=False, help="PEFT folder.")],
+    overwrite: Overwrite = False,
+):
+    """The adapter of a LoRA run -> PEFT folder."""
+    stay_on_the_host()
+    from infinitevl_jax.checkpoints import export_adapter
+    from infinitevl_jax.checkpoints.newest import checkpoint_folder
+
+    found = export_adapter(checkpoint_folder(src), dst, overwrite=overwrite)
+    typer.echo(f"wrote {dst}: LoRA of rank {found.rank}, alpha {found.alpha:g}")
+    if found.base_trained:
+        typer.echo(f"other weights were trained too; its base: convert export --base {src} BASE")
 
 
 @app.command(no_args_is_help=True)

@@ -7,6 +7,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from infinitevl_jax.config.data import DataConfig
+from infinitevl_jax.config.lora import LoraConfig
 from infinitevl_jax.config.objective import ObjectiveConfig, SupervisedConfig
 from infinitevl_jax.config.ranges import (
     INT32,
@@ -21,6 +22,7 @@ from infinitevl_jax.config.ranges import (
 from infinitevl_jax.config.variants import check_name
 from infinitevl_jax.errors import InfiniteVLError
 
+ADAPTERS = r".*\.lora_[ab]"
 LearningRateFactor = Annotated[float, Meta(ge=0, le=1e6)]
 
 
@@ -64,7 +66,9 @@ class TrainConfig:
       epochs: passes over the training split.
       trainable: regular expressions. A parameter trains if one matches its whole dotted name. Or a
         table of regular expression = factor: the first that matches a name decides the factor of
-        its learning rate; with 0, or without a match, the parameter is frozen.
+        its learning rate; with 0, or without a match, the parameter is frozen. Not given: all
+        parameters, with `lora` its adapters only.
+      lora: adapters beside the model's linear layers; None is none.
       objective: what is minimised, chosen by its key `name`, with its options.
       log_every, evaluate_every: in steps; 0 is only at the end.
       checkpoint_every: in steps; 0 is off.
@@ -76,19 +80,23 @@ class TrainConfig:
     seed: Seed = 0
     steps: Count = 0
     epochs: Annotated[float, Meta(ge=0, le=1e9)] = 1.0
-    trainable: tuple[Name, ...] | dict[Name, LearningRateFactor] = (".*",)
+    trainable: tuple[Name, ...] | dict[Name, LearningRateFactor] | None = None
     log_every: Count = 10
     checkpoint_every: Count = 0
     checkpoint_minutes: Annotated[float, Meta(ge=0, le=INT32)] = 30.0
     evaluate_every: Count = 0
     keep: Positive = 2
     data: DataConfig = field(default_factory=DataConfig)
+    lora: LoraConfig | None = None
     objective: ObjectiveConfig = field(default_factory=SupervisedConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self):
-        if not isinstance(self.trainable, dict):
-            object.__setattr__(self, "trainable", tuple(self.trainable))
+        chosen = self.trainable
+        if chosen is None:
+            chosen = (ADAPTERS if self.lora else ".*",)
+        chosen = chosen if isinstance(chosen, dict) else tuple(chosen)
+        object.__setattr__(self, "trainable", chosen)
         check_ranges(self)
         check_name(ObjectiveConfig, self.objective, "train.objective")
         if self.steps == 0 and not self.epochs > 0:
@@ -96,7 +104,7 @@ class TrainConfig:
                 "train.steps is 0 and train.epochs not positive",
                 "say how long to train with one of them",
             )
-        for pattern in self.trainable:
+        for pattern in chosen:
             try:
                 re.compile(pattern)
             except (re.error, RecursionError, OverflowError) as error:

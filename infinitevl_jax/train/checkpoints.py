@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding
 
 from infinitevl_jax.checkpoints.array_reader import ArrayReader, is_format_2
 from infinitevl_jax.checkpoints.array_writer import layers_of, write_arrays
+from infinitevl_jax.checkpoints.dtypes import FLOATS
 from infinitevl_jax.checkpoints.files import MANIFEST, PARAMS, copy_side_files, side_files
 from infinitevl_jax.checkpoints.format2 import StackReader
 from infinitevl_jax.checkpoints.manifest import FORMAT, Manifest
@@ -188,8 +189,9 @@ class Checkpoints:
         """A step's checkpoint. Raises _Unusable."""
         try:
             check_regular(self.path(step))
+            params, optimizer = (self._open(step, item) for item in (PARAMS, _OPTIMIZER))
+            state = self._as_frozen(state, params)
             stored = self._stored(state)
-            params, optimizer = (self._open(step, item) for item in stored)
             if wrong := _differences(params, stored[PARAMS]):
                 more = [f"and {len(wrong) - 5} more"] if len(wrong) > 5 else []
                 raise _Unusable(
@@ -230,6 +232,19 @@ class Checkpoints:
             f" parameters: {reason}",
             self._instead_of(step),
         )
+
+    def _as_frozen(self, state: TrainState, params: Reader) -> TrainState:
+        """`state` with its frozen parameters in the dtypes that they were stored in: a run keeps
+        those that they came with."""
+
+        def leaf(name: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            kinds = {params.dtypes.get(layer) for layer in self.layers.get(name, [name])}
+            kind = kinds.pop() if len(kinds) == 1 else None
+            return jax.ShapeDtypeStruct(
+                x.shape, kind if kind in FLOATS else x.dtype, sharding=x.sharding
+            )
+
+        return state._replace(frozen={name: leaf(name, x) for name, x in state.frozen.items()})
 
     def _open(self, step: int, item: str) -> Reader:
         reader = ArrayReader(self.path(step), item)

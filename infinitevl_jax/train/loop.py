@@ -27,6 +27,7 @@ from infinitevl_jax.train.checkpoints import Checkpoints, abstract_state
 from infinitevl_jax.train.folder import claim_folder
 from infinitevl_jax.train.held_out import HeldOut
 from infinitevl_jax.train.log import Log, plot_log
+from infinitevl_jax.train.lora import with_lora
 from infinitevl_jax.train.memory import check_memory
 from infinitevl_jax.train.models import RunModels
 from infinitevl_jax.train.optimizer import learning_rate_factors, make_optimizer, schedule
@@ -98,7 +99,8 @@ def train(preset: Preset) -> Outcome:
         stack.enter_context(jax.set_mesh(mesh))
         check_memory(known, names, mesh, models.teacher_parameters)
         layers = {name: parameter.layers for name, parameter in known.items()}
-        checkpoints = Checkpoints(run, start.files, start.manifest, config.keep, layers)
+        manifest = with_lora(start.manifest, config.lora, known, names)
+        checkpoints = Checkpoints(run, start.files, manifest, config.keep, layers)
 
         def set_place(place: dict[str, Any]) -> None:
             batches.set_state(place["rows"])

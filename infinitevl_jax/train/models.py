@@ -29,6 +29,7 @@ from infinitevl_jax.reading import read_json
 from infinitevl_jax.sharding import parameter_shardings
 from infinitevl_jax.train.initialise import Setting, initialise
 from infinitevl_jax.train.initialise.initialiser import is_new
+from infinitevl_jax.train.lora import first_adapters
 from infinitevl_jax.train.objectives import objective
 from infinitevl_jax.train.objectives.objective import STUDENT, TEACHER
 from infinitevl_jax.train.setup import Start, source_folder
@@ -134,7 +135,7 @@ class RunModels:
     """The models of a run, in one layout.
 
     Attributes:
-      layout: of the student's stacks. known: its parameters.
+      layout: of the student's stacks. known: its parameters, adapters among them.
       teacher: None without one.
     """
 
@@ -143,8 +144,9 @@ class RunModels:
         self.preset, self.start, self.mesh = preset, start, mesh
         self.teacher = teacher = open_teacher(preset, start)
         self.layout = common_layout(start.config, start.source, teacher and teacher.config)
-        self.known = parameters(start.config, scanned=self.layout)
-        self._binds = {STUDENT: model_of(start.config, preset.run, ops, self.layout)}
+        lora = preset.train.lora
+        self.known = parameters(start.config, scanned=self.layout, lora=lora)
+        self._binds = {STUDENT: model_of(start.config, preset.run, ops, self.layout, lora)}
         if teacher:
             self._binds[TEACHER] = teacher.bind(preset.run, ops, self.layout)
 
@@ -157,8 +159,9 @@ class RunModels:
         """The student before its first step. batches: opens the stage's own data."""
         mixers = self.preset.model.mixers
         options = mixers and mixers.initialise
-        seed = self.preset.train.seed
-        return first_params(self.start, options, self.layout, self.mesh, batches, seed)
+        seed, lora = self.preset.train.seed, self.preset.train.lora
+        params = first_params(self.start, options, self.layout, self.mesh, batches, seed)
+        return params | first_adapters(self.start.config, self.known, lora, self.mesh, seed)
 
     def loss(self, frozen: Params, run: Path) -> tuple[StageLoss, Held]:
         """What a step minimises, and the parameters that it takes beside the state.

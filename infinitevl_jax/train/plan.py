@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from infinitevl_jax.config.lora import LoraConfig
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.data.batch import TrainBatch
 from infinitevl_jax.inputs.model_inputs import packed_shapes
@@ -22,14 +23,16 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
     dtype,
     mesh: Mesh,
+    lora: LoraConfig | None = None,
 ) -> TrainState:
     """Shapes and shardings of the training state.
 
     Args:
       trainable: patterns of the trained parameters, which are float32 with moments.
       dtype: of the frozen parameters.
+      lora: adapters among the parameters.
     """
-    known = parameters(config, scanned=True)
+    known = parameters(config, scanned=True, lora=lora)
     shapes = {name: jax.ShapeDtypeStruct(p.shape, dtype) for name, p in known.items()}
     names, _ = split_trainable(known, trainable)
     state = jax.eval_shape(lambda params: init_state(params, names, optimizer), shapes)

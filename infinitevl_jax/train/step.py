@@ -11,6 +11,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from infinitevl_jax.config.lora import LoraConfig
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.config.objective import ObjectiveConfig, SupervisedConfig
 from infinitevl_jax.config.run import RunConfig
@@ -77,7 +78,11 @@ NOTHING: Mapping = MappingProxyType({})
 
 
 def model_of(
-    config: ModelConfig, run: RunConfig, ops: Ops | None = None, stacked: Scanned = True
+    config: ModelConfig,
+    run: RunConfig,
+    ops: Ops | None = None,
+    stacked: Scanned = True,
+    lora: LoraConfig | None = None,
 ) -> Bind:
     """Return the function that binds stacked parameters to the model, with the run's settings.
 
@@ -90,17 +95,19 @@ def model_of(
 
     Args:
       stacked: layout of the parameters.
+      lora: adapters among them.
     """
     dtype, scanned = jnp.dtype(run.dtype), stacked if run.scan else False
-    bind = functional(config, scanned=scanned, dtype=dtype, ops=ops, remat=REMAT[run.remat])
-    known = parameters(config, scanned=scanned)
+    options = {"dtype": dtype, "ops": ops, "remat": REMAT[run.remat], "lora": lora}
+    bind = functional(config, scanned=scanned, **options)
+    known = parameters(config, scanned=scanned, lora=lora)
 
     def narrow(name: str, p: Array) -> Array:
         matrix = known[name].in_stack and known[name].facts.matmul
         return p.astype(dtype) if matrix and p.dtype.itemsize > dtype.itemsize else p
 
     def model(params: Params) -> VLM:
-        params = params if run.scan else unstack(config, dict(params), stacked)
+        params = params if run.scan else unstack(config, dict(params), stacked, lora)
         return bind({name: narrow(name, p) for name, p in params.items()})
 
     return model

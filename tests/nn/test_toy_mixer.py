@@ -16,12 +16,14 @@ from tiny_folder import tiny_config, tiny_model, write_folder
 from infinitevl_jax import InfiniteVL
 from infinitevl_jax.checkpoints import export_folder, import_folder
 from infinitevl_jax.cli import info
+from infinitevl_jax.config.lora import LoraConfig
 from infinitevl_jax.config.model import SLIDING, TextConfig
 from infinitevl_jax.config.run import RunConfig
 from infinitevl_jax.config.train import OptimizerConfig
 from infinitevl_jax.data.batch import TrainBatch
 from infinitevl_jax.inputs.model_inputs import build_inputs
 from infinitevl_jax.nn.layers import Linear
+from infinitevl_jax.nn.lora import initialize_adapters, is_adapter
 from infinitevl_jax.nn.mixers import Mixer, register_mixer
 from infinitevl_jax.nn.ops import Ops, resolve_ops
 from infinitevl_jax.nn.parameter import parameter
@@ -94,16 +96,17 @@ def batch(rows):
     return TrainBatch(None, None, inputs, None, np.roll(tokens, -1, 1).astype(np.int32), weights)
 
 
-def train(run, optimizer=None, steps=STEPS):
-    mesh, known = make_mesh(run), parameters(CONFIG, scanned=True)
+def train(run, optimizer=None, steps=STEPS, lora=None):
+    mesh, known = make_mesh(run), parameters(CONFIG, scanned=True, lora=lora)
     config = OptimizerConfig(peak_lr=3e-2, warmup=0.0)
     optimizer = optimizer or make_optimizer(config, steps, known)
     with jax.set_mesh(mesh):
         params = initialize(CONFIG, jax.random.key(0), scanned=True)
+        params |= initialize_adapters(known, jax.random.key(1))
         params = jax.device_put(params, parameter_shardings(known, mesh))
-        state = init_state(params, list(params), optimizer)
+        state = init_state(params, [n for n in params if not lora or is_adapter(n)], optimizer)
         state = jax.device_put(state, state_shardings(state, known, mesh))
-        loss = supervised_loss(model_of(CONFIG, run, resolve_ops(mesh)))
+        loss = supervised_loss(model_of(CONFIG, run, resolve_ops(mesh), lora=lora))
         step = jax.jit(partial(train_step, loss, optimizer))
         data, losses = put_batch(batch(8), mesh), []
         for _ in range(steps):
@@ -117,6 +120,18 @@ def test_it_trains_scanned_and_unrolled():
     _, unrolled = train(RunConfig(fsdp=1, scan=False))
     assert scanned[-1] < 0.5 * scanned[0]
     np.testing.assert_allclose(scanned, unrolled, rtol=1e-4)
+
+
+def test_an_adapter_of_its_projection_trains():
+    lora = LoraConfig(rank=4, alpha=16, targets=(r"layers\..*\.proj",))
+    state, losses = train(RunConfig(fsdp=1), lora=lora)
+    trained = {
+        layer
+        for n in state.trainable
+        for layer in parameters(CONFIG, scanned=True, lora=lora)[n].layers
+    }
+    assert trained == {f"layers.{i}.self_attn.proj.lora_{s}" for i in (0, 2) for s in "ab"}
+    assert losses[-1] < 0.99 * losses[0]
 
 
 def test_it_is_sharded():
