@@ -7,6 +7,7 @@ import shutil
 import sys
 
 import av
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from doc_pages import ROOT, blocks
@@ -15,7 +16,14 @@ from tiny_folder import tiny_config, tiny_model, write_folder
 from torch_folders import read_folder, safetensors_bytes
 
 from benchmarks import kernels
-from infinitevl_jax.checkpoints import export_folder
+from infinitevl_jax.checkpoints import export_folder, load_params, read_config
+from infinitevl_jax.checkpoints.manifest import Manifest
+from infinitevl_jax.config.lora import LoraConfig
+from infinitevl_jax.nn.lora import is_adapter
+from infinitevl_jax.nn.params import parameters
+from infinitevl_jax.train.checkpoints import Checkpoints
+from infinitevl_jax.train.lora import with_lora
+from infinitevl_jax.train.step import TrainState
 from pallas_kernels.operators import OPERATORS
 
 ADAPTED = "model.layers.0.self_attn.q_proj"
@@ -47,8 +55,11 @@ def stocked(tmp_path_factory):
     stock_data(folder)
     shutil.copytree(ROOT / "configs", folder / "configs")
     shutil.copytree(ROOT / "docs", folder / "docs")
-    preset, *_ = [b.text for b in blocks(ROOT / "docs" / "training.md") if b.language == "toml"]
-    (folder / "mixers.toml").write_text(preset, "utf-8")
+    presets = [b.text for b in blocks(ROOT / "docs" / "training.md") if b.language == "toml"]
+    (folder / "mixers.toml").write_text(presets[0], "utf-8")
+    (lora,) = [preset for preset in presets if "[train.lora]" in preset]
+    (folder / "lora.toml").write_text(lora, "utf-8")
+    write_lora_step(folder / "runs" / "lora", ours)
     return folder
 
 
@@ -61,6 +72,19 @@ def stock_data(folder):
     (folder / "my.json").write_text(json.dumps(rows))
     (folder / "books").mkdir()
     (folder / "books" / "tale.txt").write_text("Once upon a time.\n" * 20)
+
+
+def write_lora_step(run, base):
+    """Step 500 of a LoRA run."""
+    lora, config = LoraConfig(rank=2), read_config(base)
+    params = load_params(base, scanned=False)[1]
+    known = parameters(config, scanned=False, lora=lora)
+    adapters = {
+        name: jnp.full(p.shape, 0.01, jnp.float32) for name, p in known.items() if is_adapter(name)
+    }
+    manifest = with_lora(Manifest.read(base), lora, known, list(adapters))
+    state = TrainState(adapters, params, {}, jnp.asarray(500))
+    Checkpoints(run, base, manifest, 1).save(state, {})
 
 
 def write_adapter(folder, shape):
