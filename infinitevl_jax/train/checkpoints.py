@@ -52,6 +52,10 @@ class _Unusable(InfiniteVLError):
     """A checkpoint that is damaged, or of another configuration."""
 
 
+class _Refused(InfiniteVLError):
+    """A sound checkpoint whose place in the data does not suit."""
+
+
 class Checkpoints:
     """Writes and reads them; keeps the newest `keep`.
 
@@ -172,8 +176,8 @@ class Checkpoints:
 
         Args:
           state: a TrainState of jax.ShapeDtypeStruct with shardings.
-          accept: takes the place in the data; what it raises makes the checkpoint one that cannot
-            be read.
+          accept: takes the place in the data. Its InfiniteVLError is raised; any other error makes
+            the checkpoint one that cannot be read.
 
         Raises InfiniteVLError, for the newest, if none can be read: damaged, or of another model or
           choice of trainable parameters.
@@ -228,7 +232,11 @@ class Checkpoints:
             found = int(optimizer.read("step"))
             if found != step:
                 raise ValueError(f"it holds step {found}")
-            accept(read_json(self.path(step) / _PLACE))
+            place = read_json(self.path(step) / _PLACE)
+            try:
+                accept(place)
+            except InfiniteVLError as error:
+                raise _Refused(error.culprit, error.cure, error.items) from error
             arrays = [
                 _load(reader, x, names)
                 for reader, item in ((params, PARAMS), (optimizer, _OPTIMIZER))
@@ -243,7 +251,7 @@ class Checkpoints:
                 jax.tree.structure(state.optimizer), arrays[len(names) : -1]
             )
             return TrainState(trainable, frozen, moments, arrays[-1])
-        except (_Unusable, MemoryError, jax.errors.JaxRuntimeError):
+        except (_Unusable, _Refused, MemoryError, jax.errors.JaxRuntimeError):
             raise
         except InfiniteVLError as error:
             reason = error.culprit

@@ -92,6 +92,6 @@ def test_a_run_does_not_go_on_with_other_rows(folder, monkeypatch, tmp_path):
         train(load_preset("p.toml", ["train.output=short", "train.steps=1"]))
         with (folder / "tales.txt").open("a") as file:
             file.write("The end.\n" * 100)
-        with pytest.raises(InfiniteVLError, match="the source tales had 3 rows and has 8 now"):
+        with pytest.raises(InfiniteVLError, match="^the source tales had 3 rows and has 8 now"):
             train(load_preset("p.toml", ["train.output=short", "train.steps=1"]))
     (folder / "tales.txt").write_text("Once upon a time.\n" * 30)
