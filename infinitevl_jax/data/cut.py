@@ -57,7 +57,7 @@ def divide(row: EncodedConversation, length: int) -> list[EncodedConversation]:
     tokens, answer, turn = row.branch
     return [
         EncodedConversation(
-            Branch(tokens[at : at + length + 1], answer[at : at + length + 1], turn)
+            Branch(tokens[at : at + length + 1], answer[at : at + length + 1], turn), document=True
         )
         for at in range(0, len(tokens) - 1, length)
     ]

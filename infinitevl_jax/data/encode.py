@@ -75,7 +75,7 @@ class Encoder:
             row = self._kept.get(("whole", number), lambda: self._whole(self.dataset[number]))
             if self.data is None:
                 return [row]
-            if row.branch.answer.all():
+            if row.document:
                 return divide(row, self.data.length)
             if self.data.too_long == "cut":
                 return [cut_sequence(row, self.data.length, self.data.patches, self.config)]
@@ -135,7 +135,8 @@ class Encoder:
             tokens = self.processor.encode_document(row.text, closed=row.complete)
             if len(tokens) < 2:
                 raise InfiniteVLError("the document is empty", "leave it out")
-            return EncodedConversation(Branch(tokens, np.ones(len(tokens), bool), ("", "")))
+            branch = Branch(tokens, np.ones(len(tokens), bool), ("", ""))
+            return EncodedConversation(branch, document=True)
         example = self.processor.encode_example(_without_weights(row.messages), tools=row.tools)
         mask = _weighted(example["answer_mask"], row.messages)
         branch = Branch(example["input_ids"].astype(np.int32), mask, ("", ""))

@@ -33,7 +33,7 @@ class EncodedRow(NamedTuple):
 
 
 class EncodedConversation(NamedTuple):
-    """A conversation of several turns, or a part of a document."""
+    """A conversation of several turns, or a document or a part of one."""
 
     branch: Branch
     pixels: np.ndarray | None = None  # [patches, features] f32
@@ -41,10 +41,11 @@ class EncodedConversation(NamedTuple):
     video_pixels: np.ndarray | None = None
     video_grids: np.ndarray | None = None
     seconds: np.ndarray | None = None
+    document: bool = False  # it may be divided
 
     @property
     def inputs(self) -> TokenSequence:
-        return TokenSequence(self.branch.tokens[:-1], *self[1:])
+        return TokenSequence(self.branch.tokens[:-1], *self[1:-1])
 
     @property
     def tokens(self) -> int:

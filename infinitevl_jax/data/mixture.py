@@ -104,12 +104,28 @@ def open_mixture(data: DataConfig, held_out: bool = False) -> Mixture:
             found[name], weights[name] = open_source(config, split, key), config.weight
             if not len(found[name]):
                 raise InfiniteVLError(f"{found[name].title} has no rows in {split!r}", f"see {key}")
+            if not data.questions:
+                _check_undrawn(found[name], key)
     if not found:
         raise InfiniteVLError(
             f"no source has {'held-out' if held_out else 'training'} rows",
             f"say which they are: train.data.{'held_out' if held_out else 'train'}=...",
         )
     return Mixture(found, weights)
+
+
+def _check_undrawn(source: Source, key: str) -> None:
+    """Raise InfiniteVLError for options that say how questions are drawn, where none are."""
+    curriculum, default = getattr(source, "curriculum", Curriculum()), Curriculum()
+    names = Curriculum.__struct_fields__
+    given = [name for name in names if getattr(curriculum, name) != getattr(default, name)]
+    if given:
+        raise InfiniteVLError(
+            f"{key}.options gives {', '.join(given)}, but train.data.questions is 0, which asks all"
+            " questions",
+            "train.data.questions=4 draws four for each image; or leave them out:"
+            f" {key}.options={{}}",
+        )
 
 
 class Order:

@@ -64,6 +64,8 @@ def train_batches(
             f"{mixture.title} has {order.epoch} rows in an epoch, a batch takes {data.batch}",
             "make train.data.batch smaller",
         )
+    if data.workers:
+        check_shared_memory(_row_bytes(config, data), data.workers)
     limit = _places(order, epochs) if epochs and not data.questions else None
     lanes = Lanes(encoder, order, data, seed, limit)
     if data.questions:
@@ -75,9 +77,6 @@ def train_batches(
         settings = {"data": data, "config": config}
         batch, row = partial(rows_batch, **settings), partial(_row, **settings)
         making = Making(lanes.packed, batch, row, join_rows)
-        if data.workers:
-            features = config.vision.patch_features if config.vision else 0
-            check_shared_memory(4 * features * data.patches + 64 * data.length, data.workers)
     return Batches(
         making,
         range(data.batch) if rows is None else rows,
@@ -86,6 +85,19 @@ def train_batches(
         mixture.sizes,
         agree,
     )
+
+
+def _row_bytes(config: ModelConfig, data: DataConfig) -> int:
+    """Bytes of what a worker hands over at a time, at most: a packed row, or an image with
+    questions."""
+    if config.vision is None:
+        features = patches = 0
+    else:
+        features, patches = config.vision.patch_features, data.patches
+        if data.questions:
+            patches = data.prefix_length * config.vision.merge_unit
+    texts = data.prefix_length + data.questions * data.length if data.questions else data.length
+    return 4 * features * patches + 64 * texts
 
 
 def _row(

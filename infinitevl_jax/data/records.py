@@ -176,9 +176,12 @@ class ParquetRecords:
         """
         files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
         self.path, self._groups = path, []  # (file, row group)
+        self.columns: set[str] = set()
         counts = []
         for file in files:
-            footer = _parquet(file).metadata
+            opened = _parquet(file)
+            self.columns |= set(opened.schema_arrow.names)
+            footer = opened.metadata
             for group in range(footer.num_row_groups):
                 self._groups.append((file, group))
                 counts.append(footer.row_group(group).num_rows)
@@ -255,11 +258,15 @@ def open_records(path: Path) -> Records:
 
 
 def keys_of(records: Records, count: int = 64) -> set[str]:
-    """Keys of the first records; those that cannot be read are left out."""
+    """Keys of `count` records, from the first to the last; those that cannot be read are left out.
+
+    Parquet tells the keys of all records."""
+    if isinstance(records, ParquetRecords):
+        return records.columns
     found: set[str] = set()
-    for number in range(min(count, len(records))):
+    for number in np.linspace(0, len(records) - 1, min(count, len(records)), dtype=int):
         try:
-            found |= set(records.read(number, dict[str, Any]))
+            found |= set(records.read(int(number), dict[str, Any]))
         except InfiniteVLError:
             continue
     return found

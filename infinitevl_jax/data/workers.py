@@ -41,13 +41,14 @@ def check_shared_memory(size: int, workers: int) -> None:
 
 
 class _Worker:
-    """Set-up of a worker process: it outlives neither Ctrl-C's end nor this process."""
+    """Set-up of a worker process: it works until this process ends it, or has ended."""
 
     def __init__(self, parent: int):
         self.parent = parent
 
     def __call__(self, index: int, count: int) -> None:
-        for name in ("SIGINT", "SIGHUP"):  # sent to all processes of a terminal
+        # sent to all processes of a terminal or a job; this process decides what they mean
+        for name in ("SIGINT", "SIGHUP", "SIGTERM"):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
         threading.Thread(target=self._watch, daemon=True, name="parent").start()
 

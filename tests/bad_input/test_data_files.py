@@ -106,6 +106,11 @@ BAD_ROWS = {
         {"conversations": [USER, {"from": "function_call", "value": "run()"}]},
         "the function call of turn 1",
     ),
+    "a call that is a list": (
+        "sharegpt",
+        {"messages": [asked()["messages"][0], {"role": "function_call", "content": [{}]}]},
+        "the function call of turn 1 is [{}]",
+    ),
     "tools that are a number": (
         "sharegpt",
         {"conversations": [USER, GPT], "tools": 3},

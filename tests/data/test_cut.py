@@ -124,3 +124,16 @@ def test_rows_are_joined_as_they_are(made):
         batch.branches.vision_index[1] == -1
     ).all()
     np.testing.assert_array_equal(batch.branches.positions[:, 0], rows[0].branches.positions[:, 0])
+
+
+def test_a_conversation_that_bears_loss_throughout_is_no_document(made, monkeypatch):
+    """It is cut or skipped, and not divided."""
+    encoder, processor = made
+    tokens = np.arange(20)
+    example = {"input_ids": tokens, "answer_mask": np.ones(20, bool)}
+    monkeypatch.setattr(type(processor), "encode_example", lambda *a, **k: dict(example))
+    encoder = encoder_of(encoder.dataset, processor)
+    with pytest.raises(BadRow, match="takes 19 tokens, train.data.length is 8"):
+        encoder.within(DataConfig(length=8)).pieces(0)
+    cut = encoder.within(DataConfig(length=8, too_long="cut")).pieces(0)
+    assert [piece.branch.tokens.tolist() for piece in cut] == [list(range(9))]

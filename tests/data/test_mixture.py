@@ -121,6 +121,19 @@ def test_what_a_preset_must_not_say(preset):
         open_mixture(data)
 
 
+def test_options_that_draw_no_questions_are_refused(tmp_path):
+    path = write_rows(tmp_path / "rows.json", [{"question": "a?", "answer": "b"}])
+    for options in ({}, {"balance": 0.0}, {"balance": 0.5, "opening_steps": 3}):
+        data = {"path": str(path), "options": options}
+        assert len(open_mixture(DataConfig(**data, questions=1))) == 1
+        if not any(options.values()):
+            assert len(open_mixture(DataConfig(**data))) == 1
+            continue
+        with pytest.raises(InfiniteVLError, match="gives opening_steps, balance, but") as caught:
+            open_mixture(DataConfig(**data))
+        assert "train.data.options={}" in caught.value.cure
+
+
 def test_rows_are_skipped_by_source(preset, tmp_path):
     data = DataConfig(**vars(preset().train.data) | {"length": 64, "batch": 1})
     processor = byte_processor(tmp_path / "words")

@@ -2,6 +2,9 @@
 
 import json
 import lzma
+import pickle
+import resource
+import tempfile
 import tracemalloc
 from collections.abc import Sequence
 
@@ -150,6 +153,19 @@ def test_rows(kind, suffix, photos, processor, tmp_path):
             assert learnt(piece, processor) == said
 
 
+def test_images_that_come_late_in_a_file(photos, tmp_path):
+    """LLaVA's files may begin with rows of text."""
+    said = LLAVA["conversations"]
+    rows = [{"conversations": said[2:]}] * 70 + [LLAVA] * 2
+    path = write_rows(tmp_path / "rows.json", rows)
+    source = rows_of(path, images=str(photos / "photos"))
+    assert source[70].messages[0]["content"][0]["type"] == "image"
+    source = rows_of(path, kind="sharegpt", images=str(photos / "photos"))
+    with pytest.raises(BadRow, match="row 70: .*the key image") as caught:
+        source[70]
+    assert "train.data.kind=llava" in caught.value.cure
+
+
 def test_a_video_s_pixels_come_along(photos, processor, tmp_path):
     path = write_rows(tmp_path / "rows.json", [SHAREGPT])
     source = rows_of(path, images=str(photos / "photos"), videos=str(photos / "films"))
@@ -270,6 +286,58 @@ def test_texts(packed, processor, tmp_path):
     targets = np.concatenate([piece.branch.tokens[1:] for piece in pieces])
     whole = processor.encode_document(rows[ends[0]].text)
     np.testing.assert_array_equal(targets, whole[1:])
+
+
+def test_the_last_line_s_end_is_no_row_of_its_own(tmp_path):
+    """Where the last chunk begins inside a line, or a character, at the end of the file."""
+    for text in ("a" * 60 + "\n" + "b" * 20 + "\n", "a" * 63 + "é", "a" * 64 + "\n"):
+        (tmp_path / "a.txt").write_text(text, "utf-8")
+        source = rows_of(tmp_path / "a.txt", options={"chunk": 64})
+        assert [
+            (row.text, row.complete) for row in map(source.__getitem__, range(len(source)))
+        ] == [(text, True)]
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """The folder for temporary files."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    return tmp_path / "temporary"
+
+
+def test_a_packed_text_is_unpacked_once(tmp_path, temporary):
+    path = tmp_path / "a.txt.xz"
+    path.write_bytes(lzma.compress(b"x" * 63 + b"\n" + b"y" * 63 + b"\n"))
+    training, held_out = (rows_of(path, split, options={"chunk": 64}) for split in SPLITS)
+    assert len(list(temporary.iterdir())) == 1
+    copy = pickle.loads(pickle.dumps(training))  # as a worker gets it
+    del training
+    assert copy[0].text == "x" * 63 + "\n"
+    del copy
+    assert held_out[0].text == "y" * 63 + "\n" and len(list(temporary.iterdir())) == 1
+    del held_out
+    assert not list(temporary.iterdir())
+
+
+SPLITS = ("train[:50%]", "train[50%:]")
+
+
+def test_a_packed_text_that_has_no_room(tmp_path, temporary, monkeypatch):
+    path = tmp_path / "a.txt.xz"
+    path.write_bytes(lzma.compress(bytes(3 << 20)))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises(InfiniteVLError, match="no space left for .*infinitevl-") as caught:
+            rows_of(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "TMPDIR" in caught.value.cure
+    monkeypatch.setattr("infinitevl_jax.data.unpacked.LIMIT", 2 << 20)
+    with pytest.raises(InfiniteVLError, match=r"a.txt.xz has more than 2,097,152 bytes unpacked"):
+        rows_of(path)
+    assert not list(temporary.iterdir())
 
 
 def test_a_file_is_read_row_by_row(tmp_path):

@@ -2,6 +2,7 @@
 cleanly."""
 
 import json
+import lzma
 import os
 import shutil
 import signal
@@ -132,11 +133,12 @@ def test_a_process_whose_rows_are_at_their_end_goes_on(made, monkeypatch):
     assert not any(end.weights.any() for end in ends)
 
 
-def test_too_little_shared_memory_is_one_error(made, monkeypatch):
+@pytest.mark.parametrize("questions", [0, 2])
+def test_too_little_shared_memory_is_one_error(made, monkeypatch, questions):
     usage = shutil.disk_usage("/")._replace(free=1 << 10)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(InfiniteVLError, match="2 workers need .* /dev/shm has 0 MB"):
-        train_batches(made, tiny_config(), DataConfig(**DATA, workers=2), 0)
+        train_batches(made, tiny_config(), DataConfig(**DATA, workers=2, questions=questions), 0)
 
 
 class Failing:
@@ -176,7 +178,7 @@ def test_nothing_is_read_in_the_caller_s_thread(made, monkeypatch):
 
 
 PROGRAM = """\
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from own_data import byte_processor, encoder_of, rows_of
 from tiny_folder import tiny_config
@@ -186,9 +188,15 @@ from infinitevl_jax.data.measure import measure
 from infinitevl_jax.data.pipeline import train_batches
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    encoder = encoder_of(rows_of(folder / "rows.jsonl"), byte_processor(folder / "words"))
+    rows = rows_of(folder / "rows.txt.xz", options={"chunk": 64})
+    encoder = encoder_of(rows, byte_processor(folder / "words"))
     data = DataConfig(batch=2, length=64, workers=2)
     batches = train_batches(encoder, tiny_config(), data, 0)
+    def stop(*_):  # later, as training does
+        for _ in range(20):
+            next(batches)
+        sys.exit("went on")
+    signal.signal(signal.SIGTERM, stop)
     try:
         next(batches)
         print("ready", flush=True)
@@ -201,20 +209,23 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def working(tmp_path):
-    """A process with two workers, in a process group of its own."""
-    write_rows(tmp_path / "rows.jsonl", [{"text": f"{i} " * 20} for i in range(50)])
+    """A process with two workers that read a packed text, in a process group of its own."""
+    (tmp_path / "rows.txt.xz").write_bytes(lzma.compress(b"A line of some words.\n" * 400))
+    (tmp_path / "t").mkdir()
     script = tmp_path / "program.py"
     script.write_text(PROGRAM)
     path = os.pathsep.join([str(TESTS.parent), str(TESTS), str(TESTS / "data")])
     process = subprocess.Popen(
         [sys.executable, str(script), str(tmp_path)],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
+        env=os.environ
+        | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "TMPDIR": str(tmp_path / "t")},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
     assert process.stdout.readline() == "ready\n", process.stderr.read()
+    assert len(unpacked(tmp_path)) == 1
     yield process
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
@@ -242,14 +253,26 @@ def are_gone(group):
     return False
 
 
-def test_ctrl_c_ends_workers_without_a_word(working):
+def unpacked(folder):
+    return list((folder / "t").glob("infinitevl-*"))
+
+
+def test_ctrl_c_ends_workers_without_a_word(working, tmp_path):
     """Ctrl-C reaches all processes of the terminal."""
     assert len(members(working.pid)) >= 3
     os.killpg(working.pid, signal.SIGINT)
     out, err = working.communicate(timeout=60)
     assert out == "closed\n" and err.count("Traceback") == 1, err
     assert err.rstrip().endswith("KeyboardInterrupt"), err
-    assert are_gone(working.pid)
+    assert are_gone(working.pid) and not unpacked(tmp_path)
+
+
+def test_workers_go_on_until_a_terminated_run_ends(working, tmp_path):
+    """SIGTERM reaches all processes of a job."""
+    os.killpg(working.pid, signal.SIGTERM)
+    out, err = working.communicate(timeout=60)
+    assert out == "closed\n" and err == "went on\n", err
+    assert are_gone(working.pid) and not unpacked(tmp_path)
 
 
 def test_workers_do_not_outlive_a_killed_run(working):

@@ -39,6 +39,8 @@ class Row(msgspec.Struct):
     messages: list[Message] | None = None
     images: Any = None
     videos: Any = None
+    image: Any = None  # of other formats, refused
+    video: Any = None
     system: str | None = None
     tools: Any = None
 
@@ -48,6 +50,12 @@ def conversation(row: Row, media: Media) -> Conversation:
     if (row.conversations is None) == (row.messages is None):
         given = "neither" if row.messages is None else "both"
         raise InfiniteVLError(f"it has {given} conversations and messages", "give one of them")
+    for noun in ("image", "video"):
+        if getattr(row, noun) is not None:
+            raise InfiniteVLError(
+                f"it has the key {noun}, which rows of the kind sharegpt do not have",
+                f"train.data.kind=llava reads it with conversations; or call the column {noun}s",
+            )
     places = Placeholders(media.sources(row.images, "image"), media.sources(row.videos, "video"))
     turns = [(t.from_, t.value) for t in row.conversations or ()]
     turns += [(m.role, m.content) for m in row.messages or ()]
@@ -58,7 +66,7 @@ def conversation(row: Row, media: Media) -> Conversation:
         role = ROLES.get(name)
         if role is None:
             raise InfiniteVLError(f"turn {i} is from {name!r}", f"use one of {', '.join(ROLES)}")
-        if role == "call" and isinstance(text, str):
+        if role == "call":
             messages.append({"role": "assistant", "content": None, "tool_calls": _calls(text, i)})
         else:
             messages.append({"role": role, "content": _content(text, role, places)})
@@ -79,8 +87,13 @@ def _content(
     return [item for item in items if item is not None]
 
 
-def _calls(text: str, turn: int) -> list[dict[str, Any]]:
+def _calls(text: str | list[dict[str, Any]], turn: int) -> list[dict[str, Any]]:
     """Tool calls of a function_call turn: an object with name and arguments, or a list of them."""
+    if not isinstance(text, str):
+        raise InfiniteVLError(
+            f"the function call of turn {turn} is {shown(text)}",
+            'write its JSON as text: "{\\"name\\": ..., \\"arguments\\": {...}}"',
+        )
     found = decode_json(text, Any, f"the function call of turn {turn}")
     calls = found if isinstance(found, list) else [found]
     if not all(isinstance(c, dict) and isinstance(c.get("name"), str) for c in calls):

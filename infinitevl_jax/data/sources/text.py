@@ -1,11 +1,9 @@
 """Documents for language-model training: text files, folders of them, .xz, or rows with `text`."""
 
-import functools
-import lzma
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, BinaryIO, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -17,10 +15,9 @@ from infinitevl_jax.data.records import READERS
 from infinitevl_jax.data.sources import Source, register_source
 from infinitevl_jax.data.sources.files import open_rows, options
 from infinitevl_jax.data.splits import select_rows
+from infinitevl_jax.data.unpacked import Unpacked, unpack
 from infinitevl_jax.errors import BadRow, InfiniteVLError
 from infinitevl_jax.reading import open_file
-
-UNPACKED = 1 << 30  # largest .xz file in bytes, unpacked; it is kept in memory
 
 
 class Options(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -53,8 +50,19 @@ class Chunk(NamedTuple):
 class Texts:
     """Chunks of text files, in the order of their names."""
 
-    def __init__(self, title: str, chunks: Sequence[Chunk], rows: Sequence[int]):
-        self.title, self.chunks, self.rows = title, chunks, rows
+    def __init__(
+        self,
+        title: str,
+        chunks: Sequence[Chunk],
+        rows: Sequence[int],
+        unpacked: Mapping[Path, Unpacked],
+    ):
+        """
+        Args:
+          rows: numbers of the chunks that are the source's rows.
+          unpacked: packed ones among the files.
+        """
+        self.title, self.chunks, self.rows, self.unpacked = title, chunks, rows, unpacked
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -67,7 +75,7 @@ class Texts:
         number = self.record(number)
         chunk = self.chunks[number]
         try:
-            content, complete = _read(chunk)
+            content, complete = _read(chunk, self.unpacked)
             return Conversation(text=content.decode("utf-8"), complete=complete)
         except UnicodeDecodeError as error:
             reason = f"{chunk.file} is not UTF-8 from byte {chunk.start:,}: {error.reason}"
@@ -90,46 +98,42 @@ def open_text(config: SourceConfig, split: str) -> Source:
             for p in path.rglob("*")
             if p.is_file() and not p.name.startswith(".") and p.name.endswith(suffixes or "")
         )
+    unpacked = {file: unpack(file) for file in files if file.suffix.lower() == ".xz"}
     chunks = []
     for file in files:
-        size = _size(file)
+        with _opened(file, unpacked) as opened:
+            size = os.fstat(opened.fileno()).st_size
         chunks += [
             Chunk(file, at, min(at + chosen.chunk, size), chosen.chunk)
             for at in range(0, size, chosen.chunk)
         ]
+        if size > chosen.chunk and not _read(chunks[-1], unpacked)[0]:
+            chunks.pop()  # no line begins in it
     if not chunks:
         raise InfiniteVLError(f"{path} holds no text", "name a text file, or a folder of them")
-    return Texts(str(path), chunks, select_rows(split, len(chunks), str(path)))
+    return Texts(str(path), chunks, select_rows(split, len(chunks), str(path)), unpacked)
 
 
 def _document(row: Row, media: Media) -> Conversation:
     return Conversation(text=row.text)
 
 
-def _size(file: Path) -> int:
-    if file.suffix == ".xz":
-        return len(_unpacked(file))
-    with open_file(file) as opened:
-        return os.fstat(opened.fileno()).st_size
+def _opened(file: Path, unpacked: Mapping[Path, Unpacked]) -> BinaryIO:
+    return open_file(unpacked[file].path if file in unpacked else file)
 
 
-def _read(chunk: Chunk) -> tuple[bytes, bool]:
+def _read(chunk: Chunk, unpacked: Mapping[Path, Unpacked]) -> tuple[bytes, bool]:
     """A chunk's lines, and whether the document ends with them.
 
     A line belongs to the chunk in which it begins. A line that goes on for more than half of a
     chunk is divided, between characters.
     """
     width = chunk.width
-    if chunk.file.suffix == ".xz":
-        whole = _unpacked(chunk.file)
-        size, first = len(whole), max(chunk.start - width, 0)
-        text = whole[first : chunk.stop + width]
-    else:
-        with open_file(chunk.file) as file:
-            size = os.fstat(file.fileno()).st_size
-            first = max(chunk.start - width, 0)
-            file.seek(first)
-            text = file.read(chunk.stop + width - first)
+    with _opened(chunk.file, unpacked) as file:
+        size = os.fstat(file.fileno()).st_size
+        first = max(chunk.start - width, 0)
+        file.seek(first)
+        text = file.read(chunk.stop + width - first)
     start = _break(text, chunk.start - first, size - first, width)
     stop = _break(text, chunk.stop - first, size - first, width)
     return text[start:stop], first + stop >= size
@@ -145,23 +149,6 @@ def _break(text: bytes, at: int, size: int, width: int) -> int:
     while at < len(text) and text[at] & 0xC0 == 0x80:  # inside a character
         at += 1
     return at
-
-
-@functools.lru_cache(maxsize=8)
-def _unpacked(file: Path) -> bytes:
-    with open_file(file) as packed:
-        unpacker = lzma.LZMAFile(packed)
-        try:
-            content = unpacker.read(UNPACKED + 1)
-        except (lzma.LZMAError, EOFError) as error:
-            raise InfiniteVLError(
-                f"{file} is not a whole .xz file: {error}", "copy it again"
-            ) from None
-    if len(content) > UNPACKED:
-        raise InfiniteVLError(
-            f"{file} has more than {UNPACKED:,} bytes unpacked", "unpack it: xz -d"
-        )
-    return content
 
 
 register_source("text", open_text)
