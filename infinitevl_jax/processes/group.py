@@ -164,8 +164,8 @@ class Several(Group):
                 if index != self.index:
                     time.sleep(GRACE)  # it may know, and be about to say so itself
                     error = _from(index, json.loads(text))
-                    os.write(2, f"error: process {self.index} ends: {error}\n".encode())
-                    os._exit(1)
+                    os.write(2, f"error: {error}\n".encode())
+                    os._exit(2)
 
 
 def _told(error: BaseException) -> list:

@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -120,6 +121,20 @@ def tests(arguments: tuple[str, ...], runs: bool) -> None:
     assert all((ROOT / name).exists() for name in arguments if not name.startswith("-"))
 
 
+def srun(arguments: tuple[str, ...], runs: bool) -> None:
+    """The command that SLURM starts behind its own options."""
+    assert not runs
+    own = next(i for i, word in enumerate(arguments) if not word.startswith("-"))
+    handle(arguments[own:], runs)
+
+
+def gcloud(arguments: tuple[str, ...], runs: bool) -> None:
+    """The command that is run on every host of a slice."""
+    assert not runs and "--worker=all" in arguments
+    (command,) = (word for word in arguments if word.startswith("--command="))
+    handle(tuple(shlex.split(command.removeprefix("--command="))), runs)
+
+
 def run_tests(arguments: tuple[str, ...], runs: bool) -> None:
     assert os.access(ROOT / "tests" / "run", os.X_OK)
     tests(arguments, runs)
@@ -132,5 +147,7 @@ PROGRAMS = {
     "infinitevl": infinitevl,
     "pip": pip,
     "pytest": tests,
+    "srun": srun,
+    "gcloud": gcloud,
     "tests/run": run_tests,
 }
