@@ -47,6 +47,15 @@ def free_port():
         return found.getsockname()[1]
 
 
+TRAIN = """
+from infinitevl_jax.__main__ import main
+from infinitevl_jax.processes import start
+
+start.HEARTBEAT = 10
+main("train", "train.py")
+"""
+
+
 class Pair:
     """Two processes of one run."""
 
@@ -57,7 +66,7 @@ class Pair:
         flags = ["--coordinator", f"localhost:{free_port()}", "--processes", "2", "--process"]
         self.all = [
             subprocess.Popen(
-                [sys.executable, "train.py", str(preset), *MESH, *SHORT, *flags, str(number)],
+                [sys.executable, "-c", TRAIN, str(preset), *MESH, *SHORT, *flags, str(number)],
                 env=environment,
                 cwd=ROOT,
                 stdout=subprocess.PIPE,
@@ -139,8 +148,9 @@ def test_a_run_goes_on_from_any_end(whole, tmp_path, tiny_data, cache):
     pair.wait_for_step(run, 7)
     pair.all[1].kill()
     status, said = pair.end()
-    assert status == [2, -signal.SIGKILL], said
-    assert "process 0 of 2 lost the others" in said[0][1], said[0][1]
+    assert status[0] in (2, -signal.SIGABRT) and status[1] == -signal.SIGKILL, said
+    ends = ("process 0 of 2 lost the others", "process 0 of 2 cannot reach", "another task died")
+    assert any(words in said[0][1] for words in ends), said[0][1]
     newest = max((run / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
     files = [path for path in (newest / "params" / "state" / "d").iterdir()]
     largest = max(files, key=lambda path: path.stat().st_size)
