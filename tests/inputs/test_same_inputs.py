@@ -93,18 +93,28 @@ def assert_same_prompt(found, expected):
 
 
 def spy(model):
-    """The inputs of every call that `model` makes of its compiled programs."""
-    calls, encode, forward = [], model.programs.encode, model.programs.forward
+    """The inputs of every call that `model` makes of its compiled programs. Vision tokens have
+    their places among those that were encoded, also where a prompt's chunk has them side by
+    side."""
+    run, calls, merged = model.programs, [], []
+    encode, merge, forward = run.encode, run.merge, run.forward
 
     def seen_encode(params, patches):
         calls.append(patches)
         return encode(params, patches)
 
+    def seen_merge(vision, encoded, index):
+        merged.append(index)
+        return merge(vision, encoded, index)
+
     def seen_forward(params, inputs, *rest, **named):
-        calls.append(inputs)
+        seen = inputs
+        if merged:  # one group
+            seen = inputs._replace(vision_index=merged.pop().reshape(inputs.tokens.shape))
+        calls.append(seen)
         return forward(params, inputs, *rest, **named)
 
-    model.programs.encode, model.programs.forward = seen_encode, seen_forward
+    run.encode, run.merge, run.forward = seen_encode, seen_merge, seen_forward
     return calls
 
 
