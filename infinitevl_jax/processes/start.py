@@ -90,9 +90,7 @@ def _asked(
                 f"number the processes from 0 to {processes - 1}",
             )
         return None if processes == 1 else (coordinator, processes, process)
-    launchers = (env for env in ClusterEnv._cluster_types if not env.opt_in_only_method)
-    launcher = next((env for env in launchers if env.is_env_present()), None)
-    if launcher is None or launcher.get_process_count() == 1:
+    if _launched() == 1:
         if local_devices is not None:
             raise InfiniteVLError(
                 "--local-devices is for several processes",
@@ -100,6 +98,19 @@ def _asked(
             )
         return None
     return None, None, None
+
+
+def _launched() -> int:
+    """Processes that a launcher has started, as JAX finds it; 1 without a launcher."""
+    launchers = (env for env in ClusterEnv._cluster_types if not env.opt_in_only_method)
+    try:
+        launcher = next((env for env in launchers if env.is_env_present()), None)
+        return 1 if launcher is None else launcher.get_process_count()
+    except Exception as error:  # a service or a variable that is not there
+        raise InfiniteVLError(
+            f"the launcher does not say how many processes there are: {error}",
+            "give --coordinator, --processes and --process; --processes 1 trains in one process",
+        ) from error
 
 
 def _join(

@@ -274,6 +274,9 @@ def test_a_launcher_says_how_many_there_are(monkeypatch):
     assert _asked(None, None, None, None) == (None, None, None)
     assert _asked(None, 1, None, None) is None  # one process inside of a job of several
     assert _asked("host:1", 4, 3, None) == ("host:1", 4, 3)
+    monkeypatch.setenv("SLURM_NTASKS", "many")
+    with pytest.raises(InfiniteVLError, match="--processes 1 trains in one process"):
+        _asked(None, None, None, None)
     monkeypatch.setenv("SLURM_NTASKS", "1")
     assert _asked(None, None, None, None) is None
     assert jax.process_count() == 1
