@@ -171,7 +171,7 @@ def test_a_training_branch(made, generation):
     encoder = Encoder(OneQuestion(dataset), start.processor, start.config)
     rows = [encoder[i] for i in (2, 0, 3)]
     batch = branch_batch(rows, [[0]] * 3, start.config, data, 4, 5)
-    assert batch.parents.tolist() == [0, 1, 2, 0, 0]
+    assert batch.parents.tolist() == [0, 1, 2, 3, 3]
     prefix = tokens_of(batch.prefix, batch.patches, 1, patch_row=1)
     found = continued(prefix, tokens_of(batch.branches, None, 1))
     assert_same_prompt(found, generation)
