@@ -90,19 +90,23 @@ def delta_layers(inputs, weights, state, index, eps):
     return out, DeltaState(recurrent_state, q_conv_state, k_conv_state, v_conv_state)
 
 
-def attend_layers(q, k, v, kv_cache, index, window, scale):
+def attend_layers(q, k, v, kv_cache, index, window, scale, sinks):
     """The separate operations of `SoftmaxAttention.__call__` in `infinitevl_jax.nn.mixers`."""
     index, length = index[:, None], jnp.maximum(index, 0)
     q, k, v = q[:, None], k[:, None], v[:, None]
     segment = jnp.zeros_like(index)
     own = attention(
-        q, k, v, index, index, segment, segment, mask=Mask(window=window, aligned=True), scale=scale
+        *(q, k, v, index, index, segment, segment),
+        mask=Mask(window=window, sinks=sinks, aligned=True),
+        scale=scale,
     )
-    held = held_tokens(length, kv_cache.k.shape[1])
+    held = held_tokens(length, kv_cache.k.shape[1], sinks)
     cached = attention(
-        q, kv_cache.k, kv_cache.v, index, held, mask=Mask(window=window), scale=scale
+        *(q, kv_cache.k, kv_cache.v, index, held),
+        mask=Mask(window=window, sinks=sinks),
+        scale=scale,
     )
-    return merge(*own, *cached)[0][:, 0], write(kv_cache, k, v, index)
+    return merge(*own, *cached)[0][:, 0], write(kv_cache, k, v, index, sinks)
 
 
 IMPLEMENTATIONS = {
