@@ -38,7 +38,7 @@ from benchmarks.training.text import Corpus, batch_of, tails, training_batches
 from infinitevl_jax import checkpoints
 from infinitevl_jax.checkpoints.newest import checkpoint_folder
 from infinitevl_jax.config.objective import DistillConfig, ObjectiveConfig, SupervisedConfig
-from infinitevl_jax.config.presets import ModelSource, _override, parse
+from infinitevl_jax.config.presets import ModelSource, override, parse
 from infinitevl_jax.config.ranges import Name, Positive, check_ranges
 from infinitevl_jax.config.run import RunConfig
 from infinitevl_jax.config.student import MixersConfig, TeacherConfig
@@ -119,7 +119,7 @@ def read_plan(path: Path, changes: Sequence[str]) -> tuple[Plan, dict[str, Stage
     """The plan and its stages."""
     tree = tomllib.loads(path.read_text("utf-8"))
     for change in changes:
-        _override(tree, change)
+        override(tree, change)
     stages = tree.pop("stages")
     return parse(Plan, tree, "", str(path)), {
         name: parse(Stage, table, f"stages.{name}", str(path)) for name, table in stages.items()

@@ -132,7 +132,7 @@ def load_preset(path: str | Path, overrides: Sequence[str] = ()) -> Preset:
             error.culprit, f"name a preset (here: {known}), or fix the file"
         ) from None
     for change in overrides:
-        _override(tree, change)
+        override(tree, change)
     return parse(Preset, tree, "", str(path))
 
 
@@ -266,7 +266,7 @@ def _toml(text: str) -> dict[str, Any]:
     return tomllib.loads(text)
 
 
-def _override(tree: dict, change: str) -> None:
+def override(tree: dict, change: str) -> None:
     """Apply one `dotted.key=value` override. A value that is not TOML (a word, a path) is text."""
     key, equals, text = change.partition("=")
     if not equals or not all(key.split(".")):

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
-from jax._src import distributed  # its client has no public name
 
 from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.processes.jax_private import coordination_client
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -89,7 +89,7 @@ class Several(Group):
 
     def __init__(self):
         self.index, self.count = jax.process_index(), jax.process_count()
-        self._client = distributed.global_state.client
+        self._client = coordination_client()
         self._round = 0
         self._shared: BaseException | None = None
         threading.Thread(target=self._watch, daemon=True, name="other processes").start()

@@ -10,10 +10,10 @@ import traceback
 from collections.abc import Iterator, Sequence
 
 import jax
-from jax._src.clusters import ClusterEnv  # the launchers that jax.distributed knows
 
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.processes.group import GRACE, HEARTBEAT, Several, group
+from infinitevl_jax.processes.jax_private import launcher
 
 logger = logging.getLogger(__name__)
 
@@ -102,10 +102,9 @@ def _asked(
 
 def _launched() -> int:
     """Processes that a launcher has started, as JAX finds it; 1 without a launcher."""
-    launchers = (env for env in ClusterEnv._cluster_types if not env.opt_in_only_method)
     try:
-        launcher = next((env for env in launchers if env.is_env_present()), None)
-        return 1 if launcher is None else launcher.get_process_count()
+        found = launcher()
+        return 1 if found is None else found.get_process_count()
     except Exception as error:  # a service or a variable that is not there
         raise InfiniteVLError(
             f"the launcher does not say how many processes there are: {error}",

@@ -39,7 +39,9 @@ def test_train_alone_prints_help_and_presets():
     )
     assert (
         done.stderr.splitlines()[-1]
-        == "error: name a preset. Those that come along: configs/easy_vqa.toml"
+        == "error: name a preset. Those that come along: configs/easy_vqa.toml,"
+        " configs/tiny_distill.toml, configs/tiny_layerwise.toml, configs/tiny_teacher.toml,"
+        " configs/tiny_tune.toml"
     )
 
 

@@ -121,13 +121,17 @@ def test_a_run_of_epochs_ends_with_its_data(made, epochs):
     assert segments == usable * epochs if epochs == 1 else usable * 2 <= segments <= usable * 3
 
 
-def test_a_process_whose_rows_are_at_their_end_goes_on(made, monkeypatch):
+def test_a_process_whose_rows_are_at_their_end_goes_on(made):
     """Another process may have more."""
-    data, batches = DataConfig(**DATA), []
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    for process in range(2):
-        monkeypatch.setattr(jax, "process_index", lambda p=process: p)
-        batches.append(train_batches(made, tiny_config(), data, 3, epochs=1))
+    data, half = DataConfig(**DATA), DATA["batch"] // 2
+
+    def agree(find):
+        return find()._replace(teaches=True)
+
+    batches = [
+        train_batches(made, tiny_config(), data, 3, epochs=1, rows=rows, agree=agree)
+        for rows in (range(half), range(half, data.batch))
+    ]
     steps = count_steps(made, data, 1, 3)
     ends = [take(part, steps + 1)[-1] for part in batches]
     assert not any(end.weights.any() for end in ends)

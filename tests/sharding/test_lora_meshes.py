@@ -179,7 +179,7 @@ def test_only_adapters_of_the_published_model_have_masters_and_moments():
     known = parameters(config, scanned=True, lora=lora)
     optimizer = make_optimizer(OptimizerConfig(), 10, known)
     mesh = make_mesh(RunConfig(fsdp=8))
-    state = abstract_state(config, [ADAPTERS], optimizer, jnp.bfloat16, mesh, lora)
+    state = abstract_state(config, [ADAPTERS], optimizer, jnp.bfloat16, mesh, lora=lora)
     plain = parameters(config, scanned=False)
     targets = [re.compile(pattern + r"\.kernel") for pattern in lora.targets]
     kernels = [p for n, p in plain.items() if any(target.fullmatch(n) for target in targets)]
