@@ -25,7 +25,7 @@ def loss_and_gradient(
     loss: Callable[[Params, TrainBatch], Measured],
     trainable: Params,
     batch: TrainBatch,
-    axes: TrainBatch,
+    axes: Callable[[TrainBatch], TrainBatch],
     count: int,
 ) -> tuple[Measured, Params]:
     """What an objective finds in a batch, and the gradient of its loss.
@@ -33,7 +33,7 @@ def loss_and_gradient(
     Args:
       loss: of trained parameters and a batch. The weights of its terms may depend on the batch
         only.
-      axes: logical axes of the batch's leaves.
+      axes: gives the logical axes of a batch's leaves.
       count: parts, which divide the rows of every device.
     """
     if count == 1:
@@ -45,7 +45,7 @@ def loss_and_gradient(
         (_, measured), gradient = jax.value_and_grad(whole, has_aux=True)(trainable)
         return measured, gradient
 
-    parts = split(batch, axes, count)
+    parts = split(batch, axes(batch), count)
     shapes = jax.eval_shape(lambda: loss(trainable, jax.tree.map(lambda x: x[0], parts)))
     # The factor of a single term is applied at the end. Of several, the ratio has to be known
     # before: their weights follow from the batch, and the compiler removes the models.

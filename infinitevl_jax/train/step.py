@@ -176,9 +176,7 @@ def train_step(
     def measure(trainable, part):
         return loss(trainable, state.frozen, part, held)
 
-    measured, gradient = loss_and_gradient(
-        measure, state.trainable, batch, batch_axes(batch), accumulate
-    )
+    measured, gradient = loss_and_gradient(measure, state.trainable, batch, batch_axes, accumulate)
     total, logged = measured.value, measured.logged
     with jax.named_scope("optimizer"):
         update, moments = optimizer.update(gradient, state.optimizer, state.trainable)
