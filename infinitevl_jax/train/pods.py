@@ -3,8 +3,9 @@
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -44,6 +45,7 @@ def compile_step(
     tensor: int = 1,
     options: ObjectiveConfig = SUPERVISED,
     trainable: Sequence[str] = TRAINABLE,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> tuple[PodReport, list[str]]:
     """Compile a training step of the published size for a pod.
 
@@ -69,7 +71,8 @@ def compile_step(
     models = {name: model_of(each, run, ops, stacked) for name, each in configs.items()}
     step = partial(train_step, StageLoss(options, models, shared), optimizer)
     arguments = state, batch, held
-    return compile_for_pod(step, mesh, *arguments, donate_argnums=0, text=True), ops.report()
+    settings = {"donate_argnums": 0, "text": True, "compiler_options": compiler_options}
+    return compile_for_pod(step, mesh, *arguments, **settings), ops.report()
 
 
 def collectives(hlo: str) -> Counter[tuple[str, str]]:

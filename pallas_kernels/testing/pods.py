@@ -2,9 +2,9 @@
 (`pip install libtpu`)."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import mesh_utils, topologies
@@ -44,14 +44,20 @@ def pod_mesh(topology: str, sizes: dict[str, int]) -> Mesh:
 
 
 def compile_for_pod(
-    function: Callable, mesh: Mesh, *arguments, text: bool = False, **jit_options
+    function: Callable,
+    mesh: Mesh,
+    *arguments,
+    text: bool = False,
+    compiler_options: Mapping[str, Any] | None = None,
+    **jit_options,
 ) -> PodReport:
     """Compile `function` for the mesh's devices; arguments are ShapeDtypeStructs with shardings.
     `text` keeps the program as HLO."""
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         # the compiler's own dump: asked for its text, a program with some asynchronous copies fails
         # a check of XLA's
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if text else None
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if text else {}
+        options = {**(compiler_options or {}), **dump}
         compiled = (
             jax.jit(function, **jit_options).lower(*arguments).compile(compiler_options=options)
         )

@@ -35,9 +35,11 @@ def test_collectives_are_counted_in_any_form():
 def test_training_step_of_4b_fits_v6e_8x8():
     """64 rows of 8K tokens on 64 chips of 32 GB; all but tower and embeddings are trained.
 
-    benchmarks/pods.py also has images, which take a minute longer to compile.
+    benchmarks/pods.py also has images, which take a minute longer to compile, and the compiler's
+    own tiles: smaller ones halve the time, and the step takes 0.3 % less memory.
     """
-    report, ran = compile_step("v6e:8x8", patches=0)
+    small = {"xla_tpu_scoped_vmem_limit_kib": "8192"}
+    report, ran = compile_step("v6e:8x8", patches=0, compiler_options=small)
     assert (
         0.5e9 < report.arguments < 1.5e9
     )  # 3.4 B parameters in f32 with two moments and 1 B in bf16, over 64 chips
