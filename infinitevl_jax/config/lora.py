@@ -1,12 +1,11 @@
 """LoRA: which linear layers get an adapter, and its size."""
 
-import re
 from dataclasses import dataclass
 from typing import Annotated
 
 from msgspec import Meta
 
-from infinitevl_jax.config.ranges import Folder, Name, check_ranges
+from infinitevl_jax.config.ranges import Folder, Name, check_patterns, check_ranges
 from infinitevl_jax.errors import InfiniteVLError
 
 Rank = Annotated[int, Meta(ge=1, le=1 << 16)]
@@ -40,14 +39,7 @@ class LoraConfig:
             raise InfiniteVLError(
                 "train.lora.targets is empty", f"list regular expressions, such as {TARGETS[0]!r}"
             )
-        for pattern in self.targets:
-            try:
-                re.compile(pattern)
-            except (re.error, RecursionError, OverflowError) as error:
-                raise InfiniteVLError(
-                    f"train.lora.targets: {pattern!r} is not a regular expression: {error}",
-                    "escape special characters, or fix it",
-                ) from error
+        check_patterns(self.targets, "train.lora.targets")
 
     @property
     def scale(self) -> float:

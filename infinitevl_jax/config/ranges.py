@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import re
 import types
 import typing
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import msgspec
@@ -83,6 +85,18 @@ def check_value(value: Any, hint: Any, key: str) -> None:
         raise InfiniteVLError(
             f"{key}{place} is {_shown(value)}", f"give {describe(hint)}"
         ) from None
+
+
+def check_patterns(patterns: Iterable[str], key: str) -> None:
+    """Raise InfiniteVLError, which names `key`, unless all are regular expressions."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise InfiniteVLError(
+                f"{key}: {pattern!r} is not a regular expression: {error}",
+                "escape special characters, or fix it",
+            ) from error
 
 
 @functools.cache

@@ -1,6 +1,5 @@
 """Training configuration: optimiser, length, checkpoints."""
 
-import re
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -17,6 +16,7 @@ from infinitevl_jax.config.ranges import (
     Positive,
     Seed,
     Share,
+    check_patterns,
     check_ranges,
 )
 from infinitevl_jax.config.variants import check_name
@@ -114,11 +114,4 @@ class TrainConfig:
                 "train.steps is 0 and train.epochs not positive",
                 "say how long to train with one of them",
             )
-        for pattern in chosen:
-            try:
-                re.compile(pattern)
-            except (re.error, RecursionError, OverflowError) as error:
-                raise InfiniteVLError(
-                    f"train.trainable: {pattern!r} is not a regular expression: {error}",
-                    "escape special characters, or fix it",
-                ) from error
+        check_patterns(chosen, "train.trainable")

@@ -9,8 +9,8 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from infinitevl_jax.config.ranges import check_patterns
 from infinitevl_jax.data.conversation import Conversation, as_turns
-from infinitevl_jax.errors import InfiniteVLError
 
 
 class Curriculum(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -28,14 +28,7 @@ class Curriculum(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     balance: Annotated[float, Meta(ge=0, le=10)] = 0.0
 
     def __post_init__(self):
-        try:
-            re.compile(self.opening)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise InfiniteVLError(
-                f"train.data.options.opening: {self.opening!r} is not a regular expression:"
-                f" {error}",
-                "escape special characters, or fix it",
-            ) from error
+        check_patterns([self.opening], "train.data.options.opening")
 
 
 class Drawing:
