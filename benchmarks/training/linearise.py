@@ -47,7 +47,8 @@ from infinitevl_jax.data.batch import TrainBatch
 from infinitevl_jax.nn.ops import resolve_ops
 from infinitevl_jax.nn.params import parameters
 from infinitevl_jax.sharding import make_mesh
-from infinitevl_jax.train.checkpoints import Checkpoints, abstract_state
+from infinitevl_jax.train.begin import begin_or_restore
+from infinitevl_jax.train.checkpoints import Checkpoints
 from infinitevl_jax.train.models import Teacher, common_layout, first_params, hold_teacher
 from infinitevl_jax.train.objectives.objective import STUDENT, TEACHER, objective
 from infinitevl_jax.train.optimizer import learning_rate_factors, make_optimizer, schedule
@@ -55,10 +56,8 @@ from infinitevl_jax.train.setup import Start, prepare_start
 from infinitevl_jax.train.step import (
     StageLoss,
     TrainState,
-    init_state,
     model_of,
     put_batch,
-    state_shardings,
     train_step,
 )
 
@@ -256,19 +255,16 @@ class StageRun:
         layers = {name: parameter.layers for name, parameter in known.items()}
         folder = job.out / name
         self.checkpoints = Checkpoints(folder, start.files, start.manifest, 1, layers)
-        begin = partial(init_state, trainable=list(factors), optimizer=optimizer)
-        if self.checkpoints.last is None:
-            options = plan.mixers.initialise
-            params = first_params(start, options, stacked, mesh, lambda: self.batches(0), plan.seed)
-            places = state_shardings(jax.eval_shape(begin, params), known, mesh)
-            self.state = jax.jit(begin, out_shardings=places)(params)
-        else:
-            shapes = {n: jax.ShapeDtypeStruct(p.shape, p.dtype) for n, p in known.items()}
-            wanted = jax.eval_shape(begin, shapes)
-            places = state_shardings(wanted, known, mesh)
-            self.state = self.checkpoints.restore(
-                abstract_state(wanted, places), lambda place: None
-            )
+        options = plan.mixers.initialise
+        self.state = begin_or_restore(
+            self.checkpoints,
+            lambda: first_params(start, options, stacked, mesh, lambda: self.batches(0), plan.seed),
+            known,
+            list(factors),
+            optimizer,
+            mesh,
+            lambda place: None,
+        )
         self.step = int(self.state.step)
         models, held, shared = {STUDENT: model_of(start.config, plan.run, ops, stacked)}, {}, {}
         if needs:

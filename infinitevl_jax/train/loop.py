@@ -3,13 +3,12 @@
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import optax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -21,12 +20,12 @@ from infinitevl_jax.data.mixture import open_mixture
 from infinitevl_jax.data.pipeline import count_steps, skipping, train_batches
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.nn.ops import resolve_ops
-from infinitevl_jax.nn.params import Parameter, Params
 from infinitevl_jax.processes.group import group
 from infinitevl_jax.sharding import kept_whole, make_mesh, own_rows
 from infinitevl_jax.train.accumulate import check_accumulation
 from infinitevl_jax.train.agreement import agreement
-from infinitevl_jax.train.checkpoints import Checkpoints, abstract_state
+from infinitevl_jax.train.begin import begin_or_restore
+from infinitevl_jax.train.checkpoints import Checkpoints
 from infinitevl_jax.train.folder import share_folder
 from infinitevl_jax.train.held_out import HeldOut
 from infinitevl_jax.train.log import Log, plot_log
@@ -38,10 +37,7 @@ from infinitevl_jax.train.progress import Progress
 from infinitevl_jax.train.saving import Saver, Stop
 from infinitevl_jax.train.setup import prepare_start
 from infinitevl_jax.train.step import (
-    TrainState,
-    init_state,
     put_batch,
-    state_shardings,
     train_step,
 )
 
@@ -119,7 +115,7 @@ def train(preset: Preset) -> Outcome:
                 yield from found
 
         begin = partial(models.first_params, data)
-        state = _state(checkpoints, begin, known, names, optimizer, mesh, set_place)
+        state = begin_or_restore(checkpoints, begin, known, names, optimizer, mesh, set_place)
         first = int(state.step)
         log = together.by_first(lambda: Log(run / "log.jsonl", first))
         if log is not None:
@@ -226,32 +222,6 @@ def train(preset: Preset) -> Outcome:
                 " here"
             )
         return Outcome(run, path, step, finished)
-
-
-def _state(
-    checkpoints: Checkpoints,
-    begin: Callable[[], Params],
-    known: Mapping[str, Parameter],
-    names: list[str],
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    set_place: Callable[[dict[str, Any]], None],
-) -> TrainState:
-    """The restored state of the newest checkpoint, or a new one.
-
-    Args:
-      begin: creates the parameters of a new one.
-      set_place: receives the data position of a restored checkpoint.
-    """
-    first = partial(init_state, trainable=names, optimizer=optimizer)
-    if not group().told(len(checkpoints.steps)):
-        params = begin()
-        shardings = state_shardings(jax.eval_shape(first, params), known, mesh)
-        return jax.jit(first, out_shardings=shardings)(params)
-    shapes = {name: jax.ShapeDtypeStruct(p.shape, p.dtype) for name, p in known.items()}
-    wanted = jax.eval_shape(first, shapes)
-    places = state_shardings(wanted, known, mesh)
-    return checkpoints.restore(abstract_state(wanted, places), set_place)
 
 
 def _rates(rate: float, factors: Iterable[float]) -> dict[str, float]:

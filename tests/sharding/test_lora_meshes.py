@@ -12,10 +12,10 @@ import numpy as np
 import optax
 import pytest
 from tiny import hybrid_config
+from tiny_stage import OBJECTIVES, SIZES
 
 from infinitevl_jax.config.lora import LoraConfig
 from infinitevl_jax.config.model import FULL, LINEAR, SLIDING, infinitevl_4b
-from infinitevl_jax.config.objective import DistillConfig, LayerwiseConfig, SupervisedConfig
 from infinitevl_jax.config.run import RunConfig
 from infinitevl_jax.config.train import ADAPTERS, OptimizerConfig
 from infinitevl_jax.data.collate import packed_batch
@@ -39,21 +39,6 @@ from infinitevl_jax.train.step import (
 )
 from pallas_kernels.testing.parity import rel_rms
 
-SIZES = dict(
-    vocab_size=64,
-    hidden_size=64,
-    intermediate_size=64,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    num_linear_heads=8,
-    linear_head_dim=8,
-    tie_word_embeddings=False,
-)
-OBJECTIVES = {
-    "supervised": SupervisedConfig(),
-    "distill": DistillConfig(temperature=2.0, cross_entropy=0.5, prompt_weight=0.5),
-    "layerwise": LayerwiseConfig(),
-}
 ALONE = RunConfig(fsdp=1)
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 from tiny import hybrid_config
+from tiny_stage import OBJECTIVES, SIZES
 
 from infinitevl_jax.config.model import FULL, LINEAR, SLIDING
-from infinitevl_jax.config.objective import DistillConfig, LayerwiseConfig
 from infinitevl_jax.config.run import RunConfig
 from infinitevl_jax.data.batch import TrainBatch
 from infinitevl_jax.inputs.model_inputs import build_inputs
@@ -28,21 +28,6 @@ from infinitevl_jax.train.step import (
     train_step,
 )
 from pallas_kernels.testing.parity import rel_rms
-
-SIZES = dict(
-    vocab_size=64,
-    hidden_size=64,
-    intermediate_size=64,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    num_linear_heads=8,
-    linear_head_dim=8,
-    tie_word_embeddings=False,
-)
-OBJECTIVES = {
-    "distill": DistillConfig(temperature=2.0, cross_entropy=0.5, prompt_weight=0.5),
-    "layerwise": LayerwiseConfig(),
-}
 
 
 class Setting:
