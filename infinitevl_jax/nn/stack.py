@@ -200,6 +200,8 @@ def run_stacks(
     given = states or [None] * layout.depth
     new, outputs = [None] * layout.stacked, [None] * layout.stacked
 
+    # Equal layers, also those of an unrolled stack, are traced and lowered once.
+    @partial(jax.jit, static_argnums=0)
     def apply(graphdefs, params, x, state):
         """Run the layers of one depth with rematerialisation."""
 
@@ -217,7 +219,7 @@ def run_stacks(
         runs = [
             [nnx.split(stack.blocks[run]) for stack in stacks] for run in range(len(layout.runs))
         ]
-        graphdefs = [[graphdef for graphdef, _ in run] for run in runs]
+        graphdefs = [tuple(graphdef for graphdef, _ in run) for run in runs]
         params = [[state for _, state in run] for run in runs]
         # Stack the states of a block for the scan; outside it each layer has its own.
         side_by_side = [
