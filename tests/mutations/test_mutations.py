@@ -18,7 +18,8 @@ COUNT = 300
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return list(run(plan(COUNT, 9, WEIGHTS), tmp_path_factory.mktemp("mutations")))
+    """In one process: each prepares what it mutates, and other tests run beside."""
+    return list(run(plan(COUNT, 9, WEIGHTS), tmp_path_factory.mktemp("mutations"), workers=1))
 
 
 def test_right_or_refused(results):
