@@ -91,11 +91,14 @@ class Drawn:
             raise BadRow(self.title, record, error.culprit, error.cure) from error
 
     def __getitem__(self, number: int) -> Conversation:
+        """Row `number`. Questions of every second row begin with a capital."""
         pictures, turns = self.scene(number)
+        capital = self.record(number) % 2 == 0
         shown = [{"type": "image", "image": picture} for picture in pictures]
         messages = []
         for question, answer in turns:
-            messages += turn(shown, question, answer)
+            words = question[0].upper() + question[1:] if capital else question
+            messages += turn(shown, words, answer)
             shown = []
         return Conversation(messages)
 
