@@ -7,6 +7,7 @@ import typer
 
 from infinitevl_jax.cli import convert
 from infinitevl_jax.cli.data import data
+from infinitevl_jax.cli.evaluate import evaluate
 from infinitevl_jax.cli.groups import commands
 from infinitevl_jax.cli.options import (
     Context,
@@ -289,4 +290,5 @@ def info(
 
 app.command()(train)
 app.command(no_args_is_help=True)(data)
+app.command("eval", no_args_is_help=True)(evaluate)
 app.add_typer(convert.app)

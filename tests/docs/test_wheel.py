@@ -137,7 +137,7 @@ def test_packages_are_imported_outside_the_checkout(installed, tmp_path):
     assert done.returncode == 0 and "True" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("command", ["", "ask", "chat", "info", "train", "data", "convert"])
+@pytest.mark.parametrize("command", ["", "ask", "chat", "info", "train", "data", "eval", "convert"])
 def test_commands_run_outside_the_checkout(installed, tmp_path, command):
     done = installed([installed.infinitevl, *command.split(), "--help"], tmp_path)
     assert done.returncode == 0 and f"Usage: infinitevl {command}".strip() in done.stdout
