@@ -15,6 +15,7 @@ from infinitevl_jax.checkpoints.destination import new_folder
 from infinitevl_jax.checkpoints.files import copy_side_files, side_files
 from infinitevl_jax.checkpoints.manifest import Manifest
 from infinitevl_jax.checkpoints.newest import checkpoint_folder
+from infinitevl_jax.checkpoints.packaged import NAMES
 from infinitevl_jax.checkpoints.save import run_manifest
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.config.presets import ModelSource
@@ -108,7 +109,10 @@ def prepare_start(model: ModelSource, source: Mixture | Source, run: Path, seed:
 
 
 def source_folder(name: str, key: str) -> Path:
-    """The checkpoint folder named by the preset's `key`; of a run, its newest checkpoint."""
+    """The checkpoint folder named by the preset's `key`; of a run, its newest checkpoint; or a
+    model of the package."""
+    if name in NAMES:
+        return checkpoint_folder(Path(name))
     return checkpoint_folder(existing_folder(name, key))
 
 

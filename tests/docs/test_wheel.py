@@ -29,6 +29,10 @@ def built(tmp_path_factory):
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, folder / name)
+    model = folder / "infinitevl_jax" / "models" / "example"
+    model.mkdir(parents=True)
+    for name in ("model.safetensors", "config.json", "chat_template.jinja", "log.jsonl"):
+        (model / name).touch()
     command = [
         sys.executable,
         "-m",
@@ -71,6 +75,9 @@ def test_every_file_of_the_packages_is_in_it(wheel):
         assert not missing
         assert f"{package}/py.typed" in held
     assert "infinitevl_jax/processing/qwen_vl.jinja" in held
+    assert {path.rpartition("/")[2] for path in held if "/models/example/" in path} == {
+        *("model.safetensors", "config.json", "chat_template.jinja", "log.jsonl")
+    }
 
 
 def test_presets_are_in_it(wheel):
