@@ -1,12 +1,14 @@
 """Plot of sample answers."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from infinitevl_jax.data.conversation import Turns
+from infinitevl_jax.errors import quoted
 from infinitevl_jax.processing import load_image
 
 
@@ -33,8 +35,11 @@ def draw_samples(
         truth = row.answers[number]
         axes.imshow(np.asarray(load_image(row.image)))
         right = answer == truth
-        text = f"{row.questions[number]}\n{answer}" + ("" if right else f" (is {truth})")
-        axes.set_title(text, fontsize=8, color="black" if right else "firebrick", wrap=True)
+        said = quoted(answer) + ("" if right else f" (is {truth})")
+        colour = "black" if right else "firebrick"
+        text = f"{row.questions[number]}\n{said}"
+        axes.set_title(text, fontsize=8, color=colour, wrap=True, parse_math=False)
     aside = picture.with_name(f".partial-{picture.name}")
-    figure.savefig(aside, dpi=110)
+    with warnings.catch_warnings(action="ignore"):  # of characters that the font lacks
+        figure.savefig(aside, dpi=110)
     os.replace(aside, picture)
