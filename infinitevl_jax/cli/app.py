@@ -7,6 +7,7 @@ import typer
 
 from infinitevl_jax.cli import convert
 from infinitevl_jax.cli.data import data
+from infinitevl_jax.cli.evaluate import evaluate
 from infinitevl_jax.cli.groups import commands
 from infinitevl_jax.cli.options import (
     Context,
@@ -56,13 +57,13 @@ def infinitevl(
 
 @app.command(no_args_is_help=True)
 def ask(
-    model: Model,
-    question: Annotated[
-        str,
+    words: Annotated[
+        list[str],
         typer.Argument(
-            metavar="QUESTION",
+            metavar="[MODEL] QUESTION",
             show_default=False,
-            help="What to ask; -: read it from standard input.",
+            help="A model as elsewhere, by default the one that comes along (tiny); and what to"
+            " ask it, - for standard input.",
         ),
     ],
     image: Annotated[
@@ -93,6 +94,7 @@ def ask(
 
     \b
     infinitevl ask InfiniteVL/ "What is on the table?" --image kitchen.jpg
+    infinitevl ask "What is the total?" --image receipt.png
     infinitevl ask InfiniteVL/ "Which of these is older?" --image one.png --image two.png
     infinitevl ask InfiniteVL/ "What happens here?" --video clip.mp4 --dtype bfloat16
     infinitevl ask InfiniteVL/ "Write a poem." --temperature 0.7 --top-p 0.9 --seed 3
@@ -101,6 +103,7 @@ def ask(
     """
     from infinitevl_jax.cli import session
 
+    model, question = session.model_and_question(words)
     choice = session.sampling(temperature, top_k, top_p, min_p)
     settings = session.Settings(max_new_tokens, choice, seed, system, repetition_penalty)
     place = session.Place(dtype.value, mesh, compilation_cache)
@@ -289,4 +292,5 @@ def info(
 
 app.command()(train)
 app.command(no_args_is_help=True)(data)
+app.command("eval", no_args_is_help=True)(evaluate)
 app.add_typer(convert.app)

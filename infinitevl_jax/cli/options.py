@@ -27,7 +27,8 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         show_default=False,
-        help="Checkpoint folder, Hugging Face's or ours, or a run: its newest step.",
+        help="Checkpoint folder, Hugging Face's or ours, or a run: its newest step; or tiny, the"
+        " model that comes along.",
     ),
 ]
 NewTokens = Annotated[

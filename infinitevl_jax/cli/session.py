@@ -12,6 +12,7 @@ import typer
 from infinitevl_jax import compilation
 from infinitevl_jax.checkpoints import read_config
 from infinitevl_jax.checkpoints.newest import checkpoint_folder
+from infinitevl_jax.checkpoints.packaged import TINY
 from infinitevl_jax.cli import logs
 from infinitevl_jax.config.run import RunConfig
 from infinitevl_jax.errors import InfiniteVLError
@@ -156,6 +157,26 @@ def open_model(
     """A conversation with the model that `read_model` loads."""
     model, processor = read_model(folder, place, check)
     return Conversation(model, processor, system=system or None, max_length=max_length)
+
+
+def model_and_question(words: Sequence[str]) -> tuple[Path, str]:
+    """MODEL and QUESTION of the command line. One word alone is a question to the model that comes
+    with the package.
+
+    Raises:
+      InfiniteVLError: it is a folder, or there are more words.
+    """
+    if len(words) == 1 and Path(words[0]).is_dir():
+        raise InfiniteVLError(
+            f"the question to {words[0]} is missing",
+            f'write it after the folder: infinitevl ask {words[0]} "What is this?"',
+        )
+    if len(words) > 2:
+        raise InfiniteVLError(
+            f"the question has several words: {' '.join(words[1:])}", "put it into quotes"
+        )
+    *model, question = words
+    return Path(model[0] if model else TINY), question
 
 
 def ask(

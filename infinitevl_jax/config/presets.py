@@ -51,14 +51,15 @@ class ModelSource:
     Attributes:
       from_: "from" in the file; a checkpoint folder of this project or of Hugging Face, or a run's
         folder, for its newest checkpoint. It decides sizes and tokenizer.
-      tokenizer: with sizes: a folder with tokenizer and processor files, or "words" for one token
-        per word of the training questions.
+      tokenizer: with sizes: a folder with tokenizer and processor files; "words" for one token per
+        word of the training questions; or "bytes" for bytes and the words that many rows share.
       min_pixels, max_pixels: limits that images are resized to; None takes the folder's (with
-        "words": 3136, 1003520).
+        "words" and "bytes": 3136, 1003520).
       mixers: mixers that replace those of the folder's model.
       family: with sizes: of the model's files, a registered one; None is this project's.
       initializer_range: with sizes: standard deviation of new embeddings.
-      text, vision: sizes. With "words", vocab_size is that of the tokenizer.
+      text, vision: sizes. With "words", vocab_size is that of the tokenizer, with "bytes" at most
+        as given.
     """
 
     from_: Name = ""

@@ -7,11 +7,13 @@ import numpy as np
 
 from infinitevl_jax.errors import InfiniteVLError
 
-_PART = re.compile(r"train(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
+_PART = re.compile(r"(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 
 
-def select_rows(split: str, count: int, title: str) -> Sequence[int]:
+def select_rows(split: str, count: int, title: str, name: str = "train") -> Sequence[int]:
     """Numbers of the rows that a split names, out of `count`.
+
+    name: what all rows are called.
 
     Raises:
       InfiniteVLError: the split cannot be read, or it is empty.
@@ -19,17 +21,17 @@ def select_rows(split: str, count: int, title: str) -> Sequence[int]:
     parts = []
     for part in split.split("+"):
         found = _PART.fullmatch(part.strip())
-        if found is None:
+        if found is None or found[1] != name:
             raise InfiniteVLError(
                 f"{title}: the split {split!r} cannot be read",
-                'all rows of a file are "train"; slices read train[:90%], train[1000:]',
+                f'all rows of a file are "{name}"; slices read {name}[:90%], {name}[1000:]',
             )
-        start, stop = (_bound(text, count) for text in found.groups())
+        start, stop = (_bound(text, count) for text in found.groups()[1:])
         parts.append(range(count)[start:stop])
     rows = parts[0] if len(parts) == 1 else np.concatenate([np.asarray(p, np.int64) for p in parts])
     if not len(rows):
         raise InfiniteVLError(
-            f"{title} has no rows in {split!r}", f"it has {count:,} rows; slices read train[:90%]"
+            f"{title} has no rows in {split!r}", f"it has {count:,} rows; slices read {name}[:90%]"
         )
     return rows
 

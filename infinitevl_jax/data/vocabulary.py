@@ -1,18 +1,20 @@
 """Tokenizer and processor files for a small model with its own vocabulary: one token for each word
-of the training questions.
+of the training questions, or bytes and the words that many texts share.
 
 Qwen's embedding table, 151,936 rows, would be many times larger than such a model.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
-from tokenizers import AddedToken, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from infinitevl_jax import special_tokens
 from infinitevl_jax.config.model import VisionConfig
+from infinitevl_jax.errors import InfiniteVLError
 
 SPECIAL = [
     special_tokens.END_OF_TEXT,
@@ -24,6 +26,8 @@ SPECIAL = [
     special_tokens.IMAGE,
     special_tokens.VIDEO,
 ]
+
+SHARED = 1e-3  # share of the texts that hold a word, from which on it is a token
 
 # <question><|im_end|> becomes <question><|im_start|><answer><|im_end|>: as few tokens as a question
 # can be
@@ -56,6 +60,43 @@ def word_tokenizer(texts: Iterable[str]) -> tokenizers.Tokenizer:
         models.WordLevel({w: i for i, w in enumerate(["<unk>", *words])}, unk_token="<unk>")
     )
     tokenizer.pre_tokenizer = split
+    return _with_special_tokens(tokenizer)
+
+
+def byte_tokenizer(texts: Iterable[str], size: int) -> tokenizers.Tokenizer:
+    """The 256 bytes, then words that many of `texts` share, then the special tokens.
+
+    Words that few texts have, such as those to read in pictures, and numbers are spelled in bytes.
+
+    Args:
+      size: tokens at most.
+
+    Raises:
+      InfiniteVLError: bytes and special tokens are more.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    room = size - len(alphabet) - len(SPECIAL)
+    if room < 0:
+        raise InfiniteVLError(
+            f"model.text.vocab_size is {size}", f"bytes and special tokens are {size - room}"
+        )
+    split = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    )
+    counts: Counter[str] = Counter()
+    number = 0
+    for text in texts:
+        counts.update({word for word, _ in split.pre_tokenize_str(text)} - set(alphabet))
+        number += 1
+    common = [word for word, count in counts.items() if count >= max(2, SHARED * number)]
+    words = sorted(sorted(common, key=lambda word: (-counts[word], word))[:room])
+    model = models.BPE({w: i for i, w in enumerate([*alphabet, *words])}, [], ignore_merges=True)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.ByteLevel()
+    return _with_special_tokens(tokenizer)
+
+
+def _with_special_tokens(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     tokenizer.add_special_tokens(
         [AddedToken(token, normalized=False, special=True) for token in SPECIAL]
     )
@@ -72,7 +113,7 @@ def write_processor_files(
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": special_tokens.END_OF_TURN,
         "pad_token": special_tokens.END_OF_TEXT,
-        "unk_token": "<unk>",
+        "unk_token": "<unk>" if tokenizer.token_to_id("<unk>") is not None else None,
         "clean_up_tokenization_spaces": False,
     }
     images = {

@@ -1,14 +1,15 @@
 """Plot of sample answers."""
 
-import io
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from infinitevl_jax.data.conversation import Turns
+from infinitevl_jax.errors import quoted
+from infinitevl_jax.processing import load_image
 
 
 def draw_samples(
@@ -32,10 +33,13 @@ def draw_samples(
         axes.axis("off")
     for axes, (row, number, answer) in zip(grid, samples, strict=False):
         truth = row.answers[number]
-        axes.imshow(Image.open(io.BytesIO(row.image)))
+        axes.imshow(np.asarray(load_image(row.image)))
         right = answer == truth
-        text = f"{row.questions[number]}\n{answer}" + ("" if right else f" (is {truth})")
-        axes.set_title(text, fontsize=8, color="black" if right else "firebrick", wrap=True)
+        said = quoted(answer) + ("" if right else f" (is {truth})")
+        colour = "black" if right else "firebrick"
+        text = f"{row.questions[number]}\n{said}"
+        axes.set_title(text, fontsize=8, color=colour, wrap=True, parse_math=False)
     aside = picture.with_name(f".partial-{picture.name}")
-    figure.savefig(aside, dpi=110)
+    with warnings.catch_warnings(action="ignore"):  # of characters that the font lacks
+        figure.savefig(aside, dpi=110)
     os.replace(aside, picture)

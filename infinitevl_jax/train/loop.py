@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -53,10 +54,13 @@ class Outcome(NamedTuple):
     finished: bool
 
 
-def train(preset: Preset) -> Outcome:
+def train(preset: Preset, minutes: float = math.inf) -> Outcome:
     """Train a preset to its end, or until Ctrl-C or SIGTERM, and log progress.
 
     Resumes from the last checkpoint in the output folder.
+
+    Args:
+      minutes: after these the run saves and stops, as after Ctrl-C.
 
     Raises:
       InfiniteVLError: the preset, data, mesh or output folder is invalid.
@@ -172,6 +176,8 @@ def train(preset: Preset) -> Outcome:
                         log.write(step=step, **found)
                         checkpoints.remove_old()
                     unmeasured, tokens, waited, since = False, 0, 0.0, time.monotonic()
+                if time.monotonic() - began >= 60 * minutes:
+                    stop.asked = True
                 if together.any(stop.asked) or step == steps:
                     break
                 asked = time.monotonic()

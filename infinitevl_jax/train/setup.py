@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import tokenizers
 from jax.sharding import Mesh
 
 from infinitevl_jax import checkpoints, special_tokens
@@ -14,6 +15,7 @@ from infinitevl_jax.checkpoints.destination import new_folder
 from infinitevl_jax.checkpoints.files import copy_side_files, side_files
 from infinitevl_jax.checkpoints.manifest import Manifest
 from infinitevl_jax.checkpoints.newest import checkpoint_folder
+from infinitevl_jax.checkpoints.packaged import NAMES
 from infinitevl_jax.checkpoints.save import run_manifest
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.config.presets import ModelSource
@@ -21,7 +23,7 @@ from infinitevl_jax.config.student import derive
 from infinitevl_jax.data.conversation import texts
 from infinitevl_jax.data.mixture import Mixture
 from infinitevl_jax.data.sources import Source, readable
-from infinitevl_jax.data.vocabulary import word_tokenizer, write_processor_files
+from infinitevl_jax.data.vocabulary import byte_tokenizer, word_tokenizer, write_processor_files
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.families.huggingface import read_config, to_huggingface
 from infinitevl_jax.nn.params import Params, initialize, parameters
@@ -29,6 +31,8 @@ from infinitevl_jax.nn.stack import Scanned
 from infinitevl_jax.processing import Processor
 from infinitevl_jax.processing.folder import write_pixel_limits
 from infinitevl_jax.sharding import parameter_shardings
+
+VOCABULARY_ROWS = 1000  # of each source, for a vocabulary of bytes and words
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,10 @@ def prepare_start(model: ModelSource, source: Mixture | Source, run: Path, seed:
 
 
 def source_folder(name: str, key: str) -> Path:
-    """The checkpoint folder named by the preset's `key`; of a run, its newest checkpoint."""
+    """The checkpoint folder named by the preset's `key`; of a run, its newest checkpoint; or a
+    model of the package."""
+    if name in NAMES:
+        return checkpoint_folder(Path(name))
     return checkpoint_folder(existing_folder(name, key))
 
 
@@ -119,7 +126,7 @@ def existing_folder(name: str, key: str) -> Path:
             f"{key} is {name!r}: {error.strerror}", "name a checkpoint folder"
         ) from None
     if not found:
-        words = ', or "words"' if key == "model.tokenizer" else ""
+        words = ', or "words" or "bytes"' if key == "model.tokenizer" else ""
         raise InfiniteVLError(
             f"{key} is {name!r}, which is no folder", f"name a checkpoint folder{words}"
         )
@@ -129,13 +136,13 @@ def existing_folder(name: str, key: str) -> Path:
 def _write_files(model: ModelSource, source: Mixture | Source, folder: Path) -> None:
     """Write config.json and processor files of a new model."""
     text, vision = model.text, model.vision
-    if model.tokenizer == "words":
+    if model.tokenizer in ("words", "bytes"):
         if vision is None:
             raise InfiniteVLError(
-                'model.tokenizer is "words" for a text model',
+                f'model.tokenizer is "{model.tokenizer}" for a text model',
                 "give [model.vision], or a folder in model.tokenizer",
             )
-        tokenizer = word_tokenizer(text for row in readable(source) for text in texts(row))
+        tokenizer = _own_tokenizer(model.tokenizer, source, text.vocab_size)
         write_processor_files(folder, tokenizer, vision)
         text = dataclasses.replace(text, vocab_size=tokenizer.get_vocab_size())
     else:
@@ -165,6 +172,15 @@ def _write_files(model: ModelSource, source: Mixture | Source, folder: Path) -> 
         **ids,
     )
     _write_config(config, folder)
+
+
+def _own_tokenizer(kind: str, source: Mixture | Source, size: int) -> tokenizers.Tokenizer:
+    """A tokenizer of the words in the rows; of bytes and the words that some of the rows share."""
+    if kind == "words":
+        return word_tokenizer(text for row in readable(source) for text in texts(row))
+    mixture = source if isinstance(source, Mixture) else Mixture({"": source})
+    some = mixture.sample(VOCABULARY_ROWS).readable()
+    return byte_tokenizer((text for row in some for text in texts(row)), size)
 
 
 def _write_config(config: ModelConfig, folder: Path) -> None:

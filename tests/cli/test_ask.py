@@ -9,7 +9,8 @@ import typer
 from quick import QUICK
 from typer.testing import CliRunner
 
-from infinitevl_jax import InfiniteVL, Processor
+from infinitevl_jax import InfiniteVL, InfiniteVLError, Processor
+from infinitevl_jax.checkpoints import packaged
 from infinitevl_jax.cli import app
 from infinitevl_jax.serve.conversation import end_tokens
 from infinitevl_jax.serve.generation import Defaults
@@ -36,6 +37,32 @@ def test_an_image_and_a_question(run, folder, model, picture):
     assert result.exit_code == 0 and answer and result.stdout == answer + "\n"
     for said in ("infinite_vl", "parameters", "float32", "cpu", "a second", "read ", "first after"):
         assert said in result.stderr, result.stderr
+
+
+def test_a_question_alone_goes_to_the_packaged_model(run, folder, model, picture, monkeypatch):
+    """By its name or without one, from wherever the package keeps it; a folder comes first."""
+    monkeypatch.setattr(packaged, "MODELS", folder.parent / "none")
+    result = run("ask", "What is it?", "--image", picture)
+    assert result.exit_code == 2 and "without weights of the model 'tiny'" in result.stderr
+    monkeypatch.setattr(packaged, "MODELS", folder.parent)
+    assert folder.name == packaged.TINY
+    arguments = ["What is it?", "--image", picture, "--max-new-tokens", 8]
+    answers = [run("ask", *name, *arguments).stdout for name in ([], ["tiny"], [folder])]
+    assert answers[0] == answers[1] == answers[2] != "\n"
+    assert run("info", "tiny").stdout == run("info", folder).stdout
+    for words, culprit in (([folder], "is missing"), (["What", "is", "it"], "words: is it")):
+        result = run("ask", *words)
+        assert result.exit_code == 2 and culprit in result.stderr
+    assert packaged.check_size(folder) < packaged.LARGEST
+    monkeypatch.setattr(packaged, "LARGEST", 1000)
+    with pytest.raises(InfiniteVLError, match="at most 1,000"):
+        packaged.check_size(folder)
+
+
+def test_models_of_the_package_are_small():
+    names = {path.name for path in packaged.MODELS.glob("*") if path.is_dir()}
+    assert names <= set(packaged.NAMES)
+    assert all(packaged.check_size(packaged.MODELS / name) > 0 for name in names)
 
 
 def test_two_images_and_a_video(run, folder, model, picture, film):

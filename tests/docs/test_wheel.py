@@ -29,6 +29,10 @@ def built(tmp_path_factory):
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, folder / name)
+    model = folder / "infinitevl_jax" / "models" / "example"
+    model.mkdir(parents=True)
+    for name in ("model.safetensors", "config.json", "chat_template.jinja", "log.jsonl"):
+        (model / name).touch()
     command = [
         sys.executable,
         "-m",
@@ -71,6 +75,9 @@ def test_every_file_of_the_packages_is_in_it(wheel):
         assert not missing
         assert f"{package}/py.typed" in held
     assert "infinitevl_jax/processing/qwen_vl.jinja" in held
+    assert {path.rpartition("/")[2] for path in held if "/models/example/" in path} == {
+        *("model.safetensors", "config.json", "chat_template.jinja", "log.jsonl")
+    }
 
 
 def test_presets_are_in_it(wheel):
@@ -137,7 +144,7 @@ def test_packages_are_imported_outside_the_checkout(installed, tmp_path):
     assert done.returncode == 0 and "True" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("command", ["", "ask", "chat", "info", "train", "data", "convert"])
+@pytest.mark.parametrize("command", ["", "ask", "chat", "info", "train", "data", "eval", "convert"])
 def test_commands_run_outside_the_checkout(installed, tmp_path, command):
     done = installed([installed.infinitevl, *command.split(), "--help"], tmp_path)
     assert done.returncode == 0 and f"Usage: infinitevl {command}".strip() in done.stdout
@@ -147,7 +154,8 @@ def test_presets_are_found_by_name_outside_the_checkout(installed, tmp_path):
     """`infinitevl train NAME` reads the preset: a change that does not fit it is refused."""
     done = installed([installed.infinitevl, "train"], tmp_path)
     assert done.returncode == 2
-    names = "easy_vqa, tiny_distill, tiny_layerwise, tiny_teacher, tiny_tune"
+    names = ", ".join(sorted(path.stem for path in (ROOT / "configs").glob("*.toml")))
+    assert names.startswith("easy_vqa, infinitevl_tiny_distill, ")
     assert done.stderr.endswith(f"error: name a preset. Those that come along: {names}\n")
     done = installed([installed.infinitevl, "train", "easy_vqa", "train.steps=none"], tmp_path)
     assert done.returncode == 2 and "train.steps" in done.stderr, done.stderr

@@ -43,7 +43,7 @@ ALLOWED = {
     " pallas_kernels",
     "serve": "config inputs sharding nn checkpoints processing",
     "eval": "config inputs processing data serve",
-    "cli": "config sharding nn checkpoints processing processes serve data train",
+    "cli": "config sharding nn checkpoints processing processes serve data train eval",
     "__init__": "processing serve",  # the package's public names, imported when they are asked for
 }
 ENTRY_POINT = {"__main__": "cli"}  # the command's address in the wheel, a part of `cli`

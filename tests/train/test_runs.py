@@ -40,7 +40,12 @@ def steps(folder):
 
 def test_a_run_goes_on_whatever_it_meets(folder, preset, monkeypatch, said, caplog):
     """Bad data, a held-out split that fails, a full disk, a damaged end: one run, in this order."""
-    for stage in (_bad_data, _a_held_out_split_that_fails, _a_picture_that_cannot_be_drawn):
+    for stage in (
+        _bad_data,
+        _the_time_is_over,
+        _a_held_out_split_that_fails,
+        _a_picture_that_cannot_be_drawn,
+    ):
         with monkeypatch.context() as patch:
             stage(folder, preset, patch, said)
         caplog.clear()
@@ -71,6 +76,12 @@ def _bad_data(folder, preset, monkeypatch, said):
     assert steps(folder) == ["3"] and [
         line["step"] for line in read_log(folder / "run" / "log.jsonl")
     ] == [1, 2, 3]
+
+
+def _the_time_is_over(folder, preset, monkeypatch, said):
+    outcome = loop.train(preset(), minutes=0)
+    assert (outcome.finished, outcome.step, steps(folder)) == (False, 3, ["3"])
+    assert said()[-1].startswith("stopped at step 3 of 4; saved in ")
 
 
 def _a_held_out_split_that_fails(folder, preset, monkeypatch, said):

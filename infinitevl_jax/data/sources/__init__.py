@@ -31,7 +31,7 @@ Opener = Callable[[SourceConfig, str], Source]
 
 _openers: dict[str, Opener] = {}
 # modules of this folder, imported when their kind is asked for
-_SHIPPED = ("image_folder", "llava", "openai", "questions", "sharegpt", "text", "tfds")
+_SHIPPED = ("drawn", "image_folder", "llava", "openai", "questions", "sharegpt", "text", "tfds")
 
 
 def register_source(kind: str, opener: Opener) -> None:

@@ -13,7 +13,8 @@ import tensorflow_datasets as tfds
 from infinitevl_jax.config.data import SourceConfig
 from infinitevl_jax.data.conversation import Conversation, from_questions
 from infinitevl_jax.data.curriculum import Curriculum
-from infinitevl_jax.data.sources import register_source
+from infinitevl_jax.data.sources import Source, register_source
+from infinitevl_jax.data.sources.apart import Apart
 from infinitevl_jax.data.sources.easy_vqa import EasyVqa
 from infinitevl_jax.data.sources.files import options
 from infinitevl_jax.errors import BadRow, InfiniteVLError
@@ -160,11 +161,23 @@ def _prepared(kind: type[tfds.core.DatasetBuilder], folder: Path) -> tfds.core.D
     return builder
 
 
-def open_tfds(config: SourceConfig, split: str) -> Dataset:
-    """Open a data set by its name and folder. The options are those of `Curriculum`."""
-    curriculum = options(config, Curriculum)
+class Options(Curriculum, frozen=True):
+    """Options of data sets, with those of `Curriculum`.
+
+    Attributes:
+      apart: each question is a row of its own, with its image.
+    """
+
+    apart: bool = False
+
+
+def open_tfds(config: SourceConfig, split: str) -> Source:
+    """Open a data set by its name and folder."""
+    chosen = options(config, Options)
     dataset = Dataset(config.name, config.folder, split)
-    dataset.curriculum = curriculum
+    if chosen.apart:
+        return Apart(dataset)
+    dataset.curriculum = chosen
     return dataset
 
 

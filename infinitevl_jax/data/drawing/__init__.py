@@ -1,0 +1,1 @@
+"""Pictures with questions, drawn from a seed. `tasks` lists what can be drawn."""
