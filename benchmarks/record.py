@@ -44,7 +44,7 @@ CASES = {
         ),
         *("attend", "gated_delta_rule", "peak_lr", "at_once", "seed"),
     ),
-    "pods": ("topology", "rows", "length", "patches", "tensor"),
+    "pods": ("stage", "topology", "rows", "length", "patches", "tensor"),
     "prefill": ("parameters", "allowed", "prompt"),
     "projection": ("size", "rows", "implementation"),
     "projection_sweep": ("size", "rows", "plan"),

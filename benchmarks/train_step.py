@@ -53,7 +53,6 @@ from infinitevl_jax.nn.ops import resolve_ops  # noqa: E402
 from infinitevl_jax.nn.params import Params, initialize, parameters  # noqa: E402
 from infinitevl_jax.sharding import make_mesh, parameter_shardings  # noqa: E402
 from infinitevl_jax.train.optimizer import make_optimizer, split_trainable  # noqa: E402
-from infinitevl_jax.train.pods import TRAINABLE  # noqa: E402
 from infinitevl_jax.train.step import (
     init_state,
     model_of,
@@ -63,7 +62,7 @@ from infinitevl_jax.train.step import (
     train_step,
 )  # noqa: E402
 
-TRAIN = {"mixers": [r"layers\..*self_attn\..*"], "decoder": TRAINABLE}
+TRAIN = {"mixers": [r"layers\..*self_attn\..*"], "decoder": [r"layers\..*", r"norm\.weight"]}
 LAYERS = {"scanned": True, "unrolled": False}
 PEAK = {"H100": 989e12, "H200": 989e12}  # bf16 FLOP/s without sparsity
 GRID = (1, 32, 32)  # patches of an image: 448 x 448 pixels

@@ -18,7 +18,6 @@ from infinitevl_jax.nn.mixers import register_mixer
 from infinitevl_jax.nn.mixers.gated_delta_net import GatedDeltaNet
 from infinitevl_jax.nn.params import parameters
 from infinitevl_jax.train.optimizer import split_trainable
-from infinitevl_jax.train.pods import TRAINABLE
 
 TINY = ModelConfig(
     TextConfig(
@@ -97,7 +96,7 @@ def test_flops_by_hand():
 def test_flops_of_the_published_size():
     """The usual 6 N a token where all of the decoder trains, within what the first layer and the
     tied head save."""
-    found = counted(infinitevl_4b(), TRAINABLE, 8192, 0, None)
+    found = counted(infinitevl_4b(), TRAIN["decoder"], 8192, 0, None)
     shapes = parameters(infinitevl_4b(), scanned=True)
     n = sum(np.prod(s.shape) for name, s in shapes.items() if name.startswith("layers."))
     assert 0.998 < sum(found[k] for k in ("forward", "activations", "weights")) / (6 * n * 8192) < 1
