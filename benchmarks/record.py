@@ -50,6 +50,7 @@ CASES = {
     "projection_sweep": ("size", "rows", "plan"),
     "tpu_scores": ("op", "program", "topology", "length", "heads"),
     "train_step": (
+        "stage",
         "train",
         "remat",
         "layers",

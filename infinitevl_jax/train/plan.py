@@ -47,7 +47,7 @@ class StepPlan(NamedTuple):
       step: maps (state, batch, held) to the new state and metrics.
       state, batch, held: shapes and shardings of its arguments. What the teacher shares with the
         student is not in `held`.
-      known: the student's parameters. trained: names of those that train.
+      known: the student's parameters. trained: names of those that train. optimizer: of those.
     """
 
     step: Callable
@@ -56,6 +56,7 @@ class StepPlan(NamedTuple):
     held: Held
     known: Mapping[str, Parameter]
     trained: list[str]
+    optimizer: optax.GradientTransformation
 
 
 def plan_step(preset: Preset, configs: Mapping[str, ModelConfig], mesh: Mesh, ops: Ops) -> StepPlan:
@@ -89,7 +90,7 @@ def plan_step(preset: Preset, configs: Mapping[str, ModelConfig], mesh: Mesh, op
     largest = (preset.model.max_pixels or ImageOptions.max_pixels) // size
     batch = abstract_batch(student, data.batch, data.length, patches, mesh, min(largest, patches))
     step = partial(train_step, loss, optimizer, accumulate=train.accumulate)
-    return StepPlan(step, state, batch, held, known, list(factors))
+    return StepPlan(step, state, batch, held, known, list(factors), optimizer)
 
 
 def abstract_state(
