@@ -14,19 +14,13 @@ from functools import lru_cache
 # the rest of the memory is for NCCL's buffers and the driver
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
 
-from benchmarks.train_step import (
-    GRID,
-    LAYERS,
-    TRAIN,
-    compile_step,
-    mfu,
-    random_batch,
-)  # noqa: E402  before jax, for its memory
+from benchmarks.train_step import LAYERS, TRAIN, compile_step  # noqa: E402  before jax
 
 import jax  # noqa: E402  # isort: skip
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
 
+from benchmarks.step_timing import GRID, mfu, random_batch  # noqa: E402
 from benchmarks.timing import summary  # noqa: E402
 from benchmarks.trace import collective_share, kernels, table  # noqa: E402
 from benchmarks.train_flops import step_flops  # noqa: E402
@@ -174,10 +168,12 @@ class Training:
         optimizer = optimizer or setting.optimizer()
         if parts > 1:
             optimizer = optax.MultiSteps(optimizer, parts).gradient_transformation()
-        names, _ = split_trainable(parameters(setting.config, scanned=True), TRAINED[setting.train])
+        known = parameters(setting.config, scanned=True)
+        names, _ = split_trainable(known, TRAINED[setting.train])
+        layers = [layer for name in names for layer in known[name].layers]
         first = setting.batches[0]
         self.flops = (
-            sum(step_flops(setting.config, names, joined(first)).values())
+            sum(step_flops(setting.config, layers, joined(first)).values())
             if setting.train in TRAIN
             else None
         )

@@ -61,7 +61,8 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 from benchmarks.mesh_checks import float32_agreement, restored_alone
 from benchmarks.record import RESULTS, add_commit, circumstances, record
-from benchmarks.train_step import GRID, LAYERS, starter
+from benchmarks.step_timing import GRID
+from benchmarks.train_step import LAYERS, starter
 from infinitevl_jax.config.run import AXES, REMATS
 
 PARTS = ("one_gpu", "meshes", "float32", "checkpoint")

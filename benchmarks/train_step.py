@@ -1,4 +1,4 @@
-"""A supervised training step of the published size on one GPU: time, memory and MFU.
+"""A training step of the published size on one GPU: time, memory and MFU.
 
 Examples:
 
@@ -12,16 +12,22 @@ Examples:
     # scanned and unrolled layers, with profiler traces
     python -m benchmarks.train_step --remat dots --layers scanned unrolled --profile traces
 
+    # stages with a teacher beside the student, and II
+    python -m benchmarks.train_step --stage layerwise distill supervised
+
 One row of 8,192 tokens, among them the tokens of 4,096 image patches; bf16 activations; AdamW.
 `--train mixers` trains only the token mixers (994 M parameters), `--train decoder` all but the
 vision tower and the embeddings (3.43 B). Trained parameters are f32 with two moments. On an H200
 (141 GB) `decoder` peaked at 61.5 GB with remat=full, 43.1 of them parameters, moments and frozen
 weights.
 
+`--stage` takes objective, teacher, trained parameters and optimizer from the presets paper_STAGE,
+with one row. The teacher's weights are bfloat16, and those that do not train are the student's.
+
 Each combination of the given lists is a setting. All settings start from the same random
 parameters. A setting is recorded in benchmarks/results/train_step.jsonl when it is done. If one
 fails, that is reported and the next one runs. A step is timed from its batch on the device to its
-end. MFU counts the FLOPs of the model (`step_flops`) without recomputation, over 989 TFLOP/s.
+end. MFU counts the FLOPs of the models (`stage_flops`) without recomputation, over 989 TFLOP/s.
 """
 
 import argparse
@@ -30,6 +36,7 @@ import itertools
 import os
 import re
 import time
+from collections.abc import Mapping
 from functools import partial
 
 # nearly all memory; the default is three quarters
@@ -41,19 +48,21 @@ import numpy as np  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
 from benchmarks.record import add_commit, record  # noqa: E402
-from benchmarks.timing import summary  # noqa: E402
-from benchmarks.trace import kernels, table  # noqa: E402
-from benchmarks.train_flops import step_flops  # noqa: E402
+from benchmarks.step_timing import GRID, memory_figures, random_batch, time_steps  # noqa: E402
+from benchmarks.train_flops import stage_flops, step_flops  # noqa: E402
 from infinitevl_jax.config.model import ModelConfig, infinitevl_4b  # noqa: E402
+from infinitevl_jax.config.presets import Preset, load_preset  # noqa: E402
 from infinitevl_jax.config.run import REMATS, OpsConfig, RunConfig  # noqa: E402
 from infinitevl_jax.config.train import OptimizerConfig  # noqa: E402
 from infinitevl_jax.data.batch import TrainBatch  # noqa: E402
-from infinitevl_jax.inputs.model_inputs import build_inputs  # noqa: E402
 from infinitevl_jax.nn.ops import resolve_ops  # noqa: E402
 from infinitevl_jax.nn.params import Params, initialize, parameters  # noqa: E402
 from infinitevl_jax.sharding import make_mesh, parameter_shardings  # noqa: E402
+from infinitevl_jax.train.models import common_layout  # noqa: E402
+from infinitevl_jax.train.objectives.objective import STUDENT  # noqa: E402
 from infinitevl_jax.train.optimizer import make_optimizer, split_trainable  # noqa: E402
-from infinitevl_jax.train.pods import TRAINABLE  # noqa: E402
+from infinitevl_jax.train.plan import plan_step  # noqa: E402
+from infinitevl_jax.train.pods import published_models  # noqa: E402
 from infinitevl_jax.train.step import (
     init_state,
     model_of,
@@ -63,36 +72,9 @@ from infinitevl_jax.train.step import (
     train_step,
 )  # noqa: E402
 
-TRAIN = {"mixers": [r"layers\..*self_attn\..*"], "decoder": TRAINABLE}
+TRAIN = {"mixers": [r"layers\..*self_attn\..*"], "decoder": [r"layers\..*", r"norm\.weight"]}
 LAYERS = {"scanned": True, "unrolled": False}
-PEAK = {"H100": 989e12, "H200": 989e12}  # bf16 FLOP/s without sparsity
-GRID = (1, 32, 32)  # patches of an image: 448 x 448 pixels
-# texts are drawn from so few tokens that they can be learnt, and the loss falls
-WORDS = 1000
-
-
-def random_batch(
-    config: ModelConfig, rng: np.random.Generator, length: int, images: int, grid=GRID
-) -> TrainBatch:
-    """One full row: images, then random text as the answer."""
-    pads = grid[0] * grid[1] * grid[2] // config.vision.merge_unit if images else 0
-    words = min(WORDS, config.image_token_id, config.vision_start_token_id)
-    image = [
-        config.vision_start_token_id,
-        *[config.image_token_id] * pads,
-        config.vision_end_token_id,
-    ]
-    head = np.array(image * images, np.int32)
-    row = np.concatenate([head, rng.integers(1, words, length + 1 - len(head), np.int32)])
-    vision = {}
-    if images:
-        pixels = rng.standard_normal(
-            (images * int(np.prod(grid)), config.vision.patch_features), np.float32
-        )
-        vision = {"pixel_values": pixels, "image_grid_thw": np.array([grid] * images)}
-    inputs = build_inputs(config, row[None, :-1], **vision, patches_by_row=True)
-    weights = (np.arange(1, length + 1) >= len(head)).astype(np.float32)
-    return TrainBatch(inputs.patches, None, inputs.decoder, None, row[None, 1:], weights[None])
+STAGES = ("layerwise", "distill", "supervised")
 
 
 def compile_step(
@@ -135,24 +117,7 @@ def compile_step(
         )
         step = step.lower(state, put_batch(batch, mesh)).compile()
     line["compile_s"] = round(time.perf_counter() - started, 1)
-    memory = step.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return (
-        step,
-        state,
-        line
-        | {
-            "state_GB": round(held / 1e9, 2),
-            "temporaries_GB": round(memory.temp_size_in_bytes / 1e9, 2),
-        },
-    )
-
-
-def mfu(flops: float, milliseconds: float, devices: int) -> float | None:
-    """Model FLOPs utilisation of a step; None if `PEAK` lacks this kind of device."""
-    kind = jax.devices()[0].device_kind
-    peak = next((rate for name, rate in PEAK.items() if name in kind), None)
-    return peak and round(flops / (milliseconds * 1e-3) / peak / devices, 4)
+    return step, state, line | memory_figures(step)
 
 
 def measure(
@@ -172,7 +137,7 @@ def measure(
     dtype: str = "bfloat16",
     profile: str | None = None,
 ) -> dict:
-    """Figures of one setting: compile time, step time, memory, losses, FLOPs and MFU.
+    """Figures of one supervised setting: compile time, and those of `time_steps`.
 
     Args:
       begin: returns fresh parameters on the device, the same ones at each call.
@@ -183,54 +148,66 @@ def measure(
     mesh = make_mesh(run, jax.devices()[:1])
     known = parameters(config, scanned=True)
     optimizer = make_optimizer(OptimizerConfig(peak_lr=1e-4, warmup=0.0), 1000, known)
-    rng = np.random.default_rng(0)
+    draw = partial(random_batch, config, np.random.default_rng(0), length, images, grid)
     names, _ = split_trainable(known, train)
-    first = random_batch(config, rng, length, images, grid)
-    flops = step_flops(config, names, first)
+    first = draw()
+    flops = step_flops(config, [layer for name in names for layer in known[name].layers], first)
     step, state, line = compile_step(config, run, mesh, optimizer, names, begin, first)
+    print(f"  compiled: {line}", flush=True)
+    timed = time_steps(step, state, mesh, draw, flops, steps=steps, warmup=warmup, profile=profile)
+    return line | timed | {"ran": resolve_ops(mesh, ops).report()}
+
+
+def measure_stage(
+    preset: Preset,
+    configs: Mapping[str, ModelConfig],
+    *,
+    steps: int = 20,
+    warmup: int = 3,
+    images: int = 4,
+    grid=GRID,
+    profile: str | None = None,
+) -> dict:
+    """Figures of a step of a preset, with random parameters in bfloat16.
+
+    Args:
+      configs: its models by name.
+    """
+    mesh = make_mesh(preset.run, jax.devices()[:1])
+    ops, length = resolve_ops(mesh, preset.run.ops), preset.train.data.length
+    plan = plan_step(preset, configs, mesh, ops)
+    student, rng = configs[STUDENT], np.random.default_rng(0)
+    draw = partial(random_batch, student, rng, length, images, grid)
+    first, layers = draw(), [layer for name in plan.trained for layer in plan.known[name].layers]
+    flops = stage_flops(preset.train.objective, configs, layers, first)
+    values = {"scanned": common_layout(*configs.values()), "dtype": jnp.bfloat16}
     with jax.set_mesh(mesh):
-        print(f"  compiled: {line}", flush=True)
-
-        times, losses = [], []
-
-        def one(state):
-            batch = jax.block_until_ready(
-                put_batch(random_batch(config, rng, length, images, grid), mesh)
-            )
-            started = time.perf_counter()
-            state, metrics = jax.block_until_ready(step(state, batch))
-            times.append((time.perf_counter() - started) * 1e3)
-            losses.append(float(metrics.loss))
-            return state
-
-        for _ in range(warmup + steps):
-            state = one(state)
-        timed = times[warmup:]
-        line["step_ms"] = summary(timed, 2) | {"steps": steps}
-        median = line["step_ms"]["median"]
-        line["tokens_per_s"] = round(length / median * 1e3, 1)
-        line["TFLOP"] = {term: round(count / 1e12, 3) for term, count in flops.items()} | {
-            "all": round(sum(flops.values()) / 1e12, 2)
+        # the device's random generator compiles faster than jax's default one
+        params = initialize(student, jax.random.key(0, impl="rbg"), **values)
+        begin = partial(init_state, trainable=plan.trained, optimizer=plan.optimizer)
+        state = jax.jit(begin, donate_argnums=0)(params)
+        del params
+        held = {
+            name: initialize(configs[name], jax.random.key(1, impl="rbg"), only=set(own), **values)
+            for name, own in plan.held.items()
         }
-        line["mfu"] = mfu(sum(flops.values()), median, 1)
-        stats = jax.devices()[0].memory_stats() or {}
-        line["peak_GB_so_far"] = round(
-            stats.get("peak_bytes_in_use", 0) / 1e9, 2
-        )  # of the process: it cannot be reset
-        line["loss"] = [
-            round(loss, 4) for loss in (losses[0], losses[len(losses) // 2], losses[-1])
-        ]
-        line["loss_finite"], line["loss_fell"] = (
-            bool(np.isfinite(losses).all()),
-            losses[-1] < losses[0],
-        )
-        line["ran"] = resolve_ops(mesh, ops).report()
-        if profile:
-            with jax.profiler.trace(profile):
-                for _ in range(2):
-                    state = one(state)
-            print(table(kernels(profile)), flush=True)
-    return line
+        line = {
+            "parameters": sum(p.size for p in plan.known.values()),
+            "of_teacher": sum(p.size for own in held.values() for p in own.values()),
+            "trained": sum(plan.known[name].size for name in plan.trained),
+        }
+        started = time.perf_counter()
+        step = jax.jit(plan.step, donate_argnums=0)
+        compiled = step.lower(state, put_batch(first, mesh), held).compile()
+        line["compile_s"] = round(time.perf_counter() - started, 1)
+    line |= memory_figures(compiled)
+    print(f"  compiled: {line}", flush=True)
+
+    def run(state, batch):
+        return compiled(state, batch, held)
+
+    timed = time_steps(run, state, mesh, draw, flops, steps=steps, warmup=warmup, profile=profile)
+    return line | timed | {"ran": ops.report()}
 
 
 def starter(config: ModelConfig, dtype=jnp.bfloat16):
@@ -247,12 +224,27 @@ def starter(config: ModelConfig, dtype=jnp.bfloat16):
     return begin
 
 
+def of_stage(
+    stage: str, remat: str, scan: bool, attend, gated_delta_rule, length: int, patches: int
+) -> Preset:
+    """The preset of a stage with one row on one device."""
+    changes = ["train.data.batch=1", "train.steps=1000", f"run.remat={remat}"]
+    changes += [f"run.scan={str(scan).lower()}", f"train.data.length={length}"]
+    changes += [f"train.data.patches={patches}"]
+    ops = {"attention": attend, "gated_delta_rule": gated_delta_rule}
+    changes += [f"run.ops.{name}={value}" for name, value in ops.items() if value]
+    return load_preset(f"paper_{stage}", changes)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--train", nargs="+", choices=TRAIN, default=list(TRAIN), help="default: both"
+        "--train", nargs="+", choices=TRAIN, help="supervised, by what trains (default: both)"
+    )
+    parser.add_argument(
+        "--stage", nargs="+", choices=STAGES, default=[], help="stages of training instead"
     )
     parser.add_argument(
         "--attend",
@@ -299,41 +291,31 @@ def main():
     if over:
         parser.error(f"--patches {args.patches}: give a multiple of {np.prod(GRID)}, an image")
 
+    trains = args.train or ([] if args.stage else list(TRAIN))
     config = infinitevl_4b()
     begin = starter(config)
-    started = time.perf_counter()
-    begin()
-    print(f"random parameters: {time.perf_counter() - started:.1f} s", flush=True)
     implementations = list(zip(args.attend, args.gated_delta_rule, strict=True))
-    for train, remat, layers, (attend, gated_delta_rule) in itertools.product(
-        args.train, args.remat, args.layers, implementations
+    work = [("stage", stage) for stage in args.stage] + [("train", train) for train in trains]
+    for (key, name), remat, layers, (attend, gated_delta_rule) in itertools.product(
+        work, args.remat, args.layers, implementations
     ):
-        setting = {
-            "train": train,
+        how = {
             "remat": remat,
             "layers": layers,
             "attend": attend,
             "gated_delta_rule": gated_delta_rule,
         }
-        setting |= {"length": args.length, "patches": args.patches, "dtype": "bfloat16"}
+        size = {"length": args.length, "patches": args.patches}
+        setting = {key: name, **how, **size, "dtype": "bfloat16"}
         print(f"\n{setting}", flush=True)
-        how = {
-            "attend": attend,
-            "gated_delta_rule": gated_delta_rule,
-            "remat": remat,
-            "scan": LAYERS[layers],
-            "profile": args.profile,
-        }
+        how["scan"] = LAYERS[how.pop("layers")]
+        timing = {"steps": args.steps, "images": images, "profile": args.profile}
         try:
-            figures = measure(
-                config,
-                begin,
-                TRAIN[train],
-                steps=args.steps,
-                length=args.length,
-                images=images,
-                **how,
-            )
+            if key == "stage":
+                preset = of_stage(name, **how, **size)
+                figures = measure_stage(preset, published_models(preset), **timing)
+            else:
+                figures = measure(config, begin, TRAIN[name], length=args.length, **how, **timing)
         except Exception as error:  # report it and measure the other settings
             figures = {"failed": re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:400]}
         record("train_step", args.commit, setting | figures)

@@ -8,8 +8,9 @@ from msgspec import Meta
 from infinitevl_jax.config.ranges import Folder, Name, Share, check_ranges
 from infinitevl_jax.errors import InfiniteVLError
 
-TOKENS = 2**26  # per batch: 1 GB of arrays
-PATCHES = 2**21  # per batch: 10 GB with 1,176 values per patch
+# of a global batch, whose parts the processes hold
+TOKENS = 2**26  # 1 GB of arrays
+PATCHES = 2**23  # 39 GB with 1,176 values per patch: 256 rows of 8,192 image tokens
 
 Option = bool | int | float | str | list[str]
 

@@ -216,3 +216,8 @@ def hybrid_pattern(num_layers: int, period: int = 4) -> tuple[str, ...]:
 def infinitevl_4b() -> ModelConfig:
     """The released InfiniteVL: 36 layers, 4,408,381,536 parameters."""
     return ModelConfig(text=TextConfig(layer_types=hybrid_pattern(36)))
+
+
+def qwen2_5_vl_3b() -> ModelConfig:
+    """Qwen2.5-VL-3B, of which InfiniteVL was made: full attention in 36 layers of its sizes."""
+    return ModelConfig(text=TextConfig(layer_types=(FULL,) * 36), family="qwen2_5_vl")

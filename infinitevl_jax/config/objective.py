@@ -40,12 +40,14 @@ class LayerwiseConfig(ObjectiveConfig):
       distance: of two outputs of width d at a token: "norm" is |a - b| / sqrt(d), "mse" its square.
       layers: numbers of the layers to compare; empty is all.
       layer_types: types of the student's layers to compare; empty is all.
+      factor: of the loss. AdamW ignores it but for the clipping of gradients.
     """
 
     name: Name = "layerwise"
     distance: Literal["norm", "mse"] = "norm"
     layers: tuple[Count, ...] = ()
     layer_types: tuple[Name, ...] = ()
+    factor: Annotated[float, Meta(gt=0, le=1e9)] = 1.0
 
 
 @dataclass(frozen=True)

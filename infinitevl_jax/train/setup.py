@@ -31,6 +31,7 @@ from infinitevl_jax.nn.stack import Scanned
 from infinitevl_jax.processing import Processor
 from infinitevl_jax.processing.folder import write_pixel_limits
 from infinitevl_jax.sharding import parameter_shardings
+from infinitevl_jax.train.folder import PRESET
 
 VOCABULARY_ROWS = 1000  # of each source, for a vocabulary of bytes and words
 
@@ -110,10 +111,20 @@ def prepare_start(model: ModelSource, source: Mixture | Source, run: Path, seed:
 
 def source_folder(name: str, key: str) -> Path:
     """The checkpoint folder named by the preset's `key`; of a run, its newest checkpoint; or a
-    model of the package."""
+    model of the package.
+
+    Raises InfiniteVLError if there is none.
+    """
     if name in NAMES:
         return checkpoint_folder(Path(name))
-    return checkpoint_folder(existing_folder(name, key))
+    folder = existing_folder(name, key)
+    found = checkpoint_folder(folder)
+    if found == folder and (folder / PRESET).exists():
+        raise InfiniteVLError(
+            f"{key} is {name!r}, a run that has no checkpoint yet",
+            "train it first: the same command goes on with a run",
+        )
+    return found
 
 
 def existing_folder(name: str, key: str) -> Path:

@@ -27,6 +27,11 @@ class PodReport(NamedTuple):
         return self.arguments + self.outputs + self.temporaries
 
 
+def pod_devices(topology: str) -> int:
+    """Number of JAX devices of a topology."""
+    return len(topologies.get_topology_desc(topology, platform="tpu").devices)
+
+
 def pod_mesh(topology: str, sizes: dict[str, int]) -> Mesh:
     """A mesh over the abstract devices of a topology such as "v5p:4x4x4" or "v6e:8x8"; `sizes`
     by axis name, -1 for the rest."""

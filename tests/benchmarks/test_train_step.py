@@ -5,20 +5,25 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.train_flops import causal_pairs, step_flops
-from benchmarks.train_step import TRAIN, measure, random_batch, starter
+from benchmarks.step_timing import random_batch
+from benchmarks.train_flops import causal_pairs, stage_flops, step_flops
+from benchmarks.train_step import TRAIN, measure, measure_stage, of_stage, starter
 from infinitevl_jax.config.model import (
+    FULL,
+    LINEAR,
+    SLIDING,
     ModelConfig,
     TextConfig,
     VisionConfig,
     hybrid_pattern,
     infinitevl_4b,
 )
+from infinitevl_jax.config.objective import DistillConfig, LayerwiseConfig
 from infinitevl_jax.nn.mixers import register_mixer
 from infinitevl_jax.nn.mixers.gated_delta_net import GatedDeltaNet
 from infinitevl_jax.nn.params import parameters
+from infinitevl_jax.train.objectives.objective import STUDENT, TEACHER
 from infinitevl_jax.train.optimizer import split_trainable
-from infinitevl_jax.train.pods import TRAINABLE
 
 TINY = ModelConfig(
     TextConfig(
@@ -55,7 +60,7 @@ GRID = (1, 4, 8)
 
 
 def counted(config, patterns, length, images, grid):
-    names, _ = split_trainable(parameters(config, scanned=True), patterns)
+    names, _ = split_trainable(parameters(config, scanned=False), patterns)
     return step_flops(
         config, names, random_batch(config, np.random.default_rng(0), length, images, grid)
     )
@@ -94,10 +99,42 @@ def test_flops_by_hand():
     )  # two windows of 16 patches, one slice of 32
 
 
+def test_flops_of_stages_by_hand():
+    """The teacher's forward pass, and in I-1 the compared mixers, whose gradients end there."""
+    models = {
+        STUDENT: TINY,
+        TEACHER: replace(TINY, text=replace(TINY.text, layer_types=(FULL,) * 4)),
+    }
+    batch = random_batch(TINY, np.random.default_rng(0), 40, 1, GRID)
+    known = parameters(TINY, scanned=False)
+    names, _ = split_trainable(known, [r"layers\.[13]\.self_attn\..*"])
+    student = step_flops(TINY, names, batch)
+    softmax, mlp = 32 * (64 + 32 + 32) + 64 * 32, 3 * 32 * 48
+    delta = 32 * (32 + 32 + 64 + 64 + 2 + 2) + 64 * 32
+    teacher = {
+        "forward": 2 * 40 * 4 * (softmax + mlp),
+        "attention": 4 * 4 * 64 * 40 * 41 / 2,
+        "head": 2 * 40 * 100 * 32,
+        "vision": student["vision"],
+    }
+    found = stage_flops(DistillConfig(), models, names, batch)
+    assert found == {term: count + teacher.get(term, 0) for term, count in student.items()}
+    found = stage_flops(LayerwiseConfig(layer_types=(LINEAR,)), models, names, batch)
+    assert found == {
+        "forward": teacher["forward"] + 2 * 40 * 2 * delta,
+        "activations": 2 * 40 * 2 * 64 * 32,
+        "weights": 2 * 40 * 2 * delta,
+        "attention": teacher["attention"],
+        "delta_rule": 2 * 3 * 6 * 2 * 16 * 32 * 40,
+        "head": 0,
+        "vision": teacher["vision"],
+    }
+
+
 def test_flops_of_the_published_size():
     """The usual 6 N a token where all of the decoder trains, within what the first layer and the
     tied head save."""
-    found = counted(infinitevl_4b(), TRAINABLE, 8192, 0, None)
+    found = counted(infinitevl_4b(), TRAIN["decoder"], 8192, 0, None)
     shapes = parameters(infinitevl_4b(), scanned=True)
     n = sum(np.prod(s.shape) for name, s in shapes.items() if name.startswith("layers."))
     assert 0.998 < sum(found[k] for k in ("forward", "activations", "weights")) / (6 * n * 8192) < 1
@@ -108,7 +145,7 @@ def test_flops_of_the_published_size():
 
 def test_a_setting_is_measured():
     """Text and softmax layers only, for the sake of the time it takes to compile."""
-    config = replace(TINY, text=replace(TINY.text, layer_types=("sliding_attention",) * 2))
+    config = replace(TINY, vision=None, text=replace(TINY.text, layer_types=(SLIDING,) * 2))
     line = measure(
         config,
         starter(config),
@@ -122,3 +159,16 @@ def test_a_setting_is_measured():
     assert line["loss_finite"] and line["loss"][0] != line["loss"][-1] and line["mfu"] is None
     assert 0 < line["trained"] < line["parameters"] and line["step_ms"]["steps"] == 2
     assert all(": xla" in ran for ran in line["ran"])
+
+
+def test_a_stage_is_measured():
+    """Stage I-2 of two layers, of which the preset trains the second."""
+    text = replace(TINY.text, layer_types=(FULL, SLIDING))
+    student = replace(TINY, vision=None, text=text)
+    teacher = replace(student, text=replace(text, layer_types=(FULL,) * 2))
+    models = {STUDENT: student, TEACHER: teacher}
+    preset = of_stage("distill", "none", True, "xla", None, 24, 0)
+    line = measure_stage(preset, models, steps=2, warmup=1, images=0)
+    assert line["loss_finite"] and line["loss"][0] > 0 and line["step_ms"]["steps"] == 2
+    mixer = 32 * (64 + 32 + 32) + 64 * 32 + 64 + 32 + 32
+    assert line["trained"] == line["of_teacher"] == mixer  # it shares all else

@@ -37,8 +37,8 @@ def test_train_alone_prints_help_and_presets():
         and "--no-compilation-cache" in done.stderr
         and "required" not in done.stderr
     )
-    names = ", ".join(sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.toml")))
-    assert done.stderr.splitlines()[-1] == f"error: name a preset. Those that come along: {names}"
+    known = ", ".join(f"configs/{path.name}" for path in sorted((ROOT / "configs").glob("*.toml")))
+    assert done.stderr.splitlines()[-1] == f"error: name a preset. Those that come along: {known}"
 
 
 def test_mistakes_of_train_and_convert_are_one_message():

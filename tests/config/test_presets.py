@@ -1,22 +1,31 @@
 """Presets: accepted and refused values."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from infinitevl_jax import InfiniteVLError
+from infinitevl_jax.cli import app
+from infinitevl_jax.config.model import infinitevl_4b
 from infinitevl_jax.config.presets import RENAMED, Preset, differences, load_preset, to_tree
 from infinitevl_jax.config.shipped import known_presets
+from infinitevl_jax.nn.params import parameters
+from infinitevl_jax.train.loop import train
+from infinitevl_jax.train.models import common_layout
+from infinitevl_jax.train.objectives import objective
+from infinitevl_jax.train.objectives.objective import STUDENT, TEACHER
+from infinitevl_jax.train.optimizer import learning_rate_factors
+from infinitevl_jax.train.pods import published_models
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = [
-    "easy_vqa",
-    *(
-        f"infinitevl_tiny_{stage}"
-        for stage in ("distill", "layerwise", "long", "supervised", "teacher")
-    ),
-    *("tiny_distill", "tiny_layerwise", "tiny_teacher", "tiny_tune"),
-]
+STAGES = ("distill", "layerwise", "long", "supervised")
+FULL_SIZE = [f"{way}_{stage}" for way in ("lean", "paper", "released") for stage in STAGES]
+SMALL = [f"infinitevl_tiny_{stage}" for stage in sorted((*STAGES, "teacher"))]
+TINY = ["tiny_distill", "tiny_layerwise", "tiny_teacher", "tiny_tune"]
+SHIPPED = ["easy_vqa", *SMALL, *FULL_SIZE, *TINY]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)
@@ -24,11 +33,67 @@ def test_shipped_presets_load_and_say_what_they_are(path):
     preset = load_preset(path)
     assert preset.train.output.startswith("runs/")
     header = path.read_text().split("[")[0]
-    assert (
-        f"python train.py configs/{path.name}" in header
-        and "expect" in header
-        and "minutes" in header
+    assert f"python train.py configs/{path.name}" in header and "expect" in header
+    assert ("not run at this size" if path.stem in FULL_SIZE else "minutes") in header
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_presets_of_the_4b_model_suit_its_stages(name):
+    """The models that they name, without weights: sizes, objective, and what trains."""
+    preset = load_preset(name)
+    way, stage = name.split("_")
+    models = published_models(preset)
+    assert models[STUDENT] == infinitevl_4b()
+    chosen, options = objective(preset.train.objective.name), preset.train.objective
+    assert (preset.teacher is not None) == (TEACHER in models)
+    chosen.check(models, options)
+    known = parameters(
+        models[STUDENT], scanned=common_layout(*models.values()), lora=preset.train.lora
     )
+    trained = [
+        x for n in learning_rate_factors(known, preset.train.trainable) for x in known[n].layers
+    ]
+    assert all(chosen.reached(x, models[STUDENT], options) for x in trained)
+    parts = {re.sub(r"layers\.\d+\.(\w+)\..*", r"\1", x) for x in trained}
+    layers = {int(x.split(".")[1]) for x in trained if x.startswith("layers.")}
+    windows = {i for i in range(36) if i % 4 == 0}
+    if stage == "layerwise" or (stage == "distill" and way != "lean"):
+        assert parts == {"self_attn"} and layers == set(range(36)) - windows
+    elif way == "lean" and stage != "long":
+        assert parts == {
+            "self_attn",
+            "mlp",
+            "input_layernorm",
+            "post_attention_layernorm",
+            "norm.weight",
+        }
+    else:
+        assert (
+            parts == {"self_attn"}
+            if (way, stage) == ("released", "supervised")
+            else {"self_attn", "mlp"}
+        )
+    if stage != "long":
+        assert layers >= set(range(36)) - windows
+    before = {"distill": "layerwise", "supervised": "distill", "long": "supervised"}.get(stage)
+    if before:  # the chain of stages
+        assert preset.model.from_ == load_preset(f"{way}_{before}").train.output
+
+
+def test_a_preset_without_its_folders_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["train", "lean_long"])
+    assert done.exit_code == 2 and "data/instructions.json does not exist" in done.output
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    row = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
+    (tmp_path / "data" / "captions.json").write_text(json.dumps([row] * 200))
+    for stage, culprit in (
+        ("distill", "'runs/lean/layerwise', which is no folder"),
+        ("layerwise", "'Qwen2.5-VL-3B-Instruct', which is no folder"),
+        ("distill", "'runs/lean/layerwise', a run that has no checkpoint yet"),
+    ):
+        with pytest.raises(InfiniteVLError, match=f"model.from is {culprit}"):
+            train(load_preset(f"lean_{stage}"))
 
 
 def test_shipped_presets_are_found_by_name(tmp_path, monkeypatch):

@@ -159,7 +159,7 @@ def test_changes_that_cannot_be_read(tmp_path, value):
 LARGE = [
     {"batch": 1024, "length": 2**17},
     {"batch": 2**20, "questions": 64},
-    {"batch": 2**10, "patches": 2**12},
+    {"batch": 2**10, "patches": 2**14},
 ]
 
 

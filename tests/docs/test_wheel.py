@@ -155,7 +155,6 @@ def test_presets_are_found_by_name_outside_the_checkout(installed, tmp_path):
     done = installed([installed.infinitevl, "train"], tmp_path)
     assert done.returncode == 2
     names = ", ".join(sorted(path.stem for path in (ROOT / "configs").glob("*.toml")))
-    assert names.startswith("easy_vqa, infinitevl_tiny_distill, ")
     assert done.stderr.endswith(f"error: name a preset. Those that come along: {names}\n")
     done = installed([installed.infinitevl, "train", "easy_vqa", "train.steps=none"], tmp_path)
     assert done.returncode == 2 and "train.steps" in done.stderr, done.stderr

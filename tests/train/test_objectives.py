@@ -166,7 +166,7 @@ def test_distill(made, form):
     [
         ("packed", LayerwiseConfig(), "full", True),
         ("branches", LayerwiseConfig(layer_types=(LINEAR,)), "none", True),
-        ("packed", LayerwiseConfig(distance="mse", layers=(0, 3)), "dots", False),
+        ("packed", LayerwiseConfig(distance="mse", layers=(0, 3), factor=1e3), "dots", False),
     ],
 )
 def test_layerwise(made, form, options, remat, scan):
@@ -189,7 +189,7 @@ def test_layerwise(made, form, options, remat, scan):
             mean = ((got - wanted) ** 2).mean(-1)
             distance = mean if options.distance == "mse" else jnp.sqrt(mean + (counted == 0))
             total += (distance * counted).sum() / counted.sum() / len(layers)
-        return total
+        return options.factor * total
 
     made_vlms = [
         functional(c, scanned=False)(unstack(c, dict(made.params[n]), made.layout))

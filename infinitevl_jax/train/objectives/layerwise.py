@@ -21,7 +21,7 @@ from infinitevl_jax.train.objectives.objective import (
 
 
 def layerwise(models: Models, batch: TrainBatch, options: LayerwiseConfig) -> Measured:
-    """Mean distance over real tokens and compared layers.
+    """Mean distance over real tokens and compared layers, times a factor.
 
     The teacher runs once. Each student layer gets the teacher's input of that layer, through its
     own norm. Logs the squared error as a share of the teacher's squared outputs (`relative_error`).
@@ -46,7 +46,7 @@ def layerwise(models: Models, batch: TrainBatch, options: LayerwiseConfig) -> Me
     chosen = [found[layer] for layer in compared(types, options)]
     distance, error, size, tokens = map(sum, zip(*chosen, strict=True))
     return Measured(
-        (Mean(distance, tokens),),
+        (Mean(options.factor * distance, tokens),),
         {"relative_error": Mean(error, size)},
     )
 
