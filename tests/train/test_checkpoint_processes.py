@@ -10,6 +10,7 @@ import numpy as np
 
 from infinitevl_jax.checkpoints.array_reader import ArrayReader
 from infinitevl_jax.checkpoints.checksums import read_checksums
+from infinitevl_jax.checkpoints.stored import open_arrays
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,7 +39,7 @@ def state(step):
     stack = np.arange(3 * 8 * 4, dtype=np.float32).reshape(3, 8, 4) + step
     return TrainState(
         {"layers.blocks.0.w": array(stack, None, "fsdp"), "norm": array(stack[0, 0])},
-        {"embedding": array(stack[1], "fsdp")},
+        {"embedding": array(np.arange(32, dtype=np.float32).reshape(8, 4), "fsdp")},
         {"mu": {"layers.blocks.0.w": array(stack / 2, None, None, "fsdp")}},
         array(np.int32(step)),
     )
@@ -87,7 +88,9 @@ def test_two_processes(tmp_path):
     folder = tmp_path / "run" / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["2", "3"]
     value = np.arange(3 * 8 * 4, dtype=np.float32).reshape(3, 8, 4) + 3
-    reader = ArrayReader(folder / "3", "params")
+    inodes = [(folder / s / "checksums" / "frozen.1.json").stat().st_ino for s in ("2", "3")]
+    assert inodes[0] == inodes[1]
+    reader = open_arrays(folder / "3")
     assert sorted(reader.shapes) == ["embedding", "layers.0.w", "layers.1.w", "layers.2.w", "norm"]
     for layer in range(3):
         np.testing.assert_array_equal(reader.read(f"layers.{layer}.w"), value[layer])
