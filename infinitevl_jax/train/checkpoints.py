@@ -5,12 +5,14 @@ the data. Beside them lie config.json, the processor's files and the manifest, s
 exported, or opened with `InfiniteVL.from_pretrained`.
 """
 
+import contextlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,11 @@ import jax
 from jax.sharding import NamedSharding
 
 from infinitevl_jax.checkpoints.array_reader import is_format_2
-from infinitevl_jax.checkpoints.array_writer import layers_of, write_arrays
+from infinitevl_jax.checkpoints.array_writer import LazyArray, layers_of, on_host, write_arrays
 from infinitevl_jax.checkpoints.files import FROZEN, MANIFEST, PARAMS, copy_side_files, side_files
 from infinitevl_jax.checkpoints.manifest import FORMAT, Manifest
 from infinitevl_jax.errors import InfiniteVLError
-from infinitevl_jax.processes.group import group
+from infinitevl_jax.processes.group import Group, group
 from infinitevl_jax.train.shared_files import check_arrays, share_arrays
 from infinitevl_jax.train.step import TrainState
 from infinitevl_jax.train.step_files import PLACE, StepFiles, Unusable
@@ -38,6 +40,8 @@ from infinitevl_jax.writing import (
 
 _log = logging.getLogger(__name__)
 _STEP = re.compile(r"0|[1-9][0-9]*")
+_PATIENCE = 1.0  # seconds of waiting before that is logged
+_Parts = Mapping[str, Iterable[LazyArray]]
 
 
 class Checkpoints:
@@ -67,6 +71,9 @@ class Checkpoints:
         self.keep, self._step_files = keep, StepFiles(files, layers or {})
         self._frozen: int | None = None  # a step that has this run's frozen parameters
         self._together = group()
+        self._beside = self._together.beside("checkpoint")
+        self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: futures.Future[bool] | None = None
         self.best: Callable[[Sequence[int]], int | None] = lambda steps: None
         with storage(self.folder):
             self._together.by_first(self._prepare)
@@ -97,34 +104,107 @@ class Checkpoints:
 
         Raises StorageError, which names the step to go back to, if it cannot be written.
         """
-        step = int(state.step)
-        if step != self._together.told([self.last])[0]:
-            try:
-                with storage(f"checkpoint {self.path(step)}"):
-                    kept = state if self._frozen is None else state._replace(frozen={})
-                    self._together.by_first(lambda: self._check_room(kept))
-                    self._write(step, state, place)
-            except InfiniteVLError as error:  # here, or in another process
-                if self._together.first:
-                    self._remove_unfinished()  # the room is needed
-                if not isinstance(error, StorageError):
-                    raise
-                back = "begins anew" if self.last is None else f"goes on from step {self.last}"
-                raise StorageError(
-                    error.culprit, f"{error.cure}; then the same command {back}"
-                ) from error
-            self._together.by_first(self.remove_old)
-        return self.path(step)
+        self.wait()
+        if (step := self._new_step(state)) is not None:
+            with self._explained(step, self._together):
+                self._check_room(state)
+                self._write(step, self._parts(state), place, self._together)
+        return self.path(int(state.step))
 
-    def _write(self, step: int, state: TrainState, place: Mapping[str, Any]) -> None:
-        """Write a step aside, and give it its name when it is whole."""
-        work, stored = self._aside(step), self._step_files.stored(state)
+    def begin(self, state: TrainState, place: Mapping[str, Any]) -> None:
+        """`save` in a thread of its own, from a copy in the host's memory: `state` may be donated
+        when this returns. `wait` tells how it ended.
+
+        Frozen parameters are never copied: where there is no step whose files can be shared, this
+        is `save`.
+
+        Raises StorageError: of the save before; or there is no room for this one.
+        """
+        self.wait()
+        if state.frozen and self._frozen is None:
+            self.save(state, place)
+        elif (step := self._new_step(state)) is not None:
+            with self._explained(step, self._together):
+                self._check_room(state)
+                state = state._replace(frozen={})
+                parts = {item: [*map(on_host, found)] for item, found in self._parts(state).items()}
+            place = dict(place)
+            self._writing = self._thread.submit(self._write_beside, step, parts, place)
+
+    def _write_beside(self, step: int, parts: _Parts, place: Mapping[str, Any]) -> bool:
+        with self._explained(step, self._beside):
+            return self._write(step, parts, place, self._beside, beside=True)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save that was begun has ended without a checkpoint."""
+        writing = self._writing
+        return writing is not None and writing.done() and not _succeeded(writing)
+
+    def wait(self) -> None:
+        """Wait for the save that was begun, if there is one.
+
+        Raises StorageError, as `save` does.
+        """
+        if (writing := self._writing) is not None:
+            if not futures.wait([writing], _PATIENCE).done:
+                _log.info("waiting for the checkpoint that is being written")
+                futures.wait([writing])
+            self._writing = None
+            writing.result()
+
+    def _new_step(self, state: TrainState) -> int | None:
+        """The state's step, None if it is saved already."""
+        step = int(state.step)
+        return None if step == self._together.told([self.last])[0] else step
+
+    @contextlib.contextmanager
+    def _explained(self, step: int, together: Group) -> Iterator[None]:
+        """Around the writing of a step: an error says which step is there."""
+        try:
+            with storage(f"checkpoint {self.path(step)}"):
+                yield
+        except InfiniteVLError as error:  # here, or in another process
+            if together.first:
+                self._remove_unfinished()  # the room is needed
+            if not isinstance(error, StorageError):
+                raise
+            back = "begins anew" if self.last is None else f"goes on from step {self.last}"
+            raise StorageError(
+                error.culprit, f"{error.cure}; then the same command {back}"
+            ) from error
+
+    def _parts(self, state: TrainState) -> _Parts:
+        """Folder in a step -> its arrays, layer by layer; without folders that would be empty."""
+        return {
+            item: (part for x, names in arrays for part in layers_of(x, names))
+            for item, arrays in self._step_files.stored(state).items()
+            if arrays
+        }
+
+    def _write(
+        self,
+        step: int,
+        parts: _Parts,
+        place: Mapping[str, Any],
+        together: Group,
+        *,
+        beside: bool = False,
+    ) -> bool:
+        """Write a step aside, and give it its name when it is whole.
+
+        Args:
+          parts: without frozen parameters, if those of a step before have to be shared.
+
+        Returns whether it was written: not if frozen parameters are missing, which are damaged in
+        the step before.
+        """
+        work = self._aside(step)
 
         def write() -> None:
-            for item, arrays in stored.items():
-                if arrays and not (item == FROZEN and shared):
-                    parts = (part for x, names in arrays for part in layers_of(x, names))
-                    write_arrays(work, item, parts)
+            for item, arrays in parts.items():
+                if not (item == FROZEN and shared):
+                    write_arrays(work, item, arrays, beside=beside)
 
         def finish() -> None:
             (work / PLACE).parent.mkdir()
@@ -133,17 +213,24 @@ class Checkpoints:
             sync_tree(work)
             os.rename(work, self.path(step))
             sync(self.folder)
+            self.remove_old()
 
-        self._together.by_first(work.mkdir)
-        shared = self._together.by_first_for_all(partial(self._share_frozen, work))
-        self._together.gather(write)
-        self._together.by_first(finish)
-        if stored[FROZEN]:
+        together.by_first(work.mkdir)
+        shared = together.by_first_for_all(partial(self._share_frozen, work))
+        if self._frozen is not None and not shared:
+            self._frozen = None
+            if FROZEN not in parts:
+                together.by_first(self._remove_unfinished)
+                return False
+        together.gather(write)
+        together.by_first(finish)
+        if shared or FROZEN in parts:
             self._frozen = step
+        return True
 
     def _share_frozen(self, work: Path) -> bool:
-        """Whether the new step has the frozen parameters of one before. They are written again
-        where that one is damaged or gone."""
+        """Whether the new step has the frozen parameters of one before: not where that one is
+        damaged or gone."""
         if self._frozen is None:
             return False
         before = self.path(self._frozen)
@@ -257,16 +344,26 @@ class Checkpoints:
                 )
 
     def _check_room(self, state: TrainState) -> None:
-        needed, free = (
-            sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
-            shutil.disk_usage(self.folder).free,
-        )
-        if free < needed:
-            raise StorageError(
-                f"no space left for a checkpoint of {megabytes(needed)} in {self.folder}, where"
-                f" {megabytes(free)} are free",
-                "free some space",
+        if self._frozen is not None:
+            state = state._replace(frozen={})
+
+        def check() -> None:
+            needed, free = (
+                sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
+                shutil.disk_usage(self.folder).free,
             )
+            if free < needed:
+                raise StorageError(
+                    f"no space left for a checkpoint of {megabytes(needed)} in {self.folder}, where"
+                    f" {megabytes(free)} are free",
+                    "free some space",
+                )
+
+        self._together.by_first(check)
+
+
+def _succeeded(writing: futures.Future) -> bool:
+    return writing.exception() is None and writing.result()
 
 
 def abstract_state(state: TrainState, shardings: TrainState) -> TrainState:

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 rank, port, root = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
@@ -46,8 +47,21 @@ def state(step):
 
 layers = {"layers.blocks.0.w": ["layers.0.w", "layers.1.w", "layers.2.w"]}
 checkpoints = Checkpoints(root / "run", root / "model", Manifest(), 2, layers=layers)
-for step in (1, 2, 3):
-    checkpoints.save(state(step), {"rows": step})
+checkpoints.save(state(1), {"rows": 1})
+
+def refused(*arguments, **options):
+    raise AssertionError("the thread that writes asks the devices")
+
+for name in ("sync_global_devices", "broadcast_one_to_all", "process_allgather"):
+    setattr(multihost_utils, name, refused)
+total = jax.jit(lambda x: x.trainable["norm"].sum() + x.frozen["embedding"].sum(), donate_argnums=0)
+for step in (2, 3):  # written while the devices of both compute together
+    now = state(step)
+    checkpoints.begin(now, {"rows": step})
+    expected = 496 + 6 + 4 * step
+    for turn in range(20):
+        assert float(total(now if turn == 0 else state(step))) == expected
+checkpoints.wait()
 shardings = jax.tree.map(lambda x: x.sharding, state(3))
 found = checkpoints.restore(abstract_state(state(3), shardings), lambda place: None)
 for there, here in zip(jax.tree.leaves(found), jax.tree.leaves(state(3)), strict=True):

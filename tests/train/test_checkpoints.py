@@ -8,6 +8,8 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent import futures
 from functools import partial
 from pathlib import Path
 
@@ -191,6 +193,82 @@ def test_a_flipped_bit_is_seen(opened, tmp_path, item, name):
     flip(tmp_path / "run" / "checkpoints" / "4" / item, numbers)
     assert restore(checkpoints, size=4096)[0] == 2
     assert f"{item}: {name} does not have the bytes that were written" in opened.said[0]
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """A thread that writes waits for held.go; what held.fails names then is not written."""
+
+    class Held:
+        go, fails = threading.Event(), None
+
+    def waits(work, item, arrays, **options):
+        assert Held.go.wait(60)
+        if item == Held.fails:
+            raise OSError(28, "No space left on device")
+        write(work, item, arrays, **options)
+
+    write = train.checkpoints.write_arrays
+    monkeypatch.setattr(train.checkpoints, "write_arrays", waits)
+    yield Held
+    Held.go.set()
+
+
+def test_a_step_is_written_while_the_next_one_runs(opened, saved, held):
+    """From a copy: the next step takes the buffers of the state."""
+    checkpoints = opened()
+    restore(checkpoints)
+    now = state(6)
+    checkpoints.begin(now, {"rows": 6})
+    assert checkpoints.steps == [4, 2] and not checkpoints.failed
+    after = jax.jit(lambda x: jax.tree.map(lambda leaf: leaf + 1, x), donate_argnums=0)(now)
+    assert now.trainable["a"].is_deleted() and int(after.step) == 7
+    held.go.set()
+    checkpoints.wait()
+    step, found, places = restore(opened())
+    assert step == 6 and places == [6] and inodes(saved / "4") == inodes(saved / "6")
+    for there, here in zip(jax.tree.leaves(found), jax.tree.leaves(state(6)), strict=True):
+        np.testing.assert_array_equal(there, here)
+
+
+def test_what_is_being_written_is_waited_for(opened, saved, held, monkeypatch, caplog):
+    monkeypatch.setattr(train.checkpoints, "_PATIENCE", 0)
+    caplog.set_level(logging.INFO)
+    checkpoints = opened()
+    restore(checkpoints)
+    checkpoints.begin(state(6), {"rows": 6})
+    threading.Timer(0.2, held.go.set).start()
+    assert checkpoints.save(state(8), {"rows": 8}).name == "8"
+    assert checkpoints.steps == [8, 6, 4]
+    assert "waiting for the checkpoint that is being written" in caplog.text
+
+
+def test_a_step_that_could_not_be_written_ends_the_run(opened, saved, held):
+    checkpoints = opened()
+    restore(checkpoints)
+    held.fails = "optimizer"
+    held.go.set()
+    checkpoints.begin(state(6), {"rows": 6})
+    futures.wait([checkpoints._writing])
+    assert checkpoints.failed
+    with pytest.raises(InfiniteVLError) as caught:
+        checkpoints.begin(state(7), {"rows": 7})
+    assert f"no space left for checkpoint {saved / '6'}" in caught.value.culprit
+    assert caught.value.cure.endswith("then the same command goes on from step 4")
+    assert sorted(p.name for p in saved.iterdir()) == ["2", "4"] and not checkpoints.failed
+
+
+def test_frozen_parameters_damaged_meanwhile(opened, saved):
+    """The copy does not have them: the step is not written, and the next one is, at once."""
+    checkpoints = opened()
+    restore(checkpoints)
+    largest(saved / "4" / "frozen").unlink()
+    checkpoints.begin(state(6), {"rows": 6})
+    futures.wait([checkpoints._writing])
+    assert checkpoints.failed and sorted(p.name for p in saved.iterdir()) == ["2", "4"]
+    checkpoints.begin(state(7), {"rows": 7})
+    assert not checkpoints.failed and "written again" in opened.said[0]
+    assert restore(opened())[0] == 7
 
 
 def inodes(step):
