@@ -2,7 +2,7 @@
 
 Example:
 
-    # about 20 minutes on 2 cores
+    # takes minutes
     python -m benchmarks.kills --kills 50 --seed 0
 
 Each run is a process of its own that trains a tiny model, with all of its parameters or with LoRA
@@ -156,7 +156,8 @@ def wait_for(process: subprocess.Popen, kill: Kill, run: Path) -> str:
     """Wait for the moment of a kill, or for the end of the process. Returns what it was doing."""
 
     def lines() -> int:
-        return len(read_log(run / "log.jsonl"))
+        log = run / "log.jsonl"
+        return log.read_bytes().count(b"\n") if log.exists() else 0
 
     def writing() -> bool:
         return any((run / "checkpoints").glob(".*.partial"))
@@ -171,7 +172,7 @@ def wait_for(process: subprocess.Popen, kill: Kill, run: Path) -> str:
         if kill.moment == CHECKPOINT and writing():
             time.sleep(kill.after)
             break
-        time.sleep(0.002)
+        time.sleep(0.005)
     return CHECKPOINT if writing() else STEP if lines() > first else START
 
 
@@ -200,6 +201,7 @@ def survive(start: Callable[[], subprocess.Popen], run: Path, kills: Iterator[Ki
             return deaths
         assert kill is not None
         deaths.append(Death(kill, moment, status, said))
+        print(f"{run.name}: {kill.number.name} during {moment}, status {status}", flush=True)
 
 
 def check_steps(run: Path) -> None:
@@ -300,7 +302,6 @@ def campaign(folder: Path, kills: int, seed: int, at_once: int) -> dict:
         with futures.ThreadPoolExecutor(at_once) as pool:
             for deaths in pool.map(one, range(number, number + len(planned)), planned):
                 done += Counter((death.kill.number.name, death.moment) for death in deaths)
-                print(f"{done.total()} kills", flush=True)
         number += len(planned)
     return {
         "kills": done.total(),

@@ -164,6 +164,14 @@ def test_an_error_waits_for_what_is_being_written(run, monkeypatch):
     assert steps(run) == [1]
 
 
+def test_the_run_may_wait_for_its_checkpoints(run, monkeypatch):
+    saver = run(checkpoint_async=False)
+    monkeypatch.setattr(run.checkpoints, "_write_beside", None)
+    saver.advance(step_fn, 1.0, {"at": 1})
+    saver.begin()
+    assert steps(run) == [1] and not saver.due
+
+
 def test_an_error_is_told_before_the_save_that_then_fails(run, monkeypatch):
     saver = run()
     monkeypatch.setattr(
