@@ -29,6 +29,7 @@ CASES = {
         *("part", "model", "allowed", "batch", "context", "context_by", "prompt", "streams"),
         *("frames", "rows", "requests", "chunk", "steps", "form", "attention"),
     ),
+    "kills": ("kills", "seed", "steps"),
     "meshes": (
         *(
             "part",

@@ -2,6 +2,11 @@
 
 Memory holds one part, or one array where that is larger. Several processes write one checkpoint
 together: all of them call `write_arrays` with the same arrays in the same order.
+
+A thread beside the training writes arrays that are on the host (`on_host`), and may not ask
+anything of the devices: between processes, the order of what devices do together is that of the
+training. Orbax's partial saves agree through the devices; there, arrays are written whole, by the
+checkpointer that agrees through the coordination service.
 """
 
 import threading
@@ -14,6 +19,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint
 import orbax.checkpoint.experimental.v1 as ocp
 
 from infinitevl_jax.checkpoints.checksums import Part, parts_of, write_checksums
@@ -64,8 +70,26 @@ def _layer(stack: jax.Array | np.ndarray, layer: int) -> jax.Array | np.ndarray:
     return stack[layer] if isinstance(stack, np.ndarray) else _slice(stack, layer)
 
 
-def write_arrays(folder: Path, name: str, arrays: Iterable[LazyArray]) -> None:
+def on_host(array: LazyArray) -> LazyArray:
+    """The array, made now, as a copy in the host's memory: in several processes, of the shards that
+    this one has."""
+    value = array.load()
+    if isinstance(value, jax.Array):
+        if value.is_fully_addressable:
+            value = np.asarray(value)
+        else:
+            there = value.sharding.with_memory_kind("pinned_host")
+            value = jax.block_until_ready(jax.device_put(value, there))
+    return LazyArray(array.name, array.nbytes, lambda: value)
+
+
+def write_arrays(
+    folder: Path, name: str, arrays: Iterable[LazyArray], *, beside: bool = False
+) -> None:
     """Write FOLDER/NAME and the checksums of its arrays. FOLDER exists, FOLDER/NAME does not.
+
+    Args:
+      beside: the devices have other work meanwhile; the arrays are those of `on_host`.
 
     Returns, or raises, when nothing is written any more. Signals are raised in the main thread:
     arrays are made and written in another, which Ctrl-C does not interrupt halfway through a part.
@@ -78,7 +102,11 @@ def write_arrays(folder: Path, name: str, arrays: Iterable[LazyArray]) -> None:
     def write() -> None:
         with writing:
             try:
-                outcome.set_result(_write(folder.absolute(), name, arrays, stop))
+                if beside and jax.process_count() > 1:
+                    _write_whole(folder.absolute(), name, arrays)
+                else:
+                    _write(folder.absolute(), name, arrays, stop)
+                outcome.set_result(None)
             except BaseException as error:
                 outcome.set_exception(error)
 
@@ -113,6 +141,36 @@ def _write(folder: Path, name: str, arrays: Iterable[LazyArray], stop: threading
         _write_part(folder / name, part, size)
         ocp.partial.finalize(folder / name)
     write_checksums(folder, name, checksums)
+
+
+def _write_whole(folder: Path, name: str, arrays: Iterable[LazyArray]) -> None:
+    values = {array.name: array.load() for array in arrays}
+    shards = (shard for value in values.values() for shard in value.addressable_shards)
+    check_room(folder, _CHUNK + sum(x.data.nbytes for x in shards if x.replica_id == 0))
+    processes = orbax.checkpoint.options.MultiprocessingOptions(
+        active_processes=set(range(jax.process_count())),
+        barrier_sync_key_prefix=f"{folder.name}.{name}",
+    )
+    # replicas would be cut by programs of the devices
+    handler = orbax.checkpoint.type_handlers.ArrayHandler(
+        use_replica_parallel=False, enable_write_sharding_file=False, array_metadata_store=None
+    )
+    known = orbax.checkpoint.type_handlers.create_type_handler_registry((jax.Array, handler))
+    state = orbax.checkpoint.PyTreeCheckpointHandler(
+        use_zarr3=True,
+        use_compression=False,
+        multiprocessing_options=processes,
+        type_handler_registry=known,
+    )
+    items = orbax.checkpoint.CompositeCheckpointHandler(
+        state=state,
+        composite_options=orbax.checkpoint.CompositeOptions(multiprocessing_options=processes),
+    )
+    chunks = dict.fromkeys(values, orbax.checkpoint.SaveArgs(chunk_byte_size=_CHUNK))
+    saved = orbax.checkpoint.args.PyTreeSave(values, save_args=chunks)
+    with orbax.checkpoint.Checkpointer(items, multiprocessing_options=processes) as writer:
+        writer.save(folder / name, args=orbax.checkpoint.args.Composite(state=saved))
+    write_checksums(folder, name, {key: parts_of(value) for key, value in values.items()})
 
 
 def _write_part(path: Path, part: dict[str, np.ndarray | jax.Array], size: int) -> None:

@@ -48,9 +48,14 @@ def write_checksums(folder: Path, name: str, parts: Mapping[str, Sequence[Part]]
     path.write_bytes(msgspec.json.encode(parts) + b"\n")
 
 
+def checksum_files(folder: Path, name: str) -> list[Path]:
+    """Those of all processes."""
+    return sorted((folder / FOLDER).glob(f"{name}.*.json"))
+
+
 def read_checksums(folder: Path, name: str) -> dict[str, list[Part]]:
     """Array name -> its parts, of all processes. Raises InfiniteVLError where there are none."""
-    files = sorted((folder / FOLDER).glob(f"{name}.*.json"))
+    files = checksum_files(folder, name)
     if not files:
         raise InfiniteVLError(
             f"{folder} has no {FOLDER}/{name}.0.json",

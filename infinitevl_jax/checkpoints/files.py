@@ -7,6 +7,7 @@ from infinitevl_jax.reading import inside
 
 MANIFEST = "infinitevl_jax.json"
 PARAMS = "params"
+FROZEN = "frozen"  # of a step of training: parameters that do not train
 _WEIGHTS = tuple(
     ".safetensors .bin .pt .pth .ckpt .h5 .msgpack .onnx .gguf .safetensors.index.json"
     " .bin.index.json".split()

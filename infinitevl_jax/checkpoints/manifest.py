@@ -17,9 +17,9 @@ from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.reading import plain_name, read_json, unknown_keys
 
 # Of params/: 1 and 2 stacked equal layers, 1 those at equal places of a period, 2 all neighbours; 3
-# has every layer by itself, and checksums.
-FORMAT = 3
-READ = (2, 3)
+# has every layer by itself, and checksums; 4 may have parameters that do not train in frozen/.
+FORMAT = 4
+READ = (2, 3, 4)
 
 
 class WeightFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -103,7 +103,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if content.get("format") not in READ:
             raise InfiniteVLError(
                 f"{path} has format {content.get('format')!r}, this version reads"
-                f" {' and '.join(map(str, READ))}",
+                f" {READ[0]} to {READ[-1]}",
                 "import the Hugging Face folder again, or use the version that wrote it",
             )
         if unknown := unknown_keys(content, cls):

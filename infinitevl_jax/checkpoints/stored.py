@@ -8,8 +8,9 @@ import numpy as np
 
 from infinitevl_jax.checkpoints.adapted import AdaptedReader
 from infinitevl_jax.checkpoints.array_reader import ArrayReader, is_format_2
+from infinitevl_jax.checkpoints.checksums import checksum_files
 from infinitevl_jax.checkpoints.dtypes import FLOATS
-from infinitevl_jax.checkpoints.files import PARAMS
+from infinitevl_jax.checkpoints.files import FROZEN, PARAMS
 from infinitevl_jax.checkpoints.format2 import StackReader
 from infinitevl_jax.checkpoints.manifest import Manifest
 from infinitevl_jax.checkpoints.weights import complain, leaves
@@ -18,13 +19,44 @@ from infinitevl_jax.errors import InfiniteVLError
 
 
 class Reader(Protocol):
-    """ArrayReader, AdaptedReader or StackReader."""
+    """ArrayReader, JoinedReader, AdaptedReader or StackReader."""
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, np.dtype]
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray: ...
+
+
+class JoinedReader:
+    """Arrays that lie in two folders, as if they were in the first."""
+
+    def __init__(self, first: ArrayReader, second: ArrayReader):
+        """
+        Raises:
+          InfiniteVLError: an array is in both.
+        """
+        self.path = first.path
+        if twice := first.shapes.keys() & second.shapes.keys():
+            raise InfiniteVLError(
+                f"{min(twice)} is in {first.path} and in {second.path}",
+                "the checkpoint is damaged: copy it again",
+            )
+        self.shapes, self.dtypes = first.shapes | second.shapes, first.dtypes | second.dtypes
+        self._first, self._second = first, second
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """array[index], or all of it."""
+        reader = self._first if name in self._first.shapes else self._second
+        return reader.read(name, index)
+
+
+def open_arrays(folder: Path) -> ArrayReader | JoinedReader:
+    """All parameters of a folder as they lie there, those that do not train among them."""
+    params = ArrayReader(folder, PARAMS)
+    if (folder / FROZEN).is_dir() or checksum_files(folder, FROZEN):
+        return JoinedReader(params, ArrayReader(folder, FROZEN))
+    return params
 
 
 def open_params(folder: Path, config: ModelConfig, *, merge: bool = True) -> Reader:
@@ -36,7 +68,7 @@ def open_params(folder: Path, config: ModelConfig, *, merge: bool = True) -> Rea
     Raises:
       InfiniteVLError: damaged, missing, extra or misshapen arrays, or such as are no weights.
     """
-    reader: Reader = ArrayReader(folder, PARAMS)
+    reader: Reader = open_arrays(folder)
     stored = leaves(config, scanned=False)
     if strange := [name for name, dtype in reader.dtypes.items() if dtype not in FLOATS]:
         raise InfiniteVLError(

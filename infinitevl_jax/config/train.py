@@ -73,6 +73,8 @@ class TrainConfig:
       log_every, evaluate_every: in steps; 0 is only at the end.
       checkpoint_every: in steps; 0 is off.
       checkpoint_minutes: minutes of training between checkpoints; 0 is off.
+      checkpoint_async: write checkpoints while the run goes on, from a copy of what trains and its
+        moments in the host's memory; false writes them part by part while the run waits.
       keep: number of newest checkpoints to keep.
       keep_best: also keep the checkpoint with the lowest held-out loss.
       accumulate: parts in which the global batch is taken, one after the other. The step is the
@@ -87,6 +89,7 @@ class TrainConfig:
     log_every: Count = 10
     checkpoint_every: Count = 0
     checkpoint_minutes: Annotated[float, Meta(ge=0, le=INT32)] = 30.0
+    checkpoint_async: bool = True
     evaluate_every: Count = 0
     keep: Positive = 2
     keep_best: bool = False

@@ -83,16 +83,28 @@ class Group:
         """
         return True
 
+    def beside(self, name: str) -> "Group":
+        """The same processes, for a thread of each that agrees with the others of its name,
+        whatever the processes agree on meanwhile."""
+        return self
+
 
 class Several(Group):
     """The processes that `jax.distributed` has joined."""
 
-    def __init__(self):
+    def __init__(self, root: str = _ROOT):
         self.index, self.count = jax.process_index(), jax.process_count()
-        self._client = coordination_client()
+        self._client, self._root = coordination_client(), root
         self._round = 0
         self._shared: BaseException | None = None
+
+    def watched(self) -> "Several":
+        """This group, which ends its process from now on when another has ended by an error."""
         threading.Thread(target=self._watch, daemon=True, name="other processes").start()
+        return self
+
+    def beside(self, name: str) -> Group:
+        return Several(f"{self._root}/{name}")
 
     def gather(self, say: Callable[[], Any]) -> dict[int, Any]:
         mine: Exception | None = None
@@ -129,11 +141,11 @@ class Several(Group):
     def _exchange(self, message: Any, patience: float) -> dict[int, Any]:
         """The messages of all processes that have one."""
         self._round += 1
-        key = f"{_ROOT}/{self._round}/"
+        key = f"{self._root}/{self._round}/"
         if message is not None:
             self._client.key_value_set(f"{key}{self.index}", json.dumps(message))
         try:
-            self._client.wait_at_barrier(f"{_ROOT}/round", int(1000 * patience))
+            self._client.wait_at_barrier(f"{self._root}/round", int(1000 * patience))
         except jax.errors.JaxRuntimeError as error:
             raise InfiniteVLError(
                 f"process {self.index} of {self.count} cannot reach the others:"
@@ -152,7 +164,7 @@ class Several(Group):
         self._client.key_value_set(f"{_ROOT}/left/{self.index}", json.dumps(_told(error)))
 
     def _watch(self) -> None:
-        """End this process when another has ended by an error, wherever this one waits."""
+        """Wherever this process waits."""
         while True:
             time.sleep(1)
             try:
@@ -189,5 +201,5 @@ def group() -> Group:
     if jax.process_count() == 1:
         return Group()
     if _group is None:
-        _group = Several()
+        _group = Several().watched()
     return _group

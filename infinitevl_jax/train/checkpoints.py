@@ -1,41 +1,36 @@
 """A run's checkpoints: RUN/checkpoints/STEP, each at the same time one of our checkpoint folders.
 
-STEP/params holds all parameters, STEP/optimizer the moments and counters, both layer by layer
-whatever the run scans; STEP/data/metadata is the place in the data. Beside them lie config.json,
-the processor's files and the manifest, so that STEP can be exported, or opened with
-`InfiniteVL.from_pretrained`.
+STEP/params, frozen and optimizer hold the state (step_files.py), STEP/data/metadata the place in
+the data. Beside them lie config.json, the processor's files and the manifest, so that STEP can be
+exported, or opened with `InfiniteVL.from_pretrained`.
 """
 
+import contextlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import NamedSharding
 
-from infinitevl_jax.checkpoints.array_reader import ArrayReader, is_format_2
-from infinitevl_jax.checkpoints.array_writer import layers_of, write_arrays
-from infinitevl_jax.checkpoints.dtypes import FLOATS
-from infinitevl_jax.checkpoints.files import MANIFEST, PARAMS, copy_side_files, side_files
-from infinitevl_jax.checkpoints.format2 import StackReader
+from infinitevl_jax.checkpoints.array_reader import is_format_2
+from infinitevl_jax.checkpoints.array_writer import LazyArray, layers_of, on_host, write_arrays
+from infinitevl_jax.checkpoints.files import FROZEN, MANIFEST, PARAMS, copy_side_files, side_files
 from infinitevl_jax.checkpoints.manifest import FORMAT, Manifest
-from infinitevl_jax.checkpoints.placing import place
-from infinitevl_jax.checkpoints.reading import read_config
-from infinitevl_jax.checkpoints.stored import Reader, read_stack
 from infinitevl_jax.errors import InfiniteVLError
-from infinitevl_jax.processes.group import group
-from infinitevl_jax.reading import check_regular, read_json
+from infinitevl_jax.processes.group import Group, group
+from infinitevl_jax.train.shared_files import check_arrays, share_arrays
 from infinitevl_jax.train.step import TrainState
+from infinitevl_jax.train.step_files import PLACE, StepFiles, Unusable
 from infinitevl_jax.writing import (
     StorageError,
-    failure,
     keep_aside,
     megabytes,
     storage,
@@ -44,16 +39,9 @@ from infinitevl_jax.writing import (
 )
 
 _log = logging.getLogger(__name__)
-_OPTIMIZER, _PLACE = "optimizer", Path("data", "metadata")
 _STEP = re.compile(r"0|[1-9][0-9]*")
-
-
-class _Unusable(InfiniteVLError):
-    """A checkpoint that is damaged, or of another configuration."""
-
-
-class _Refused(InfiniteVLError):
-    """A sound checkpoint whose place in the data does not suit."""
+_PATIENCE = 1.0  # seconds of waiting before that is logged
+_Parts = Mapping[str, Iterable[LazyArray]]
 
 
 class Checkpoints:
@@ -80,8 +68,12 @@ class Checkpoints:
             is a stack of them. A parameter that is not named here keeps its name.
         """
         self.folder, self.files, self.manifest = run.absolute() / "checkpoints", files, manifest
-        self.keep, self.layers = keep, layers or {}
+        self.keep, self._step_files = keep, StepFiles(files, layers or {})
+        self._frozen: int | None = None  # a step that has this run's frozen parameters
         self._together = group()
+        self._beside = self._together.beside("checkpoint")
+        self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: futures.Future[bool] | None = None
         self.best: Callable[[Sequence[int]], int | None] = lambda steps: None
         with storage(self.folder):
             self._together.by_first(self._prepare)
@@ -112,61 +104,143 @@ class Checkpoints:
 
         Raises StorageError, which names the step to go back to, if it cannot be written.
         """
-        step = int(state.step)
-        if step != self._together.told([self.last])[0]:
-            try:
-                with storage(f"checkpoint {self.path(step)}"):
-                    self._together.by_first(lambda: self._check_room(state))
-                    self._write(step, state, place)
-            except InfiniteVLError as error:  # here, or in another process
-                if self._together.first:
-                    self._remove_unfinished()  # the room is needed
-                if not isinstance(error, StorageError):
-                    raise
-                back = "begins anew" if self.last is None else f"goes on from step {self.last}"
-                raise StorageError(
-                    error.culprit, f"{error.cure}; then the same command {back}"
-                ) from error
-            self._together.by_first(self.remove_old)
-        return self.path(step)
+        self.wait()
+        if (step := self._new_step(state)) is not None:
+            with self._explained(step, self._together):
+                self._check_room(state)
+                self._write(step, self._parts(state), place, self._together)
+        return self.path(int(state.step))
 
-    def _write(self, step: int, state: TrainState, place: Mapping[str, Any]) -> None:
-        """Write a step aside, and give it its name when it is whole."""
+    def begin(self, state: TrainState, place: Mapping[str, Any]) -> None:
+        """`save` in a thread of its own, from a copy in the host's memory: `state` may be donated
+        when this returns. `wait` tells how it ended.
+
+        Frozen parameters are never copied: where there is no step whose files can be shared, this
+        is `save`.
+
+        Raises StorageError: of the save before; or there is no room for this one.
+        """
+        self.wait()
+        if state.frozen and self._frozen is None:
+            self.save(state, place)
+        elif (step := self._new_step(state)) is not None:
+            with self._explained(step, self._together):
+                self._check_room(state)
+                state = state._replace(frozen={})
+                parts = {item: [*map(on_host, found)] for item, found in self._parts(state).items()}
+            place = dict(place)
+            self._writing = self._thread.submit(self._write_beside, step, parts, place)
+
+    def _write_beside(self, step: int, parts: _Parts, place: Mapping[str, Any]) -> bool:
+        with self._explained(step, self._beside):
+            return self._write(step, parts, place, self._beside, beside=True)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save that was begun has ended without a checkpoint."""
+        writing = self._writing
+        return writing is not None and writing.done() and not _succeeded(writing)
+
+    def wait(self) -> None:
+        """Wait for the save that was begun, if there is one.
+
+        Raises StorageError, as `save` does.
+        """
+        if (writing := self._writing) is not None:
+            if not futures.wait([writing], _PATIENCE).done:
+                _log.info("waiting for the checkpoint that is being written")
+                futures.wait([writing])
+            self._writing = None
+            writing.result()
+
+    def _new_step(self, state: TrainState) -> int | None:
+        """The state's step, None if it is saved already."""
+        step = int(state.step)
+        return None if step == self._together.told([self.last])[0] else step
+
+    @contextlib.contextmanager
+    def _explained(self, step: int, together: Group) -> Iterator[None]:
+        """Around the writing of a step: an error says which step is there."""
+        try:
+            with storage(f"checkpoint {self.path(step)}"):
+                yield
+        except InfiniteVLError as error:  # here, or in another process
+            if together.first:
+                self._remove_unfinished()  # the room is needed
+            if not isinstance(error, StorageError):
+                raise
+            back = "begins anew" if self.last is None else f"goes on from step {self.last}"
+            raise StorageError(
+                error.culprit, f"{error.cure}; then the same command {back}"
+            ) from error
+
+    def _parts(self, state: TrainState) -> _Parts:
+        """Folder in a step -> its arrays, layer by layer; without folders that would be empty."""
+        return {
+            item: (part for x, names in arrays for part in layers_of(x, names))
+            for item, arrays in self._step_files.stored(state).items()
+            if arrays
+        }
+
+    def _write(
+        self,
+        step: int,
+        parts: _Parts,
+        place: Mapping[str, Any],
+        together: Group,
+        *,
+        beside: bool = False,
+    ) -> bool:
+        """Write a step aside, and give it its name when it is whole.
+
+        Args:
+          parts: without frozen parameters, if those of a step before have to be shared.
+
+        Returns whether it was written: not if frozen parameters are missing, which are damaged in
+        the step before.
+        """
         work = self._aside(step)
 
         def write() -> None:
-            for item, stored in self._stored(state).items():
-                parts = (part for x, names in stored for part in layers_of(x, names))
-                write_arrays(work, item, parts)
+            for item, arrays in parts.items():
+                if not (item == FROZEN and shared):
+                    write_arrays(work, item, arrays, beside=beside)
 
         def finish() -> None:
-            (work / _PLACE).parent.mkdir()
-            (work / _PLACE).write_text(json.dumps(dict(place)), "utf-8")
+            (work / PLACE).parent.mkdir()
+            (work / PLACE).write_text(json.dumps(dict(place)), "utf-8")
             self._write_side_files(work)
             sync_tree(work)
             os.rename(work, self.path(step))
             sync(self.folder)
+            self.remove_old()
 
-        self._together.by_first(work.mkdir)
-        self._together.gather(write)
-        self._together.by_first(finish)
+        together.by_first(work.mkdir)
+        shared = together.by_first_for_all(partial(self._share_frozen, work))
+        if self._frozen is not None and not shared:
+            self._frozen = None
+            if FROZEN not in parts:
+                together.by_first(self._remove_unfinished)
+                return False
+        together.gather(write)
+        together.by_first(finish)
+        if shared or FROZEN in parts:
+            self._frozen = step
+        return True
 
-    def _stored(self, state: TrainState) -> dict[str, list[tuple[Any, tuple[str, ...]]]]:
-        """Folder in a step -> its arrays (or their shapes), with their names on disk."""
-        params = {**state.trainable, **state.frozen}
-        leaves = jax.tree_util.tree_leaves_with_path(state.optimizer)
-        optimizer = [(x, self._names(path)) for path, x in leaves]
-        return {
-            PARAMS: [(x, tuple(self.layers.get(name, [name]))) for name, x in params.items()],
-            _OPTIMIZER: [*optimizer, (state.step, ("step",))],
-        }
-
-    def _names(self, path: tuple) -> tuple[str, ...]:
-        """Names on disk of a leaf of the optimizer's state: the moments of a parameter are called
-        as the parameter, after what they are."""
-        name = "state." + jax.tree_util.keystr(path, simple=True, separator=".")
-        param = str(getattr(path[-1], "key", ""))
-        return tuple(name.removesuffix(param) + layer for layer in self.layers.get(param, [param]))
+    def _share_frozen(self, work: Path) -> bool:
+        """Whether the new step has the frozen parameters of one before: not where that one is
+        damaged or gone."""
+        if self._frozen is None:
+            return False
+        before = self.path(self._frozen)
+        try:
+            check_arrays(before, FROZEN)
+        except InfiniteVLError as error:
+            _log.warning("%s\n  the frozen parameters are written again", error.culprit)
+            return False
+        share_arrays(before, FROZEN, work)
+        return True
 
     def restore(self, state: TrainState, accept: Callable[[dict[str, Any]], None]) -> TrainState:
         """The newest checkpoint that can be read, as arrays of the shapes and shardings of `state`.
@@ -188,8 +262,9 @@ class Checkpoints:
 
             def read(step: int = step, found: list = found) -> list | None:
                 try:
-                    found.append(self._read(step, state, accept))
-                except _Unusable as error:
+                    files, cure = self._step_files, self._instead_of(step)
+                    found.append(files.read(self.path(step), state, accept, cure))
+                except Unusable as error:
                     return [error.culprit, error.cure, error.items]
                 return None
 
@@ -198,6 +273,10 @@ class Checkpoints:
                 unusable[step] = InfiniteVLError(*next(iter(reasons.values())))
                 continue
             self._together.by_first(partial(self._go_back, step, unusable))
+            if self._together.by_first_for_all(
+                partial(self._step_files.shares_frozen, self.path(step), state)
+            ):
+                self._frozen = step
             return found[0]
         raise next(iter(unusable.values()))
 
@@ -209,79 +288,6 @@ class Checkpoints:
             _log.warning("%s\n  kept as %s; going back to step %d", error.culprit, kept, step)
         with storage(self.path(step)):
             self._write_side_files(self.path(step))  # a run killed at the wrong moment lacks them
-
-    def _read(
-        self, step: int, state: TrainState, accept: Callable[[dict[str, Any]], None]
-    ) -> TrainState:
-        """A step's checkpoint. Raises _Unusable."""
-        try:
-            check_regular(self.path(step))
-            params, optimizer = (self._open(step, item) for item in (PARAMS, _OPTIMIZER))
-            state = self._as_frozen(state, params)
-            stored = self._stored(state)
-            if wrong := _differences(params, stored[PARAMS]):
-                more = [f"and {len(wrong) - 5} more"] if len(wrong) > 5 else []
-                raise _Unusable(
-                    f"checkpoint {self.path(step)} is of another configuration:",
-                    "go on with the configuration that it was made with, or choose another"
-                    " train.output",
-                    [*wrong[:5], *more],
-                )
-            if wrong := _differences(optimizer, stored[_OPTIMIZER]):
-                raise ValueError(wrong[0])
-            found = int(optimizer.read("step"))
-            if found != step:
-                raise ValueError(f"it holds step {found}")
-            place = read_json(self.path(step) / _PLACE)
-            try:
-                accept(place)
-            except InfiniteVLError as error:
-                raise _Refused(error.culprit, error.cure, error.items) from error
-            arrays = [
-                _load(reader, x, names)
-                for reader, item in ((params, PARAMS), (optimizer, _OPTIMIZER))
-                for x, names in stored[item]
-            ]
-            names = [*state.trainable, *state.frozen]
-            values = dict(zip(names, arrays, strict=False))
-            trainable, frozen = (
-                {name: values[name] for name in part} for part in (state.trainable, state.frozen)
-            )
-            moments = jax.tree.unflatten(
-                jax.tree.structure(state.optimizer), arrays[len(names) : -1]
-            )
-            return TrainState(trainable, frozen, moments, arrays[-1])
-        except (_Unusable, _Refused, MemoryError, jax.errors.JaxRuntimeError):
-            raise
-        except InfiniteVLError as error:
-            reason = error.culprit
-        except Exception as error:  # what `accept` makes of a damaged place
-            reason = failure("", error).culprit.removeprefix(": ")
-        # here the arrays that were read so far are gone: the step before needs their memory
-        raise _Unusable(
-            f"checkpoint {self.path(step)} is damaged, or of another choice of trainable"
-            f" parameters: {reason}",
-            self._instead_of(step),
-        )
-
-    def _as_frozen(self, state: TrainState, params: Reader) -> TrainState:
-        """`state` with its frozen parameters in the dtypes that they were stored in: a run keeps
-        those that they came with."""
-
-        def leaf(name: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            kinds = {params.dtypes.get(layer) for layer in self.layers.get(name, [name])}
-            kind = kinds.pop() if len(kinds) == 1 else None
-            return jax.ShapeDtypeStruct(
-                x.shape, kind if kind in FLOATS else x.dtype, sharding=x.sharding
-            )
-
-        return state._replace(frozen={name: leaf(name, x) for name, x in state.frozen.items()})
-
-    def _open(self, step: int, item: str) -> Reader:
-        reader = ArrayReader(self.path(step), item)
-        if not is_format_2(self.path(step), item):
-            return reader
-        return StackReader(reader, read_config(self.files))
 
     def _instead_of(self, step: int) -> str:
         before = [other for other in self.steps if other < step]
@@ -338,40 +344,26 @@ class Checkpoints:
                 )
 
     def _check_room(self, state: TrainState) -> None:
-        needed, free = (
-            sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
-            shutil.disk_usage(self.folder).free,
-        )
-        if free < needed:
-            raise StorageError(
-                f"no space left for a checkpoint of {megabytes(needed)} in {self.folder}, where"
-                f" {megabytes(free)} are free",
-                "free some space",
+        if self._frozen is not None:
+            state = state._replace(frozen={})
+
+        def check() -> None:
+            needed, free = (
+                sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
+                shutil.disk_usage(self.folder).free,
             )
+            if free < needed:
+                raise StorageError(
+                    f"no space left for a checkpoint of {megabytes(needed)} in {self.folder}, where"
+                    f" {megabytes(free)} are free",
+                    "free some space",
+                )
+
+        self._together.by_first(check)
 
 
-def _differences(
-    reader: Reader, wanted: Sequence[tuple[jax.ShapeDtypeStruct, Sequence[str]]]
-) -> list[str]:
-    """Names, shapes and dtypes in which a checkpoint is not what is wanted, a line each."""
-    here = {}
-    for x, names in wanted:
-        shape = x.shape if len(names) == 1 else x.shape[1:]
-        here |= dict.fromkeys(names, (tuple(shape), np.dtype(x.dtype)))
-    there = {name: (shape, reader.dtypes[name]) for name, shape in reader.shapes.items()}
-    lines = [f"{name} is missing there" for name in here if name not in there]
-    lines += [f"{name} is unknown here" for name in there if name not in here]
-    lines += [
-        f"{name} is {there[name][0]} {there[name][1]} there, {shape} {dtype} here"
-        for name, (shape, dtype) in here.items()
-        if name in there and there[name] != (shape, dtype)
-    ]
-    return lines
-
-
-def _load(reader: Reader, x: jax.ShapeDtypeStruct, names: Sequence[str]) -> jax.Array:
-    read = partial(read_stack, reader, names, x.shape, np.dtype(x.dtype))
-    return place(x.shape, x.sharding, read, whole=True)
+def _succeeded(writing: futures.Future) -> bool:
+    return writing.exception() is None and writing.result()
 
 
 def abstract_state(state: TrainState, shardings: TrainState) -> TrainState:

@@ -36,6 +36,7 @@ FREE += (
     "train.log_every",
     "train.checkpoint_every",
     "train.checkpoint_minutes",
+    "train.checkpoint_async",
     "train.evaluate_every",
     "train.keep",
     "train.keep_best",

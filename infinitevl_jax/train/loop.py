@@ -169,8 +169,11 @@ def train(preset: Preset, minutes: float = math.inf) -> Outcome:
                     and _is_due(config.evaluate_every, step, steps)
                     and not together.any(log is not None and log.has(step, "held_out_loss"))
                 )
-                if together.any(saver.due) or unmeasured:
-                    saver.save()
+                due = together.any(saver.due)
+                if unmeasured:
+                    saver.save()  # before anything that can fail
+                elif due:
+                    saver.begin()
                 if unmeasured and (found := held_out.measure(saver.state, stop)):
                     if log is not None:
                         log.write(step=step, **found)

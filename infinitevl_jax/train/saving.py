@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from infinitevl_jax.train.checkpoints import Checkpoints
 from infinitevl_jax.train.step import TrainState
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Stop(contextlib.AbstractContextManager):
@@ -104,7 +105,19 @@ class Saver(contextlib.AbstractContextManager):
         """Whether a checkpoint is due after this step."""
         every, minutes = self.config.checkpoint_every, self.config.checkpoint_minutes
         late = minutes and time.monotonic() - self._since >= 60 * minutes
+        late = late or self.checkpoints.failed
         return self.step > self._first and bool(late or (every and self.step % every == 0))
+
+    def begin(self) -> None:
+        """Begin to save a checkpoint of the state, which is written while the run goes on.
+
+        Raises:
+          InfiniteVLError: as `save`; also if the checkpoint before could not be written.
+        """
+        self.check()
+        self._save(
+            self.checkpoints.begin if self.config.checkpoint_async else self.checkpoints.save
+        )
 
     def save(self) -> Path:
         """Save a checkpoint of the state unless it exists.
@@ -116,16 +129,16 @@ class Saver(contextlib.AbstractContextManager):
           InfiniteVLError: the last step failed, or the checkpoint cannot be written.
         """
         self.check()
-        return self._save()
+        return self._save(self.checkpoints.save)
 
-    def _save(self) -> Path:
+    def _save(self, write: Callable[[TrainState, dict[str, Any]], T]) -> T:
         self._saving = True
         self._together.by_first(lambda: self.lock and self.lock.check())
         places = self._together.gather(lambda: self._places[int(self.state.step)])
         place = {"rows": join_places(list(places.values())), "skipped": self.skipped.get_state()}
-        path = self.checkpoints.save(self.state, place)
+        saved = write(self.state, place)
         self._since, self._saving = time.monotonic(), False
-        return path
+        return saved
 
     def __exit__(self, kind, error, trace) -> None:
         if error is None:
@@ -141,18 +154,25 @@ class Saver(contextlib.AbstractContextManager):
 
     def _last_words(self, leave: bool) -> list[str]:
         """Save the state unless saving failed or the run must leave; report what is saved."""
+        reason = ""
+        if not leave:
+            try:
+                self.checkpoints.wait()
+            except Exception as error:  # the original error is reported first
+                self._saving = True
+                reason = f"a checkpoint could not be written: {getattr(error, 'culprit', error)}"
         last = self.checkpoints.last
         there = "no step is saved" if last is None else f"step {last} is saved"
         if leave:
             return [there]
-        reason = ""
         # a failed step may have consumed its input buffers
         if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):
             reason = f"step {self.step} was lost with it"
         elif not self._saving:
             try:
                 step = int(self.state.step)
-                return [f"step {step} is saved in {self._save()}"] if step else []
+                saved = step and self._save(self.checkpoints.save)
+                return [f"step {step} is saved in {saved}"] if step else []
             except Exception as error:  # the original error is reported first
                 reason = f"step {self.step} could not be saved: {getattr(error, 'culprit', error)}"
         return [reason, there] if reason else [there]

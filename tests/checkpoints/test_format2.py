@@ -163,7 +163,7 @@ def test_a_run_goes_on(old, tmp_path):
                 np.testing.assert_array_equal(np.asarray(value), stored[old_name(name, config)])
         checkpoints.save(state._replace(step=jnp.asarray(4, jnp.int32)), places[0])
     assert Manifest.read(run / "checkpoints" / "3").format == 2
-    assert Manifest.read(run / "checkpoints" / "4").format == 3
+    assert Manifest.read(run / "checkpoints" / "4").format == 4
     for step in ("3", "4"):
         same(load_params(run / "checkpoints" / step, scanned=True)[1], params)
 

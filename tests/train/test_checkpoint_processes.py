@@ -10,6 +10,7 @@ import numpy as np
 
 from infinitevl_jax.checkpoints.array_reader import ArrayReader
 from infinitevl_jax.checkpoints.checksums import read_checksums
+from infinitevl_jax.checkpoints.stored import open_arrays
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,6 +19,7 @@ import sys
 from pathlib import Path
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 rank, port, root = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
@@ -38,15 +40,28 @@ def state(step):
     stack = np.arange(3 * 8 * 4, dtype=np.float32).reshape(3, 8, 4) + step
     return TrainState(
         {"layers.blocks.0.w": array(stack, None, "fsdp"), "norm": array(stack[0, 0])},
-        {"embedding": array(stack[1], "fsdp")},
+        {"embedding": array(np.arange(32, dtype=np.float32).reshape(8, 4), "fsdp")},
         {"mu": {"layers.blocks.0.w": array(stack / 2, None, None, "fsdp")}},
         array(np.int32(step)),
     )
 
 layers = {"layers.blocks.0.w": ["layers.0.w", "layers.1.w", "layers.2.w"]}
 checkpoints = Checkpoints(root / "run", root / "model", Manifest(), 2, layers=layers)
-for step in (1, 2, 3):
-    checkpoints.save(state(step), {"rows": step})
+checkpoints.save(state(1), {"rows": 1})
+
+def refused(*arguments, **options):
+    raise AssertionError("the thread that writes asks the devices")
+
+for name in ("sync_global_devices", "broadcast_one_to_all", "process_allgather"):
+    setattr(multihost_utils, name, refused)
+total = jax.jit(lambda x: x.trainable["norm"].sum() + x.frozen["embedding"].sum(), donate_argnums=0)
+for step in (2, 3):  # written while the devices of both compute together
+    now = state(step)
+    checkpoints.begin(now, {"rows": step})
+    expected = 496 + 6 + 4 * step
+    for turn in range(20):
+        assert float(total(now if turn == 0 else state(step))) == expected
+checkpoints.wait()
 shardings = jax.tree.map(lambda x: x.sharding, state(3))
 found = checkpoints.restore(abstract_state(state(3), shardings), lambda place: None)
 for there, here in zip(jax.tree.leaves(found), jax.tree.leaves(state(3)), strict=True):
@@ -87,7 +102,9 @@ def test_two_processes(tmp_path):
     folder = tmp_path / "run" / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["2", "3"]
     value = np.arange(3 * 8 * 4, dtype=np.float32).reshape(3, 8, 4) + 3
-    reader = ArrayReader(folder / "3", "params")
+    inodes = [(folder / s / "checksums" / "frozen.1.json").stat().st_ino for s in ("2", "3")]
+    assert inodes[0] == inodes[1]
+    reader = open_arrays(folder / "3")
     assert sorted(reader.shapes) == ["embedding", "layers.0.w", "layers.1.w", "layers.2.w", "norm"]
     for layer in range(3):
         np.testing.assert_array_equal(reader.read(f"layers.{layer}.w"), value[layer])

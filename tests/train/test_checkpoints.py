@@ -8,6 +8,8 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent import futures
 from functools import partial
 from pathlib import Path
 
@@ -31,8 +33,9 @@ HERE = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
 
 def state(step, size=64):
     values = jnp.arange(size, dtype=jnp.float32) + step
+    frozen = {"b": jnp.arange(size, dtype=jnp.float32) * 2}
     return TrainState(
-        {"a": values}, {"b": values * 2}, {"mu": {"a": values / 2}}, jnp.asarray(step, jnp.int32)
+        {"a": values}, frozen, {"mu": {"a": values / 2}}, jnp.asarray(step, jnp.int32)
     )
 
 
@@ -135,6 +138,7 @@ def checksums(step):
 DAMAGE = {
     "parameters' file deleted": lambda step: largest(step / "params").unlink(),
     "parameters' file cut": lambda step: cut(largest(step / "params")),
+    "frozen parameters deleted": lambda step: shutil.rmtree(step / "frozen"),
     "moments' file deleted": lambda step: largest(step / "optimizer").unlink(),
     "place in the data is empty": lambda step: (step / "data" / "metadata").write_text(""),
     "place in the data is {}": lambda step: (step / "data" / "metadata").write_text("{}"),
@@ -181,22 +185,151 @@ def test_a_damaged_step_makes_way_for_the_one_before(case, opened, saved, tmp_pa
 
 @pytest.mark.parametrize("item, name", [("params", "a"), ("optimizer", "state.mu.a")])
 def test_a_flipped_bit_is_seen(opened, tmp_path, item, name):
-    """One bit of an array's numbers, which no file of the store itself would show."""
     checkpoints = opened()
     for step in (2, 4):
         checkpoints.save(state(step, 4096), {"rows": step})
     numbers = state(4, 4096)
     numbers = numbers.trainable["a"] if item == "params" else numbers.optimizer["mu"]["a"]
-    (path,) = (
-        path
-        for path in (tmp_path / "run" / "checkpoints" / "4" / item).rglob("d/*")
-        if np.asarray(numbers).tobytes() in path.read_bytes()
-    )
-    raw = bytearray(path.read_bytes())
-    raw[raw.index(np.asarray(numbers).tobytes()) + 402] ^= 4
-    path.write_bytes(raw)
+    flip(tmp_path / "run" / "checkpoints" / "4" / item, numbers)
     assert restore(checkpoints, size=4096)[0] == 2
     assert f"{item}: {name} does not have the bytes that were written" in opened.said[0]
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """A thread that writes waits for held.go; what held.fails names then is not written."""
+
+    class Held:
+        go, fails = threading.Event(), None
+
+    def waits(work, item, arrays, **options):
+        assert Held.go.wait(60)
+        if item == Held.fails:
+            raise OSError(28, "No space left on device")
+        write(work, item, arrays, **options)
+
+    write = train.checkpoints.write_arrays
+    monkeypatch.setattr(train.checkpoints, "write_arrays", waits)
+    yield Held
+    Held.go.set()
+
+
+def test_a_step_is_written_while_the_next_one_runs(opened, saved, held):
+    """From a copy: the next step takes the buffers of the state."""
+    checkpoints = opened()
+    restore(checkpoints)
+    now = state(6)
+    checkpoints.begin(now, {"rows": 6})
+    assert checkpoints.steps == [4, 2] and not checkpoints.failed
+    after = jax.jit(lambda x: jax.tree.map(lambda leaf: leaf + 1, x), donate_argnums=0)(now)
+    assert now.trainable["a"].is_deleted() and int(after.step) == 7
+    held.go.set()
+    checkpoints.wait()
+    step, found, places = restore(opened())
+    assert step == 6 and places == [6] and inodes(saved / "4") == inodes(saved / "6")
+    for there, here in zip(jax.tree.leaves(found), jax.tree.leaves(state(6)), strict=True):
+        np.testing.assert_array_equal(there, here)
+
+
+def test_what_is_being_written_is_waited_for(opened, saved, held, monkeypatch, caplog):
+    monkeypatch.setattr(train.checkpoints, "_PATIENCE", 0)
+    caplog.set_level(logging.INFO)
+    checkpoints = opened()
+    restore(checkpoints)
+    checkpoints.begin(state(6), {"rows": 6})
+    threading.Timer(0.2, held.go.set).start()
+    assert checkpoints.save(state(8), {"rows": 8}).name == "8"
+    assert checkpoints.steps == [8, 6, 4]
+    assert "waiting for the checkpoint that is being written" in caplog.text
+
+
+def test_a_step_that_could_not_be_written_ends_the_run(opened, saved, held):
+    checkpoints = opened()
+    restore(checkpoints)
+    held.fails = "optimizer"
+    held.go.set()
+    checkpoints.begin(state(6), {"rows": 6})
+    futures.wait([checkpoints._writing])
+    assert checkpoints.failed
+    with pytest.raises(InfiniteVLError) as caught:
+        checkpoints.begin(state(7), {"rows": 7})
+    assert f"no space left for checkpoint {saved / '6'}" in caught.value.culprit
+    assert caught.value.cure.endswith("then the same command goes on from step 4")
+    assert sorted(p.name for p in saved.iterdir()) == ["2", "4"] and not checkpoints.failed
+
+
+def test_frozen_parameters_damaged_meanwhile(opened, saved):
+    """The copy does not have them: the step is not written, and the next one is, at once."""
+    checkpoints = opened()
+    restore(checkpoints)
+    largest(saved / "4" / "frozen").unlink()
+    checkpoints.begin(state(6), {"rows": 6})
+    futures.wait([checkpoints._writing])
+    assert checkpoints.failed and sorted(p.name for p in saved.iterdir()) == ["2", "4"]
+    checkpoints.begin(state(7), {"rows": 7})
+    assert not checkpoints.failed and "written again" in opened.said[0]
+    assert restore(opened())[0] == 7
+
+
+def inodes(step):
+    """Of the files with frozen parameters."""
+    files = [*(step / "frozen").rglob("*"), step / "checksums" / "frozen.0.json"]
+    return {path.relative_to(step): path.stat().st_ino for path in files if path.is_file()}
+
+
+def test_frozen_parameters_are_written_once(opened, saved):
+    """Also by a run that was resumed, and they outlive the step that they were written for."""
+    assert len(inodes(saved / "2")) > 4 and inodes(saved / "2") == inodes(saved / "4")
+    checkpoints = opened(keep=1)
+    restore(checkpoints)
+    checkpoints.save(state(6), {"rows": 6})
+    assert [path.name for path in saved.iterdir()] == ["6"]
+    assert all(path.stat().st_nlink == 1 for path in (saved / "6" / "frozen").rglob("d/*"))
+    step, found, _ = restore(opened())
+    assert step == 6 and np.array_equal(found.frozen["b"], state(6).frozen["b"])
+
+
+def test_a_step_of_format_3_goes_on(opened, tmp_path):
+    """It has frozen parameters among those that train."""
+    old, checkpoints, folder = state(2), opened(), tmp_path / "run" / "checkpoints"
+    both = old._replace(trainable={**old.trainable, **old.frozen}, frozen={})
+    checkpoints.save(both, {"rows": 2})
+    assert not (folder / "2" / "frozen").exists()
+    assert np.array_equal(restore(checkpoints)[1].frozen["b"], old.frozen["b"])
+    for step in (4, 6):
+        checkpoints.save(state(step), {"rows": step})
+    assert inodes(folder / "4") == inodes(folder / "6") and restore(opened())[0] == 6
+
+
+def flip(folder, numbers):
+    """Flip one bit of an array's numbers, which no file of the store itself would show."""
+    numbers = np.asarray(numbers).tobytes()
+    (path,) = (path for path in folder.rglob("d/*") if numbers in path.read_bytes())
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(numbers) + 402] ^= 4
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("case", ["a bit", "deleted", "no links"])
+def test_frozen_parameters_that_cannot_be_shared_are_written_again(
+    case, opened, tmp_path, monkeypatch
+):
+    checkpoints, folder = opened(), tmp_path / "run" / "checkpoints"
+    for step in (2, 4):
+        checkpoints.save(state(step, 4096), {"rows": step})
+    if case == "a bit":  # of both steps
+        flip(folder / "4" / "frozen", state(4, 4096).frozen["b"])
+    elif case == "deleted":
+        largest(folder / "4" / "frozen").unlink()
+    else:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(95, "no")))
+    checkpoints.save(state(6, 4096), {"rows": 6})
+    assert ["written again" in said for said in opened.said] == [True] * (case != "no links")
+    assert not set(inodes(folder / "4").values()) & set(inodes(folder / "6").values())
+    assert restore(opened(), size=4096)[0] == 6
+    monkeypatch.undo()
+    checkpoints.save(state(8, 4096), {"rows": 8})  # shares those of the step that is whole
+    assert inodes(folder / "6") == inodes(folder / "8")
 
 
 def test_when_every_step_is_damaged_nothing_moves(opened, saved, tmp_path):

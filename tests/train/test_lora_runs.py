@@ -23,8 +23,8 @@ from infinitevl_jax.checkpoints import (
     save_params,
 )
 from infinitevl_jax.checkpoints.adapter_folder import load_adapter
-from infinitevl_jax.checkpoints.array_reader import ArrayReader
 from infinitevl_jax.checkpoints.manifest import Manifest
+from infinitevl_jax.checkpoints.stored import open_arrays
 from infinitevl_jax.cli import info
 from infinitevl_jax.config.lora import LoraConfig
 from infinitevl_jax.config.model import LINEAR, SLIDING
@@ -110,7 +110,7 @@ def run(folder, monkeypatch):
 
 
 def stored(folder):
-    reader = ArrayReader(folder, "params")
+    reader = open_arrays(folder)
     return {name: reader.read(name) for name in reader.shapes}
 
 

@@ -1,4 +1,5 @@
-"""A run killed at any step resumes with bit-equal losses; Ctrl-C saves; a step is a checkpoint."""
+"""A run killed five times ends as one that was not, bit for bit; Ctrl-C saves; a step is a
+checkpoint."""
 
 import json
 import os
@@ -6,15 +7,15 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from quick import QUICK
-from tiny_run import write_preset
+from tiny_run import PRESET, write_preset
 
+from benchmarks.kills import CHECKPOINT, START, STEP, Kill, differences, results, survive
 from infinitevl_jax import InfiniteVL, Processor
 from infinitevl_jax.checkpoints import export_folder, import_folder, load_params
 from infinitevl_jax.config.presets import load_preset
@@ -22,6 +23,7 @@ from infinitevl_jax.train.log import read_log
 from infinitevl_jax.train.loop import train
 
 ROOT = Path(__file__).resolve().parents[2]
+STEPS = 24
 SAME = ("step", "loss", "accuracy", "grad_norm", "lr", "held_out_loss", "held_out_exact")
 
 
@@ -54,55 +56,53 @@ def launch(preset, more):
     )
 
 
-def wait_for_step(process, run, step):
-    while process.poll() is None and not any(
-        line["step"] >= step for line in read_log(run / "log.jsonl")
-    ):
-        time.sleep(0.01)
+def preset_of(folder, data):
+    """Long enough to be killed five times."""
+    return write_preset(folder, data, PRESET.replace("steps = 6\n", f"steps = {STEPS}\n"))
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, tiny_data, start):
     """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
-    process = start(write_preset(folder, tiny_data))
+    process = start(preset_of(folder, tiny_data))
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     return folder / "run"
 
 
-def test_killed_run_goes_on_to_the_same_losses(tmp_path, tiny_data, whole, start):
-    preset, run = write_preset(tmp_path, tiny_data), tmp_path / "run"
-    step = random.SystemRandom().randint(1, 5)
-    process = start(preset)
-    wait_for_step(process, run, step)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert len(losses(run)) < len(losses(whole)), f"finished before it was killed at step {step}"
-    saved = any(
-        path.name.isdigit() for path in (run / "checkpoints").glob("*")
-    )  # killed before its first checkpoint it begins anew
-    process = start(preset)
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and ("going on from step" in out) == saved, out
-    assert losses(run) == losses(whole), f"killed at step {step}"
-    params = [load_params(r / "checkpoints" / "6", scanned=True)[1] for r in (run, whole)]
-    assert all(
-        np.asarray(params[0][k]).tobytes() == np.asarray(params[1][k]).tobytes() for k in params[1]
-    )
+def test_a_run_killed_five_times_ends_as_one_that_was_not(tmp_path, tiny_data, whole, start):
+    """Ctrl-C and SIGTERM finish the step, save it and say how to resume."""
+    preset, run = preset_of(tmp_path, tiny_data), tmp_path / "run"
+    kills = [
+        Kill(signal.SIGKILL, CHECKPOINT, random.uniform(0, 0.03)),
+        Kill(signal.SIGINT, STEP, 1),
+        Kill(signal.SIGTERM, CHECKPOINT, random.uniform(0, 0.03)),
+        Kill(signal.SIGKILL, START, random.uniform(0, 4)),
+        Kill(signal.SIGKILL, STEP, 1),
+    ]
+    deaths = survive(lambda: start(preset), run, iter(kills))
+    assert [death.kill for death in deaths] == kills
+    assert [deaths[i].status for i in (1, 2)] == [130, 130], deaths
+    assert all("goes on from here" in deaths[i].said for i in (1, 2)), deaths
+    assert "going on from step" in deaths[2].said
+    assert differences(results(run), results(whole)) == []
 
 
 def test_what_a_run_leaves(whole):
     lines = losses(whole)
-    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "loss" in line] == [*range(1, STEPS + 1)]
     assert "held_out_loss" in lines[-1] and 0 <= lines[-1]["held_out_exact"] <= 1
     assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["4", "6"]  # the newest two
-    assert json.loads((whole / "preset.json").read_text())["train"]["steps"] == 6
+    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == [
+        str(STEPS - 2),
+        str(STEPS),
+    ]  # the newest two
+    assert json.loads((whole / "preset.json").read_text())["train"]["steps"] == STEPS
 
 
 def test_a_step_can_be_opened_exported_and_imported(whole, tmp_path):
-    step = whole / "checkpoints" / "6"
+    step = whole / "checkpoints" / str(STEPS)
     export_folder(step, tmp_path / "hf")
     import_folder(tmp_path / "hf", tmp_path / "back")
     assert {p.name for p in (tmp_path / "hf").iterdir()} == {
@@ -138,28 +138,10 @@ def test_a_step_can_be_opened_exported_and_imported(whole, tmp_path):
 
 
 def test_a_finished_run_has_nothing_left_to_do(tmp_path, tiny_data, whole, capsys):
-    preset = load_preset(write_preset(tmp_path, tiny_data), [f"train.output={whole}"])
+    preset = load_preset(preset_of(tmp_path, tiny_data), [f"train.output={whole}"])
     before = losses(whole)
     outcome = train(preset)
-    assert outcome.finished and outcome.step == 6 and losses(whole) == before
-
-
-def test_stopping_saves_and_going_on_changes_nothing(tmp_path, tiny_data, whole, start):
-    """Ctrl-C finishes the current step, saves it and says how to resume."""
-    preset, run = write_preset(tmp_path, tiny_data), tmp_path / "run"
-    process = start(preset)
-    wait_for_step(process, run, 1)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=120)
-    if process.returncode == 0:
-        pytest.fail("the run was over before it could be stopped")
-    assert process.returncode == 130 and "goes on from here" in out, out
-    done = losses(run)[-1]["step"]
-    assert (run / "checkpoints" / str(done)).is_dir()
-    process = start(preset)
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and f"going on from step {done}" in out, out
-    assert losses(run) == losses(whole)
+    assert outcome.finished and outcome.step == STEPS and losses(whole) == before
 
 
 def test_training_from_a_checkpoint_with_frozen_parts(tmp_path, tiny_data, whole):
@@ -167,7 +149,7 @@ def test_training_from_a_checkpoint_with_frozen_parts(tmp_path, tiny_data, whole
     path = tmp_path / "tune.toml"
     text = (tmp_path / write_preset(tmp_path, tiny_data).name).read_text()
     head, tail = text.split("[run]")
-    path.write_text(f'[model]\nfrom = "{whole / "checkpoints" / "6"}"\n\n[run]{tail}')
+    path.write_text(f'[model]\nfrom = "{whole / "checkpoints" / str(STEPS)}"\n\n[run]{tail}')
     outcome = train(
         load_preset(
             path,
@@ -178,7 +160,7 @@ def test_training_from_a_checkpoint_with_frozen_parts(tmp_path, tiny_data, whole
             ],
         )
     )
-    old = load_params(whole / "checkpoints" / "6", scanned=True)[1]
+    old = load_params(whole / "checkpoints" / str(STEPS), scanned=True)[1]
     new = load_params(outcome.checkpoint, scanned=True)[1]
     assert old.keys() == new.keys()
     changed = {name for name in old if not jnp.array_equal(old[name], new[name])}

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import jax.numpy as jnp
 import pytest
@@ -132,6 +133,43 @@ def test_a_save_that_fails_is_not_tried_again(run, monkeypatch):
             saver.advance(step_fn, 1.0, {"at": number})
         saver.save()
     assert len(tries) == 1 and caught.value.items == ("no step is saved",)
+
+
+def test_an_error_waits_for_what_is_being_written(run, monkeypatch):
+    """And does not try again where that fails."""
+    write = run.checkpoints._write_beside
+
+    def slow(*args):
+        time.sleep(0.1)
+        if failing:
+            raise StorageError("no space left for checkpoint 4", "free some space")
+        return write(*args)
+
+    monkeypatch.setattr(run.checkpoints, "_write_beside", slow)
+    told, failing = [], False
+    for steps_before in (1, 3):
+        saver = run()
+        with pytest.raises(InfiniteVLError) as caught, saver:
+            for number in range(1, steps_before + 1):
+                saver.advance(step_fn, 1.0, {"at": number})
+            saver.begin()
+            raise InfiniteVLError("the data is bad", "mend it")
+        told.append(caught.value.items)
+        failing = True
+    assert told[0] == (f"step 1 is saved in {run.folder / '1'}",)
+    assert told[1] == (
+        "a checkpoint could not be written: no space left for checkpoint 4",
+        "step 1 is saved",
+    )
+    assert steps(run) == [1]
+
+
+def test_the_run_may_wait_for_its_checkpoints(run, monkeypatch):
+    saver = run(checkpoint_async=False)
+    monkeypatch.setattr(run.checkpoints, "_write_beside", None)
+    saver.advance(step_fn, 1.0, {"at": 1})
+    saver.begin()
+    assert steps(run) == [1] and not saver.due
 
 
 def test_an_error_is_told_before_the_save_that_then_fails(run, monkeypatch):
