@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -54,7 +55,7 @@ class Outcome(NamedTuple):
 
 
 def train(preset: Preset) -> Outcome:
-    """Train a preset to its end, or until Ctrl-C or SIGTERM, and log progress.
+    """Train a preset to its end, or until Ctrl-C, SIGTERM or `train.minutes`, and log progress.
 
     Resumes from the last checkpoint in the output folder.
 
@@ -153,7 +154,7 @@ def train(preset: Preset) -> Outcome:
             held_out = HeldOut(
                 config.data, start, partial(jax.jit(loss), held=held), mesh, together
             )
-        stop = Stop()
+        stop = Stop(math.inf if config.minutes is None else began + 60 * config.minutes)
         saver = Saver(checkpoints, lock, config, skipped, state, batches.get_state(), stop)
         del state  # the first step donates its memory
         with stop, Progress(steps, first, quiet=not together.first) as bar, saver:
