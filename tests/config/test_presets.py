@@ -9,7 +9,9 @@ from infinitevl_jax.config.presets import RENAMED, Preset, differences, load_pre
 from infinitevl_jax.config.shipped import known_presets
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = ["easy_vqa", "tiny_distill", "tiny_layerwise", "tiny_teacher", "tiny_tune"]
+SHIPPED = ["easy_vqa"]
+SHIPPED += [f"smollm2_{stage}" for stage in ("distill", "layerwise", "long", "supervised")]
+SHIPPED += ["tiny_distill", "tiny_layerwise", "tiny_teacher", "tiny_tune"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)
