@@ -66,8 +66,8 @@ def stage_sources(
     """The sources of a stage as a table of a preset.
 
     Args:
-      given: the preset's own table. A corpus that it names is read so, with its weight; another as
-        the first of the table is, with the weight 1.
+      given: the preset's own table. What it does not say of a corpus is as of the first in it; the
+        weight is then 1.
       kinds: `Corpus.conversations` of what the stage trains on.
 
     Raises:
@@ -84,7 +84,7 @@ def stage_sources(
     first = {key: value for key, value in next(iter(given.values())).items() if key != "weight"}
     found = {}
     for corpus in chosen:
-        table = dict(given.get(corpus.name, first)) | {"path": str(corpus.path)}
+        table = {**first, **given.get(corpus.name, {}), "path": str(corpus.path)}
         if corpus.conversations:
             table.pop("options", None)
         found[corpus.name] = table

@@ -5,6 +5,7 @@ import hashlib
 import json
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from tiny_folder import full_attention_config, tiny_model, write_folder
 
 from benchmarks.training import curves, linearise
+from benchmarks.training.corpora import find_corpora
 from benchmarks.training.figures import FigureLog
 from benchmarks.training.recall import needles
 from infinitevl_jax import InfiniteVL, Processor, compilation
@@ -19,6 +21,7 @@ from infinitevl_jax.checkpoints import read_config
 from infinitevl_jax.checkpoints.checksums import read_checksums
 from infinitevl_jax.checkpoints.newest import checkpoint_folder
 from infinitevl_jax.config.model import FULL, SLIDING
+from infinitevl_jax.config.student import PaperConfig
 from infinitevl_jax.train import saving
 
 CHANGES = [
@@ -257,6 +260,37 @@ def test_tables_and_curves(done, tmp_path, monkeypatch):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     job = curves.read_job(done.folder / "whole")
     assert job.ends == dict(zip(STAGES, np.cumsum([0, 4 * 384, 768, 768, 1024]), strict=True))
+
+
+def test_changes_reach_their_stages(done):
+    corpora = find_corpora(done.folder / "texts", ["other"])
+    changes = [
+        "model.mixers.initialise.name=paper",
+        "run.remat=full",
+        "distill.train.steps=7",
+        "train.data.sources.one.weight=3",
+        "figures.rows=5",
+    ]
+    job = linearise.Linearisation(Path("teacher"), corpora, Path("out"), changes, ends=0)
+    presets = {stage: job.preset(stage, Path("before")) for stage in linearise.STAGES}
+    assert presets["layerwise"].model.mixers.initialise == PaperConfig()
+    assert presets["distill"].model.mixers is None and job.wanted.rows == 5
+    assert [preset.train.steps for preset in presets.values()] == [1200, 7, 600, 300]
+    assert {preset.run.remat for preset in presets.values()} == {"full"}
+    assert {preset.model.from_ for preset in presets.values()} == {"before"}
+    assert [preset.teacher and preset.teacher.from_ for preset in presets.values()] == [
+        *["teacher"] * 2,
+        *[None] * 2,
+    ]
+    read = {stage: preset.train.data.sources for stage, preset in presets.items()}
+    assert [list(sources) for sources in read.values()] == [
+        *[["one", "sampled"]] * 2,
+        ["sampled"],
+        ["one"],
+    ]
+    one = read["distill"]["one"]  # no corpus of the preset: as the first in it, but for the weight
+    assert (one.weight, one.options, one.held_out) == (3, {"whole": True}, "train[95%:]")
+    assert read["distill"]["sampled"].options == {}
 
 
 def test_what_cannot_be_run_is_refused(done, tmp_path):
