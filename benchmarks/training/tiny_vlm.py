@@ -142,7 +142,8 @@ class Job:
     def stage(self, seed: int, variant: str, stage: str, own: list[str]) -> Outcome | None:
         """One run, to its end; None if the time is over."""
         output = self.folder(seed, variant) / stage
-        preset = self.changes.load(stage, [*own, f"train.seed={seed}", f"train.output={output}"])
+        own = [*own, f"train.seed={seed}", f"train.output={output}"]
+        preset = self.changes.load(stage, own)
         done = output / "checkpoints" / str(preset.train.steps)
         if done.exists() and (output / "loss.png").exists():
             return Outcome(output, done, preset.train.steps, True)
@@ -150,7 +151,7 @@ class Job:
         if left <= 0:
             return None
         print(f"seed {seed}, {variant}: {stage}", flush=True)
-        outcome = train(preset, left)
+        outcome = train(self.changes.load(stage, [*own, f"train.minutes={left}"]))
         return outcome if outcome.finished else None
 
     def measure(self, seed: int, variant: str, outcome: Outcome) -> bool:

@@ -64,6 +64,8 @@ class TrainConfig:
       output: folder for checkpoints, log and plot. A run resumes from the checkpoints in it.
       steps: number of steps; 0 uses `epochs`.
       epochs: passes over the training split.
+      minutes: the run saves and stops after so long, preparation included, and the same command
+        goes on. 0 saves the model as it starts. None is no limit.
       trainable: regular expressions. A parameter trains if one matches its whole dotted name. Or a
         table of regular expression = factor: the first that matches a name decides the factor of
         its learning rate; with 0, or without a match, the parameter is frozen. Not given: all
@@ -85,6 +87,7 @@ class TrainConfig:
     seed: Seed = 0
     steps: Count = 0
     epochs: Annotated[float, Meta(ge=0, le=1e9)] = 1.0
+    minutes: Annotated[float, Meta(ge=0, le=INT32)] | None = None
     trainable: tuple[Name, ...] | dict[Name, LearningRateFactor] | None = None
     log_every: Count = 10
     checkpoint_every: Count = 0

@@ -33,6 +33,7 @@ FREE += tuple(f"run.ops.{field.name}" for field in dataclasses.fields(OpsConfig)
 FREE += tuple(key for key in RENAMED if key.startswith("run."))  # in presets of older runs
 FREE += (
     "train.output",
+    "train.minutes",
     "train.log_every",
     "train.checkpoint_every",
     "train.checkpoint_minutes",

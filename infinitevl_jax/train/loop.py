@@ -54,13 +54,10 @@ class Outcome(NamedTuple):
     finished: bool
 
 
-def train(preset: Preset, minutes: float = math.inf) -> Outcome:
-    """Train a preset to its end, or until Ctrl-C or SIGTERM, and log progress.
+def train(preset: Preset) -> Outcome:
+    """Train a preset to its end, or until Ctrl-C, SIGTERM or `train.minutes`, and log progress.
 
     Resumes from the last checkpoint in the output folder.
-
-    Args:
-      minutes: after these the run saves and stops, as after Ctrl-C.
 
     Raises:
       InfiniteVLError: the preset, data, mesh or output folder is invalid.
@@ -157,7 +154,7 @@ def train(preset: Preset, minutes: float = math.inf) -> Outcome:
             held_out = HeldOut(
                 config.data, start, partial(jax.jit(loss), held=held), mesh, together
             )
-        stop = Stop()
+        stop = Stop(math.inf if config.minutes is None else began + 60 * config.minutes)
         saver = Saver(checkpoints, lock, config, skipped, state, batches.get_state(), stop)
         del state  # the first step donates its memory
         with stop, Progress(steps, first, quiet=not together.first) as bar, saver:
@@ -179,8 +176,6 @@ def train(preset: Preset, minutes: float = math.inf) -> Outcome:
                         log.write(step=step, **found)
                         checkpoints.remove_old()
                     unmeasured, tokens, waited, since = False, 0, 0.0, time.monotonic()
-                if time.monotonic() - began >= 60 * minutes:
-                    stop.asked = True
                 if together.any(stop.asked) or step == steps:
                     break
                 asked = time.monotonic()

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -26,14 +27,23 @@ T = TypeVar("T")
 
 
 class Stop(contextlib.AbstractContextManager):
-    """Sets `asked` on Ctrl-C, SIGTERM or a closed terminal.
+    """Sets `asked` on Ctrl-C, SIGTERM or a closed terminal, and when the time is over.
 
     The run then finishes its step, saves and ends. A second Ctrl-C ends it at once.
     """
 
-    def __init__(self):
-        self.asked = False
+    def __init__(self, ends: float = math.inf):
+        """ends: when the time is over, by `time.monotonic`."""
+        self._asked, self._ends = False, ends
         self._signals = postponed(self._ask, "SIGINT", "SIGTERM", "SIGHUP")
+
+    @property
+    def asked(self) -> bool:
+        return self._asked or time.monotonic() >= self._ends
+
+    @asked.setter
+    def asked(self, asked: bool) -> None:
+        self._asked = asked
 
     def _ask(self) -> None:
         self.asked = True

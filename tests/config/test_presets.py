@@ -24,8 +24,9 @@ ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("distill", "layerwise", "long", "supervised")
 FULL_SIZE = [f"{way}_{stage}" for way in ("lean", "paper", "released") for stage in STAGES]
 SMALL = [f"infinitevl_tiny_{stage}" for stage in sorted((*STAGES, "teacher"))]
+SMOLLM2 = [f"smollm2_{stage}" for stage in STAGES]
 TINY = ["tiny_distill", "tiny_layerwise", "tiny_teacher", "tiny_tune"]
-SHIPPED = ["easy_vqa", *SMALL, *FULL_SIZE, *TINY]
+SHIPPED = ["easy_vqa", *SMALL, *FULL_SIZE, *SMOLLM2, *TINY]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)

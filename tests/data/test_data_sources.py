@@ -288,6 +288,21 @@ def test_texts(packed, processor, tmp_path):
     np.testing.assert_array_equal(targets, whole[1:])
 
 
+def test_whole_texts_are_held_out(tmp_path):
+    """Files are sliced in an order that is not that of their names, and none is divided."""
+    for i in range(20):
+        (tmp_path / f"{i:02}.txt").write_text(f"text {i:02}\n" * 20)
+    options = {"chunk": 64, "whole": True}
+    found = {}
+    for split in ("train[:75%]", "train[75%:]", "train"):
+        source = rows_of(tmp_path, split=split, options=options)
+        rows = [source[i].text for i in range(len(source))]
+        found[split] = list(dict.fromkeys(row[5:7] for row in rows))
+        assert all("".join(rows).count(f"text {name}\n") == 20 for name in found[split])
+    assert [len(names) for names in found.values()] == [15, 5, 20]
+    assert found["train[:75%]"] + found["train[75%:]"] == found["train"] != sorted(found["train"])
+
+
 def test_the_last_line_s_end_is_no_row_of_its_own(tmp_path):
     """Where the last chunk begins inside a line, or a character, at the end of the file."""
     for text in ("a" * 60 + "\n" + "b" * 20 + "\n", "a" * 63 + "é", "a" * 64 + "\n"):

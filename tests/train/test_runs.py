@@ -79,7 +79,7 @@ def _bad_data(folder, preset, monkeypatch, said):
 
 
 def _the_time_is_over(folder, preset, monkeypatch, said):
-    outcome = loop.train(preset(), minutes=0)
+    outcome = loop.train(preset("train.minutes=0"))
     assert (outcome.finished, outcome.step, steps(folder)) == (False, 3, ["3"])
     assert said()[-1].startswith("stopped at step 3 of 4; saved in ")
 

@@ -1,5 +1,6 @@
 """Documents for language-model training: text files, folders of them, .xz, or rows with `text`."""
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,10 +27,13 @@ class Options(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     Attributes:
       chunk: bytes of a document that are read at a time and form a row. Rows end at line breaks.
       suffixes: of the files of a folder that are read; none = all.
+      whole: slices of `train` and `held_out` take whole files, in the order of a hash of their
+        names. Otherwise they take rows, in the order of the names.
     """
 
     chunk: Annotated[int, Meta(ge=64, le=1 << 26)] = 1 << 16
     suffixes: list[str] = []
+    whole: bool = False
 
 
 class Row(msgspec.Struct):
@@ -98,6 +102,9 @@ def open_text(config: SourceConfig, split: str) -> Source:
             for p in path.rglob("*")
             if p.is_file() and not p.name.startswith(".") and p.name.endswith(suffixes or "")
         )
+    if chosen.whole and files:
+        files.sort(key=lambda file: hashlib.sha256(str(file.relative_to(path)).encode()).digest())
+        files = [files[number] for number in select_rows(split, len(files), str(path))]
     unpacked = {file: unpack(file) for file in files if file.suffix.lower() == ".xz"}
     chunks = []
     for file in files:
@@ -111,7 +118,10 @@ def open_text(config: SourceConfig, split: str) -> Source:
             chunks.pop()  # no line begins in it
     if not chunks:
         raise InfiniteVLError(f"{path} holds no text", "name a text file, or a folder of them")
-    return Texts(str(path), chunks, select_rows(split, len(chunks), str(path)), unpacked)
+    rows = range(len(chunks))
+    if not chosen.whole:
+        rows = select_rows(split, len(chunks), str(path))
+    return Texts(str(path), chunks, rows, unpacked)
 
 
 def _document(row: Row, media: Media) -> Conversation:
