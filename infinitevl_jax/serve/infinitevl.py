@@ -141,9 +141,10 @@ class InfiniteVL:
         ops: Ops | None = None,
     ) -> "InfiniteVL":
         """A model with fresh random weights."""
-        shardings = (
-            None if mesh is None else parameter_shardings(parameters(config, scanned=True), mesh)
-        )
+        shardings = None
+        if mesh is not None:
+            check_mesh(mesh)  # before anything is made
+            shardings = parameter_shardings(parameters(config, scanned=True), mesh)
         params = initialize(
             config, jax.random.key(seed), scanned=False, dtype=dtype, shardings=shardings
         )

@@ -43,6 +43,7 @@ CASES = {
     "an empty folder": (["ask", "{root}/empty", "Hi"], ["config.json", "does not exist"]),
     "info of an empty folder": (["info", "{root}/empty"], ["config.json", "does not exist"]),
     "no question": (["ask", "{root}/model", "  "], ["question is empty"]),
+    "a model alone": (["ask", "{root}/model"], ["the question to", "model is missing"]),
     "no such image": (
         ["ask", "{root}/model", "Hi", "--image", "{root}/no.png"],
         ["no.png", "not there"],
@@ -151,7 +152,6 @@ def test_mistakes(name, good, monkeypatch):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["ask", "model"],
         ["ask", "model", "Hi", "--max-new-tokens", "0"],
         ["ask", "model", "Hi", "--temperature", "-1"],
         ["ask", "model", "Hi", "--top-p", "1.5"],

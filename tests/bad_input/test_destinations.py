@@ -24,6 +24,7 @@ from infinitevl_jax.checkpoints import (
     load_params,
     save_params,
 )
+from infinitevl_jax.checkpoints.manifest import FORMAT
 from infinitevl_jax.cli import app
 from infinitevl_jax.config.run import RunConfig
 from infinitevl_jax.nn.params import parameters
@@ -238,7 +239,7 @@ OURS = (
             '{"norm.weight": [{"start": [-1], "shape": [32], "crc32": 1}]}',
         ),
         "manifest-not-json": text("infinitevl_jax.json", "{"),
-        "manifest-of-the-future": manifest(lambda m: m.update(format=4), "4"),
+        "manifest-of-the-future": manifest(lambda m: m.update(format=FORMAT + 1), str(FORMAT + 1)),
         "manifest-unknown-key": manifest(lambda m: m.update(colour="red"), "colour"),
         "manifest-damaged": manifest(lambda m: m.update(files=[{"name": "x"}])),
         "manifest-a-list": text("infinitevl_jax.json", "[1]"),

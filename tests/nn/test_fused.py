@@ -4,6 +4,7 @@ memory, under the same names; and what a token step calls."""
 import dataclasses
 import gc
 import inspect
+import re
 from functools import cache, partial
 
 import jax
@@ -263,4 +264,6 @@ def test_a_published_decoding_step_lowers_for_cuda():
     traced = programs.decode.trace(params, cache, slots, np.int32(1), most=1)
     lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert lowered.count("@mosaic_gpu_v2") == 7
-    assert lowered.count("call @projection") == 4 * 4 + 1
+    # one function for each kind of layer, called for every layer
+    assert lowered.count("call @projection") == 2 * 4 + 1
+    assert len(re.findall(r"call @apply\w*\(", lowered)) == 4
