@@ -47,13 +47,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.mesh_training import (
-    TRAINED,
-    WARMUP,
-    Setting,
-    Training,
-    one_gpu,
-)  # before jax, for its memory
+# before jax, for its memory
+from benchmarks.mesh_training import TRAINED, WARMUP, Setting, Training, one_gpu
 
 import jax  # isort: skip
 import numpy as np
