@@ -256,7 +256,7 @@ def _value(hint: Any, value: Any, key: str, where: str) -> Any:
         check_value(value, hint, key)
     except InfiniteVLError as error:
         raise InfiniteVLError(f"{where}: {error.culprit}", error.cure) from None
-    return float(value) if kind is float else value
+    return float(value) if kind is float and value is not None else value
 
 
 def _toml(text: str) -> dict[str, Any]:
