@@ -159,8 +159,15 @@ def wait_for(process: subprocess.Popen, kill: Kill, run: Path) -> str:
         log = run / "log.jsonl"
         return log.read_bytes().count(b"\n") if log.exists() else 0
 
+    def partial() -> set[Path]:
+        return set((run / "checkpoints").glob(".*.partial"))
+
+    left = partial()  # by a process that was killed; this one removes them
+
     def writing() -> bool:
-        return any((run / "checkpoints").glob(".*.partial"))
+        found = partial()
+        left.intersection_update(found)
+        return bool(found - left)
 
     began, first = time.monotonic(), lines()
     while process.poll() is None:
