@@ -37,10 +37,7 @@ from infinitevl_jax.train.optimizer import learning_rate_factors, make_optimizer
 from infinitevl_jax.train.progress import Progress
 from infinitevl_jax.train.saving import Saver, Stop
 from infinitevl_jax.train.setup import prepare_start
-from infinitevl_jax.train.step import (
-    put_batch,
-    train_step,
-)
+from infinitevl_jax.train.step import put_batch, train_step
 
 logger = logging.getLogger(__name__)
 
