@@ -227,9 +227,21 @@ def test_ask_once_the_answer_has_begun(folder):
 
 
 def test_ask_before_the_weights_are_read(folder):
-    process = start("-X", "importtime", "-m", "infinitevl_jax", "ask", folder, "Hi")
-    wait_for(process.stderr, "infinitevl_jax.serve.sampling\n")
-    end(process)
+    process = start(
+        "-c",
+        f"""
+import sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "infinitevl_jax.serve.sampling": print("ready", flush=True)
+sys.meta_path.insert(0, Watch())
+from infinitevl_jax.__main__ import main
+sys.argv[1:] = ["ask", {str(folder)!r}, "Hi"]
+main()
+""",
+    )
+    assert process.stdout.readline() == "ready\n", process.communicate()[1]
+    assert end(process) == ("", [])
 
 
 def test_chat_stops_an_answer_and_then_leaves(folder):
