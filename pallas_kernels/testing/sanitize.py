@@ -9,8 +9,10 @@ alone.
 
 First each tool runs on kernels that are wrong on purpose (`wrong_kernels`). A tool that finds
 nothing in them cannot see into what Mosaic GPU compiles to, so its other results mean nothing: the
-command then ends with an error. It prints each kind of finding once with its count, then a line a
-tool, and ends with an error if there are findings. The full output goes to `--log`.
+command then ends with an error. It prints a line a tool, then each kind of finding once with its
+count, and ends with an error if there are findings, except in kernels of XLA: initcheck does not
+see what bulk copies write, so it reports every kernel of XLA that reads an output of ours. The full
+output goes to `--log`.
 
 compute-sanitizer comes with CUDA, or by `pip install nvidia-cuda-sanitizer-api`. Programs run tens
 to hundreds of times slower in it.
@@ -23,6 +25,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 TOOLS = "racecheck", "initcheck", "synccheck", "memcheck"
@@ -53,7 +56,8 @@ def command(sanitizer: str, tool: str, known: str, python: list[str]) -> list[st
     for options that not all versions have."""
     options = [
         f"--tool={tool}",
-        "--print-limit=1000",
+        "--print-limit=100000",
+        "--show-backtrace=no",  # of each finding: it takes most of the time
         "--target-processes=application-only",
     ]
     if tool != "initcheck":  # which must see what XLA's kernels write
@@ -69,15 +73,22 @@ def command(sanitizer: str, tool: str, known: str, python: list[str]) -> list[st
 
 def findings(said: str) -> tuple[int | None, Counter]:
     """The number of findings in a tool's summary (None: it wrote no summary), and the lines about
-    them by kind."""
+    them by kind, with the kernel if it is on the next line."""
     totals = re.findall(r"SUMMARY: (\d+) (?:hazard|error)", said)
-    kinds = Counter()
-    for line in said.splitlines():
+    kinds, lines = Counter(), said.splitlines()
+    for line, following in pairwise([*lines, ""]):
         if found := re.match(
             r"=+ ((?:Error|Warning|Invalid|Uninitialized|Barrier|Potential)\b.*)", line
         ):
-            kinds[re.sub(r"0x[0-9a-f]+|\b\d+\b", "_", found[1])] += 1
+            kind = re.sub(r"0x[0-9a-f]+|\b\d+\b", "_", found[1])
+            kernel = re.match(r"=+ +at (\w+)", following)
+            kinds[f"{kind} at {kernel[1]}" if kernel else kind] += 1
     return (sum(map(int, totals)) if totals else None), kinds
+
+
+def elsewhere(kind: str) -> bool:
+    """Whether a kind of finding is in a kernel that is not ours."""
+    return " at " in kind and "mosaic_gpu" not in kind
 
 
 def wrong_kernels(kind: str) -> None:
@@ -178,9 +189,10 @@ def main() -> None:
             "--only",
             args.only,
         )
-        bad |= total != 0
+        theirs = sum(count for kind, count in kinds.items() if elsewhere(kind))
+        bad |= total != theirs
         outcome = f"it came to no summary, see {args.log}" if total is None else f"{total} findings"
-        print(f"{tool}: {outcome}", flush=True)
+        print(f"{tool}: {outcome}, {theirs} of them in kernels of XLA", flush=True)
         for kind, count in kinds.most_common():
             print(f"  {count:5} x {kind}", flush=True)
     sys.exit(bad)
