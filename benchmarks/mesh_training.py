@@ -51,6 +51,7 @@ class Setting:
       train: a key of `TRAINED`.
       rows: rows per step, over all devices. at_once: rows per pass; None: all.
       length: tokens per row. images: images per row, of `grid` patches each.
+      compiler_options: pairs of name and value.
     """
 
     config: ModelConfig = infinitevl_4b()
@@ -67,6 +68,7 @@ class Setting:
     attend: str | None = None
     gated_delta_rule: str | None = None
     peak_lr: float = 1e-4
+    compiler_options: tuple[tuple[str, str], ...] = ()
 
     @property
     def batches(self) -> list[Rows]:
@@ -94,10 +96,12 @@ class Setting:
             "peak_lr",
         )
         patches = self.images * int(np.prod(self.grid))
+        options = {"compiler_options": dict(self.compiler_options)} if self.compiler_options else {}
         return {name: getattr(self, name) for name in named} | {
             "at_once": self.at_once or self.rows,
             "patches": patches,
             "seed": SEED,
+            **options,
         }
 
     def optimizer(self) -> optax.GradientTransformation:
@@ -179,7 +183,14 @@ class Training:
         )
         part = joined(first[: self.at_once])
         self._step, self.state, self.figures = compile_step(
-            setting.config, run, self.mesh, optimizer, names, begin, part
+            setting.config,
+            run,
+            self.mesh,
+            optimizer,
+            names,
+            begin,
+            part,
+            dict(setting.compiler_options),
         )
         ops = resolve_ops(self.mesh, run.ops)
         self.figures["ran"] = ops.report()

@@ -57,7 +57,7 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 from benchmarks.mesh_checks import float32_agreement, restored_alone
 from benchmarks.record import RESULTS, add_commit, circumstances, record
 from benchmarks.step_timing import GRID
-from benchmarks.train_step import LAYERS, starter
+from benchmarks.train_step import LAYERS, add_compiler_options, starter
 from infinitevl_jax.config.run import AXES, REMATS
 
 PARTS = ("one_gpu", "meshes", "float32", "checkpoint")
@@ -311,6 +311,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--compilation-cache",
         help="a folder for compiled programs; default: a temporary one",
     )
+    add_compiler_options(parser)
     add_commit(parser)
     args = parser.parse_args(argv)
     args.parts = args.parts or ["one_gpu", "meshes"]
@@ -366,6 +367,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         layers=args.layers,
         attend=args.attend,
         gated_delta_rule=args.gated_delta_rule,
+        compiler_options=tuple(args.compiler_option),
     )
     results = Results(args.output, args.commit, args.reuse)
     with compilation_cache(args.compilation_cache):

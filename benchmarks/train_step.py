@@ -15,6 +15,9 @@ Examples:
     # stages with a teacher beside the student, and II
     python -m benchmarks.train_step --stage layerwise distill supervised
 
+    # with an option of the compiler
+    python -m benchmarks.train_step --compiler-option xla_gpu_enable_dynamic_slice_fusion=true
+
 One row of 8,192 tokens, among them the tokens of 4,096 image patches; bf16 activations; AdamW.
 `--train mixers` trains only the token mixers (994 M parameters), `--train decoder` all but the
 vision tower and the embeddings (3.43 B). Trained parameters are f32 with two moments. On an H200
@@ -64,6 +67,7 @@ from infinitevl_jax.train.optimizer import make_optimizer, split_trainable  # no
 from infinitevl_jax.train.plan import plan_step  # noqa: E402
 from infinitevl_jax.train.pods import published_models  # noqa: E402
 from infinitevl_jax.train.step import (
+    NOTHING,
     init_state,
     model_of,
     put_batch,
@@ -85,6 +89,7 @@ def compile_step(
     names: list[str],
     begin,
     batch: TrainBatch,
+    options: Mapping[str, str],
 ):
     """Compile the training step for a mesh and create its first state.
 
@@ -92,6 +97,7 @@ def compile_step(
       names: the parameters that train.
       begin: returns all parameters, on any device.
       batch: on the host.
+      options: of the compiler.
 
     Returns (step, state, figures). The figures are numbers of parameters, seconds to compile and,
     as the compiler reports, GB per device.
@@ -115,7 +121,7 @@ def compile_step(
             donate_argnums=0,
             out_shardings=(places, None),
         )
-        step = step.lower(state, put_batch(batch, mesh)).compile()
+        step = step.lower(state, put_batch(batch, mesh)).compile(dict(options))
     line["compile_s"] = round(time.perf_counter() - started, 1)
     return step, state, line | memory_figures(step)
 
@@ -136,12 +142,14 @@ def measure(
     grid=GRID,
     dtype: str = "bfloat16",
     profile: str | None = None,
+    options: Mapping[str, str] = NOTHING,
 ) -> dict:
     """Figures of one supervised setting: compile time, and those of `time_steps`.
 
     Args:
       begin: returns fresh parameters on the device, the same ones at each call.
       steps: timed steps, after `warmup` steps.
+      options: of the compiler.
     """
     ops = OpsConfig(attention=attend, gated_delta_rule=gated_delta_rule)
     run = RunConfig(fsdp=1, dtype=dtype, remat=remat, scan=scan, ops=ops)
@@ -152,7 +160,7 @@ def measure(
     names, _ = split_trainable(known, train)
     first = draw()
     flops = step_flops(config, [layer for name in names for layer in known[name].layers], first)
-    step, state, line = compile_step(config, run, mesh, optimizer, names, begin, first)
+    step, state, line = compile_step(config, run, mesh, optimizer, names, begin, first, options)
     print(f"  compiled: {line}", flush=True)
     timed = time_steps(step, state, mesh, draw, flops, steps=steps, warmup=warmup, profile=profile)
     return line | timed | {"ran": resolve_ops(mesh, ops).report()}
@@ -167,11 +175,13 @@ def measure_stage(
     images: int = 4,
     grid=GRID,
     profile: str | None = None,
+    options: Mapping[str, str] = NOTHING,
 ) -> dict:
     """Figures of a step of a preset, with random parameters in bfloat16.
 
     Args:
       configs: its models by name.
+      options: of the compiler.
     """
     mesh = make_mesh(preset.run, jax.devices()[:1])
     ops, length = resolve_ops(mesh, preset.run.ops), preset.train.data.length
@@ -198,7 +208,7 @@ def measure_stage(
         }
         started = time.perf_counter()
         step = jax.jit(plan.step, donate_argnums=0)
-        compiled = step.lower(state, put_batch(first, mesh), held).compile()
+        compiled = step.lower(state, put_batch(first, mesh), held).compile(dict(options))
         line["compile_s"] = round(time.perf_counter() - started, 1)
     line |= memory_figures(compiled)
     print(f"  compiled: {line}", flush=True)
@@ -222,6 +232,26 @@ def starter(config: ModelConfig, dtype=jnp.bfloat16):
         return jax.block_until_ready(create(key))
 
     return begin
+
+
+def compiler_option(text: str) -> tuple[str, str]:
+    """NAME=VALUE -> (NAME, VALUE)."""
+    name, equals, value = text.partition("=")
+    if not (name.startswith("xla_") and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r}: write xla_NAME=VALUE, such as xla_x=true")
+    return name, value
+
+
+def add_compiler_options(parser: argparse.ArgumentParser) -> None:
+    """`--compiler-option`, which may be repeated."""
+    parser.add_argument(
+        "--compiler-option",
+        type=compiler_option,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of XLA for the step; may be repeated",
+    )
 
 
 def of_stage(
@@ -280,6 +310,7 @@ def main():
         "--profile",
         help="write a profiler trace of two steps of each setting to this folder, and print it",
     )
+    add_compiler_options(parser)
     add_commit(parser)
     args = parser.parse_args()
     if len(args.attend) != len(args.gated_delta_rule):
@@ -307,9 +338,12 @@ def main():
         }
         size = {"length": args.length, "patches": args.patches}
         setting = {key: name, **how, **size, "dtype": "bfloat16"}
+        if args.compiler_option:
+            setting["compiler_options"] = dict(args.compiler_option)
         print(f"\n{setting}", flush=True)
         how["scan"] = LAYERS[how.pop("layers")]
         timing = {"steps": args.steps, "images": images, "profile": args.profile}
+        timing["options"] = dict(args.compiler_option)
         try:
             if key == "stage":
                 preset = of_stage(name, **how, **size)

@@ -22,7 +22,13 @@ from infinitevl_jax.nn.ops import Ops
 from infinitevl_jax.nn.params import Parameter, Params, functional, parameters, unstack
 from infinitevl_jax.nn.stack import Scanned
 from infinitevl_jax.nn.vlm import VLM
-from infinitevl_jax.sharding import own_parts, parameter_shardings, part_size, spec
+from infinitevl_jax.sharding import (
+    constrain,
+    own_parts,
+    parameter_shardings,
+    part_size,
+    spec,
+)
 from infinitevl_jax.train.accumulate import loss_and_gradient
 from infinitevl_jax.train.objectives import Measured, objective
 from infinitevl_jax.train.objectives.objective import STUDENT
@@ -94,6 +100,9 @@ def model_of(
     gives the same result, but for every pass, and slices of the stacks and of their gradients would
     be copied in float32.
 
+    Parameters outside of layers are gathered from the fsdp axis here, once per step. The loss runs
+    over chunks of tokens and would gather the output head for each of them, in both passes.
+
     Args:
       stacked: layout of the parameters.
       lora: adapters among them.
@@ -103,13 +112,15 @@ def model_of(
     bind = functional(config, scanned=scanned, **options)
     known = parameters(config, scanned=scanned, lora=lora)
 
-    def narrow(name: str, p: Array) -> Array:
-        matrix = known[name].in_stack and known[name].facts.matmul
-        return p.astype(dtype) if matrix and p.dtype.itemsize > dtype.itemsize else p
+    def prepare(name: str, p: Array) -> Array:
+        if not known[name].in_stack:
+            return constrain(p, *(None if axis == "width" else axis for axis in known[name].axes))
+        wide = known[name].facts.matmul and p.dtype.itemsize > dtype.itemsize
+        return p.astype(dtype) if wide else p
 
     def model(params: Params) -> VLM:
         params = params if run.scan else unstack(config, dict(params), stacked, lora)
-        return bind({name: narrow(name, p) for name, p in params.items()})
+        return bind({name: prepare(name, p) for name, p in params.items()})
 
     return model
 
