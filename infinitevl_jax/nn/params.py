@@ -21,16 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import NamedSharding
 
 from infinitevl_jax.config.lora import LoraConfig
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.nn.cache import Cache
 from infinitevl_jax.nn.fused import Joint
 from infinitevl_jax.nn.fused_params import FusedParams, Groups, fuse_layers, joints
+from infinitevl_jax.nn.initializers import draw
 from infinitevl_jax.nn.lora import add_adapters
 from infinitevl_jax.nn.ops import Ops
 from infinitevl_jax.nn.parameter import Facts
-from infinitevl_jax.nn.rngs import Rngs
 from infinitevl_jax.nn.stack import Layout, Scanned, Stack, place_of
 from infinitevl_jax.nn.vlm import VLM
 
@@ -102,16 +103,11 @@ def _abstract(
     if groups and lora:
         raise ValueError("a model whose layers are fused has its adapters merged")
 
-    def make():
-        rngs = Rngs(jax.random.key(0))
-        model = VLM(config, dtype=dtype, ops=ops, scanned=scanned, remat=remat, rngs=rngs)
-        fuse_layers(model.layers.rest, groups)
-        if lora:
-            add_adapters(model, _stacks(model), lora)
-        return model
-
-    model = nnx.eval_shape(make)
+    model = VLM(config, dtype=dtype, ops=ops, scanned=scanned, remat=remat)
     stacks = _stacks(model)
+    fuse_layers(model.layers.rest, groups)
+    if lora:
+        add_adapters(model, stacks, lora)
     graphdef, state = nnx.split(model, nnx.Param)
     paths, parameters = {}, {}
     for path, leaf in nnx.to_flat_state(state):
@@ -237,24 +233,17 @@ def initialize(
     *,
     scanned: Scanned,
     dtype=jnp.float32,
-    shardings=None,
+    shardings: Mapping[str, NamedSharding] | None = None,
     only: Container[str] | None = None,
 ) -> Params:
-    """Initialise parameters. `scanned` of True and False gives the same values.
+    """Initialise parameters. Every layout and mesh gives the same values.
 
     Args:
+      key: a typed key of any generator.
       dtype: of the parameters.
-      shardings: by name in the stacked layout; each device creates its own shards.
-      only: stacked names of the parameters to create; None is all.
+      shardings: by name; each device creates its own shards.
+      only: names of the parameters to create; None is all.
     """
-    layout = scanned or True
-    paths = _abstract(config, layout, np.dtype(np.float32), None, no_remat).paths
-    names = {path: name for name, path in paths.items()}
-
-    def create(key):
-        state = nnx.state(VLM(config, scanned=layout, rngs=Rngs(key)), nnx.Param)
-        found = {names[path]: leaf[...].astype(dtype) for path, leaf in nnx.to_flat_state(state)}
-        return {name: value for name, value in found.items() if only is None or name in only}
-
-    params = jax.jit(create, out_shardings=shardings)(key)
-    return params if scanned else unstack(config, params)
+    known = parameters(config, scanned=scanned)
+    wanted = {name: p for name, p in known.items() if only is None or name in only}
+    return draw(wanted, key, dtype=dtype, shardings=shardings)
