@@ -74,7 +74,8 @@ Layout = SideBySide | Pair
 class Fused(nnx.Module):
     """Linear layers with one kernel [in, ...] and bias [...], laid out as `layout` says.
 
-    A new one has no values, as the layers that it is made from."""
+    It is made from layers without values.
+    """
 
     def __init__(self, linears: Sequence[Linear], layout: Layout):
         self.layout, self.count = layout, len(linears)

@@ -1,9 +1,9 @@
 """Initial values of parameters.
 
-An initialiser maps a random key and a shape to float32 values. Each parameter names its own where
-it is created (`infinitevl_jax.nn.parameter`). The key of a parameter comes from the run's key and
-its layer-by-layer name, so its values depend neither on the layout and the mesh nor on the
-parameters beside it.
+An initialiser is called as `init(key, shape)` and returns float32. Each parameter names its own
+where it is declared (`infinitevl_jax.nn.parameter`). The key of a parameter comes from the run's
+key and its layer-by-layer name, so that its values depend neither on the layout or the mesh nor on
+the parameters beside it.
 """
 
 import zlib
@@ -52,8 +52,8 @@ def draw(
 ) -> dict[str, Array]:
     """Initial values of parameters in any layout.
 
-    One program draws the parameters of one shape and initialiser, so that there are few and small
-    ones to compile. The layers of a stack are drawn one by one.
+    Parameters of one shape and initialiser share a program, also those of other models. The layers
+    of a stack are drawn one by one: not every generator gives the same values under `jax.vmap`.
 
     Args:
       key: a typed key of any generator.

@@ -1,7 +1,7 @@
 """Parameters with their facts, stated where a parameter is created.
 
-Sharding, weight decay, the checkpoint weight table and `infinitevl info` are derived from them
-(`infinitevl_jax.nn.params.parameters`). A new layer needs no entry anywhere else.
+Initial values, sharding, weight decay, the checkpoint weight table and `infinitevl info` are
+derived from them (`infinitevl_jax.nn.params.parameters`). A new layer needs no entry anywhere else.
 """
 
 import functools
@@ -17,10 +17,10 @@ from infinitevl_jax.nn.initializers import Initializer
 
 @dataclass(frozen=True)
 class Facts:
-    """Properties of a parameter that its start, the optimiser, checkpoints and sharding need.
+    """Properties of a parameter that its first value, the optimiser, checkpoints and sharding need.
 
     Attributes:
-        init: maps a random key and the shape to the initial values.
+        init: `init(key, shape)` is the initial value (`infinitevl_jax.nn.initializers`).
         axes: logical axis of each dimension (`infinitevl_jax.sharding.rules.AXES`), or None.
         decay: apply weight decay.
         matmul: only multiplies activations, so a training step may cast it to their dtype.
@@ -49,20 +49,19 @@ def parameter(
     torch_shape: tuple[int, ...] | None = None,
     transposed: bool = False,
 ) -> nnx.Param:
-    """Create a parameter without values: a model gets them when it is bound to its parameters
-    (`infinitevl_jax.nn.params.functional`).
+    """Declare a parameter. It has no values yet: `infinitevl_jax.nn.params.initialize` makes them,
+    and `functional` binds a model to them.
 
     Args:
-      init: a function of a module, or a frozen dataclass with `__call__`. Layers with equal facts
-        share a trace, and functions made anew for each layer would never be equal.
+      init: a function at the top of a module, or an instance of a frozen dataclass. Layers with
+        equal facts share traces and programs, so it is compared by value.
       torch_shape: None is `shape`, reversed if transposed.
       axes, decay, matmul, torch_name, transposed: see `Facts`.
 
     Raises:
-      ValueError: `init` was made anew for this layer.
+      ValueError: `init` is a function made for this layer alone, which equals no other.
     """
-    anew = isinstance(init, functools.partial) or "<locals>" in getattr(init, "__qualname__", "")
-    if anew:
+    if isinstance(init, functools.partial) or "<locals>" in getattr(init, "__qualname__", ""):
         raise ValueError(f"{init} is made anew for each layer: define it at the top of a module")
     if torch_shape is None:
         torch_shape = shape[::-1] if transposed else shape

@@ -97,8 +97,8 @@ def _abstract(
     dtype: np.dtype,
     ops: Ops | None,
     remat: Callable,
-    groups: Groups = (),
-    lora: LoraConfig | None = None,
+    groups: Groups,
+    lora: LoraConfig | None,
 ) -> _Abstract:
     if groups and lora:
         raise ValueError("a model whose layers are fused has its adapters merged")
@@ -180,13 +180,13 @@ def functional(
 
 def stack_layouts(config: ModelConfig, *, scanned: bool) -> Mapping[str, Layout]:
     """Layout of each stack by name."""
-    return _abstract(config, scanned, np.dtype(np.float32), None, no_remat).stacks
+    return _abstract(config, scanned, np.dtype(np.float32), None, no_remat, (), None).stacks
 
 
 def joint_layers(config: ModelConfig) -> Mapping[str, tuple[Joint, tuple[str, ...]]]:
     """Layers of the decoder that may be fused: by the name of the fused one, how its class declares
     it and the names of its members."""
-    return _abstract(config, False, np.dtype(np.float32), None, no_remat).joints
+    return _abstract(config, False, np.dtype(np.float32), None, no_remat, (), None).joints
 
 
 def cache_spec(config: ModelConfig, batch: int, max_length: int | None, dtype) -> Cache:
@@ -197,7 +197,7 @@ def cache_spec(config: ModelConfig, batch: int, max_length: int | None, dtype) -
         with the sequence.
       dtype: activation dtype.
     """
-    model = _abstract(config, False, np.dtype(dtype), None, no_remat)
+    model = _abstract(config, False, np.dtype(dtype), None, no_remat, (), None)
     shapes = {
         path: jax.ShapeDtypeStruct(model.parameters[name].shape, jnp.float32)
         for name, path in model.paths.items()
@@ -236,7 +236,8 @@ def initialize(
     shardings: Mapping[str, NamedSharding] | None = None,
     only: Container[str] | None = None,
 ) -> Params:
-    """Initialise parameters. Every layout and mesh gives the same values.
+    """Initialise parameters. A parameter has the same values in every layout and on every mesh,
+    also where `only` some are created.
 
     Args:
       key: a typed key of any generator.

@@ -70,7 +70,8 @@ class DecoderLayer(nnx.Module):
 class VLM(nnx.Module):
     """Vision tower and decoder. `dtype` is the activation dtype; parameters keep their own.
 
-    A new one has no values (`infinitevl_jax.nn.params`)."""
+    A new one has no values. `infinitevl_jax.nn.params.functional` binds it to some.
+    """
 
     def __init__(
         self,
