@@ -13,7 +13,6 @@ from infinitevl_jax.nn.fuse import fuse
 from infinitevl_jax.nn.mixers.gated_delta_net import GatedDeltaNet
 from infinitevl_jax.nn.ops import Ops
 from infinitevl_jax.nn.params import cache_spec, functional, parameters
-from infinitevl_jax.nn.rngs import Rngs
 from infinitevl_jax.nn.token_info import TokenInfo
 from infinitevl_jax.serve import programs
 from infinitevl_jax.serve.slots import Slots
@@ -40,9 +39,7 @@ def gdn_layer(
     ops = Ops(gated_delta_rule=gdn_implementation(implementation), l2norm=products.l2norm)
     if implementation == "mosaic_tpu":
         ops = dataclasses.replace(ops, short_conv=short_conv_tpu.short_conv)
-    graphdef, params = nnx.split(
-        nnx.eval_shape(lambda: GatedDeltaNet(config, ops, Rngs(jax.random.key(0))))
-    )
+    graphdef, params = nnx.split(GatedDeltaNet(config, ops))
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16), params)
     x, token = (
         jax.ShapeDtypeStruct((1, length, width), jnp.bfloat16),

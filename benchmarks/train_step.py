@@ -59,7 +59,7 @@ from infinitevl_jax.config.run import REMATS, OpsConfig, RunConfig  # noqa: E402
 from infinitevl_jax.config.train import OptimizerConfig  # noqa: E402
 from infinitevl_jax.data.batch import TrainBatch  # noqa: E402
 from infinitevl_jax.nn.ops import resolve_ops  # noqa: E402
-from infinitevl_jax.nn.params import Params, initialize, parameters  # noqa: E402
+from infinitevl_jax.nn.params import initialize, parameters  # noqa: E402
 from infinitevl_jax.sharding import make_mesh, parameter_shardings  # noqa: E402
 from infinitevl_jax.train.models import common_layout  # noqa: E402
 from infinitevl_jax.train.objectives.objective import STUDENT  # noqa: E402
@@ -221,17 +221,11 @@ def measure_stage(
 
 
 def starter(config: ModelConfig, dtype=jnp.bfloat16):
-    """A function that returns the same random parameters at each call; compiled once.
+    """A function that returns the same random parameters at each call.
 
     It uses the device's random generator, which compiles faster than jax's default one.
     """
-    create = jax.jit(partial(initialize, config, scanned=True, dtype=dtype))
-    key = jax.random.key(0, impl="rbg")
-
-    def begin() -> Params:
-        return jax.block_until_ready(create(key))
-
-    return begin
+    return partial(initialize, config, jax.random.key(0, impl="rbg"), scanned=True, dtype=dtype)
 
 
 def compiler_option(text: str) -> tuple[str, str]:

@@ -2,9 +2,11 @@
 
 import jax
 import numpy as np
+from flax import nnx
 
 from infinitevl_jax import InfiniteVL
 from infinitevl_jax.config.model import ModelConfig, TextConfig, VisionConfig, hybrid_pattern
+from infinitevl_jax.nn.params import parameters
 
 IMAGE, VIDEO, START, END = 91, 92, 93, 94
 
@@ -48,6 +50,24 @@ def hybrid_config(layers: int = 5, window: int = 24, **text) -> ModelConfig:
         eos_token_ids=(98,),
         initializer_range=0.5,
     )
+
+
+def shapes(config: ModelConfig, dtype="float32") -> dict[str, jax.ShapeDtypeStruct]:
+    """The parameters of a model layer by layer, without values."""
+    known = parameters(config, scanned=False)
+    return {name: jax.ShapeDtypeStruct(p.shape, dtype) for name, p in known.items()}
+
+
+def initialised(module: nnx.Module) -> nnx.Module:
+    """A layer by itself with its initial values."""
+    graphdef, params = nnx.split(module)
+    leaves = nnx.to_flat_state(params)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    values = [
+        (path, nnx.Param(leaf.get_metadata()["facts"].init(key, leaf.get_value().shape)))
+        for key, (path, leaf) in zip(keys, leaves, strict=True)
+    ]
+    return nnx.merge(graphdef, nnx.from_flat_state(values))
 
 
 def loud(params, seed=0):

@@ -72,7 +72,10 @@ Layout = SideBySide | Pair
 
 
 class Fused(nnx.Module):
-    """Linear layers with one kernel [in, ...] and bias [...], laid out as `layout` says."""
+    """Linear layers with one kernel [in, ...] and bias [...], laid out as `layout` says.
+
+    It is made from layers without values.
+    """
 
     def __init__(self, linears: Sequence[Linear], layout: Layout):
         self.layout, self.count = layout, len(linears)
@@ -82,7 +85,8 @@ class Fused(nnx.Module):
 
     def _joined(self, parts: Sequence[nnx.Param]) -> nnx.Param:
         facts = parts[0].get_metadata()["facts"]
-        return nnx.Param(self.layout.join([x[...] for x in parts]), facts=facts)
+        shape = jax.eval_shape(self.layout.join, [x.get_value() for x in parts])
+        return nnx.Param(shape, facts=facts)
 
     @property
     def _bias(self) -> Array | None:

@@ -13,10 +13,10 @@ from flax import nnx
 from jax import Array
 
 from infinitevl_jax.nn.fused import JointGate
+from infinitevl_jax.nn.initializers import Normal, fan_in, ones, zeros
 from infinitevl_jax.nn.ops import Ops
 from infinitevl_jax.nn.parameter import parameter
 from infinitevl_jax.nn.products import matmul_precision, project
-from infinitevl_jax.nn.rngs import Rngs
 
 Axes = tuple[str | None, str | None]
 
@@ -32,7 +32,6 @@ class Linear(nnx.Module):
         *,
         bias: bool = False,
         torch_shape: tuple[int, ...] | None = None,
-        rngs: Rngs,
     ):
         """Create a linear layer.
 
@@ -40,10 +39,9 @@ class Linear(nnx.Module):
           axes: logical axes of the kernel.
           torch_shape: shape of the weight in a torch checkpoint if it is not [out, in].
         """
-        bound = in_features**-0.5
         self.kernel = parameter(
             (in_features, out_features),
-            lambda shape: jax.random.uniform(rngs(), shape, minval=-bound, maxval=bound),
+            fan_in,
             axes,
             matmul=True,
             torch_name="weight",
@@ -52,7 +50,7 @@ class Linear(nnx.Module):
         )
         # "width" is sharded to save memory only; a vector is too small for that
         split = None if axes[1] == "width" else axes[1]
-        self.bias = parameter((out_features,), jnp.zeros, (split,), decay=False) if bias else None
+        self.bias = parameter((out_features,), zeros, (split,), decay=False) if bias else None
 
     def __call__(self, x: Array) -> Array:
         y = jnp.dot(x, self.kernel[...].astype(x.dtype), precision=matmul_precision(x.dtype))
@@ -70,7 +68,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, features: int, eps: float):
         self.eps = eps
-        self.weight = parameter((features,), jnp.ones, (None,), decay=False)
+        self.weight = parameter((features,), ones, (None,), decay=False)
 
     def __call__(self, x: Array) -> Array:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -83,10 +81,10 @@ class GatedMLP(nnx.Module):
 
     gate_up_proj = JointGate("gate_proj", "up_proj")
 
-    def __init__(self, features: int, hidden: int, *, bias: bool = False, rngs: Rngs):
-        self.gate_proj = Linear(features, hidden, ("width", "hidden"), bias=bias, rngs=rngs)
-        self.up_proj = Linear(features, hidden, ("width", "hidden"), bias=bias, rngs=rngs)
-        self.down_proj = Linear(hidden, features, ("hidden", "width"), bias=bias, rngs=rngs)
+    def __init__(self, features: int, hidden: int, *, bias: bool = False):
+        self.gate_proj = Linear(features, hidden, ("width", "hidden"), bias=bias)
+        self.up_proj = Linear(features, hidden, ("width", "hidden"), bias=bias)
+        self.down_proj = Linear(hidden, features, ("hidden", "width"), bias=bias)
 
     def __call__(self, x: Array) -> Array:
         return self.down_proj(self.gate_up_proj(x))
@@ -99,10 +97,10 @@ class GatedMLP(nnx.Module):
 class Embedding(nnx.Module):
     """Token embedding [vocab, width], and the output head if the two are tied."""
 
-    def __init__(self, vocab: int, features: int, *, std: float, rngs: Rngs):
+    def __init__(self, vocab: int, features: int, *, std: float):
         self.embedding = parameter(
             (vocab, features),
-            lambda shape: std * jax.random.normal(rngs(), shape),
+            Normal(std),
             ("vocab", "width"),
             torch_name="weight",
         )

@@ -9,7 +9,6 @@ and two are added:
 """
 
 import re
-import zlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -20,9 +19,10 @@ from jax import Array
 
 from infinitevl_jax.config.lora import LoraConfig
 from infinitevl_jax.errors import InfiniteVLError
-from infinitevl_jax.nn.layers import Linear, RMSNorm
+from infinitevl_jax.nn.initializers import Initializer, draw, fan_in, zeros
+from infinitevl_jax.nn.layers import Axes, Linear, RMSNorm
 from infinitevl_jax.nn.ops import Ops
-from infinitevl_jax.nn.parameter import Facts
+from infinitevl_jax.nn.parameter import parameter, stacked
 from infinitevl_jax.nn.products import matmul_precision
 from infinitevl_jax.nn.stack import Layout, place_of
 
@@ -49,12 +49,14 @@ class LoraLinear(Linear):
         facts, rank = linear.kernel.get_metadata()["facts"], config.rank
         *stack, width, out = linear.kernel.get_value().shape
 
-        def side(shape: tuple[int, int], axes: tuple[str | None, str | None], torch: str):
-            own = Facts(axes, True, True, f"{torch}.weight", shape[::-1], True)
-            return nnx.Param(jnp.zeros((*stack, *shape)), facts=own)
+        def side(shape: tuple[int, int], init: Initializer, axes: Axes, torch: str) -> nnx.Param:
+            own = parameter(
+                shape, init, axes, matmul=True, torch_name=f"{torch}.weight", transposed=True
+            )
+            return stacked(own, *stack)
 
-        self.lora_a = side((width, rank), (facts.axes[0], None), "lora_A")
-        self.lora_b = side((rank, out), (None, facts.axes[1]), "lora_B")
+        self.lora_a = side((width, rank), fan_in, (facts.axes[0], None), "lora_A")
+        self.lora_b = side((rank, out), zeros, (None, facts.axes[1]), "lora_B")
 
     def __call__(self, x: Array) -> Array:
         a, b = (side[...].astype(x.dtype) for side in (self.lora_a, self.lora_b))
@@ -121,21 +123,7 @@ def initialize_adapters(
       known: parameters of the model (`infinitevl_jax.nn.params.parameters`).
       shardings: by name; each device creates its own shards.
     """
-
-    def side(name: str, parameter: "Parameter", key: Array) -> Array:
-        if name.endswith(B):
-            return jnp.zeros(parameter.shape)
-        bound, shape = parameter.shape[-2] ** -0.5, parameter.shape[-2:]
-        keys = [jax.random.fold_in(key, zlib.crc32(n.encode())) for n in parameter.layers]
-        found = [jax.random.uniform(k, shape, minval=-bound, maxval=bound) for k in keys]
-        return jnp.stack(found).reshape(parameter.shape)
-
-    def create(key: Array) -> "Params":
-        return {name: side(name, known[name], key) for name in names}
-
-    names = [name for name in known if is_adapter(name)]
-    places = None if shardings is None else {name: shardings[name] for name in names}
-    return jax.jit(create, out_shardings=places)(key)
+    return draw({n: p for n, p in known.items() if is_adapter(n)}, key, shardings=shardings)
 
 
 def merge_adapters(params: "Mapping[str, Array]", scale: float) -> "Params":

@@ -21,16 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import NamedSharding
 
 from infinitevl_jax.config.lora import LoraConfig
 from infinitevl_jax.config.model import ModelConfig
 from infinitevl_jax.nn.cache import Cache
 from infinitevl_jax.nn.fused import Joint
 from infinitevl_jax.nn.fused_params import FusedParams, Groups, fuse_layers, joints
+from infinitevl_jax.nn.initializers import draw
 from infinitevl_jax.nn.lora import add_adapters
 from infinitevl_jax.nn.ops import Ops
 from infinitevl_jax.nn.parameter import Facts
-from infinitevl_jax.nn.rngs import Rngs
 from infinitevl_jax.nn.stack import Layout, Scanned, Stack, place_of
 from infinitevl_jax.nn.vlm import VLM
 
@@ -96,22 +97,17 @@ def _abstract(
     dtype: np.dtype,
     ops: Ops | None,
     remat: Callable,
-    groups: Groups = (),
-    lora: LoraConfig | None = None,
+    groups: Groups,
+    lora: LoraConfig | None,
 ) -> _Abstract:
     if groups and lora:
         raise ValueError("a model whose layers are fused has its adapters merged")
 
-    def make():
-        rngs = Rngs(jax.random.key(0))
-        model = VLM(config, dtype=dtype, ops=ops, scanned=scanned, remat=remat, rngs=rngs)
-        fuse_layers(model.layers.rest, groups)
-        if lora:
-            add_adapters(model, _stacks(model), lora)
-        return model
-
-    model = nnx.eval_shape(make)
+    model = VLM(config, dtype=dtype, ops=ops, scanned=scanned, remat=remat)
     stacks = _stacks(model)
+    fuse_layers(model.layers.rest, groups)
+    if lora:
+        add_adapters(model, stacks, lora)
     graphdef, state = nnx.split(model, nnx.Param)
     paths, parameters = {}, {}
     for path, leaf in nnx.to_flat_state(state):
@@ -184,13 +180,13 @@ def functional(
 
 def stack_layouts(config: ModelConfig, *, scanned: bool) -> Mapping[str, Layout]:
     """Layout of each stack by name."""
-    return _abstract(config, scanned, np.dtype(np.float32), None, no_remat).stacks
+    return _abstract(config, scanned, np.dtype(np.float32), None, no_remat, (), None).stacks
 
 
 def joint_layers(config: ModelConfig) -> Mapping[str, tuple[Joint, tuple[str, ...]]]:
     """Layers of the decoder that may be fused: by the name of the fused one, how its class declares
     it and the names of its members."""
-    return _abstract(config, False, np.dtype(np.float32), None, no_remat).joints
+    return _abstract(config, False, np.dtype(np.float32), None, no_remat, (), None).joints
 
 
 def cache_spec(config: ModelConfig, batch: int, max_length: int | None, dtype) -> Cache:
@@ -201,7 +197,7 @@ def cache_spec(config: ModelConfig, batch: int, max_length: int | None, dtype) -
         with the sequence.
       dtype: activation dtype.
     """
-    model = _abstract(config, False, np.dtype(dtype), None, no_remat)
+    model = _abstract(config, False, np.dtype(dtype), None, no_remat, (), None)
     shapes = {
         path: jax.ShapeDtypeStruct(model.parameters[name].shape, jnp.float32)
         for name, path in model.paths.items()
@@ -237,24 +233,18 @@ def initialize(
     *,
     scanned: Scanned,
     dtype=jnp.float32,
-    shardings=None,
+    shardings: Mapping[str, NamedSharding] | None = None,
     only: Container[str] | None = None,
 ) -> Params:
-    """Initialise parameters. `scanned` of True and False gives the same values.
+    """Initialise parameters. A parameter has the same values in every layout and on every mesh,
+    also where `only` some are created.
 
     Args:
+      key: a typed key of any generator.
       dtype: of the parameters.
-      shardings: by name in the stacked layout; each device creates its own shards.
-      only: stacked names of the parameters to create; None is all.
+      shardings: by name; each device creates its own shards.
+      only: names of the parameters to create; None is all.
     """
-    layout = scanned or True
-    paths = _abstract(config, layout, np.dtype(np.float32), None, no_remat).paths
-    names = {path: name for name, path in paths.items()}
-
-    def create(key):
-        state = nnx.state(VLM(config, scanned=layout, rngs=Rngs(key)), nnx.Param)
-        found = {names[path]: leaf[...].astype(dtype) for path, leaf in nnx.to_flat_state(state)}
-        return {name: value for name, value in found.items() if only is None or name in only}
-
-    params = jax.jit(create, out_shardings=shardings)(key)
-    return params if scanned else unstack(config, params)
+    known = parameters(config, scanned=scanned)
+    wanted = {name: p for name, p in known.items() if only is None or name in only}
+    return draw(wanted, key, dtype=dtype, shardings=shardings)

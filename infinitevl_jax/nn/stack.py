@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from infinitevl_jax.nn.rngs import Rngs
+from infinitevl_jax.nn.parameter import stacked
 
 
 @dataclass(frozen=True)
@@ -120,26 +120,20 @@ def place_of(path: tuple, stacks: Mapping[str, Layout]) -> Place:
 
 
 class Stack(nnx.Module):
-    """Layers `make(kind, rngs)`, one per kind, called as `layer(x, state, info) -> (x, state)`
+    """Layers `make(kind)`, one per kind, called as `layer(x, state, info) -> (x, state)`
     unless the caller names another method of theirs."""
 
-    def __init__(
-        self, make: Callable, kinds: Sequence, *, scanned: Scanned, remat: Callable, rngs: Rngs
-    ):
+    def __init__(self, make: Callable, kinds: Sequence, *, scanned: Scanned, remat: Callable):
         self.layout = layout(kinds, scanned)
         self.remat = remat
 
-        def stacked(run):
-            of_each = [
-                jax.random.split(rngs(), self.layout.repeats) for _ in range(self.layout.runs[run])
-            ]
-            kind = kinds[self.layout.members(run)[0]]
-            return nnx.vmap(lambda key: make(kind, Rngs(key)))(
-                jnp.stack(of_each, axis=1).reshape(-1)
-            )
+        def block(run: int) -> nnx.Module:
+            members = self.layout.members(run)
+            graphdef, params = nnx.split(make(kinds[members[0]]))
+            return nnx.merge(graphdef, stacked(params, len(members)))
 
-        self.blocks = nnx.List([stacked(run) for run in range(len(self.layout.runs))])
-        self.rest = nnx.List([make(kind, rngs) for kind in kinds[self.layout.stacked :]])
+        self.blocks = nnx.List([block(run) for run in range(len(self.layout.runs))])
+        self.rest = nnx.List([make(kind) for kind in kinds[self.layout.stacked :]])
 
     def layers(self) -> list[nnx.Module]:
         """All layers in order, unstacked."""

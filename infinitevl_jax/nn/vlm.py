@@ -20,7 +20,6 @@ from infinitevl_jax.nn.frames import frame_patches
 from infinitevl_jax.nn.layers import Embedding, GatedMLP, Linear, RMSNorm
 from infinitevl_jax.nn.mixers import Mixer, layer_type
 from infinitevl_jax.nn.ops import Ops
-from infinitevl_jax.nn.rngs import Rngs
 from infinitevl_jax.nn.rope import decoder_angles
 from infinitevl_jax.nn.stack import Scanned, Stack
 from infinitevl_jax.nn.token_info import TokenInfo, inside_layer
@@ -34,12 +33,12 @@ class DecoderLayer(nnx.Module):
     The mixer is named `self_attn` for every layer type, as in Hugging Face checkpoints.
     """
 
-    def __init__(self, config: TextConfig, ops: Ops, kind: str, rngs: Rngs):
+    def __init__(self, config: TextConfig, ops: Ops, kind: str):
         self.ops = ops
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = layer_type(kind).make(config, ops, rngs)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, rngs=rngs)
+        self.self_attn = layer_type(kind).make(config, ops)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
 
     def __call__(self, x: Array, state, info: TokenInfo):
         mixed, state = self.mix(x, state, info)
@@ -69,7 +68,10 @@ class DecoderLayer(nnx.Module):
 
 
 class VLM(nnx.Module):
-    """Vision tower and decoder. `dtype` is the activation dtype; parameters keep their own."""
+    """Vision tower and decoder. `dtype` is the activation dtype; parameters keep their own.
+
+    A new one has no values. `infinitevl_jax.nn.params.functional` binds it to some.
+    """
 
     def __init__(
         self,
@@ -79,26 +81,25 @@ class VLM(nnx.Module):
         ops: Ops | None = None,
         scanned: Scanned = True,
         remat: Callable = lambda layer: layer,
-        rngs: Rngs,
     ):
         text, ops = config.text, ops or Ops()
         self.config, self.dtype, self.ops = config, jnp.dtype(dtype), ops
         tower = (
             None
             if config.vision is None
-            else make_tower(config.vision, ops, scanned=bool(scanned), remat=remat, rngs=rngs)
+            else make_tower(config.vision, ops, scanned=bool(scanned), remat=remat)
         )
         self.visual = tower
         self.embed_tokens = Embedding(
-            text.vocab_size, text.hidden_size, std=config.initializer_range, rngs=rngs
+            text.vocab_size, text.hidden_size, std=config.initializer_range
         )
         make = partial(DecoderLayer, text, ops)
-        self.layers = Stack(make, text.layer_types, scanned=scanned, remat=remat, rngs=rngs)
+        self.layers = Stack(make, text.layer_types, scanned=scanned, remat=remat)
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
         self.lm_head = (
             None
             if text.tie_word_embeddings
-            else Linear(text.hidden_size, text.vocab_size, ("width", "vocab"), rngs=rngs)
+            else Linear(text.hidden_size, text.vocab_size, ("width", "vocab"))
         )
 
     def encode(self, patches: Patches | Frame) -> Array:

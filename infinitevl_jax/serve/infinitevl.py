@@ -144,7 +144,7 @@ class InfiniteVL:
         shardings = None
         if mesh is not None:
             check_mesh(mesh)  # before anything is made
-            shardings = parameter_shardings(parameters(config, scanned=True), mesh)
+            shardings = parameter_shardings(parameters(config, scanned=False), mesh)
         params = initialize(
             config, jax.random.key(seed), scanned=False, dtype=dtype, shardings=shardings
         )

@@ -31,10 +31,10 @@ class MeanConfig(VisionConfig):
 
 
 class MeanTower(nnx.Module):
-    def __init__(self, config, ops, *, scanned, remat, rngs):
+    def __init__(self, config, ops, *, scanned, remat):
         self.unit, self.gain = config.merge_unit, config.gain
         axes = ("width", "hidden")
-        self.proj = Linear(config.patch_features, config.out_hidden_size, axes, rngs=rngs)
+        self.proj = Linear(config.patch_features, config.out_hidden_size, axes)
 
     def __call__(self, patches, dtype):
         rows, count, features = patches.pixels.shape

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import hybrid_config, loud
+from tiny import hybrid_config, initialised, loud
 
 from infinitevl_jax.config.lora import LoraConfig
 from infinitevl_jax.config.model import LINEAR, SLIDING
@@ -20,7 +20,6 @@ from infinitevl_jax.nn.lora import (
 )
 from infinitevl_jax.nn.ops import resolve_ops
 from infinitevl_jax.nn.params import functional, initialize, parameters, unstack
-from infinitevl_jax.nn.rngs import Rngs
 from pallas_kernels.testing.parity import rel_rms
 
 KINDS = (SLIDING, LINEAR) * 2 + (SLIDING,)  # two stacks of two layers, and one more
@@ -65,7 +64,7 @@ def logits(params, scanned=True, lora=None, dtype=jnp.float32):
 @pytest.mark.parametrize("bias", [False, True])
 def test_value_and_gradient_against_a_plain_formula(rank, alpha, rslora, bias):
     config = LoraConfig(rank=rank, alpha=alpha, use_rslora=rslora, targets=("unused",))
-    linear = Linear(7, 11, ("width", "heads"), bias=bias, rngs=Rngs(jax.random.key(0)))
+    linear = Linear(7, 11, ("width", "heads"), bias=bias)
     graphdef, _ = nnx.split(LoraLinear(linear, config))
     rng = np.random.default_rng(0)
     shapes = {"kernel": (7, 11), "lora_a": (7, rank), "lora_b": (rank, 11)}
@@ -99,9 +98,9 @@ def test_value_and_gradient_against_a_plain_formula(rank, alpha, rslora, bias):
 
 def test_one_token_of_a_step_passes_its_adapter():
     config = LoraConfig(rank=2, targets=("unused",))
-    layer = LoraLinear(Linear(8, 8, ("width", "heads"), rngs=Rngs(jax.random.key(0))), config)
+    layer = initialised(LoraLinear(Linear(8, 8, ("width", "heads")), config))
     layer.lora_a[...], layer.lora_b[...] = jnp.ones((8, 2)), jnp.ones((2, 8))
-    x, norm = jax.random.normal(jax.random.key(1), (2, 1, 8)), RMSNorm(8, 1e-6)
+    x, norm = jax.random.normal(jax.random.key(1), (2, 1, 8)), initialised(RMSNorm(8, 1e-6))
     found = layer.step(resolve_ops(None), x, norm=norm, residual=x)
     np.testing.assert_array_equal(found, x + layer(norm(x)))
     assert rel_rms(Linear.step(layer, resolve_ops(None), x, norm=norm, residual=x), found) > 0.1

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import hybrid_config, loud
+from tiny import hybrid_config, loud, shapes
 from tiny_folder import full_attention_config, tiny_config
 
 from infinitevl_jax import InfiniteVL
@@ -226,9 +226,7 @@ def test_a_token_is_five_operators_a_layer(untied):
         **{f.name: noted(calls, f.name) for f in dataclasses.fields(Ops) if f.name != "dispatches"}
     )
     bind = functional(config, scanned=False, ops=ops)
-    params = jax.eval_shape(
-        lambda: fuse(config, initialize(config, jax.random.key(0), scanned=False))
-    )
+    params = jax.eval_shape(partial(fuse, config), shapes(config))
 
     def step(params, cache, tokens):
         vlm, inputs = bind(params), text_inputs(tokens)
@@ -251,11 +249,7 @@ def test_a_published_decoding_step_lowers_for_cuda():
     config = infinitevl_4b()
     text = dataclasses.replace(config.text, layer_types=config.text.layer_types[:4])
     config = dataclasses.replace(config, text=text, vision=None)
-    shapes = {
-        name: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16)
-        for name, p in parameters(config, scanned=False).items()
-    }
-    params = jax.eval_shape(partial(fuse, config), shapes)
+    params = jax.eval_shape(partial(fuse, config), shapes(config, jnp.bfloat16))
     assert isinstance(params, FusedParams)
     ops = Ops(projection=hopper.projection)
     programs = Programs(functional(config, scanned=False, dtype=jnp.bfloat16, ops=ops))

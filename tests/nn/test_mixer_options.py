@@ -16,7 +16,6 @@ from torch.nn.functional import silu, softplus
 from infinitevl_jax.config.model import FULL, LINEAR, SLIDING, TextConfig
 from infinitevl_jax.nn.mixers import layer_type
 from infinitevl_jax.nn.ops import Ops
-from infinitevl_jax.nn.rngs import Rngs
 from infinitevl_jax.nn.rope import decoder_angles
 from infinitevl_jax.nn.token_info import TokenInfo
 from pallas_kernels.testing.parity import rel_rms
@@ -113,7 +112,7 @@ def check(kind: str, text: TextConfig, plain) -> None:
     """The mixer's output, and the gradients of a weighted sum of it, against `plain(x, weights)`
     in float64."""
     rng = np.random.default_rng(0)
-    mixer = layer_type(kind).make(text, Ops(), Rngs(jax.random.key(0)))
+    mixer = layer_type(kind).make(text, Ops())
     graph, state = nnx.split(mixer, nnx.Param)
     shapes = {path: leaf.get_value().shape for path, leaf in nnx.to_flat_state(state)}
     loud = {p: rng.normal(size=s).astype(np.float32) * 0.4 + 0.2 for p, s in shapes.items()}

@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 from test_mixer_options import WIDTH, config
 from test_token_step import info_of
-from tiny import hybrid, hybrid_config
+from tiny import hybrid, hybrid_config, initialised, shapes
 
 from infinitevl_jax.config.model import FULL, SLIDING
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.families.huggingface import read_config, to_huggingface
 from infinitevl_jax.nn.mixers import layer_type
 from infinitevl_jax.nn.ops import Ops
-from infinitevl_jax.nn.params import cache_spec, functional, initialize
-from infinitevl_jax.nn.rngs import Rngs
+from infinitevl_jax.nn.params import cache_spec, functional
 from pallas_kernels.attention import KVCache, held_tokens, write
 from pallas_kernels.attention.hopper import step as hopper_step
 from pallas_kernels.attention.state import slot_of
@@ -81,7 +80,7 @@ def dense(mixer, x, info, starts):
 
 @pytest.mark.parametrize("starts", [(0,), (0, 3, 25)], ids=["one", "packed"])
 def test_equals_float64(starts):
-    mixer = layer_type(SLIDING).make(TEXT, Ops(), Rngs(jax.random.key(0)))
+    mixer = initialised(layer_type(SLIDING).make(TEXT, Ops()))
     x = jax.random.normal(jax.random.key(1), (1, LENGTH, WIDTH))
     segments = (np.arange(LENGTH)[:, None] >= np.array(starts)).sum(1) - 1
     index = np.arange(LENGTH) - np.array(starts)[segments]
@@ -119,8 +118,7 @@ def test_cache_holds_sinks_and_window(model):
 def test_a_bounded_cache_is_no_larger_than_its_sequences():
     """Branches of training: a window of slots for each would not fit."""
     config = hybrid_config(window=24, num_attention_sinks=SINKS)
-    params = jax.eval_shape(lambda: initialize(config, jax.random.key(0), scanned=False))
-    vlm = functional(config, scanned=False)(params)
+    vlm = functional(config, scanned=False)(shapes(config))
     for length, slots in ((10, 10), (100, 24 + SINKS), (None, 24 + SINKS)):
         assert vlm.cache_spec(3, length).layers[0].k.shape[:2] == (3, slots)
 

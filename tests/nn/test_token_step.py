@@ -10,15 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_mixer_options import WIDTH, config
-from tiny import hybrid_config
+from tiny import hybrid_config, initialised, shapes
 
 from infinitevl_jax.config.model import FULL, LINEAR, SLIDING
 from infinitevl_jax.inputs.model_inputs import text_inputs
 from infinitevl_jax.nn.layers import RMSNorm
 from infinitevl_jax.nn.mixers import Mixer, layer_type
 from infinitevl_jax.nn.ops import Ops
-from infinitevl_jax.nn.params import cache_spec, functional, initialize
-from infinitevl_jax.nn.rngs import Rngs
+from infinitevl_jax.nn.params import cache_spec, functional
 from infinitevl_jax.nn.rope import decoder_angles
 from infinitevl_jax.nn.token_info import TokenInfo
 from infinitevl_jax.nn.vlm import VLM
@@ -69,10 +68,10 @@ OPTIONS = {"partial_rotary_factor": 0.25, "query_key_norm": True, "attention_out
 )
 def test_steps_equal_the_general_path(kind, options, max_length):
     rng, text = np.random.default_rng(0), config(**options)
-    mixer = layer_type(kind).make(text, Ops(), Rngs(jax.random.key(0)))
+    mixer = initialised(layer_type(kind).make(text, Ops()))
     index = jnp.asarray(lay_out(rng))
     x = jnp.asarray(rng.normal(size=(3, COLUMNS, WIDTH)), jnp.float32)
-    norm = RMSNorm(WIDTH, 1e-3)
+    norm = initialised(RMSNorm(WIDTH, 1e-3))
     norm.weight[...] = jnp.asarray(1 + 0.4 * rng.normal(size=WIDTH), jnp.float32)
     empty = jax.tree.map(
         lambda s: jnp.zeros(s.shape, s.dtype), mixer.state_spec(3, max_length, jnp.float32)
@@ -116,11 +115,10 @@ def test_a_model_decodes_by_the_step_operators():
         return method(vlm, vlm.embed(inputs, None), inputs, cache)[1]
 
     cache = cache_spec(model, 2, None, jnp.float32)
-    params = jax.eval_shape(lambda: initialize(model, jax.random.key(0), scanned=False))
     tokens = jax.ShapeDtypeStruct((2, 1), jnp.int32)
-    assert jax.eval_shape(decode, params, cache, tokens) == cache
+    assert jax.eval_shape(decode, shapes(model), cache, tokens) == cache
     with pytest.raises(AssertionError, match="the general path"):
-        jax.eval_shape(partial(decode, method=VLM.decode), params, cache, tokens)
+        jax.eval_shape(partial(decode, method=VLM.decode), shapes(model), cache, tokens)
 
 
 def test_a_mixer_without_a_step_takes_its_general_path():

@@ -22,13 +22,13 @@ from infinitevl_jax.config.run import RunConfig
 from infinitevl_jax.config.train import OptimizerConfig
 from infinitevl_jax.data.batch import TrainBatch
 from infinitevl_jax.inputs.model_inputs import build_inputs
+from infinitevl_jax.nn.initializers import ones
 from infinitevl_jax.nn.layers import Linear
 from infinitevl_jax.nn.lora import initialize_adapters, is_adapter
 from infinitevl_jax.nn.mixers import Mixer, register_mixer
 from infinitevl_jax.nn.ops import Ops, resolve_ops
 from infinitevl_jax.nn.parameter import parameter
 from infinitevl_jax.nn.params import initialize, parameters
-from infinitevl_jax.nn.rngs import Rngs
 from infinitevl_jax.nn.token_info import TokenInfo
 from infinitevl_jax.sharding import constrain, make_mesh, parameter_shardings
 from infinitevl_jax.train.optimizer import make_optimizer
@@ -48,10 +48,10 @@ KIND = "moving_average"
 class MovingAverage(Mixer):
     """y_t = d y_(t-1) + (1 - d) x_t, then a projection; d = sigmoid(decay) per channel."""
 
-    def __init__(self, config: TextConfig, ops: Ops, rngs: Rngs):
+    def __init__(self, config: TextConfig, ops: Ops):
         self.width = config.hidden_size
-        self.decay = parameter((self.width,), jnp.ones, (None,), decay=False)
-        self.proj = Linear(self.width, self.width, ("width", "hidden"), rngs=rngs)
+        self.decay = parameter((self.width,), ones, (None,), decay=False)
+        self.proj = Linear(self.width, self.width, ("width", "hidden"))
 
     def state_spec(self, batch: int, max_length: int | None, dtype) -> Array:
         return jax.ShapeDtypeStruct((batch, self.width), jnp.float32)

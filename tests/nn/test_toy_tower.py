@@ -26,10 +26,10 @@ class ToyVisionConfig(VisionConfig):
 
 
 class ToyTower(nnx.Module):
-    def __init__(self, config: ToyVisionConfig, ops, *, scanned, remat, rngs):
+    def __init__(self, config: ToyVisionConfig, ops, *, scanned, remat):
         self.scale, self.group = config.scale, config.merge_unit
         features = config.merge_unit * config.patch_features
-        self.proj = Linear(features, config.out_hidden_size, ("hidden", "width"), rngs=rngs)
+        self.proj = Linear(features, config.out_hidden_size, ("hidden", "width"))
 
     def __call__(self, patches, dtype):
         rows, count, width = patches.pixels.shape

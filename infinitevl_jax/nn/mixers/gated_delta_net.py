@@ -13,16 +13,33 @@ from jax import Array
 
 from infinitevl_jax.config.model import LINEAR, TextConfig
 from infinitevl_jax.nn.fused import Joint
+from infinitevl_jax.nn.initializers import ones
 from infinitevl_jax.nn.layers import Linear, RMSNorm
 from infinitevl_jax.nn.mixers.mixer import Mixer
 from infinitevl_jax.nn.mixers.registry import register_mixer
 from infinitevl_jax.nn.ops import Ops
 from infinitevl_jax.nn.parameter import parameter
-from infinitevl_jax.nn.rngs import Rngs
 from infinitevl_jax.nn.token_info import TokenInfo
 from infinitevl_jax.sharding import constrain
 from pallas_kernels.gated_delta_rule import DeltaState
 from pallas_kernels.gated_delta_rule.api import Inputs, Weights
+
+
+def last_tap(key: Array, shape: tuple[int, ...]) -> Array:
+    """A convolution [taps, channels] that returns the current token."""
+    return jnp.zeros(shape).at[-1].set(1.0)
+
+
+def step_sizes(key: Array, shape: tuple[int, ...]) -> Array:
+    """Inverse softplus of step sizes 1e-3..0.1, log-uniform."""
+    low, high = jnp.log(1e-3), jnp.log(0.1)
+    step = jnp.exp(jax.random.uniform(key, shape, minval=low, maxval=high))
+    return step + jnp.log(-jnp.expm1(-step))
+
+
+def decay_rates(key: Array, shape: tuple[int, ...]) -> Array:
+    """Logarithm of rates 1..16, uniform."""
+    return jnp.log(jax.random.uniform(key, shape, minval=1.0, maxval=16.0))
 
 
 class CausalConv(nnx.Module):
@@ -35,7 +52,7 @@ class CausalConv(nnx.Module):
         self.ops = ops
         self.weight = parameter(
             (taps, channels),
-            lambda shape: jnp.zeros(shape).at[-1].set(1.0),
+            last_tap,
             (None, "heads"),
             torch_shape=(channels, 1, taps),
             transposed=True,
@@ -51,7 +68,7 @@ class GatedNorm(nnx.Module):
 
     def __init__(self, features: int, heads: int, eps: float, ops: Ops):
         self.heads, self.eps, self.ops = heads, eps, ops
-        self.weight = parameter((features,), jnp.ones, (None,), decay=False)
+        self.weight = parameter((features,), ones, (None,), decay=False)
 
     def __call__(self, x: Array, gate: Array) -> Array:
         """x, gate [batch, length, heads * value_dim] -> the same shape."""
@@ -71,7 +88,7 @@ class GatedDeltaNet(Mixer):
 
     input_proj = Joint("q_proj", "k_proj", "v_proj", "b_proj", "a_proj", "g_proj")
 
-    def __init__(self, config: TextConfig, ops: Ops, rngs: Rngs):
+    def __init__(self, config: TextConfig, ops: Ops):
         self.heads, self.key_heads = config.num_linear_heads, config.linear_key_heads
         self.head_dim, self.value_dim = config.linear_head_dim, config.linear_value_dim
         self.taps, self.ops = config.conv_size, ops
@@ -82,29 +99,19 @@ class GatedDeltaNet(Mixer):
         )
 
         def project(features):
-            return Linear(width, features, ("width", "heads"), rngs=rngs)
+            return Linear(width, features, ("width", "heads"))
 
         self.q_proj, self.k_proj = project(self.key_width), project(self.key_width)
         self.v_proj = project(self.value_width)
         self.a_proj, self.b_proj = project(self.heads), project(self.heads)
         self.g_proj = project(self.value_width)
-        self.o_proj = Linear(self.value_width, width, ("heads", "width"), rngs=rngs)
+        self.o_proj = Linear(self.value_width, width, ("heads", "width"))
         self.q_conv1d = CausalConv(self.key_width, self.taps, ops)
         self.k_conv1d = CausalConv(self.key_width, self.taps, ops)
         self.v_conv1d = CausalConv(self.value_width, self.taps, ops)
-
-        # decay rates 1..16 and step sizes 1e-3..0.1, log-uniform: heads start with time constants
-        # from ten to thousands of tokens
-        def steps(shape):
-            low, high = jnp.log(1e-3), jnp.log(0.1)
-            step = jnp.exp(jax.random.uniform(rngs(), shape, minval=low, maxval=high))
-            return step + jnp.log(-jnp.expm1(-step))  # inverse softplus
-
-        def rates(shape):
-            return jnp.log(jax.random.uniform(rngs(), shape, minval=1.0, maxval=16.0))
-
-        self.dt_bias = parameter((self.heads,), steps, ("heads",), decay=False)
-        self.A_log = parameter((self.heads,), rates, ("heads",), decay=False)
+        # heads start with time constants from ten to thousands of tokens
+        self.dt_bias = parameter((self.heads,), step_sizes, ("heads",), decay=False)
+        self.A_log = parameter((self.heads,), decay_rates, ("heads",), decay=False)
         self.o_norm = GatedNorm(self.value_dim, self.heads, config.norm_eps, ops)
 
     def state_spec(self, batch: int, max_length: int | None, dtype) -> DeltaState:

@@ -12,7 +12,7 @@ from infinitevl_jax.nn.token_info import TokenInfo
 class Mixer(nnx.Module):
     """The part of a decoder layer that mixes tokens.
 
-    Subclasses are created as `make(config: TextConfig, ops: Ops, rngs: Rngs)` and registered by
+    Subclasses are created as `make(config: TextConfig, ops: Ops)` and registered by
     layer type (`infinitevl_jax.nn.mixers.register_mixer`).
     """
 

@@ -7,7 +7,6 @@ from infinitevl_jax.config.model import LAYER_TYPES, TextConfig
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.nn.mixers.mixer import Mixer
 from infinitevl_jax.nn.ops import Ops
-from infinitevl_jax.nn.rngs import Rngs
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class LayerType:
     """
 
     name: str
-    make: Callable[[TextConfig, Ops, Rngs], Mixer]
+    make: Callable[[TextConfig, Ops], Mixer]
     title: str
     group: str
 
@@ -32,7 +31,7 @@ _TYPES: dict[str, LayerType] = {}
 
 def register_mixer(
     name: str,
-    make: Callable[[TextConfig, Ops, Rngs], Mixer],
+    make: Callable[[TextConfig, Ops], Mixer],
     *,
     title: str | None = None,
     group: str | None = None,

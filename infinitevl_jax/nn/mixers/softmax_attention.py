@@ -12,7 +12,6 @@ from infinitevl_jax.nn.layers import Linear, RMSNorm
 from infinitevl_jax.nn.mixers.mixer import Mixer
 from infinitevl_jax.nn.mixers.registry import register_mixer
 from infinitevl_jax.nn.ops import Ops
-from infinitevl_jax.nn.rngs import Rngs
 from infinitevl_jax.nn.rope import rotate
 from infinitevl_jax.nn.token_info import TokenInfo
 from infinitevl_jax.sharding import constrain
@@ -30,9 +29,7 @@ class SoftmaxAttention(Mixer):
 
     qkv_proj = Joint("q_proj", "k_proj", "v_proj")
 
-    def __init__(
-        self, config: TextConfig, window: int | None, ops: Ops, rngs: Rngs, sinks: int = 0
-    ):
+    def __init__(self, config: TextConfig, window: int | None, ops: Ops, sinks: int = 0):
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.window, self.sinks = config.head_dim, window, sinks
         self.ops = ops
@@ -41,11 +38,11 @@ class SoftmaxAttention(Mixer):
 
         def project(heads):
             features = heads * self.head_dim
-            return Linear(width, features, ("width", "heads"), bias=True, rngs=rngs)
+            return Linear(width, features, ("width", "heads"), bias=True)
 
         self.q_proj = project(self.heads * (2 if self.gated else 1))
         self.k_proj, self.v_proj = project(self.kv_heads), project(self.kv_heads)
-        self.o_proj = Linear(self.heads * self.head_dim, width, ("heads", "width"), rngs=rngs)
+        self.o_proj = Linear(self.heads * self.head_dim, width, ("heads", "width"))
         normed = config.query_key_norm
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if normed else None
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if normed else None
@@ -125,14 +122,14 @@ class SoftmaxAttention(Mixer):
         return out if gate is None else out * jax.nn.sigmoid(gate)
 
 
-def window_attention(config: TextConfig, ops: Ops, rngs: Rngs) -> SoftmaxAttention:
+def window_attention(config: TextConfig, ops: Ops) -> SoftmaxAttention:
     """Attention over the first `num_attention_sinks` and the last `sliding_window` keys."""
-    return SoftmaxAttention(config, config.sliding_window, ops, rngs, config.num_attention_sinks)
+    return SoftmaxAttention(config, config.sliding_window, ops, config.num_attention_sinks)
 
 
-def full_attention(config: TextConfig, ops: Ops, rngs: Rngs) -> SoftmaxAttention:
+def full_attention(config: TextConfig, ops: Ops) -> SoftmaxAttention:
     """Attention over all keys."""
-    return SoftmaxAttention(config, None, ops, rngs)
+    return SoftmaxAttention(config, None, ops)
 
 
 register_mixer(SLIDING, window_attention, title="window attention", group="softmax mixers")

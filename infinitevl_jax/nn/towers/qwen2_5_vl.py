@@ -16,7 +16,6 @@ from infinitevl_jax.config.model import VisionConfig
 from infinitevl_jax.inputs.patches import Patches
 from infinitevl_jax.nn.layers import GatedMLP, Linear, RMSNorm
 from infinitevl_jax.nn.ops import Ops
-from infinitevl_jax.nn.rngs import Rngs
 from infinitevl_jax.nn.rope import rotate, vision_angles
 from infinitevl_jax.nn.stack import Stack
 from infinitevl_jax.nn.token_info import PatchInfo
@@ -37,12 +36,12 @@ def block_kinds(config: VisionConfig) -> tuple[str, ...]:
 class VisionAttention(nnx.Module):
     """Bidirectional attention within windows or temporal slices."""
 
-    def __init__(self, config: VisionConfig, ops: Ops, kind: str, rngs: Rngs):
+    def __init__(self, config: VisionConfig, ops: Ops, kind: str):
         self.kind, self.ops, self.head_dim = kind, ops, config.head_dim
         width = config.hidden_size
         self.window_patches = config.window_tokens**2 * config.merge_unit
-        self.qkv = Linear(width, 3 * width, ("width", "heads"), bias=True, rngs=rngs)
-        self.proj = Linear(width, width, ("heads", "width"), bias=True, rngs=rngs)
+        self.qkv = Linear(width, 3 * width, ("width", "heads"), bias=True)
+        self.proj = Linear(width, width, ("heads", "width"), bias=True)
 
     def __call__(self, x: Array, info: PatchInfo) -> Array:
         q, k, v = rearrange(
@@ -74,11 +73,11 @@ class VisionAttention(nnx.Module):
 class VisionBlock(nnx.Module):
     """x += attn(norm1(x)); x += mlp(norm2(x))."""
 
-    def __init__(self, config: VisionConfig, ops: Ops, kind: str, rngs: Rngs):
+    def __init__(self, config: VisionConfig, ops: Ops, kind: str):
         self.norm1 = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.norm2 = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attn = VisionAttention(config, ops, kind, rngs)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True, rngs=rngs)
+        self.attn = VisionAttention(config, ops, kind)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True)
 
     def __call__(self, x: Array, state: None, info: PatchInfo) -> tuple[Array, None]:
         x = x + self.attn(self.norm1(x), info)
@@ -88,13 +87,13 @@ class VisionBlock(nnx.Module):
 class PatchMerger(nnx.Module):
     """Merge each group of neighbouring patches into one token of the decoder's width."""
 
-    def __init__(self, config: VisionConfig, rngs: Rngs):
+    def __init__(self, config: VisionConfig):
         self.merge_unit = config.merge_unit
         merged = config.hidden_size * config.merge_unit
         self.ln_q = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.fc1 = Linear(merged, merged, ("width", "hidden"), bias=True, rngs=rngs)
+        self.fc1 = Linear(merged, merged, ("width", "hidden"), bias=True)
         out = config.out_hidden_size
-        self.fc2 = Linear(merged, out, ("hidden", "width"), bias=True, rngs=rngs)
+        self.fc2 = Linear(merged, out, ("hidden", "width"), bias=True)
 
     def __call__(self, x: Array) -> Array:
         x = rearrange(self.ln_q(x), "r (n unit) d -> r n (unit d)", unit=self.merge_unit)
@@ -107,7 +106,7 @@ class VisionTower(nnx.Module):
     Patches and tokens are in window order.
     """
 
-    def __init__(self, config: VisionConfig, ops: Ops, *, scanned: bool, remat, rngs: Rngs):
+    def __init__(self, config: VisionConfig, ops: Ops, *, scanned: bool, remat):
         self.head_dim, self.theta = config.head_dim, config.rope_theta
         patch = (config.in_channels, config.temporal_patch_size, *[config.patch_size] * 2)
         self.patch_embed = Linear(
@@ -115,11 +114,10 @@ class VisionTower(nnx.Module):
             config.hidden_size,
             ("hidden", "width"),
             torch_shape=(config.hidden_size, *patch),
-            rngs=rngs,
         )
         make = partial(VisionBlock, config, ops)
-        self.blocks = Stack(make, block_kinds(config), scanned=scanned, remat=remat, rngs=rngs)
-        self.merger = PatchMerger(config, rngs)
+        self.blocks = Stack(make, block_kinds(config), scanned=scanned, remat=remat)
+        self.merger = PatchMerger(config)
 
     def __call__(self, patches: Patches, dtype) -> Array:
         angles = vision_angles(patches.row_column, self.head_dim, self.theta)

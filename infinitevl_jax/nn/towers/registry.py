@@ -7,7 +7,6 @@ from flax import nnx
 
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.nn.ops import Ops
-from infinitevl_jax.nn.rngs import Rngs
 
 _TOWERS: dict[type, Callable[..., nnx.Module]] = {}
 
@@ -22,7 +21,7 @@ def register_tower(config: type, make: Callable[..., nnx.Module]) -> None:
     _TOWERS[config] = make
 
 
-def make_tower(config: Any, ops: Ops, *, scanned: bool, remat: Callable, rngs: Rngs) -> nnx.Module:
+def make_tower(config: Any, ops: Ops, *, scanned: bool, remat: Callable) -> nnx.Module:
     """Create the tower of a vision configuration.
 
     Raises InfiniteVLError where none is registered for its type.
@@ -32,4 +31,4 @@ def make_tower(config: Any, ops: Ops, *, scanned: bool, remat: Callable, rngs: R
             f"no vision tower is registered for {type(config).__name__}",
             "call infinitevl_jax.nn.towers.register_tower with it",
         )
-    return _TOWERS[type(config)](config, ops, scanned=scanned, remat=remat, rngs=rngs)
+    return _TOWERS[type(config)](config, ops, scanned=scanned, remat=remat)
