@@ -158,7 +158,7 @@ def changed(rng: Random, value: np.ndarray, name: str) -> tuple[Any, str, str]:
         return (
             odd,
             f"= {odd!r:.60}",
-            "any" if odd is None or _empty(odd) else "refuse" if not _numbers(odd) else "any",
+            "any" if odd is None or _empty(odd) else "refuse" if not _numbers(odd, name) else "any",
         )
     if way == "shape":
         shapes = [
@@ -198,9 +198,14 @@ def _empty(value: Any) -> bool:
     return isinstance(value, list | tuple | np.ndarray) and not len(value)
 
 
-def _numbers(value: Any) -> bool:
+def _numbers(value: Any, name: str) -> bool:
+    """Whether it is made of whole numbers or, for seconds, of any that may be some."""
     try:
-        return np.asarray(value).dtype.kind in "iu"
+        found = np.asarray(value)
+        seconds = name == "second_per_grid_ts" and found.dtype.kind == "f"
+        return found.dtype.kind in "iu" or (
+            seconds and bool(np.all((found >= 0) & (found < np.inf)))
+        )
     except (ValueError, TypeError, OverflowError, RuntimeError):
         return False
 
