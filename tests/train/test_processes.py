@@ -28,7 +28,6 @@ ROOT = Path(__file__).resolve().parents[2]
 MESH = ["run.data=2", "run.fsdp=2", "run.tensor=2"]
 SHORT = ["train.steps=12", "train.checkpoint_every=3"]
 SHORT += ["model.text.layer_types=['sliding_attention', 'linear_attention']"]
-SHORT += ["model.vision.depth=1", "model.vision.fullatt_block_indexes=[0]"]
 SAME = ("step", "loss", "accuracy", "grad_norm", "held_out_loss", "held_out_rows")
 CLOSE = 1e-5
 
