@@ -67,6 +67,13 @@ def said(caplog):
     ]
 
 
+LONGEST = ("test_pods", "test_processes", "test_tpu_layer_score", "test_resume", "test_stages")
+
+
 def pytest_collection_modifyitems(items):
     """Run the longest tests first, so that none of them runs alone at the end."""
-    items.sort(key=lambda item: "test_pods" not in item.nodeid)
+
+    def place(item):
+        return next((i for i, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST))
+
+    items.sort(key=place)

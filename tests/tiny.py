@@ -30,14 +30,14 @@ def hybrid_config(layers: int = 5, window: int = 24, **text) -> ModelConfig:
         | text
     )
     vision = VisionConfig(
-        depth=4,
+        depth=2,
         hidden_size=32,
         intermediate_size=40,
         num_heads=2,
         patch_size=2,
         window_size=8,
         out_hidden_size=32,
-        fullatt_block_indexes=(1, 3),
+        fullatt_block_indexes=(1,),
     )
     return ModelConfig(
         TextConfig(**text),

@@ -27,13 +27,13 @@ num_linear_heads = 2
 linear_head_dim = 16
 
 [model.vision]
-depth = 2
+depth = 1
 hidden_size = 32
 intermediate_size = 48
 num_heads = 2
 patch_size = 4
 window_size = 8
-fullatt_block_indexes = [1]
+fullatt_block_indexes = [0]
 out_hidden_size = 32
 
 [run]

@@ -20,6 +20,7 @@ MODEL = replace(
     text=replace(
         TINY.text, layer_types=("sliding_attention", "linear_attention"), tie_word_embeddings=False
     ),
+    vision=replace(TINY.vision, depth=1, fullatt_block_indexes=(0,)),
 )
 LOSSES = [
     "--patches",

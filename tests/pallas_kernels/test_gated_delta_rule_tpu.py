@@ -23,13 +23,12 @@ ours = parity.with_gradients(interpreted)
 truth = parity.in_float64(parity.with_gradients(reference.gated_delta_rule))
 
 
-def case(length, gates="mild", keys="random", batch=1, heads=2, key_dim=128, value_dim=128, seed=0):
-    """Inputs and cotangents, float32."""
+def case(length, gates="mild", batch=1, heads=2, key_dim=128, value_dim=128, seed=0):
+    """Inputs and cotangents, float32. All keys of the last head are equal."""
     rng = np.random.default_rng(seed)
     lead = (batch, length, heads)
     k = unit(rng, (*lead, key_dim))
-    if keys == "repeated":
-        k = np.broadcast_to(k[:, :1], k.shape)
+    k[:, :, -1] = k[:, :1, -1]
     inputs = (
         unit(rng, (*lead, key_dim)),
         k,
@@ -50,9 +49,15 @@ def narrow(x):
 
 
 def errors(got, want):
-    """Both are (results, gradients)."""
+    """The largest of a head. Both are (results, gradients)."""
+
+    def largest(name, a, b):
+        axis = 1 if name.endswith("state") else 2
+        pairs = zip(np.moveaxis(a, axis, 0), np.moveaxis(b, axis, 0), strict=True)
+        return max(rel_rms(*pair) for pair in pairs)
+
     return {
-        name: rel_rms(a, b)
+        name: largest(name, a, b)
         for name, a, b in zip(NAMES, (*got[0], *got[1]), (*want[0], *want[1]), strict=True)
     }
 
@@ -65,39 +70,37 @@ def assert_close(got, want, tolerance=F32):
 @pytest.mark.parametrize("length", (2, 65, 300))
 def test_equals_float64_recurrence(length):
     for gates in GATES:
-        for keys in ("random", "repeated"):
-            inputs, cotangents = case(length, gates, keys)
-            assert_close(ours(inputs, cotangents), truth(inputs, cotangents))
+        inputs, cotangents = case(length, gates)
+        assert_close(ours(inputs, cotangents), truth(inputs, cotangents))
 
 
 @pytest.mark.parametrize("length", (63, 300))
 def test_bfloat16(length):
     for gates in GATES:
-        for keys in ("random", "repeated"):
-            inputs, cotangents = case(length, gates, keys, value_dim=256)
-            inputs, cotangents = (
-                (*map(narrow, inputs[:3]), *inputs[3:]),
-                (narrow(cotangents[0]), cotangents[1]),
-            )
-            want = truth(inputs, cotangents)
-            got = ours(inputs, cotangents)
-            assert [x.dtype for x in (*got[0], *got[1])] == [jnp.bfloat16, np.float32] + [
-                jnp.bfloat16
-            ] * 3 + [np.float32] * 3
-            assert_close(got, want, ALLOWED)
+        inputs, cotangents = case(length, gates, value_dim=256)
+        inputs, cotangents = (
+            (*map(narrow, inputs[:3]), *inputs[3:]),
+            (narrow(cotangents[0]), cotangents[1]),
+        )
+        want = truth(inputs, cotangents)
+        got = ours(inputs, cotangents)
+        assert [x.dtype for x in (*got[0], *got[1])] == [jnp.bfloat16, np.float32] + [
+            jnp.bfloat16
+        ] * 3 + [np.float32] * 3
+        assert_close(got, want, ALLOWED)
 
 
 def test_blocks_of_heads_and_an_odd_number_of_chunks():
-    inputs, cotangents = case(260, batch=2, heads=6, value_dim=384)
+    inputs, cotangents = case(260, batch=2, heads=4, value_dim=384)
     assert (
-        delta_tpu.block_heads(6, 128, 384, jnp.float32, TPUDelta.backward) == 1
-        and delta_tpu.block_heads(6, 128, 384, jnp.float32) == 2
+        delta_tpu.block_heads(4, 128, 384, jnp.float32, TPUDelta.backward) == 1
+        and delta_tpu.block_heads(4, 128, 384, jnp.float32) == 2
     )
     assert_close(ours(inputs, cotangents), truth(inputs, cotangents))
 
 
 def test_gates_beyond_float32_range():
-    inputs, cotangents = case(200, "spread")
+    inputs, cotangents = case(200, "spread", heads=3)
     g = inputs[3].copy()
     g[0, ::7], g[0, 3::11] = -np.inf, -1e6
     inputs = (*inputs[:3], g, *inputs[4:])

@@ -36,7 +36,8 @@ class Made:
     """A hybrid, an attention model of its sizes, and the same conversations in each form."""
 
     def __init__(self, folder, data):
-        preset = load_preset(write_preset(folder, data))
+        tower = ["model.vision.depth=2", "model.vision.fullatt_block_indexes=[1]"]  # both kinds
+        preset = load_preset(write_preset(folder, data), tower)
         source = Dataset("tiny_vqa", data, "train")
         start = prepare_start(preset.model, source, folder, 0)
         self.student = start.config
