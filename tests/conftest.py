@@ -67,13 +67,25 @@ def said(caplog):
     ]
 
 
-LONGEST = ("test_pods", "test_processes", "test_tpu_layer_score", "test_resume", "test_stages")
+LONGEST = (  # files, the longest first
+    "test_pods",
+    "test_processes",
+    "test_resume",
+    "test_attention_tpu",
+    "test_gated_delta_rule_tpu",
+    "test_tpu_scores",
+    "test_attention_tpu_scores",
+    "test_tpu_layer_score",
+    "test_matrix",
+    "test_objectives",
+    "test_stages",
+    "test_lora_runs",
+    "test_smollm2",
+    "test_mutations",
+)
 
 
 def pytest_collection_modifyitems(items):
-    """Run the longest tests first, so that none of them runs alone at the end."""
-
-    def place(item):
-        return next((i for i, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST))
-
-    items.sort(key=place)
+    """Run the longest files first, so that none of them runs alone at the end."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))

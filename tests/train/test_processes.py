@@ -49,19 +49,10 @@ def free_port():
         return found.getsockname()[1]
 
 
-# Each process has programs of its own, and JAX keeps those of the first alone. Without that rule
-# the second, too, compiles them once for all tests.
 TRAIN = """
-from jax._src import compilation_cache, compiler
-
 from infinitevl_jax.__main__ import main
 from infinitevl_jax.processes import start
 
-def keep(key, seconds, name, backend, executable, callbacks):
-    if not callbacks:
-        compilation_cache.put_executable_and_time(key, name, executable, backend, int(seconds))
-
-compiler._cache_write = keep
 start.HEARTBEAT = 10
 main("train", "train.py")
 """
