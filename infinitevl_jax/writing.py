@@ -22,12 +22,14 @@ class StorageError(InfiniteVLError):
 
 
 @contextlib.contextmanager
-def storage(path: Path | str, cure: str = "") -> Iterator[None]:
+def storage(path: Path | str | None, cure: str = "", *, called: str = "") -> Iterator[None]:
     """Context manager that turns I/O errors into StorageError.
 
     Args:
-      path: what the block reads or writes.
+      path: what the block reads or writes; its disk is the one whose free space is told. None if
+        unknown.
       cure: appended to the cure: what to do once the storage works again.
+      called: how the message names it, if not by the path.
     """
     try:
         yield
@@ -36,23 +38,27 @@ def storage(path: Path | str, cure: str = "") -> Iterator[None]:
     except Exception as error:  # orbax and tensorstore raise ValueError and bare Exception
         if not isinstance(error, OSError | ValueError) and type(error) is not Exception:
             raise
-        raise failure(path, error, cure) from error
+        raise failure(path, error, cure, called=called) from error
 
 
-def failure(path: Path | str, error: Exception, cure: str = "") -> StorageError:
-    """StorageError for an I/O error at `path`."""
+def failure(
+    path: Path | str | None, error: Exception, cure: str = "", *, called: str = ""
+) -> StorageError:
+    """StorageError for an I/O error at `path`. Arguments as of `storage`."""
+    name = called or path
     more = f"; {cure}" if cure else ""
     if getattr(error, "errno", None) in _FULL or _SAYS_FULL.search(str(error)):
         return StorageError(
-            f"no space left for {path}, on a disk with {_free(path)}",
+            f"no space left for {name}"
+            + ("" if path is None else f", on a disk with {_free(path)}"),
             f"free some space, or choose another disk{more}",
         )
     if isinstance(error, OSError) and error.strerror:
         return StorageError(
-            f"{path}: {error.strerror}", f"check the path and its permissions{more}"
+            f"{name}: {error.strerror}", f"check the path and its permissions{more}"
         )
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-    return StorageError(f"{path}: {reason}", f"check the disk{more}")
+    return StorageError(f"{name}: {reason}", f"check the disk{more}")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -46,6 +48,19 @@ def test_failures_name_the_file(case):
         raise error
     assert all(part in str(caught.value) for part in parts), str(caught.value)
     assert str(caught.value).count("\n") == 1
+
+
+def test_the_free_space_told_is_of_the_disk_that_is_full(tmp_path, monkeypatch):
+    """Also where the message names the file in other words than its path."""
+    free = {tmp_path: 7_000_000}  # bytes; no other place may be asked
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[folder]))
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(StorageError) as caught, storage(tmp_path / "6/x", called="checkpoint 6"):
+        raise full
+    assert caught.value.culprit == "no space left for checkpoint 6, on a disk with 7.0 MB free"
+    with pytest.raises(StorageError) as caught, storage(None, called="the temporary folder"):
+        raise full
+    assert caught.value.culprit == "no space left for the temporary folder"
 
 
 @pytest.mark.parametrize(

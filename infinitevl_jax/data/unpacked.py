@@ -32,7 +32,7 @@ class Unpacked:
           InfiniteVLError: it cannot be read, is damaged or too large, or the disk is full.
         """
         cure = "TMPDIR=FOLDER names another folder for temporary files"
-        with storage("the folder for temporary files", cure):
+        with storage(None, cure, called="the folder for temporary files"):
             handle, name = tempfile.mkstemp(prefix="infinitevl-")
         self.path = Path(name)
         remove = weakref.finalize(self, _remove, self.path, os.getpid())

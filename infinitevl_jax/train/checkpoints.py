@@ -162,7 +162,7 @@ class Checkpoints:
     def _explained(self, step: int, together: Group) -> Iterator[None]:
         """Around the writing of a step: an error says which step is there."""
         try:
-            with storage(f"checkpoint {self.path(step)}"):
+            with storage(self.path(step), called=f"checkpoint {self.path(step)}"):
                 yield
         except InfiniteVLError as error:  # here, or in another process
             if together.first:

@@ -105,6 +105,9 @@ class StepFiles:
                 accept(place)
             except InfiniteVLError as error:
                 raise _Refused(error.culprit, error.cure, error.items) from error
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
+                what = f"{type(error).__name__}: {error}"
+                raise ValueError(f"{PLACE} is not a place in the data ({what})") from error
             trainable = _load_all(params, state.trainable, stored[PARAMS])
             frozen = _load_all(params, state.frozen, stored[FROZEN])
             *moments, step = [_load(optimizer, x, names) for x, names in stored[OPTIMIZER]]
@@ -114,7 +117,7 @@ class StepFiles:
             raise
         except InfiniteVLError as error:
             reason = error.culprit
-        except Exception as error:  # what `accept` makes of a damaged place
+        except Exception as error:
             reason = failure("", error).culprit.removeprefix(": ")
         # here the arrays that were read so far are gone: the step before needs their memory
         raise Unusable(

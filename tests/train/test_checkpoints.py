@@ -177,6 +177,7 @@ def test_a_damaged_step_makes_way_for_the_one_before(case, opened, saved, tmp_pa
         and said.endswith("going back to step 2")
     )
     assert len(said) < 1600 and said.count("\n") < 10
+    assert "place" not in case or "data/metadata" in said
     again = opened()
     assert again.last == 2
     again.save(state(4), {"rows": 4})  # the place is free
