@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 # What a comment says of a command that a test must not run.
-LONG = re.compile(r"\bon a GPU\b|\bon two GPUs\b|\btakes minutes\b")
+LONG = re.compile(r"\bon (a GPU|two GPUs|four GPUs)\b|\btakes minutes\b")
 
 
 @dataclass(frozen=True)
