@@ -96,7 +96,7 @@ def main():
 
     def launch():
         state["cache"], state["slots"], tokens = model.programs.decode(
-            model.params, state["cache"], state["slots"], np.int32(STEPS), most=STEPS
+            model.params, state["cache"], state["slots"], steps=STEPS
         )
         return tokens
 

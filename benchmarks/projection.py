@@ -58,11 +58,10 @@ def candidates(size: str) -> list[Plan]:
     gated = around.get("gated", False)
     chosen = plans.choose(inputs, outputs, gated)
     tried = [
-        Plan(rows, blocks, flight * 1024, splits, clusters)
+        Plan(rows, blocks, flight * 1024, splits, plans.PLACES[splits])
         for rows, blocks, flight, splits in itertools.product(
-            (64, 128, 256), (1, 2), (96, 160, 200), (1, 2, 4)
+            (64, 128, 256), (1, 2), (32, 48, 64, 160), (1, 2, 4)
         )
-        for clusters in ((32, 33) if splits == 4 else (plans.PLACES[splits],))
     ]
     fits = [p for p in tried if p.refusal(MOST, inputs, outputs, gated) is None and p != chosen]
     return [chosen, *fits]

@@ -49,6 +49,11 @@ class Products:
         kept = [x for x in done if x is not None]
         return lax.optimization_barrier((result, *kept))[0]
 
+    def run_on(self, running: int) -> None:
+        """Waits until all but the `running` last ones are done. Factors are in shared memory."""
+        assert not any(x is not None for x in self._left), "a factor in registers: use wait"
+        plgpu.wgmma_wait(running)
+
     def take(self, acc) -> jax.Array:
         """The sum in `acc` of products that a `wait` has already covered."""
         return plgpu.wgmma_accumulator_load(acc, wait_n=None)

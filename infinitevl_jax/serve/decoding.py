@@ -13,7 +13,7 @@ from infinitevl_jax.nn.cache import Cache
 from infinitevl_jax.nn.fused_params import FusedParams
 from infinitevl_jax.serve.encoding import GroupEncoder
 from infinitevl_jax.serve.generation import Request
-from infinitevl_jax.serve.programs import STEPS, Programs, on_mesh
+from infinitevl_jax.serve.programs import Programs, on_mesh
 from infinitevl_jax.serve.slots import Slots
 
 PREFILL_CHUNK = 8192  # tokens of a prompt that go through the decoder at once
@@ -52,7 +52,7 @@ def decode(
       cache: has room for the request's tokens. Each launch uses up the one before.
       occurred: [batch, vocab] bool, what repetition_penalty counts; None for nothing.
       stopped: tells which rows a step's tokens [batch] end, beside `request.ends`.
-      steps: of a launch, at most `STEPS`. With 1, tokens come as they are made.
+      steps: of a launch. With 1, tokens come as they are made.
     """
     if not request.max_new_tokens:
         return
@@ -65,9 +65,7 @@ def decode(
         if more:
             # the device works on the next tokens while these are looked at
             with on_mesh(mesh):
-                cache, slots, following = run.decode(
-                    params, cache, slots, np.int32(more), most=STEPS
-                )
+                cache, slots, following = run.decode(params, cache, slots, steps=steps)
         for now in np.asarray(tokens)[:count]:
             yield np.where(done, request.pad, now).astype(np.int32), cache
             done |= np.isin(now, request.ends)

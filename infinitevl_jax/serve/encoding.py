@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -34,7 +33,7 @@ class GroupEncoder:
     """
 
     encode: Callable[[Patches | Frame], Array]
-    merge: Callable[[Array, Array, np.ndarray], Array]
+    merge: Callable[[Array | None, Array, np.ndarray], Array]
     unit: int
     most: int
 
@@ -60,9 +59,6 @@ class GroupEncoder:
                     continue
                 if number not in encoded:
                     encoded[number] = self.encode(group())
-                if vision is None:
-                    width = encoded[number].shape[-1]
-                    vision = jnp.zeros((1, index.size, width), encoded[number].dtype)
                 place = np.where(inside, index - tokens.start, -1).astype(np.int32)
                 vision = self.merge(vision, encoded[number], place)
             own = np.where(index >= 0, np.arange(index.size, dtype=np.int32), -1)

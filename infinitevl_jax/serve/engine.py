@@ -269,11 +269,7 @@ class Engine:
             ]
             if any(speaking):
                 self._cache, self._slots, tokens = self._run.decode(
-                    self.model.params,
-                    self._cache,
-                    self._slots,
-                    np.int32(self.steps),
-                    most=self.steps,
+                    self.model.params, self._cache, self._slots, steps=self.steps
                 )
                 self.launches += 1
                 self._flying.append((tokens, speaking))

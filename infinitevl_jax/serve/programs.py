@@ -7,6 +7,7 @@ Every sequence is decoded by `decode`, in launches of some steps, and every toke
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,22 +44,47 @@ class Programs:
 
     def __init__(self, model: Callable):
         """model(params) is a VLM that has these parameters."""
-        self.encode = jax.jit(lambda params, patches: model(params).encode(patches))
+        once, repeated = compiler_options()
+        self.encode = jax.jit(
+            lambda params, patches: model(params).encode(patches), compiler_options=once
+        )
         self.merge = jax.jit(merge, donate_argnums=0)
         self.forward = jax.jit(
-            jax.named_scope("prefill")(partial(forward, model)), static_argnames="collect"
+            jax.named_scope("prefill")(partial(forward, model)),
+            static_argnames="collect",
+            compiler_options=once,
         )
         self.begin = jax.jit(begin)
         self.decode = jax.jit(
-            partial(decode, model), static_argnames="most", donate_argnames=("cache", "slots")
+            partial(decode, model),
+            static_argnames="steps",
+            donate_argnames=("cache", "slots"),
+            compiler_options=repeated,
         )
         self.prefill = jax.jit(
             jax.named_scope("prefill")(partial(prefill, model)),
             donate_argnames=("cache", "slots"),
+            compiler_options=once,
         )
         self.take = jax.jit(lambda cache, slot: cache.select(slot[None]))
         self.put = jax.jit(_put, donate_argnums=0)
         self.stop = jax.jit(_stop, donate_argnums=0)
+
+
+def compiler_options() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of programs that run once for their arrays, and of decoding steps, which repeat on the same.
+
+    XLA for GPUs makes one CUDA graph of many kernels. Where an array is not where it was in the
+    last call, the graph is updated kernel by kernel, which takes the host longer than to launch
+    them. So graphs pay for repeated steps only. There a kernel that reads a part of an array in
+    place (a dynamic slice fusion) would have the graph updated in every step.
+    """
+    if jax.default_backend() != "gpu":
+        return {}, {}
+    return (
+        {"xla_gpu_graph_min_graph_size": 1 << 30},
+        {"xla_gpu_enable_dynamic_slice_fusion": False},
+    )
 
 
 def forward(
@@ -105,39 +131,22 @@ def begin(slots: Slots, logits: Array) -> tuple[Slots, Array]:
 
 
 def decode(
-    model: Callable,
-    params: Mapping[str, Array],
-    cache: Cache,
-    slots: Slots,
-    steps: Array,
-    *,
-    most: int,
+    model: Callable, params: Mapping[str, Array], cache: Cache, slots: Slots, *, steps: int
 ) -> tuple[Cache, Slots, Array]:
-    """A launch: append each sequence's token to its cache and choose the next, `steps` times, or
-    until all are idle.
+    """A launch: append each sequence's token to its cache and choose the next, `steps` times.
 
-    The last token of a sequence is not appended.
-
-    Args:
-      steps: int32, at most `most`.
+    The last token of a sequence is not appended. A sequence that has ended stands still.
 
     Returns:
-      The new cache and slots, and tokens [most, slots] int32: -1 where none was chosen.
+      The new cache and slots, and tokens [steps, slots] int32: -1 where none was chosen.
     """
 
-    def going(carry):
-        i, _, slots, _ = carry
-        return (i < steps) & jnp.any(slots.left > 0)
+    def step(carry: tuple[Cache, Slots], _) -> tuple[tuple[Cache, Slots], Array]:
+        cache, slots, token = decode_step(model, params, *carry)
+        return (cache, slots), token
 
-    def step(carry: tuple) -> tuple:
-        i, cache, slots, tokens = carry
-        cache, slots, token = decode_step(model, params, cache, slots)
-        return i + 1, cache, slots, tokens.at[i].set(token)
-
-    tokens = jnp.full((most, len(slots.token)), -1, jnp.int32)
-    _, cache, slots, tokens = jax.lax.while_loop(
-        going, step, (jnp.zeros((), jnp.int32), cache, slots, tokens)
-    )
+    # A fixed count: a GPU would ask the host after each step whether to go on.
+    (cache, slots), tokens = jax.lax.scan(step, (cache, slots), None, length=steps)
     return cache, slots, tokens
 
 
@@ -181,10 +190,12 @@ def prefill(
     return cache, slots, token
 
 
-def merge(vision: Array, encoded: Array, index: Array) -> Array:
-    """Vision tokens [1, chunk, width] of a chunk, with those that have a place `index` [chunk] in
-    `encoded` [1, tokens, width]; -1: none."""
-    found = encoded[0][jnp.maximum(index, 0)].astype(vision.dtype)
+def merge(vision: Array | None, encoded: Array, index: Array) -> Array:
+    """Vision tokens [1, chunk, width] of a chunk (None: zeros), with those that have a place
+    `index` [chunk] in `encoded` [1, tokens, width]; -1: none."""
+    found = encoded[0][jnp.maximum(index, 0)]
+    if vision is None:
+        vision = jnp.zeros((1, *found.shape), found.dtype)
     return jnp.where(index[None, :, None] >= 0, found[None], vision)
 
 

@@ -3,19 +3,14 @@
 Sizes fixed by the hardware or the mathematics stay with their kernel.
 """
 
-from pallas_kernels.hardware import HOPPER_MULTIPROCESSORS
-
 
 class Hopper:
-    """python -m benchmarks.projection --sweep. Chosen by arithmetic, not measured yet."""
+    """python -m benchmarks.projection --sweep."""
 
-    rows = 128  # of K in a tile: 16 KiB for each 64 columns
+    rows = 128  # of K in a tile: 16 KiB for each 64 columns; of a gated projection, half of it
     blocks = 1  # of 64 columns in a tile; of a gated projection, as many of gates and of ups
-    # Bytes of weights that a multiprocessor has asked for. 24 KiB hide the latency of memory while
-    # all multiprocessors take equal parts of the rate. More let the others take the part of those
-    # that are done, so that uneven work costs little.
-    flight = 160 * 1024
-    # Thread blocks that share a tile's K. A tile for each multiprocessor and some more, so that the
-    # last ones are not alone with the memory.
+    # Bytes of weights that a thread block has asked for.
+    flight = 64 * 1024
+    # Thread blocks that share a tile's K: as few as give each multiprocessor one.
     splits = 1, 2, 4
-    least = 2 * HOPPER_MULTIPROCESSORS
+    least = 128

@@ -255,7 +255,7 @@ def test_a_published_decoding_step_lowers_for_cuda():
     programs = Programs(functional(config, scanned=False, dtype=jnp.bfloat16, ops=ops))
     slots = jax.eval_shape(lambda: Slots.idle(8, text.vocab_size))
     cache = cache_spec(config, 8, None, jnp.bfloat16)
-    traced = programs.decode.trace(params, cache, slots, np.int32(1), most=1)
+    traced = programs.decode.trace(params, cache, slots, steps=1)
     lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert lowered.count("@mosaic_gpu_v2") == 7
     # one function for each kind of layer, called for every layer

@@ -10,7 +10,7 @@ from pallas_kernels.dispatch import Dispatch, Refusal
 from pallas_kernels.projection import projection, reference, xla
 from pallas_kernels.projection.hopper import plan as plans
 from pallas_kernels.projection.hopper import projection as hopper
-from pallas_kernels.projection.hopper.plan import MEMORY, ROWS, Plan, choose
+from pallas_kernels.projection.hopper.plan import LEAST, MEMORY, ROWS, SHARED, Plan, choose
 from pallas_kernels.projection.implementations import PROJECTION
 from pallas_kernels.testing.cases import projection_case
 from pallas_kernels.testing.cases.projection import PUBLISHED
@@ -91,8 +91,8 @@ def test_plans_of_the_published_sizes(name):
         kernel = hopper.Kernel(plan, rows, inputs, outputs, gated, 1e-6, False)
         arrays = [a for a in kernel.memory() if hasattr(a, "dtype")]
         used = sum(int(np.prod(a.shape)) * np.dtype(a.dtype).itemsize for a in arrays[:5])
-        assert used <= MEMORY
-        assert plan.stages(rows, inputs, gated) * tile >= 4 * 24 * 1024
+        assert used <= (SHARED if rows <= 8 else MEMORY)  # two share a multiprocessor
+        assert plan.stages(rows, inputs, gated) * tile >= 2 * LEAST
         assert kernel.clusters * plan.splits >= 128
         assert kernel.steps * plan.rows * plan.splits == inputs
 

@@ -138,34 +138,35 @@ def test_a_sequence_that_has_ended_leaves_its_cache_as_it_is(model, prompt, gree
 
 
 def test_stream_gives_tokens_as_they_are_made(model, prompt, greedy, monkeypatch):
-    steps, decode = [], model.programs.decode
+    launched, decode = [], model.programs.decode
 
-    def spy(params, cache, slots, count, **kwargs):
-        steps.extend([1] * int(count))
-        return decode(params, cache, slots, count, **kwargs)
+    def spy(*args, steps):
+        launched.extend([1] * steps)
+        return decode(*args, steps=steps)
 
     monkeypatch.setattr(model.programs, "decode", spy)
     seen = []
     for token in model.stream(**prompt, max_new_tokens=NEW, eos_token_ids=NEVER):
         seen.append(token)
-        assert len(steps) == min(len(seen), NEW - 1)  # one step ahead, no more
+        assert len(launched) == min(len(seen), NEW - 1)  # one step ahead, no more
     np.testing.assert_array_equal(np.stack(seen, 1), greedy)
     assert model.generate(**prompt, max_new_tokens=0).shape == (1, 0)
 
 
 def test_generate_waits_for_the_host_once_in_eight_tokens(model, prompt, greedy, monkeypatch):
-    """One program for every number of tokens; with all ended, no further launch."""
+    """The last launch may make more steps than tokens are left; with all ended, there is no
+    further launch."""
     launches, decode = [], model.programs.decode
 
-    def spy(params, cache, slots, count, **kwargs):
-        launches.append(int(count))
-        return decode(params, cache, slots, count, **kwargs)
+    def spy(*args, steps):
+        launches.append(steps)
+        return decode(*args, steps=steps)
 
     monkeypatch.setattr(model.programs, "decode", spy)
     before = decode._cache_size()
     made = model.generate(**prompt, max_new_tokens=20, eos_token_ids=NEVER)
     np.testing.assert_array_equal(made[:, :NEW], greedy)
-    assert launches == [8, 8, 3] and made.shape == (1, 20)
+    assert launches == [8, 8, 8] and made.shape == (1, 20)
     launches.clear()
     ends = [*range(200, 300), int(made[0, 2])]  # more than an engine takes
     np.testing.assert_array_equal(
@@ -305,5 +306,5 @@ def test_profiles_name_the_stages(model, prompt):
     text = run.forward.lower(params, inputs.decoder, embeds, cache).as_text(debug_info=True)
     assert "/prefill/" in text and "/decode/" not in text
     slots = Slots.idle(1, model.config.text.vocab_size)
-    text = run.decode.lower(params, cache, slots, np.int32(1), most=1).as_text(debug_info=True)
-    assert "/decode/" in text and "/decode/sampling/" in text and "/prefill/" not in text
+    text = run.decode.lower(params, cache, slots, steps=1).as_text(debug_info=True)
+    assert "decode/sampling/" in text and "/prefill/" not in text

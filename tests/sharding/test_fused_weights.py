@@ -92,8 +92,8 @@ def test_no_weights_move_to_decode_a_token(params):
     model = spread(params, make_mesh(MESHES["tensor 2, data 4"]))
     with jax.set_mesh(model.mesh):
         slots = jax.device_put(Slots.idle(4, CONFIG.text.vocab_size))
-        arguments = model.params, model.init_cache(4), slots, np.int32(1)
-        text = model.programs.decode.lower(*arguments, most=1).compile().as_text()
+        arguments = model.params, model.init_cache(4), slots
+        text = model.programs.decode.lower(*arguments, steps=1).compile().as_text()
     moved = re.findall(
         r"= \(?\w+\[([\d,]*)\].*? (?:all-gather|all-reduce|all-to-all|collective-permute)\(", text
     )

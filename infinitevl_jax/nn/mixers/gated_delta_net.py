@@ -86,7 +86,9 @@ class GatedDeltaNet(Mixer):
     heads.
     """
 
-    input_proj = Joint("q_proj", "k_proj", "v_proj", "b_proj", "a_proj", "g_proj")
+    # The narrow ones come last, so that the others begin where a kernel can read them in place:
+    # XLA passes a part of the joint output as a pointer, which Mosaic GPU wants at 256 bytes.
+    input_proj = Joint("q_proj", "k_proj", "v_proj", "g_proj", "b_proj", "a_proj")
 
     def __init__(self, config: TextConfig, ops: Ops):
         self.heads, self.key_heads = config.num_linear_heads, config.linear_key_heads
@@ -139,7 +141,7 @@ class GatedDeltaNet(Mixer):
             y = rearrange(y, "b t (h d) -> b t h d", h=count)
             return constrain(y, "batch", "length", "heads", None)
 
-        q, k, v, b, a, gate = self.input_proj(x)
+        q, k, v, gate, b, a = self.input_proj(x)
         q, q_conv_state = self.q_conv1d(q, past.q_conv_state, info)
         k, k_conv_state = self.k_conv1d(k, past.k_conv_state, info)
         v, v_conv_state = self.v_conv1d(v, past.v_conv_state, info)
@@ -169,7 +171,7 @@ class GatedDeltaNet(Mixer):
     ) -> tuple[Array, DeltaState]:
         """All between the projections is one operator."""
         projected = self.input_proj.step(self.ops, x, norm)
-        q, k, v, b, a, gate = (y[:, 0] for y in projected)
+        q, k, v, gate, b, a = (y[:, 0] for y in projected)
         inputs = Inputs(q, k, v, gate, a, b)
         convolutions = (conv.weight[...] for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d))
         gates = self.A_log[...], self.dt_bias[...]

@@ -83,6 +83,9 @@ def step(
         )
     batch, heads, keys, values = state.recurrent_state.shape
     parts = values // COLUMNS
+    # Where these are parts of a larger array, XLA would pass pointers into it (JAX 0.11.2), which
+    # Mosaic GPU refuses unless they are multiples of 256 bytes. A cast makes arrays of their own.
+    inputs = inputs._replace(a=inputs.a.astype(f32), b=inputs.b.astype(f32))
     refs = DeltaState(*(jax.new_ref(x) for x in state))
 
     def kernel(

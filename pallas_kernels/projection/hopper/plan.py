@@ -8,11 +8,15 @@ from pallas_kernels.projection.tuning import Hopper as Tuning
 BLOCK = 64  # columns: the rows of a tensor-core product, and 128 bytes of a row of the matrix
 GROUP = 8  # rows of x: the columns of a tensor-core product
 ROWS = 2 * GROUP  # of x, at most
+LEAST = 24 * 1024  # bytes that a multiprocessor has to have asked for, to hide memory's latency
 PIECE = 512  # numbers of a row of x that a warpgroup reads at once
-MEMORY = 224 * 1024  # bytes of shared memory for the large arrays, of the block's 227 KiB
-# Thread blocks of a cluster are on multiprocessors of one cluster of the hardware, which has 16 or
-# 18 of them: four thread blocks fill 16.
-PLACES = {1: HOPPER_MULTIPROCESSORS, 2: HOPPER_MULTIPROCESSORS // 2, 4: 32, 8: 16}
+# Bytes of shared memory for the large arrays: of the 227 KiB of a thread block, and of the 113 KiB
+# that let two share a multiprocessor. Two hide each other's start and end.
+MEMORY, SHARED = 224 * 1024, 110 * 1024
+# Clusters that surely have room together, two thread blocks on each multiprocessor. Those of a
+# cluster are on multiprocessors of one cluster of the hardware. With one thread block on each
+# multiprocessor there is no room for 32 clusters of four.
+PLACES = {1: 2 * HOPPER_MULTIPROCESSORS, 2: 128, 4: 60, 8: 28}
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class Plan:
 
     rows: of K in a tile. blocks: of 64 columns in a tile (of gates and of ups, as many of each).
     flight: bytes of tiles in flight, at most. splits: thread blocks, a cluster, that share K.
-    clusters: at most so many, as have room on the GPU together.
+    clusters: at most so many.
     """
 
     rows: int
@@ -37,7 +41,9 @@ class Plan:
         x = 2 * groups * GROUP * inputs // self.splits
         # Sums of all parts, and the result of a tile, in float32.
         sums = 4 * BLOCK * groups * GROUP * (self.splits * blocks + self.blocks)
-        return min(self.flight, MEMORY - x - sums) // tile
+        shared = SHARED - x - sums
+        room = shared if shared >= 2 * LEAST else MEMORY - x - sums
+        return min(self.flight, room) // tile
 
     def refusal(self, rows: int, inputs: int, outputs: int, gated: bool) -> str | None:
         """The reason why the sizes do not fit this plan, else None."""
@@ -59,7 +65,7 @@ def choose(inputs: int, outputs: int, gated: bool) -> Plan | str:
     """
     found = None
     for splits in Tuning.splits:
-        for tile_rows in (Tuning.rows, BLOCK):
+        for tile_rows in (BLOCK,) if gated else (Tuning.rows, BLOCK):
             plan = Plan(tile_rows, Tuning.blocks, Tuning.flight, splits, PLACES[splits])
             # 16 rows decide, whatever the number of rows.
             if plan.refusal(ROWS, inputs, outputs, gated) is None:

@@ -200,22 +200,32 @@ class Kernel:
             tile = cluster + t * self.clusters
             bias, residual = self.read_others(refs, tile)  # early: used when the sums are done
 
-            def step(c, sums):
-                i = t * self.steps + c
-                at = lax.rem(i, stages)
-                plgpu.barrier_wait(ready.at[at])
-                k = pl.ds(c * depth, depth)
-                rows = [transposed(x_smem.at[g, :, k]) for g in range(self.groups)]
-                weights = [w_smem.at[at, block] for block in range(self.blocks)]
-                if not self.transposed:
-                    weights = [transposed(w) for w in weights]
-                sums = add_products(sums, [(w, x) for w in weights for x in rows])
-                plgpu.commit_smem()  # all warps are done with the tile
-                fetch(i + stages)
-                return sums
+            def multiply(*sums):
+                @pl.loop(0, self.steps)
+                def _step(c):
+                    i = t * self.steps + c
+                    at = lax.rem(i, stages)
+                    plgpu.barrier_wait(ready.at[at])
+                    k = pl.ds(c * depth, depth)
+                    rows = [transposed(x_smem.at[g, :, k]) for g in range(self.groups)]
+                    weights = [w_smem.at[at, block] for block in range(self.blocks)]
+                    if not self.transposed:
+                        weights = [transposed(w) for w in weights]
+                    products = Products()
+                    pairs = [(w, x) for w in weights for x in rows]
+                    for acc, (w, x) in zip(sums, pairs, strict=True):
+                        products.add(acc, w, x)
+                    products.run_on(len(pairs))  # the last step's are done
+                    plgpu.commit_smem()  # in all warps
+                    pl.when(i > 0)(lambda: fetch(i - 1 + stages))
 
-            zeros = full((BLOCK, GROUP), 0.0, SUMS)
-            sums = lax.fori_loop(0, self.steps, step, [zeros] * (self.blocks * self.groups))
+                products = Products()
+                return [products.wait(acc) for acc in sums]
+
+            shape = plgpu.ACC((BLOCK, GROUP), f32)
+            sums = lax.optimization_barrier(
+                pl.run_scoped(multiply, *[shape] * (self.blocks * self.groups))
+            )
             self.wait()  # the first block has read the last tile's sums
             for i, x in enumerate(sums):
                 self.first(sums_smem).at[part, i // self.groups, i % self.groups][...] = x
@@ -343,18 +353,3 @@ class Kernel:
     def over_rows(x):
         """A number for each input, for all rows."""
         return plgpu.layout_cast(across(x, GROUP), X)
-
-
-def add_products(sums: list, pairs: list) -> list:
-    """Each sum + the product of its pair, which run at the same time."""
-
-    def run(*accs):
-        for acc, x in zip(accs, sums, strict=True):
-            acc[...] = x
-        products = Products()
-        for acc, (left, right) in zip(accs, pairs, strict=True):
-            products.add(acc, left, right)
-        return [products.wait(acc) if i == 0 else products.take(acc) for i, acc in enumerate(accs)]
-
-    shape = plgpu.ACC((BLOCK, GROUP), f32)
-    return lax.optimization_barrier(pl.run_scoped(run, *[shape] * len(sums)))
