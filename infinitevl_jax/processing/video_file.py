@@ -188,7 +188,7 @@ def decode(file: BinaryIO, track: Track, name: str) -> Iterator[tuple[Fraction, 
         raise InfiniteVLError(
             f"{name} is cut short or damaged in its last frames, after"
             f" {float(track.duration):.1f} s",
-            CUT_SHORT,
+            DAMAGED,
         )
 
 
