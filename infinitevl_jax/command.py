@@ -20,7 +20,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         imports.
     """
     interrupts.install()
-    warnings.showwarning = _in_one_line(warnings.showwarning)
+    warn_in_one_line()
     try:
         with says_which_extra():
             status = main() or 0
@@ -32,8 +32,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(status)
 
 
-def _in_one_line(usual: Callable) -> Callable:
-    """Show warnings of this project without a source line."""
+def warn_in_one_line() -> None:
+    """Show warnings of this project on stderr without a source line, from now on."""
+    usual = warnings.showwarning
 
     def show(message, category, *place, **rest):
         if issubclass(category, InfiniteVLWarning):
@@ -41,4 +42,4 @@ def _in_one_line(usual: Callable) -> Callable:
         else:
             usual(message, category, *place, **rest)
 
-    return show
+    warnings.showwarning = show

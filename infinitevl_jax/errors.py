@@ -47,7 +47,8 @@ class BadRow(InfiniteVLError):
 
 
 class InfiniteVLWarning(UserWarning):
-    """Something differs from what a file asks for. The line names the file and what to do."""
+    """Something differs from what a file asks for, or cannot be checked in it. The line names the
+    file and what to do."""
 
 
 LONGEST = 2000  # characters of a culprit or a cure

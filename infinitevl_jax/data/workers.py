@@ -10,6 +10,7 @@ from pathlib import Path
 import grain
 from absl import flags
 
+from infinitevl_jax.command import warn_in_one_line
 from infinitevl_jax.errors import InfiniteVLError
 
 
@@ -50,6 +51,7 @@ class _Worker:
         # sent to all processes of a terminal or a job; this process decides what they mean
         for name in ("SIGINT", "SIGHUP", "SIGTERM"):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+        warn_in_one_line()
         threading.Thread(target=self._watch, daemon=True, name="parent").start()
 
     def _watch(self) -> None:

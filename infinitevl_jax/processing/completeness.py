@@ -32,8 +32,8 @@ def stated_size(file: BinaryIO) -> int | None:
     """Smallest size in bytes that a video file states; None if unknown.
 
     Supported are MP4 and MOV (boxes), Matroska and WebM (segment), AVI (RIFF), FLV (tags), MPEG
-    transport streams (whole packets), Ogg (pages), ASF (file properties) and GIF (trailer). Raw
-    streams and MPEG program streams state none.
+    transport streams (whole packets), Ogg (pages), ASF (file properties), GIF (trailer) and APNG
+    (chunks). Raw streams and MPEG program streams state none.
     """
     size = file.seek(0, os.SEEK_END)
     head = _read(file, 0, 1024)
@@ -56,6 +56,8 @@ def stated_size(file: BinaryIO) -> int | None:
                 if _read(file, max(0, size - 64), 64).rstrip(b"\0").endswith(b";")
                 else size + 1
             )
+        if head.startswith(b"\x89PNG"):
+            return _png(file)
         for packet, at in ((188, 0), (192, 4), (204, 0)):
             if (
                 len(head) > at + 2 * packet
@@ -139,6 +141,16 @@ def _ogg(file: BinaryIO, size: int) -> int | None:
     segments = tail[at + 26]
     table = tail[at + 27 : at + 27 + segments]
     return start + at + 27 + segments + sum(table) + (len(table) < segments)
+
+
+def _png(file: BinaryIO) -> int | None:
+    at = 8
+    for _ in range(_MOST_PARTS):
+        length, kind = struct.unpack(">I4s", _read(file, at, 8))
+        at += 12 + length  # a chunk ends with four bytes of checksum
+        if kind == b"IEND":
+            return at
+    return None
 
 
 def _asf(head: bytes) -> int | None:

@@ -5,6 +5,7 @@ file: playlists and references to files or addresses are refused.
 """
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from av.sidedata.sidedata import Type
 from av.stream import Disposition
 from PIL import Image
 
-from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.errors import InfiniteVLError, InfiniteVLWarning, quoted
 from infinitevl_jax.processing.completeness import stated_size
 from infinitevl_jax.processing.sources import OTHER, kind_of
 
@@ -34,7 +35,12 @@ _FILMS = (
 )  # fmt: skip
 # opened only to report that there is no video
 _SOUND = ("wav", "w64", "mp3", "flac", "aac", "aiff", "ac3", "amr")
-_STATES_DURATION = ("matroska,webm", "flv", "asf", "avi")
+# How a truncated file is told from a shorter film: by what `stated_size` reads, or by a duration,
+# which live recordings may lack. All other formats state no length.
+_SHOWS_ITS_END = ("mov,mp4,m4a,3gp,3g2,mj2", "gif", "apng")
+_STATES_DURATION = ("matroska,webm", "flv", "asf", "avi", "ivf", "mxf")
+_MOST_WARNED = 3  # films of a process that are named for it
+_warned: set[tuple[int, int] | str] = set()  # these, by device and inode, or by name
 _COVER_CODECS = ("mjpeg", "png", "bmp", "gif", "tiff", "webp", "jpeg2000", "jpegxl")
 _REORDERED = 16  # frames that may be displayed after the last stored one
 # What av.open does about metadata that is not UTF-8; PyAV from 19 on takes no such argument.
@@ -83,6 +89,8 @@ class Track:
 def read_track(file: BinaryIO, name: str) -> Track:
     """Find the video stream and its frame times from the packets, without decoding.
 
+    An InfiniteVLWarning names a film that states no length, once; the first few of a process.
+
     Raises:
       InfiniteVLError: unsupported format, no video stream, a truncated or damaged file.
     """
@@ -120,9 +128,12 @@ def read_track(file: BinaryIO, name: str) -> Track:
                 f"{name} is damaged or cut short after {corrupt[stream.index]:,} of {total} frames",
                 DAMAGED,
             )
+        kind = container.format.name
+        # with all frames that it states, a film is whole (IVF may state frames as its duration)
+        whole = 0 < stream.frames <= len(packets[stream.index])
         told = (
             Fraction(container.duration or 0, av.time_base)
-            if container.format.name in _STATES_DURATION
+            if kind in _STATES_DURATION and not whole
             else 0
         )
         if told - reached > Fraction(1, 4) + told / 100:
@@ -141,11 +152,14 @@ def read_track(file: BinaryIO, name: str) -> Track:
                 " pixels",
                 "shrink it first: ffmpeg -i IN -vf scale=1920:-2 OUT.mp4",
             )
-        track = _track(stream, packets[stream.index], container.format.name in _RAW, name)
+        track = _track(stream, packets[stream.index], kind in _RAW, name)
+        states_length = kind in _SHOWS_ITS_END or told or stream.frames
     if track.duration > MAX_SECONDS:
         raise InfiniteVLError(
             f"{name} spans {float(track.duration) / 86_400:,.0f} days by its time stamps", DAMAGED
         )
+    if not states_length:
+        _warn_of_no_length(file, name, kind)
     return track
 
 
@@ -174,7 +188,7 @@ def decode(file: BinaryIO, track: Track, name: str) -> Iterator[tuple[Fraction, 
         raise InfiniteVLError(
             f"{name} is cut short or damaged in its last frames, after"
             f" {float(track.duration):.1f} s",
-            CUT_SHORT,
+            DAMAGED,
         )
 
 
@@ -224,6 +238,27 @@ def _check_whole(file: BinaryIO, name: str) -> None:
     size, stated = file.seek(0, os.SEEK_END), stated_size(file)
     if stated is not None and stated > size:
         raise InfiniteVLError(f"{name} is cut short after {size:,} of {stated:,} bytes", CUT_SHORT)
+
+
+def _warn_of_no_length(file: BinaryIO, name: str, kind: str) -> None:
+    try:
+        status = os.fstat(file.fileno())
+        film = (status.st_dev, status.st_ino)
+    except OSError:  # in memory
+        film = name
+    if film in _warned or len(_warned) >= _MOST_WARNED:
+        return
+    _warned.add(film)
+    # without time stamps, as in raw streams, frames out of order cannot be copied to a container
+    copied = "" if kind in (*_RAW, "mpeg") else "-c copy "
+    last = ". Further films of this kind are not named" if len(_warned) == _MOST_WARNED else ""
+    warnings.warn(
+        f"{quoted(name)} states no length ({kind}), so a truncated file cannot be told from a"
+        " shorter film: check its length against the source, or convert the original:"
+        f" ffmpeg -i IN {copied}OUT.mkv{last}",
+        InfiniteVLWarning,
+        stacklevel=2,
+    )
 
 
 def _moving(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import jax
@@ -22,7 +23,8 @@ from infinitevl_jax.config.data import DataConfig
 from infinitevl_jax.data.encode import Encoder
 from infinitevl_jax.data.measure import measure
 from infinitevl_jax.data.pipeline import count_steps, train_batches
-from infinitevl_jax.errors import InfiniteVLError
+from infinitevl_jax.data.workers import _Worker
+from infinitevl_jax.errors import InfiniteVLError, InfiniteVLWarning
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -155,6 +157,15 @@ class Failing:
 
     def __getitem__(self, number):
         raise ZeroDivisionError(number)
+
+
+def test_a_warning_of_a_worker_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(threading.Thread, "start", lambda _: None)
+    _Worker(os.getpid())(0, 1)
+    warnings.showwarning("x is y", InfiniteVLWarning, "file.py", 1)
+    assert capsys.readouterr().err == "warning: x is y\n"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
