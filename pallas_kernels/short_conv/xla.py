@@ -29,62 +29,73 @@ def start(x, conv_state):
 
 def new_conv_state(x, conv_state, token_index, segment_ids):
     """The inputs before the next call, [B, 3, C]."""
-    inputs, valid, segment = _inputs(x, conv_state, token_index, segment_ids)
-    rows = _state_rows(inputs, valid)
-    last = (
-        inputs[:, 1 - TAPS :]
-        if valid is None
-        else jnp.take_along_axis(inputs, rows[..., None], axis=1)
-    )
+    x, valid, segment = _clean(x, token_index, segment_ids)
+    rows = _state_rows(x.shape[:2], valid)
+    new = jnp.take_along_axis(x, jnp.maximum(rows - TAPS + 1, 0)[..., None], axis=1)
+    old = jnp.take_along_axis(conv_state, jnp.minimum(rows, TAPS - 2)[..., None], axis=1)
+    last = jnp.where((rows < TAPS - 1)[..., None], old, new)
     return jnp.where(_in_last_segment(segment, rows), last, 0)
 
 
-def _inputs(x, conv_state, token_index, segment_ids):
-    """Old conv_state and new tokens in one array [B, 3 + T, C], which tokens are valid [B, T],
-    and the segment number of each input [B, 3 + T]."""
+def _clean(x, token_index, segment_ids):
+    """x with zeros at pads, which tokens are valid [B, T], and the segment number of each row of
+    conv_state and of each token [B, 3 + T]."""
     valid = None if token_index is None else token_index >= 0
     if valid is not None:
         x = jnp.where(valid[..., None], x, 0)
     if x.shape[1] == 1:
-        # Otherwise XLA for GPU fuses the projection that made x into the concatenation, as a serial
-        # dot product for each channel (0.6 ms).
+        # Otherwise XLA for GPU fuses the projection that made x into this, as a serial dot product
+        # for each channel (0.6 ms).
         x = jax.lax.optimization_barrier(x)
     segment = None
     if segment_ids is not None:  # conv_state belongs to segment 0
         segment = jnp.pad(segment_numbers(token_index, segment_ids), ((0, 0), (TAPS - 1, 0)))
-    return jnp.concatenate([conv_state, x], axis=1), valid, segment
+    return x, valid, segment
 
 
-def _reaches(inputs, segment):
-    """The input of each tap for every token, f32 [B, T, C], zero beyond the token's sequence."""
-    length = inputs.shape[1] - TAPS + 1
+def _reaches(x, conv_state, segment):
+    """The input of each tap for every token, f32 [B, T, C], zero beyond the token's sequence.
+
+    Shifts by padding fuse with what uses them. conv_state and x in one array would be copied, and
+    on a GPU transposed on the way.
+    """
+    length = x.shape[1]
+    token = jnp.arange(length)[:, None]
     for tap in range(TAPS):
-        seen = inputs[:, tap : tap + length].astype(jnp.float32)
-        if segment is not None and tap < TAPS - 1:
-            seen = jnp.where(
-                (segment[:, tap : tap + length] == segment[:, TAPS - 1 :])[..., None], seen, 0
-            )
+        back, seen = TAPS - 1 - tap, x
+        if back:
+            before = _shift(conv_state[:, tap:], 0, length - back)
+            seen = jnp.where(token < back, before, _shift(x, back, -back))
+        seen = seen.astype(jnp.float32)
+        if segment is not None and back:
+            own = segment[:, tap : tap + length] == segment[:, TAPS - 1 :]
+            seen = jnp.where(own[..., None], seen, 0)
         yield seen
 
 
+def _shift(x, first, last):
+    """Zeros before and after the rows of x; negative: so many rows are cut off."""
+    zero = jnp.zeros((), x.dtype)
+    return jax.lax.pad(x, zero, ((0, 0, 0), (first, last, 0), (0, 0, 0)))
+
+
 def _compute(x, weight, conv_state, token_index, segment_ids):
-    inputs, valid, segment = _inputs(x, conv_state, token_index, segment_ids)
-    total = sum(
-        seen * w
-        for seen, w in zip(_reaches(inputs, segment), weight.astype(jnp.float32), strict=True)
-    )
+    new = new_conv_state(x, conv_state, token_index, segment_ids)
+    x, valid, segment = _clean(x, token_index, segment_ids)
+    reaches = _reaches(x, conv_state, segment)
+    total = sum(seen * w for seen, w in zip(reaches, weight.astype(jnp.float32), strict=True))
     out = jax.nn.silu(total).astype(x.dtype)
     if valid is not None:
         out = jnp.where(valid[..., None], out, 0)
-    return out, new_conv_state(x, conv_state, token_index, segment_ids)
+    return out, new
 
 
-def _state_rows(inputs, valid):
+def _state_rows(shape, valid):
     """Which inputs [B, 3] are the new conv_state: the last three of the old conv_state and the
-    valid tokens."""
-    batch, count, _ = inputs.shape
+    valid tokens. shape: [B, T]."""
+    batch, length = shape
     if valid is None:
-        return jnp.broadcast_to(jnp.arange(count - TAPS + 1, count), (batch, TAPS - 1))
+        return jnp.broadcast_to(jnp.arange(length, length + TAPS - 1), (batch, TAPS - 1))
     seen = jnp.pad(valid, ((0, 0), (TAPS - 1, 0)), constant_values=True).astype(jnp.int32)
     left = jnp.cumsum(seen[:, ::-1], axis=1)[:, ::-1]  # valid rows from here to the end
     return (left[:, None, :] >= jnp.arange(TAPS - 1, 0, -1)[:, None]).sum(-1) - 1
@@ -119,9 +130,9 @@ def _short_conv_backward(residuals, cts):
     new conv_state into zeros as large as x."""
     x, weight, conv_state, token_index, segment_ids = residuals
     d_out, d_new_state = cts
-    inputs, valid, segment = _inputs(x, conv_state, token_index, segment_ids)
+    x, valid, segment = _clean(x, token_index, segment_ids)
     wide = weight.astype(jnp.float32)
-    reaches = list(_reaches(inputs, segment))
+    reaches = list(_reaches(x, conv_state, segment))
     total = sum(seen * w for seen, w in zip(reaches, wide, strict=True))
     gate = jax.nn.sigmoid(total)
     slope = gate * (1 + total * (1 - gate))
@@ -133,7 +144,8 @@ def _short_conv_backward(residuals, cts):
     )
 
     # The token `TAPS - 1 - tap` after an input read it through that tap.
-    count, edge = inputs.shape[1], TAPS - 1
+    edge = TAPS - 1
+    count = edge + x.shape[1]
     later = jnp.pad(d_total, ((0, 0), (edge, edge), (0, 0)))
     later_segment = (
         None if segment is None else jnp.pad(segment, ((0, 0), (0, edge)), constant_values=-1)
@@ -146,7 +158,7 @@ def _short_conv_backward(residuals, cts):
                 (later_segment[:, edge - tap : edge - tap + count] == segment)[..., None], back, 0
             )
         d_inputs = d_inputs + back
-    rows = _state_rows(inputs, valid)
+    rows = _state_rows(x.shape[:2], valid)
     d_new_state = jnp.where(_in_last_segment(segment, rows), d_new_state, 0).astype(jnp.float32)
     for row, part in zip(jnp.moveaxis(rows, 1, 0), jnp.moveaxis(d_new_state, 1, 0), strict=True):
         d_inputs += jnp.where((jnp.arange(count) == row[:, None])[..., None], part[:, None], 0)

@@ -8,6 +8,7 @@ benchmarks/results/gated_delta_rule.jsonl.
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from pallas_kernels.gated_delta_rule.api import check
 from pallas_kernels.gated_delta_rule.chunk_layout import without_pads
@@ -83,13 +84,22 @@ def _run(q, k, v, g, beta, initial_state, token_index, segment_ids, keep):
     )
     valid = None if token_index is None else token_index >= 0
     q, k, v, g, beta = (without_pads(x, valid) for x in (q, k, v, g, beta))
-    g, beta = jnp.maximum(g, FLOOR).swapaxes(1, 2), beta.swapaxes(1, 2)
+    g, beta = heads_first(jnp.maximum(g, FLOOR)), heads_first(beta)
     starts = None if segment_ids is None else sequence_starts(token_index, segment_ids)
     out, last, inverse, states = forward.forward(q, k, v, g, beta, starts, initial_state, keep)
     if token_index is not None:  # without valid tokens, 1 * S + 0 would turn -0 into 0
         before = jnp.zeros_like(last) if initial_state is None else initial_state
         last = jnp.where((token_index >= 0).any(1)[:, None, None, None], last, before)
     return (out[:, :length], last), (inverse, states)
+
+
+def heads_first(x):
+    """[B, T, H] -> [B, H, T].
+
+    Where g and beta are parts of a joint projection, XLA would have all of it computed with the
+    tokens innermost, and copy the other parts back. The layout stops that here.
+    """
+    return with_layout_constraint(x, Layout((0, 1, 2))).swapaxes(1, 2)
 
 
 def sequence_starts(token_index, segment_ids):
@@ -146,7 +156,7 @@ def _delta_rule_backward(residuals, cts):
     )
     valid = None if token_index is None else token_index >= 0
     q, k, v, g, beta, d_out = (without_pads(x, valid) for x in (q, k, v, g, beta, d_out))
-    g, beta = jnp.maximum(g, FLOOR).swapaxes(1, 2), beta.swapaxes(1, 2)
+    g, beta = heads_first(jnp.maximum(g, FLOOR)), heads_first(beta)
     segments = None if segment_ids is None else segment_numbers(token_index, segment_ids)
     found = backward.backward(
         q, k, v, g, beta, segments, inverse, states, d_out, cts[1].astype(f32)
