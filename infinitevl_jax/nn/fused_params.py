@@ -107,13 +107,17 @@ class FusedParams(Mapping[str, Array]):
         return cls(*children, groups)
 
 
-def joints(layers: Sequence[nnx.Module]) -> Iterator[tuple[str, nnx.Module, str, Joint]]:
-    """The name, module, attribute and declaration of every joint of a decoder's layers."""
-    for number, layer in enumerate(layers):
-        for path, module in list(nnx.iter_graph(layer)):
-            for attribute, joint in _declared(type(module)):
-                name = ".".join(["layers", str(number), *map(str, path), attribute])
-                yield name, module, attribute, joint
+Layers = Mapping[str, Sequence[nnx.Module]]  # of each stack, by its dotted name
+
+
+def joints(layers: Layers) -> Iterator[tuple[str, nnx.Module, str, Joint]]:
+    """The name, module, attribute and declaration of every joint."""
+    for stack, members in layers.items():
+        for number, layer in enumerate(members):
+            for path, module in list(nnx.iter_graph(layer)):
+                for attribute, joint in _declared(type(module)):
+                    name = ".".join([stack, str(number), *map(str, path), attribute])
+                    yield name, module, attribute, joint
 
 
 @cache
@@ -121,7 +125,7 @@ def _declared(kind: type) -> list[tuple[str, Joint]]:
     return getmembers_static(kind, lambda value: isinstance(value, Joint))
 
 
-def fuse_layers(layers: Sequence[nnx.Module], groups: Groups) -> None:
+def fuse_layers(layers: Layers, groups: Groups) -> None:
     """Replace the members of each group by their fused layer."""
     wanted = {group.name: group for group in groups}
     for name, module, attribute, joint in list(joints(layers)) if groups else ():

@@ -79,7 +79,7 @@ class _Abstract:
     Attributes:
       paths: flax path of each parameter, by dotted name.
       stacks: layout of each stack, by dotted name.
-      joints: layers of the decoder that may be fused: name of the fused one, names of its members.
+      joints: layers that may be fused: name of the fused one, names of its members.
         Only layer by layer.
     """
 
@@ -105,7 +105,8 @@ def _abstract(
 
     model = VLM(config, dtype=dtype, ops=ops, scanned=scanned, remat=remat)
     stacks = _stacks(model)
-    fuse_layers(model.layers.rest, groups)
+    unrolled = _unrolled(model)
+    fuse_layers(unrolled, groups)
     if lora:
         add_adapters(model, stacks, lora)
     graphdef, state = nnx.split(model, nnx.Param)
@@ -118,7 +119,7 @@ def _abstract(
         if scanned
         else {
             name: (joint, tuple(f"{name.rpartition('.')[0]}.{member}" for member in joint.names))
-            for name, _, _, joint in joints(model.layers.rest)
+            for name, _, _, joint in joints(unrolled)
         }
     )
     return _Abstract(graphdef, paths, MappingProxyType(parameters), stacks, found)
@@ -128,6 +129,15 @@ def _stacks(model: VLM) -> dict[str, Layout]:
     """Layout of each stack, by dotted name."""
     return {
         ".".join(map(str, path)): node.layout
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, Stack)
+    }
+
+
+def _unrolled(model: VLM) -> dict[str, list[nnx.Module]]:
+    """Layers of each stack that are not scanned, by its dotted name."""
+    return {
+        ".".join(map(str, path)): list(node.rest)
         for path, node in nnx.iter_graph(model)
         if isinstance(node, Stack)
     }
@@ -184,7 +194,7 @@ def stack_layouts(config: ModelConfig, *, scanned: bool) -> Mapping[str, Layout]
 
 
 def joint_layers(config: ModelConfig) -> Mapping[str, tuple[Joint, tuple[str, ...]]]:
-    """Layers of the decoder that may be fused: by the name of the fused one, how its class declares
+    """Layers that may be fused: by the name of the fused one, how its class declares
     it and the names of its members."""
     return _abstract(config, False, np.dtype(np.float32), None, no_remat, (), None).joints
 
