@@ -12,11 +12,11 @@ Examples:
     # one product
     python -m benchmarks.projection --sizes down head --rows 1
 
-One program multiplies x by several matrices of the same size, together several times larger than
-the L2 cache, so that each is read from memory. From the profiler: microseconds a product in kernels
-(kernel_us), and from the first kernel's start to the last one's end, gaps included (us). GB/s
-counts the matrix alone. share is that over the rate of a copy in the same run, read and written
-bytes counted.
+One program multiplies several x by a matrix each, all of the same size and together several times
+larger than the L2 cache, so that each is read from memory. From the profiler: microseconds a
+product in kernels (kernel_us), and from the first kernel's start to the last one's end, gaps
+included (us). GB/s counts the matrix alone. share is that over the rate of a copy in the same run,
+read and written bytes counted.
 
 What is timed has been checked: errors against float32 are at most 0.5 %, a second run has the same
 bits, and a row has the same bits whatever the number of rows. Results go to
@@ -77,42 +77,49 @@ def matrix_bytes(size: str) -> int:
     return 2 * inputs * outputs * (2 if around.get("gated") else 1)
 
 
-def shapes(size: str, rows: int) -> tuple[dict, list]:
-    """x and what stands around the product, and the matrices, as shapes."""
+def shapes(size: str, rows: int) -> tuple[list, dict, list]:
+    """Of the x, of what stands around the product, and of the matrices."""
     inputs, outputs, around = PUBLISHED[size]
     pair = (2,) if around.get("gated") else ()
-    given = {"x": (rows, inputs)}
-    given |= {"bias": (*pair, outputs)} if around.get("bias") else {}
+    given = {"bias": (*pair, outputs)} if around.get("bias") else {}
     given |= {"residual": (rows, outputs)} if around.get("residual") else {}
     given |= {"norm": (inputs,)} if around.get("norm") else {}
     weight = (*pair, outputs, inputs) if around.get("transposed") else (inputs, *pair, outputs)
     shaped = {name: jax.ShapeDtypeStruct(shape, bf16) for name, shape in given.items()}
-    return shaped, [jax.ShapeDtypeStruct(weight, bf16)] * matrices(size)
+    # Products of one x would be merged by XLA.
+    xs, weights = (
+        [jax.ShapeDtypeStruct(shape, bf16)] * matrices(size) for shape in ((rows, inputs), weight)
+    )
+    return xs, shaped, weights
 
 
-def draw(size: str) -> tuple[dict, list]:
+def draw(size: str) -> tuple[list, dict, list]:
     """Arrays of those shapes, for `MOST` rows."""
-    given, weights = shapes(size, MOST)
-    keys = iter(jax.random.split(jax.random.key(0), len(given) + len(weights)))
+    xs, given, weights = shapes(size, MOST)
+    keys = iter(jax.random.split(jax.random.key(0), len(xs) + len(given) + len(weights)))
     normal = jax.jit(
         lambda key, scale, shape: (scale * jax.random.normal(key, shape)).astype(bf16),
         static_argnums=2,
     )
-    arrays = {name: normal(next(keys), 1.0, x.shape) for name, x in given.items()}
+    xs = [normal(next(keys), 1.0, x.shape) for x in xs]
+    around = {name: normal(next(keys), 1.0, x.shape) for name, x in given.items()}
     scale = PUBLISHED[size][0] ** -0.5
-    return arrays, [normal(next(keys), scale, w.shape) for w in weights]
+    return xs, around, [normal(next(keys), scale, w.shape) for w in weights]
 
 
-def first_rows(arrays: dict, rows: int) -> dict:
-    return {name: x[:rows] if name in ("x", "residual") else x for name, x in arrays.items()}
+def first_rows(drawn: tuple[list, dict, list], rows: int) -> tuple[list, dict, list]:
+    xs, around, weights = drawn
+    around = {name: x[:rows] if name == "residual" else x for name, x in around.items()}
+    return [x[:rows] for x in xs], around, weights
 
 
 def program(run: Callable, size: str) -> Callable:
-    """A jitted program that multiplies x by each matrix."""
+    """A jitted program that multiplies each x by its matrix."""
     transposed = PUBLISHED[size][2].get("transposed", False)
     return jax.jit(
-        lambda arrays, weights: [
-            run(weight=weight, transposed=transposed, **arrays) for weight in weights
+        lambda xs, around, weights: [
+            run(x=x, weight=weight, transposed=transposed, **around)
+            for x, weight in zip(xs, weights, strict=True)
         ]
     )
 
@@ -127,12 +134,12 @@ def error(got: jax.Array, want: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.mean((got.astype(jnp.float32) - want) ** 2) / jnp.mean(want**2))
 
 
-def wanted(size: str, arrays: dict, weight: jax.Array) -> jax.Array:
-    """The product with the first matrix in float32."""
+def wanted(size: str, xs: list, around: dict, weights: list) -> jax.Array:
+    """The first product in float32."""
     transposed = PUBLISHED[size][2].get("transposed", False)
     run = jax.jit(reference.projection, static_argnames="transposed")
-    wide = {name: x.astype(jnp.float32) for name, x in arrays.items()}
-    return run(weight=weight.astype(jnp.float32), transposed=transposed, **wide)
+    given = {"x": xs[0], "weight": weights[0], **around}
+    return run(**{n: x.astype(jnp.float32) for n, x in given.items()}, transposed=transposed)
 
 
 def check(outs: list, again: list, want: jax.Array, more_rows: list | None) -> float:
@@ -208,21 +215,16 @@ def sweep(size: str, rows: int, copied: float, commit: str) -> Plan:
     """Times all candidates in one trace and returns the fastest."""
     found = candidates(size)
     programs = compiled({p: (program(by_plan(p), size), shapes(size, rows)) for p in found})
-    arrays, weights = draw(size)
-    arrays = first_rows(arrays, rows)
-    want, right = wanted(size, arrays, weights[0]), {}
+    arrays = first_rows(draw(size), rows)
+    want, right = wanted(size, *arrays), {}
     for plan in found:
         try:
-            outs, again = (programs[plan](arrays, weights) for _ in range(2))
+            outs, again = (programs[plan](*arrays) for _ in range(2))
             right[plan] = check(outs, again, want, None)
         except Exception as reason:  # report it and measure the others
             print(f"{size} by {plan}: {type(reason).__name__}: {str(reason)[:200]}", flush=True)
-    runs = [
-        (lambda plan=plan: programs[plan](arrays, weights))
-        for plan in right
-        for _ in range(REPEATS)
-    ]
-    each = times(traced(runs), len(runs), len(weights))
+    runs = [(lambda plan=plan: programs[plan](*arrays)) for plan in right for _ in range(REPEATS)]
+    each = times(traced(runs), len(runs), matrices(size))
     took = {
         plan: rates(size, median(each[i * REPEATS : (i + 1) * REPEATS]), copied)
         for i, plan in enumerate(right)
@@ -244,22 +246,19 @@ def measure(size: str, rows: list[int], plan: Plan, copied: float, commit: str) 
         (name, n): (program(run, size), shapes(size, n)) for name, run in runs.items() for n in rows
     }
     programs = compiled(cells)
-    drawn, weights = draw(size)
-    more_rows = None
+    drawn, more_rows = draw(size), None
     for n, name in itertools.product(sorted(rows, reverse=True), runs):
         case, arrays = {"size": size, "rows": n, "implementation": name}, first_rows(drawn, n)
         run = programs[name, n]
         try:
-            outs, again = run(arrays, weights), run(arrays, weights)
+            outs, again = run(*arrays), run(*arrays)
             ours = name == "mosaic_gpu"
-            found = check(
-                outs, again, wanted(size, arrays, weights[0]), more_rows if ours else None
-            )
+            found = check(outs, again, wanted(size, *arrays), more_rows if ours else None)
             more_rows = outs if ours else more_rows
             took = times(
-                traced([lambda run=run, arrays=arrays: run(arrays, weights)] * REPEATS),
+                traced([lambda run=run, arrays=arrays: run(*arrays)] * REPEATS),
                 REPEATS,
-                len(weights),
+                matrices(size),
             )
         except Exception as reason:  # report it and measure the others
             text = f"{type(reason).__name__}: {str(reason).strip()[:200]}"
