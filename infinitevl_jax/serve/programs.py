@@ -42,9 +42,13 @@ class Programs:
       stop(slots, slot): * the slots, this one idle.
     """
 
-    def __init__(self, model: Callable):
-        """model(params) is a VLM that has these parameters."""
-        once, repeated = compiler_options()
+    def __init__(self, model: Callable, platform: str | None = None):
+        """
+        Args:
+          model: model(params) is a VLM that has these parameters.
+          platform: what is compiled for, such as "gpu"; None: this process's devices.
+        """
+        once, repeated = compiler_options(platform or jax.default_backend())
         self.encode = jax.jit(
             lambda params, patches: model(params).encode(patches), compiler_options=once
         )
@@ -71,7 +75,7 @@ class Programs:
         self.stop = jax.jit(_stop, donate_argnums=0)
 
 
-def compiler_options() -> tuple[dict[str, Any], dict[str, Any]]:
+def compiler_options(platform: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of programs that run once for their arrays, and of decoding steps, which repeat on the same.
 
     XLA for GPUs makes one CUDA graph of many kernels. Where an array is not where it was in the
@@ -79,7 +83,7 @@ def compiler_options() -> tuple[dict[str, Any], dict[str, Any]]:
     them. So graphs pay for repeated steps only. There a kernel that reads a part of an array in
     place (a dynamic slice fusion) would have the graph updated in every step.
     """
-    if jax.default_backend() != "gpu":
+    if platform != "gpu":
         return {}, {}
     return (
         {"xla_gpu_graph_min_graph_size": 1 << 30},
