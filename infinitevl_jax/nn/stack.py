@@ -5,8 +5,10 @@ holds one module per run; its parameters have a leading axis over all layers of 
 27. Layers after the last whole period, and all layers of an unrolled stack, are in `Stack.rest`
 without that axis.
 
-Training scans the repeats, and the runs within a repeat, so compile time does not depend on the
-depth. Decoding unrolls: a scan would copy each layer's weights out of the stack for every token.
+Training scans the repeats, so compile time does not depend on the depth. The layers of a repeat are
+unrolled: what a scan within them keeps for the backward pass would be copied from stack to stack in
+each repeat. Decoding unrolls all: a scan would copy each layer's weights out of the stack for every
+token.
 """
 
 import itertools
@@ -233,10 +235,9 @@ def run_stacks(
                 return x, (x if collect else None, state)
 
             after = []
-            for graphdef, block, length in zip(graphdefs, blocks, layout.runs, strict=True):
-                x, found = jax.lax.scan(
-                    partial(one_layer, graphdef=graphdef), x, block, unroll=length == 1
-                )
+            for graphdef, block in zip(graphdefs, blocks, strict=True):
+                run = partial(one_layer, graphdef=graphdef)
+                x, found = jax.lax.scan(run, x, block, unroll=True)
                 after.append(found)
             return x, after
 

@@ -145,6 +145,8 @@ class GatedDeltaNet(Mixer):
         q, q_conv_state = self.q_conv1d(q, past.q_conv_state, info)
         k, k_conv_state = self.k_conv1d(k, past.k_conv_state, info)
         v, v_conv_state = self.v_conv1d(v, past.v_conv_state, info)
+        # XLA for GPU would fuse the norms with the convolutions, and store their shifted inputs.
+        q, k = jax.lax.optimization_barrier((q, k))
         q = (self.ops.l2norm(q, self.key_heads, 1e-6) * self.head_dim**-0.5).astype(x.dtype)
         k = self.ops.l2norm(k, self.key_heads, 1e-6).astype(x.dtype)
 
