@@ -109,13 +109,15 @@ def value_and_gradients(op: Callable) -> Callable:
     return run
 
 
-def with_gradients(op: Callable) -> Callable:
-    """jit of `value_and_gradients(op)`, which returns numpy arrays."""
+def with_gradients(op: Callable, optimise: bool = False) -> Callable:
+    """jit of `value_and_gradients(op)`, which returns numpy arrays. optimise: with LLVM's
+    optimiser, for a small program that runs long, such as a loop over tokens."""
     run = value_and_gradients(op)
 
     @cache
     def compiled():  # not before the first call, so that importing a test starts no backend
-        return jax.jit(run, compiler_options=compiler_options())
+        options = {"xla_backend_optimization_level": 1}
+        return jax.jit(run, compiler_options=options if optimise else compiler_options())
 
     def call(inputs, cotangents, others=None):
         return jax.tree.map(

@@ -31,7 +31,7 @@ ALLOWED = (
     | dict.fromkeys(("q", "k", "v", "initial_state"), 8e-3)
     | dict.fromkeys(("g", "beta"), 2e-2)
 )
-truth = in_float64(with_gradients(reference.gated_delta_rule))
+truth = in_float64(with_gradients(reference.gated_delta_rule, optimise=True))
 ours = with_gradients(delta_hopper.gated_delta_rule)
 
 

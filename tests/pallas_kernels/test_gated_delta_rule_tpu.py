@@ -20,7 +20,7 @@ NAMES = ("out", "state", "d_q", "d_k", "d_v", "d_g", "d_beta", "d_initial_state"
 F32 = dict.fromkeys(NAMES, 1e-4)
 interpreted = partial(delta_tpu.gated_delta_rule, interpret=INTERPRETED)
 ours = parity.with_gradients(interpreted)
-truth = parity.in_float64(parity.with_gradients(reference.gated_delta_rule))
+truth = parity.in_float64(parity.with_gradients(reference.gated_delta_rule, optimise=True))
 
 
 def case(length, gates="mild", batch=1, heads=2, key_dim=128, value_dim=128, seed=0):
