@@ -194,8 +194,8 @@ def stack_layouts(config: ModelConfig, *, scanned: bool) -> Mapping[str, Layout]
 
 
 def joint_layers(config: ModelConfig) -> Mapping[str, tuple[Joint, tuple[str, ...]]]:
-    """Layers that may be fused: by the name of the fused one, how its class declares
-    it and the names of its members."""
+    """Layers that may be fused: by the name of the fused one, how its class declares it and the
+    names of its members."""
     return _abstract(config, False, np.dtype(np.float32), None, no_remat, (), None).joints
 
 

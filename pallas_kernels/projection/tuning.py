@@ -5,7 +5,8 @@ Sizes fixed by the hardware or the mathematics stay with their kernel.
 
 
 class Hopper:
-    """python -m benchmarks.projection --sweep."""
+    """python -m benchmarks.projection --sweep. Chosen by arithmetic after a sweep with one thread
+    block a multiprocessor; with two, not swept yet."""
 
     rows = 128  # of K in a tile: 16 KiB for each 64 columns; of a gated projection, half of it
     blocks = 1  # of 64 columns in a tile; of a gated projection, as many of gates and of ups
