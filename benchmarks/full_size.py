@@ -91,12 +91,12 @@ def main():
 
     # decode 32 tokens with a full window, in launches as `generate` makes them
     endless = Request(2**30, Sampling(), seed=0, ends=(), pad=0)
-    slots, _ = model.programs.begin(Slots.beginning(endless, 1, None), logits)
+    slots, _ = model.programs.begin(Slots.beginning(endless, 1, None), logits, sampled=False)
     state = {"cache": cache, "slots": slots}
 
     def launch():
         state["cache"], state["slots"], tokens = model.programs.decode(
-            model.params, state["cache"], state["slots"], steps=STEPS
+            model.params, state["cache"], state["slots"], steps=STEPS, sampled=False
         )
         return tokens
 

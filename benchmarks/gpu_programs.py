@@ -83,7 +83,8 @@ class Compiler:
     def decode(self, rows: int = 1) -> str:
         """The HLO of a launch of decoding steps."""
         arguments = self.params, self.cache(rows), self.slots(rows)
-        return self.programs.decode.lower(*arguments, steps=STEPS).compile().as_text()
+        run = self.programs.decode
+        return run.lower(*arguments, steps=STEPS, sampled=False).compile().as_text()
 
     def prefill(self, length: int = 8192) -> str:
         """Of a prompt."""
@@ -106,10 +107,9 @@ class Compiler:
         decoder = inputs.decoder._replace(vision_index=index.astype(np.int32))
         vision = np.zeros((1, tokens, config.text.hidden_size), bf16)
         piece = Piece(decoder, vision, False)
-        chunk = join_pieces([(piece, 0, False, None)], 1, 2, config.text.vocab_size)
+        chunk, _ = join_pieces([(piece, 0, False, None)], 1, 2, config.text.vocab_size)
         chunk = self.place(jax.tree.map(np.asarray, chunk))
-        arguments = self.params, self.cache(2), self.slots(2), chunk
-        reading = self.programs.prefill.lower(*arguments)
+        reading = self.programs.prefill.lower(self.params, self.cache(2), chunk)
         return tower.compile().as_text(), reading.compile().as_text()
 
 

@@ -102,4 +102,7 @@ def _layout(rows: int, columns: int, config: VisionConfig) -> tuple[Patches, np.
     size = packed.patch_index.shape[1]
     # one program for a bucket, whatever the frame's size
     empty = np.zeros((1, size, 0), np.float32)
-    return dataclasses.replace(packed, pixels=empty, slice_reach=reach(size)), place
+    layout = dataclasses.replace(packed, pixels=empty, slice_reach=reach(size))
+    for constant in (place, *jax.tree.leaves(layout)):
+        constant.setflags(write=False)
+    return layout, place

@@ -254,6 +254,8 @@ def cut_tokens(inputs: DecoderInputs, at: int, stop: int, length: int) -> Decode
     def cut(x, fill):
         if x is None:
             return None
+        if length == stop - at:
+            return x[..., at:stop]
         padding = [(0, 0)] * (x.ndim - 1) + [(0, length - (stop - at))]
         return np.pad(x[..., at:stop], padding, constant_values=fill)
 

@@ -23,6 +23,7 @@ from jax import Array
 
 from infinitevl_jax.nn.ops import Ops
 from infinitevl_jax.nn.products import matmul_precision, project
+from pallas_kernels.columns import Columns
 from pallas_kernels.projection.api import COLUMNS
 
 if TYPE_CHECKING:
@@ -48,6 +49,12 @@ class SideBySide:
         shares = jnp.concatenate([x.reshape(*lead, self.shards, -1) for x in parts], -1)
         spare = [(0, 0)] * (len(lead) + 1) + [(0, -shares.shape[-1] % COLUMNS)]
         return jnp.pad(shares, spare).reshape(*lead, -1)
+
+    def places(self) -> list[tuple[int, int]] | None:
+        """First column and width of each; None where shares of devices come in between."""
+        if self.shards > 1:
+            return None
+        return [(sum(self.widths[:i]), width) for i, width in enumerate(self.widths)]
 
     def part(self, joined: Array, i: int) -> Array:
         """The i-th of them, or the product with it."""
@@ -108,8 +115,21 @@ class FusedLinears(Fused):
     def __call__(self, x: Array) -> tuple[Array, ...]:
         return self._split(self._product(x))
 
-    def step(self, ops: Ops, x: Array, norm: RMSNorm | None = None) -> tuple[Array, ...]:
-        return self._split(project(ops, x, self.kernel[...], self._bias, norm=norm))
+    def step(
+        self, ops: Ops, x: Array, norm: RMSNorm | None = None, prefetch: Array | None = None
+    ) -> tuple[Array, ...]:
+        return self._split(
+            project(ops, x, self.kernel[...], self._bias, norm=norm, prefetch=prefetch)
+        )
+
+    def columns(
+        self, ops: Ops, x: Array, norm: RMSNorm | None = None, prefetch: Array | None = None
+    ) -> tuple[Array | Columns, ...]:
+        y = project(ops, x, self.kernel[...], self._bias, norm=norm, prefetch=prefetch)
+        places = self.layout.places()
+        if places is None:
+            return tuple(part[:, 0] for part in self._split(y))
+        return tuple(Columns(y[:, 0], *place) for place in places)
 
 
 class FusedGate(Fused):
@@ -119,8 +139,10 @@ class FusedGate(Fused):
         gate, up = self._split(self._product(x))
         return jax.nn.silu(gate) * up
 
-    def step(self, ops: Ops, x: Array, norm: RMSNorm | None = None) -> Array:
-        return project(ops, x, self.kernel[...], self._bias, norm=norm)
+    def step(
+        self, ops: Ops, x: Array, norm: RMSNorm | None = None, prefetch: Array | None = None
+    ) -> Array:
+        return project(ops, x, self.kernel[...], self._bias, norm=norm, prefetch=prefetch)
 
 
 @dataclass(frozen=True)
@@ -130,8 +152,17 @@ class SeparateLinears:
     def __call__(self, x: Array) -> tuple[Array, ...]:
         return tuple(linear(x) for linear in self.linears)
 
-    def step(self, ops: Ops, x: Array, norm: RMSNorm | None = None) -> tuple[Array, ...]:
-        return tuple(linear.step(ops, x, norm=norm) for linear in self.linears)
+    def step(
+        self, ops: Ops, x: Array, norm: RMSNorm | None = None, prefetch: Array | None = None
+    ) -> tuple[Array, ...]:
+        *others, last = self.linears
+        done = [linear.step(ops, x, norm=norm) for linear in others]
+        return *done, last.step(ops, x, norm=norm, prefetch=prefetch)
+
+    def columns(
+        self, ops: Ops, x: Array, norm: RMSNorm | None = None, prefetch: Array | None = None
+    ) -> tuple[Array | Columns, ...]:
+        return tuple(y[:, 0] for y in self.step(ops, x, norm, prefetch))
 
 
 class SeparateGate(SeparateLinears):
@@ -139,8 +170,10 @@ class SeparateGate(SeparateLinears):
         gate, up = self.linears
         return jax.nn.silu(gate(x)) * up(x)
 
-    def step(self, ops: Ops, x: Array, norm: RMSNorm | None = None) -> Array:
-        gate, up = super().step(ops, x, norm)
+    def step(
+        self, ops: Ops, x: Array, norm: RMSNorm | None = None, prefetch: Array | None = None
+    ) -> Array:
+        gate, up = super().step(ops, x, norm, prefetch)
         return jax.nn.silu(gate) * up
 
 
@@ -149,7 +182,8 @@ class Joint:
     fused.
 
     The instance's attribute is called as `(x) -> one result a layer`, and for one token of each
-    sequence as `.step(ops, x [batch, 1, width], norm) -> one result a layer`.
+    sequence as `.step(ops, x [batch, 1, width], norm, prefetch) -> one result a layer`, or as
+    `.columns(...) -> [batch, columns] each`, which may be `Columns` of one array.
     """
 
     separate: ClassVar[type] = SeparateLinears

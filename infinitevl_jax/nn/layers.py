@@ -4,7 +4,7 @@ Parameters keep their storage dtype and are cast to the activation dtype at use,
 parameters serves float32 and bfloat16. Float32 activations use matmul precision HIGHEST.
 
 `step` is the call for one token of each sequence, x [batch, 1, width], with the norm before it and
-the addition of a residual after it.
+the addition of a residual after it. Its `prefetch` is the matrix that is read next.
 """
 
 import jax
@@ -57,10 +57,16 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
     def step(
-        self, ops: Ops, x: Array, *, norm: "RMSNorm | None" = None, residual: Array | None = None
+        self,
+        ops: Ops,
+        x: Array,
+        *,
+        norm: "RMSNorm | None" = None,
+        residual: Array | None = None,
+        prefetch: Array | None = None,
     ) -> Array:
-        bias = None if self.bias is None else self.bias[...]
-        return project(ops, x, self.kernel[...], bias, norm=norm, residual=residual)
+        bias, kernel = None if self.bias is None else self.bias[...], self.kernel[...]
+        return project(ops, x, kernel, bias, norm=norm, residual=residual, prefetch=prefetch)
 
 
 class RMSNorm(nnx.Module):
@@ -91,7 +97,8 @@ class GatedMLP(nnx.Module):
 
     def step(self, ops: Ops, x: Array, norm: RMSNorm) -> Array:
         """x + mlp(norm(x))."""
-        return self.down_proj.step(ops, self.gate_up_proj.step(ops, x, norm), residual=x)
+        hidden = self.gate_up_proj.step(ops, x, norm, prefetch=self.down_proj.kernel[...])
+        return self.down_proj.step(ops, hidden, residual=x)
 
 
 class Embedding(nnx.Module):

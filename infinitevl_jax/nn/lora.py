@@ -65,7 +65,13 @@ class LoraLinear(Linear):
         return super().__call__(x) + jnp.dot(inner, b, precision=precision)
 
     def step(
-        self, ops: Ops, x: Array, *, norm: RMSNorm | None = None, residual: Array | None = None
+        self,
+        ops: Ops,
+        x: Array,
+        *,
+        norm: RMSNorm | None = None,
+        residual: Array | None = None,
+        prefetch: Array | None = None,
     ) -> Array:
         y = self(x if norm is None else norm(x))
         return y if residual is None else residual + y

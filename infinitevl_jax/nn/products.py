@@ -28,13 +28,14 @@ def project(
     norm: RMSNorm | None = None,
     residual: Array | None = None,
     transposed: bool = False,
+    prefetch: Array | None = None,
 ) -> Array:
     """residual + gated(norm(x) @ weight + bias) for one token of each sequence, by the operator
     `projection`.
 
     Args:
       x, residual: [batch, 1, width].
-      weight, bias, transposed: as for `pallas_kernels.projection.projection`.
+      weight, bias, transposed, prefetch: as for `pallas_kernels.projection.projection`.
 
     Returns:
       [batch, 1, columns].
@@ -42,4 +43,5 @@ def project(
     given = {} if norm is None else {"norm": norm.weight[...], "eps": norm.eps}
     given |= {} if bias is None else {"bias": bias}
     given |= {} if residual is None else {"residual": residual[:, 0]}
+    given |= {} if prefetch is None else {"prefetch": prefetch}
     return ops.projection(x[:, 0], weight, transposed=transposed, **given)[:, None]

@@ -57,7 +57,8 @@ def decode(
     if not request.max_new_tokens:
         return
     with on_mesh(mesh):
-        slots, token = run.begin(Slots.beginning(request, len(logits), occurred), logits)
+        begun = Slots.beginning(request, len(logits), occurred)
+        slots, token = run.begin(begun, logits, sampled=request.sampled)
     tokens, count, left = token[None], 1, request.max_new_tokens - 1
     done = np.zeros(len(logits), bool)
     while True:
@@ -65,7 +66,9 @@ def decode(
         if more:
             # the device works on the next tokens while these are looked at
             with on_mesh(mesh):
-                cache, slots, following = run.decode(params, cache, slots, steps=steps)
+                cache, slots, following = run.decode(
+                    params, cache, slots, steps=steps, sampled=request.sampled
+                )
         for now in np.asarray(tokens)[:count]:
             yield np.where(done, request.pad, now).astype(np.int32), cache
             done |= np.isin(now, request.ends)

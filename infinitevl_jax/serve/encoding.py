@@ -6,7 +6,6 @@ most so many patches, encoded when the first part needs it and dropped after the
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from jax import Array
@@ -66,11 +65,18 @@ class GroupEncoder:
 
 
 def group_encoder(
-    run: Programs, params: FusedParams, config: ModelConfig, most: int = GROUP
+    run: Programs,
+    params: FusedParams,
+    config: ModelConfig,
+    most: int = GROUP,
+    stage: Callable[[Patches | Frame], Patches | Frame] = lambda patches: patches,
 ) -> GroupEncoder:
-    """The encoder of a model. most: patches at once."""
+    """The encoder of a model.
+
+    most: patches at once. stage: where they are put first, such as a `Staging`.
+    """
     unit = 1 if config.vision is None else config.vision.merge_unit
-    return GroupEncoder(partial(run.encode, params), run.merge, unit, most)
+    return GroupEncoder(lambda patches: run.encode(params, stage(patches)), run.merge, unit, most)
 
 
 def _groups(

@@ -33,6 +33,7 @@ from infinitevl_jax.serve.programs import STEPS, on_mesh
 from infinitevl_jax.serve.prompt import PromptReader
 from infinitevl_jax.serve.requests import OpenSequence, Reader, Request
 from infinitevl_jax.serve.slots import ENDS, Piece, Slots, join_pieces
+from infinitevl_jax.serve.staging import Staging
 
 if TYPE_CHECKING:
     from infinitevl_jax.processing import Processor
@@ -81,8 +82,11 @@ class Engine:
         self._spec = cache_spec(model.config, 1, self.max_length, model.dtype)
         self._slots = jax.device_put(Slots.idle(self.slots, vocab))
         self._run = model.programs
+        # A mesh has programs of its own on each device: what they read goes to each as it comes.
+        self._stage = Staging() if model.mesh is None else lambda inputs: inputs
         self._reader = PromptReader(
-            self.chunk, group_encoder(self._run, model.params, model.config, self.patches)
+            self.chunk,
+            group_encoder(self._run, model.params, model.config, self.patches, self._stage),
         )
         self._held: list[Reader | None] = [None] * self.slots
         self._queue: collections.deque[Reader] = collections.deque()
@@ -269,7 +273,11 @@ class Engine:
             ]
             if any(speaking):
                 self._cache, self._slots, tokens = self._run.decode(
-                    self.model.params, self._cache, self._slots, steps=self.steps
+                    self.model.params,
+                    self._cache,
+                    self._slots,
+                    steps=self.steps,
+                    sampled=_sampled(speaking),
                 )
                 self.launches += 1
                 self._flying.append((tokens, speaking))
@@ -303,15 +311,13 @@ class Engine:
                 self._fail(reader, error)
         if not chosen:
             return
-        chunk = join_pieces(
+        chunk, beginning = join_pieces(
             [(piece, r.slot, r.fresh, r.begin) for r, piece in chosen],
             self.rows,
             self.slots,
             self.model.config.text.vocab_size,
         )
-        self._cache, self._slots, tokens = self._run.prefill(
-            self.model.params, self._cache, self._slots, chunk
-        )
+        self._cache, hidden = self._run.prefill(self.model.params, self._cache, self._stage(chunk))
         self.chunks += 1
         first: list[Request | None] = [None] * self.rows
         for row, (reader, piece) in enumerate(chosen):
@@ -319,7 +325,10 @@ class Engine:
             if piece.last and isinstance(reader, Request):
                 first[row], reader.pieces, reader.begin = reader, None, None
                 self._reading.remove(reader)
-        if any(first):
+        if beginning is not None:
+            self._slots, tokens = self._run.enter(
+                self.model.params, self._slots, hidden, beginning, sampled=_sampled(first)
+            )
             self._flying.append((tokens[None], first))
 
     def _hand_over(self, tokens: np.ndarray, requests: list[Request | None]) -> None:
@@ -349,3 +358,8 @@ class Engine:
                 reader.cache = self._run.take(self._cache, np.int32(slot))
             self._slots = self._run.stop(self._slots, np.int32(slot))
         self._held[slot] = None
+
+
+def _sampled(requests: list[Request | None]) -> bool:
+    """Whether some of them draw their tokens."""
+    return any(request is not None and request.arguments.sampled for request in requests)

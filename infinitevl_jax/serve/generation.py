@@ -102,6 +102,11 @@ class Request:
     tokenizer: Any = None
     streamer: Any = None
 
+    @property
+    def sampled(self) -> bool:
+        """Whether tokens are drawn."""
+        return self.sampling.temperature > 0
+
 
 def resolve(
     given: Mapping[str, Any], defaults: Defaults, config: ModelConfig, width: int

@@ -1,7 +1,8 @@
 """What is compiled to run a model, for calls of it, batches and engines alike.
 
 Every sequence is decoded by `decode`, in launches of some steps, and every token chosen by
-`sampling.choose`. What is idle stands still. A program compiles once for every shape that it meets.
+`sampling.choose`. What is idle stands still. A program compiles once for every shape that it meets;
+those that choose tokens, once more where some are sampled.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 from infinitevl_jax.inputs.model_inputs import DecoderInputs, text_inputs
 from infinitevl_jax.nn.cache import Cache
 from infinitevl_jax.serve.sampling import choose
-from infinitevl_jax.serve.slots import Chunk, Slots
+from infinitevl_jax.serve.slots import Beginning, Chunk, Slots
 from infinitevl_jax.sharding import constrain
 
 STEPS = 8  # decoding steps a launch, where tokens are not wanted one by one
@@ -35,8 +36,8 @@ class Programs:
       encode(params, patches): vision tokens [rows, tokens, width].
       merge(vision, encoded, index): * as the function of that name below.
       forward: as the function of that name below, `model` left out.
-      begin(slots, logits): as the function of that name below.
-      decode, prefill: * as the functions of those names below, `model` left out.
+      begin(slots, logits, sampled): as the function of that name below.
+      decode, prefill, enter: * as the functions of those names below, `model` left out.
       take(cache, slot): the cache of one sequence.
       put(cache, slot, row): * the cache with that of one sequence in it.
       stop(slots, slot): * the slots, this one idle.
@@ -50,7 +51,7 @@ class Programs:
         """
         once, repeated = compiler_options(platform or jax.default_backend())
         self.encode = jax.jit(
-            lambda params, patches: model(params).encode(patches), compiler_options=once
+            lambda params, patches: model(params).encode(patches), compiler_options=repeated
         )
         self.merge = jax.jit(merge, donate_argnums=0)
         self.forward = jax.jit(
@@ -58,17 +59,20 @@ class Programs:
             static_argnames="collect",
             compiler_options=once,
         )
-        self.begin = jax.jit(begin)
+        self.begin = jax.jit(begin, static_argnames="sampled")
         self.decode = jax.jit(
             partial(decode, model),
-            static_argnames="steps",
+            static_argnames=("steps", "sampled"),
             donate_argnames=("cache", "slots"),
             compiler_options=repeated,
         )
         self.prefill = jax.jit(
             jax.named_scope("prefill")(partial(prefill, model)),
-            donate_argnames=("cache", "slots"),
-            compiler_options=once,
+            donate_argnames="cache",
+            compiler_options=repeated,
+        )
+        self.enter = jax.jit(
+            partial(enter, model), static_argnames="sampled", donate_argnames="slots"
         )
         self.take = jax.jit(lambda cache, slot: cache.select(slot[None]))
         self.put = jax.jit(_put, donate_argnums=0)
@@ -76,12 +80,12 @@ class Programs:
 
 
 def compiler_options(platform: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of programs that run once for their arrays, and of decoding steps, which repeat on the same.
+    """Of whole prompts, and of short programs that repeat: steps, chunks of prompts, frames.
 
-    XLA for GPUs makes one CUDA graph of many kernels. Where an array is not where it was in the
-    last call, the graph is updated kernel by kernel, which takes the host longer than to launch
-    them. So graphs pay for repeated steps only. There a kernel that reads a part of an array in
-    place (a dynamic slice fusion) would have the graph updated in every step.
+    XLA for GPUs makes one CUDA graph of many kernels. A graph is launched faster than its kernels
+    one by one, but first updated where an array is not where it was in the last call. The arrays of
+    short programs stay (`infinitevl_jax.serve.staging`). A kernel that reads a part of an array in
+    place (a dynamic slice fusion) would have the graph updated in every call.
     """
     if platform != "gpu":
         return {}, {}
@@ -123,30 +127,37 @@ def forward(
     return logits.astype(jnp.float32), cache, states
 
 
-def begin(slots: Slots, logits: Array) -> tuple[Slots, Array]:
+def begin(slots: Slots, logits: Array, *, sampled: bool = True) -> tuple[Slots, Array]:
     """Choose the first token of each sequence: logits [slots, vocab] of their last token so far ->
     slots that `decode` goes on with, tokens [slots].
 
-    `slots.occurred` may be None: nothing occurred.
+    `slots.occurred` may be None: nothing occurred. sampled: as for `sampling.choose`.
     """
     if slots.occurred is None:
         slots = slots._replace(occurred=jnp.zeros(logits.shape, bool))
-    return _choose(slots, logits, slots.left > 0)
+    return _choose(slots, logits, slots.left > 0, sampled)
 
 
 def decode(
-    model: Callable, params: Mapping[str, Array], cache: Cache, slots: Slots, *, steps: int
+    model: Callable,
+    params: Mapping[str, Array],
+    cache: Cache,
+    slots: Slots,
+    *,
+    steps: int,
+    sampled: bool = True,
 ) -> tuple[Cache, Slots, Array]:
     """A launch: append each sequence's token to its cache and choose the next, `steps` times.
 
-    The last token of a sequence is not appended. A sequence that has ended stands still.
+    The last token of a sequence is not appended. A sequence that has ended stands still. sampled:
+    as for `sampling.choose`, of the sequences that have not.
 
     Returns:
       The new cache and slots, and tokens [steps, slots] int32: -1 where none was chosen.
     """
 
     def step(carry: tuple[Cache, Slots], _) -> tuple[tuple[Cache, Slots], Array]:
-        cache, slots, token = decode_step(model, params, *carry)
+        cache, slots, token = decode_step(model, params, *carry, sampled)
         return (cache, slots), token
 
     # A fixed count: a GPU would ask the host after each step whether to go on.
@@ -156,7 +167,7 @@ def decode(
 
 @jax.named_scope("decode")
 def decode_step(
-    model: Callable, params: Mapping[str, Array], cache: Cache, slots: Slots
+    model: Callable, params: Mapping[str, Array], cache: Cache, slots: Slots, sampled: bool
 ) -> tuple[Cache, Slots, Array]:
     """One step of `decode`: the new cache and slots, and tokens [slots] int32, -1 of idle ones."""
     busy = slots.left > 0
@@ -164,34 +175,56 @@ def decode_step(
     inputs = inputs._replace(token_index=jnp.where(busy, 0, -1)[:, None])
     vlm = model(params)
     logits, cache = vlm.step(vlm.embed(inputs, None), inputs, cache)
-    slots, token = _choose(slots, logits[:, 0].astype(jnp.float32), busy)
+    slots, token = _choose(slots, logits[:, 0].astype(jnp.float32), busy, sampled)
     return cache, slots, token
 
 
 def prefill(
-    model: Callable, params: Mapping[str, Array], cache: Cache, slots: Slots, chunk: Chunk
-) -> tuple[Cache, Slots, Array]:
-    """Read a piece of some prompts into their slots, and choose the first token where it was the
-    last piece.
+    model: Callable, params: Mapping[str, Array], cache: Cache, chunk: Chunk
+) -> tuple[Cache, Array]:
+    """Read a piece of some prompts into their slots.
 
     Returns:
-      The new cache and slots, and tokens [rows] int32: -1 where none was chosen.
+      The new cache, and the hidden states [rows, 1, width] of the pieces' last tokens.
     """
-    count = len(slots.token)
-    held = jnp.minimum(chunk.slot, count - 1)
+    held = jnp.minimum(chunk.slot, len(cache.length) - 1)
 
     def of_row(leaf):
         fresh = chunk.first.reshape(-1, *[1] * (leaf.ndim - 1))
         return jnp.where(fresh, 0, leaf[held])
 
     before = jax.tree.map(of_row, cache)
-    ending = jnp.maximum(jnp.max(chunk.inputs.token_index, 1, keepdims=True), 0)
-    logits, after, _ = forward(model, params, chunk.inputs, chunk.vision, before, ending)
+    vlm, inputs = model(params), chunk.inputs
+    hidden, after, _ = vlm.decode(vlm.embed(inputs, chunk.vision), inputs, before)
+    ending = jnp.maximum(jnp.max(inputs.token_index, 1, keepdims=True), 0)
+    hidden = jnp.take_along_axis(hidden, ending[..., None], 1)
     cache = jax.tree.map(lambda leaf, new: leaf.at[chunk.slot].set(new, mode="drop"), cache, after)
-    begun, token = _choose(chunk.begin, logits[:, 0], chunk.last)
-    where = jnp.where(chunk.last, chunk.slot, count)
+    return cache, hidden
+
+
+def enter(
+    model: Callable,
+    params: Mapping[str, Array],
+    slots: Slots,
+    hidden: Array,
+    beginning: Beginning,
+    *,
+    sampled: bool = True,
+) -> tuple[Slots, Array]:
+    """Choose the first token of sequences whose prompt has been read.
+
+    Args:
+      hidden: of `prefill`.
+      sampled: as for `sampling.choose`.
+
+    Returns:
+      The new slots, and tokens [rows] int32: -1 where none was chosen.
+    """
+    logits = model(params).logits(hidden)[:, 0].astype(jnp.float32)
+    begun, token = _choose(beginning.slots, logits, beginning.last, sampled)
+    where = jnp.where(beginning.last, beginning.slot, len(slots.token))
     slots = jax.tree.map(lambda leaf, new: leaf.at[where].set(new, mode="drop"), slots, begun)
-    return cache, slots, token
+    return slots, token
 
 
 def merge(vision: Array | None, encoded: Array, index: Array) -> Array:
@@ -203,12 +236,12 @@ def merge(vision: Array | None, encoded: Array, index: Array) -> Array:
     return jnp.where(index[None, :, None] >= 0, found[None], vision)
 
 
-def _choose(slots: Slots, logits: Array, busy: Array) -> tuple[Slots, Array]:
+def _choose(slots: Slots, logits: Array, busy: Array, sampled: bool) -> tuple[Slots, Array]:
     """The next token of each busy slot; -1 of the others, which stay as they are.
 
     logits: [slots, vocab].
     """
-    token = choose(logits, slots.seed, slots.made, slots.settings, slots.occurred)
+    token = choose(logits, slots.seed, slots.made, slots.settings, slots.occurred, sampled)
     ended = jnp.any(token[:, None] == slots.ends, 1)
     left = jnp.where(ended, 0, slots.left - 1)
     said = jnp.asarray(slots.occurred).at[jnp.arange(len(token)), token].max(busy)

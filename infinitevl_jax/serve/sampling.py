@@ -73,7 +73,14 @@ class Settings(NamedTuple):
 
 
 @jax.named_scope("sampling")
-def choose(logits: Array, seed: Array, number: Array, settings: Settings, occurred: Array) -> Array:
+def choose(
+    logits: Array,
+    seed: Array,
+    number: Array,
+    settings: Settings,
+    occurred: Array,
+    sampled: bool = True,
+) -> Array:
     """The next token of each sequence.
 
     A row's token depends on this row alone.
@@ -83,6 +90,8 @@ def choose(logits: Array, seed: Array, number: Array, settings: Settings, occurr
       seed: [rows, 2] uint32, seed and row of the request.
       number: [rows] int32, tokens chosen before.
       occurred: [rows, vocab] bool, what repetition_penalty applies to.
+      sampled: False promises that all rows are greedy. A GPU would ask the host whether one is not,
+        and wait for the answer after each token.
 
     Returns:
       [rows] int32.
@@ -92,6 +101,9 @@ def choose(logits: Array, seed: Array, number: Array, settings: Settings, occurr
     penalised = jnp.where(logits < 0, logits * penalty, logits / penalty)
     logits = jnp.where(occurred, penalised, logits)
     likeliest = jnp.argmax(logits, -1).astype(jnp.int32)
+
+    if not sampled:
+        return likeliest
 
     def draw():
         keys = jax.vmap(_key)(seed, number)

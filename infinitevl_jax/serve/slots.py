@@ -75,14 +75,20 @@ class Chunk(NamedTuple):
     vision: Array | None  # [rows, chunk, width] where `inputs.vision_index` is not -1
     slot: np.ndarray  # [rows] int32; the number of slots where a row is unused
     first: np.ndarray  # [rows] bool: the slot's cache counts as empty
-    last: Any  # [rows] bool: the piece is the prompt's last
-    begin: Slots  # [rows]: what the slot becomes after the last piece, `token` to be chosen
+
+
+class Beginning(NamedTuple):
+    """Prompts whose last piece a chunk holds."""
+
+    slot: np.ndarray  # [rows] int32, as of the chunk
+    last: Any  # [rows] bool: the row's piece is the last, and tokens are to be chosen
+    slots: Slots  # [rows]: what the slot becomes, `token` to be chosen
 
 
 def join_pieces(
     pieces: Sequence[tuple[Piece, int, bool, Slots | None]], rows: int, slots: int, vocab: int
-) -> Chunk:
-    """One chunk of several prompts' pieces.
+) -> tuple[Chunk, Beginning | None]:
+    """One chunk of several prompts' pieces, and the prompts that end in it, if any.
 
     Args:
       pieces: piece, slot, whether the slot's cache counts as empty, and what the slot becomes after
@@ -104,15 +110,15 @@ def join_pieces(
         blank = jnp.zeros_like(vision)
         given = [blank if piece.vision is None else piece.vision for piece, *_ in pieces]
         vision = jnp.concatenate(given + [blank] * idle)
+    slot = np.array([slot for _, slot, *_ in pieces] + [slots] * idle, np.int32)
+    first = np.array([fresh for *_, fresh, _ in pieces] + [False] * idle)
+    chunk = Chunk(inputs, vision, slot, first)
+    begun = [begin if piece.last else None for piece, *_, begin in pieces] + [None] * idle
+    last = np.array([begin is not None for begin in begun])
+    if not last.any():
+        return chunk, None
     nothing = Slots.idle(1, vocab)
-    begins = [nothing if begin is None else begin for *_, begin in pieces] + [nothing] * idle
-    return Chunk(
-        inputs,
-        vision,
-        np.array([slot for _, slot, *_ in pieces] + [slots] * idle, np.int32),
-        np.array([fresh for *_, fresh, _ in pieces] + [False] * idle),
-        np.array(
-            [piece.last and begin is not None for piece, *_, begin in pieces] + [False] * idle
-        ),
-        jax.tree.map(lambda *leaves: np.concatenate(leaves), *begins),
+    joined_slots = jax.tree.map(
+        lambda *leaves: np.concatenate(leaves), *(begin or nothing for begin in begun)
     )
+    return chunk, Beginning(slot, last, joined_slots)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from infinitevl_jax.errors import InfiniteVLError
 from infinitevl_jax.inputs.arrays import number, whole_number
@@ -27,8 +26,8 @@ from infinitevl_jax.inputs.frame import frame_inputs
 from infinitevl_jax.inputs.model_inputs import ModelInputs, build_inputs
 from infinitevl_jax.inputs.positions import MAX_POSITION
 from infinitevl_jax.nn.cache import Cache
-from infinitevl_jax.processing import Processor, load_image
-from infinitevl_jax.processing.images import resize_image
+from infinitevl_jax.processing import Processor
+from infinitevl_jax.processing.images import load_image, resize_image, smart_resize
 from infinitevl_jax.rational import exact
 from infinitevl_jax.serve.conversation import end_tokens
 from infinitevl_jax.serve.stream_file import Memory, load_stream, save_stream
@@ -106,7 +105,7 @@ class VideoStream:
                 "push frames in the order of their times",
             )
         first = seconds if self._first is None else self._first
-        new = self._frame(load_image(frame, "the frame"), exact(seconds) - exact(first))
+        new = self._frame(self._pixels(frame), exact(seconds) - exact(first))
         tokens, full = _tokens(new), len(self._queue) == self.waiting
         self._check_room(tokens - (_tokens(self._queue[0]) if full else 0))
         if full:
@@ -188,7 +187,19 @@ class VideoStream:
             yield self._queue.popleft(), 0
         self._fed = False
 
-    def _frame(self, image: Image.Image, since: Fraction) -> ModelInputs:
+    def _pixels(self, frame: Any) -> np.ndarray:
+        """[height, width, 3] uint8 of a frame as `push` takes it, resized."""
+        options = self.processor.videos
+        if isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.shape[2:] == (3,):
+            limits = options.min_pixels, options.max_pixels
+            if (
+                frame.size
+                and smart_resize(*frame.shape[:2], options.factor, *limits) == (frame.shape[:2])
+            ):
+                return frame  # as large as it should be
+        return resize_image(load_image(frame, "the frame"), options)
+
+    def _frame(self, pixels: np.ndarray, since: Fraction) -> ModelInputs:
         """Inputs of a frame `since` seconds after the first."""
         options, layout = self.processor.videos, self._layout
         time = layout.time(since)
@@ -200,7 +211,7 @@ class VideoStream:
             )
         return frame_inputs(
             self.engine.model.config,
-            resize_image(image, options),
+            pixels,
             *options.normalisation,
             token=layout.token,
             base=layout.base,

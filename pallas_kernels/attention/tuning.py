@@ -15,6 +15,7 @@ class HopperForward:
     keys = 128  # rows of a key block; what rows are padded to is a multiple
     stages = 2  # key and value blocks in shared memory
     registers = 240, 24
+    part = 1024  # least cached keys of a thread block, where queries are few; not measured
 
 
 class HopperBackward:

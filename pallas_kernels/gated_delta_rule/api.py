@@ -87,7 +87,10 @@ def gated_delta_rule_step(
 
 
 class Inputs(NamedTuple):
-    """A layer's projections of one token of each sequence, all of one dtype."""
+    """A layer's projections of one token of each sequence, all of one dtype.
+
+    Each may be `pallas_kernels.columns.Columns` of a joint projection instead.
+    """
 
     q: Array  # [batch, key_heads * K] before the convolution, as k and v are
     k: Array

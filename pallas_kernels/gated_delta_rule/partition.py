@@ -6,6 +6,7 @@ from functools import partial
 
 from jax.sharding import PartitionSpec
 
+from pallas_kernels.columns import values
 from pallas_kernels.gated_delta_rule.api import Inputs, Weights, arguments, step_arguments
 from pallas_kernels.gated_delta_rule.state import DeltaState
 from pallas_kernels.partition import OperatorMesh
@@ -34,7 +35,7 @@ def partition_gated_delta_rule_step(step: Callable, mesh: OperatorMesh) -> Calla
 
     def run(*args, **kwargs):
         call = step_arguments(*args, **kwargs)
-        state, inputs = call["state"], call["inputs"]
+        state, inputs = call["state"], values(call["inputs"])
         value_heads, width = state.recurrent_state.shape[1:3]
         batch, heads = mesh.rows(len(inputs.q)), mesh.heads(inputs.q.shape[1] // width, value_heads)
         channels, conv_states = PartitionSpec(batch, heads), PartitionSpec(batch, None, heads)

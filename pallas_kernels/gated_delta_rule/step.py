@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.columns import values
 from pallas_kernels.gated_delta_rule.api import Inputs, Weights, repeat_key_heads
 from pallas_kernels.gated_delta_rule.state import DeltaState
 
@@ -36,6 +37,7 @@ def step(
     operations would round them: after the convolutions, the normalisation of q and k, and the delta
     rule. Other implementations may skip these roundings.
     """
+    inputs = values(inputs)
     batch, heads, width, _ = state.recurrent_state.shape
     dtype, wide = inputs.q.dtype, jnp.promote_types(inputs.q.dtype, jnp.float32)
     real = token_index >= 0

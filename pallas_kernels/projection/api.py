@@ -12,6 +12,7 @@ def projection(
     bias: Array | None = None,
     residual: Array | None = None,
     norm: Array | None = None,
+    prefetch: Array | None = None,
     eps: float = 1e-6,
     transposed: bool = False,
     *,
@@ -28,6 +29,8 @@ def projection(
         bias: [N], or [2, N] of a gated projection. None: zeros.
         residual: [rows, N]. None: zeros.
         norm: [K], the weight of the RMSNorm. None: x is not normalised.
+        prefetch: the weight [K, N] or [K, 2, N] of a projection that follows. A kernel may have it
+            brought nearer, into a cache. It changes no result.
         eps: of the norm.
         transposed: weight is [N, K] or [2, N, K], such as a tied embedding [vocabulary, width].
         implementation: a name, or several in order ("mosaic_gpu,xla"). None: the first that can
@@ -43,13 +46,16 @@ def projection(
     from pallas_kernels.projection.implementations import PROJECTION
 
     return PROJECTION(
-        x, weight, bias, residual, norm, eps, transposed, implementation=implementation
+        x, weight, bias, residual, norm, prefetch, eps, transposed, implementation=implementation
     )
 
 
-def arguments(x, weight, bias=None, residual=None, norm=None, eps=1e-6, transposed=False) -> dict:
+def arguments(
+    x, weight, bias=None, residual=None, norm=None, prefetch=None, eps=1e-6, transposed=False
+) -> dict:
     """The arguments of `projection` by name; raises ValueError where shapes do not fit."""
     given = {"weight": weight, "bias": bias, "residual": residual, "norm": norm}
+    given["prefetch"] = prefetch
     if x.ndim != 2 or weight.ndim not in (2, 3):
         raise ValueError(
             f"projection: x is {list(x.shape)} and weight {list(weight.shape)}\n  -> give x [rows,"
@@ -64,7 +70,7 @@ def arguments(x, weight, bias=None, residual=None, norm=None, eps=1e-6, transpos
         "norm": (inputs,),
     }
     for name, array in given.items():
-        if array is not None and array.shape != wanted[name]:
+        if array is not None and array.shape != wanted.get(name, array.shape):
             raise ValueError(
                 f"projection: {name} is {list(array.shape)}\n  -> give it {list(wanted[name])}: x"
                 f" is {list(x.shape)}, weight {list(weight.shape)}"

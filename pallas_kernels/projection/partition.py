@@ -19,6 +19,7 @@ def partition_projection(projection: Callable, mesh: OperatorMesh) -> Callable:
     def run(*args, **kwargs):
         call = arguments(*args, **kwargs)
         eps, transposed = call.pop("eps"), call.pop("transposed")
+        call.pop("prefetch")  # a device's part of it is not told apart
         weight = call["weight"]
         rows = mesh.rows(len(call["x"]))
         columns = mesh.heads(sizes(weight, transposed)[1])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def projection(
-    x, weight, bias=None, residual=None, norm=None, eps=1e-6, transposed=False
+    x, weight, bias=None, residual=None, norm=None, prefetch=None, eps=1e-6, transposed=False
 ) -> jax.Array:
     """The contract of `pallas_kernels.projection.projection`."""
     if norm is not None:

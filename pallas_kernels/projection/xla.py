@@ -10,7 +10,7 @@ ROWS = 8
 
 
 def projection(
-    x, weight, bias=None, residual=None, norm=None, eps=1e-6, transposed=False
+    x, weight, bias=None, residual=None, norm=None, prefetch=None, eps=1e-6, transposed=False
 ) -> jax.Array:
     """The contract of `pallas_kernels.projection.projection`."""
     dtype, wide = x.dtype, jnp.promote_types(x.dtype, jnp.float32)

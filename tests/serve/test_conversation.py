@@ -272,9 +272,9 @@ def test_a_repetition_penalty_counts_the_whole_conversation(conversation, model,
     """Questions and answers of all turns."""
     heard, begin = [], model.programs.begin
 
-    def spy(slots, logits):
+    def spy(slots, logits, *, sampled):
         heard.append(slots.occurred[0])
-        return begin(slots, logits)
+        return begin(slots, logits, sampled=sampled)
 
     monkeypatch.setattr(model.programs, "begin", spy)
     penalty = Sampling(repetition_penalty=1000.0)

@@ -117,14 +117,16 @@ def test_nothing_is_compiled_after_the_first_requests():
     engine = Engine(model, slots=2, **SHAPE)
     for batch, asked in (REQUESTS[0], REQUESTS[4]):
         engine.submit(**batch, **asked, keep_cache=True).result()
+    engine.submit(text(9, 0), temperature=1.0, max_new_tokens=5).result()
 
     def compiled():
         run = model.programs
-        return [program._cache_size() for program in (run.prefill, run.decode, run.stop, run.take)]
+        programs = run.prefill, run.decode, run.enter, engine._stage._copy, run.stop, run.take
+        return [program._cache_size() for program in programs]
 
     before = compiled()
-    # Prompts with pictures and without. Models share the other two.
-    assert before[:2] == [2, 1]
+    # Prompts with pictures and without; greedy and sampled tokens. Models share the last two.
+    assert before[:3] == [2, 2, 2]
     for length in (3, 17, 64, 101):
         engine.submit(text(length, length), max_new_tokens=length % 7 + 1, keep_cache=True)
     engine.submit(**picture(9, ((1, 8, 12),)), temperature=0.5, seed=3, max_new_tokens=5)

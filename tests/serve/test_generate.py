@@ -140,9 +140,9 @@ def test_a_sequence_that_has_ended_leaves_its_cache_as_it_is(model, prompt, gree
 def test_stream_gives_tokens_as_they_are_made(model, prompt, greedy, monkeypatch):
     launched, decode = [], model.programs.decode
 
-    def spy(*args, steps):
+    def spy(*args, steps, sampled):
         launched.extend([1] * steps)
-        return decode(*args, steps=steps)
+        return decode(*args, steps=steps, sampled=sampled)
 
     monkeypatch.setattr(model.programs, "decode", spy)
     seen = []
@@ -158,9 +158,9 @@ def test_generate_waits_for_the_host_once_in_eight_tokens(model, prompt, greedy,
     further launch."""
     launches, decode = [], model.programs.decode
 
-    def spy(*args, steps):
+    def spy(*args, steps, sampled):
         launches.append(steps)
-        return decode(*args, steps=steps)
+        return decode(*args, steps=steps, sampled=sampled)
 
     monkeypatch.setattr(model.programs, "decode", spy)
     before = decode._cache_size()

@@ -172,8 +172,8 @@ class GatedDeltaNet(Mixer):
         self, x: Array, norm: RMSNorm, state: DeltaState, info: TokenInfo
     ) -> tuple[Array, DeltaState]:
         """All between the projections is one operator."""
-        projected = self.input_proj.step(self.ops, x, norm)
-        q, k, v, gate, b, a = (y[:, 0] for y in projected)
+        prefetch = self.o_proj.kernel[...]
+        q, k, v, gate, b, a = self.input_proj.columns(self.ops, x, norm, prefetch)
         inputs = Inputs(q, k, v, gate, a, b)
         convolutions = (conv.weight[...] for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d))
         gates = self.A_log[...], self.dt_bias[...]

@@ -76,8 +76,12 @@ class SoftmaxAttention(Mixer):
                 cached = self.ops.attention(q, state.k, state.v, *tokens, mask=mask, scale=scale)
                 return merge(out, lse, *cached)[0]
 
-            # Skip an empty cache (first chunk of a prompt).
-            out = jax.lax.cond(jnp.any(info.length > 0), with_cache, lambda: out)
+            # Skip an empty cache (first chunk of a prompt). Not on a GPU, where XLA would ask the
+            # host which branch to take and wait for it: there the kernel finds nothing to read.
+            some = jax.lax.platform_dependent(
+                jnp.any(info.length > 0), cuda=jnp.ones_like, default=lambda some: some
+            )
+            out = jax.lax.cond(some, with_cache, lambda: out)
             state = write(state, k, v, info.token_index, sinks)
         return self.o_proj(self._gated(out, gate)), state
 
@@ -85,7 +89,8 @@ class SoftmaxAttention(Mixer):
         self, x: Array, norm: RMSNorm, state: KVCache, info: TokenInfo
     ) -> tuple[Array, KVCache]:
         """Attention over cache and token, and the write into the cache, are one operator."""
-        q, k, v, gate = self._heads(*self.qkv_proj.step(self.ops, x, norm), info)
+        projected = self.qkv_proj.step(self.ops, x, norm, prefetch=self.o_proj.kernel[...])
+        q, k, v, gate = self._heads(*projected, info)
         token = q[:, 0], k[:, 0], v[:, 0]
         out, state = self.ops.attention_step(
             *token, state, info.token_index[:, 0], self.window, self.head_dim**-0.5, self.sinks

@@ -16,7 +16,10 @@ from pallas_kernels.attention import xla
 from pallas_kernels.attention.api import complete
 from pallas_kernels.attention.hopper import backward, forward
 from pallas_kernels.attention.mask import Mask
+from pallas_kernels.attention.merge import merge
+from pallas_kernels.attention.tuning import HopperForward as Tuning
 from pallas_kernels.attention.visible_ranges import cached_visible_ranges, visible_ranges
+from pallas_kernels.hardware import HOPPER_MULTIPROCESSORS
 
 BLOCK = 128  # lengths are padded to a multiple of this
 WIDTHS = 64, 128  # heads are filled up to one of these
@@ -98,8 +101,9 @@ def _forward(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids
         order = jnp.argsort(k_token_index, axis=1)[:, :, None, None]
         keys = tuple(jnp.take_along_axis(x, order, axis=1) for x in keys)
     rows = pad_to_blocks((q, *keys), 0) + (pad_to_blocks(first, 0), pad_to_blocks(last, -1))
-    out, lse = forward.forward(*rows, scale)
-    out, lse = out[:, :length], lse.swapaxes(1, 2)[:, :length]
+    parts = 1 if mask.aligned else key_parts(rows[0].shape, rows[1].shape[1])
+    out, lse = _forward_in_parts(*rows, scale, parts)
+    out, lse = out[:, :length], lse[:, :length]
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
     return (out, lse), (
         q,
@@ -112,6 +116,45 @@ def _forward(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids
         out,
         lse,
     )
+
+
+def key_parts(queries: tuple[int, ...], keys: int) -> int:
+    """Parts of the keys that are attended to side by side, where few queries [B, T, Hq, D] would
+    leave multiprocessors idle: 1, 2, 4 or 8."""
+    batch, length, heads, _ = queries
+    blocks, parts = batch * heads * length // BLOCK, 1
+    while (
+        2 * parts * blocks <= HOPPER_MULTIPROCESSORS
+        and keys % (2 * parts * Tuning.keys) == 0
+        and keys // (2 * parts) >= Tuning.part
+        and parts < 8
+    ):
+        parts *= 2
+    return parts
+
+
+def _forward_in_parts(q, k, v, first, last, scale: float, parts: int):
+    """out [B, T, Hq, D] and lse [B, T, Hq] of arguments as for `forward.forward`."""
+    if parts == 1:
+        out, lse = forward.forward(q, k, v, first, last, scale)
+        return out, lse.swapaxes(1, 2)
+    batch, keys = k.shape[0], k.shape[1] // parts
+    starts = jnp.arange(parts, dtype=jnp.int32)[:, None] * keys
+
+    def repeat(x):
+        return jnp.repeat(x, parts, axis=0)
+
+    def split(x):
+        return x.reshape(batch * parts, keys, *x.shape[2:])
+
+    first = jnp.maximum(first[:, None] - starts, 0).reshape(-1, first.shape[1])
+    last = jnp.minimum(last[:, None] - starts, keys - 1).reshape(-1, last.shape[1])
+    out, lse = forward.forward(repeat(q), split(k), split(v), first, last, scale)
+    out, lse = (x.reshape(batch, parts, *x.shape[1:]) for x in (out, lse.swapaxes(1, 2)))
+    merged = out[:, 0].astype(jnp.float32), lse[:, 0]
+    for part in range(1, parts):
+        merged = merge(*merged, out[:, part], lse[:, part])
+    return merged[0].astype(q.dtype), merged[1]
 
 
 def _backward(mask, scale, kept, cotangents):

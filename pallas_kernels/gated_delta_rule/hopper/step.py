@@ -31,6 +31,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.columns import Columns
 from pallas_kernels.gated_delta_rule.api import Inputs, Weights
 from pallas_kernels.gated_delta_rule.state import DeltaState
 from pallas_kernels.gated_delta_rule.tuning import HopperStep as Tuning
@@ -83,9 +84,10 @@ def step(
         )
     batch, heads, keys, values = state.recurrent_state.shape
     parts = values // COLUMNS
-    # Where these are parts of a larger array, XLA would pass pointers into it (JAX 0.11.2), which
+    # Where these are parts of a larger array, XLA may pass pointers into it (JAX 0.11.2), which
     # Mosaic GPU refuses unless they are multiples of 256 bytes. A cast makes arrays of their own.
-    inputs = inputs._replace(a=inputs.a.astype(f32), b=inputs.b.astype(f32))
+    a, b = (x if isinstance(x, Columns) else x.astype(f32) for x in (inputs.a, inputs.b))
+    inputs = inputs._replace(a=a, b=b)
     refs = DeltaState(*(jax.new_ref(x) for x in state))
 
     def kernel(
@@ -99,10 +101,20 @@ def step(
         columns = pl.ds(part * COLUMNS, COLUMNS)
         mine = state.recurrent_state.at[b, head, :, columns]
 
+        def own(x, start, count):
+            """Channels of the sequence, of a whole array or of columns of one."""
+            ref, first = (x.array, x.start) if isinstance(x, Columns) else (x, 0)
+            return ref.at[b, pl.ds(first + start, count)]
+
+        def number(x):
+            """The head's."""
+            ref, first = (x.array, x.start) if isinstance(x, Columns) else (x, 0)
+            return ref[b, first + head]
+
         def ask(x_ref, tail_ref, weight_ref, where, layout):
             """The four inputs of a convolution and their weights."""
             rows = [load(tail_ref.at[b, tap, where], layout) for tap in range(3)] + [
-                load(x_ref.at[b, where], layout)
+                load(own(x_ref, where.start, where.size), layout)
             ]
             return rows, [load(weight_ref.at[tap, where], layout) for tap in range(4)]
 
@@ -117,10 +129,10 @@ def step(
         real = index_ref[b] >= 0
         v_rows, v_taps = ask(inputs.v, state.v_conv_state, weights.v_conv, slice_, BY_COLUMN)
         gate, norm = (
-            load(inputs.gate.at[b, slice_], BY_COLUMN),
+            load(own(inputs.gate, slice_.start, COLUMNS), BY_COLUMN),
             load(weights.norm.at[columns], BY_COLUMN),
         )
-        scalars = inputs.a[b, head], inputs.b[b, head], weights.A_log[head], weights.dt_bias[head]
+        scalars = number(inputs.a), number(inputs.b), weights.A_log[head], weights.dt_bias[head]
         pl.when(real)(lambda: plgpu.copy_gmem_to_smem(mine, memory_smem, arrived))
         q_rows, q_taps = ask(inputs.q, state.q_conv_state, weights.q_conv, whole, BY_THREAD)
         k_rows, k_taps = ask(inputs.k, state.k_conv_state, weights.k_conv, whole, BY_THREAD)
@@ -181,7 +193,7 @@ def step(
     # Not plgpu.kernel, which takes no references.
     run = pl.kernel(
         entry,
-        jax.ShapeDtypeStruct(inputs.v.shape, inputs.v.dtype),
+        jax.ShapeDtypeStruct((batch, heads * values), inputs.v.dtype),
         mesh=mesh,
         compiler_params=parameters,
         name="gated_delta_rule_step",

@@ -9,6 +9,7 @@ BLOCK = 64  # columns: the rows of a tensor-core product, and 128 bytes of a row
 GROUP = 8  # rows of x: the columns of a tensor-core product
 ROWS = 2 * GROUP  # of x, at most
 LEAST = 24 * 1024  # bytes that a multiprocessor has to have asked for, to hide memory's latency
+MOST = 256  # rows of a copy
 PIECE = 512  # numbers of a row of x that a warpgroup reads at once
 # Bytes of shared memory for the large arrays: of the 227 KiB of a thread block, and of the 113 KiB
 # that let two share a multiprocessor. Two hide each other's start and end.
@@ -55,6 +56,31 @@ class Plan:
         if self.stages(rows, inputs, gated) < 2:
             return f"{inputs} inputs in {rows} rows: shared memory has no room"
         return None
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What is brought into the L2 cache of the matrix of a following projection: the rows of K that
+    its thread blocks begin with, in pieces of `rows` x 64 columns.
+
+    part: inputs that one of its thread blocks multiplies. parts: as many of these. blocks: of 64
+    columns, gates and ups counted. pieces: in all.
+    """
+
+    rows: int
+    part: int
+    parts: int
+    blocks: int
+    pieces: int
+
+
+def ahead(inputs: int, outputs: int, gated: bool, itemsize: int) -> Ahead:
+    plan = choose(inputs, outputs, gated)
+    parts = 1 if isinstance(plan, str) else plan.splits
+    rows, part, blocks = min(MOST, inputs // parts), inputs // parts, outputs // BLOCK
+    blocks *= 2 if gated else 1
+    most = Tuning.ahead // (rows * BLOCK * itemsize)
+    return Ahead(rows, part, parts, blocks, min(most, part // rows * parts * blocks))
 
 
 def choose(inputs: int, outputs: int, gated: bool) -> Plan | str:

@@ -12,6 +12,10 @@ rate brings them in about 150. CUDA cores would need 108 of their 128 multiply-a
 rows, beside conversions and loads. Nine to sixteen rows are two products of eight: each row's
 result has the same bits whatever the number of rows and whatever is in the others.
 
+Where a following matrix is known, thread blocks that have multiplied their own weights ask for
+pieces of it to be brought into the L2 cache: until the next kernel has begun and its first weights
+have come, the memory would be idle for 4 us.
+
 The norm costs no pass. x is multiplied by the norm's weight when it enters shared memory; each
 thread block sums the squares of its part; the factor of a row multiplies its finished sums.
 
@@ -24,7 +28,7 @@ Traffic: 2 K N bytes (twice that if gated). x is read by each thread block from 
 bytes a row at most. Floor: 90 MB of gates and ups 2048 x 11008 take 29.7 us at 3.04 TB/s.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -44,7 +48,16 @@ from pallas_kernels.mosaic_gpu import (
     transposed,
 )
 from pallas_kernels.projection.api import sizes
-from pallas_kernels.projection.hopper.plan import BLOCK, GROUP, PIECE, ROWS, Plan, choose
+from pallas_kernels.projection.hopper.plan import (
+    BLOCK,
+    GROUP,
+    PIECE,
+    ROWS,
+    Ahead,
+    Plan,
+    ahead,
+    choose,
+)
 
 SUMS = plgpu.Layout.WGMMA
 BY_COLUMN, BY_ROW = SUMS.reduce(1), SUMS.reduce(0)
@@ -61,7 +74,7 @@ f32 = jnp.float32
 
 
 def supports(
-    x, weight, bias=None, residual=None, norm=None, eps=1e-6, transposed=False
+    x, weight, bias=None, residual=None, norm=None, prefetch=None, eps=1e-6, transposed=False
 ) -> str | None:
     """Returns the reason it does not take these arrays (or shapes with dtypes), else None."""
     if not 1 <= x.shape[0] <= ROWS:
@@ -81,6 +94,7 @@ def projection(
     bias: jax.Array | None = None,
     residual: jax.Array | None = None,
     norm: jax.Array | None = None,
+    prefetch: jax.Array | None = None,
     eps: float = 1e-6,
     transposed: bool = False,
     plan: Plan | None = None,
@@ -91,7 +105,7 @@ def projection(
     fit.
     """
     (inputs, outputs), gated = sizes(weight, transposed), weight.ndim == 3
-    reason = supports(x, weight, bias, residual, norm, eps, transposed)
+    reason = supports(x, weight, bias, residual, norm, prefetch, eps, transposed)
     if reason is None and plan is not None:
         reason = plan.refusal(len(x), inputs, outputs, gated)
     if reason:
@@ -100,8 +114,13 @@ def projection(
         )
     plan = plan or choose(inputs, outputs, gated)
     named = {"x": x, "weight": weight, "bias": bias, "residual": residual, "norm": norm}
+    named["prefetch"] = prefetch
     given = {name: array for name, array in named.items() if array is not None}
     kernel = Kernel(plan, len(x), inputs, outputs, gated, eps, transposed)
+    if prefetch is not None:
+        pair = prefetch.ndim == 3
+        following = ahead(*sizes(prefetch, False), pair, prefetch.dtype.itemsize)
+        kernel = replace(kernel, ahead=following)
 
     def entry(*refs):
         kernel.run(dict(zip(given, refs, strict=False)), *refs[len(given) :])
@@ -132,6 +151,7 @@ class Kernel:
     gated: bool
     eps: float
     transposed: bool
+    ahead: Ahead | None = None
 
     @property
     def groups(self) -> int:
@@ -226,6 +246,10 @@ class Kernel:
             sums = lax.optimization_barrier(
                 pl.run_scoped(multiply, *[shape] * (self.blocks * self.groups))
             )
+            if self.ahead is not None:
+                pl.when(t == count - 1)(
+                    lambda: self.prefetch(refs["prefetch"], cluster * self.plan.splits + part)
+                )
             self.wait()  # the first block has read the last tile's sums
             for i, x in enumerate(sums):
                 self.first(sums_smem).at[part, i // self.groups, i % self.groups][...] = x
@@ -251,30 +275,52 @@ class Kernel:
             return ref.at[pair, columns, k] if self.gated else ref.at[columns, k]
         return ref.at[k, pair, columns] if self.gated else ref.at[k, columns]
 
+    def prefetch(self, ref, place) -> None:
+        """Asks for a thread block's pieces of the following matrix: first the first rows of all
+        parts. place: number of the thread block."""
+        ahead, count = self.ahead, self.clusters * self.plan.splits
+
+        @pl.loop(0, -(-ahead.pieces // count))
+        def _piece(turn):
+            piece = turn * count + place
+            row = lax.div(piece, ahead.parts * ahead.blocks) * ahead.rows
+            part = lax.rem(lax.div(piece, ahead.blocks), ahead.parts)
+            k, block = pl.ds(part * ahead.part + row, ahead.rows), lax.rem(piece, ahead.blocks)
+
+            @pl.when(piece < ahead.pieces)
+            def _():
+                if len(ref.shape) == 3:
+                    pair, column = lax.rem(block, 2), lax.div(block, 2)
+                    plgpu.async_prefetch(ref.at[k, pair, pl.ds(column * BLOCK, BLOCK)])
+                else:
+                    plgpu.async_prefetch(ref.at[k, pl.ds(block * BLOCK, BLOCK)])
+
     def columns(self, tile, block):
         return pl.ds((tile * self.plan.blocks + block) * BLOCK, BLOCK)
 
     def read_x(self, refs, part, x_smem, squares_smem) -> None:
         """Puts this part of x, times the norm's weight, into shared memory, and sums of its squares
         into that of the first block."""
+        # The last piece may begin in the one before it.
+        pieces = range(-(-self.part // PIECE))
+        starts = [min(piece * PIECE, self.part - PIECE) for piece in pieces]
+        places = [pl.ds(part * self.part + start, PIECE) for start in starts]
+        # All loads of a group of rows come first: a store into shared memory waits for all warps.
+        weights = [load(refs["norm"].at[k], X.reduce(0)) for k in places if "norm" in refs]
         for group in range(self.groups):
             rows = range(group * GROUP, min(self.rows, (group + 1) * GROUP))
+            loaded = [[load(refs["x"].at[r, k], X.reduce(0)) for r in rows] for k in places]
             squares = full((GROUP,), 0.0, X.reduce(1))
-            for piece in range(-(-self.part // PIECE)):
-                # The last piece may begin in the one before it.
-                start = min(piece * PIECE, self.part - PIECE)
-                k = pl.ds(part * self.part + start, PIECE)
+            for piece, start in zip(pieces, starts, strict=True):
                 row = plgpu.broadcasted_iota(jnp.int32, (GROUP, PIECE), 0, layout=X)
                 x = full((GROUP, PIECE), 0.0, X)
-                for r in rows:
-                    values = load(refs["x"].at[r, k], X.reduce(0)).astype(f32)
-                    x = jnp.where(row == r - group * GROUP, self.over_rows(values), x)
+                for r, values in zip(rows, loaded[piece], strict=True):
+                    x = jnp.where(row == r - group * GROUP, self.over_rows(values.astype(f32)), x)
                 if "norm" in refs:
                     column = plgpu.broadcasted_iota(jnp.int32, (GROUP, PIECE), 1, layout=X)
                     fresh = jnp.where(column >= piece * PIECE - start, x, 0.0)
                     squares = squares + jnp.sum(fresh * fresh, axis=1)
-                    weight = load(refs["norm"].at[k], X.reduce(0)).astype(f32)
-                    x = x * self.over_rows(weight)
+                    x = x * self.over_rows(weights[piece].astype(f32))
                 x_smem[group, :, pl.ds(start, PIECE)] = x.astype(jnp.bfloat16)
             if "norm" in refs:
                 self.first(squares_smem).at[part, group][...] = squares

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from pallas_kernels.columns import Columns
 from pallas_kernels.gated_delta_rule.api import Inputs, Weights
 from pallas_kernels.gated_delta_rule.state import DeltaState
 from pallas_kernels.testing.cases.problem import Case, Problem
@@ -20,9 +21,11 @@ def gated_delta_rule_step_case(
     extreme: bool = False,
     fresh: bool = False,
     keys_alike: bool = False,
+    joint: bool = False,
 ) -> Case:
     """ordinals: a row for each token, of its index in each sequence (-1: no token). key_heads: None
-    is as many as heads. extreme: gates open or shut. fresh: a state of zeros."""
+    is as many as heads. extreme: gates open or shut. fresh: a state of zeros. joint: inputs are
+    columns of one array."""
 
     def make():
         token_index = np.asarray(ordinals, np.int32)
@@ -51,9 +54,15 @@ def gated_delta_rule_step_case(
             state = state._replace(k_conv_state=alike(rng, direction, state.k_conv_state.shape))
         if fresh:
             state = DeltaState(*map(np.zeros_like, state))
+        given = Inputs(*inputs, gates(40.0), gates(20.0))
+        if joint:
+            array, ends = np.concatenate(given, -1), np.cumsum([x.shape[-1] for x in given])
+            starts = [int(end) - x.shape[-1] for end, x in zip(ends, given, strict=True)]
+            places = zip(starts, given, strict=True)
+            given = Inputs(*[Columns(array, start, x.shape[-1]) for start, x in places])
         return Problem(
             {
-                "inputs": (Inputs(*inputs, gates(40.0), gates(20.0)),),
+                "inputs": (given,),
                 "weights": (weights,),
                 "state": state,
             },
@@ -91,6 +100,9 @@ def gated_delta_rule_step_cases(longest: int) -> Iterator[Case]:
     yield gated_delta_rule_step_case(
         "extreme gates, keys alike", rows, extreme=True, keys_alike=True
     )
+    yield gated_delta_rule_step_case("joint projection", [[5], [6]], joint=True)
+    yield gated_delta_rule_step_case("joint projection", rows, joint=True, extreme=True)
+    yield gated_delta_rule_step_case("joint projection, three heads", rows, heads=3, joint=True)
     yield gated_delta_rule_step_case("values 64 wide", rows, values=64)
     yield gated_delta_rule_step_case("values 80 wide", rows, values=80)
     yield gated_delta_rule_step_case("keys 64 wide", rows, keys=64)

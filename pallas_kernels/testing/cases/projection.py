@@ -30,9 +30,11 @@ def projection_case(
     residual: bool = False,
     norm: bool = False,
     extreme: bool = False,
+    prefetch: tuple[int, ...] | None = None,
 ) -> Case:
-    """extreme: rows from 1e-4 to 1e4 in size and one of zeros, single large inputs and columns, as
-    hidden states of large models have them; gates open or shut."""
+    """prefetch: shape of a matrix that follows. extreme: rows from 1e-4 to 1e4 in size and one of
+    zeros, single large inputs and columns, as hidden states of large models have them; gates open
+    or shut."""
 
     def make():
         rng = np.random.default_rng(rows + inputs)
@@ -51,6 +53,7 @@ def projection_case(
             "bias": rng.standard_normal((*pair, outputs)) if bias else None,
             "residual": rng.standard_normal((rows, outputs)) if residual else None,
             "norm": 1 + 0.5 * rng.standard_normal(inputs) if norm else None,
+            "prefetch": None if prefetch is None else rng.standard_normal(prefetch),
         }
         return Problem(given, {}, {}, {"eps": 1e-6, "transposed": transposed}, {}, {})
 
@@ -67,6 +70,8 @@ def projection_cases(longest: int) -> Iterator[Case]:
     yield projection_case("a last piece of x", 2, 4608, 64, **everything)
     yield projection_case("norm", 1, 1024, 64, norm=True)
     yield projection_case("gated", 3, 1024, 128, gated=True, **everything)
+    yield projection_case("before another", 2, 1024, 128, norm=True, prefetch=(512, 192))
+    yield projection_case("before a gated one", 1, 512, 64, prefetch=(1024, 2, 64))
     yield projection_case("gated, two groups", 11, 1024, 64, gated=True, norm=True)
     yield projection_case("transposed", 5, 1024, 192, transposed=True, norm=True)
     yield projection_case("transposed, gated", 2, 512, 64, gated=True, transposed=True, bias=True)
