@@ -13,15 +13,15 @@ from jax import Array
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Columns:
-    """`array[:, start : start + width]`, which is not made until it is asked for."""
+    """`array[..., start : start + width]`, which is not made until it is asked for."""
 
     array: Array
     start: int = field(metadata={"static": True})
     width: int = field(metadata={"static": True})
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return len(self.array), self.width
+    def shape(self) -> tuple[int, ...]:
+        return *self.array.shape[:-1], self.width
 
     @property
     def dtype(self):
@@ -32,7 +32,7 @@ class Columns:
 
     @property
     def value(self) -> Array:
-        return self.array[:, self.start : self.start + self.width]
+        return self.array[..., self.start : self.start + self.width]
 
 
 def values(tree):

@@ -96,6 +96,11 @@ class Fused(nnx.Module):
         return nnx.Param(shape, facts=facts)
 
     @property
+    def first(self) -> Array:
+        """The matrix that is read first."""
+        return self.kernel[...]
+
+    @property
     def _bias(self) -> Array | None:
         return None if self.bias is None else self.bias[...]
 
@@ -126,10 +131,14 @@ class FusedLinears(Fused):
         self, ops: Ops, x: Array, norm: RMSNorm | None = None, prefetch: Array | None = None
     ) -> tuple[Array | Columns, ...]:
         y = project(ops, x, self.kernel[...], self._bias, norm=norm, prefetch=prefetch)
+        return self._columns(y[:, 0])
+
+    def apart(self, x: Array) -> tuple[Array | Columns, ...]:
+        return self._columns(self._product(x))
+
+    def _columns(self, y: Array) -> tuple[Array | Columns, ...]:
         places = self.layout.places()
-        if places is None:
-            return tuple(part[:, 0] for part in self._split(y))
-        return tuple(Columns(y[:, 0], *place) for place in places)
+        return self._split(y) if places is None else tuple(Columns(y, *at) for at in places)
 
 
 class FusedGate(Fused):
@@ -149,6 +158,10 @@ class FusedGate(Fused):
 class SeparateLinears:
     linears: Sequence[Linear]
 
+    @property
+    def first(self) -> Array:
+        return self.linears[0].kernel[...]
+
     def __call__(self, x: Array) -> tuple[Array, ...]:
         return tuple(linear(x) for linear in self.linears)
 
@@ -163,6 +176,9 @@ class SeparateLinears:
         self, ops: Ops, x: Array, norm: RMSNorm | None = None, prefetch: Array | None = None
     ) -> tuple[Array | Columns, ...]:
         return tuple(y[:, 0] for y in self.step(ops, x, norm, prefetch))
+
+    def apart(self, x: Array) -> tuple[Array | Columns, ...]:
+        return self(x)
 
 
 class SeparateGate(SeparateLinears):
@@ -181,9 +197,11 @@ class Joint:
     """Names of a module's Linear layers that read the same input: a class attribute, which may be
     fused.
 
-    The instance's attribute is called as `(x) -> one result a layer`, and for one token of each
-    sequence as `.step(ops, x [batch, 1, width], norm, prefetch) -> one result a layer`, or as
-    `.columns(...) -> [batch, columns] each`, which may be `Columns` of one array.
+    The instance's attribute is called as `(x) -> one result a layer`, or as `.apart(x)`, which may
+    give `Columns` of one array; for one token of each sequence as
+    `.step(ops, x [batch, 1, width], norm, prefetch) -> one result a layer`, or as
+    `.columns(...) -> [batch, columns] each`, which may be `Columns` as well. `.first` is the matrix
+    that it reads first.
     """
 
     separate: ClassVar[type] = SeparateLinears

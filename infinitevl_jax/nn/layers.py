@@ -95,10 +95,10 @@ class GatedMLP(nnx.Module):
     def __call__(self, x: Array) -> Array:
         return self.down_proj(self.gate_up_proj(x))
 
-    def step(self, ops: Ops, x: Array, norm: RMSNorm) -> Array:
+    def step(self, ops: Ops, x: Array, norm: RMSNorm, prefetch: Array | None = None) -> Array:
         """x + mlp(norm(x))."""
         hidden = self.gate_up_proj.step(ops, x, norm, prefetch=self.down_proj.kernel[...])
-        return self.down_proj.step(ops, hidden, residual=x)
+        return self.down_proj.step(ops, hidden, residual=x, prefetch=prefetch)
 
 
 class Embedding(nnx.Module):

@@ -3,7 +3,7 @@
 It takes arrays only. `infinitevl_jax.inputs` builds them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -58,12 +58,20 @@ class DecoderLayer(nnx.Module):
             x = x + self.mlp(self.post_attention_layernorm(x))
         return constrain(x, "batch", "length", None)
 
-    def step(self, x: Array, state, info: TokenInfo):
-        """The same for one token of each sequence, x [batch, 1, width]."""
+    @property
+    def first_matrix(self) -> Array | None:
+        """What a step reads first, if the mixer says so."""
+        joint = self.self_attn.first_joint
+        return None if joint is None else getattr(self.self_attn, joint).first
+
+    def step(self, x: Array, state, info: TokenInfo, prefetch: Array | None = None):
+        """The same for one token of each sequence, x [batch, 1, width]. prefetch: the matrix that
+        is read after it."""
         with jax.named_scope("mixer"):
-            x, state = self.self_attn.step(x, self.input_layernorm, state, info)
+            following = self.mlp.gate_up_proj.first
+            x, state = self.self_attn.step(x, self.input_layernorm, state, info, following)
         with jax.named_scope("mlp"):
-            x = self.mlp.step(self.ops, x, self.post_attention_layernorm)
+            x = self.mlp.step(self.ops, x, self.post_attention_layernorm, prefetch)
         return constrain(x, "batch", "length", None), state
 
 
@@ -143,7 +151,12 @@ class VLM(nnx.Module):
     def step(self, x: Array, inputs: DecoderInputs, cache: Cache) -> tuple[Array, Cache]:
         """The logits [batch, 1, vocab] of one embedded token of each sequence, x [batch, 1, width],
         and the new cache: `decode` and `logits` by the layers' own steps."""
-        y, cache, _ = self._decode(x, inputs, cache, DecoderLayer.step, False)
+        given = list(zip(cache.layers, self._following(), strict=True))
+
+        def step(layer: DecoderLayer, x: Array, state: tuple, info: TokenInfo):
+            return layer.step(x, state[0], info, prefetch=state[1])
+
+        y, cache, _ = self._decode(x, inputs, cache, step, False, given)
         with jax.named_scope("head"):
             head = self.embed_tokens.attend_step if self.lm_head is None else self.lm_head.step
             out = head(self.ops, y, norm=self.norm)
@@ -156,19 +169,27 @@ class VLM(nnx.Module):
         cache: Cache | None,
         method: Callable,
         collect: bool,
+        states: Sequence | None = None,
     ):
         """The output of the last layer, the new cache, and the outputs of all layers if `collect`.
 
-        method: of `DecoderLayer`.
+        method, states: what `Stack` runs with. None: the cache's states.
         """
         positions = self.positions(inputs, cache)
         info = self.token_info(inputs, positions, cache)
-        states = None if cache is None else cache.layers
+        if states is None and cache is not None:
+            states = cache.layers
         with jax.named_scope("decoder"):
             y, states, outputs = self.layers(x, info, states, collect, method)
         if cache is not None:
             cache = cache.after(states, inputs.token_index, positions)
         return y, cache, outputs
+
+    def _following(self) -> list[Array | None]:
+        """For each layer what the next one reads first, where layers are not scanned."""
+        if self.layers.layout.repeats:
+            return [None] * self.layers.layout.depth
+        return [layer.first_matrix for layer in self.layers.rest[1:]] + [None]
 
     def positions(self, inputs: DecoderInputs, cache: Cache | None = None) -> Array:
         """Rotary positions [3, batch, length] of tokens that follow the cached ones."""

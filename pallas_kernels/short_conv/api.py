@@ -15,7 +15,7 @@ def short_conv(
     """`silu(sum_d weight[3 - d] * x[t - d])` for every channel, d = 0..3, with sums in float32.
 
     Args:
-        x: [batch, length, channels].
+        x: [batch, length, channels], or `pallas_kernels.columns.Columns` of an array with more.
         weight: [4, channels]; row 3 multiplies the current token.
         conv_state: [batch, 3, channels], the three inputs before this call, of the sequence that
             the first valid token continues. None: zeros.
@@ -32,8 +32,8 @@ def short_conv(
         where it has had fewer. A row without valid tokens returns its conv_state bit for bit. The
         contents of pads (NaN included) reach neither results nor gradients.
 
-    Differentiable in x, weight and conv_state. The backward pass saves only the inputs. Raises
-    Refusal where no allowed implementation takes the call.
+    Differentiable in x (not `Columns`), weight and conv_state. The backward pass saves only the
+    inputs. Raises Refusal where no allowed implementation takes the call.
     """
     # Imports the kernels' compilers.
     from pallas_kernels.short_conv.implementations import SHORT_CONV

@@ -4,9 +4,12 @@ inputs."""
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.columns import values
+
 
 def short_conv(x, weight, conv_state=None, token_index=None, segment_ids=None):
     """The contract of `pallas_kernels.short_conv.short_conv`. Here pads may be anywhere."""
+    x = values(x)
     batch, length, channels = x.shape
     valid = jnp.ones((batch, length), bool) if token_index is None else token_index >= 0
     segment_ids = jnp.zeros((batch, length), jnp.int32) if segment_ids is None else segment_ids

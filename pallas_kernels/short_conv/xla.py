@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.columns import values
 from pallas_kernels.segments import segment_numbers
 
 TAPS = 4
@@ -16,6 +17,7 @@ def short_conv(
     segment_ids: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The contract of `pallas_kernels.short_conv.short_conv`."""
+    x = values(x)
     return _short_conv(x, weight, start(x, conv_state), token_index, segment_ids)
 
 
@@ -125,7 +127,7 @@ def _short_conv_forward(x, weight, conv_state, token_index, segment_ids):
     )
 
 
-def _short_conv_backward(residuals, cts):
+def backward(residuals, cts):
     """Written by hand: autodiff would keep four float32 copies of x and scatter the gradient of the
     new conv_state into zeros as large as x."""
     x, weight, conv_state, token_index, segment_ids = residuals
@@ -169,4 +171,4 @@ def _short_conv_backward(residuals, cts):
     return d_x, d_weight, d_inputs[:, :edge], None, None
 
 
-_short_conv.defvjp(_short_conv_forward, _short_conv_backward)
+_short_conv.defvjp(_short_conv_forward, backward)

@@ -9,6 +9,7 @@ from pallas_kernels.attention.implementations import ATTENTION, ATTENTION_STEP
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.gated_delta_rule.implementations import GATED_DELTA_RULE, GATED_DELTA_RULE_STEP
 from pallas_kernels.projection.implementations import PROJECTION
+from pallas_kernels.short_conv.implementations import SHORT_CONV
 from pallas_kernels.testing import cudnn_attention
 from pallas_kernels.testing.cases import CASES, RESULTS, Case
 from pallas_kernels.testing.steps import implementation_in_a_row
@@ -21,9 +22,12 @@ IMPLEMENTATIONS = {
         map(implementation_in_a_row, GATED_DELTA_RULE_STEP.implementations)
     ),
     "projection": PROJECTION.implementations,
+    "short_conv": SHORT_CONV.implementations,
 }
 ALLOWED = {name: 5e-3 for results in RESULTS.values() for name in results}
-ALLOWED |= {f"d_{name}": 8e-3 for name in ("q", "k", "v", "initial_state")}
+ALLOWED |= {
+    f"d_{name}": 8e-3 for name in ("q", "k", "v", "initial_state", "x", "weight", "conv_state")
+}
 ALLOWED |= {"d_g": 2e-2, "d_beta": 2e-2}
 """Errors allowed in bfloat16. float32 may have 1e-4."""
 

@@ -17,6 +17,7 @@ from pallas_kernels.dispatch import Implementation
 from pallas_kernels.gated_delta_rule import reference as delta_reference
 from pallas_kernels.gated_delta_rule import step as delta_step
 from pallas_kernels.projection import reference as projection_reference
+from pallas_kernels.short_conv import reference as short_conv_reference
 from pallas_kernels.testing import disturb, mosaic_gpu_interpreter
 from pallas_kernels.testing.cases import RESULTS, Problem
 from pallas_kernels.testing.cells import ALLOWED, Cell, Group
@@ -31,6 +32,7 @@ REFERENCES = {
     "attention_step": in_a_row(attention_step.step),
     "gated_delta_rule_step": in_a_row(delta_step.step),
     "projection": projection_reference.projection,
+    "short_conv": short_conv_reference.short_conv,
 }
 # Operators whose arrays all begin with the batch axis, with rows independent of each other.
 ROWS_ALONE = "attention", "gated_delta_rule"

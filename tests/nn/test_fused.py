@@ -251,7 +251,7 @@ def test_a_token_is_five_operators_a_layer(untied):
 
 def test_a_published_decoding_step_lowers_for_cuda():
     """One period of layers at the published width: each projection by the Hopper kernel, of which
-    there is one for each size."""
+    there is one for each size, and for each size of the matrix that follows."""
     config = infinitevl_4b()
     text = dataclasses.replace(config.text, layer_types=config.text.layer_types[:4])
     config = dataclasses.replace(config, text=text, vision=None)
@@ -263,7 +263,7 @@ def test_a_published_decoding_step_lowers_for_cuda():
     cache = cache_spec(config, 8, None, jnp.bfloat16)
     traced = programs.decode.trace(params, cache, slots, steps=1)
     lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert lowered.count("@mosaic_gpu_v2") == 7
-    # one function for each kind of layer, called for every layer
-    assert lowered.count("call @projection") == 2 * 4 + 1
+    assert lowered.count("@mosaic_gpu_v2") == 8
+    # one function for each kind of layer, called for every layer; the last has none to prefetch
+    assert lowered.count("call @projection") == 3 * 4 + 1
     assert len(re.findall(r"call @apply\w*\(", lowered)) == 4

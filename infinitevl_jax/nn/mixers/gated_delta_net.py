@@ -21,6 +21,7 @@ from infinitevl_jax.nn.ops import Ops
 from infinitevl_jax.nn.parameter import parameter
 from infinitevl_jax.nn.token_info import TokenInfo
 from infinitevl_jax.sharding import constrain
+from pallas_kernels.columns import Columns, values
 from pallas_kernels.gated_delta_rule import DeltaState
 from pallas_kernels.gated_delta_rule.api import Inputs, Weights
 
@@ -58,7 +59,9 @@ class CausalConv(nnx.Module):
             transposed=True,
         )
 
-    def __call__(self, x: Array, conv_state: Array | None, info: TokenInfo) -> tuple[Array, Array]:
+    def __call__(
+        self, x: Array | Columns, conv_state: Array | None, info: TokenInfo
+    ) -> tuple[Array, Array]:
         tokens = info.token_index, info.segment_ids
         return self.ops.short_conv(x, self.weight[...], conv_state, *tokens)
 
@@ -88,6 +91,7 @@ class GatedDeltaNet(Mixer):
 
     # The narrow ones come last, so that the others begin where a kernel can read them in place:
     # XLA passes a part of the joint output as a pointer, which Mosaic GPU wants at 256 bytes.
+    first_joint = "input_proj"
     input_proj = Joint("q_proj", "k_proj", "v_proj", "g_proj", "b_proj", "a_proj")
 
     def __init__(self, config: TextConfig, ops: Ops):
@@ -141,7 +145,8 @@ class GatedDeltaNet(Mixer):
             y = rearrange(y, "b t (h d) -> b t h d", h=count)
             return constrain(y, "batch", "length", "heads", None)
 
-        q, k, v, gate, b, a = self.input_proj(x)
+        q, k, v, *others = self.input_proj.apart(x)
+        gate, b, a = values(others)
         q, q_conv_state = self.q_conv1d(q, past.q_conv_state, info)
         k, k_conv_state = self.k_conv1d(k, past.k_conv_state, info)
         v, v_conv_state = self.v_conv1d(v, past.v_conv_state, info)
@@ -169,11 +174,16 @@ class GatedDeltaNet(Mixer):
         return out, state
 
     def step(
-        self, x: Array, norm: RMSNorm, state: DeltaState, info: TokenInfo
+        self,
+        x: Array,
+        norm: RMSNorm,
+        state: DeltaState,
+        info: TokenInfo,
+        prefetch: Array | None = None,
     ) -> tuple[Array, DeltaState]:
         """All between the projections is one operator."""
-        prefetch = self.o_proj.kernel[...]
-        q, k, v, gate, b, a = self.input_proj.columns(self.ops, x, norm, prefetch)
+        columns = self.input_proj.columns(self.ops, x, norm, self.o_proj.kernel[...])
+        q, k, v, gate, b, a = columns
         inputs = Inputs(q, k, v, gate, a, b)
         convolutions = (conv.weight[...] for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d))
         gates = self.A_log[...], self.dt_bias[...]
@@ -181,7 +191,7 @@ class GatedDeltaNet(Mixer):
         out, state = self.ops.gated_delta_rule_step(
             inputs, weights, state, info.token_index[:, 0], self.o_norm.eps
         )
-        return self.o_proj.step(self.ops, out[:, None], residual=x), state
+        return self.o_proj.step(self.ops, out[:, None], residual=x, prefetch=prefetch), state
 
 
 register_mixer(LINEAR, GatedDeltaNet, title="Gated DeltaNet")

@@ -16,6 +16,8 @@ class Mixer(nnx.Module):
     layer type (`infinitevl_jax.nn.mixers.register_mixer`).
     """
 
+    first_joint: str | None = None
+
     def state_spec(self, batch: int, max_length: int | None, dtype) -> Any:
         """Shapes and dtypes of the layer's part of the cache.
 
@@ -43,12 +45,18 @@ class Mixer(nnx.Module):
         raise NotImplementedError
 
     def step(
-        self, x: Array, norm: Callable[[Array], Array], state: Any, info: TokenInfo
+        self,
+        x: Array,
+        norm: Callable[[Array], Array],
+        state: Any,
+        info: TokenInfo,
+        prefetch: Array | None = None,
     ) -> tuple[Array, Any]:
         """x + mix(norm(x)) for one token of each sequence, x [batch, 1, width]: the mixer with what
-        stands around it in its layer.
+        stands around it in its layer. prefetch: the matrix that is read after it.
 
-        Decoding calls it. A mixer overrides it where one token has a faster way.
+        Decoding calls it. A mixer overrides it where one token has a faster way. Its joint input
+        projections, if it has some, are `first_joint`: the layer before prefetches them.
         """
         mixed, state = self(norm(x), state, info)
         return x + mixed, state

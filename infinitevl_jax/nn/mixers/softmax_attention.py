@@ -27,6 +27,7 @@ class SoftmaxAttention(Mixer):
     computes.
     """
 
+    first_joint = "qkv_proj"
     qkv_proj = Joint("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config: TextConfig, window: int | None, ops: Ops, sinks: int = 0):
@@ -86,7 +87,12 @@ class SoftmaxAttention(Mixer):
         return self.o_proj(self._gated(out, gate)), state
 
     def step(
-        self, x: Array, norm: RMSNorm, state: KVCache, info: TokenInfo
+        self,
+        x: Array,
+        norm: RMSNorm,
+        state: KVCache,
+        info: TokenInfo,
+        prefetch: Array | None = None,
     ) -> tuple[Array, KVCache]:
         """Attention over cache and token, and the write into the cache, are one operator."""
         projected = self.qkv_proj.step(self.ops, x, norm, prefetch=self.o_proj.kernel[...])
@@ -95,7 +101,8 @@ class SoftmaxAttention(Mixer):
         out, state = self.ops.attention_step(
             *token, state, info.token_index[:, 0], self.window, self.head_dim**-0.5, self.sinks
         )
-        return self.o_proj.step(self.ops, self._gated(out[:, None], gate), residual=x), state
+        out = self._gated(out[:, None], gate)
+        return self.o_proj.step(self.ops, out, residual=x, prefetch=prefetch), state
 
     def project(self, x: Array, info: TokenInfo) -> tuple[Array, Array, Array, Array | None]:
         """q, k (both rotated) and v [batch, length, heads, head_dim], and the output gate

@@ -27,6 +27,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 
+from pallas_kernels.columns import values
 from pallas_kernels.segments import segment_numbers
 from pallas_kernels.short_conv import xla
 from pallas_kernels.short_conv.tuning import TPU as TPUShortConv
@@ -73,6 +74,7 @@ def short_conv(
         raise ValueError(
             f"short_conv on TPU does not take {reason}\n  -> use the implementation xla"
         )
+    x = values(x)
     conv_state = xla.start(x, conv_state)
     length = x.shape[1]
     steps = -(-length // TPUShortConv.rows)

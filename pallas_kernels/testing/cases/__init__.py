@@ -10,6 +10,7 @@ from pallas_kernels.testing.cases.gated_delta_rule_step import (
 )
 from pallas_kernels.testing.cases.problem import RESULTS, Case, Problem, mesh_shapes
 from pallas_kernels.testing.cases.projection import projection_case, projection_cases
+from pallas_kernels.testing.cases.short_conv import short_conv_cases
 
 CASES = {
     "attention": attention_cases,
@@ -17,6 +18,7 @@ CASES = {
     "attention_step": attention_step_cases,
     "gated_delta_rule_step": gated_delta_rule_step_cases,
     "projection": projection_cases,
+    "short_conv": short_conv_cases,
 }
 """By operator: its cases of at most so many tokens."""
 

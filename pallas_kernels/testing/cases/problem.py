@@ -42,6 +42,7 @@ RESULTS = {
         "v_conv_state",
     ),
     "projection": ("out",),
+    "short_conv": ("out", "conv_state"),
 }
 
 MESH_SHAPES = {
