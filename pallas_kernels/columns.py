@@ -30,6 +30,10 @@ class Columns:
     def __len__(self) -> int:
         return len(self.array)
 
+    def aligned(self, numbers: int) -> bool:
+        """Whether the columns of every row begin at a multiple of so many numbers."""
+        return self.array.shape[-1] % numbers == 0 and self.start % numbers == 0
+
     @property
     def value(self) -> Array:
         return self.array[..., self.start : self.start + self.width]

@@ -191,11 +191,10 @@ class VideoStream:
         """[height, width, 3] uint8 of a frame as `push` takes it, resized."""
         options = self.processor.videos
         if isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.shape[2:] == (3,):
+            height, width, _ = frame.shape
             limits = options.min_pixels, options.max_pixels
-            if (
-                frame.size
-                and smart_resize(*frame.shape[:2], options.factor, *limits) == (frame.shape[:2])
-            ):
+            whole = frame.size and smart_resize(height, width, options.factor, *limits)
+            if whole == (height, width):
                 return frame  # as large as it should be
         return resize_image(load_image(frame, "the frame"), options)
 

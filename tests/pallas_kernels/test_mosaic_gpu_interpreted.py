@@ -20,7 +20,7 @@ CASES = {
     "attention": "^(window, 300 x (64|128)|packed|ring, 65 x 128|tower, windows)",
     "gated_delta_rule": "^(packed, 300|pads|gates spread, 65|gates mild, repeated|no initial)",
     "attention_step": "^(short|two|window of 100|one key)",
-    "gated_delta_rule_step": "^(one head|joint projection, three)",
+    "gated_delta_rule_step": "^(one head|joint projection, one)",
     "projection": "^(in four|a last piece|before|gated, two|transposed, 5)",
     "short_conv": "^(few|pads|packed, 130|joint, p)",
 }

@@ -39,6 +39,7 @@ from pallas_kernels.mosaic_gpu import cluster_arrive, cluster_wait, load
 
 KEYS = 128  # width of a key: one channel a thread
 COLUMNS = Tuning.columns
+VECTOR = 4  # numbers that a thread loads at once, at a multiple of their size
 
 # Four warps by four rows by eight groups of four columns: each row of the block is one line of
 # memory.
@@ -62,6 +63,8 @@ def supports(inputs: Inputs, weights: Weights, state: DeltaState, *_, **__) -> s
         return f"values {values} wide: a multiple of {COLUMNS}, at most {8 * COLUMNS}"
     if any(x.dtype != jnp.bfloat16 for x in (*inputs, *state[1:])):
         return "inputs or conv states that are not bfloat16"
+    if not all(x.aligned(VECTOR) for x in inputs[:4] if isinstance(x, Columns)):
+        return f"columns of rows that do not begin at multiples of {VECTOR}"
     if state.recurrent_state.dtype != f32:
         return f"a recurrent state of {state.recurrent_state.dtype}: float32 only"
     if any(len(x) != 4 for x in weights[:3]):

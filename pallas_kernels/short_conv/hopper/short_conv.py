@@ -27,6 +27,7 @@ from pallas_kernels.short_conv.xla import TAPS
 ROWS = 16  # tokens of a thread block
 BLOCKS = 512, 256, 128  # channels of a thread block: the largest that divides them
 THREADS = 128
+VECTOR = BLOCKS[0] // THREADS  # numbers that a thread loads at once, at a multiple of their size
 EDGE = TAPS - 1
 
 f32 = jnp.float32
@@ -39,6 +40,8 @@ def supports(x, weight, conv_state=None, token_index=None, segment_ids=None) -> 
         return f"dtype {x.dtype}: bfloat16 only"
     if channels % BLOCKS[-1]:
         return f"{channels} channels: a multiple of {BLOCKS[-1]}"
+    if isinstance(x, Columns) and not x.aligned(VECTOR):
+        return f"columns of rows that do not begin at multiples of {VECTOR}"
     if length < TAPS:
         return f"rows of {length} tokens: at least {TAPS}"
     return None

@@ -21,11 +21,11 @@ def gated_delta_rule_step_case(
     extreme: bool = False,
     fresh: bool = False,
     keys_alike: bool = False,
-    joint: bool = False,
+    joint: int | None = None,
 ) -> Case:
     """ordinals: a row for each token, of its index in each sequence (-1: no token). key_heads: None
     is as many as heads. extreme: gates open or shut. fresh: a state of zeros. joint: inputs are
-    columns of one array."""
+    columns of one array, whose rows are filled up to a multiple of it."""
 
     def make():
         token_index = np.asarray(ordinals, np.int32)
@@ -55,8 +55,9 @@ def gated_delta_rule_step_case(
         if fresh:
             state = DeltaState(*map(np.zeros_like, state))
         given = Inputs(*inputs, gates(40.0), gates(20.0))
-        if joint:
+        if joint is not None:
             array, ends = np.concatenate(given, -1), np.cumsum([x.shape[-1] for x in given])
+            array = np.pad(array, ((0, 0), (0, 0), (0, -array.shape[-1] % joint)))
             starts = [int(end) - x.shape[-1] for end, x in zip(ends, given, strict=True)]
             places = zip(starts, given, strict=True)
             given = Inputs(*[Columns(array, start, x.shape[-1]) for start, x in places])
@@ -100,9 +101,11 @@ def gated_delta_rule_step_cases(longest: int) -> Iterator[Case]:
     yield gated_delta_rule_step_case(
         "extreme gates, keys alike", rows, extreme=True, keys_alike=True
     )
-    yield gated_delta_rule_step_case("joint projection", [[5], [6]], joint=True)
-    yield gated_delta_rule_step_case("joint projection", rows, joint=True, extreme=True)
-    yield gated_delta_rule_step_case("joint projection, three heads", rows, heads=3, joint=True)
+    yield gated_delta_rule_step_case("joint projection", [[5], [6]], joint=64)
+    yield gated_delta_rule_step_case("joint projection", rows, joint=64, extreme=True)
+    yield gated_delta_rule_step_case("joint projection, three heads", rows, heads=3, joint=64)
+    yield gated_delta_rule_step_case("joint projection, one head", [[5], [6]], heads=1, joint=64)
+    yield gated_delta_rule_step_case("joint projection, odd rows", rows, heads=3, joint=1)
     yield gated_delta_rule_step_case("values 64 wide", rows, values=64)
     yield gated_delta_rule_step_case("values 80 wide", rows, values=80)
     yield gated_delta_rule_step_case("keys 64 wide", rows, keys=64)
