@@ -29,6 +29,8 @@ class Implementation:
         own.
     unordered: results and gradients ("d_q") that are summed in no fixed order, so that two calls
         may differ in rounding. All others are equal bit for bit in every call.
+    slower: returns the reason why a later implementation is preferred for arguments that this one
+        takes, else None. It counts where the caller names none.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Implementation:
     supports: Callable[..., str | None] = lambda *args, **kwargs: None
     gradients_by: Callable[..., str | None] = lambda *args, **kwargs: None
     unordered: tuple[str, ...] = ()
+    slower: Callable[..., str | None] = lambda *args, **kwargs: None
 
 
 @dataclass(eq=False)
@@ -131,12 +134,17 @@ class Dispatch:
         return [f"{self.operator.name} of {case}: {what}" for case, what in self.ran.items()]
 
     def _choose(self, call: dict) -> tuple[Implementation, list[str]]:
-        reasons = []
+        reasons, spare = [], None
         for option in self.allowed:
             reason = option.device(self.device) or option.supports(**call)
             if reason is None:
-                return option, reasons
+                reason = None if self.names else option.slower(**call)
+                if reason is None:
+                    return option, reasons
+                spare = spare or option
             reasons.append(f"{option.name}: {reason}")
+        if spare is not None:
+            return spare, reasons
         cure = (
             'name another as well ("NAME,xla"), or none to take the first that can'
             if self.names

@@ -46,6 +46,18 @@ def test_the_first_that_can_runs_and_is_reported():
     assert second.startswith("op of bfloat16[2, 2] on cpu: narrow (elsewhere")
 
 
+def test_one_that_is_slower_runs_where_it_is_named_or_alone():
+    slow = Implementation(
+        "slow", lambda x: x + 1, slower=lambda x: "2 rows" if len(x) == 2 else None
+    )
+    both = operator(slow, Implementation("any", lambda x: x + 3))
+    unnamed = Dispatch(both, CPU)
+    assert (unnamed(X) == 4).all() and (unnamed(X[:1]) == 2).all()
+    assert unnamed.report()[0] == "op of bfloat16[2, 3] on cpu: any (slow: 2 rows)"
+    assert (Dispatch(both, CPU, "slow,any")(X) == 2).all()
+    assert (Dispatch(operator(slow), CPU)(X) == 2).all()
+
+
 def test_gradients_made_elsewhere_are_reported():
     op = Dispatch(operator(Implementation("half", lambda x: x, gradients_by=lambda x: "any")), CPU)
     op(X)

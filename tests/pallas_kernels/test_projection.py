@@ -129,6 +129,9 @@ def test_dispatch_says_why():
     choice, reasons = kernel_first.choose(**shaped(17, 512, 64)[0])
     assert choice.name == "xla" and reasons == ["mosaic_gpu: 17 rows: 1 to 16"]
     assert kernel_first.choose(**shaped(16, 512, 64)[0])[0].name == "mosaic_gpu"
-    assert Dispatch(PROJECTION, Hopper).choose(**shaped(16, 512, 64)[0])[0].name == "xla"
+    unnamed = Dispatch(PROJECTION, Hopper)
+    assert unnamed.choose(**shaped(8, 512, 64)[0])[0].name == "mosaic_gpu"
+    choice, reasons = unnamed.choose(**shaped(9, 512, 64)[0])  # both take it
+    assert choice.name == "xla" and reasons == ["mosaic_gpu: 9 rows: not timed beyond 8"]
     with pytest.raises(Refusal, match="mosaic_gpu: for Hopper GPUs, this is cpu"):
         projection(jnp.ones((1, 512)), jnp.ones((512, 64)), implementation="mosaic_gpu")
