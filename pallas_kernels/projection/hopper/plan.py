@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from jax import lax
+
 from pallas_kernels.hardware import HOPPER_MULTIPROCESSORS
 from pallas_kernels.projection.tuning import Hopper as Tuning
 
@@ -73,8 +75,17 @@ class Ahead:
     blocks: int
     pieces: int
 
+    def place(self, piece) -> tuple:
+        """First row and block of columns of a piece: first the first rows of all parts."""
+        row = lax.div(piece, self.parts * self.blocks) * self.rows
+        part = lax.rem(lax.div(piece, self.blocks), self.parts)
+        return part * self.part + row, lax.rem(piece, self.blocks)
 
-def ahead(inputs: int, outputs: int, gated: bool, itemsize: int) -> Ahead:
+
+def ahead(inputs: int, outputs: int, gated: bool, itemsize: int) -> Ahead | None:
+    """Of a matrix with these sizes. None: its rows are not what copies take."""
+    if outputs % BLOCK:
+        return None
     plan = choose(inputs, outputs, gated)
     parts = 1 if isinstance(plan, str) else plan.splits
     rows, part, blocks = min(MOST, inputs // parts), inputs // parts, outputs // BLOCK

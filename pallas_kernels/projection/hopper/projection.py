@@ -276,16 +276,14 @@ class Kernel:
         return ref.at[k, pair, columns] if self.gated else ref.at[k, columns]
 
     def prefetch(self, ref, place) -> None:
-        """Asks for a thread block's pieces of the following matrix: first the first rows of all
-        parts. place: number of the thread block."""
+        """Asks for a thread block's pieces of the following matrix. place: its number."""
         ahead, count = self.ahead, self.clusters * self.plan.splits
 
         @pl.loop(0, -(-ahead.pieces // count))
         def _piece(turn):
             piece = turn * count + place
-            row = lax.div(piece, ahead.parts * ahead.blocks) * ahead.rows
-            part = lax.rem(lax.div(piece, ahead.blocks), ahead.parts)
-            k, block = pl.ds(part * ahead.part + row, ahead.rows), lax.rem(piece, ahead.blocks)
+            row, block = ahead.place(piece)
+            k = pl.ds(row, ahead.rows)
 
             @pl.when(piece < ahead.pieces)
             def _():

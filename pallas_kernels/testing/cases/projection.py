@@ -72,6 +72,7 @@ def projection_cases(longest: int) -> Iterator[Case]:
     yield projection_case("gated", 3, 1024, 128, gated=True, **everything)
     yield projection_case("before another", 2, 1024, 128, norm=True, prefetch=(512, 192))
     yield projection_case("before a gated one", 1, 512, 64, prefetch=(1024, 2, 64))
+    yield projection_case("before an odd one", 1, 512, 64, prefetch=(100, 90))
     yield projection_case("gated, two groups", 11, 1024, 64, gated=True, norm=True)
     yield projection_case("transposed", 5, 1024, 192, transposed=True, norm=True)
     yield projection_case("transposed, gated", 2, 512, 64, gated=True, transposed=True, bias=True)
