@@ -1,4 +1,5 @@
-"""Operators, their implementations, and the choice of one: by name, or the first that can run."""
+"""Operators, their implementations, and the choice of one: by name, or the first that can run and
+is not known to be slower than a later one."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -6,6 +7,7 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
+from pallas_kernels.columns import Columns
 from pallas_kernels.partition import OperatorMesh
 
 
@@ -134,17 +136,17 @@ class Dispatch:
         return [f"{self.operator.name} of {case}: {what}" for case, what in self.ran.items()]
 
     def _choose(self, call: dict) -> tuple[Implementation, list[str]]:
-        reasons, spare = [], None
+        reasons, spare = [], None  # spare: the first that was slower, and the reasons before it
         for option in self.allowed:
             reason = option.device(self.device) or option.supports(**call)
             if reason is None:
                 reason = None if self.names else option.slower(**call)
                 if reason is None:
                     return option, reasons
-                spare = spare or option
+                spare = spare or (option, [*reasons])
             reasons.append(f"{option.name}: {reason}")
         if spare is not None:
-            return spare, reasons
+            return spare
         cure = (
             'name another as well ("NAME,xla"), or none to take the first that can'
             if self.names
@@ -155,7 +157,8 @@ class Dispatch:
         )
 
     def _case(self, call: dict) -> str:
-        arrays = [x for x in jax.tree.leaves(list(call.values())) if hasattr(x, "dtype")][:3]
+        leaves = jax.tree.leaves(list(call.values()), is_leaf=lambda x: isinstance(x, Columns))
+        arrays = [x for x in leaves if hasattr(x, "dtype")][:3]
         shapes = [f"{np.dtype(x.dtype).name}{list(x.shape)}" for x in arrays]
         mask = f", {call['mask']}" if "mask" in call else ""
         return f"{', '.join(shapes)}{mask} on {self.device.device_kind}"

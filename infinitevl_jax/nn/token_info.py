@@ -18,6 +18,7 @@ class TokenInfo(NamedTuple):
       segment_ids: [batch, length] int32, packed sequence of the token.
       length: [batch] int32, tokens already in the cache.
       cos, sin: [batch, length, head_dim / 2] float32.
+      fresh: whether the program knows that `length` is 0: nothing cached is to be looked at.
     """
 
     token_index: Array
@@ -25,6 +26,7 @@ class TokenInfo(NamedTuple):
     length: Array
     cos: Array
     sin: Array
+    fresh: bool = False
 
 
 def inside_layer(info: TokenInfo, x: Array) -> TokenInfo:
@@ -33,7 +35,8 @@ def inside_layer(info: TokenInfo, x: Array) -> TokenInfo:
     Otherwise the derivative of a scan over layers hoists everything that depends on `info` alone:
     dozens of masks the size of activations (1 GB for the 4B model at 8,192 tokens).
     """
-    return lax.optimization_barrier((info, lax.stop_gradient(x)))[0]
+    arrays = info[:-1]
+    return TokenInfo(*lax.optimization_barrier((arrays, lax.stop_gradient(x)))[0], info.fresh)
 
 
 class PatchInfo(NamedTuple):

@@ -69,7 +69,8 @@ class DecoderLayer(nnx.Module):
         is read after it."""
         with jax.named_scope("mixer"):
             following = self.mlp.gate_up_proj.first
-            x, state = self.self_attn.step(x, self.input_layernorm, state, info, following)
+            mixer, norm = self.self_attn, self.input_layernorm
+            x, state = mixer.step(x, norm, state, info, prefetch=following)
         with jax.named_scope("mlp"):
             x = self.mlp.step(self.ops, x, self.post_attention_layernorm, prefetch)
         return constrain(x, "batch", "length", None), state
@@ -134,9 +135,16 @@ class VLM(nnx.Module):
         return constrain(x, "batch", "length", None)
 
     def decode(
-        self, x: Array, inputs: DecoderInputs, cache: Cache | None = None, collect: bool = False
+        self,
+        x: Array,
+        inputs: DecoderInputs,
+        cache: Cache | None = None,
+        collect: bool = False,
+        fresh: bool = False,
     ):
         """Run the decoder over embedded tokens.
+
+        fresh: whether the cache is known to be empty.
 
         Returns:
           hidden: [batch, length, width] after the final norm.
@@ -144,7 +152,8 @@ class VLM(nnx.Module):
           hidden_states: the input of every layer, then the final hidden state, as in Hugging Face;
             empty unless `collect`.
         """
-        y, cache, outputs = self._decode(x, inputs, cache, DecoderLayer.__call__, collect)
+        run = DecoderLayer.__call__
+        y, cache, outputs = self._decode(x, inputs, cache, run, collect, fresh=fresh)
         hidden = self.norm(y)
         return hidden, cache, [x, *outputs[:-1], hidden] if collect else []
 
@@ -170,13 +179,14 @@ class VLM(nnx.Module):
         method: Callable,
         collect: bool,
         states: Sequence | None = None,
+        fresh: bool = False,
     ):
         """The output of the last layer, the new cache, and the outputs of all layers if `collect`.
 
         method, states: what `Stack` runs with. None: the cache's states.
         """
         positions = self.positions(inputs, cache)
-        info = self.token_info(inputs, positions, cache)
+        info = self.token_info(inputs, positions, cache)._replace(fresh=fresh)
         if states is None and cache is not None:
             states = cache.layers
         with jax.named_scope("decoder"):

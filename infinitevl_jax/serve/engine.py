@@ -82,8 +82,10 @@ class Engine:
         self._spec = cache_spec(model.config, 1, self.max_length, model.dtype)
         self._slots = jax.device_put(Slots.idle(self.slots, vocab))
         self._run = model.programs
-        # A mesh has programs of its own on each device: what they read goes to each as it comes.
-        self._stage = Staging() if model.mesh is None else lambda inputs: inputs
+        if model.mesh is None:
+            self._stage = Staging(*model.params["norm.weight"].devices())
+        else:  # inputs go to each device as they come
+            self._stage = lambda inputs: inputs
         self._reader = PromptReader(
             self.chunk,
             group_encoder(self._run, model.params, model.config, self.patches, self._stage),

@@ -27,7 +27,12 @@ from infinitevl_jax.inputs.model_inputs import ModelInputs, build_inputs
 from infinitevl_jax.inputs.positions import MAX_POSITION
 from infinitevl_jax.nn.cache import Cache
 from infinitevl_jax.processing import Processor
-from infinitevl_jax.processing.images import load_image, resize_image, smart_resize
+from infinitevl_jax.processing.images import (
+    MAX_RESIZED_PIXELS,
+    load_image,
+    resize_image,
+    smart_resize,
+)
 from infinitevl_jax.rational import exact
 from infinitevl_jax.serve.conversation import end_tokens
 from infinitevl_jax.serve.stream_file import Memory, load_stream, save_stream
@@ -193,8 +198,8 @@ class VideoStream:
         if isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.shape[2:] == (3,):
             height, width, _ = frame.shape
             limits = options.min_pixels, options.max_pixels
-            whole = frame.size and smart_resize(height, width, options.factor, *limits)
-            if whole == (height, width):
+            small = 0 < height * width <= MAX_RESIZED_PIXELS
+            if small and smart_resize(height, width, options.factor, *limits) == (height, width):
                 return frame  # as large as it should be
         return resize_image(load_image(frame, "the frame"), options)
 

@@ -27,7 +27,8 @@ def hidden_states(model: Callable[[], VLM], batch: TrainBatch) -> tuple[VLM, Arr
         hidden, _, _ = vlm.decode(vlm.embed(batch.branches, vision), batch.branches)
     else:
         cache = empty(vlm.cache_spec(*_cache_size(batch.prefix, batch.branches)))
-        _, cache, _ = vlm.decode(vlm.embed(batch.prefix, vision), batch.prefix, cache)
+        x = vlm.embed(batch.prefix, vision)
+        _, cache, _ = vlm.decode(x, batch.prefix, cache, fresh=True)
         vlm = model()
         hidden, _, _ = vlm.decode(
             vlm.embed(batch.branches, None), batch.branches, cache.select(batch.parents)
@@ -59,7 +60,7 @@ def run_layers(
     specs = [vlm.cache_spec(*size) for vlm in vlms]
     layers = tuple(zip(*(spec.layers for spec in specs), strict=True))
     cache = empty(specs[0]._replace(layers=layers))
-    before, cache = _part(vlms, batch.prefix, vision, cache, method)
+    before, cache = _part(vlms, batch.prefix, vision, cache, method, fresh=True)
     vlms = [model() for model in models]
     after, _ = _part(vlms, batch.branches, None, cache.select(batch.parents), method)
     return jax.tree.map(jnp.add, before, after)
@@ -71,10 +72,14 @@ def _part(
     vision: Array | None,
     cache: Cache | None,
     method: Callable,
+    fresh: bool = False,
 ) -> tuple[list[Any], Any]:
-    """Sums of each layer over these tokens, and the cache after them."""
+    """Sums of each layer over these tokens, and the cache after them.
+
+    fresh: whether the cache is known to be empty.
+    """
     positions = vlms[0].positions(inputs, cache)
-    infos = [vlm.token_info(inputs, positions, cache) for vlm in vlms]
+    infos = [vlm.token_info(inputs, positions, cache)._replace(fresh=fresh) for vlm in vlms]
     nothing = (None,) * len(vlms)
 
     def step(*args):

@@ -61,6 +61,11 @@ def arguments(
             f"projection: x is {list(x.shape)} and weight {list(weight.shape)}\n  -> give x [rows,"
             " K] and weight [K, N] or [K, 2, N]; transposed, [N, K] or [2, N, K]"
         )
+    if prefetch is not None and prefetch.ndim not in (2, 3):
+        raise ValueError(
+            f"projection: prefetch is {list(prefetch.shape)}\n  -> give the weight [K, N] or [K, 2,"
+            " N] of a projection that follows"
+        )
     inputs, outputs = sizes(weight, transposed)
     pair = (2,) * (weight.ndim - 2)
     wanted = {

@@ -1,8 +1,8 @@
 """The implementations of the projection, in order of preference.
 
 `mosaic_gpu` streams each weight once, for 1 to 16 rows. A decoded token of the 4.4 B model takes
-3.11 ms by it and 3.67 by `xla` on an H100, a step of eight sequences 3.89 and 3.97
-(benchmarks/results/inference.jsonl).
+3.11 ms by it on an H100, a step of eight sequences 3.89 (benchmarks/results/inference.jsonl); 3.67
+and 3.97 by `xla` (profiles of the same session, not recorded).
 """
 
 from pallas_kernels.dispatch import Implementation, Operator

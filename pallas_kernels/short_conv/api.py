@@ -32,8 +32,8 @@ def short_conv(
         where it has had fewer. A row without valid tokens returns its conv_state bit for bit. The
         contents of pads (NaN included) reach neither results nor gradients.
 
-    Differentiable in x (not `Columns`), weight and conv_state. The backward pass saves only the
-    inputs. Raises Refusal where no allowed implementation takes the call.
+    Differentiable in x, weight and conv_state. The backward pass saves only the inputs. Raises
+    Refusal where no allowed implementation takes the call.
     """
     # Imports the kernels' compilers.
     from pallas_kernels.short_conv.implementations import SHORT_CONV

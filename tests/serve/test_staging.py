@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from infinitevl_jax.serve.staging import Staging
+from infinitevl_jax.serve.staging import LARGEST, SHAPES, Staging
 
 
 def test_values_change_and_places_stay():
@@ -32,6 +32,16 @@ def test_each_shape_has_arrays_of_its_own():
     assert short.is_deleted() and not long.is_deleted()
     np.testing.assert_array_equal(again, [2, 2, 2])
     np.testing.assert_array_equal(long, np.ones(5))
+
+
+def test_it_holds_the_shapes_that_came_last_and_nothing_large():
+    stage = Staging()
+    first = stage(np.zeros(1, np.int32))
+    for size in range(2, SHAPES + 2):
+        stage(np.zeros(size, np.int32))
+    assert stage(np.zeros(1, np.int32)) is not first and not first.is_deleted()  # made anew
+    large = np.zeros(LARGEST + 1, np.uint8)
+    assert stage(large) is large
 
 
 def test_numbers_of_numpy_become_those_of_jax():

@@ -12,7 +12,7 @@ from tiny_folder import full_attention_config, tiny_config, tiny_model, write_to
 
 from infinitevl_jax import InfiniteVL, InfiniteVLError, Processor
 from infinitevl_jax.config.model import FULL
-from infinitevl_jax.processing.images import process_image
+from infinitevl_jax.processing.images import load_image, process_image, resize_image
 from infinitevl_jax.rational import exact
 from infinitevl_jax.serve.engine import Engine
 from infinitevl_jax.serve.video_stream import VideoStream
@@ -241,6 +241,20 @@ def test_a_model_that_keeps_everything_has_an_end(processor):
     assert stream._sequence.cache().length.tolist() == [opening + FRAME * fit]
 
 
+def test_a_frame_as_large_as_it_should_be_is_taken_as_it_is(model, processor, monkeypatch):
+    stream = Engine(model, slots=1, **SHAPE).open_stream(processor)
+    options = processor.videos
+    fits = resize_image(frame(0, (64, 64)), options)
+    assert stream._pixels(fits) is fits
+    for other in (np.asarray(frame(1, (50, 70))), fits[:, ::-1][:33], np.asfortranarray(fits)):
+        want = resize_image(load_image(other), options)
+        np.testing.assert_array_equal(stream._pixels(other), want)
+    monkeypatch.setattr("infinitevl_jax.serve.video_stream.MAX_RESIZED_PIXELS", fits.size // 3 - 1)
+    monkeypatch.setattr("infinitevl_jax.processing.images.MAX_RESIZED_PIXELS", fits.size // 3 - 1)
+    with pytest.raises(InfiniteVLError, match="over the limit"):
+        stream.push(fits, 0.0)
+
+
 def test_the_format_of_the_reference(model, shared, processor):
     """Tokens and positions as the authors' streaming program has them, for 16 x 16 tokens."""
     big = Processor(
@@ -252,7 +266,7 @@ def test_the_format_of_the_reference(model, shared, processor):
     stream = shared.open_stream(big, layout="reference")
     seen = []
     for seconds in (0.0, 0.5, 0.96, 1.0, 9.04):
-        inputs = stream._frame(frame(0, (64, 64)), exact(seconds))
+        inputs = stream._frame(stream._pixels(frame(0, (64, 64))), exact(seconds))
         positions = inputs.decoder.positions
         assert positions.shape == (3, 1, 256)
         assert (inputs.decoder.tokens == model.config.image_token_id).all()

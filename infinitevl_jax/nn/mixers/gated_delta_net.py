@@ -89,9 +89,8 @@ class GatedDeltaNet(Mixer):
     heads.
     """
 
-    # The narrow ones come last, so that the others begin where a kernel can read them in place:
-    # XLA passes a part of the joint output as a pointer, which Mosaic GPU wants at 256 bytes.
     first_joint = "input_proj"
+    # The narrow ones come last, so that the others begin where kernels can read them in place.
     input_proj = Joint("q_proj", "k_proj", "v_proj", "g_proj", "b_proj", "a_proj")
 
     def __init__(self, config: TextConfig, ops: Ops):

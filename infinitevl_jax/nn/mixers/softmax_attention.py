@@ -77,12 +77,14 @@ class SoftmaxAttention(Mixer):
                 cached = self.ops.attention(q, state.k, state.v, *tokens, mask=mask, scale=scale)
                 return merge(out, lse, *cached)[0]
 
-            # Skip an empty cache (first chunk of a prompt). Not on a GPU, where XLA would ask the
-            # host which branch to take and wait for it: there the kernel finds nothing to read.
-            some = jax.lax.platform_dependent(
-                jnp.any(info.length > 0), cuda=jnp.ones_like, default=lambda some: some
-            )
-            out = jax.lax.cond(some, with_cache, lambda: out)
+            if not info.fresh:
+                # Skip an empty cache (first chunk of a prompt). Not on a GPU, where XLA would ask
+                # the host which branch to take, and the device would wait for it in each layer. The
+                # kernel for Hopper finds nothing to read; xla computes as for a full cache.
+                some = jax.lax.platform_dependent(
+                    jnp.any(info.length > 0), cuda=jnp.ones_like, default=lambda some: some
+                )
+                out = jax.lax.cond(some, with_cache, lambda: out)
             state = write(state, k, v, info.token_index, sinks)
         return self.o_proj(self._gated(out, gate)), state
 

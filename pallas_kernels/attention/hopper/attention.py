@@ -120,7 +120,7 @@ def _forward(q, k, v, q_token_index, k_token_index, q_segment_ids, k_segment_ids
 
 def key_parts(queries: tuple[int, ...], keys: int) -> int:
     """Parts of the keys that are attended to side by side, where few queries [B, T, Hq, D] would
-    leave multiprocessors idle: 1, 2, 4 or 8."""
+    leave multiprocessors idle: 1, 2, 4 or 8. A row's bits depend on it, and so on the batch."""
     batch, length, heads, _ = queries
     blocks, parts = batch * heads * length // BLOCK, 1
     while (

@@ -18,7 +18,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.columns import Columns
+from pallas_kernels.columns import Columns, values
 from pallas_kernels.mosaic_gpu import load
 from pallas_kernels.segments import segment_numbers
 from pallas_kernels.short_conv import xla
@@ -54,7 +54,7 @@ def short_conv(
     token_index: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The contract of `pallas_kernels.short_conv.short_conv`. With `Columns` it has no gradients.
+    """The contract of `pallas_kernels.short_conv.short_conv`, with gradients by `xla.backward`.
 
     Raises ValueError where `supports` gives a reason.
     """
@@ -62,18 +62,14 @@ def short_conv(
         raise ValueError(
             f"short_conv on Hopper does not take {reason}\n  -> use the implementation xla"
         )
-    if isinstance(x, Columns):
-        given = xla.start(x.value, conv_state)
-        return _compute(x, weight, given, token_index, segment_ids)
-    return _short_conv(x, weight, xla.start(x, conv_state), token_index, segment_ids)
+    return _short_conv(x, weight, xla.start(values(x), conv_state), token_index, segment_ids)
 
 
 def _compute(x, weight, conv_state, token_index, segment_ids):
     whole, first = (x.array, x.start) if isinstance(x, Columns) else (x, 0)
     reach = reaches(x.shape[:2], token_index, segment_ids)
     out = forward(whole, weight, conv_state, reach, first)
-    value = x.value if isinstance(x, Columns) else x
-    return out, xla.new_conv_state(value, conv_state, token_index, segment_ids)
+    return out, xla.new_conv_state(values(x), conv_state, token_index, segment_ids)
 
 
 def reaches(shape: tuple[int, int], token_index, segment_ids) -> jax.Array:
@@ -159,4 +155,14 @@ def _forward(*arrays):
     return _compute(*arrays), arrays
 
 
-_short_conv.defvjp(_forward, xla.backward)
+def _backward(arrays, cotangents):
+    x, *others = arrays
+    d_x, *rest = xla.backward((values(x), *others), cotangents)
+    if isinstance(x, Columns):
+        after = x.array.shape[-1] - x.start - x.width
+        padding = [(0, 0)] * (d_x.ndim - 1) + [(x.start, after)]
+        d_x = Columns(jnp.pad(d_x, padding), x.start, x.width)
+    return d_x, *rest
+
+
+_short_conv.defvjp(_forward, _backward)

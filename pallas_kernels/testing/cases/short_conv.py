@@ -20,8 +20,7 @@ def short_conv_case(
     dtypes: tuple[str, ...] = ("float32", "bfloat16"),
 ) -> Case:
     """pieces: lengths of packed sequences. counts: valid tokens of each row. start: inputs before
-    the call. joint: x is columns of a larger array, from so many columns on, and there are no
-    gradients."""
+    the call. joint: x is columns of a larger array, from so many columns on."""
 
     def make():
         rng = np.random.default_rng(length + channels)
@@ -44,7 +43,7 @@ def short_conv_case(
         }
         pads = {"x": "token_index", "out": "token_index"} if tokens else {}
         exact = {"out": tokens["token_index"] < 0} if tokens else {}
-        return Problem(inputs, cotangents if joint is None else {}, tokens, {}, pads, exact)
+        return Problem(inputs, cotangents, tokens, {}, pads, exact)
 
     return Case(f"{name}, {length} x {channels}", make, dtypes)
 
