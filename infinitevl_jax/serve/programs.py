@@ -168,7 +168,11 @@ def decode(
 
 @jax.named_scope("decode")
 def decode_step(
-    model: Callable, params: Mapping[str, Array], cache: Cache, slots: Slots, sampled: bool
+    model: Callable,
+    params: Mapping[str, Array],
+    cache: Cache,
+    slots: Slots,
+    sampled: bool = True,
 ) -> tuple[Cache, Slots, Array]:
     """One step of `decode`: the new cache and slots, and tokens [slots] int32, -1 of idle ones."""
     busy = slots.left > 0
