@@ -103,6 +103,7 @@ def _layout(rows: int, columns: int, config: VisionConfig) -> tuple[Patches, np.
     # one program for a bucket, whatever the frame's size
     empty = np.zeros((1, size, 0), np.float32)
     layout = dataclasses.replace(packed, pixels=empty, slice_reach=reach(size))
-    for constant in (place, *jax.tree.leaves(layout)):
-        constant.setflags(write=False)
+    for constant in (place, *vars(layout).values()):
+        if isinstance(constant, np.ndarray):
+            constant.setflags(write=False)
     return layout, place

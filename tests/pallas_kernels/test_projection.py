@@ -28,7 +28,7 @@ def test_value_and_gradients(gated, transposed):
     cotangent = np.float32(np.random.default_rng(1).standard_normal((3, 10)))
 
     def run(function):
-        return with_gradients(lambda *a: (function(*a, 1e-6, transposed),))
+        return with_gradients(lambda *a: (function(*a, eps=1e-6, transposed=transposed),))
 
     got = run(xla.projection)(inputs, (cotangent,))
     want = in_float64(run(reference.projection))(inputs, (cotangent,))
