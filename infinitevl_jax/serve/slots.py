@@ -118,7 +118,6 @@ def join_pieces(
     if not last.any():
         return chunk, None
     nothing = Slots.idle(1, vocab)
-    joined_slots = jax.tree.map(
-        lambda *leaves: np.concatenate(leaves), *(begin or nothing for begin in begun)
-    )
-    return chunk, Beginning(slot, last, joined_slots)
+    filled = [begin or nothing for begin in begun]
+    together = jax.tree.map(lambda *leaves: np.concatenate(leaves), *filled)
+    return chunk, Beginning(slot, last, together)

@@ -27,6 +27,8 @@ from pallas_kernels.gated_delta_rule.partition import (
     partition_gated_delta_rule,
     partition_gated_delta_rule_step,
 )
+from pallas_kernels.short_conv.hopper import short_conv as conv_hopper
+from pallas_kernels.short_conv.partition import partition_short_conv
 from pallas_kernels.testing.cases import attention_step_case, gated_delta_rule_step_case
 from pallas_kernels.testing.parity import (
     GATES,
@@ -208,3 +210,25 @@ def test_gated_delta_step_lowers_for_cuda():
     )
     (call,) = kernel_calls(step, *token_steps.placed(arrays, token_steps.DELTA, mesh))
     assert call.startswith("(tensor<1x256xbf16>, ") and "tensor<1x2x128x256xf32>" in call
+
+
+@pytest.mark.parametrize("run", MESHES, ids=str)
+def test_the_short_convolution_trains_on_a_mesh(run):
+    """The kernel runs on each device's channels, and only the gradient of the weight moves."""
+    mesh = make_mesh(run)
+    conv = partition_short_conv(conv_hopper.short_conv, operator_mesh(mesh))
+
+    def loss(x, weight, token_index, segment_ids):
+        return conv(x, weight, None, token_index, segment_ids)[0].astype(jnp.float32).sum()
+
+    def placed(shape, dtype, *spec):
+        place = NamedSharding(mesh, PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    rows = placed((4, 256), jnp.int32, ("data", "fsdp"), None)
+    x = placed((4, 256, 1024), jnp.bfloat16, ("data", "fsdp"), None, "tensor")
+    weight = placed((4, 1024), jnp.float32, None, "tensor")
+    traced = jax.jit(jax.value_and_grad(loss, (0, 1))).trace(x, weight, rows, rows)
+    lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert lowered.count("@mosaic_gpu_v2") == 1
+    assert set(re.findall(MOVES, lowered)) <= {"all_reduce"}

@@ -181,8 +181,8 @@ class GatedDeltaNet(Mixer):
         prefetch: Array | None = None,
     ) -> tuple[Array, DeltaState]:
         """All between the projections is one operator."""
-        columns = self.input_proj.columns(self.ops, x, norm, self.o_proj.kernel[...])
-        q, k, v, gate, b, a = columns
+        following = self.o_proj.kernel[...]
+        q, k, v, gate, b, a = self.input_proj.columns(self.ops, x, norm, following)
         inputs = Inputs(q, k, v, gate, a, b)
         convolutions = (conv.weight[...] for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d))
         gates = self.A_log[...], self.dt_bias[...]

@@ -11,7 +11,7 @@ BLOCK = 64  # columns: the rows of a tensor-core product, and 128 bytes of a row
 GROUP = 8  # rows of x: the columns of a tensor-core product
 ROWS = 2 * GROUP  # of x, at most
 LEAST = 24 * 1024  # bytes that a multiprocessor has to have asked for, to hide memory's latency
-MOST = 256  # rows of a copy
+MOST = 256  # rows that one copy (TMA) takes
 PIECE = 512  # numbers of a row of x that a warpgroup reads at once
 # Bytes of shared memory for the large arrays: of the 227 KiB of a thread block, and of the 113 KiB
 # that let two share a multiprocessor. Two hide each other's start and end.
